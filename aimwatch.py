@@ -36,8 +36,10 @@ Stable names are those in ``__all__``, the command line, and the files above.
 
 from __future__ import annotations
 
+import ast
 import atexit
 import contextlib
+import datetime
 import errno
 import fcntl
 import heapq
@@ -45,6 +47,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import re
 import signal
@@ -55,6 +58,7 @@ import time
 import weakref
 from collections import deque
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     Deque,
@@ -63,12 +67,17 @@ from typing import (
     Iterator,
     List,
     NamedTuple,
+    NoReturn,
     Optional,
     Sequence,
     Set,
     Tuple,
     Union,
+    overload,
 )
+
+if TYPE_CHECKING:
+    import sqlite3
 
 # ======================================================================================
 # Constants, errors, small helpers
@@ -83,6 +92,9 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "ConfigError",
+    "Metric",
+    "QueryError",
+    "Repo",
     "RepoError",
     "Run",
     "RunBusyError",
@@ -114,6 +126,15 @@ class RunBusyError(RepoError):
     """Another process, or another object in this one, writes the run."""
 
 
+class QueryError(AimwatchError, ValueError):
+    """A query that is not in the language; `column` (1-based) is where the trouble stands."""
+
+    def __init__(self, reason: str, column: int, line: int = 1) -> None:
+        super().__init__(f"query, {f'line {line}, ' if line > 1 else ''}column {column}: {reason}")
+        self.column = column
+        self.line = line
+
+
 class ConfigError(AimwatchError):
     """The notifier configuration is damaged, or what was asked of it is impossible."""
 
@@ -121,20 +142,34 @@ class ConfigError(AimwatchError):
 #: Strict JSON on one line: escapes keep line breaks and lone surrogates out of the files.
 to_json: Callable[[Any], str] = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
+
+
+_from_json = json.JSONDecoder(parse_constant=_no_constant).decode
+
+
+def from_json(data: bytes) -> Any:
+    """Return the value of strict JSON text. Raises ValueError, and RecursionError for a value that
+    is nested too deeply."""
+    return _from_json(data.decode("utf-8", "replace"))
+
+
 #: Errors that mean "this file system has no record locks", as opposed to "somebody holds it".
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
-def try_lock(fd: int) -> Optional[bool]:
+def try_lock(fd: int, how: int = fcntl.LOCK_EX) -> Optional[bool]:
     """Take the POSIX record lock on `fd`: True when taken, False when held elsewhere, None when
-    the file system has no locks.
+    the file system has no locks. With LOCK_SH, two that only look do not see each other.
 
     Record locks cross machines on NFS and Lustre, and go with the process that held them. They
     also go when that process closes *any* descriptor of the same file, so a process must never
     reopen a file that it holds locked.
     """
     try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(fd, how | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return False
@@ -178,21 +213,18 @@ def read_bounded(path: str, limit: int) -> bytes:
         return file.read(limit)
 
 
-_CONTROL = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
-)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
 def printable(text: str, limit: int = 500) -> str:
     """Return `text` on one line of at most `limit` characters, with what could move a cursor,
     reverse a line or break an encoder shown as an escape."""
-    if len(text) > limit:
-        text = text[: limit - 3] + "..."
-    return _CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
+    text = _CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text[: limit + 1])
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def human_s(seconds: float) -> str:
-    """Return a duration in seconds as people say it: `850 ms`, `12 s`, `3 min 5 s`, `2 h 10 min`."""
+    """Return a duration in seconds as people say it: `850 ms`, `12 s`, `3 min 5 s`."""
     if seconds < 0.9995:
         return f"{max(seconds, 0.0) * 1000:.0f} ms"
     if seconds < 9.95:
@@ -252,6 +284,8 @@ class RepoPaths:
         self.own = os.path.join(self.aim, "aimwatch")
         self.runs = os.path.join(self.own, "runs")
         self.pending = os.path.join(self.own, "pending")
+        self.index = os.path.join(self.own, "index.sqlite")
+        self.index_lock = os.path.join(self.own, "index.lock")
         self.outbox = os.path.join(self.own, "outbox.jsonl")
         self.watcher = os.path.join(self.own, "watcher.json")
 
@@ -281,7 +315,10 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
     is made where it is missing. Raises RepoError where there is none and none may be made.
     """
     if given is None:
-        given = os.environ.get("AIMWATCH_REPO") or _nearest_repo(os.getcwd())
+        try:
+            given = os.environ.get("AIMWATCH_REPO") or _nearest_repo(os.getcwd())
+        except OSError as error:
+            raise RepoError(f"the current folder cannot be told: {error.strerror}") from None
     elif not str(given):
         raise RepoError("the repository's path is empty: give the folder that holds .aim")
     root = os.path.abspath(os.path.expanduser(given))
@@ -294,9 +331,7 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
     if create:
         paths.create()
     elif not os.path.isdir(paths.aim):
-        raise RepoError(
-            f"no repository at {root}: run 'aim-watcher --repo {root} init' or start a run there"
-        )
+        raise RepoError(f"no repository at {root}: run 'aim-watcher --repo {root} init' or start a run there")
     return paths
 
 
@@ -331,8 +366,12 @@ _CHECK_IN_NAME = re.compile(
 )
 
 
+#: A higher number is none of ours, and leaves no room to go on from.
+MAX_IDX = 10**15
+
+
 class CheckIn(NamedTuple):
-    """One parsed file name of `check_ins`. `utc` is for people; `expect_next_in_s` 0 = no promise."""
+    """One parsed file name of `check_ins`. `utc` is for people; 0 expected seconds = no promise."""
 
     run_hash: str
     idx: int
@@ -361,6 +400,10 @@ def promise_margin_s(expect_next_in_s: float) -> float:
     return min(max(expect_next_in_s / 10, 1.0), 30.0)
 
 
+def _idx_of(name: str) -> int:
+    return int(name.split("-")[1])
+
+
 class CheckInFile:
     """One run's file in `check_ins`.
 
@@ -385,7 +428,9 @@ class CheckInFile:
         the file system has no room for another name.
         """
         target = check_in_name(self.run_hash, idx, flag, time.time(), expect_next_in_s)
-        older = sorted(self._names)
+        older = sorted(self._names, key=_idx_of)
+        if older and idx < _idx_of(older[-1]) < MAX_IDX:
+            return  # another thread has said more since this one took its number
         if flag == FAILED and self._create_beside(target):
             older = []
         elif not (older and self._rename(older.pop(), target)):
@@ -416,10 +461,8 @@ class CheckInFile:
         os.close(os.open(os.path.join(self.folder, name), flags, 0o666))
 
     def _remove(self, name: str) -> None:
-        try:
+        with contextlib.suppress(OSError):  # a leftover with a lower number says nothing
             os.unlink(os.path.join(self.folder, name))
-        except OSError:
-            pass  # a leftover with a lower number says nothing
         self._names.discard(name)
 
 
@@ -439,6 +482,24 @@ MAX_BACKLOG_BYTES = 64 << 20
 #: How often an unwritable log is tried again.
 RETRY_S = 1.0
 _CHECKPOINT_START = b'{"checkpoint"'
+#: A checkpoint is written every so many lines, and at the end.
+CHECKPOINT_LINES = 10_000
+
+
+def context_key(context: Dict[str, Any]) -> str:
+    """Return what two encoded contexts have in common exactly when they are equal."""
+    return json.dumps(_numbers_alike(context), sort_keys=True)
+
+
+def _numbers_alike(value: Any) -> Any:
+    # 1, 1.0 and True are equal in Python, and name the same series in Aim.
+    if isinstance(value, dict):
+        return {key: _numbers_alike(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers_alike(item) for item in value]
+    if isinstance(value, (bool, float)) and int(value) == value:
+        return int(value)
+    return value
 
 
 class SeriesState:
@@ -472,8 +533,11 @@ class SeriesState:
         self.last_time = 0.0
 
     def add(self, step: int, value: float, when: float, epoch: Optional[float]) -> None:
-        """Count one point in. NaN takes part in `last`, never in `min` and `max`."""
+        """Count one point in. `last` is the value at the highest step, the newest there; NaN takes
+        no part in `min` and `max`."""
         if not self.count:
+            self.first_step = self.last_step = step
+        elif step < self.first_step:
             self.first_step = step
         # Written so that a NaN on either side gives way to a number.
         if not value >= self.min and value == value:
@@ -481,10 +545,9 @@ class SeriesState:
         if not value <= self.max and value == value:
             self.max = value
         self.count += 1
-        self.last = value
-        self.last_step = step
-        self.last_time = when
-        self.last_epoch = epoch
+        if step >= self.last_step:
+            self.last_step, self.last = step, value
+            self.last_time, self.last_epoch = when, epoch
 
     def to_list(self) -> List[Any]:
         """Return the series as a checkpoint holds it."""
@@ -495,9 +558,7 @@ class SeriesState:
     @classmethod
     def from_list(cls, values: Sequence[Any]) -> SeriesState:
         """Read back what `to_list` gave. Raises ValueError or TypeError on anything else."""
-        series_id, name, context, count, low, high, last, first_step, last_step, epoch, when = (
-            values
-        )
+        series_id, name, context, count, low, high, last, first_step, last_step, epoch, when = values
         if not isinstance(name, str) or not isinstance(context, dict):
             raise TypeError("a series needs a name and a context")
         series = cls(int(series_id), name, context)
@@ -512,6 +573,60 @@ class SeriesState:
 def json_float(value: float) -> Union[float, str]:
     """Return `value`, or the string that stands for it where JSON has no number for it."""
     return value if math.isfinite(value) else repr(value)
+
+
+#: Deeper params are stored as text.
+MAX_PARAM_DEPTH = 50
+
+
+def encode_value(value: Any, odd: List[str], depth: int = 0) -> Any:
+    """Return a param or a context value as strict JSON can hold it.
+
+    None, bool, int, float, text, lists, tuples and dicts keep their kind, NumPy scalars become the
+    number that they hold, and anything else becomes text; its type is then added to `odd`.
+    """
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if isinstance(value, float):
+        value = float(value)
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if depth < MAX_PARAM_DEPTH:
+        if isinstance(value, dict):
+            return {_text_key(key): encode_value(item, odd, depth + 1) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [encode_value(item, odd, depth + 1) for item in value]
+        if callable(getattr(value, "item", None)) and getattr(value, "shape", None) == ():
+            return encode_value(value.item(), odd, MAX_PARAM_DEPTH)
+    if isinstance(value, (int, str)):
+        return int(value) if isinstance(value, int) else str(value)
+    odd.append(kind.__name__)
+    try:
+        return str(value)
+    except Exception:
+        return f"<{kind.__name__} without a text>"
+
+
+def _text_key(key: Any) -> str:
+    return key if type(key) is str else str(key)
+
+
+def decode_value(value: Any) -> Any:
+    """Return what `encode_value` was given, as a copy."""
+    if isinstance(value, dict):
+        if len(value) == 1 and isinstance(value.get("$float"), str):
+            return float(value["$float"])
+        return {key: decode_value(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [decode_value(item) for item in value]
+    return value
+
+
+def _checked_idx(value: Any) -> int:
+    idx = int(value)
+    if not 0 <= idx < MAX_IDX:
+        raise ValueError(f"no check-in has the number {value}")
+    return idx
 
 
 class RunState:
@@ -529,6 +644,8 @@ class RunState:
         self.props: Dict[str, Any] = {}
         self.series: Dict[int, SeriesState] = {}
         self.end: Optional[Dict[str, Any]] = None
+        #: How many messages were logged at each level, and the newest at error level.
+        self.logs: Dict[str, int] = {}
         self.errors: Deque[str] = deque(maxlen=5)
         self.next_idx = 1
         self.last_time = 0.0
@@ -570,19 +687,98 @@ class RunState:
     def _apply_props(self, record: Dict[str, Any]) -> None:
         self.props.update(record["props"])
 
+    def _apply_set(self, record: Dict[str, Any]) -> None:
+        path, value = record["set"], record["value"]
+        if path:
+            parent: Any = self.params
+            for key in path[:-1]:
+                at = int(key) if isinstance(parent, list) else key
+                child = parent[at] if isinstance(parent, list) else parent.get(at)
+                if not isinstance(child, (dict, list)):
+                    child = parent[at] = {}
+                parent = child
+            parent[int(path[-1]) if isinstance(parent, list) else path[-1]] = value
+        elif isinstance(value, dict):
+            self.params = value
+
+    def _apply_del(self, record: Dict[str, Any]) -> None:
+        path = record["del"]
+        if not path:
+            self.params = {}
+            return
+        parent = self.param(path[:-1])
+        del parent[int(path[-1]) if isinstance(parent, list) else path[-1]]
+
+    def param(self, path: Sequence[str]) -> Any:
+        """Return what stands at a path of params, encoded. Raises KeyError."""
+        found: Any = self.params
+        try:
+            for key in path:
+                found = found[int(key)] if isinstance(found, list) else found[key]
+        except (IndexError, TypeError, ValueError):
+            raise KeyError(tuple(path)) from None
+        return found
+
+    def _apply_series(self, record: Dict[str, Any]) -> None:
+        name, context = record["name"], record["context"]
+        if isinstance(name, str) and isinstance(context, dict):
+            series_id = int(record["series"])
+            self.series.setdefault(series_id, SeriesState(series_id, name, context))
+
     def _apply_log(self, record: Dict[str, Any]) -> None:
         self._seen(record["time"])
+        level = str(int(record["log"]))
+        self.logs[level] = self.logs.get(level, 0) + 1
         if record["log"] >= logging.ERROR:
-            self.errors.append(str(record["message"]))
+            self.errors.append(str(record["message"])[:1000])
+
+    def to_checkpoint(self) -> Dict[str, Any]:
+        """Return the whole state as a record, from which `apply` builds it again."""
+        return {
+            "checkpoint": 1,
+            "header": self.header,
+            "params": self.params,
+            "props": self.props,
+            "series": [series.to_list() for series in list(self.series.values())],
+            "end": self.end,
+            "logs": self.logs,
+            "errors": list(self.errors),
+            "next_idx": self.next_idx,
+            "last_time": self.last_time,
+        }
+
+    def _apply_checkpoint(self, record: Dict[str, Any]) -> None:
+        series = [SeriesState.from_list(values) for values in record["series"]]
+        for field, kind in (("header", dict), ("params", dict), ("props", dict), ("logs", dict)):
+            if not isinstance(record[field], kind):
+                raise TypeError(f"{field} is no {kind.__name__}")
+        if record["checkpoint"] != 1:
+            raise ValueError("another format")
+        # Everything is looked at before anything is taken over: half a checkpoint would be a lie.
+        errors, end, next_idx = map(str, record["errors"]), record["end"], _checked_idx(record["next_idx"])
+        self._seen(record["last_time"])
+        self.next_idx = max(self.next_idx, next_idx)
+        self.header, self.params, self.props = record["header"], record["params"], record["props"]
+        self.created_at = float(self.header.get("created_at", self.created_at))
+        self.series = {item.id: item for item in series}
+        self.logs = record["logs"]
+        self.errors = deque(errors, maxlen=5)
+        self.end = end if isinstance(end, dict) else None
 
     def _apply_end(self, record: Dict[str, Any]) -> None:
+        idx = _checked_idx(record["idx"])
         self._seen(record["time"])
         self.end = record
-        self.next_idx = max(self.next_idx, int(record["idx"]) + 1)
+        self.next_idx = max(self.next_idx, idx + 1)
 
+    #: By the key that names the kind of a record; a checkpoint has a "series" too, so it is first.
     _HANDLERS: Dict[str, Callable[[RunState, Dict[str, Any]], None]] = {
+        "checkpoint": _apply_checkpoint,
         "format": _apply_header,
         "resume": _apply_resume,
+        "set": _apply_set,
+        "del": _apply_del,
+        "series": _apply_series,
         "props": _apply_props,
         "log": _apply_log,
         "end": _apply_end,
@@ -604,7 +800,11 @@ class LogWriter:
         self._retry_mono = 0.0
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         self._fd = os.open(path, flags, 0o666)
-        self.size = os.fstat(self._fd).st_size
+        info = os.fstat(self._fd)
+        if not stat.S_ISREG(info.st_mode):
+            os.close(self._fd)
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        self.size = info.st_size
         # A writer that was killed may have left half a line; the next record must not join it.
         self._torn = self.size > 0 and os.pread(self._fd, 1, self.size - 1) != b"\n"
 
@@ -633,6 +833,10 @@ class LogWriter:
                 log.warning("%s can be written again (%d records lost)", self.path, self.dropped)
         return not self._backlog
 
+    def end(self) -> int:
+        """Return the size of the file now, in bytes."""
+        return os.fstat(self._fd).st_size
+
     def sync(self) -> None:
         """Wait until what was written has reached the disk, as far as the disk tells."""
         with contextlib.suppress(OSError):
@@ -645,12 +849,10 @@ class LogWriter:
         except OSError as error:
             if not self._backlog:
                 self._retry_mono = time.monotonic() + RETRY_S
-                log.warning(
-                    "cannot write %s: %s; records wait in memory", self.path, error.strerror
-                )
+                log.warning("cannot write %s: %s; records wait in memory", self.path, error.strerror)
             return False
         self._torn = written < len(data) and (written > 0 or self._torn)
-        return written == len(data)
+        return written >= len(data) - 1  # the next record brings the line break
 
     def close(self) -> None:
         """Try once more to write what waits, and let go of the file."""
@@ -667,20 +869,56 @@ def read_log(path: str, run_hash: str) -> RunState:
     """
     state = RunState(run_hash)
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", path)
     with os.fdopen(fd, "rb") as file:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", path)
-        start = _last_checkpoint(file.fileno(), info.st_size)
         lines = read_lines(file)
+        start = _last_checkpoint(fd, info.st_size)
         if start:
             _apply_line(state, next(lines, (b"", True))[0])
+        while start:
             file.seek(start)
+            if _apply_line(state, next(lines, (b"", True))[0]):
+                break
+            start = _last_checkpoint(fd, max(start - 2, 0))  # torn: the one before it
+        else:
+            state = RunState(run_hash)
+            file.seek(0)
         for line, whole in lines:
             # A last line without its end is being written, or was torn; not counted as damage.
             if not _apply_line(state, line) and whole:
                 state.skipped += 1
     return state
+
+
+def read_points(path: str, series_id: int) -> List[Tuple[int, float, Optional[float], float]]:
+    """Return the points of one series as (step, value, epoch, time), sorted by step, those of one
+    step as recorded. Raises OSError."""
+    start = b"[%d," % series_id
+    points = []
+    with open(path, "rb") as file:
+        for line, whole in read_lines(file):
+            if whole and line.startswith(start):
+                with contextlib.suppress(ValueError, TypeError, IndexError, OverflowError):
+                    point = from_json(line)
+                    epoch = point[4] if len(point) > 4 else None
+                    epoch = None if epoch is None else float(epoch)
+                    points.append((int(point[1]), float(point[2]), epoch, float(point[3])))
+    points.sort(key=lambda point: point[0])
+    return points
+
+
+def read_messages(path: str) -> Iterator[Dict[str, Any]]:
+    """Yield the log messages of a run as recorded. Raises OSError."""
+    with open(path, "rb") as file:
+        for line, whole in read_lines(file):
+            if whole and line.startswith(b'{"log"'):
+                with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
+                    record = from_json(line)
+                    float(record["time"])
+                    yield {**record, "message": str(record["message"])}
 
 
 def read_lines(file: Any) -> Iterator[Tuple[bytes, bool]]:
@@ -701,7 +939,7 @@ def _apply_line(state: RunState, line: bytes) -> bool:
     if line == b"\n":
         return True  # written by a resumed run to end its predecessor's torn line
     try:
-        record = json.loads(line)
+        record = from_json(line)
     except (ValueError, RecursionError):
         return False
     return state.apply(record)
@@ -733,12 +971,24 @@ def _last_checkpoint(fd: int, size: int) -> int:
 IDLE_CHECK_IN_S = 30.0
 #: How long a run that ends goes on trying to say so on a disk that refuses.
 END_RETRIES, END_RETRY_S = 4, 0.5
+MAX_STEP = 2**63
+#: How long a run that closes waits for the index.
+INDEX_ITSELF_S = 2.0
 #: How long a record waits for another thread's before it goes ahead.
 LOCK_WAIT_S = 2.0
 #: How long a lock on a run may be somebody's look at whether it is held.
 PROBE_WAIT_S = 0.3
 _MAX_FRAMES = 6
 _monotonic = time.monotonic
+
+
+#: The experiment of a run that was given none, as in Aim.
+DEFAULT_EXPERIMENT = "default"
+
+
+def default_name(run_hash: str) -> str:
+    """Return the name of a run that was given none, as in Aim."""
+    return f"Run: {run_hash}"
 
 
 def checked_expect_s(value: Any) -> float:
@@ -748,7 +998,9 @@ def checked_expect_s(value: Any) -> float:
     else:
         try:
             number = float(value)
-        except (TypeError, ValueError, OverflowError):
+        except OverflowError:
+            number = math.inf
+        except (TypeError, ValueError):
             number = None
     if number is None:
         raise ArgumentTypeError(
@@ -782,10 +1034,8 @@ def describe_session() -> Dict[str, Any]:
         "argv": [str(argument)[:1000] for argument in getattr(sys, "argv", [])][:100],
         "python": "{}.{}.{}".format(*sys.version_info[:3]),
     }
-    try:
+    with contextlib.suppress(OSError):  # the folder may be gone; the run is not
         session["cwd"] = os.getcwd()
-    except OSError:
-        pass  # the folder is gone; the run is not
     job = os.environ.get("SLURM_JOB_ID")
     if job:
         array = os.environ.get("SLURM_ARRAY_JOB_ID")
@@ -827,9 +1077,19 @@ class _Process:
         self.runs: weakref.WeakSet[Run] = weakref.WeakSet()
         #: Marker path to the writing run, since a record lock does not exclude one's own process.
         self.writers: weakref.WeakValueDictionary[str, Run] = weakref.WeakValueDictionary()
+        #: Held while markers, or the index's lock, are open: a record lock does not keep two threads
+        #: of one process apart, and one of them would lose its lock when the other closes the file.
+        self.markers = threading.Lock()
+        self.index = threading.Lock()
         self._excepthook: Optional[Callable[..., Any]] = None
         self._sigterm: Any = None
+        self._masks: List[Any] = []
         self._watches_exit = False
+
+    def writes(self, marker: str) -> bool:
+        """True where this process writes the run of that marker, which then must not be opened."""
+        run = self.writers.get(os.path.realpath(marker))
+        return run is not None and run._is_mine()
 
     def add(self, run: Run) -> None:
         """Watch over one more run."""
@@ -838,12 +1098,31 @@ class _Process:
             self._watches_exit = True
             atexit.register(self._at_exit)
             self._excepthook, sys.excepthook = sys.excepthook, self._on_uncaught
+            os.register_at_fork(
+                before=self._before_fork,
+                after_in_parent=self._after_fork,
+                after_in_child=self._after_fork_in_child,
+            )
         if self._sigterm is None and threading.current_thread() is threading.main_thread():
             current = signal.getsignal(signal.SIGTERM)
             # None: a handler that is not Python's. Ignored: somebody's decision. Both are kept.
             if current is not None and current != signal.SIG_IGN:
                 self._sigterm = current
                 signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _before_fork(self) -> None:
+        # A signal that reaches the child before it runs Python is lost to a Python handler.
+        self._masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}))
+
+    def _after_fork(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop())
+
+    def _after_fork_in_child(self) -> None:
+        if self._sigterm is not None and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+            with contextlib.suppress(ValueError):
+                signal.signal(signal.SIGTERM, self._sigterm)
+                self._sigterm = None
+        self._after_fork()
 
     def _on_uncaught(self, kind: Any, error: BaseException, trace: Any) -> None:
         if not _interactive():
@@ -916,10 +1195,14 @@ class Run:
         self._pid = 0  # so that __del__ finds a run that was never opened, whatever fails here
         self.hash = os.urandom(12).hex() if run_hash is None else checked_run_hash(run_hash)
         self.read_only = read_only
+        if experiment is not None:
+            _checked_text("experiment", experiment)
         self._paths = find_repo(None if repo is None else os.fspath(repo), create=not read_only)
         self._state = RunState(self.hash)
-        self._window: Tuple[Any, float] = (None, 0.0)
+        self._window: Tuple[Any, float] = (math.nan, 0.0)
         self._complained = False
+        self._warned_odd = False
+        self._lines = 0
         if read_only:
             self._read()
         else:
@@ -928,6 +1211,16 @@ class Run:
                 self.experiment = experiment
 
     # ---------------------------------------------------------------- opening
+
+    def __getattr__(self, name: str) -> Any:
+        # Of a run that a query found, the log is read when it is first needed.
+        if name == "_state" and self.__dict__.get("read_only"):
+            self._read()
+            return self._state
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        return f"<Run {self.hash} in {self._paths.root}>"
 
     def _read(self) -> None:
         path = self._paths.run_log(self.hash)
@@ -953,11 +1246,9 @@ class Run:
         #: An exception that was being handled when the run began is none of the run's.
         self._outer_error = sys.exc_info()[1]
         marker = os.path.realpath(self._paths.marker(self.hash))
-        other = _process.writers.get(marker)
-        if other is not None and other._is_mine():
+        if _process.writes(marker):
             raise RunBusyError(
-                f"run {self.hash} is already open in this process: use that object, "
-                "or close it first"
+                f"run {self.hash} is already open in this process: use that object, or close it first"
             )
         try:
             with contextlib.ExitStack() as undo:
@@ -966,9 +1257,11 @@ class Run:
                 self._log = LogWriter(self._paths.run_log(self.hash))
                 undo.callback(self._log.close)
                 names = self._adopt() if may_exist else []
-                self._file = CheckInFile(
-                    self._paths.check_ins, self.hash, self._state.next_idx, names
-                )
+                self._file = CheckInFile(self._paths.check_ins, self.hash, self._state.next_idx, names)
+                self._by_key: Dict[Tuple[str, Any], SeriesState] = {
+                    (series.name, context_key(series.context)): series
+                    for series in self._state.series.values()
+                }
                 self._record(self._session_record())
                 self._write_check_in(STARTING, 0, 0.0, None, strict=True)
                 undo.pop_all()
@@ -1009,8 +1302,7 @@ class Run:
             os.close(fd)
         if locked is None:
             log.warning(
-                "%s: this file system has no record locks: a second writer of run %s would not "
-                "be noticed",
+                "%s: this file system has no record locks: a second writer of run %s would not be noticed",
                 self._paths.pending,
                 self.hash,
             )
@@ -1040,15 +1332,14 @@ class Run:
         for name in os.listdir(self._paths.check_ins):
             parsed = parse_check_in(name) if name.startswith(self.hash) else None
             if parsed is not None and parsed.run_hash == self.hash:
-                self._state.next_idx = max(self._state.next_idx, parsed.idx + 1)
+                if parsed.idx < MAX_IDX:
+                    self._state.next_idx = max(self._state.next_idx, parsed.idx + 1)
                 names.append(name)
         return names if self._log.size else []
 
     # ---------------------------------------------------------------- progress
 
-    def report_progress(
-        self, *, expect_next_in: Union[int, float] = 0, block: bool = False
-    ) -> None:
+    def report_progress(self, *, expect_next_in: Union[int, float] = 0, block: bool = False) -> None:
         """Say that the run is alive and promise to say so again within `expect_next_in` seconds.
 
         Made for the innermost loop: a call that the check-in on disk already covers does not
@@ -1108,7 +1399,7 @@ class Run:
                 self._disk_idx = idx
                 self._deadline = now + written_s if written_s else math.inf
                 until = now + (written_s - expect_s if written_s else IDLE_CHECK_IN_S)
-                self._window = (asked if flag == CHECK_IN else None, until)
+                self._window = (asked if flag == CHECK_IN else math.nan, until)
         return True
 
     def report_successful_finish(self, *, block: bool = True) -> None:
@@ -1118,39 +1409,304 @@ class Run:
                 self._reopen()
             self._end(FINISHED, None, [])
 
+    # ---------------------------------------------------------------- metrics
+
+    def track(
+        self,
+        value: Any,
+        name: Optional[str] = None,
+        step: Optional[int] = None,
+        epoch: Optional[float] = None,
+        *,
+        context: Optional[Dict[str, Any]] = None,
+    ) -> None:
+        """Record a point of a metric series, or of several; on return it survives a SIGKILL.
+
+        Arguments:
+            value: a number (int, float, bool, or anything whose `.item()` is one), or a dict of
+                metric names to numbers.
+            name: the metric's name; left out where `value` is a dict.
+            step: an integer of at most 64 bit; left out: one more than the series' highest.
+            epoch: a number, or None.
+            context: what tells series of one name apart, such as {"subset": "train"}.
+
+        Raises ArgumentTypeError or ArgumentError for what cannot be recorded.
+        """
+        if isinstance(value, dict):
+            if name is not None:
+                raise ArgumentError("name must be left out when track() is given a dict of values")
+            # All are checked before the first is recorded.
+            points = [(_checked_name(key), _number(item, key)) for key, item in value.items()]
+        else:
+            points = [(_checked_name(name), value if type(value) is float else _number(value, name))]
+        if step is not None and type(step) is not int:
+            step = _checked_step(step)
+        if step is not None and not -MAX_STEP <= step < MAX_STEP:
+            raise ArgumentError(f"step {step} of metric {points[0][0]!r} does not fit in 64 bits")
+        if epoch is not None:
+            epoch = _checked_epoch(epoch)
+        if not self._may_write("track"):
+            return
+        now = time.time()
+        held = self._lock.acquire(timeout=LOCK_WAIT_S)
+        try:
+            for metric, number in points:
+                self._add_point(metric, number, step, epoch, context, now)
+        finally:
+            if held:
+                self._lock.release()
+
+    def _add_point(
+        self,
+        name: str,
+        value: float,
+        step: Optional[int],
+        epoch: Optional[float],
+        context: Optional[Dict[str, Any]],
+        now: float,
+    ) -> None:
+        try:
+            series = self._by_key[name, tuple(context.items()) if context else ()]
+        except (AttributeError, KeyError, TypeError):
+            series = self._declare(name, context)
+        if step is None:
+            step = series.last_step + 1 if series.count else 0
+        text = repr(value) if -math.inf < value < math.inf else f'"{float(value)!r}"'
+        if epoch is None:
+            line = f"[{series.id},{step},{text},{now:.3f}]\n"
+        else:
+            line = f"[{series.id},{step},{text},{now:.3f},{json_text(epoch)}]\n"
+        series.add(step, value, now, epoch)
+        self._state.last_time = now
+        self._append(line.encode("ascii"))
+
+    def _declare(self, name: str, context: Optional[Dict[str, Any]]) -> SeriesState:
+        if context is not None and not isinstance(context, dict):
+            raise ArgumentTypeError(
+                f"context of metric {name!r} must be a dict, not {type(context).__name__}"
+            )
+        odd: List[str] = []
+        encoded = encode_value(context or {}, odd)
+        key = (name, context_key(encoded))
+        if key not in self._by_key:
+            series_id = max(self._state.series, default=0) + 1
+            self._record({"series": series_id, "name": name, "context": encoded})
+            self._by_key[key] = self._state.series[series_id]
+            self._warn_odd(odd, f"context of metric {name!r}")
+        with contextlib.suppress(TypeError):  # a context with a list in it has no short cut
+            self._by_key[name, tuple(context.items()) if context else ()] = self._by_key[key]
+        return self._by_key[key]
+
+    def metrics(self) -> List[Metric]:
+        """Return the metric series of the run, in the order in which they began."""
+        return [Metric(self, series) for series in self._state.series.values()]
+
+    def get_metric(self, name: str, context: Any = None) -> Optional[Metric]:
+        """Return one metric series, or None where the run has none of that name and context.
+
+        `context` is a dict or an object with `to_dict()`; None means the empty one.
+        """
+        if context is not None and not isinstance(context, dict):
+            context = context.to_dict()
+        key = context_key(encode_value(context or {}, []))
+        for series in self._state.series.values():
+            if series.name == name and context_key(series.context) == key:
+                return Metric(self, series)
+        return None
+
+    # ---------------------------------------------------------------- params
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.set(key, value)
+
+    def set(self, key: Any, value: Any, strict: bool = True) -> None:
+        """Set a param. `run[...] = {...}` replaces all of them, `run["a", "b"] = v` one inside `a`.
+
+        What JSON has no kind for is stored as text, with one warning. `strict` is Aim's.
+        """
+        path = _param_path(key)
+        odd: List[str] = []
+        encoded = encode_value(value, odd)
+        if not path and not isinstance(encoded, dict):
+            raise ArgumentTypeError(f"run[...] takes a dict, not {type(value).__name__}")
+        if self._may_write("setting a param"):
+            if not self._record({"set": path, "value": encoded}):
+                raise ArgumentError(f"no list element at param {path!r}: set the whole list")
+            self._warn_odd(odd, f"param {'.'.join(path)!r}")
+
+    def __getitem__(self, key: Any) -> Any:
+        return decode_value(self._state.param(_param_path(key)))
+
+    def get(self, key: Any, default: Any = None, strict: bool = True) -> Any:
+        """Return a param, or `default` where there is none. `strict` is Aim's."""
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    def __delitem__(self, key: Any) -> None:
+        path = _param_path(key)
+        self._state.param(path)
+        if self._may_write("deleting a param"):
+            self._record({"del": path})
+
+    def _warn_odd(self, odd: Sequence[str], where: str) -> None:
+        if odd and not self._warned_odd:
+            self._warned_odd = True
+            log.warning(
+                "%s holds %s, which JSON has no kind for: stored as text (said once a run)",
+                printable(where, 100),
+                printable(", ".join(sorted(set(odd))), 100),
+            )
+
     # ---------------------------------------------------------------- properties
 
     @property
     def name(self) -> str:
         """The run's name; `Run: <hash>` until one is set."""
-        return str(self._state.props.get("name") or f"Run: {self.hash}")
+        return str(self._state.props.get("name") or default_name(self.hash))
 
     @name.setter
     def name(self, value: str) -> None:
         self._set_props(name=_checked_text("name", value))
 
     @property
+    def description(self) -> Optional[str]:
+        """What the run is about, in the user's words."""
+        return self._state.props.get("description")
+
+    @description.setter
+    def description(self, value: Optional[str]) -> None:
+        self._set_props(description=value if value is None else _checked_text("description", value))
+
+    @property
     def experiment(self) -> str:
         """The experiment that the run belongs to; `default` until one is set."""
-        return str(self._state.props.get("experiment") or "default")
+        return str(self._state.props.get("experiment") or DEFAULT_EXPERIMENT)
 
     @experiment.setter
     def experiment(self, value: str) -> None:
         self._set_props(experiment=_checked_text("experiment", value))
 
+    @property
+    def archived(self) -> bool:
+        """Whether the run is left out of queries that do not speak of `archived`."""
+        return bool(self._state.props.get("archived"))
+
+    @archived.setter
+    def archived(self, value: bool) -> None:
+        self._set_props(archived=bool(value))
+
+    @property
+    def tags(self) -> List[str]:
+        """The run's tags, in the order in which they were added, as a copy."""
+        return list(self._state.props.get("tags") or ())
+
+    def add_tag(self, value: str) -> None:
+        """Add a tag; one that is there already changes nothing."""
+        if _checked_text("tag", value) not in self.tags:
+            self._set_props(tags=[*self.tags, value])
+
+    def remove_tag(self, tag_name: str) -> bool:
+        """Remove a tag, and return whether it was there."""
+        tags = self.tags
+        if tag_name not in tags:
+            return False
+        self._set_props(tags=[tag for tag in tags if tag != tag_name])
+        return True
+
+    @property
+    def creation_time(self) -> float:
+        """When the run was created, in seconds since the epoch."""
+        return self._state.created_at
+
+    @property
+    def created_at(self) -> datetime.datetime:
+        """When the run was created, as a naive datetime in UTC, as in Aim."""
+        return utc_datetime(self._state.created_at)
+
+    @property
+    def end_time(self) -> Optional[float]:
+        """When the run ended, in seconds since the epoch; None while it has not."""
+        end = self._state.end
+        return None if end is None else float(end["time"])
+
+    @property
+    def finalized_at(self) -> Optional[datetime.datetime]:
+        """When the run ended, as a naive datetime in UTC; None while it has not."""
+        end_s = self.end_time
+        return None if end_s is None else utc_datetime(end_s)
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the run's creation to its end, or to now while it is active."""
+        end_s = self.end_time
+        return (time.time() if end_s is None else end_s) - self.creation_time
+
+    @property
+    def active(self) -> bool:
+        """True until the run has ended."""
+        return self._state.end is None
+
     def _set_props(self, **props: Any) -> None:
         if self._may_write(f"setting {', '.join(props)}"):
             self._record({"props": props})
 
-    def _record(self, record: Dict[str, Any]) -> None:
-        # Bounded: a thread that hangs in a write to a dead share must not hang SIGTERM with it.
+    # ---------------------------------------------------------------- log messages
+
+    def log_debug(self, msg: str, **params: Any) -> None:
+        """Record a message at level DEBUG; `params` are stored with it."""
+        self._log_message(logging.DEBUG, msg, params)
+
+    def log_info(self, msg: str, **params: Any) -> None:
+        """Record a message at level INFO; `params` are stored with it."""
+        self._log_message(logging.INFO, msg, params)
+
+    def log_warning(self, msg: str, **params: Any) -> None:
+        """Record a message at level WARNING; `params` are stored with it."""
+        self._log_message(logging.WARNING, msg, params)
+
+    def log_error(self, msg: str, **params: Any) -> None:
+        """Record a message at level ERROR; `params` are stored with it."""
+        self._log_message(logging.ERROR, msg, params)
+
+    def _log_message(self, level: int, msg: Any, params: Dict[str, Any]) -> None:
+        if self._may_write("log"):
+            record: Dict[str, Any] = {"log": level, "message": str(msg)}
+            record["time"] = round(time.time(), 3)
+            if params:
+                record["params"] = encode_value(params, [])
+            self._record(record)
+
+    # ---------------------------------------------------------------- records
+
+    def _record(self, record: Dict[str, Any]) -> bool:
+        """Take a record into the state and the log; False, and no record, where it makes no sense.
+
+        The wait is bounded: a thread that hangs in a write to a dead share must not hang SIGTERM
+        with it.
+        """
+        line = to_json(record).encode("ascii") + b"\n"
         held = self._lock.acquire(timeout=LOCK_WAIT_S)
         try:
-            self._state.apply(record)
-            self._log.append(record)
+            # From the line, so that the state shares nothing with what the caller holds.
+            if not self._state.apply(from_json(line)):
+                return False
+            self._append(line)
+            return True
         finally:
             if held:
                 self._lock.release()
+
+    def _append(self, line: bytes) -> None:
+        self._log.append_line(line)
+        self._lines += 1
+        if self._lines >= CHECKPOINT_LINES:
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        self._lines = 0
+        self._log.append(self._state.to_checkpoint())
 
     # ---------------------------------------------------------------- the end
 
@@ -1214,6 +1770,7 @@ class Run:
         self._ended = flag
         self._promised = False
         idx = self._file.next_idx()
+        self._disk_idx, self._deadline, self._window = idx, 0.0, (math.nan, 0.0)
         end: Dict[str, Any] = {"end": flag, "time": round(time.time(), 3), "idx": idx}
         if reason is not None:
             end.update(reason=reason, frames=frames)
@@ -1224,9 +1781,8 @@ class Run:
                 self._file.write(idx, flag, 0)
                 return
             except OSError as error:
-                log.warning(
-                    "cannot report %s below %s: %s", flag, self._file.folder, error.strerror
-                )
+                if not retry:
+                    log.warning("cannot report %s below %s: %s", flag, self._file.folder, error.strerror)
             time.sleep(END_RETRY_S if retry + 1 < END_RETRIES else 0)
 
     def _reopen(self) -> None:
@@ -1237,13 +1793,28 @@ class Run:
     def _close_files(self) -> None:
         held = self._lock.acquire(timeout=LOCK_WAIT_S)
         try:
-            if not self._closed:
+            if self._is_mine():
                 self._closed = True
+                self._checkpoint()
+                size = self._log.end()
                 self._log.close()
+                self._index_itself(size)
                 os.close(self._marker_fd)
         finally:
             if held:
                 self._lock.release()
+
+    def _index_itself(self, size: int) -> None:
+        """Put the closed run into the index if that is quick; its marker asks others to otherwise."""
+        try:
+            with Index(self._paths).writing(INDEX_ITSELF_S, most_runs=MAX_NEWS) as db:
+                db.execute("BEGIN IMMEDIATE")
+                index_run(db, self._state, size)
+                db.execute("COMMIT")
+                os.unlink(self._paths.marker(self.hash))
+        except Exception as error:
+            # Whatever it is, the run is in its log, and a script that has done its work may end.
+            log.debug("run %s is left to reindex: %s", self.hash, error)
 
     # ---------------------------------------------------------------- who may write
 
@@ -1269,10 +1840,1733 @@ class Run:
         return False
 
 
+class Metric:
+    """One metric series of a run. What summarizes it is there at once; its points are read from
+    the run's log when first asked for, and are sorted by step.
+
+    `values`, `steps`, `epochs` (None where none was given) and `times` (seconds since the epoch)
+    are lists of one length.
+    """
+
+    def __init__(self, run: Run, series: SeriesState) -> None:
+        self.run = run
+        self.name = series.name
+        self.context: Dict[str, Any] = decode_value(series.context)
+        self.count, self.min, self.max, self.last = (
+            series.count,
+            series.min,
+            series.max,
+            series.last,
+        )
+        self.first_step, self.last_step = series.first_step, series.last_step
+        self._id = series.id
+        self._points: Optional[List[Tuple[int, float, Optional[float], float]]] = None
+
+    def __repr__(self) -> str:
+        return f"<Metric {self.name!r} {self.context!r} of run {self.run.hash}: {self.count} points>"
+
+    def _read(self) -> List[Tuple[int, float, Optional[float], float]]:
+        if self._points is None:
+            path = self.run._paths.run_log(self.run.hash)
+            try:
+                self._points = read_points(path, self._id)
+            except OSError as error:
+                raise RepoError(f"cannot read {path}: {error.strerror}") from None
+        return self._points
+
+    @property
+    def steps(self) -> List[int]:
+        """The steps, in rising order."""
+        return [point[0] for point in self._read()]
+
+    @property
+    def values(self) -> List[float]:
+        """The values, one for each step."""
+        return [point[1] for point in self._read()]
+
+    @property
+    def epochs(self) -> List[Optional[float]]:
+        """The epochs, None where none was given."""
+        return [point[2] for point in self._read()]
+
+    @property
+    def times(self) -> List[float]:
+        """When each was recorded, in seconds since the epoch."""
+        return [point[3] for point in self._read()]
+
+
 def _checked_text(what: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ArgumentTypeError(f"{what} must be a string, not {type(value).__name__}")
     return value
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, str):
+        raise ArgumentTypeError(
+            f"a metric's name must be a string, not {type(name).__name__}: track(value, name='loss')"
+        )
+    return name
+
+
+def _number(value: Any, name: Any) -> float:
+    """Return a value that a series can hold: a float, or an int of at most 53 bits."""
+    found = value
+    if callable(getattr(value, "item", None)):
+        with contextlib.suppress(Exception):  # of more than one element; refused below
+            found = value.item()
+    if not isinstance(found, (str, bytes, bytearray)):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            number = float(found)
+            return int(number) if isinstance(found, int) and abs(number) < 2**53 else number
+    shape = getattr(value, "shape", None)
+    what = type(value).__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
+    raise ArgumentTypeError(
+        f"metric {name!r} cannot record {what} ({printable(repr(value), 60)}): track() takes one "
+        "number, or a dict of names to numbers"
+    )
+
+
+def _checked_step(step: Any) -> int:
+    try:
+        return operator.index(step)
+    except TypeError:
+        if isinstance(step, float) and step.is_integer():
+            return int(step)
+    raise ArgumentTypeError(f"step must be an integer, not {printable(repr(step), 60)}")
+
+
+def _checked_epoch(epoch: Any) -> float:
+    try:
+        return float(epoch)
+    except (TypeError, ValueError, OverflowError):
+        raise ArgumentTypeError(f"epoch must be a number, not {printable(repr(epoch), 60)}") from None
+
+
+def json_text(value: float) -> str:
+    """Return a float as JSON, or as the string that stands for it."""
+    return repr(value) if math.isfinite(value) else f'"{value!r}"'
+
+
+def _param_path(key: Any) -> List[str]:
+    if key is Ellipsis:
+        return []
+    parts = key if isinstance(key, tuple) else (key,)
+    for part in parts:
+        if isinstance(part, bool) or not isinstance(part, (str, int)):
+            raise ArgumentTypeError(
+                f"a param's key must be a string, an int, a tuple of these or ..., "
+                f"not {printable(repr(part), 60)}"
+            )
+    return [str(part) for part in parts]
+
+
+def utc_datetime(epoch_s: float) -> datetime.datetime:
+    """Return seconds since the epoch as a naive datetime in UTC."""
+    return datetime.datetime.fromtimestamp(epoch_s, datetime.timezone.utc).replace(tzinfo=None)
+
+
+# ======================================================================================
+# Index
+#
+# A cache of what the run logs say, made for questions, and rebuilt without a word whenever it is
+# missing, damaged or of another version. The same tables in memory hold the runs whose newest records
+# the file lacks; a question goes to both, and the first that has a run answers for it.
+# ======================================================================================
+
+#: Counted up with every change of the tables or of what stands in them.
+INDEX_VERSION = 1
+
+# No column but the ids has a type: a type's affinity would make '5' equal to 5. A value is NULL for None,
+# an INTEGER for a bool, a BLOB for what SQLite lacks: NaN (it would become NULL), dicts and lists.
+# A path is the keys as JSON strings with commas between ("hparams","lr"), so that no key, whatever
+# it contains, can be taken for two. Dicts are taken apart; a list is one value, read from `runs.params`.
+_SCHEMA = """
+CREATE TABLE runs (
+    id INTEGER PRIMARY KEY, hash NOT NULL UNIQUE, created_at NOT NULL, end_time, last_time, state NOT NULL,
+    reason, archived NOT NULL, name, description, experiment, host, pid, user, job, log_size, argv, tags,
+    params);
+CREATE INDEX runs_by_experiment ON runs (experiment);
+CREATE INDEX runs_by_name ON runs (name);
+CREATE INDEX runs_by_creation ON runs (created_at);
+CREATE TABLE params (run INTEGER, path, value, PRIMARY KEY (run, path)) WITHOUT ROWID;
+CREATE INDEX params_by_value ON params (path, value);
+CREATE TABLE tags (run INTEGER, tag, PRIMARY KEY (run, tag)) WITHOUT ROWID;
+CREATE INDEX tags_by_tag ON tags (tag);
+CREATE TABLE contexts (context, path, value, PRIMARY KEY (context, path)) WITHOUT ROWID;
+CREATE TABLE metrics (
+    run INTEGER, name, context, count, min, max, last, first_step, last_step, last_epoch, last_time,
+    series, PRIMARY KEY (run, name, context)) WITHOUT ROWID;
+CREATE INDEX metrics_by_name ON metrics (name, context, last)
+"""
+
+_RUN_COLUMNS = (
+    "hash, created_at, end_time, last_time, state, reason, archived, name, description, experiment,"
+    " host, pid, user, job, log_size, argv, tags"
+)
+_METRIC_COLUMNS = "name, context, count, min, max, last, first_step, last_step, last_epoch, last_time, series"
+_PUT_RUN = f"INSERT OR REPLACE INTO runs (id, {_RUN_COLUMNS}, params) VALUES (?{', ?' * 18})"
+_PUT_PARAM = "INSERT INTO params VALUES (?, ?, ?)"
+_PUT_TAG = "INSERT OR IGNORE INTO tags VALUES (?, ?)"
+_PUT_METRIC = f"INSERT OR REPLACE INTO metrics VALUES (?{', ?' * 11})"
+_PUT_CONTEXT = "INSERT OR IGNORE INTO contexts VALUES (?, ?, ?)"
+
+#: The SQLite value that stands for a float that is not a number; json.loads reads it back.
+_NAN = b"NaN"
+# Makes a new float of every NaN: one and the same is `in` a list that holds it, and lists of it are equal.
+_DECODER = json.JSONDecoder(parse_constant=float)
+
+
+class IndexUnusable(AimwatchError):
+    """The index is of another version, or no index at all: it is to be built anew."""
+
+
+class RunRow(NamedTuple):
+    """One run as the index knows it; times are UTC seconds, `argv` and `tags` JSON bytes."""
+
+    hash: str
+    created_at: float
+    end_time: float | None
+    last_time: float
+    state: str
+    reason: str | None
+    archived: int
+    name: str | None
+    description: str | None
+    experiment: str | None
+    host: str | None
+    pid: int | None
+    user: str | None
+    job: str | None
+    log_size: int
+    argv: bytes
+    tags: bytes
+
+
+class MetricRow(NamedTuple):
+    """One metric series as the index knows it, and the hash of the run that tracked it."""
+
+    run: str
+    run_created_at: float
+    name: str
+    context_json: bytes
+    count: int  # type: ignore[assignment]  # a tuple's count() gives way to the better name
+    min: float | None
+    max: float | None
+    last: float | None
+    first_step: int | None
+    last_step: int | None
+    last_epoch: float | None
+    last_time: float
+    series: int
+
+    @property
+    def context(self) -> Dict[str, Any]:
+        return dict(json.loads(self.context_json))
+
+    def to_series(self) -> SeriesState:
+        """Return the series as a run's state has it."""
+        series = SeriesState(self.series, self.name, self.context)
+        for field in ("count", "min", "max", "last", "first_step", "last_step", "last_epoch", "last_time"):
+            value = getattr(self, field)
+            setattr(series, field, math.nan if isinstance(value, bytes) else value)
+        return series
+
+
+def open_index(path: str, *, busy_timeout_s: float = 5.0, read_only: bool = False) -> sqlite3.Connection:
+    """Open the index at `path` (':memory:' for an overlay), making its tables in an empty file.
+
+    Raises IndexUnusable for another version and sqlite3.Error for a file that is damaged or not a database.
+    """
+    import sqlite3
+    from urllib.parse import quote
+
+    uri = path if path == ":memory:" else f"file:{quote(path)}?mode={'ro' if read_only else 'rwc'}"
+    db = sqlite3.connect(uri, timeout=busy_timeout_s, isolation_level=None, uri=True, check_same_thread=False)
+    try:
+        db.create_function("py_op", 3, _py_op)
+        db.create_function("py_at", 2, _py_at)
+        if db.execute("PRAGMA user_version").fetchone() == (0,) and not read_only:
+            _create_tables(db)
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version != INDEX_VERSION:
+            raise IndexUnusable(
+                f"{path} has version {version}, not {INDEX_VERSION}: set it aside and run reindex"
+            )
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _create_tables(db: sqlite3.Connection) -> None:
+    db.execute("PRAGMA journal_mode = DELETE")
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        # Asked again under the lock: another process may have been quicker.
+        if db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+            for statement in _SCHEMA.split(";"):
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {INDEX_VERSION}")
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")
+
+
+def index_run(db: sqlite3.Connection, state: RunState, log_size: int = 0) -> None:
+    """Write or replace one run, inside the caller's transaction."""
+    run_id = _forget(db, state.hash)
+    end, props, header = state.end or {}, state.props, state.header
+    tags = props.get("tags") if isinstance(props.get("tags"), list) else []
+    try:
+        decoded = decode_value(state.params)
+        params, param_rows = _json_bytes(decoded), _flatten(decoded)
+    except RecursionError:
+        # Nested deeper than Python can follow. The run must still be found by everything else.
+        params, param_rows = b"{}", []
+    row: list[Any] = [
+        state.hash,
+        state.created_at,
+        end.get("time"),
+        state.last_time,
+        end.get("end", "running"),
+    ]
+    row += [end.get("reason"), 1 if props.get("archived") else 0]
+    row += [props.get("name") or default_name(state.hash), props.get("description")]
+    row += [props.get("experiment") or DEFAULT_EXPERIMENT]
+    row += [header.get(name) for name in ("host", "pid", "user", "job")]
+    row += [log_size, header.get("argv", []), tags]
+    run_id = db.execute(_PUT_RUN, (run_id, *map(sql_value, row), params)).lastrowid
+    db.executemany(_PUT_PARAM, [(run_id, path, value) for path, value in param_rows])
+    if tags:
+        db.executemany(_PUT_TAG, [(run_id, sql_value(tag)) for tag in tags])
+    if state.series:
+        _index_metrics(db, run_id, list(state.series.values()))
+
+
+def _index_metrics(db: sqlite3.Connection, run_id: int | None, series: list[SeriesState]) -> None:
+    metric_rows, context_rows = [], []
+    for s in series:
+        context = decode_value(s.context)
+        key = _key(context)
+        numbers = [s.count, s.min, s.max, s.last, s.first_step, s.last_step, s.last_epoch, s.last_time, s.id]
+        metric_rows.append((run_id, sql_value(s.name), key, *map(sql_value, numbers)))
+        context_rows.append((key, "", _json_bytes(context)))
+        context_rows += [(key, path, value) for path, value in _flatten(context)]
+    db.executemany(_PUT_METRIC, metric_rows)
+    db.executemany(_PUT_CONTEXT, context_rows)
+
+
+def delete_run(db: sqlite3.Connection, run_hash: str) -> bool:
+    """Take a run out of the index, inside the caller's transaction; false if it was not there."""
+    return _forget(db, run_hash) is not None
+
+
+def _forget(db: sqlite3.Connection, run_hash: str) -> int | None:
+    # Contexts stay: many runs share them, and there are few.
+    found = db.execute("SELECT id FROM runs WHERE hash = ?", (run_hash,)).fetchone()
+    if found is None:
+        return None
+    for table, column in (("runs", "id"), ("params", "run"), ("tags", "run"), ("metrics", "run")):
+        db.execute(f"DELETE FROM {table} WHERE {column} = ?", found)
+    return int(found[0])
+
+
+def read_params(db: sqlite3.Connection, run_hash: str) -> dict[str, Any] | None:
+    """Return all params of a run, nested as they were set, or None if the index lacks the run."""
+    found = db.execute("SELECT params FROM runs WHERE hash = ?", (run_hash,)).fetchone()
+    return None if found is None else json.loads(found[0])
+
+
+def sql_value(value: Any) -> int | float | str | bytes | None:
+    """Turn a JSON value into what SQLite stores and compares like Python; lists and dicts: JSON bytes."""
+    if isinstance(value, str):
+        # A lone surrogate, legal in JSON, cannot be stored as UTF-8.
+        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, float):
+        return _NAN if math.isnan(value) else value
+    if isinstance(value, int):
+        if -(2**63) <= value < 2**63:
+            return int(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
+    return None if value is None else _json_bytes(value)
+
+
+def _from_sql(value: Any) -> Any:
+    return _DECODER.decode(value.decode()) if isinstance(value, bytes) else value
+
+
+def _json_bytes(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _key(value: Any) -> Any:
+    # What `params.value` holds: scalars themselves; of a dict or list a digest that is the same for all
+    # that are equal in Python, so that it can be found by an index.
+    return _fingerprint(value, "", None)[0]
+
+
+def _flatten(document: dict[str, Any]) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    _fingerprint(document, "", rows)
+    return rows
+
+
+def _fingerprint(value: Any, path: str, rows: list[tuple[str, Any]] | None) -> tuple[Any, str]:
+    # Returns the key, and the text that goes into the digest of whatever holds the value. The keys of
+    # everything below a dict are added to `rows` on the way, which keeps this linear in the size.
+    parts = []
+    if isinstance(value, dict):
+        for name in sorted(value):
+            quoted = json.dumps(name)
+            child_path = f"{path},{quoted}" if path else quoted
+            key, text = _fingerprint(value[name], child_path, rows)
+            parts.append(f"{quoted}:{text}")
+            if rows is not None:
+                rows.append((child_path, key))
+    elif isinstance(value, (list, tuple)):
+        parts = [_fingerprint(item, "", None)[1] for item in value]
+    else:
+        key = sql_value(value)
+        if isinstance(key, float) and key.is_integer():
+            return key, str(int(key))
+        return key, json.dumps(key) if isinstance(key, str) else str(key)
+    kind = "{}" if isinstance(value, dict) else "[]"
+    if not parts:
+        return kind.encode(), kind
+    from hashlib import blake2b  # here, since few who import this module ever index a list
+
+    digest = blake2b(",".join(parts).encode(), digest_size=16).hexdigest()
+    return (kind[0] + digest).encode(), kind[0] + digest
+
+
+class IndexBusy(AimwatchError):
+    """Another process writes the index; what was to be written keeps its marker for later."""
+
+
+class Index:
+    """The file `index.sqlite` of a repository, and who may write it.
+
+    A record lock on `index.lock` keeps writers apart, so that one that rebuilds the file and one
+    that adds to it never lose each other's work; readers need only SQLite's own locks. Wherever
+    the file is missing, damaged or of another version it is built anew from the run logs.
+    """
+
+    def __init__(self, paths: RepoPaths) -> None:
+        self.paths = paths
+
+    @contextlib.contextmanager
+    def writing(self, wait_s: float = 10.0, most_runs: float = math.inf) -> Iterator[sqlite3.Connection]:
+        """Yield the index, to be written by nobody else until the block ends.
+
+        Raises IndexBusy after `wait_s`, or where the index must be built of more than `most_runs`
+        first, and OSError or sqlite3.Error where it cannot be written.
+        """
+        deadline = _monotonic() + wait_s
+        busy = IndexBusy(f"{self.paths.index} is being written by another process: try again later")
+        if not _process.index.acquire(timeout=wait_s):
+            raise busy
+        with contextlib.ExitStack() as undo:
+            undo.callback(_process.index.release)
+            fd = os.open(self.paths.index_lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            undo.callback(os.close, fd)
+            while try_lock(fd) is False:
+                if _monotonic() >= deadline:
+                    raise busy
+                time.sleep(0.01)
+            yield undo.enter_context(contextlib.closing(self._open_or_rebuild(most_runs)))
+
+    def _open_or_rebuild(self, most_runs: float) -> sqlite3.Connection:
+        try:
+            if os.path.getsize(self.paths.index):
+                return open_index(self.paths.index)
+        except FileNotFoundError:
+            pass
+        except Exception as error:
+            if not _is_damage(error):
+                raise
+        if most_runs < math.inf and len(list_runs(self.paths)) > most_runs:
+            raise IndexBusy(f"{self.paths.index} has to be built first")
+        self.rebuild()
+        return open_index(self.paths.index)
+
+    def rebuild(self, progress: Callable[[int, int], None] = lambda done, of: None) -> List[str]:
+        """Build the index anew beside the old one and replace it; return what could not be read.
+
+        To be called by the holder of the lock. Killed at any moment, it leaves the old one.
+        """
+        for leftover in self._leftovers():
+            os.unlink(leftover)
+        temporary = f"{self.paths.index}.{os.urandom(6).hex()}.tmp"
+        problems: List[str] = []
+        try:
+            db = open_index(temporary)
+            with contextlib.closing(db):
+                # Nobody reads this file before it is whole and synced, so it needs no journal.
+                db.execute("PRAGMA synchronous = OFF")
+                db.execute("PRAGMA journal_mode = OFF")
+                hashes = list_runs(self.paths)
+                db.execute("BEGIN")
+                for done, run_hash in enumerate(hashes):
+                    progress(done, len(hashes))
+                    state, size, problem = load_run(self.paths, run_hash)
+                    if state is not None:
+                        index_run(db, state, size)
+                    if problem:
+                        problems.append(problem)
+                db.execute("COMMIT")
+                progress(len(hashes), len(hashes))
+            fd = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            with contextlib.suppress(FileNotFoundError):
+                # It belongs to the file that goes, and would be rolled back into the new one.
+                os.unlink(f"{self.paths.index}-journal")
+            os.replace(temporary, self.paths.index)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+        return problems
+
+    def _leftovers(self) -> List[str]:
+        """Return the files of rebuilds that were killed; the lock says that none is under way."""
+        name = os.path.basename(self.paths.index)
+        found = (item for item in os.listdir(self.paths.own) if item.startswith(f"{name}."))
+        return [os.path.join(self.paths.own, item) for item in found if item.endswith(".tmp")]
+
+
+def _is_damage(error: Exception) -> bool:
+    """True for what a new index mends, as opposed to a lock or a disk that is full."""
+    import sqlite3
+
+    if isinstance(error, sqlite3.OperationalError):
+        return not re.search("locked|busy|full|readonly|disk I/O", str(error))
+    return isinstance(error, (sqlite3.DatabaseError, IndexUnusable))
+
+
+def list_runs(paths: RepoPaths) -> List[str]:
+    """Return the hashes of all runs that have a log."""
+    try:
+        names = os.listdir(paths.runs)
+    except FileNotFoundError:
+        return []
+    hashes = (name[: -len(".jsonl")] for name in names if name.endswith(".jsonl"))
+    return [run_hash for run_hash in hashes if RUN_HASH.fullmatch(run_hash)]
+
+
+def load_run(paths: RepoPaths, run_hash: str) -> Tuple[Optional[RunState], int, str]:
+    """Return (state, bytes of the log that it covers, what is wrong with the log or "")."""
+    path = paths.run_log(run_hash)
+    try:
+        size = os.stat(path).st_size
+        state = read_log(path, run_hash)
+    except OSError as error:
+        return None, 0, f"{path}: {error.strerror}"
+    if not state.created_at:
+        return None, size, f"{path}: no run description in it" if size else ""
+    version = state.header.get("format", LOG_FORMAT)
+    if version != LOG_FORMAT:
+        return None, size, f"{path}: format {version!r} is newer than this aimwatch ({LOG_FORMAT})"
+    return state, size, ""
+
+
+class Reindexer:
+    """Brings the index up to date with the runs that have a marker in `pending`."""
+
+    def __init__(self, paths: RepoPaths) -> None:
+        self.paths = paths
+        self.index = Index(paths)
+        self.problems: List[str] = []
+        #: Size of the log when a run that still lives was indexed last, so that it is not read in vain.
+        self._sizes: Dict[str, int] = {}
+
+    def pending(self) -> List[str]:
+        """Return the hashes that have a marker."""
+        try:
+            names = os.listdir(self.paths.pending)
+        except FileNotFoundError:
+            return []
+        return [name for name in names if RUN_HASH.fullmatch(name)]
+
+    def run(
+        self,
+        hashes: Sequence[str],
+        batch_s: float = 0.1,
+        wait_s: float = 10.0,
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> int:
+        """Index these runs in transactions of about `batch_s`; return how many are now complete.
+
+        Raises IndexBusy, OSError and sqlite3.Error; what was not committed keeps its marker.
+        """
+        try:
+            return self._run(hashes, batch_s, wait_s, progress)
+        except sqlite_error() as error:
+            if not _is_damage(error):
+                raise
+            # Found in the middle of the file; without it, it is built anew.
+            log.warning("%s: %s; building it anew", self.paths.index, error)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.paths.index)
+            return self._run(hashes, batch_s, wait_s, progress)
+
+    def _run(
+        self, hashes: Sequence[str], batch_s: float, wait_s: float, progress: Callable[[int, int], None]
+    ) -> int:
+        complete, done = 0, 0
+        self.signs = last_check_ins(self.paths)
+        while done < len(hashes):
+            with self.index.writing(wait_s) as db, _process.markers, contextlib.ExitStack() as markers:
+                finished: List[str] = []
+                begun = _monotonic()
+                db.execute("BEGIN IMMEDIATE")
+                while done < len(hashes) and len(finished) < MAX_BATCH:
+                    progress(done, len(hashes))
+                    if self._one(db, hashes[done], markers):
+                        finished.append(hashes[done])
+                    done += 1
+                    if _monotonic() - begun >= batch_s:
+                        break
+                db.execute("COMMIT")
+                # Only now, while the locks are held: a marker may go when the disk has the run.
+                for run_hash in finished:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(self.paths.marker(run_hash))
+                complete += len(finished)
+        progress(done, len(hashes))
+        return complete
+
+    def _one(self, db: sqlite3.Connection, run_hash: str, markers: contextlib.ExitStack) -> bool:
+        """Index one run; True where its writer is gone and its marker can go after the commit."""
+        gone = False
+        if not _process.writes(self.paths.marker(run_hash)):
+            try:
+                fd = os.open(self.paths.marker(run_hash), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except FileNotFoundError:
+                return False  # another indexer was quicker
+            except OSError as error:
+                self.problems.append(f"{self.paths.marker(run_hash)}: {error.strerror}")
+                return False
+            markers.callback(os.close, fd)
+            gone = try_lock(fd) is True
+        try:
+            size = os.stat(self.paths.run_log(run_hash)).st_size
+        except FileNotFoundError:
+            delete_run(db, run_hash)
+            return gone
+        except OSError:
+            size = -1  # load_run says what is wrong
+        if gone and db.execute(_INDEXED_TO, (run_hash,)).fetchone() == (size,):
+            return True
+        state, size, problem = load_run(self.paths, run_hash)
+        if problem:
+            self.problems.append(problem)
+        if state is None:
+            return False
+        if gone and state.end is None:
+            size = finalize_dead(self.paths, state, self.signs.get(run_hash, 0.0))
+        index_run(db, state, size)
+        return gone
+
+    def forget_sizes(self) -> None:
+        """Let `changed` return every pending run again."""
+        self._sizes.clear()
+
+    def changed(self) -> List[str]:
+        """Return the pending runs whose log has grown since this object saw it last."""
+        found = []
+        for run_hash in self.pending():
+            try:
+                size = os.stat(self.paths.run_log(run_hash)).st_size
+            except OSError:
+                size = -1
+            if self._sizes.get(run_hash) != size:
+                self._sizes[run_hash] = size
+                found.append(run_hash)
+        return found
+
+
+#: The size of the log that the index covers, of a run whose end it knows.
+_INDEXED_TO = "SELECT log_size FROM runs WHERE hash = ? AND end_time IS NOT NULL"
+#: A transaction holds at most this many markers open.
+MAX_BATCH = 200
+DIED = "its process ended without saying so"
+
+
+def last_check_ins(paths: RepoPaths) -> Dict[str, float]:
+    """Return when each run says that it checked in last, in seconds since the epoch."""
+    signs: Dict[str, float] = {}
+    with contextlib.suppress(OSError):
+        for name in os.listdir(paths.check_ins):
+            check_in = parse_check_in(name)
+            if check_in is not None:
+                utc_s = float(check_in.utc)
+                signs[check_in.run_hash] = max(utc_s, signs.get(check_in.run_hash, 0.0))
+    return signs
+
+
+def finalize_dead(paths: RepoPaths, state: RunState, last_check_in: float) -> int:
+    """Record the end of a run whose process is gone, at its last sign of life, and return the
+    size of its log. The caller holds the run's marker, which makes it the log's only writer."""
+    last = max(state.last_time, state.created_at, last_check_in)
+    end: Dict[str, Any] = {"end": FAILED, "time": last, "idx": state.next_idx - 1, "reason": DIED}
+    state.apply(end)
+    try:
+        writer = LogWriter(paths.run_log(state.hash))
+    except OSError:
+        return 0  # the index knows of the end; the log will be looked at again
+    writer.append(end)
+    writer.append(state.to_checkpoint())
+    size = writer.end()
+    writer.close()
+    return size
+
+
+# ======================================================================================
+# Query language
+#
+# A query is one Python expression over `run` (and `metric`), parsed by `ast` and compiled to one SQL
+# condition with bound parameters: nothing of it is evaluated, and no text of it gets into the SQL.
+# Python's meaning holds; what is missing is None, what is impossible ('a' > 3, None + 1, 1 / 0) is
+# false as a comparison and None as a value, and `not` is the opposite of true and false alone.
+# ======================================================================================
+
+# What is compared with a constant becomes plain SQL that can use an index. Everything else goes through
+# py_op, where Python itself computes, so that there is one place that knows what `//` or `in` mean.
+
+#: A term of more tokens could overflow the C stack inside `ast.parse`; deeper nesting overflows the
+#: parser of an SQLite as old as 3.26, and more constants its limit of 999 variables.
+_MAX_TERM_TOKENS = 250
+_MAX_BRACKETS = 40
+_MAX_DEPTH = 12
+_MAX_CONSTANTS = 900
+
+_TOKEN = re.compile(
+    r"""(?P<flat>\b(?:and|or)\b|,)|(?P<open>[(\[{])|(?P<close>[)\]}])|(?P<space>\s+|\#[^\n]*)
+    |(?P<prefix>[bBfFrRtTuU]{0,2})(?P<text>(?:'''.*?'''|\"\"\".*?\"\"\"|'(?:\\.|[^'\\\n])*'|"(?:\\.|[^"\\\n])*"))
+    |(?P<foreign>\b(?:if|else|lambda|for|await|yield)\b)|\w+|.""",
+    re.DOTALL | re.VERBOSE,
+)
+
+_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "==": operator.eq,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "in": lambda item, whole: item in whole,
+}
+_COMPARISON_SIGNS: dict[type, str] = {
+    ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=",
+    ast.In: "in", ast.NotIn: "not in", ast.Is: "is", ast.IsNot: "is not",
+}  # fmt: skip
+_OPPOSITES = {"!=": "==", "not in": "in", "is not": "is"}
+_MIRRORED = {"==": "==", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
+
+
+def _as_number(value: Any) -> Any:
+    if not isinstance(value, (int, float)):
+        raise TypeError
+    return value
+
+
+def _sum(left: Any, right: Any) -> Any:
+    return (
+        left + right
+        if isinstance(left, str) and isinstance(right, str)
+        else _as_number(left) + _as_number(right)
+    )
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    # A whole number of more than 4,096 bits is of no use to a comparison, and could take hours to compute.
+    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * exponent > 4096:
+        base = float(base)
+    result = _as_number(base) ** _as_number(exponent)
+    return _as_number(result)  # (-8) ** 0.5 is complex
+
+
+def _has_affix(method: Callable[..., bool], text: Any, affix: Any) -> Any:
+    return method(text, tuple(affix) if isinstance(affix, list) else affix)
+
+
+_OPERATORS: dict[type, str] = {
+    ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%", ast.Pow: "**",
+    ast.USub: "neg", ast.UAdd: "pos",
+}  # fmt: skip
+_METHODS = ("startswith", "endswith", "lower", "upper")
+_FUNCTIONS = ("abs", "bool", "float", "int", "len", "max", "min", "round", "sum")
+_TIME_PARTS = ("year", "month", "day", "hour", "minute", "second")
+_OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "+": _sum,
+    "-": lambda left, right: _as_number(left) - _as_number(right),
+    "*": lambda left, right: _as_number(left) * _as_number(right),
+    "/": lambda left, right: _as_number(left) / _as_number(right),
+    "//": lambda left, right: _as_number(left) // _as_number(right),
+    "%": lambda left, right: _as_number(left) % _as_number(right),
+    "**": _power,
+    "neg": lambda value, _: -_as_number(value),
+    "pos": lambda value, _: +_as_number(value),
+    "and": lambda left, right: left and right,
+    "or": lambda left, right: left or right,
+    "startswith": lambda text, affix: _has_affix(str.startswith, text, affix),
+    "endswith": lambda text, affix: _has_affix(str.endswith, text, affix),
+    "lower": lambda text, _: str.lower(text),
+    "upper": lambda text, _: str.upper(text),
+    "abs": lambda value, _: abs(_as_number(value)),
+    "bool": lambda value, _: bool(value),
+    "float": lambda value, _: float(value),
+    "int": lambda value, _: int(value),
+    "len": lambda value, _: len(value),
+    "max": lambda values, _: max(values),
+    "min": lambda values, _: min(values),
+    "round": lambda value, _: round(_as_number(value)),
+    "sum": lambda values, _: sum(values),
+}
+for _part in _TIME_PARTS:
+    _OPERATIONS[_part] = lambda seconds, _, part=_part: getattr(_utc(seconds), part)  # type: ignore[misc]
+
+_MOMENT_OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {"+": operator.add, "-": operator.sub}
+
+_IMPOSSIBLE = (TypeError, ValueError, ArithmeticError, LookupError, RecursionError, OSError)
+
+
+def _compute(name: str, left: Any, right: Any = None) -> Any:
+    """Do with two Python values what the query asks for; impossible comparisons are false, values None."""
+    try:
+        return _COMPARISONS[name](left, right) if name in _COMPARISONS else _OPERATIONS[name](left, right)
+    except _IMPOSSIBLE:
+        return False if name in _COMPARISONS else None
+
+
+def _py_op(name: str, left: Any, right: Any) -> Any:
+    # Called by SQLite, where an exception would be an error of the whole query.
+    try:
+        return sql_value(_compute(name, _from_sql(left), _from_sql(right)))
+    except _IMPOSSIBLE:
+        return 0 if name in _COMPARISONS else None
+
+
+def _py_at(document: Any, path: str) -> Any:
+    # Called by SQLite: the value at a path of keys and list positions, None where there is none.
+    try:
+        value = _from_sql(document)
+        for step in json.loads(f"[{path}]"):
+            value = value[str(step) if isinstance(value, dict) else step]
+        return sql_value(value)
+    except _IMPOSSIBLE:
+        return None
+
+
+def _utc(seconds: Any) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(_as_number(seconds), datetime.timezone.utc)
+
+
+def _utc_seconds(moment: datetime.datetime) -> float:
+    # As in Aim, a time without a zone is UTC, so that a query means the same wherever it is asked.
+    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
+
+
+class CompiledQuery(NamedTuple):
+    """An SQL condition over `runs r` (and `metrics m`) with the values of its named parameters."""
+
+    sql: str
+    args: dict[str, Any]
+    over: str
+    speaks_of_archived: bool
+
+
+#: In the place of a value that is known only in SQL.
+_UNKNOWN = object()
+
+
+class _Value(NamedTuple):
+    """What a part of the query stands for: a constant, or an SQL expression.
+
+    A `column` (NULL where the value is None) can be tested as it stands in `within + test + ")"`, which
+    is true or false, never NULL, and lets SQLite search an index instead of asking run by run.
+    """
+
+    sql: str = ""
+    const: Any = _UNKNOWN
+    column: str = ""
+    within: str = ""
+    members: str = ""
+    is_condition: bool = False
+    is_time: bool = False
+
+
+def compile_query(text: str, over: str = "run", now_utc_s: float | None = None) -> CompiledQuery:
+    """Compile a query over "run" or "metric"; an empty one is true for all. Raises QueryError."""
+    compiler = _Compiler(text, over, time.time() if now_utc_s is None else now_utc_s)
+    sql = compiler.condition(_parse(text)) if text.strip() else "1"
+    if not compiler.speaks_of_archived:
+        sql = f"({sql} AND r.archived = 0)"
+    return CompiledQuery(sql, compiler.args, over, compiler.speaks_of_archived)
+
+
+def _parse(text: str) -> ast.expr:
+    _check_tokens(text)
+    try:
+        # The parentheses let a query run over several lines.
+        tree = ast.parse(f"({text}\n)", mode="eval").body
+    except SyntaxError as error:
+        raise _syntax_error(text, error) from None
+    except (MemoryError, RecursionError):
+        raise QueryError("nested too deeply: write it with fewer parentheses", 1) from None
+    except ValueError as error:
+        raise QueryError(f"not readable as text ({error})", 1) from None
+    _check_depth(text, tree)
+    return tree
+
+
+def _syntax_error(text: str, error: SyntaxError) -> QueryError:
+    shift = -1
+    if "\n" not in text.strip():
+        # Asked again without the parentheses, CPython 3.10 and newer point at the place more closely.
+        try:
+            ast.parse(text.strip(), mode="eval")
+        except SyntaxError as closer:
+            error, shift = closer, len(text) - len(text.lstrip())
+    hint = next((hint for mistake, hint in _MISTAKES if re.search(mistake, text)), "")
+    line = min(error.lineno or 1, text.count("\n") + 1)
+    column = max((error.offset or 1) + (shift if line == 1 else 0), 1)
+    return QueryError(f"not a Python expression ({error.msg}){hint}", column, line)
+
+
+_MISTAKES = (
+    (r"(?<![=!<>:])=(?!=)", ": write == to compare"),
+    (r"&&|\|\||!(?!=)", ": write and, or, not"),
+)
+
+
+def _check_tokens(text: str) -> None:
+    # Refuses what ast.parse could not survive. `depth` overstates how deep in the syntax tree a token can
+    # stand: `and`, `or` and commas make lists, everything else may stand below what is to its left.
+    depth = 0
+    opened: list[tuple[int, int]] = []
+    for token in _TOKEN.finditer(text):
+        kind, reason = token.lastgroup, ""
+        if kind == "foreign":
+            reason = f"'{token.group()}' is not in the query language: write conditions with and, or, not"
+        elif kind == "text" and not set(token["prefix"].lower()) <= {"r", "u"}:
+            reason = "only plain text is in the query language: leave out the prefix"
+        elif kind == "close" and not opened:
+            reason = f"'{token.group()}' closes nothing"
+        elif kind == "open":
+            opened.append((depth, token.start()))
+        elif kind == "close":
+            depth = opened.pop()[0]
+        elif kind == "flat":
+            depth = opened[-1][0] if opened else 0
+        depth += kind not in ("flat", "space")
+        if depth > _MAX_TERM_TOKENS:
+            reason = "one term of this length is too much: split it with and / or"
+        elif len(opened) > _MAX_BRACKETS:
+            reason = f"nested too deeply (more than {_MAX_BRACKETS} brackets are open): write it flatter"
+        if reason:
+            raise _error_at(text, token.start(), reason)
+    if opened:
+        raise _error_at(text, opened[-1][1], "this bracket is never closed")
+
+
+def _error_at(text: str, position: int, reason: str) -> QueryError:
+    line_start = text.rfind("\n", 0, position) + 1
+    return QueryError(reason, position - line_start + 1, text.count("\n", 0, position) + 1)
+
+
+def _check_depth(text: str, tree: ast.expr) -> None:
+    waiting: list[tuple[ast.AST, int]] = [(tree, 0)]
+    while waiting:
+        node, depth = waiting.pop()
+        if depth > _MAX_DEPTH and isinstance(node, ast.expr):
+            raise _refusal(text, node, f"nested too deeply (more than {_MAX_DEPTH} levels): write it flatter")
+        for child in ast.iter_child_nodes(node):
+            # A chain of attributes becomes one path, however long it is.
+            waiting.append((child, depth if isinstance(node, (ast.Attribute, ast.Subscript)) else depth + 1))
+
+
+def _refusal(text: str, node: ast.expr, reason: str) -> QueryError:
+    # Offsets count bytes of UTF-8, and on the first line the parenthesis put before the query. Of `a.b.c`
+    # it is the last name that the reader should look at.
+    line, offset = node.lineno, node.col_offset
+    if isinstance(node, ast.Attribute):
+        line, offset = (
+            node.end_lineno or line,
+            (node.end_col_offset or 0) - len(node.attr.encode("utf-8")),
+        )
+    before = f"({text}".split("\n")[line - 1].encode("utf-8", "replace")[:offset]
+    return QueryError(reason, len(before.decode("utf-8", "ignore")) + (line > 1), line)
+
+
+_RUN_FIELDS: dict[str, _Value] = {
+    name: _Value(
+        sql=f"r.{column}",
+        column=f"r.{column}",
+        within=f"(r.{column} IS NOT NULL AND ",
+        is_time=is_time,
+    )
+    for name, column, is_time in (
+        ("hash", "hash", False),
+        ("name", "name", False),
+        ("description", "description", False),
+        ("experiment", "experiment", False),
+        ("archived", "archived", False),
+        ("creation_time", "created_at", False),
+        ("created_at", "created_at", True),
+        ("end_time", "end_time", False),
+        ("finalized_at", "end_time", True),
+    )
+}
+_RUN_FIELDS["active"] = _Value(sql="(r.end_time IS NULL)", is_condition=True)
+_RUN_FIELDS["tags"] = _Value(sql="r.tags", members="r.id IN (SELECT run FROM tags WHERE tag = ")
+_METRIC_FIELDS = (
+    "last",
+    "min",
+    "max",
+    "count",
+    "first_step",
+    "last_step",
+    "last_epoch",
+    "last_time",
+)
+_FALSE_VALUES = "(0, '', x'7b7d', x'5b5d')"  # as in Python: no number, no text, {} and []
+
+
+_INSTEAD = {
+    "BitAnd": "'&' is not in the query language: write and",
+    "BitOr": "'|' is not in the query language: write or",
+    "Invert": "'~' is not in the query language: write not",
+    "NamedExpr": "':=' is not in the query language: write ==",
+    "ExtSlice": "a slice [a:b] is not in the query language: write startswith, endswith or in",
+    "Slice": "a slice [a:b] is not in the query language: write startswith, endswith or in",
+    "Starred": "'*' is not in the query language here: write the values",
+}
+
+
+class _Compiler:
+    """Turns the nodes of one query into SQL and collects its parameters."""
+
+    def __init__(self, text: str, over: str, now_utc_s: float) -> None:
+        self.text = text
+        self.over = over
+        self.now_utc_s = now_utc_s
+        self.args: dict[str, Any] = {}
+        self.speaks_of_archived = False
+        self.run_by_run = False
+        self._names: dict[tuple[type, Any], str] = {}
+
+    def condition(self, node: ast.expr) -> str:
+        """Return SQL that is 1 where the node is true in Python and 0 elsewhere, never NULL."""
+        if isinstance(node, ast.BoolOp):
+            return self.conditions(node)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            return f"(NOT {self.condition(node.operand)})"
+        if isinstance(node, ast.Compare):
+            return self.comparison(node)
+        return self.truth(self.value(node))
+
+    def conditions(self, node: ast.BoolOp) -> str:
+        # `a == 1 and b < 2`: where an equality leaves few runs, asking these one by one for `b` is faster
+        # than gathering all runs for which the other condition is true.
+        outer, parts = self.run_by_run, []
+        pinned = isinstance(node.op, ast.And) and any(map(_is_equality, node.values))
+        for value in node.values:
+            self.run_by_run = outer or (pinned and not _is_equality(value))
+            parts.append(self.condition(value))
+        self.run_by_run = outer
+        return _joined(parts, node.op)
+
+    def truth(self, value: _Value) -> str:
+        if value.const is not _UNKNOWN:
+            return "1" if value.const else "0"
+        if value.is_condition:
+            return value.sql
+        if value.column:
+            return f"{value.within}{value.column} NOT IN {_FALSE_VALUES})"
+        return f"coalesce({value.sql} NOT IN {_FALSE_VALUES}, 0)"
+
+    def comparison(self, node: ast.Compare) -> str:
+        values = [self.value(operand) for operand in (node.left, *node.comparators)]
+        signs = [_COMPARISON_SIGNS[type(op)] for op in node.ops]
+        parts = [self.pair(node, sign, *values[nth : nth + 2]) for nth, sign in enumerate(signs)]
+        return _joined(parts, ast.And())
+
+    def pair(self, node: ast.expr, sign: str, left: _Value, right: _Value) -> str:
+        if sign in _OPPOSITES:
+            return f"(NOT {self.pair(node, _OPPOSITES[sign], left, right)})"
+        if sign == "is":
+            if right.const is not None:
+                self.refuse(node, "'is' compares with None only: write ==")
+            sign = "=="
+        left, right = self.as_seconds(node, left, right), self.as_seconds(node, right, left)
+        if left.const is not _UNKNOWN and right.const is not _UNKNOWN:
+            return "1" if _compute(sign, left.const, right.const) else "0"
+        if left.const is not _UNKNOWN and sign in _MIRRORED:
+            left, right, sign = right, left, _MIRRORED[sign]
+        if right.const is None and sign == "==":
+            return (
+                f"(NOT {left.within}{left.column} IS NOT NULL))" if left.column else f"({left.sql} IS NULL)"
+            )
+        if sign == "in" and right.members and isinstance(left.const, str):
+            return f"{right.members}{self.bind(sql_value(left.const))})"
+        if sign == "in" and isinstance(right.const, list) and None in right.const:
+            rest = _Value(const=[item for item in right.const if item is not None])
+            return _joined([self.pair(node, "==", left, _NONE), self.pair(node, "in", left, rest)], ast.Or())
+        test = (
+            self.test(left.column, sign, right.const) if left.column and right.const is not _UNKNOWN else ""
+        )
+        return f"{left.within}{test})" if test else f"py_op('{sign}', {self.sql(left)}, {self.sql(right)})"
+
+    def test(self, column: str, sign: str, const: Any) -> str:
+        """Return SQL that compares a column, or "" if only Python can do it; a type never equals another."""
+        if sign == "==":
+            return f"{column} = {self.bind(_key(const))}" if _equals_its_copy(const) else "0"
+        if sign == "in":
+            if not isinstance(const, (list, dict)):
+                return ""
+            keys = [self.bind(_key(item)) for item in const if _equals_its_copy(item)]
+            return f"{column} IN ({', '.join(keys)})" if keys else "0"
+        if isinstance(const, str):  # SQLite sorts numbers before text and text before blobs
+            other_end = "< x''" if sign.startswith(">") else ">= ''"
+            return f"{column} {sign} {self.bind(sql_value(const))} AND {column} {other_end}"
+        if isinstance(const, (int, float)):
+            if const != const:
+                return "0"
+            other_end = f" AND {column} < ''" if sign.startswith(">") else ""
+            return f"{column} {sign} {self.bind(sql_value(const))}{other_end}"
+        return ""
+
+    def as_seconds(self, node: ast.expr, value: _Value, other: _Value) -> _Value:
+        # A time is kept as seconds. Compared with a number it would be silently wrong, so that is refused.
+        const = value.const
+        if not other.is_time:
+            if other.const is _UNKNOWN and _has_moment(const):
+                self.refuse(node, "a time compares with run.created_at and run.finalized_at only")
+            return value
+        if isinstance(const, datetime.datetime):
+            return _Value(const=_utc_seconds(const))
+        if isinstance(const, list) and all(isinstance(item, datetime.datetime) for item in const):
+            return _Value(const=[_utc_seconds(item) for item in const])
+        if not value.is_time and const is not None:
+            self.refuse(
+                node,
+                "a time compares with datetime(...) only: run.creation_time and run.end_time are seconds",
+            )
+        return value
+
+    def value(self, node: ast.expr) -> _Value:
+        if isinstance(node, (ast.Attribute, ast.Subscript, ast.Name)):
+            return self.chain(node)
+        if isinstance(node, ast.Constant):
+            if not isinstance(node.value, (str, int, float, type(None))):
+                self.refuse(node, f"{node.value!r:.40} is not in the query language: write text or a number")
+            return _Value(const=node.value)
+        if isinstance(node, ast.Call):
+            return self.call(node)
+        if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
+            return _Value(const=[self.const(item) for item in node.elts])
+        if isinstance(node, ast.Dict):
+            return _Value(
+                const={self.const_key(k, node): self.const(v) for k, v in zip(node.keys, node.values)}
+            )
+        if isinstance(node, ast.BoolOp):
+            return self.chosen(node)
+        if isinstance(node, ast.Compare) or (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)):
+            return _Value(sql=self.condition(node), is_condition=True)
+        if isinstance(node, (ast.BinOp, ast.UnaryOp)):
+            sign = _OPERATORS.get(type(node.op), "")
+            operands = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+            if not sign:
+                self.refuse_kind(node, node.op)
+            return self.operation(node, sign, *map(self.value, operands))
+        return self.refuse_kind(node, node)
+
+    def chosen(self, node: ast.BoolOp) -> _Value:
+        # `and` and `or` where a value is asked for: as in Python, one of their operands.
+        sign = "and" if isinstance(node.op, ast.And) else "or"
+        result = self.value(node.values[0])
+        for item in node.values[1:]:
+            result = self.operation(item, sign, result, self.value(item))
+        return result
+
+    def operation(self, node: ast.expr, name: str, left: _Value, right: _Value | None = None) -> _Value:
+        right = right or _NONE
+        if left.is_time or right.is_time:
+            self.refuse(
+                node,
+                "times are only compared: count in seconds with run.creation_time and run.end_time",
+            )
+        has_moment = _has_moment(left.const) or _has_moment(right.const)
+        if left.const is _UNKNOWN or right.const is _UNKNOWN:
+            if has_moment:
+                self.refuse(node, "datetime and timedelta are added and subtracted among themselves only")
+            return _Value(sql=f"py_op('{name}', {self.sql(left)}, {self.sql(right)})")
+        if has_moment and name in _MOMENT_OPERATIONS:
+            try:
+                return _Value(const=_MOMENT_OPERATIONS[name](left.const, right.const))
+            except (TypeError, OverflowError) as error:
+                self.refuse(node, f"impossible with these times ({error})")
+        return _Value(const=_compute(name, left.const, right.const))
+
+    def call(self, node: ast.Call) -> _Value:
+        function = node.func
+        name = _dotted(function)
+        if name in ("datetime", "timedelta", "datetime.now", "datetime.utcnow"):
+            return _Value(const=self.moment(node, name))
+        if node.keywords:
+            self.refuse(node, "arguments have no names here: write the values alone")
+        values = [self.value(argument) for argument in node.args]
+        if isinstance(function, ast.Name) and name in _FUNCTIONS and len(values) == 1:
+            return self.operation(node, name, values[0])
+        if isinstance(function, ast.Attribute) and function.attr in _METHODS:
+            if len(values) != (1 if function.attr.endswith("with") else 0):
+                self.refuse(node, f"wrong number of arguments for {function.attr}()")
+            return self.operation(node, function.attr, self.value(function.value), *values)
+        known = ", ".join((*_METHODS, *_FUNCTIONS, "datetime, timedelta"))
+        return self.refuse(function, f"this call is not in the query language: it can call {known}")
+
+    def moment(self, node: ast.Call, name: str) -> datetime.datetime | datetime.timedelta:
+        values = [self.const(argument) for argument in node.args]
+        named = {str(keyword.arg): self.const(keyword.value) for keyword in node.keywords}
+        try:
+            if name == "timedelta":
+                return datetime.timedelta(*values, **named)
+            if name == "datetime":
+                return datetime.datetime(*values, **named)
+        except (TypeError, ValueError, OverflowError) as error:
+            self.refuse(node, f"no {name} can be made of this ({error})")
+        if values or named:
+            self.refuse(node, f"{name}() takes no arguments here")
+        return _utc(self.now_utc_s).replace(tzinfo=None)
+
+    def chain(self, node: ast.expr) -> _Value:
+        """Resolve `run.a["b"].c`: a name, then attributes and subscripts that are all constants."""
+        steps: list[tuple[Any, bool]] = []
+        root = node
+        while isinstance(root, (ast.Attribute, ast.Subscript)):
+            if isinstance(root, ast.Attribute):
+                steps.append((root.attr, True))
+            else:
+                steps += [(key, False) for key in reversed(self.subscript(root))]
+            root = root.value
+        steps.reverse()
+        name = root.id if isinstance(root, ast.Name) else ""
+        if name not in ("run", "metric"):
+            if name:
+                self.refuse(root, f"unknown name '{name}': write run.{name} for a param, '{name}' for text")
+            self.refuse(
+                node,
+                "only run and metric have attributes and subscripts: write run.name or the like",
+            )
+        if name == "metric" and self.over == "run":
+            self.refuse(root, "there is no metric in a query over runs: write run.metrics['loss', {}].last")
+        if not steps:
+            self.refuse(node, f"'{name}' alone has no value: write {name}.name or the like")
+        return self.run_value(node, steps) if name == "run" else self.metric_value(node, steps)
+
+    def subscript(self, node: ast.Subscript) -> list[Any]:
+        index: Any = node.slice
+        if type(index).__name__ in ("Slice", "ExtSlice"):
+            self.refuse_kind(node.value, index)
+        # Before CPython 3.9 an ast.Index stands around the subscript.
+        found = self.const(index.value if type(index).__name__ == "Index" else index)
+        keys = found if isinstance(found, list) else [found]
+        if any(isinstance(key, bool) or not isinstance(key, (str, int, dict)) for key in keys):
+            self.refuse(node.value, "in [...] stands text or a whole number")
+        return keys
+
+    def run_value(self, node: ast.expr, steps: list[tuple[Any, bool]]) -> _Value:
+        (first, is_attribute), names = steps[0], [name for name, _ in steps]
+        if is_attribute and first == "metrics":
+            return self.summary(node, names[1:])
+        if not is_attribute or (first not in _RUN_FIELDS and first != "duration"):
+            return self.document(names, "params", "run", "r.id", "r.params")
+        self.speaks_of_archived |= first == "archived"
+        if first == "duration":
+            now = self.bind(self.now_utc_s)
+            field_value = _Value(sql=f"(coalesce(r.end_time, {now}) - r.created_at)")
+        else:
+            field_value = _RUN_FIELDS[first]
+        if not names[1:]:
+            return field_value
+        if field_value.is_time and names[1:] in [[part] for part in _TIME_PARTS]:
+            return _Value(sql=f"py_op('{names[1]}', {field_value.sql}, NULL)")
+        if first == "tags":
+            return _Value(sql=f"py_at(r.tags, {self.bind(_path(names[1:]))})")
+        return self.refuse(node, f"run.{first} has no '{names[1]}' here")
+
+    def summary(self, node: ast.expr, names: list[Any]) -> _Value:
+        context = names[1] if len(names) == 3 else {}
+        if len(names) not in (2, 3) or not isinstance(names[0], str) or not isinstance(context, dict):
+            self.refuse(node, "write run.metrics['loss', {'subset': 'val'}].last")
+        if names[-1] not in _METRIC_FIELDS:
+            self.refuse(node, f"a metric has no '{names[-1]}' here, but {', '.join(_METRIC_FIELDS)}")
+        of = f"name = {self.bind(sql_value(names[0]))} AND context = {self.bind(_key(context))}"
+        return _Value(
+            sql=f"(SELECT {names[-1]} FROM metrics WHERE run = r.id AND {of})",
+            column=names[-1],
+            within=self.within("metrics", "run", "r.id", of),
+        )
+
+    def metric_value(self, node: ast.expr, steps: list[tuple[Any, bool]]) -> _Value:
+        names = [name for name, _ in steps]
+        whole = "(SELECT value FROM contexts WHERE context = m.context AND path = '')"
+        if names == ["context"]:
+            return _Value(sql=whole, column="m.context", within="(m.context IS NOT NULL AND ")
+        if names[0] == "context":
+            return self.document(names[1:], "contexts", "context", "m.context", whole)
+        if len(names) > 1 or names[0] not in ("name", *_METRIC_FIELDS):
+            self.refuse(
+                node,
+                f"a metric has no '{names[-1]}' here, but name, context, {', '.join(_METRIC_FIELDS)}",
+            )
+        column = f"m.{names[0]}"
+        return _Value(sql=column, column=column, within=f"({column} IS NOT NULL AND ")
+
+    def document(self, names: list[Any], table: str, key: str, owner: str, whole: str) -> _Value:
+        """Return the value at a path of a run's params or a metric's context."""
+        dict_keys = names[
+            : next((nth for nth, name in enumerate(names) if not isinstance(name, str)), len(names))
+        ]
+        of = f"path = {self.bind(_path(dict_keys))}"
+        one = f"FROM {table} WHERE {key} = {owner} AND {of}"
+        if len(dict_keys) < len(names):
+            return _Value(sql=f"(SELECT py_at({whole}, {self.bind(_path(names))}) {one})")
+        looked_up = (
+            f"CASE typeof(value) WHEN 'blob' THEN py_at({whole}, {self.bind(_path(names))}) ELSE value END"
+        )
+        return _Value(
+            sql=f"(SELECT {looked_up} {one})",
+            column="value",
+            within=self.within(table, key, owner, of),
+        )
+
+    def within(self, table: str, key: str, owner: str, of: str) -> str:
+        if self.run_by_run:
+            return f"EXISTS (SELECT 1 FROM {table} WHERE {key} = {owner} AND {of} AND "
+        return f"{owner} IN (SELECT {key} FROM {table} WHERE {of} AND "
+
+    def const(self, node: ast.expr) -> Any:
+        value = self.value(node).const
+        if value is _UNKNOWN:
+            self.refuse(node, "only a constant can stand here")
+        return value
+
+    def const_key(self, node: ast.expr | None, whole: ast.expr) -> str:
+        key = None if node is None else self.const(node)
+        if not isinstance(key, str):
+            self.refuse(node or whole, "the keys of a dict are texts")
+        return str(key)
+
+    def sql(self, value: _Value) -> str:
+        return value.sql if value.const is _UNKNOWN else self.bind(sql_value(value.const))
+
+    def bind(self, value: Any) -> str:
+        name = self._names.setdefault((type(value), value), f"v{len(self._names)}")
+        self.args[name] = value
+        if len(self.args) > _MAX_CONSTANTS:
+            raise QueryError(f"more than {_MAX_CONSTANTS} different constants: ask in several queries", 1)
+        return f":{name}"
+
+    def refuse_kind(self, node: ast.expr, what: ast.AST) -> NoReturn:
+        kind = type(what).__name__
+        self.refuse(
+            node,
+            _INSTEAD.get(kind, f"'{kind}' is not in the query language: write it with and, or, not"),
+        )
+
+    def refuse(self, node: ast.expr, reason: str) -> NoReturn:
+        raise _refusal(self.text, node, reason)
+
+
+_NONE = _Value(const=None)
+
+
+def _has_moment(const: Any) -> bool:
+    if isinstance(const, (list, dict)):
+        return any(map(_has_moment, const.values() if isinstance(const, dict) else const))
+    return isinstance(const, (datetime.datetime, datetime.timedelta))
+
+
+def _equals_its_copy(const: Any) -> bool:
+    # False for NaN and for a list or dict with a NaN in it, which equal nothing.
+    return bool(const == _from_sql(_json_bytes(const)))
+
+
+def _joined(conditions: list[str], op: ast.boolop) -> str:
+    # SQLite counts `a AND b AND c` as nested and allows 1,000 levels, hence groups of groups.
+    word = " AND " if isinstance(op, ast.And) else " OR "
+    while len(conditions) > 1:
+        groups = [conditions[nth : nth + 50] for nth in range(0, len(conditions), 50)]
+        conditions = [f"({word.join(group)})" for group in groups]
+    return conditions[0]
+
+
+def _is_equality(node: ast.expr) -> bool:
+    if not isinstance(node, ast.Compare) or not isinstance(node.ops[0], ast.Eq):
+        return False
+    left, right = sorted((node.left, node.comparators[0]), key=lambda side: isinstance(side, ast.Constant))
+    return isinstance(left, (ast.Attribute, ast.Subscript)) and isinstance(right, ast.Constant)
+
+
+def _path(names: Sequence[Any]) -> str:
+    return ",".join(map(json.dumps, names))
+
+
+def _dotted(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return f"{node.value.id}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+# ======================================================================================
+# Repo
+#
+# Every run of a repository: found, listed, read, removed. An answer is the index plus what the runs
+# have recorded since, so it never depends on the state of the index; only its speed does.
+# ======================================================================================
+
+
+def select_runs(dbs: Sequence[sqlite3.Connection], query: CompiledQuery, hidden: Set[str]) -> List[RunRow]:
+    """Return the runs for which the query is true, newest first.
+
+    Of several databases the first that has a run answers for it: overlays stand before the index.
+    Runs in `hidden` are not there any more.
+    """
+    columns = "r." + _RUN_COLUMNS.replace(", ", ", r.")
+    found = _select(dbs, query, f"SELECT {columns} FROM runs r", hidden)
+    rows = [RunRow(*row) for row in found]
+    rows.sort(key=operator.attrgetter("created_at", "hash"), reverse=True)
+    return rows
+
+
+def select_metrics(
+    dbs: Sequence[sqlite3.Connection], query: CompiledQuery, hidden: Set[str]
+) -> List[MetricRow]:
+    """Return the metric series for which the query is true, those of the newest run first."""
+    columns = "m." + _METRIC_COLUMNS.replace(", ", ", m.").replace("m.context", "c.value")
+    source = (
+        f"SELECT r.hash, r.created_at, {columns} FROM metrics m JOIN runs r ON r.id = m.run"
+        " JOIN contexts c ON c.context = m.context AND c.path = ''"
+    )
+    rows = [MetricRow(*row) for row in _select(dbs, query, source, hidden)]
+    rows.sort(key=operator.attrgetter("name", "context_json"))
+    rows.sort(key=operator.attrgetter("run_created_at", "run"), reverse=True)
+    return rows
+
+
+def _select(
+    dbs: Sequence[sqlite3.Connection], query: CompiledQuery, source: str, hidden: Set[str]
+) -> List[Tuple[Any, ...]]:
+    import sqlite3
+
+    rows: List[Tuple[Any, ...]] = []
+    shadowed = set(hidden)
+    for nth, db in enumerate(dbs, 1):
+        try:
+            # All rows at once: a cursor left open would keep writers from committing.
+            found = db.execute(f"{source} WHERE {query.sql}", query.args).fetchall()
+        except sqlite3.OperationalError as error:
+            if not re.search("too (large|many|big|complex)|stack overflow", str(error)):
+                raise
+            raise QueryError(f"more than this SQLite can take ({error}): write it shorter", 1) from None
+        rows += [row for row in found if row[0] not in shadowed] if shadowed else found
+        if nth < len(dbs):
+            shadowed.update(run_hash for (run_hash,) in db.execute("SELECT hash FROM runs"))
+    return rows
+
+
+class RunResult(NamedTuple):
+    """What Aim's queries yield for each run."""
+
+    run: Run
+
+
+class QueryResult(Sequence[Run]):
+    """The runs that a query found, newest first. A `Run` is made when it is asked for, and reads
+    its log when more is asked of it than its hash."""
+
+    def __init__(self, paths: RepoPaths, rows: List[RunRow]) -> None:
+        self.rows = rows
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, at: int) -> Run: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> List[Run]: ...
+
+    def __getitem__(self, at: Union[int, slice]) -> Union[Run, List[Run]]:
+        if isinstance(at, slice):
+            return [unread_run(self._paths, row.hash) for row in self.rows[at]]
+        return unread_run(self._paths, self.rows[at].hash)
+
+    def iter_runs(self) -> Iterator[RunResult]:
+        """Yield objects with a `.run`, as Aim's queries do."""
+        for run in self:
+            yield RunResult(run)
+
+
+class Repo:
+    """A repository: every run that was recorded in it.
+
+    Arguments:
+        path: the folder that holds `.aim`, or `.aim` itself; None: see `find_repo`.
+        init: create it where it is missing.
+        read_only: accepted for Aim's sake; reading never writes anything but the index.
+
+    Raises RepoError where there is no repository.
+    """
+
+    def __init__(
+        self,
+        path: Optional[str] = None,
+        *,
+        read_only: Optional[bool] = None,
+        init: bool = False,
+    ) -> None:
+        self._paths = find_repo(None if path is None else os.fspath(path), create=init)
+        self.path = self._paths.root
+        self._index = Index(self._paths)
+        self._overlay: Any = None
+        #: Size of the log of every run in the overlay; -1 for one whose log is gone.
+        self._overlay_sizes: Dict[str, int] = {}
+
+    @classmethod
+    def from_path(cls, path: str, read_only: Optional[bool] = None, init: bool = False) -> Repo:
+        """Return the repository at a path, as the constructor does."""
+        return cls(path, read_only=read_only, init=init)
+
+    @classmethod
+    def default_repo(cls, init: bool = False) -> Repo:
+        """Return the repository that `Run()` would use."""
+        return cls(None, init=init)
+
+    # ---------------------------------------------------------------- single runs
+
+    def get_run(self, run_hash: str) -> Optional[Run]:
+        """Return a run to read, or None where there is none of that hash."""
+        if RUN_HASH.fullmatch(run_hash) and os.path.exists(self._paths.run_log(run_hash)):
+            return unread_run(self._paths, run_hash)
+        return None
+
+    def find_run(self, prefix: str) -> str:
+        """Return the hash that starts with `prefix`. Raises RepoError for none or several."""
+        hashes = list_runs(self._paths)
+        found = [prefix] if prefix in hashes else [item for item in hashes if item.startswith(prefix)]
+        if len(found) == 1:
+            return found[0]
+        shown = printable(repr(prefix), 80)
+        if not found:
+            raise RepoError(f"no run {shown} in {self.path}: '{command_line()} runs' lists them")
+        some = ", ".join(sorted(found)[:5]) + (", ..." if len(found) > 5 else "")
+        raise RepoError(f"run {shown} is ambiguous: {some}")
+
+    def iter_runs(self) -> Iterator[Run]:
+        """Yield every run, archived ones too, newest first."""
+        return iter(self.query_runs("run.archived in (True, False)"))
+
+    def total_runs_count(self) -> int:
+        """Return how many runs there are."""
+        return len(list_runs(self._paths))
+
+    def delete_run(self, run_hash: str) -> bool:
+        """Remove a run with everything it recorded; True where there was one.
+
+        Raises RunBusyError for a run that a process still writes.
+        """
+        checked_run_hash(run_hash)
+        with self._held(run_hash):
+            found = os.path.exists(self._paths.run_log(run_hash))
+            self._remove_check_ins(run_hash)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._paths.run_log(run_hash))
+        # The marker stays until the index has forgotten the run, now or when somebody reindexes.
+        with contextlib.suppress(IndexBusy, OSError, sqlite_error()):
+            Reindexer(self._paths).run([run_hash], wait_s=2.0)
+        return found
+
+    def close_run(self, run_hash: str) -> bool:
+        """Declare a run ended whose process is gone, so that it counts as stalled no more; True
+        where it had not ended before.
+
+        Raises RunBusyError for a run that a process still writes, RepoError for none of that hash.
+        """
+        checked_run_hash(run_hash)
+        if not os.path.exists(self._paths.run_log(run_hash)):
+            raise RepoError(f"no run {run_hash} in {self.path}: '{command_line()} runs' lists them")
+        with self._held(run_hash):
+            state = read_log(self._paths.run_log(run_hash), run_hash)
+            if state.end is None:
+                finalize_dead(self._paths, state, last_check_ins(self._paths).get(run_hash, 0.0))
+            names = own_check_ins(self._paths, run_hash)
+            idx = max([state.next_idx, *(item.idx + 1 for item in map(parse_check_in, names) if item)])
+            open_ended = bool(names) and f"-{FINISHED}-" not in names[-1]
+            if open_ended:
+                CheckInFile(self._paths.check_ins, run_hash, idx, names).write(idx, FINISHED, 0)
+        with contextlib.suppress(IndexBusy, OSError, sqlite_error()):
+            Reindexer(self._paths).run([run_hash], wait_s=2.0)
+        return open_ended
+
+    @contextlib.contextmanager
+    def _held(self, run_hash: str) -> Iterator[None]:
+        marker = self._paths.marker(run_hash)
+        busy = RunBusyError(f"run {run_hash} is being written by a process: end that first")
+        if _process.writes(marker):
+            raise busy
+        os.makedirs(self._paths.pending, exist_ok=True)
+        with _process.markers:
+            fd = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            try:
+                if try_lock(fd) is False:
+                    raise busy
+                yield
+            finally:
+                os.close(fd)
+
+    def _remove_check_ins(self, run_hash: str) -> None:
+        for name in own_check_ins(self._paths, run_hash):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._paths.check_ins, name))
+
+    # ---------------------------------------------------------------- queries
+
+    def query_runs(self, q: str = "", **ignored: Any) -> QueryResult:
+        """Return the runs for which a query is true, newest first; "" is true for all.
+
+        Archived runs are left out unless the query speaks of `archived`. Raises QueryError, naming
+        the column, for what the language does not have. Aim's other arguments are ignored.
+        """
+        compiled = compile_query(q, "run")
+        return QueryResult(self._paths, self._answer(select_runs, compiled))
+
+    def query_metrics(self, q: str = "", **ignored: Any) -> List[Metric]:
+        """Return the metric series for which a query over `run` and `metric` is true."""
+        return [Metric(unread_run(self._paths, row.run), row.to_series()) for row in self.metric_rows(q)]
+
+    def metric_rows(self, q: str = "") -> List[MetricRow]:
+        """Return what the index knows of the series for which a query is true."""
+        return self._answer(select_metrics, compile_query(q, "metric"))
+
+    def _answer(self, select: Callable[..., List[Any]], query: CompiledQuery) -> List[Any]:
+        with contextlib.ExitStack() as stack:
+            index = self._open_index()
+            if index is not None:
+                stack.callback(index.close)
+                try:
+                    hidden = self._read_news(index)
+                    return select([self._overlay, index], query, hidden)
+                except sqlite_error() as error:
+                    log.warning("%s: %s; reading the run logs", self._paths.index, error)
+        hidden = self._read_news(None)
+        return select([self._overlay], query, hidden)
+
+    def _open_index(self) -> Optional[sqlite3.Connection]:
+        """Return the index to read, built if it must be and can be; None to do without."""
+        for build in (False, True):
+            with contextlib.suppress(sqlite_error(), IndexBusy, IndexUnusable, OSError):
+                if build:
+                    with self._index.writing(1.0):
+                        pass
+                if os.path.getsize(self._paths.index):
+                    return open_index(self._paths.index)
+        return None
+
+    def _read_news(self, index: Optional[sqlite3.Connection]) -> Set[str]:
+        """Bring the overlay to what the index lacks; return the runs that are not there any more."""
+        news, hidden = self._news(index)
+        if index is not None and len(news) > MAX_NEWS:
+            # Worth a try to keep it for the next who asks; what is not indexed is read below.
+            with contextlib.suppress(sqlite_error(), IndexBusy, OSError):
+                Reindexer(self._paths).run(list(news), wait_s=0.1)
+            news, hidden = self._news(index)
+        if self._overlay is None:
+            self._overlay, self._overlay_sizes = open_index(":memory:"), {}
+        for run_hash in set(self._overlay_sizes) - set(news):
+            delete_run(self._overlay, run_hash)
+            del self._overlay_sizes[run_hash]
+        for run_hash, size in news.items():
+            if self._overlay_sizes.get(run_hash) != size:
+                state, _, problem = load_run(self._paths, run_hash)
+                if problem:
+                    log.warning("%s", problem)
+                if state is not None:
+                    index_run(self._overlay, state, size)
+                    self._overlay_sizes[run_hash] = size
+        return hidden
+
+    def _news(self, index: Optional[sqlite3.Connection]) -> Tuple[Dict[str, int], Set[str]]:
+        """Return the runs that the index lacks or knows too little of, with the size of their
+        logs, and the runs that have a marker and no log: they were deleted."""
+        hashes = list_runs(self._paths) if index is None else Reindexer(self._paths).pending()
+        news: Dict[str, int] = {}
+        hidden = set()
+        for run_hash in hashes:
+            try:
+                size = os.stat(self._paths.run_log(run_hash)).st_size
+            except FileNotFoundError:
+                hidden.add(run_hash)
+                continue
+            except OSError:
+                continue
+            known = None
+            if index is not None:
+                known = index.execute(_LOG_SIZE, (run_hash,)).fetchone()
+            if known != (size,):
+                news[run_hash] = size
+        return news, hidden
+
+    # ---------------------------------------------------------------- the index
+
+    def reindex(self, rebuild: bool = False) -> List[str]:
+        """Bring the index up to date with every pending run, or build it anew; return what could
+        not be read. Raises IndexBusy where another process holds the index for too long."""
+        reindexer = Reindexer(self._paths)
+        if rebuild:
+            with self._index.writing() as _:
+                reindexer.problems += self._index.rebuild()
+        reindexer.run(reindexer.pending())
+        return reindexer.problems
+
+
+#: A question that meets more news than this tries to put them into the index.
+MAX_NEWS = 50
+_LOG_SIZE = "SELECT log_size FROM runs WHERE hash = ?"
+
+
+def sqlite_error() -> Any:
+    """Return SQLite's error class; nothing loads SQLite before it is used."""
+    import sqlite3
+
+    return sqlite3.Error
+
+
+def own_check_ins(paths: RepoPaths, run_hash: str) -> List[str]:
+    """Return the names in `check_ins` that are this run's, by number."""
+    try:
+        names = os.listdir(paths.check_ins)
+    except FileNotFoundError:
+        return []
+    parsed = ((name, parse_check_in(name)) for name in names if name.startswith(f"{run_hash}-"))
+    return sorted(name for name, item in parsed if item is not None)
+
+
+def unread_run(paths: RepoPaths, run_hash: str) -> Run:
+    """Return a run to read, whose log is not read before something is asked of it."""
+    run = Run.__new__(Run)
+    run._pid = 0
+    run.hash, run.read_only, run._paths = run_hash, True, paths
+    return run
 
 
 # ======================================================================================
@@ -1334,7 +3628,9 @@ class Notifier(NamedTuple):
             if field is not None and field.secret and isinstance(value, str):
                 found.add(value)
                 # The request line and library errors show the path without the host.
-                found.add(value.partition("://")[2].partition("/")[2])
+                path = value.partition("://")[2].partition("/")[2]
+                found.add(path)
+                found.update(part for part in re.split(r"[/?&=]", path) if len(part) >= 12)
         return sorted((secret for secret in found if len(secret) > 3), key=len, reverse=True)
 
     def scrub(self, text: str) -> str:
@@ -1364,14 +3660,14 @@ def checked_url(value: str) -> str:
         host = parts.hostname
         parts.port  # noqa: B018 - reading it is what checks it
     except ValueError:
-        parts, host = urllib.parse.SplitResult("", "", "", "", ""), None
+        raise ConfigError("the URL has an impossible host or port") from None
     if parts.scheme not in ("http", "https"):
         scheme = f"{printable(parts.scheme, 20)}:" if parts.scheme else "no scheme"
         raise ConfigError(f"the URL must start with https:// or http://, and this one has {scheme}")
     if not host or not re.fullmatch(r"[!-~]+", value):
-        raise ConfigError(
-            "the URL must name a host and hold no spaces, line breaks or non-ASCII characters"
-        )
+        raise ConfigError("the URL must name a host and hold no spaces, line breaks or non-ASCII characters")
+    if "@" in parts.netloc:
+        raise ConfigError("the URL must not hold a user name or a password")
     return value
 
 
@@ -1403,15 +3699,13 @@ def checked_template(value: str) -> str:
     return value
 
 
-_MESSAGE = Field(
-    "message", "Message template (empty for the default)", False, False, checked_template
-)
+_MESSAGE = Field("message", "Message template (empty for the default)", False, False, checked_template)
 NOTIFIER_FIELDS: Dict[str, Tuple[Field, ...]] = {
     "slack": (Field("url", "Webhook URL", True, True, checked_url), _MESSAGE),
     "workplace": (
         Field("group_id", "Group ID", False, True, checked_group),
         Field("access_token", "Access token", True, True, checked_token),
-        Field("base_url", "Graph API URL", False, False, checked_url),
+        Field("base_url", "Graph API URL", True, False, checked_url),
         _MESSAGE,
     ),
     "logger": (_MESSAGE,),
@@ -1432,10 +3726,8 @@ def masked(kind: str, arguments: Dict[str, Any]) -> Dict[str, Any]:
     for name, value in arguments.items():
         field = _field(kind, name)
         if field is None or field.secret:
-            scheme, found, rest = str(value).partition("://")
-            value = (
-                f"{scheme}://{rest.partition('/')[0].rpartition('@')[2]}/***" if found else "***"
-            )
+            url = re.match(r"(https?://)(?:[^/?#]*@)?([A-Za-z0-9.:\[\]-]+)", str(value))
+            value = f"{url[1]}{url[2]}/***" if url else "***"
         shown[name] = value
     return shown
 
@@ -1457,7 +3749,7 @@ def read_notifier(notifier_id: str, raw: Any) -> Notifier:
             if value is None or value == "":
                 if field.required:
                     raise ConfigError(f"argument {field.name!r} is missing")
-            elif not isinstance(value, (str, int)):
+            elif not isinstance(value, str) and (field.name != "group_id" or type(value) is not int):
                 raise ConfigError(f"argument {field.name!r} must be text")
             elif field is not _MESSAGE:  # an unknown field in a message is sent as it stands
                 field.check(str(value))
@@ -1512,7 +3804,7 @@ class NotifierConfig:
     def find(self, prefix: str, raw: Dict[str, Any]) -> str:
         """Return the ID that starts with `prefix`. Raises ConfigError for none or several."""
         ids = list(raw["notifications"]["notifiers"])
-        found = [prefix] if prefix in ids else [item for item in ids if item.startswith(prefix)]
+        found = [prefix] if prefix in ids else [x for x in ids if prefix and x.startswith(prefix)]
         if len(found) == 1:
             return found[0]
         shown = printable(prefix, 60)
@@ -1588,7 +3880,7 @@ def summary(facts: Facts) -> str:
 def _what_happened(event: str, facts: Facts) -> str:
     silent, reason = facts.get("run.silent", ""), facts.get("run.reason", "")
     if event == STALLED:
-        return f"stalled: silent for {silent}, promised a check-in within {facts['run.promised']}"
+        return f"stalled: silent for {silent}, promised a check-in within {facts.get('run.promised', '')}"
     if event == FAILED:
         return f"failed: {reason}" if reason else "failed"
     if event == RECOVERED:
@@ -1600,7 +3892,7 @@ def default_message(facts: Facts) -> str:
     """Return the whole message about one event: what, which run, where, since when, how to look."""
     lines = [summary(facts)]
     if facts.get("event") != TROUBLE:
-        lines.append(f"run {facts['run.hash']}{_with(', experiment {}', facts, 'run.experiment')}")
+        lines.append(f"run {facts.get('run.hash', '')}{_with(', experiment {}', facts, 'run.experiment')}")
         where = _with("on {}", facts, "run.host") + _with(", process {}", facts, "run.pid")
         where += _with(", job {}", facts, "run.job") + _with(", user {}", facts, "run.user")
         lines.append(where.lstrip(", "))
@@ -1609,7 +3901,7 @@ def default_message(facts: Facts) -> str:
             lines.append(_PROCESS_TEXT.get(facts.get("run.process", ""), ""))
         lines.append(_with("last metrics: {}", facts, "run.metrics"))
         lines.append(_with("{}", facts, "run.frames"))
-    lines.append(f"look further: aim-watcher --repo {facts['repo']} status")
+    lines.append(f"look further: aim-watcher --repo {facts.get('repo', '')} status")
     return "\n".join(line for line in lines if line)
 
 
@@ -1661,7 +3953,7 @@ def digest(template: Optional[str], batch: Sequence[Facts]) -> str:
         lines.append(f"{summary(facts)} ({facts.get('run.hash', '')[:8]}{host})")
     if len(batch) > DIGEST_LINES:
         lines.append(f"and {len(batch) - DIGEST_LINES} more")
-    lines.append(f"look further: aim-watcher --repo {batch[0]['repo']} status")
+    lines.append(f"look further: aim-watcher --repo {batch[0].get('repo', '')} status")
     return "\n".join(lines)
 
 
@@ -1742,7 +4034,7 @@ def attempt(deliver: Callable[[Closers], Outcome], limit_s: float = ATTEMPT_S) -
 
 
 def judge_error(error: BaseException) -> Outcome:
-    """Judge an attempt that ended in an exception: everything is tried again, since networks heal."""
+    """Judge an attempt that ended in an exception: it is tried again, since networks heal."""
     reason = getattr(error, "reason", None)
     if isinstance(reason, BaseException):
         error = reason
@@ -1765,6 +4057,15 @@ def http_post(url: str, payload: Any, headers: Dict[str, str], closers: Closers)
     def connect(factory: Any) -> Callable[..., Any]:
         def make(host: str, **kwargs: Any) -> Any:
             connection = factory(host, **kwargs)
+            really_connect = connection.connect
+
+            def note_socket() -> None:
+                really_connect()
+                # urllib takes `sock` away from the connection once it has the headers.
+                found = connection.sock
+                closers.append(lambda: found.shutdown(2))
+
+            connection.connect = note_socket
             closers.append(lambda: connection.sock.shutdown(2))
             return connection
 
@@ -1829,10 +4130,17 @@ def judge_status(answer: Answer, now_s: float) -> Optional[Outcome]:
     return None
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no JSON")
+    return value
+
+
 def json_object(text: str) -> Optional[Dict[str, Any]]:
     """Return the JSON object that `text` is, or None."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -1849,13 +4157,11 @@ def judge_slack(answer: Answer, now_s: float) -> Outcome:
         if answer.body.strip() == "ok":
             return Outcome(SENT, "HTTP 200: ok")
         found = json_object(answer.body)
-        if found is not None and not found.get("error"):
-            if found.get("ok", True) is not False and found.get("success", True) is not False:
-                return Outcome(SENT, "HTTP 200 with a JSON object")
+        refused = found is None or found.get("error") or False in (found.get("ok"), found.get("success"))
+        if not refused:
+            return Outcome(SENT, "HTTP 200 with a JSON object")
     said = printable(" ".join(answer.body.split()), 80)
-    return Outcome(
-        RETRY, f"HTTP {answer.status} without 'ok' (a proxy's or a portal's page?): {said}"
-    )
+    return Outcome(RETRY, f"HTTP {answer.status} without 'ok' (a proxy's or a portal's page?): {said}")
 
 
 def judge_workplace(answer: Answer, now_s: float) -> Outcome:
@@ -1878,7 +4184,7 @@ def send_slack(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> 
     safe = [{name: slack_escape(value) for name, value in facts.items()} for facts in batch]
     text = shorten(digest(notifier.arguments.get("message"), safe))
     answer = http_post(notifier.arguments["url"].strip(), {"text": text}, {}, closers)
-    return judge_slack(answer, time.time())
+    return judge_slack(answer._replace(body=notifier.scrub(answer.body)), time.time())
 
 
 def send_workplace(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> Outcome:
@@ -1888,7 +4194,8 @@ def send_workplace(notifier: Notifier, batch: Sequence[Facts], closers: Closers)
     headers = {"Authorization": f"Bearer {arguments['access_token'].strip()}"}
     payload = {"message": shorten(digest(arguments.get("message"), batch))}
     url = f"{base}/{str(arguments['group_id']).strip()}/feed"
-    return judge_workplace(http_post(url, payload, headers, closers), time.time())
+    answer = http_post(url, payload, headers, closers)
+    return judge_workplace(answer._replace(body=notifier.scrub(answer.body)), time.time())
 
 
 def send_logger(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> Outcome:
@@ -1954,6 +4261,7 @@ class Outbox:
         self._known: Dict[str, List[str]] = {}
         #: What is still to be told: event id to the event and the notifiers that wait for it.
         self._waiting: Dict[str, Tuple[Event, Set[str]]] = {}
+        self._closed = False
         self._load()
         self._writer = LogWriter(path)
 
@@ -1968,14 +4276,17 @@ class Outbox:
     def _apply(self, record: Dict[str, Any]) -> None:
         try:
             if "event" in record:
-                event = Event(record["event"], record["kind"], record.get("facts") or {})
+                facts = record.get("facts") or {}
+                if not all(isinstance(value, str) for value in facts.values()):
+                    return
+                event = Event(record["event"], record["kind"], facts)
                 self._known[event.id] = list(record["to"])
                 if event.facts and record["to"]:
                     self._waiting[event.id] = (event, set(record["to"]))
             elif "sent" in record:
                 for event_id in record["sent"]:
                     self._settle(event_id, record["to"])
-        except (KeyError, TypeError):
+        except (AttributeError, KeyError, TypeError):
             pass  # a line of something else, or damage; what it stood for is told again at worst
 
     def _settle(self, event_id: str, notifier_id: str) -> None:
@@ -2016,7 +4327,7 @@ class Outbox:
         return to_json(record) + "\n"
 
     def _write(self, lines: str) -> None:
-        if lines:
+        if lines and not self._closed:
             self._writer.append_line(lines.encode("ascii"))
             self._writer.sync()
 
@@ -2051,18 +4362,18 @@ class Outbox:
             if self._writer.size < COMPACT_BYTES:
                 return
             self._known = {
-                item: to
-                for item, to in self._known.items()
-                if item in self._waiting or keep_id(item)
+                item: to for item, to in self._known.items() if item in self._waiting or keep_id(item)
             }
             lines = []
             for event_id, notifier_ids in self._known.items():
-                event, waiting = self._waiting.get(
-                    event_id, (Event(event_id, "", {}), notifier_ids)
-                )
+                event, waiting = self._waiting.get(event_id, (Event(event_id, "", {}), notifier_ids))
                 lines.append(self._line(event, sorted(waiting), event_id in self._waiting))
+            try:
+                replace_file(self.path, "".join(lines).encode("ascii"))
+            except OSError as error:
+                log.warning("cannot shorten %s: %s", self.path, error.strerror)
+                return
             self._writer.close()
-            replace_file(self.path, "".join(lines).encode("ascii"))
             self._writer = LogWriter(self.path)
 
     def flush(self) -> None:
@@ -2071,16 +4382,18 @@ class Outbox:
             self._writer.flush()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file. What a courier says later is not written: it is told again."""
         with self._lock:
+            self._closed = True
             self._writer.close()
 
 
 class Courier(threading.Thread):
     """Tells one notifier what waits for it, alone in its thread: what hangs here delays nobody."""
 
-    def __init__(self, notifier: Notifier, outbox: Outbox) -> None:
+    def __init__(self, notifier: Notifier, outbox: Outbox, before: Optional[Courier] = None) -> None:
         super().__init__(name=f"aimwatch-{notifier.type}", daemon=True)
+        self._before = before
         self.notifier = notifier
         self._outbox = outbox
         self._changed = threading.Condition()
@@ -2094,7 +4407,7 @@ class Courier(threading.Thread):
         """Queue events that the outbox already holds."""
         with self._changed:
             self._queue.extend(events)
-            self._tried = False
+            self._tried = not self._queue
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -2106,11 +4419,18 @@ class Courier(threading.Thread):
     def wait_tried(self, deadline_mono: float) -> bool:
         """Wait until everything queued was sent, or tried once in vain; False when time ran out."""
         with self._changed:
-            return self._changed.wait_for(
-                lambda: self._tried, max(0.0, deadline_mono - time.monotonic())
-            )
+            return self._changed.wait_for(lambda: self._tried, max(0.0, deadline_mono - time.monotonic()))
 
     def run(self) -> None:
+        if self._before is not None:
+            # What its predecessor has in flight must not be sent again beside it.
+            self._before.join()
+            self._before = None
+            with self._changed:
+                still = {event.id for event in self._outbox.waiting_for(self.notifier.id)}
+                self._queue = deque(event for event in self._queue if event.id in still)
+                self._tried = not self._queue
+                self._changed.notify_all()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or self._queue)
@@ -2196,7 +4516,9 @@ class Dispatcher:
                 self._start(notifier)
 
     def _start(self, notifier: Notifier) -> None:
-        courier = self._couriers[notifier.id] = Courier(notifier, self._outbox)
+        before = [item for item in self._retired if item.notifier.id == notifier.id]
+        courier = Courier(notifier, self._outbox, before[-1] if before else None)
+        self._couriers[notifier.id] = courier
         courier.start()
 
     def _stat(self) -> Any:
@@ -2227,9 +4549,7 @@ class Dispatcher:
 
     def wanted(self, kind: str) -> bool:
         """True where some notifier wants events of this kind."""
-        return kind == TROUBLE or any(
-            kind in item.notifier.events for item in self._couriers.values()
-        )
+        return kind == TROUBLE or any(kind in item.notifier.events for item in self._couriers.values())
 
     def tell(self, events: Sequence[Event]) -> None:
         """Put new events into the outbox, for good, and then hand them to their couriers."""
@@ -2245,11 +4565,10 @@ class Dispatcher:
         for notifier_id, courier in self._couriers.items():
             courier.submit([event for event, to in entries if notifier_id in to])
 
-    def drain(self, limit_s: float) -> None:
-        """Wait until everything was sent or tried once, at most `limit_s` seconds."""
+    def drain(self, limit_s: float) -> bool:
+        """Wait until everything was sent or tried once, at most `limit_s` seconds; True if so."""
         deadline = time.monotonic() + limit_s
-        for courier in self._couriers.values():
-            courier.wait_tried(deadline)
+        return all(courier.wait_tried(deadline) for courier in self._couriers.values())
 
     def stop(self, limit_s: float) -> None:
         """End the couriers; what is in flight gets `limit_s` seconds, and is told again if it
@@ -2370,7 +4689,7 @@ class Seen:
 
 _FLAG_STATES = {STARTING: RUNNING, CHECK_IN: RUNNING, FINISHED: FINISHED, FAILED: FAILED}
 _STATES = {RUNNING, STALLED, FINISHED, FAILED}
-#: What is to be told when a run's state changes; a state that is not the old one's key says nothing.
+#: What is to be told when a run's state changes; any other change says nothing.
 _CHANGES = {
     (None, RUNNING): (STARTED,),
     (None, FINISHED): (FINISHED,),
@@ -2419,6 +4738,7 @@ class RunTable:
     def restore(self, seen: Seen) -> None:
         """Take in what an earlier watcher knew."""
         self.runs[seen.run] = seen
+        self.names.add(seen.name)
         self._queue(seen)
 
     def deadline_s(self, seen: Seen) -> float:
@@ -2434,17 +4754,17 @@ class RunTable:
             seen.queued_s = deadline
             heapq.heappush(self._due, (deadline, seen.run))
 
-    def take(
-        self, listing: Iterable[str], now_s: float, now_utc: float, first: bool = False
-    ) -> List[Change]:
+    def take(self, listing: Iterable[str], now_s: float, now_utc: float, first: bool = False) -> List[Change]:
         """Compare a listing with the last one and return what changed. At first sight of a
         repository (`first`) what was there before is noted and not told."""
         names = set(listing)
         fresh = names - self.names
-        gone = self.names - names if len(names) - len(fresh) < len(self.names) else ()
+        gone = self.names - names if len(names) - len(fresh) < len(self.names) else set()
         self.names = names
         newest: Dict[str, Tuple[CheckIn, str]] = {}
         for name in fresh:
+            if self._renew(name, now_s, now_utc, gone):
+                continue
             check_in = self._parse(name)
             if check_in is not None:
                 best = newest.get(check_in.run_hash)
@@ -2456,6 +4776,27 @@ class RunTable:
         if gone or self._missing:
             self._note_missing(gone)
         return [] if first else changes
+
+    def _renew(self, name: str, now_s: float, now_utc: float, gone: Set[str]) -> bool:
+        """Take in the check-in of a running run that goes on running; False for anything else.
+
+        Nearly every new name is one of these, so this decides what a poll costs.
+        """
+        match = _CHECK_IN_NAME.fullmatch(name)
+        if match is None:
+            return False
+        run, idx, flag, utc, expect = match.groups()
+        seen = self.runs.get(run)
+        if flag != CHECK_IN or seen is None or seen.state != RUNNING or seen.idx >= int(idx):
+            return False
+        gone.discard(seen.name)
+        seen.idx, seen.flag, seen.utc, seen.promise_s = int(idx), flag, utc, int(expect)
+        seen.name, seen.since_s, seen.since_utc = name, now_s, now_utc
+        if now_s + seen.promise_s + self.grace_s < seen.queued_s:
+            self._queue(seen)
+        if self._missing:
+            self._missing.pop(run, None)
+        return True
 
     def _parse(self, name: str) -> Optional[CheckIn]:
         check_in = parse_check_in(name)
@@ -2471,10 +4812,11 @@ class RunTable:
         silent_s = 0.0 if seen is None else now_s - seen.since_s
         if seen is None:
             seen = self.runs[check_in.run_hash] = Seen(check_in, name, now_s, now_utc)
-        elif check_in.idx > seen.idx or check_in.run_hash in self._missing:
+        elif name == seen.name:
             self._missing.pop(check_in.run_hash, None)
-            if name == seen.name:
-                return []
+            return []
+        elif check_in.idx > seen.idx or self._missing.get(check_in.run_hash, 0) >= MISSING_POLLS:
+            self._missing.pop(check_in.run_hash, None)
             seen.take(check_in, name, now_s, now_utc)
             seen.state = _FLAG_STATES[check_in.flag]
         else:
@@ -2492,6 +4834,9 @@ class RunTable:
                 self._missing[seen.run] = 0
         for run in self._missing:
             self._missing[run] += 1
+        vanished = set(self.vanished())
+        if vanished:  # what else they left counts from the next listing on
+            self.names = {item for item in self.names if item.partition("-")[0] not in vanished}
 
     def vanished(self) -> List[str]:
         """Return the runs whose check-in has been missing for MISSING_POLLS listings, after which
@@ -2507,10 +4852,10 @@ class RunTable:
         """Return the runs whose silence became too long by `now_s`; they are stalled now."""
         changes = []
         while self._due and self._due[0][0] <= now_s:
-            _, run = heapq.heappop(self._due)
+            due_s, run = heapq.heappop(self._due)
             seen = self.runs.get(run)
-            if seen is None:
-                continue
+            if seen is None or due_s != seen.queued_s:
+                continue  # overtaken by an earlier entry
             seen.queued_s = math.inf
             if self.deadline_s(seen) <= now_s:
                 seen.state = STALLED
@@ -2523,6 +4868,17 @@ class RunTable:
 def writer_state(paths: RepoPaths, run_hash: str) -> str:
     """Return whether the process that writes a run is `alive` or `gone`, by its lock on
     `pending/<hash>`; `unknown` for a run that is not ours or where locks do not work."""
+    if _process.writes(paths.marker(run_hash)):
+        return "alive"
+    if not _process.markers.acquire(timeout=1.0):
+        return "unknown"
+    try:
+        return _probe_marker(paths, run_hash)
+    finally:
+        _process.markers.release()
+
+
+def _probe_marker(paths: RepoPaths, run_hash: str) -> str:
     try:
         fd = os.open(paths.marker(run_hash), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -2530,7 +4886,7 @@ def writer_state(paths: RepoPaths, run_hash: str) -> str:
     except OSError:
         return "unknown"
     try:
-        return {True: "gone", False: "alive", None: "unknown"}[try_lock(fd)]
+        return {True: "gone", False: "alive", None: "unknown"}[try_lock(fd, fcntl.LOCK_SH)]
     except OSError:
         return "unknown"
     finally:
@@ -2565,9 +4921,7 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
         facts["run.reason"] = printable(str(state.end.get("reason") or ""))
         frames = state.end.get("frames")
         if isinstance(frames, list):
-            facts["run.frames"] = "\n".join(
-                f"  {printable(str(frame), 200)}" for frame in frames[-6:]
-            )
+            facts["run.frames"] = "\n".join(f"  {printable(str(frame), 200)}" for frame in frames[-6:])
     return facts
 
 
@@ -2583,11 +4937,7 @@ def change_facts(paths: RepoPaths, change: Change) -> Facts:
         facts["run.process"] = writer_state(paths, seen.run)
     if change.kind == RECOVERED:
         how = "finished" if seen.state == FINISHED else "checked in again"
-        after = (
-            "it had failed"
-            if change.old_state == FAILED
-            else f"{human_s(change.silent_s)} of silence"
-        )
+        after = "it had failed" if change.old_state == FAILED else f"{human_s(change.silent_s)} of silence"
         facts["run.reason"] = f"{how} after {after}"
         facts.pop("run.frames", None)
     return {name: value for name, value in facts.items() if value}
@@ -2608,6 +4958,37 @@ def read_watcher_file(paths: RepoPaths) -> Dict[str, Any]:
         return json_object(read_bounded(paths.watcher, 1 << 30).decode("utf-8", "replace")) or {}
     except OSError:
         return {}
+
+
+def saved_runs(saved: Dict[str, Any]) -> List[Seen]:
+    """Return the runs that watcher.json knows."""
+    runs = saved.get("runs")
+    found = map(Seen.from_list, runs if isinstance(runs, list) else ())
+    return [seen for seen in found if seen is not None]
+
+
+class StopSignal:
+    """Tells a loop to end, from a signal handler.
+
+    threading.Event will not do: a handler that interrupts its `wait` at the wrong instruction waits
+    for a lock that the interrupted frame holds.
+    """
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def set(self) -> None:
+        """End the wait, and every later one at once."""
+        if not self.is_set:
+            self.is_set = True
+            self._lock.release()
+
+    def wait(self, seconds: float) -> None:
+        """Wait for `set`, at most that long."""
+        if not self.is_set and self._lock.acquire(timeout=seconds):
+            self._lock.release()
 
 
 class Watcher:
@@ -2667,8 +5048,7 @@ class Watcher:
             raise RepoError(f"{describe_watcher(self.paths)} already watches {self.paths.root}")
         if locked is None:
             log.warning(
-                "%s: this file system has no record locks: make sure that no second "
-                "watcher is started",
+                "%s: this file system has no record locks: make sure that no second watcher is started",
                 path,
             )
         return fd
@@ -2685,14 +5065,11 @@ class Watcher:
             self.looking.total_s += between_s
         elif saved and not self._once:
             self.looking.gap(GAP_S + 1 if between_s is None else between_s)
-        runs = saved.get("runs")
-        for values in runs if isinstance(runs, list) else ():
-            seen = Seen.from_list(values)
-            if seen is not None:
-                # The outbox is written first, so it may know of a stall that watcher.json missed.
-                if seen.state == RUNNING and self.outbox.knows(Change(STALLED, seen, 0, None).id):
-                    seen.state = STALLED
-                self.table.restore(seen)
+        for seen in saved_runs(saved):
+            # The outbox is written first, so it may know of a stall that watcher.json missed.
+            if seen.state == RUNNING and self.outbox.knows(Change(STALLED, seen, 0, None).id):
+                seen.state = STALLED
+            self.table.restore(seen)
         if saved:
             known = self.table.runs
             self.outbox.compact(lambda event_id: event_id.partition("-")[0] in known)
@@ -2727,7 +5104,8 @@ class Watcher:
         self._tell(changes)
         for run in self.table.vanished():
             # A run of ours whose log is there has lost its check-in, not its life.
-            if not os.path.exists(self.paths.run_log(run)):
+            ended = self.table.runs[run].state in (FINISHED, FAILED)
+            if ended or not os.path.exists(self.paths.run_log(run)):
                 self.table.forget(run)
         self._sweep()
         self.outbox.flush()
@@ -2838,18 +5216,21 @@ class Watcher:
             return
         self._saved_mono, self._save_cost_s = begun, self._clock() - begun
 
-    def run(self, stop: threading.Event, after_poll: Callable[[], None] = lambda: None) -> None:
+    @property
+    def is_blind(self) -> bool:
+        """True while the repository cannot be read."""
+        return self._blind_since is not None
+
+    def run(self, stop: StopSignal, after_poll: Callable[[], None] = lambda: None) -> None:
         """Poll until `stop` is set."""
-        while not stop.is_set():
+        while not stop.is_set:
             begun = self._clock()
             self.poll()
             after_poll()
             stop.wait(max(0.05, self.poll_interval_s - (self._clock() - begun)))
 
-    def close(self, drain_s: float = 0.0) -> None:
+    def close(self) -> None:
         """Save what was seen, give what is being sent a moment, and let go of the repository."""
-        if drain_s:
-            self.dispatcher.drain(drain_s)
         self._save(now=True)
         self.dispatcher.stop(1.0)
         self.outbox.close()
@@ -2868,12 +5249,63 @@ def describe_watcher(paths: RepoPaths) -> str:
     saved = read_watcher_file(paths)
     if not saved.get("pid"):
         return "another watcher"
-    since = (
-        local_time(float(saved["started_at"]))
-        if isinstance(saved.get("started_at"), float)
-        else "?"
-    )
+    since = local_time(float(saved["started_at"])) if isinstance(saved.get("started_at"), float) else "?"
     return f"process {saved['pid']} on {printable(str(saved.get('host')), 100)} (since {since})"
+
+
+# ======================================================================================
+# Reindex thread
+#
+# Runs beside the poll and keeps the index up to date, one run at a time. It never waits for the
+# index, so that whoever else wants it comes first, and its troubles never reach the watch.
+# ======================================================================================
+
+#: How often the thread looks for runs that recorded something.
+REINDEX_INTERVAL_S = 5.0
+#: It rests this many times as long as it worked.
+REINDEX_REST_FACTOR = 20.0
+
+
+class ReindexThread(threading.Thread):
+    """Indexes pending runs in the background until `stop` is called."""
+
+    def __init__(self, paths: RepoPaths, interval_s: float = REINDEX_INTERVAL_S) -> None:
+        super().__init__(name="aimwatch-reindex", daemon=True)
+        self._reindexer = Reindexer(paths)
+        self._interval_s = interval_s
+        self._stopping = threading.Event()
+        self._complained: Set[str] = set()
+
+    def run(self) -> None:
+        while not self._stopping.is_set():
+            begun = time.monotonic()
+            self._pass()
+            worked_s = time.monotonic() - begun
+            self._stopping.wait(max(self._interval_s, worked_s * REINDEX_REST_FACTOR))
+
+    def _pass(self) -> None:
+        try:
+            for run_hash in self._reindexer.changed():
+                if self._stopping.is_set():
+                    return
+                self._reindexer.run([run_hash], batch_s=0.0, wait_s=0.0)
+            problems = self._reindexer.problems
+        except IndexBusy:
+            self._reindexer.forget_sizes()  # somebody else indexes; look again later
+            return
+        except Exception as error:
+            self._reindexer.forget_sizes()
+            problems = [f"reindexing: {type(error).__name__}: {error}"]
+        for problem in problems:
+            if problem not in self._complained and len(self._complained) < 1000:
+                self._complained.add(problem)
+                log.warning("%s", problem)
+        self._reindexer.problems = []
+
+    def stop(self, limit_s: float) -> None:
+        """End after the run in hand; wait at most `limit_s` for it."""
+        self._stopping.set()
+        self.join(limit_s)
 
 
 # ======================================================================================
@@ -2897,9 +5329,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
     """Return lines with the columns of `rows` aligned under `header`."""
     cells = [list(header)] + [[printable(cell, 60) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells
-    ]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
 
 
 def command_line() -> str:
@@ -2952,16 +5382,14 @@ def cmd_start(args: Any) -> int:
     paths = find_repo(args.repo)
     if not any(item.enabled for item in NotifierConfig(paths).notifiers()):
         _offer_notifier(paths, args)
-    stop = threading.Event()
+    stop = StopSignal()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     watcher = Watcher(paths, args.grace, args.poll_interval, args.once)
     if args.once:
-        try:
-            watcher.poll()
-        finally:
-            watcher.close(drain_s=ATTEMPT_S + 1)
-        return 1 if watcher.counts()[STALLED] or watcher.counts()[FAILED] else 0
+        return _one_pass(watcher, stop)
+    reindexing = ReindexThread(paths)
+    reindexing.start()
     try:
         watcher.poll()
         live = watcher.counts()
@@ -2979,8 +5407,19 @@ def cmd_start(args: Any) -> int:
     finally:
         handler.show("")
         watcher.close()
+        reindexing.stop(0.5)
     log.info("stopped")
     return 0
+
+
+def _one_pass(watcher: Watcher, stop: StopSignal) -> int:
+    watcher.poll()
+    deadline = time.monotonic() + ATTEMPT_S + 1
+    while not stop.is_set and time.monotonic() < deadline and not watcher.dispatcher.drain(0.1):
+        pass
+    counts = watcher.counts()
+    watcher.close()
+    return 1 if watcher.is_blind or counts[STALLED] or counts[FAILED] else 0
 
 
 def _status_line(watcher: Watcher) -> str:
@@ -3003,9 +5442,10 @@ def _offer_notifier(paths: RepoPaths, args: Any) -> None:
 def cmd_init(args: Any) -> int:
     """Create a repository."""
     given = args.repo or os.environ.get("AIMWATCH_REPO") or os.getcwd()
-    existed = os.path.isdir(os.path.join(given, ".aim")) or os.path.basename(given) == ".aim"
-    paths = find_repo(given, create=True)
-    print(f"{'repository already at' if existed else 'created a repository at'} {paths.root}")
+    try:
+        print(f"repository already at {find_repo(given).root}")
+    except RepoError:
+        print(f"created a repository at {find_repo(given, create=True).root}")
     return 0
 
 
@@ -3035,7 +5475,8 @@ def watcher_state(paths: RepoPaths, now_utc: float) -> WatcherState:
             return WatcherState(True, f"watched by passes of 'start --once'; {ago}", saved)
         return WatcherState(False, f"no watcher is alive; {ago}", saved)
     who = describe_watcher(paths)
-    if age_s > STUCK_S:
+    interval_s = saved.get("poll_interval_s")
+    if age_s > STUCK_S + (3 * interval_s if isinstance(interval_s, (int, float)) else 0.0):
         return WatcherState(False, f"{who} holds the watch but does not look; {ago}", saved)
     since = saved.get("started_at")
     up = human_s(now_utc - since) if isinstance(since, (int, float)) else "?"
@@ -3050,7 +5491,7 @@ def _is_locked(path: str) -> Optional[bool]:
     except OSError:
         return None
     try:
-        return {True: False, False: True, None: None}[try_lock(fd)]
+        return {True: False, False: True, None: None}[try_lock(fd, fcntl.LOCK_SH)]
     except OSError:
         return None
     finally:
@@ -3068,11 +5509,7 @@ def status_rows(paths: RepoPaths, saved: Dict[str, Any]) -> List[Dict[str, Any]]
         raise RepoError(f"cannot list {paths.check_ins}: {error.strerror}") from None
     runs = RunTable(0)
     runs.take(listing, 0, 0)
-    known = {}
-    for values in saved.get("runs") or ():
-        seen = Seen.from_list(values)
-        if seen is not None:
-            known[seen.name] = seen
+    known = {seen.name: seen for seen in saved_runs(saved)}
     rows = []
     for seen in runs.runs.values():
         watched = known.get(seen.name)
@@ -3112,9 +5549,7 @@ def cmd_status(args: Any) -> int:
     return 0 if state.alive and not bad else 1
 
 
-def _print_status(
-    paths: RepoPaths, state: WatcherState, rows: Sequence[Dict[str, Any]], now: float
-) -> None:
+def _print_status(paths: RepoPaths, state: WatcherState, rows: Sequence[Dict[str, Any]], now: float) -> None:
     print(f"repository {paths.root}\n{state.text}")
     live = [row for row in rows if row["state"] != FINISHED]
     if live:
@@ -3136,9 +5571,7 @@ def _print_status(
     for line, row_state in zip(lines, [""] + [row["state"] for row in live]):
         print(coloured(line, row_state, sys.stdout))
     counts = {name: sum(row["state"] == name for row in rows) for name in _STATES}
-    shown = [
-        f"{counts[name]} {name}" for name in (RUNNING, STALLED, FAILED, FINISHED) if counts[name]
-    ]
+    shown = [f"{counts[name]} {name}" for name in (RUNNING, STALLED, FAILED, FINISHED) if counts[name]]
     print(f"\n{', '.join(shown) if shown else 'no runs with check-ins'}")
 
 
@@ -3171,8 +5604,9 @@ def _confirm(question: str, default: bool) -> bool:
 
 
 def _default_add_args(repo: Optional[str]) -> Any:
-    args = ["notifiers", "add"]
-    return _parser().parse_args(args if repo is None else ["--repo", repo, *args])
+    args = _parser().parse_args(["notifiers", "add"])
+    args.repo = repo
+    return args
 
 
 def cmd_notifiers_add(args: Any) -> int:
@@ -3200,7 +5634,13 @@ def cmd_notifiers_add(args: Any) -> int:
             f"added {kind} notifier {notifier['id']}; try it: {command_line()} notifiers test "
             f"{notifier['id'][:8]}"
         )
-        if args.yes or args.type or not _confirm("Would you like to add another notifier?", False):
+        if args.yes or args.type:
+            return 0
+        try:
+            if not _confirm("Would you like to add another notifier?", False):
+                return 0
+        except (EOFError, KeyboardInterrupt):
+            print()
             return 0
 
 
@@ -3237,9 +5677,7 @@ def _arguments(kind: str, args: Any) -> Dict[str, Any]:
             value = value or AIM_DEFAULT_MESSAGE
         if value:
             # Aim reads a group ID as a number.
-            arguments[field.name] = (
-                int(value) if field.name == "group_id" and value.isdigit() else value
-            )
+            arguments[field.name] = int(value) if field.name == "group_id" and value.isdigit() else value
     return arguments
 
 
@@ -3282,16 +5720,16 @@ def _field_value(field: Field, given: Optional[str], args: Any, kind: str) -> st
 
 
 def _show(notifier: Dict[str, Any]) -> None:
-    print(f"\nType: {notifier['type']}")
+    print(f"\nType: {printable(notifier['type'])}")
     for name, value in masked(notifier["type"], notifier["arguments"]).items():
-        print(f"{name.replace('_', ' ').capitalize()}: {printable(str(value), 300)}")
+        print(printable(f"{name.replace('_', ' ').capitalize()}: {value}", 300))
     print(f"Events: {', '.join(notifier.get('events', DEFAULT_EVENTS))}\n--------")
 
 
 def _warn_about(notifier: Dict[str, Any]) -> None:
     for name in ("url", "base_url"):
         url = notifier["arguments"].get(name, "")
-        host = re.sub(r"^http://(?:[^/@]*@)?(\[[^\]]*\]|[^/:]*).*$", r"\1", url)
+        host = re.sub(r"(?i)^http://(?:[^/?#]*@)?(\[[^\]]*\]|[^/:?#]*).*$", r"\1", url)
         if host != url and host not in ("localhost", "127.0.0.1", "[::1]"):
             print(
                 f"Warning: {host} is another machine, and over http:// everybody between reads "
@@ -3323,7 +5761,7 @@ def cmd_notifiers_remove(args: Any) -> int:
             raise AimwatchError("aborted: nothing was removed")
     args.id = notifier_id
     _edit_notifier(args, lambda notifiers, found: notifiers.pop(found))
-    print(f"removed notifier {notifier_id}")
+    print(f"removed notifier {printable(notifier_id)}")
     return 0
 
 
@@ -3332,9 +5770,7 @@ def cmd_notifiers_switch(args: Any) -> int:
 
     def switch(notifiers: Dict[str, Any], notifier_id: str) -> None:
         if not isinstance(notifiers[notifier_id], dict):
-            raise ConfigError(
-                f"notifier {notifier_id} is not an object: remove it and add it again"
-            )
+            raise ConfigError(f"notifier {notifier_id} is not an object: remove it and add it again")
         notifiers[notifier_id]["status"] = args.status
 
     _edit_notifier(args, switch)
@@ -3386,6 +5822,8 @@ def cmd_notifiers_dump(args: Any) -> int:
         notifier = read_notifier(notifier_id, entry)
         if isinstance(entry, dict):
             entry["arguments"] = masked(notifier.type, notifier.arguments)
+        else:
+            raw["notifications"]["notifiers"][notifier_id] = "***"
     print(json.dumps(raw, indent=2))
     return 0
 
@@ -3394,7 +5832,7 @@ def cmd_get_log_level(args: Any) -> int:
     """Print from which level on log messages of runs are told."""
     level = NotifierConfig(find_repo(args.repo)).read()["notifications"].get("log_level", 30)
     names = {number: name for name, number in LOG_LEVELS.items()}
-    print(f"Log level: {names.get(level, level)}")
+    print(f"Log level: {names.get(level, level) if isinstance(level, int) else repr(level)}")
     return 0
 
 
@@ -3436,8 +5874,352 @@ def cmd_notifiers_test(args: Any) -> int:
         outcome = Outcome(BROKEN, item.problem) if item.problem else deliver(item, [sample])
         failed += outcome.kind != SENT
         verdict = "delivered" if outcome.kind == SENT else "NOT delivered"
-        print(f"{item.type} {item.id}: {verdict}: {outcome.detail}")
+        print(printable(f"{item.type} {item.id}: {verdict}: {outcome.detail}"))
     return 1 if failed else 0
+
+
+# -------------------------------------------------------------------------- runs and metrics
+
+RUN_COLUMNS = ("hash", "name", "experiment", "state", "created", "duration", "host")
+METRIC_COLUMNS = ("run", "metric", "context", "last", "step", "min", "max", "count")
+DEFAULT_LIMIT = 50
+
+
+def run_cell(run: Run, row: RunRow, column: str) -> Any:
+    """Return what a column of `runs` shows of a run: a field, `metric:<name>`, or a param's path."""
+    if column == "created":
+        return row.created_at
+    if column == "ended":
+        return row.end_time
+    if column == "duration":
+        return (time.time() if row.end_time is None else row.end_time) - row.created_at
+    if column == "name" and row.name == default_name(row.hash):
+        return None
+    if column == "tags":
+        return json.loads(row.tags)
+    if column in RunRow._fields:
+        return getattr(row, column)
+    if column.startswith("metric:"):
+        name = column.partition(":")[2]
+        found = [metric for metric in run.metrics() if metric.name == name]
+        return max(found, key=lambda metric: metric.last_step).last if found else None
+    return run.get(tuple(column.split(".")))
+
+
+def metric_cell(row: MetricRow, series: SeriesState, column: str) -> Any:
+    """Return what a column of `metrics` shows of a series."""
+    fields = {"run": row.run, "metric": row.name, "context": row.context, "step": row.last_step}
+    return fields[column] if column in fields else getattr(series, column)
+
+
+def shown(value: Any, column: str) -> str:
+    """Return a cell's value as a table shows it."""
+    if value is None:
+        return ""
+    if column in ("created", "ended"):
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+    if column == "duration":
+        return human_s(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if column == "context":
+        return ", ".join(f"{key}={item}" for key, item in value.items())
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _print_cells(args: Any, columns: Sequence[str], rows: List[List[Any]], noun: str) -> None:
+    """Print rows as the flags ask: sorted, limited, as a table, JSON or CSV."""
+    if args.sort:
+        at, backwards = _column_index(args.sort.lstrip("-"), columns), args.sort.startswith("-")
+        # What is missing comes last, and text after numbers.
+        present = [row for row in rows if row[at] is not None]
+        present.sort(key=lambda row: _sort_key(row[at]), reverse=backwards)
+        rows = present + [row for row in rows if row[at] is None]
+    plain = args.json or args.csv
+    limit = args.limit if args.limit is not None else (0 if plain else DEFAULT_LIMIT)
+    chosen = rows[:limit] if limit else rows
+    if args.json:
+        objects = [dict(zip(columns, map(_json_cell, row))) for row in chosen]
+        print(json.dumps(objects, indent=2))
+    elif args.csv:
+        import csv
+
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(columns)
+        for row in chosen:
+            cells = [json.dumps(cell) if isinstance(cell, (dict, list)) else cell for cell in row]
+            writer.writerow(["" if cell is None else cell for cell in cells])
+    else:
+        text = [[shown(cell, column) for cell, column in zip(row, columns)] for row in chosen]
+        if text:
+            print("\n".join(table([column.upper() for column in columns], text)))
+        more = f", {len(rows) - len(chosen)} more with --limit 0" if len(chosen) < len(rows) else ""
+        print(f"{len(chosen)} {noun}{more}", file=sys.stderr)
+
+
+def _json_cell(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return encode_value(value, []) if isinstance(value, (dict, list)) else value
+
+
+def _sort_key(value: Any) -> Tuple[int, Any]:
+    if isinstance(value, (int, float)):
+        return (0, -math.inf if value != value else value)
+    return (1, value if isinstance(value, str) else json.dumps(value))
+
+
+def _column_index(name: str, columns: Sequence[str]) -> int:
+    if name not in columns:
+        raise AimwatchError(f"cannot sort by {printable(name, 40)!r}: the columns are {', '.join(columns)}")
+    return columns.index(name)
+
+
+def _columns(args: Any, default: Sequence[str]) -> List[str]:
+    found = args.columns or list(default)
+    if args.sort and args.sort.lstrip("-") not in found and default is RUN_COLUMNS:
+        found = [*found, args.sort.lstrip("-")]
+    return found
+
+
+def cmd_runs(args: Any) -> int:
+    """List the runs for which a query is true, the newest first."""
+    repo = Repo(args.repo)
+    result = repo.query_runs(args.query)
+    columns = _columns(args, RUN_COLUMNS)
+    limit = args.limit if args.limit is not None else DEFAULT_LIMIT
+    # Without --sort, cells are only made of what is shown.
+    rows = result.rows if args.sort or args.json or args.csv or not limit else result.rows[:limit]
+    cells = [
+        [run_cell(run, row, column) for column in columns]
+        for run, row in ((unread_run(repo._paths, row.hash), row) for row in rows)
+    ]
+    cells += [[None] * len(columns)] * (len(result.rows) - len(rows))
+    _print_cells(args, columns, cells, "run" if len(cells) == 1 else "runs")
+    return 0
+
+
+def cmd_metrics(args: Any) -> int:
+    """List the metric series for which a query is true, those of the newest run first."""
+    repo = Repo(args.repo)
+    columns = _columns(args, METRIC_COLUMNS)
+    for column in columns:
+        _column_index(column, METRIC_COLUMNS)
+    rows = [(row, row.to_series()) for row in repo.metric_rows(args.query)]
+    cells = [[metric_cell(row, series, column) for column in columns] for row, series in rows]
+    _print_cells(args, columns, cells, "series")
+    return 0
+
+
+def cmd_show(args: Any) -> int:
+    """Show everything that is known of one run, and its log messages."""
+    repo = Repo(args.repo)
+    run_hash = repo.find_run(args.hash)
+    run = unread_run(repo._paths, run_hash)
+    messages = list(read_messages(repo._paths.run_log(run_hash)))
+    if args.json:
+        state = run._state.to_checkpoint()
+        state.pop("checkpoint")
+        state["series"] = [_series_object(metric) for metric in run.metrics()]
+        print(json.dumps({"hash": run_hash, **state, "messages": messages}, indent=2))
+        return 0
+    _show_run(run)
+    if run[...]:
+        print("\nparams")
+        print("\n".join(f"  {line}" for line in _param_lines(run[...], "")))
+    if run.metrics():
+        print("\nmetrics")
+        rows = [
+            [shown(item, column) for item, column in zip(_metric_row(metric), METRIC_COLUMNS[1:])]
+            for metric in run.metrics()
+        ]
+        print("\n".join(f"  {line}" for line in table([name.upper() for name in METRIC_COLUMNS[1:]], rows)))
+    if messages:
+        print("\nlog messages")
+        for message in messages:
+            print(f"  {_message_line(message)}")
+    return 0
+
+
+def _show_run(run: Run) -> None:
+    header, end = run._state.header, run._state.end or {}
+    ended = f"{local_time(run.end_time)} ({end.get('end')})" if run.end_time is not None else "not yet"
+    fields = {
+        "run": run.hash,
+        "name": run.name,
+        "experiment": run.experiment,
+        "description": run.description,
+        "tags": ", ".join(run.tags),
+        "archived": "yes" if run.archived else None,
+        "created": local_time(run.creation_time),
+        "ended": ended,
+        "duration": human_s(run.duration),
+        "reason": end.get("reason"),
+        "host": header.get("host"),
+        "process": header.get("pid"),
+        "user": header.get("user"),
+        "job": header.get("job"),
+        "folder": header.get("cwd"),
+        "command": " ".join(map(str, header.get("argv") or ())),
+        "python": header.get("python"),
+    }
+    for name, value in fields.items():
+        if value is not None and value != "":
+            print(f"{name + ':':<13}{printable(str(value), 1000)}")
+    frames = end.get("frames")
+    for frame in frames if isinstance(frames, list) else ():
+        print(f"             {printable(str(frame), 300)}")
+    if run._state.skipped:
+        print(f"{'damage:':<13}{plural(run._state.skipped, 'line')} of the log could not be read")
+
+
+def _metric_row(metric: Metric) -> List[Any]:
+    return [metric.name, metric.context, metric.last, metric.last_step, metric.min, metric.max, metric.count]
+
+
+def _series_object(metric: Metric) -> Dict[str, Any]:
+    return dict(zip(METRIC_COLUMNS[1:], map(_json_cell, _metric_row(metric))))
+
+
+def _param_lines(value: Any, path: str) -> Iterator[str]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _param_lines(item, f"{path}.{key}" if path else str(key))
+    else:
+        yield printable(f"{path} = {json.dumps(value)}", 300)
+
+
+def _message_line(message: Dict[str, Any]) -> str:
+    names = {number: name for name, number in LOG_LEVELS.items()}
+    level = names.get(message["log"], str(message["log"]))
+    params = f" {json.dumps(message['params'])}" if message.get("params") else ""
+    return printable(f"{local_time(message['time'])} {level} {message['message']}{params}", 1000)
+
+
+def cmd_plot(args: Any) -> int:
+    """Draw a metric of a run as a chart in the terminal."""
+    repo = Repo(args.repo)
+    run = unread_run(repo._paths, repo.find_run(args.hash))
+    found = [metric for metric in run.metrics() if metric.name == args.metric]
+    if not found:
+        known = ", ".join(sorted({printable(metric.name, 60) for metric in run.metrics()})) or "none"
+        raise AimwatchError(f"run {run.hash} has no metric {printable(args.metric, 60)!r}: it has {known}")
+    import shutil
+
+    width, height = shutil.get_terminal_size((80, 24))
+    for metric in found:
+        print(printable(f"{metric.name} {shown(metric.context, 'context')}".rstrip(), width))
+        points = [(step, value) for step, value in zip(metric.steps, metric.values) if math.isfinite(value)]
+        lines = chart(points, max(20, args.width or width - 12), max(4, args.height or min(height - 4, 16)))
+        try:
+            print("\n".join(lines))
+        except UnicodeEncodeError:  # pragma: no cover - stdout escapes what it cannot write
+            print("the terminal cannot show this")
+    return 0
+
+
+#: Bits of the eight dots of a braille character, by column and row.
+_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
+
+
+def chart(points: Sequence[Tuple[float, float]], width: int, height: int) -> List[str]:
+    """Return lines that draw finite points over `width` by `height` characters, with the scale at
+    the left and the steps below."""
+    if not points:
+        return ["no finite values"]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    grid = [[0] * width for _ in range(height)]
+    for x, y in points:
+        column = _scaled(x, left, right, 2 * width - 1)
+        row = 4 * height - 1 - _scaled(y, low, high, 4 * height - 1)
+        grid[row // 4][column // 2] |= _DOTS[column % 2][row % 4]
+    labels = {0: f"{high:.4g}", height - 1: f"{low:.4g}"}
+    lines = [
+        f"{labels.get(nth, ''):>10} {''.join(chr(0x2800 + dots) for dots in row)}".rstrip("\u2800 ")
+        for nth, row in enumerate(grid)
+    ]
+    ends = f"{left:g}".ljust(width - len(f"{right:g}")) + f"{right:g}"
+    return [*lines, f"{'':>10} {ends}"]
+
+
+def _scaled(value: float, low: float, high: float, most: int) -> int:
+    # Halved first, so that the distance between two huge numbers of opposite sign is finite.
+    span = high / 2 - low / 2
+    return round((value / 2 - low / 2) / span * most) if span else most // 2
+
+
+def cmd_rm(args: Any) -> int:
+    """Remove runs with everything they recorded."""
+    repo = Repo(args.repo)
+    hashes = [repo.find_run(prefix) for prefix in args.hash]
+    if not args.yes:
+        for run_hash in hashes:
+            print(f"{run_hash}  {printable(unread_run(repo._paths, run_hash).name, 100)}")
+        if not _confirm(f"Remove {plural(len(hashes), 'run')} for good?", False):
+            raise AimwatchError("aborted: nothing was removed")
+    for run_hash in hashes:
+        repo.delete_run(run_hash)
+        print(f"removed run {run_hash}")
+    return 0
+
+
+def cmd_close(args: Any) -> int:
+    """Declare runs ended whose processes are gone, so that they count as stalled no more."""
+    repo = Repo(args.repo)
+    for prefix in args.hash:
+        run_hash = repo.find_run(prefix)
+        changed = repo.close_run(run_hash)
+        print(f"{'closed run' if changed else 'already closed:'} {run_hash}")
+    return 0
+
+
+def cmd_reindex(args: Any) -> int:
+    """Bring the index up to date with what the runs recorded; for cron."""
+    paths = find_repo(args.repo)
+    reindexer = Reindexer(paths)
+    progress = Progress(sys.stderr)
+    try:
+        if args.rebuild:
+            with reindexer.index.writing(REINDEX_WAIT_S):
+                reindexer.problems += reindexer.index.rebuild(progress)
+        reindexer.run(reindexer.pending(), wait_s=REINDEX_WAIT_S, progress=progress)
+    except (OSError, sqlite_error()) as error:
+        raise AimwatchError(f"cannot write {paths.index}: {error}") from None
+    finally:
+        progress.clear()
+    for problem in dict.fromkeys(reindexer.problems):
+        print(f"{command_line()}: {problem}", file=sys.stderr)
+    return 1 if reindexer.problems else 0
+
+
+#: How long `reindex` waits for another process that writes the index.
+REINDEX_WAIT_S = 60.0
+
+
+class Progress:
+    """A progress bar with rate and time left, on a terminal alone."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._on = stream.isatty()
+        self._begun = self._drawn = time.monotonic()
+
+    def __call__(self, done: int, of: int) -> None:
+        now = time.monotonic()
+        if self._on and of and now - self._drawn >= 0.1:
+            self._drawn = now
+            rate = done / max(now - self._begun, 0.001)
+            left = human_s((of - done) / rate) if rate else "?"
+            bar = "#" * (done * 30 // of)
+            self._stream.write(f"\r[{bar:<30}] {done}/{of} runs, {rate:.0f}/s, {left} left\x1b[K")
+            self._stream.flush()
+
+    def clear(self) -> None:
+        """Take the bar away."""
+        if self._on:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
 
 
 # -------------------------------------------------------------------------- demo
@@ -3547,9 +6329,7 @@ def _demo_run(paths: RepoPaths, processes: contextlib.ExitStack) -> None:
     reader.start()
     _demo_wait(paths, lambda told: os.path.exists(paths.watcher))
     trainings = {
-        fate: start(
-            "-c", DEMO_TRAINING, fate.name, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
+        fate: start("-c", DEMO_TRAINING, fate.name, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         for fate in DEMO_FATES
     }
     for fate, process in trainings.items():
@@ -3615,18 +6395,13 @@ def _demo_report(paths: RepoPaths, took_s: float) -> bool:
                 ", ".join(fate.told),
                 ", ".join(kind for kind, _, _ in told),
                 ", ".join(f"{after:.1f} s" for _, after, _ in told),
-                ", ".join(
-                    f"{silent:.0f} to {silent + DEMO_SLACK_S:.0f} s" for _, _, silent in told
-                ),
+                ", ".join(f"{silent:.0f} to {silent + DEMO_SLACK_S:.0f} s" for _, _, silent in told),
                 "ok" if ok else "WRONG",
             )
         )
     header = ("RUN", "WHAT IT DOES", "MUST BE TOLD", "WAS TOLD", "AFTER", "ALLOWED", "")
     print("\n" + "\n".join(table(header, rows)))
-    print(
-        f"\n{'Every event was told once, in time' if all_ok else 'Something is wrong'} "
-        f"({took_s:.0f} s)."
-    )
+    print(f"\n{'Every event was told once, in time' if all_ok else 'Something is wrong'} ({took_s:.0f} s).")
     return all_ok
 
 
@@ -3642,9 +6417,7 @@ def _seconds(least: float) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not least <= value <= MAX_EXPECT_S:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a number of seconds from {least:g} up"
-            )
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from {least:g} up")
         return value
 
     return seconds
@@ -3676,20 +6449,22 @@ def _parser() -> Any:
     repo.add_argument(
         "--repo",
         metavar="DIR",
-        help="the folder that holds .aim (default: "
-        "$AIMWATCH_REPO, else the nearest .aim here or above)",
+        help="the folder that holds .aim (default: $AIMWATCH_REPO, else the nearest .aim here or above)",
     )
-    parser = argparse.ArgumentParser(
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            # A webhook in the wrong place must not be repeated in somebody's cron mail.
+            super().error(re.sub(r"(://[^/\s'\"]*)[^\s'\"]*", r"\1/***", message))
+
+    parser = Parser(
         prog=command_line(),
         parents=[repo],
-        description="Watch machine-learning training runs, and tell people when one fails or stalls.",
+        description="Watch machine-learning training runs and tell people when one fails or stalls.",
         epilog="Exit codes: 0 fine, 1 something is wrong, 2 wrong usage.",
     )
-    parser.set_defaults(repo=None)
     parser.add_argument("--version", action="version", version=f"aimwatch {__version__}")
-    commands = parser.add_subparsers(
-        title="commands", metavar="COMMAND", required=True, dest="command"
-    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
 
     def add(group: Any, name: str, do: Callable[[Any], int], **options: Any) -> Any:
         summary = (do.__doc__ or "").strip().partition("\n\n")[0].replace("\n    ", " ")
@@ -3709,8 +6484,7 @@ def _parser() -> Any:
         type=_seconds(0),
         default=DEFAULT_GRACE_S,
         metavar="S",
-        help="seconds of silence beyond the promise before a run counts as stalled "
-        "(default: %(default)g)",
+        help="seconds of silence beyond the promise before a run counts as stalled (default: %(default)g)",
     )
     start.add_argument(
         "--poll-interval",
@@ -3734,6 +6508,7 @@ def _parser() -> Any:
     add(commands, "init", cmd_init)
     demo = add(commands, "demo", cmd_demo)
     demo.add_argument("--keep", action="store_true", help="leave the repository for a look")
+    _add_run_commands(commands, add)
     notifiers = commands.add_parser(
         "notifiers",
         parents=[repo],
@@ -3743,6 +6518,70 @@ def _parser() -> Any:
     group = notifiers.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="sub")
     _add_notifier_commands(group, add)
     return parser
+
+
+def _add_run_commands(commands: Any, add: Callable[..., Any]) -> None:
+    language = "The query is a Python expression over run%s; see the README for the language."
+    for name, do, over in (("runs", cmd_runs, ""), ("metrics", cmd_metrics, " and metric")):
+        listing = add(commands, name, do, epilog=language % over)
+        listing.add_argument("query", nargs="?", default="", metavar="QUERY", help="default: all")
+        listing.add_argument(
+            "--limit",
+            type=_count,
+            metavar="N",
+            help=f"show at most N, 0 for all (default: {DEFAULT_LIMIT}, and all with --json and --csv)",
+        )
+        listing.add_argument(
+            "--sort",
+            metavar="COLUMN",
+            help="sort by a column, -COLUMN for the "
+            "largest first, written --sort=-COLUMN (default: the newest first)",
+        )
+        columns = RUN_COLUMNS if name == "runs" else METRIC_COLUMNS
+        also = "; also ended, tags, user, job, reason, pid, a param such as hparams.lr, metric:NAME"
+        listing.add_argument(
+            "--columns",
+            type=_names,
+            metavar="LIST",
+            help=f"what to show (default: {','.join(columns)}{also if name == 'runs' else ''})",
+        )
+        form = listing.add_mutually_exclusive_group()
+        form.add_argument("--json", action="store_true", help="print JSON")
+        form.add_argument("--csv", action="store_true", help="print CSV")
+    one_hash = "the run's hash, or the first characters of it"
+    show = add(commands, "show", cmd_show)
+    show.add_argument("hash", metavar="HASH", help=one_hash)
+    show.add_argument("--json", action="store_true", help="print JSON")
+    plot = add(commands, "plot", cmd_plot)
+    plot.add_argument("hash", metavar="HASH", help=one_hash)
+    plot.add_argument("metric", metavar="METRIC", help="the metric's name; each context is drawn")
+    plot.add_argument("--width", type=_count, metavar="N", help="in characters (default: the terminal's)")
+    plot.add_argument("--height", type=_count, metavar="N", help="in lines (default: 16 at most)")
+    remove = add(commands, "rm", cmd_rm)
+    remove.add_argument("hash", nargs="+", metavar="HASH", help=one_hash)
+    remove.add_argument("--yes", action="store_true", help="ask nothing")
+    close = add(commands, "close", cmd_close)
+    close.add_argument("hash", nargs="+", metavar="HASH", help=one_hash)
+    reindex = add(
+        commands,
+        "reindex",
+        cmd_reindex,
+        epilog="Silent when all is well and stderr is no "
+        "terminal. Exits 1, with a list, when some run could not be read.",
+    )
+    reindex.add_argument("--rebuild", action="store_true", help="build the index from nothing")
+
+
+def _count(text: str) -> int:
+    import argparse
+
+    if not text.isdigit() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _names(text: str) -> List[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
 
 
 def _add_notifier_commands(group: Any, add: Callable[..., Any]) -> None:
@@ -3769,8 +6608,7 @@ def _add_notifier_commands(group: Any, add: Callable[..., Any]) -> None:
     new.add_argument(
         "--message",
         metavar="TEXT",
-        help="a message template; it may name "
-        + ", ".join("{%s}" % name for name in TEMPLATE_FIELDS),
+        help="a message template; it may name " + ", ".join("{%s}" % name for name in TEMPLATE_FIELDS),
     )
     new.add_argument(
         "--events",
@@ -3803,17 +6641,23 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Arguments:
         argv: the arguments after the program's name; None: those of this process.
     """
-    for stream in (sys.stdout, sys.stderr):
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115 - for as long as the process lives
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    import argparse
+
     try:
-        args = _parser().parse_args(argv)
+        # Given here, since a default of the parser would undo a --repo before the command.
+        args = _parser().parse_args(argv, argparse.Namespace(repo=None))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
     _log_to_stderr(timed=False)
     try:
         code: int = args.do(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except AimwatchError as error:
         print(f"{command_line()}: {error}", file=sys.stderr)

@@ -9,21 +9,39 @@ measures instead, each figure beside its baseline from the same run.
 
 from __future__ import annotations
 
+import ast
+import builtins
 import contextlib
+import decimal
+import errno
+import fractions
+import gc
 import http.server
+import importlib.util
 import io
 import json
+import logging
+import math
 import os
+import pty
+import random
 import re
+import select
 import shutil
 import signal
+import socket
+import sqlite3
+import ssl
+import stat
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import types
 import unittest
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 from unittest import mock
 
 import aimwatch
@@ -113,7 +131,11 @@ class Case(unittest.TestCase):
         for name in list(os.environ):
             if name.lower().endswith("_proxy") or name == "AIMWATCH_REPO":
                 del os.environ[name]
-        handlers, level, propagate = aimwatch.log.handlers[:], aimwatch.log.level, aimwatch.log.propagate
+        handlers, level, propagate = (
+            aimwatch.log.handlers[:],
+            aimwatch.log.level,
+            aimwatch.log.propagate,
+        )
         self.addCleanup(self._restore_log, handlers, level, propagate)
         aimwatch.log.handlers[:] = [_NullHandler()]
 
@@ -237,3 +259,6337 @@ class Case(unittest.TestCase):
 
 class _NullHandler(aimwatch.logging.NullHandler):
     pass
+
+
+# ======================================================================================
+# Helpers, paths, check-ins, run log, Run
+#
+# From the smallest pieces to real processes that end in every way.
+# ======================================================================================
+
+# -------------------------------------------------------------------------------- small helpers
+
+
+class SmallHelpers(Case):
+    def test_human_s_says_durations_as_people_do(self) -> None:
+        for seconds, said in (
+            (-3, "0 ms"), (0, "0 ms"), (0.0004, "0 ms"), (0.85, "850 ms"), (0.9994, "999 ms"),
+            (0.9996, "1 s"), (1, "1 s"), (1.25, "1.2 s"), (9.94, "9.9 s"), (9.96, "10 s"),
+            (59.4, "59 s"), (59.6, "1 min"), (61, "1 min 1 s"), (185, "3 min 5 s"),
+            (3599.7, "1 h"), (3659, "1 h"), (7800, "2 h 10 min"), (86399.6, "1 d"),
+            (90000, "1 d 1 h"), (864000, "10 d"),
+        ):  # fmt: skip
+            with self.subTest(seconds=seconds):
+                self.assertEqual(aimwatch.human_s(seconds), said)
+
+    def test_printable_shows_what_could_move_a_cursor_as_an_escape(self) -> None:
+        for text, shown in (
+            ("loss = 0.5", "loss = 0.5"), ("größer 模型 🚀", "größer 模型 🚀"), ("", ""),
+            ("a\nb\r\tc", "a\\x0ab\\x0d\\x09c"), ("\x1b[2J", "\\x1b[2J"), ("\x7f\x9b", "\\x7f\\x9b"),
+            ("\u202eexe", "\\x202eexe"), ("\u2028\u200b\ufeff", "\\x2028\\x200b\\xfeff"),
+            ("\udcff", "\\xdcff"),
+        ):  # fmt: skip
+            with self.subTest(text=text):
+                self.assertEqual(aimwatch.printable(text), shown)
+
+    def test_printable_is_no_longer_than_its_limit(self) -> None:
+        self.assertEqual(aimwatch.printable("x" * 20, 20), "x" * 20)
+        self.assertEqual(aimwatch.printable("x" * 21, 20), "x" * 17 + "...")
+        for text in ("\n" * 15, "\n" * 600, "\u202e" * 21, "x" * 16 + "\n\n\n\n"):
+            with self.subTest(text=text):
+                self.assertLessEqual(len(aimwatch.printable(text, 20)), 20)
+
+    def test_replace_file_has_its_mode_from_the_first_byte(self) -> None:
+        umask = os.umask(0o022)
+        self.addCleanup(os.umask, umask)
+        path = os.path.join(self.root, "file")
+        modes = []
+
+        def write(fd: int, data: Any, real: Any = os.write) -> int:
+            modes.append(stat.S_IMODE(os.fstat(fd).st_mode))
+            return real(fd, bytes(data[:2]))  # a short write is gone on with
+
+        for mode, expected in ((0o600, 0o600), (0o666, 0o644)):
+            with self.subTest(mode=oct(mode)):
+                with mock.patch("os.write", write):
+                    aimwatch.replace_file(path, b"12345", mode)
+                self.assertEqual(modes, [expected] * 3)
+                self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), expected)
+                with open(path, "rb") as file:
+                    self.assertEqual(file.read(), b"12345")
+                modes.clear()
+
+    def test_replace_file_that_fails_leaves_the_old_file_and_nothing_else(self) -> None:
+        path = os.path.join(self.root, "file")
+        aimwatch.replace_file(path, b"old")
+        for call in ("os.write", "os.fsync", "os.replace"):
+            with self.subTest(call=call):
+                with mock.patch(call, side_effect=no_space), self.assertRaises(OSError):
+                    aimwatch.replace_file(path, b"new")
+                with open(path, "rb") as file:
+                    self.assertEqual(file.read(), b"old")
+                self.assertEqual(sorted(os.listdir(self.root)), [".aim", "file"])
+
+
+def no_space(*args: Any, **options: Any) -> Any:
+    """Fail as a full disk does."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def open_fds() -> int:
+    """Return how many descriptors this process has open."""
+    return len(os.listdir("/dev/fd"))
+
+
+# ---------------------------------------------------------------------------- repository paths
+
+
+class FindRepo(Case):
+    def setUp(self) -> None:
+        super().setUp()
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.root)
+
+    def folder(self, *names: str) -> str:
+        path = os.path.join(self.root, *names)
+        os.makedirs(path, exist_ok=True)
+        return path
+
+    def refused(self, given: Any, create: bool = False) -> str:
+        with self.assertRaises(aimwatch.RepoError) as caught:
+            aimwatch.find_repo(given, create=create)
+        return str(caught.exception)
+
+    def test_root_or_its_aim_folder_is_the_same_repository(self) -> None:
+        for given in (self.root, f"{self.root}/", f"{self.root}/.aim", f"{self.root}/.aim/", "."):
+            with self.subTest(given=given):
+                self.assertEqual(aimwatch.find_repo(given).root, self.root)
+        self.assertEqual(self.paths.check_ins, f"{self.root}/.aim/check_ins")
+        self.assertEqual(self.paths.config, f"{self.root}/.aim/ext/notifications/config.json")
+        self.assertEqual(self.paths.run_log("r"), f"{self.root}/.aim/aimwatch/runs/r.jsonl")
+        self.assertEqual(self.paths.marker("r"), f"{self.root}/.aim/aimwatch/pending/r")
+
+    def test_environment_comes_before_the_nearest_and_the_argument_before_both(self) -> None:
+        one, two = self.folder("one"), self.folder("two")
+        for path in (one, two):
+            aimwatch.find_repo(path, create=True)
+        os.environ["AIMWATCH_REPO"] = one
+        self.assertEqual(aimwatch.find_repo().root, one)
+        self.assertEqual(aimwatch.find_repo(two).root, two)
+        os.environ["AIMWATCH_REPO"] = ""
+        self.assertEqual(aimwatch.find_repo().root, self.root)
+
+    def test_nearest_above_is_found_from_a_folder_below(self) -> None:
+        below = self.folder("one", "two", "three")
+        os.chdir(below)
+        self.assertEqual(aimwatch.find_repo().root, self.root)
+        inner = self.folder("one", "two")
+        aimwatch.find_repo(inner, create=True)
+        self.assertEqual(aimwatch.find_repo().root, inner)
+
+    def test_looking_up_a_missing_repository_creates_nothing(self) -> None:
+        empty = self.folder("empty")
+        for given in (empty, f"{empty}/none"):
+            with self.subTest(given=given):
+                self.assertEqual(
+                    self.refused(given),
+                    f"no repository at {given}: run 'aim-watcher --repo {given} init' or start a run there",
+                )
+        self.assertEqual(os.listdir(empty), [])
+
+    def test_file_where_a_folder_should_be_is_named(self) -> None:
+        path, odd = os.path.join(self.root, "file"), self.folder("odd")
+        for name in (path, f"{odd}/.aim"):
+            with open(name, "w"):
+                pass
+        for create in (False, True):
+            for given, root, file in ((path, path, path), (odd, odd, f"{odd}/.aim")):
+                with self.subTest(given=given, create=create):
+                    self.assertEqual(
+                        self.refused(given, create),
+                        f"no repository at {root}: {file} is a file, not a folder",
+                    )
+
+    def test_path_that_cannot_be_created_is_refused_with_the_reason(self) -> None:
+        path = os.path.join(self.root, "file")
+        with open(path, "w"):
+            pass
+        expected = (
+            f"cannot create a repository at {path}/x: {path}/x/.aim/check_ins: Not a directory: "
+            "check the path, or choose another folder with --repo or Run(repo=...)"
+        )
+        self.assertEqual(self.refused(f"{path}/x", create=True), expected)
+        with self.assertRaises(aimwatch.RepoError) as caught:
+            Run(repo=f"{path}/x")
+        self.assertEqual(str(caught.exception), expected)
+
+    def test_empty_path_is_refused(self) -> None:
+        self.assertEqual(self.refused(""), "the repository's path is empty: give the folder that holds .aim")
+
+    def test_current_folder_that_was_removed_is_an_error_of_ours(self) -> None:
+        with mock.patch("os.getcwd", side_effect=FileNotFoundError(errno.ENOENT, "gone")):
+            self.assertIn("folder", self.refused(None))
+
+
+# ----------------------------------------------------------------------------------- check-ins
+
+HOSTILE_NAMES = (
+    "", "-", "----", "README", ".nfs0001", "r-1-check_in-5", "r-1-check_in-5-", "r-1-check_in-5-6-7",
+    "r--1-check_in-5-6", "r-1-CHECK-5-6", "r-1--5-6", "-1-check_in-5-6", "r-1-check_in-5-6\n",
+    "r\n-1-check_in-5-6", "r-1-check\n_in-5-6", "r-1-check_in-5-6.tmp", "../r-1-check_in-5-6",
+    "r-1-check_in-5.-6", "r-1-check_in-5.1234567-6", "r-1-check_in-nan-6", "r-1-check_in-1e5-6",
+    "r-\u0661-check_in-5-6", "r-1-check_in-5-\uff16", "r-+1-check_in-5-6", "r-1_0-check_in-5-6",
+    "r-" + "9" * 19 + "-check_in-5-6", "r-1-check_in-5-" + "9" * 10, "r-1-check_in-" + "9" * 14 + "-6",
+    "r" * 65 + "-1-check_in-5-6", "r-1-" + "f" * 21 + "-5-6", "\udcff-1-check_in-5-6", "\x00-1-x-5-6",
+)  # fmt: skip
+
+
+class CheckInNames(Case):
+    def test_name_is_written_as_aim_reads_it_and_read_back(self) -> None:
+        name = aimwatch.check_in_name("0a" * 12, 7, "check_in", 1795317394.842, 66)
+        self.assertEqual(name, "0a" * 12 + "-0000000000000007-check_in-1795317394.84-00066")
+        for idx, flag, expect in (
+            (1, "starting", 0),
+            (10**16 - 1, "failed", 99999),
+            (2, "finished", 315360030),
+        ):
+            with self.subTest(idx=idx):
+                name = aimwatch.check_in_name("R_9", idx, flag, 3.5, expect)
+                self.assertEqual(
+                    aimwatch.parse_check_in(name),
+                    aimwatch.CheckIn("R_9", idx, flag, "00000003.50", expect),
+                )
+
+    def test_names_of_aim_are_read(self) -> None:
+        name = "fb2c0d1d5a9e4b9c8f7a6b5c-0000000000000004-progress-1795317394.84-00100"
+        parsed = aimwatch.parse_check_in(name)
+        assert parsed is not None
+        self.assertEqual((parsed.idx, parsed.flag, parsed.expect_next_in_s), (4, "progress", 100))
+
+    def test_hostile_names_state_nothing(self) -> None:
+        for name in HOSTILE_NAMES:
+            with self.subTest(name=name):
+                self.assertIsNone(aimwatch.parse_check_in(name))
+
+    def test_run_is_resumed_beside_hostile_names(self) -> None:
+        self.run_object("r").close()
+        for name in HOSTILE_NAMES:
+            if name and "/" not in name and "\0" not in name:
+                # Some file systems refuse such names by themselves.
+                with contextlib.suppress(OSError), open(f"{self.paths.check_ins}/{name}", "w"):
+                    pass
+        before = set(self.check_ins())
+        os.mkdir(f"{self.paths.check_ins}/r-0000000000000003-folder-5-6")
+        os.symlink("nowhere", f"{self.paths.check_ins}/r-0000000000000004-link-5-6")
+        self.run_object("r").close()
+        ours = [aimwatch.parse_check_in(name) for name in set(self.check_ins()) - before]
+        self.assertEqual(max((one.idx, one.flag) for one in ours if one is not None), (6, "finished"))
+        hostile = {name for name in before if aimwatch.parse_check_in(name) is None}
+        self.assertGreater(len(hostile), 10)
+        self.assertLessEqual(hostile, set(self.check_ins()))
+
+    def test_number_too_large_to_go_on_from_does_not_make_a_run_invisible(self) -> None:
+        self.run_object("r").close()
+        with open(f"{self.paths.check_ins}/r-{'9' * 18}-check_in-5-6", "w"):
+            pass
+        run = self.run_object("r")
+        run.report_progress(expect_next_in=60)
+        parsed = [one for one in map(aimwatch.parse_check_in, self.check_ins()) if one is not None]
+        self.assertEqual(max(parsed, key=lambda one: one.idx).expect_next_in_s, 66)
+
+
+class CheckInFiles(Case):
+    def file(self, *names: str, next_idx: int = 1) -> aimwatch.CheckInFile:
+        return aimwatch.CheckInFile(self.paths.check_ins, "r", next_idx, names)
+
+    def numbers(self) -> List[Tuple[int, str]]:
+        return [(int(name.split("-")[1]), name.split("-")[2]) for name in self.check_ins("r-")]
+
+    def test_one_file_moves_forward(self) -> None:
+        file = self.file()
+        for flag in ("starting", "check_in", "check_in", "finished"):
+            idx = file.next_idx()
+            file.write(idx, flag, 5)
+            self.assertEqual(self.numbers(), [(idx, flag)])
+        self.assertEqual(idx, 4)
+
+    def test_moving_on_is_one_rename(self) -> None:
+        file = self.file()
+        file.write(file.next_idx(), "starting", 0)
+        with mock.patch("os.open", no_space), mock.patch("os.unlink", no_space):
+            file.write(file.next_idx(), "check_in", 66)
+        self.assertEqual(self.numbers(), [(2, "check_in")])
+
+    def test_failed_is_put_beside_and_taken_away_by_the_next(self) -> None:
+        file = self.file()
+        file.write(file.next_idx(), "check_in", 5)
+        file.write(file.next_idx(), "failed", 0)
+        self.assertEqual(self.numbers(), [(1, "check_in"), (2, "failed")])
+        file.write(file.next_idx(), "check_in", 5)
+        self.assertEqual(self.numbers(), [(3, "check_in")])
+
+    def test_failed_takes_the_last_ones_place_where_there_is_no_room_for_two(self) -> None:
+        file = self.file()
+        file.write(file.next_idx(), "check_in", 5)
+        with mock.patch("os.open", no_space):
+            file.write(file.next_idx(), "failed", 0)
+        self.assertEqual(self.numbers(), [(2, "failed")])
+
+    def test_vanished_file_is_made_anew(self) -> None:
+        file = self.file("r-0000000000000001-check_in-0000005.00-00005", next_idx=2)
+        file.write(file.next_idx(), "check_in", 5)
+        self.assertEqual(self.numbers(), [(2, "check_in")])
+        os.unlink(os.path.join(self.paths.check_ins, self.check_ins("r-")[0]))
+        file.write(file.next_idx(), "finished", 0)
+        self.assertEqual(self.numbers(), [(3, "finished")])
+
+    def test_other_files_are_left_alone(self) -> None:
+        other = self.check_in("rr", 5)
+        file = self.file()
+        for flag in ("starting", "failed", "finished"):
+            file.write(file.next_idx(), flag, 0)
+        self.assertEqual(self.check_ins("rr-"), [other])
+
+    def test_late_thread_does_not_move_the_higher_number_back(self) -> None:
+        file = self.file()
+        file.write(file.next_idx(), "starting", 0)
+        late, early = file.next_idx(), file.next_idx()
+        file.write(early, "finished", 0)
+        file.write(late, "check_in", 5)
+        self.assertEqual(self.numbers()[-1], (3, "finished"))
+
+    def test_many_threads_leave_the_highest_number_and_one_more_write_leaves_one_file(self) -> None:
+        file = self.file()
+        start = threading.Barrier(6)
+        errors: List[BaseException] = []
+
+        def beat() -> None:
+            try:
+                start.wait()
+                for _ in range(60):
+                    file.write(file.next_idx(), "check_in", 5)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=beat) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(errors, [])
+        self.assertEqual(self.numbers()[-1], (360, "check_in"))
+        file.write(file.next_idx(), "finished", 0)
+        self.assertEqual(self.numbers(), [(361, "finished")])
+
+
+# ---------------------------------------------------------------------- the heartbeat's promise
+
+
+class HandDriven(Case):
+    """A case in which time stands still inside the module until it is told to move."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.clock = Clock()
+        fake = types.SimpleNamespace(
+            monotonic=self.clock, time=lambda: 1.79e9 + self.clock.now, sleep=self.clock.pass_,
+            localtime=time.localtime, strftime=time.strftime,
+        )  # fmt: skip
+        for name, value in (("_monotonic", self.clock), ("time", fake)):
+            patch = mock.patch.object(aimwatch, name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def promised(self, run: Run) -> int:
+        """Return the promise that the run's newest check-in holds."""
+        return int(self.check_ins(run.hash)[-1].split("-")[-1])
+
+
+class HeartbeatPromise(HandDriven):
+    PROMISES = (0, 0.0, 0.001, 0.5, 1, 1.0, 5, 9.99, 10, 59, 60, 61, 300, 3600.5, 1e5, 315360000)
+    STEPS = (0, 0, 0.01, 0.3, 0.999, 1, 2.5, 7, 29.9, 31, 400)
+
+    def follow(self, seed: int, after_rename_s: float) -> None:
+        """Make random calls and hold what is on disk against what was promised."""
+        chance = random.Random(seed)
+        run = self.run_object()
+        names = self.check_ins(run.hash)
+        on_disk = renamed_at = math.inf
+        expect: Any = 0
+        steady_write = -math.inf
+
+        def rename(old: str, new: str, real: Any = os.rename) -> None:
+            nonlocal renamed_at
+            real(old, new)
+            renamed_at = self.clock.now
+            self.clock.pass_(after_rename_s)
+
+        with mock.patch("os.rename", rename):
+            for _ in range(250):
+                step = chance.choice((*self.STEPS, chance.random() * 3, expect * chance.random()))
+                self.clock.pass_(step)
+                before = expect
+                if chance.random() < 0.25:
+                    expect = chance.choice(self.PROMISES)
+                if expect != before:
+                    steady_write = -math.inf
+                block = chance.random() < 0.05
+                called_at = self.clock.now
+                run.report_progress(expect_next_in=expect, block=block)
+
+                wrote = self.check_ins(run.hash) != names
+                names = self.check_ins(run.hash)
+                self.assertEqual(len(names), 1)
+                if wrote:
+                    on_disk = renamed_at + (self.promised(run) or math.inf)
+                    if not block:
+                        self.assertGreaterEqual(renamed_at - steady_write, 1 - 1e-6)
+                        steady_write = renamed_at
+                self.assertTrue(wrote or not block, "block=True did not write")
+                true = called_at + expect if expect else math.inf
+                margin = min(max(expect / 10, 1), 30)
+                self.assertGreaterEqual(on_disk, true - 1e-4, "a false alarm")
+                if expect:
+                    self.assertLessEqual(on_disk, true + margin + 1 + 1e-4, "a late alarm")
+        run.close()
+
+    def test_deadline_on_disk_keeps_every_promise(self) -> None:
+        for seed in range(12):
+            with self.subTest(seed=seed):
+                self.follow(seed, after_rename_s=0.0)
+
+    def test_deadline_on_disk_keeps_every_promise_though_the_disk_is_slow(self) -> None:
+        for seed in range(6):
+            with self.subTest(seed=seed):
+                self.follow(1000 + seed, after_rename_s=3.0)
+
+    def test_written_promise_has_its_margin_in_whole_seconds(self) -> None:
+        run = self.run_object()
+        for expect, written in (
+            (0, 0), (0.001, 2), (0.5, 2), (1, 2), (10, 11), (10.5, 12), (60, 66), (300, 330),
+            (3600, 3630), (315360000, 315360030), (fractions.Fraction(121, 2), 67),
+            (decimal.Decimal("0.5"), 2), (-0.0, 0),
+        ):  # fmt: skip
+            with self.subTest(expect=expect):
+                run.report_progress(expect_next_in=expect, block=True)
+                self.assertEqual(self.promised(run), written)
+
+    def test_innermost_loop_writes_at_most_once_a_second(self) -> None:
+        for expect, writes in ((0, 1), (0.1, 6), (1, 10), (5, 10), (60, 2), (1000, 1)):
+            run = self.run_object()
+            first = int(self.check_ins(run.hash)[0].split("-")[1])
+            for _ in range(1000):
+                run.report_progress(expect_next_in=expect)
+                self.clock.pass_(0.01)
+            last = int(self.check_ins(run.hash)[0].split("-")[1])
+            with self.subTest(expect=expect):
+                self.assertLessEqual(last - first, writes)
+                self.assertGreaterEqual(last - first, 1)
+            run.close()
+
+    def test_run_without_a_promise_is_seen_alive_every_half_minute(self) -> None:
+        run = self.run_object()
+        run.report_progress()
+        names = self.check_ins()
+        self.clock.pass_(29.9)
+        run.report_progress()
+        self.assertEqual(self.check_ins(), names)
+        self.clock.pass_(0.1)
+        run.report_progress()
+        self.assertNotEqual(self.check_ins(), names)
+
+    def test_first_report_is_written(self) -> None:
+        for expect in (0, 60):
+            run = self.run_object()
+            run.report_progress(expect_next_in=expect)
+            self.assertEqual(self.flags(run.hash), ["check_in"])
+
+    def test_wrong_value_raises_and_writes_nothing(self) -> None:
+        wrong_type = "expect_next_in must be a number of seconds, not {} ({}): use 0 for no promise"
+        wrong_value = (
+            "expect_next_in must be from 0 to 315360000 seconds (ten years), not {}: use 0 for no promise"
+        )
+        table: Tuple[Tuple[Any, Any, Any, str], ...] = (
+            (None, aimwatch.ArgumentTypeError, TypeError, wrong_type.format("NoneType", "None")),
+            ("60", aimwatch.ArgumentTypeError, TypeError, wrong_type.format("str", "'60'")),
+            (b"60", aimwatch.ArgumentTypeError, TypeError, wrong_type.format("bytes", "b'60'")),
+            ([60], aimwatch.ArgumentTypeError, TypeError, wrong_type.format("list", "[60]")),
+            (1j, aimwatch.ArgumentTypeError, TypeError, wrong_type.format("complex", "1j")),
+            (True, aimwatch.ArgumentTypeError, TypeError, wrong_type.format("bool", "True")),
+            (math.nan, aimwatch.ArgumentError, ValueError, wrong_value.format("nan")),
+            (math.inf, aimwatch.ArgumentError, ValueError, wrong_value.format("inf")),
+            (-math.inf, aimwatch.ArgumentError, ValueError, wrong_value.format("-inf")),
+            (-1, aimwatch.ArgumentError, ValueError, wrong_value.format("-1")),
+            (-0.001, aimwatch.ArgumentError, ValueError, wrong_value.format("-0.001")),
+            (315360001, aimwatch.ArgumentError, ValueError, wrong_value.format("315360001")),
+            (10**400, aimwatch.ArgumentError, ValueError, "must be from 0 to 315360000 seconds"),
+        )
+        for when in ("fresh", "covered", "ended"):
+            run = self.run_object()
+            if when == "covered":
+                run.report_progress(expect_next_in=60)
+            elif when == "ended":
+                run.report_successful_finish()
+            names, records = self.check_ins(), self.records(run.hash)
+            for value, ours, theirs, text in table:
+                with self.subTest(when=when, value=str(value)[:20]):
+                    with self.assertRaises(ours) as caught:
+                        run.report_progress(expect_next_in=value)
+                    self.assertIsInstance(caught.exception, theirs)
+                    self.assertIsInstance(caught.exception, aimwatch.AimwatchError)
+                    self.assertIn(text, str(caught.exception))
+            self.assertEqual((self.check_ins(), self.records(run.hash)), (names, records))
+            run.close()
+
+    def test_report_after_a_reported_end_takes_the_run_up_at_once(self) -> None:
+        for expect in (0, 60):
+            run = self.run_object()
+            run.report_progress(expect_next_in=expect)
+            run.report_successful_finish()
+            self.assertEqual(self.flags(run.hash), ["finished"])
+            run.report_progress(expect_next_in=expect)
+            with self.subTest(expect=expect):
+                self.assertEqual(self.flags(run.hash), ["check_in"])
+                self.assertIsNone(aimwatch.read_log(self.paths.run_log(run.hash), run.hash).end)
+            run.close()
+
+
+class HeartbeatThreads(HandDriven):
+    def test_covered_call_takes_no_lock_touches_no_disk_and_starts_no_thread(self) -> None:
+        class Untouchable:
+            def __getattr__(self, name: str) -> Any:
+                raise AssertionError(f"{name} was used")
+
+            __enter__ = __exit__ = None
+
+        threads = threading.active_count()
+        run = self.run_object()
+        for expect in (60, 0):
+            run.report_progress(expect_next_in=expect)
+            names = self.check_ins()
+            kept = {name: value for name, value in vars(run).items() if name != "_window"}
+            with mock.patch.dict(vars(run), dict.fromkeys(kept, Untouchable())), mock.patch(
+                "aimwatch.os", Untouchable()
+            ):
+                run.report_progress(expect_next_in=expect)
+            self.assertEqual(self.check_ins(), names)
+        self.assertEqual(threading.active_count(), threads)
+
+    def test_no_lock_is_held_while_a_check_in_is_written(self) -> None:
+        run = self.run_object()
+        free: List[bool] = []
+
+        def look() -> None:
+            for lock in (run._lock, run._disk_lock):
+                free.append(lock.acquire(timeout=5))
+                if free[-1]:
+                    lock.release()
+
+        def rename(old: str, new: str, real: Any = os.rename) -> None:
+            thread = threading.Thread(target=look)
+            thread.start()
+            thread.join()
+            real(old, new)
+
+        with mock.patch("os.rename", rename):
+            run.report_progress(expect_next_in=60)
+        self.assertEqual(free, [True, True])
+
+    def test_many_threads_leave_the_highest_number(self) -> None:
+        run = self.run_object()
+        start = threading.Barrier(4)
+
+        def beat(expect: int) -> None:
+            start.wait()
+            for _ in range(50):
+                run.report_progress(expect_next_in=expect, block=True)
+
+        threads = [threading.Thread(target=beat, args=(60 + n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(self.check_ins(run.hash)[-1].split("-")[1], f"{201:016d}")
+        run.report_successful_finish()
+        self.assertEqual(self.flags(run.hash), ["finished"])
+
+    def test_finish_stands_though_a_thread_was_about_to_check_in(self) -> None:
+        run = self.run_object()
+        has_number, finished = threading.Event(), threading.Event()
+        self.addCleanup(finished.set)
+
+        def name(*args: Any, real: Any = aimwatch.check_in_name) -> str:
+            if args[2] == "check_in":
+                has_number.set()
+                finished.wait(15)
+            return real(*args)
+
+        with mock.patch("aimwatch.check_in_name", name):
+            thread = threading.Thread(target=run.report_progress, kwargs={"expect_next_in": 60})
+            thread.start()
+            self.assertTrue(has_number.wait(15))
+            run.report_successful_finish()
+            finished.set()
+            thread.join()
+        self.assertEqual(self.flags(run.hash)[-1], "finished")
+
+
+# ------------------------------------------------------------------------------ how a run ends
+
+BEGIN = """\
+import gc, os, signal, sys, threading, time
+import aimwatch
+from aimwatch import Run
+folder = os.path.join(os.environ["AIMWATCH_REPO"], ".aim", "check_ins")
+def flags(run_hash=sys.argv[1]):
+    names = [name for name in os.listdir(folder) if name.startswith(run_hash + "-")]
+    return " ".join(name.split("-")[2] for name in sorted(names))
+def boom():
+    raise ValueError("boom")
+def term():
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(1500):
+        time.sleep(0.01)
+"""
+
+EXIT_REASON = "exited without reporting a successful finish"
+DROP_REASON = "was dropped without reporting a successful finish"
+
+#: What happens (also the run's hash), code, exit code, end and why; None: no end is recorded.
+ENDS: Tuple[Tuple[str, str, int, Any, Any], ...] = (
+    ("finish", "run.report_successful_finish()", 0, "finished", None),
+    ("finish_twice", "run.report_successful_finish(); run.close(); run.close()", 0, "finished", None),
+    ("finish_then_raise", "run.report_successful_finish(); boom()", 1, "finished", None),
+    ("close", "run.report_progress(expect_next_in=60); run.close()", 0, "finished", None),
+    ("finalize", "run.report_progress(expect_next_in=60); run.finalize()", 0, "finished", None),
+    ("close_then_raise", "run.close(); boom()", 1, "finished", None),
+    ("close_in_except", "try: boom()\nexcept ValueError: run.close()", 0, "failed", "ValueError: boom"),
+    ("close_in_finally", "try: boom()\nfinally: run.close()", 1, "failed", "ValueError: boom"),
+    ("close_after_except", "try: boom()\nexcept ValueError: pass\nrun.close()", 0, "finished", None),
+    ("with_", "with run: run.report_progress(expect_next_in=60)", 0, "finished", None),
+    ("with_raise", "with run: boom()", 1, "failed", "ValueError: boom"),
+    ("with_caught", "try:\n with run: boom()\nexcept ValueError: pass", 0, "failed", "ValueError: boom"),
+    ("with_no_message", "with run: raise KeyError", 1, "failed", "KeyError"),
+    ("with_bad_message", "class Bad(Exception):\n __str__ = None\nwith run: raise Bad()", 1,
+     "failed", "Bad: <its message cannot be shown>"),
+    ("with_interrupt", "with run: raise KeyboardInterrupt", -2, "failed", "KeyboardInterrupt"),
+    ("with_exit_0", "with run: sys.exit(0)", 0, "finished", None),
+    ("with_exit", "with run: sys.exit()", 0, "finished", None),
+    ("with_exit_3", "with run: sys.exit(3)", 3, "failed", "exited with status 3"),
+    ("with_exit_text", "with run: sys.exit('no data')", 1, "failed", "exited with status no data"),
+    ("uncaught", "run.report_progress(expect_next_in=60); boom()", 1, "failed", "ValueError: boom"),
+    ("uncaught_no_promise", "boom()", 1, "failed", "ValueError: boom"),
+    ("exit_3", "sys.exit(3)", 3, "finished", None),
+    ("exit_3_promise", "run.report_progress(expect_next_in=60); sys.exit(3)", 3, "failed", EXIT_REASON),
+    ("exit_promise", "run.report_progress(expect_next_in=60)", 0, "failed", EXIT_REASON),
+    ("exit_no_promise", "run.report_progress()", 0, "finished", None),
+    ("exit_promise_taken_back", "run.report_progress(expect_next_in=60); run.report_progress()", 0,
+     "finished", None),
+    ("os_exit", "run.report_progress(expect_next_in=60); os._exit(0)", 0, None, None),
+    ("killed", "run.report_progress(expect_next_in=60); os.kill(os.getpid(), signal.SIGKILL)", -9,
+     None, None),
+    ("dropped", "run.report_progress(); del run; gc.collect(); os._exit(0)", 0, "finished", None),
+    ("dropped_promise", "run.report_progress(expect_next_in=60)\ndel run; gc.collect(); os._exit(0)",
+     0, "failed", DROP_REASON),
+    ("term", "run.report_progress(expect_next_in=60); term()", -15, "failed", "terminated by SIGTERM"),
+    ("term_in_with", "with run: term()", -15, "failed", "terminated by SIGTERM"),
+    ("term_after_finish", "run.report_successful_finish(); term()", -15, "finished", None),
+    ("in_thread", "def work():\n global run2\n run2 = Run(sys.argv[1] + '_2')\n"
+     " run2.report_progress(expect_next_in=60)\n run2.close()\nrun.close()\n"
+     "thread = threading.Thread(target=work); thread.start(); thread.join()\n"
+     "assert flags(run2.hash) == 'finished', flags(run2.hash)", 0, "finished", None),
+)  # fmt: skip
+
+
+class ProcessCase(Case):
+    def end_of(self, run_hash: str) -> Any:
+        return aimwatch.read_log(self.paths.run_log(run_hash), run_hash).end
+
+    def is_free(self, run_hash: str) -> Any:
+        """Return whether no process holds the run's lock; not for a run of this process."""
+        if not os.path.exists(self.paths.marker(run_hash)):
+            return True  # indexed already
+        fd = os.open(self.paths.marker(run_hash), os.O_RDWR)
+        try:
+            return aimwatch.try_lock(fd)
+        finally:
+            os.close(fd)
+
+    def finished_process(self, code: str, begin: str = "run = Run('r')\n") -> Any:
+        """Run the code to its end; return (exit code, lines of output, standard error)."""
+        process = self.process(BEGIN + begin + code, "r")
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out.splitlines(), err
+
+    def ready_process(self, code: str) -> Any:
+        """Return a process that has a run `r`, did what the code says, and waits."""
+        process = self.process(f"{BEGIN}run = Run('r')\n{code}\nprint('ready')\ntime.sleep(600)", "r")
+        self.assertEqual(process.stdout.readline(), "ready\n")
+        return process
+
+
+#: Runs every row in a process of its own that has imported aimwatch already.
+EACH_FORKED = """
+import json
+for name, what in json.loads(sys.argv[2]):
+    pid = os.fork()
+    if pid == 0:
+        path = os.path.join(os.environ["AIMWATCH_REPO"], name + ".err")
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), 2)
+        sys.argv[1] = name
+        exec(f"run = Run({name!r})\\n{what}", globals())
+        break  # and leave as a script does at its end
+    status = os.waitpid(pid, 0)[1]
+    print(os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status))
+"""
+
+
+class HowARunEnds(ProcessCase):
+    def test_every_way_to_end_leaves_its_state_and_its_reason(self) -> None:
+        rows = json.dumps([row[:2] for row in ENDS])
+        out, err = self.process(BEGIN + EACH_FORKED, "", rows).communicate(timeout=60)
+        codes = [int(line) for line in out.split()]
+        self.assertEqual(len(codes), len(ENDS), err)
+        for (name, _, code, end, reason), exit_code in zip(ENDS, codes):
+            with open(os.path.join(self.root, f"{name}.err")) as file:
+                err = file.read()
+            with self.subTest(name):
+                self.assertEqual(exit_code, code, err)
+                record = self.end_of(name) or {}
+                self.assertEqual(record.get("end"), end)
+                self.assertEqual(record.get("reason"), reason)
+                last = self.check_ins(f"{name}-")[-1].split("-")
+                self.assertEqual(last[2], end or "check_in")
+                if end == "finished":
+                    self.assertEqual(len(self.check_ins(f"{name}-")), 1)
+                if end:
+                    self.assertEqual((record["idx"], last[4]), (int(last[1]), "00000"))
+                if reason == "ValueError: boom":
+                    self.assertIn(" in boom: ", record["frames"][-1])
+                if reason == "terminated by SIGTERM":
+                    self.assertTrue(any(" in term: " in frame for frame in record["frames"]))
+                if code == 1 and "boom" in err:
+                    self.assertIn("ValueError: boom", err)
+                self.assertNotIn("aimwatch.py", err)
+                self.assertTrue(self.is_free(name), "the lock outlived the process")
+
+    def test_failed_stands_beside_the_last_check_in(self) -> None:
+        self.finished_process("run.report_progress(expect_next_in=60); boom()")
+        self.assertEqual(self.flags("r-"), ["check_in", "failed"])
+        self.assertEqual([name.split("-")[4] for name in self.check_ins()], ["00066", "00000"])
+
+    def test_exception_that_was_handled_when_the_run_began_is_none_of_its(self) -> None:
+        code = "try: boom()\nexcept ValueError:\n run = Run('r'); run.close()"
+        self.finished_process(code, begin="")
+        self.assertEqual(self.end_of("r")["end"], "finished")
+
+    def test_frames_are_the_innermost_six(self) -> None:
+        self.finished_process("def deep(n):\n deep(n - 1) if n else boom()\ndeep(20)")
+        frames = self.end_of("r")["frames"]
+        self.assertEqual(len(frames), 6)
+        self.assertRegex(frames[-1], r"^<string>:\d+ in boom: ")
+        self.assertIn(" in deep: ", frames[0])
+
+    def test_several_runs_in_one_process_end_each_by_itself(self) -> None:
+        begin = "runs = [Run('r%d' % n) for n in range(4)]\n"
+        code = (
+            "for run in runs: run.report_progress(expect_next_in=60)\n"
+            "runs[0].report_successful_finish()\n"
+            "try:\n with runs[1]: boom()\nexcept ValueError: pass\nterm()"
+        )
+        self.assertEqual(self.finished_process(code, begin=begin)[0], -15)
+        self.assertEqual(
+            [self.end_of(f"r{n}").get("reason") for n in range(4)],
+            [None, "ValueError: boom", "terminated by SIGTERM", "terminated by SIGTERM"],
+        )
+
+    # ---- excepthook
+
+    def test_excepthook_of_the_user_is_called_with_the_run_already_failed(self) -> None:
+        begin = (
+            "def hook(kind, error, trace): print('user', error, flags())\n"
+            "sys.excepthook = hook\nrun = Run('r')\n"
+        )
+        code, out, err = self.finished_process("boom()", begin=begin)
+        self.assertEqual((code, out, err), (1, ["user boom starting failed"], ""))
+
+    def test_excepthook_installed_later_that_calls_ours_is_called_first(self) -> None:
+        code = (
+            "ours = sys.excepthook\ndef hook(*args):\n print('before', flags())\n ours(*args)\n"
+            " print('after', flags())\nsys.excepthook = hook\nboom()"
+        )
+        _, out, err = self.finished_process(code)
+        self.assertEqual(out, ["before starting", "after starting failed"])
+        self.assertIn("ValueError: boom", err)
+
+    def test_excepthook_installed_later_that_calls_nothing_does_not_hide_the_failure(self) -> None:
+        _, out, _ = self.finished_process("sys.excepthook = lambda *args: print('user')\nboom()")
+        self.assertEqual(out, ["user"])
+        self.assertEqual(self.end_of("r")["reason"], "ValueError: boom")
+
+    def test_excepthook_of_two_runs_is_one(self) -> None:
+        begin = (
+            "sys.excepthook = lambda *args: print('user', flags('r'), flags('s'))\n"
+            "run = Run('r'); other = Run('s')\n"
+        )
+        self.assertEqual(
+            self.finished_process("boom()", begin=begin)[1], ["user starting failed starting failed"]
+        )
+
+    # ---- SIGTERM
+
+    def test_sigterm_from_outside_ends_a_waiting_process(self) -> None:
+        process = self.process(
+            BEGIN + "run = Run('r')\nrun.report_progress(expect_next_in=60)\n"
+            "def train():\n print('ready')\n time.sleep(600)\ntrain()", "r"
+        )  # fmt: skip
+        self.assertEqual(process.stdout.readline(), "ready\n")
+        process.terminate()
+        self.assertEqual(process.wait(60), -signal.SIGTERM)
+        self.assertIn(" in train: ", self.end_of("r")["frames"][-1])
+        self.assertEqual(self.flags("r-"), ["check_in", "failed"])
+
+    def test_sigterm_handler_of_the_user_is_called_after_ours(self) -> None:
+        begin = (
+            "def handler(number, frame): print(number, flags(), frame is not None); sys.exit(7)\n"
+            "signal.signal(signal.SIGTERM, handler)\nrun = Run('r'); other = Run('s')\n"
+        )
+        code, out, _ = self.finished_process("term()", begin=begin)
+        self.assertEqual((code, out), (7, ["15 starting failed True"]))
+        for run_hash in "rs":
+            self.assertEqual(self.end_of(run_hash)["reason"], "terminated by SIGTERM")
+
+    def test_sigterm_handler_that_returns_lets_the_run_go_on(self) -> None:
+        begin = "signal.signal(signal.SIGTERM, lambda *args: print(flags()))\nrun = Run('r')\n"
+        for expect in (0, 60):
+            code = (
+                f"run.report_progress(expect_next_in={expect})\n"
+                "os.kill(os.getpid(), signal.SIGTERM)\nprint(flags())\n"
+                f"run.report_progress(expect_next_in={expect})\nprint(flags())\n"
+                "run.report_successful_finish()"
+            )
+            exit_code, out, err = self.finished_process(code, begin=begin)
+            with self.subTest(expect=expect):
+                self.assertEqual((exit_code, err), (0, ""))
+                self.assertEqual(out, ["check_in failed", "check_in failed", "check_in"])
+                self.assertEqual((self.end_of("r")["end"], self.flags("r-")), ("finished", ["finished"]))
+
+    def test_sigterm_handler_installed_later_is_respected(self) -> None:
+        code = (
+            "run.report_progress(expect_next_in=60)\n"
+            "signal.signal(signal.SIGTERM, lambda *args: sys.exit(5))\nother = Run('s')\nterm()"
+        )
+        self.assertEqual(self.finished_process(code)[0], 5)
+        self.assertEqual(self.end_of("r")["reason"], EXIT_REASON)
+
+    def test_sigterm_that_is_ignored_stays_ignored(self) -> None:
+        begin = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nrun = Run('r')\n"
+        code = (
+            "os.kill(os.getpid(), signal.SIGTERM)\nprint(flags())\n"
+            "print(signal.getsignal(signal.SIGTERM) == signal.SIG_IGN)\nrun.close()"
+        )
+        self.assertEqual(self.finished_process(code, begin=begin)[:2], (0, ["starting", "True"]))
+        self.assertEqual(self.end_of("r")["end"], "finished")
+
+    def test_sigterm_while_another_thread_holds_the_log_is_not_held_up_for_ever(self) -> None:
+        code = (
+            "aimwatch.LOCK_WAIT_S = 0.05\nheld = threading.Event()\n"
+            "def hang():\n with run._lock:\n  held.set(); time.sleep(600)\n"
+            "threading.Thread(target=hang, daemon=True).start(); held.wait(); term()"
+        )
+        self.assertEqual(self.finished_process(code)[0], -15)
+        self.assertEqual(self.end_of("r")["reason"], "terminated by SIGTERM")
+
+    # ---- SIGKILL
+
+    def test_sigkill_leaves_the_last_check_in_and_every_record(self) -> None:
+        process = self.ready_process("run.name = 'long'; run.report_progress(expect_next_in=60)")
+        self.assertFalse(self.is_free("r"))
+        process.kill()
+        process.wait()
+        self.assertEqual(self.flags("r-"), ["check_in"])
+        self.assertTrue(self.check_ins("r-")[0].endswith("-00066"))
+        state = aimwatch.read_log(self.paths.run_log("r"), "r")
+        self.assertEqual((state.end, state.props, state.skipped), (None, {"name": "long"}, 0))
+        self.assertTrue(self.is_free("r"))
+
+
+#: What a forked child does (the code runs in the child), and the status it ends with.
+CHILDREN = (
+    ("exits", "sys.exit(0)", 0),
+    ("exits with 3", "sys.exit(3)", 3),
+    ("raises", "boom()", 1),
+    ("gets SIGTERM", "term()", -15),
+    ("collects", "run = runs = None; gc.collect(); sys.exit(0)", 0),
+    ("closes", "run.close(); run.finalize(); sys.exit(0)", 0),
+    ("leaves with", "with run: pass\nsys.exit(0)", 0),
+    ("leaves with an exception", "with run: boom()", 1),
+    ("reports", "run.report_progress(expect_next_in=5, block=True); run.report_progress()\n"
+     "run.report_successful_finish(); run.name = 'child'; sys.exit(0)", 0),
+    ("opens the run", "try: Run('r')\nexcept aimwatch.RunBusyError as error: print(error); sys.exit(0)",
+     0),
+)  # fmt: skip
+
+
+class ForkedChildren(ProcessCase):
+    BEGIN = """\
+run = Run('r')
+run.report_progress(expect_next_in=60)
+def look():
+    with open(run._paths.run_log('r'), 'rb') as file:
+        return file.read(), sorted(os.listdir(folder))
+def child(code):
+    pid = os.fork()
+    if pid == 0:
+        exec(code, globals())
+        os._exit(99)
+    status = os.waitpid(pid, 0)[1]
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+before = look()
+"""
+    IS_FREE = "os._exit(aimwatch.try_lock(os.open(run._paths.marker('r'), os.O_RDWR)))"
+
+    def test_child_does_nothing_to_its_parents_run(self) -> None:
+        code = (
+            f"for what in {[row[1] for row in CHILDREN]!r}:\n"
+            " before = look()\n status = child(what)\n"
+            f" print('status', status, look() == before, child({self.IS_FREE!r}))\n"
+            "print(os.getpid())\nrun.report_successful_finish()"
+        )
+        exit_code, out, err = self.finished_process(code, begin=self.BEGIN)
+        told = [line for line in out if line.startswith("status")]
+        self.assertEqual(len(told), len(CHILDREN), err)
+        for (name, _, status), line in zip(CHILDREN, told):
+            with self.subTest(name):
+                self.assertEqual(line, f"status {status} True 0")
+        pid = out[-1]
+        self.assertEqual((exit_code, self.flags("r-")), (0, ["finished"]))
+        host = aimwatch.this_host()
+        self.assertIn(f"run r is being written by process {pid} on {host}: end that", "".join(out))
+        self.assertEqual(
+            [line for line in err.splitlines() if "ignored" in line],
+            [f"report_progress is ignored: run r belongs to process {pid}, "
+             "and this is a child of it"],
+        )  # fmt: skip
+
+    def test_child_on_sigterm_does_not_write_what_waits_in_the_parent(self) -> None:
+        code = (
+            "import errno\n"
+            "def full(*args): raise OSError(errno.ENOSPC, 'full')\n"
+            "write, os.write = os.write, full\nrun.name = 'waits'\nos.write = write\n"
+            "print(child('term()'), look() == before)\nos._exit(0)"
+        )
+        self.assertEqual(self.finished_process(code, begin=self.BEGIN)[1], ["-15 True"])
+
+    def test_sigterm_handler_of_the_user_is_called_in_the_child_too(self) -> None:
+        begin = "signal.signal(signal.SIGTERM, lambda *args: os._exit(9))\n" + self.BEGIN
+        code = "print(child('term()'), look() == before)\nrun.close()"
+        self.assertEqual(self.finished_process(code, begin=begin)[1], ["9 True"])
+
+    def test_child_has_the_sigterm_handler_that_was_there_before_the_run(self) -> None:
+        # A signal that reaches a child before it runs Python code is lost to a handler written in
+        # Python, and multiprocessing.Pool then waits for a worker that it has told to end.
+        look = "os._exit(signal.getsignal(signal.SIGTERM) != old)"
+        for begin in ("", "signal.signal(signal.SIGTERM, lambda *args: os._exit(9))\n"):
+            with self.subTest(begin):
+                begin += "old = signal.getsignal(signal.SIGTERM)\n" + self.BEGIN
+                code = f"print(child({look!r}), signal.getsignal(signal.SIGTERM) != old)\nrun.close()"
+                self.assertEqual(self.finished_process(code, begin=begin)[1], ["0 True"])
+
+    def test_child_may_have_a_run_of_its_own(self) -> None:
+        for name, code, status, reason in (
+            ("a", "own.report_successful_finish(); sys.exit(0)", 0, None),
+            ("b", "boom()", 1, "ValueError: boom"),
+            ("c", "term()", -15, "terminated by SIGTERM"),
+        ):
+            with self.subTest(name):
+                child = f"global own; own = Run({name!r}); {code}"
+                parent = f"print(child({child!r}))\nrun.report_successful_finish()"
+                self.assertEqual(self.finished_process(parent, begin=self.BEGIN)[1], [str(status)])
+                self.assertEqual(self.end_of(name).get("reason"), reason)
+                self.assertEqual(self.flags("r-"), ["finished"])
+
+    def test_multiprocessing_workers_do_nothing_to_the_run(self) -> None:
+        code = """\
+import multiprocessing
+def work(what):
+    global run
+    if what == "raise":
+        boom()
+    if what == "term":
+        term()
+    run.report_progress(expect_next_in=1, block=True)
+    run = None
+    gc.collect()
+context = multiprocessing.get_context("fork")
+for what in ("raise", "term", "drop"):
+    before = look()
+    worker = context.Process(target=work, args=(what,))
+    worker.start()
+    worker.join()
+    print(what, worker.exitcode, look() == before)
+before = look()
+pool = context.Pool(2)
+print(pool.map(abs, [-1, 2]))
+pool.close()
+pool.join()
+print(look() == before)
+run.report_successful_finish()
+"""
+        exit_code, out, err = self.finished_process(code, begin=self.BEGIN)
+        self.assertEqual(out, ["raise 1 True", "term -15 True", "drop 0 True", "[1, 2]", "True"], err)
+        self.assertEqual((exit_code, self.flags("r-")), (0, ["finished"]))
+
+
+class RunInAThread(ProcessCase):
+    def test_only_run_of_the_process_ends_as_it_would_elsewhere(self) -> None:
+        begin = (
+            "def work():\n global run\n run = Run('r'); run.report_progress(expect_next_in=60)\n"
+            "thread = threading.Thread(target=work); thread.start(); thread.join()\n"
+        )
+        for code, exit_code, end, reason in (
+            ("run.close()", 0, "finished", None), ("", 0, "failed", EXIT_REASON),
+            ("boom()", 1, "failed", "ValueError: boom"),
+        ):  # fmt: skip
+            with self.subTest(code):
+                self.assertEqual(self.finished_process(code, begin=begin)[0], exit_code)
+                record = self.end_of("r")
+                self.assertEqual((record["end"], record.get("reason")), (end, reason))
+
+    def test_sigterm_is_watched_from_the_first_run_of_the_main_thread_on(self) -> None:
+        code = (
+            "thread = threading.Thread(target=lambda: runs.append(Run('r'))); runs = []\n"
+            "thread.start(); thread.join()\n"
+            "print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)\nother = Run('s')\nterm()"
+        )
+        self.assertEqual(self.finished_process(code, begin="")[:2], (-15, ["True"]))
+        for run_hash in "rs":
+            self.assertEqual(self.end_of(run_hash)["reason"], "terminated by SIGTERM")
+
+
+# -------------------------------------------------------------- resume, refuse, read, full disks
+
+
+class ResumedRun(ProcessCase):
+    def idx(self) -> int:
+        return int(self.check_ins("r-")[-1].split("-")[1])
+
+    def test_number_goes_on(self) -> None:
+        run = self.run_object("r")
+        for _ in range(3):
+            run.report_progress(block=True)
+        run.close()
+        self.assertEqual(self.idx(), 5)
+        self.run_object("r")
+        self.assertEqual((self.idx(), self.flags("r-")), (6, ["starting"]))
+
+    def test_number_goes_on_though_the_check_ins_were_removed(self) -> None:
+        run = self.run_object("r")
+        run.report_progress(expect_next_in=60)
+        run.close()
+        for name in self.check_ins():
+            os.unlink(os.path.join(self.paths.check_ins, name))
+        self.run_object("r")
+        self.assertEqual(self.idx(), 4)
+
+    def test_failed_file_goes_away_and_the_end_is_taken_back(self) -> None:
+        run = self.run_object("r")
+        run.report_progress(expect_next_in=60)
+        with self.assertRaises(ValueError), run:
+            raise ValueError("boom")
+        self.assertEqual(self.flags("r-"), ["check_in", "failed"])
+        run = self.run_object("r")
+        self.assertEqual(self.flags("r-"), ["starting"])
+        self.assertIsNone(aimwatch.read_log(self.paths.run_log("r"), "r").end)
+        run.report_successful_finish()
+        self.assertEqual(aimwatch.read_log(self.paths.run_log("r"), "r").end["idx"], 5)
+
+    def test_header_of_the_first_life_is_kept(self) -> None:
+        self.run_object("r", experiment="first").close()
+        first = self.records("r")[0]
+        self.assertEqual(
+            (first["format"], first["hash"], first["pid"], first["host"]),
+            (1, "r", os.getpid(), aimwatch.this_host()),
+        )
+        for key in ("created_at", "argv", "python", "cwd", "user"):
+            self.assertIn(key, first)
+        code, _, err = self.finished_process("print(run.experiment); run.close()")
+        self.assertEqual(code, 0, err)
+        records = self.records("r")
+        self.assertEqual(records[0], first)
+        kinds = [next(iter(record)) for record in records if "checkpoint" not in record]
+        self.assertEqual(kinds, ["format", "props", "end", "resume", "end"])
+        state = aimwatch.read_log(self.paths.run_log("r"), "r")
+        self.assertEqual(state.created_at, first["created_at"])
+        self.assertEqual(state.header["format"], 1)
+        self.assertNotEqual(state.header["pid"], os.getpid())
+        self.assertEqual(self.run_object("r").experiment, "first")
+
+    def test_run_of_another_tool_with_that_hash_keeps_its_check_in(self) -> None:
+        name = self.check_in("r", 8, "progress", 100)
+        self.run_object("r")
+        self.assertEqual(self.flags("r-"), ["progress", "starting"])
+        self.assertEqual((self.check_ins("r-")[0], self.idx()), (name, 9))
+
+    def test_killed_run_is_resumed(self) -> None:
+        process = self.ready_process("run.report_progress(expect_next_in=60)")
+        process.kill()
+        process.wait()
+        self.run_object("r").close()
+        self.assertEqual((self.idx(), self.flags("r-")), (4, ["finished"]))
+        self.assertEqual(self.records("r")[0]["pid"], process.pid)
+
+    def test_torn_last_line_is_never_glued_to_the_next(self) -> None:
+        whole = b'{"log":40,"time":5,"message":"whole"}'
+        for torn, errors, skipped in (
+            (b'{"log":40,"time":5,"mess', [], 1), (b"\xff\xfe", [], 1), (b"{", [], 1),
+            (whole, ["whole"], 0), (b"\n\n", [], 0),
+        ):  # fmt: skip
+            run = self.run_object()
+            run.close()
+            with open(self.paths.run_log(run.hash), "ab") as file:
+                file.write(torn)
+            run = self.run_object(run.hash, experiment="next")
+            state = aimwatch.read_log(self.paths.run_log(run.hash), run.hash)
+            with self.subTest(torn=torn):
+                self.assertEqual((list(state.errors), state.skipped), (errors, skipped))
+                self.assertEqual(state.props, {"experiment": "next"})
+                self.assertIn("resume", state.header)
+                self.assertIsNone(state.end)
+            run.close()
+
+    def test_newer_format_is_refused(self) -> None:
+        run = self.run_object("r")
+        run.close()
+        with open(self.paths.run_log("r"), "r+") as file:
+            text = file.read().replace('{"format":1,', '{"format":2,')
+            file.seek(0)
+            file.write(text)
+        fds = open_fds()
+        with self.assertRaises(aimwatch.RepoError) as caught:
+            Run("r", repo=self.root)
+        self.assertEqual(
+            str(caught.exception),
+            "run r was written in format 2 and this aimwatch writes format 1: use the newer aimwatch",
+        )
+        self.assertEqual(open_fds(), fds)
+
+
+class SecondWriter(ProcessCase):
+    def setUp(self) -> None:
+        super().setUp()
+        patch = mock.patch.object(aimwatch, "PROBE_WAIT_S", 0.0)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def refused(self) -> str:
+        before = self.check_ins(), self.records("r"), open_fds()
+        with self.assertRaises(aimwatch.RunBusyError) as caught:
+            Run("r", repo=self.root)
+        self.assertIsInstance(caught.exception, aimwatch.RepoError)
+        self.assertEqual((self.check_ins(), self.records("r"), open_fds()), before)
+        return str(caught.exception)
+
+    def test_writer_beside_another_process_is_refused_until_that_is_gone(self) -> None:
+        process = self.ready_process("run.report_progress(expect_next_in=60)")
+        text = (
+            f"run r is being written by process {process.pid} on {aimwatch.this_host()}: "
+            "end that process first, or start a run of another hash"
+        )
+        self.assertEqual(self.refused(), text)
+        self.assertEqual(self.refused(), text, "the refusal let go of the other's lock")
+        process.kill()
+        process.wait()
+        self.run_object("r")
+
+    def test_process_that_resumed_the_run_is_the_one_that_is_named(self) -> None:
+        self.run_object("r").close()
+        process = self.ready_process("")
+        self.assertIn(f"by process {process.pid} on", self.refused())
+
+    def test_writer_beside_another_object_of_this_process_is_refused_until_it_is_closed(self) -> None:
+        run = self.run_object("r")
+        text = "run r is already open in this process: use that object, or close it first"
+        self.assertEqual(self.refused(), text)
+        code, _, err = self.finished_process("", begin="aimwatch.PROBE_WAIT_S = 0; Run('r')\n")
+        self.assertEqual(code, 1)
+        self.assertIn(f"run r is being written by process {os.getpid()} on", err)
+        link = os.path.join(self.root, "link")
+        os.symlink(self.root, link)
+        with self.assertRaises(aimwatch.RunBusyError):
+            Run("r", repo=link)
+        run.close()
+        self.run_object("r")
+
+    def test_reading_a_run_does_not_let_go_of_its_lock(self) -> None:
+        self.run_object("r")
+        Run("r", repo=self.root, read_only=True)
+        code, _, err = self.finished_process("", begin="aimwatch.PROBE_WAIT_S = 0; Run('r')\n")
+        self.assertIn("RunBusyError", err)
+
+    def test_file_system_without_locks_is_said_once_and_carried_on_with(self) -> None:
+        error = OSError(errno.ENOLCK, "No locks available")
+        with mock.patch("fcntl.lockf", side_effect=error), self.assertLogs("aimwatch") as logs:
+            self.run_object("r").report_progress(expect_next_in=60)
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn(
+            f"{self.paths.pending}: this file system has no record locks: a second writer of "
+            "run r would not be noticed", logs.output[0],
+        )  # fmt: skip
+        self.assertEqual(self.flags("r-"), ["check_in"])
+
+    def test_marker_that_an_indexer_removed_meanwhile_is_taken_anew(self) -> None:
+        real, calls = aimwatch.try_lock, []
+
+        def lock(fd: int) -> Any:
+            if not calls:
+                os.unlink(self.paths.marker("r"))
+            calls.append(fd)
+            return real(fd)
+
+        with mock.patch("aimwatch.try_lock", lock):
+            run = self.run_object("r")
+        self.assertEqual(len(calls), 2)
+        self.assertTrue(os.path.samestat(os.stat(self.paths.marker("r")), os.fstat(run._marker_fd)))
+
+
+class RunArguments(Case):
+    def test_impossible_hash_is_refused_and_creates_nothing(self) -> None:
+        for value in ("", "../x", "/etc/x", "a-b", "a.b", "a b", "a\n", "\0", "é", "\udcff", "x" * 65,
+                      5, b"abc", ["x"]):  # fmt: skip
+            with self.subTest(value=value):
+                with self.assertRaises(aimwatch.ArgumentError) as caught:
+                    Run(value, repo=os.path.join(self.root, "new"))  # type: ignore[arg-type]
+                self.assertIsInstance(caught.exception, ValueError)
+                self.assertEqual(
+                    str(caught.exception),
+                    f"run hash {aimwatch.printable(repr(value), 80)} cannot be used: "
+                    "it must be 1 to 64 letters, digits or underscores",
+                )
+        self.assertEqual(os.listdir(self.root), [".aim"])
+
+    def test_hash_is_the_users_or_24_hex_digits(self) -> None:
+        for value in ("x", "A_9", "x" * 64):
+            self.assertEqual(self.run_object(value).hash, value)
+        one, two = self.run_object(), self.run_object()
+        self.assertRegex(one.hash, "^[0-9a-f]{24}$")
+        self.assertNotEqual(one.hash, two.hash)
+
+    def test_text_of_the_wrong_type_is_refused(self) -> None:
+        run = self.run_object()
+        for name in ("name", "experiment"):
+            for value, kind in ((5, "int"), (None, "NoneType"), (b"x", "bytes")):
+                with self.subTest(name=name, value=value):
+                    with self.assertRaises(aimwatch.ArgumentTypeError) as caught:
+                        setattr(run, name, value)
+                    self.assertEqual(str(caught.exception), f"{name} must be a string, not {kind}")
+
+    def test_wrong_experiment_leaves_no_run_behind(self) -> None:
+        with self.assertRaises(aimwatch.ArgumentTypeError):
+            Run(repo=self.root, experiment=5)  # type: ignore[arg-type]
+        self.assertEqual((os.listdir(self.paths.runs), self.check_ins()), ([], []))
+
+    def test_arguments_of_aim_are_accepted(self) -> None:
+        run = self.run_object(
+            system_tracking_interval=10, log_system_params=True, capture_terminal_logs=True,
+            force_resume=True,
+        )  # fmt: skip
+        self.assertEqual(run.name, f"Run: {run.hash}")
+        self.assertEqual(run.experiment, "default")
+
+    def test_path_may_be_any_path_object(self) -> None:
+        class Path:
+            def __fspath__(path) -> str:
+                return self.root
+
+        run = Run(repo=Path())  # type: ignore[arg-type]
+        self.addCleanup(run.close)
+        self.assertEqual(len(self.check_ins(run.hash)), 1)
+
+    def test_closed_run_says_once_that_it_is_closed(self) -> None:
+        run = self.run_object("r")
+        run.close()
+        names, records = self.check_ins(), self.records("r")
+        with self.assertLogs("aimwatch") as logs:
+            run.report_progress(expect_next_in=60)
+            run.report_successful_finish()
+            run.name = "late"
+        self.assertEqual(logs.output, ["ERROR:aimwatch:report_progress is ignored: run r was closed"])
+        self.assertEqual((self.check_ins(), self.records("r")), (names, records))
+
+    def test_close_gives_back_every_descriptor(self) -> None:
+        fds = open_fds()
+        for _ in range(3):
+            self.run_object("r").close()
+        with self.run_object("s") as run:
+            run.report_progress()
+        del run
+        Run("s", repo=self.root, read_only=True).close()
+        self.assertEqual(open_fds(), fds)
+
+    def test_dropped_run_ends_and_lets_go(self) -> None:
+        fds = open_fds()
+        for promise, end in ((0, "finished"), (60, "failed")):
+            run = Run("r", repo=self.root)
+            run.report_progress(expect_next_in=promise)
+            del run
+            gc.collect()
+            state = aimwatch.read_log(self.paths.run_log("r"), "r")
+            self.assertEqual(state.end["end"], end)
+        self.assertEqual(open_fds(), fds)
+
+
+class ReadOnlyRun(Case):
+    def test_run_is_read_while_it_is_written_and_nothing_is_touched(self) -> None:
+        run = self.run_object("r", experiment="one")
+        run.name = "first"
+        before = self.check_ins(), self.records("r"), os.listdir(self.paths.pending)
+        with Run("r", repo=self.root, read_only=True) as reader:
+            self.assertEqual((reader.name, reader.experiment), ("first", "one"))
+        reader.close()
+        del reader
+        gc.collect()
+        self.assertEqual((self.check_ins(), self.records("r"), os.listdir(self.paths.pending)), before)
+
+    def test_writing_is_refused_with_the_way_out(self) -> None:
+        self.run_object("r").close()
+        reader = Run("r", repo=self.root, read_only=True)
+        calls: Dict[str, Any] = {
+            "report_progress": lambda: reader.report_progress(expect_next_in=60),
+            "report_successful_finish": reader.report_successful_finish,
+            "setting name": lambda: setattr(reader, "name", "x"),
+            "setting experiment": lambda: setattr(reader, "experiment", "x"),
+        }
+        for what, call in calls.items():
+            with self.subTest(what):
+                with self.assertRaises(aimwatch.AimwatchError) as caught:
+                    call()
+                self.assertEqual(
+                    str(caught.exception),
+                    f"{what}: run r was opened with read_only=True: open it without to write",
+                )
+        with self.assertRaises(aimwatch.ArgumentTypeError):
+            reader.report_progress(expect_next_in=None)  # type: ignore[arg-type]
+
+    def test_missing_run_or_repository_is_named_and_not_created(self) -> None:
+        with self.assertRaises(aimwatch.RepoError) as caught:
+            Run("r", repo=self.root, read_only=True)
+        self.assertEqual(
+            str(caught.exception),
+            f"no run r in {self.root}: check the hash, or open it without read_only to start a "
+            "run of that name",
+        )
+        self.assertEqual(os.listdir(self.paths.runs), [])
+        new = os.path.join(self.root, "new")
+        with self.assertRaises(aimwatch.RepoError) as caught:
+            Run("r", repo=new, read_only=True)
+        self.assertIn(f"no repository at {new}: run 'aim-watcher --repo {new} init'",
+                      str(caught.exception))  # fmt: skip
+        self.assertFalse(os.path.exists(new))
+
+
+class FullDisk(HandDriven):
+    """The disk is full, or the share is gone, and then it is not."""
+
+    def full(self, *calls: str) -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        for call in calls:
+            stack.enter_context(mock.patch(call, no_space))
+        return stack
+
+    def props(self, run_hash: str) -> Dict[str, Any]:
+        return aimwatch.read_log(self.paths.run_log(run_hash), run_hash).props
+
+    def test_check_in_that_fails_is_logged_once_and_tried_again_each_second(self) -> None:
+        run = self.run_object("r")
+        calls: List[str] = []
+
+        def rename(old: str, new: str) -> None:
+            calls.append(new)
+            no_space()
+
+        with self.assertLogs("aimwatch") as logs:
+            with mock.patch("os.rename", rename):
+                for _ in range(50):
+                    run.report_progress(expect_next_in=60)
+                    self.clock.pass_(0.1)
+            self.assertIn(len(calls), range(4, 6))
+            self.assertEqual(self.flags("r-"), ["starting"])
+            self.clock.pass_(1)
+            run.report_progress(expect_next_in=60)
+            self.clock.pass_(10)
+            run.report_progress(expect_next_in=60)
+        self.assertEqual(
+            logs.output,
+            [f"WARNING:aimwatch:cannot check in below {self.paths.check_ins}: "
+             "No space left on device",
+             f"WARNING:aimwatch:checking in below {self.paths.check_ins} works again"],
+        )  # fmt: skip
+        self.assertEqual((self.flags("r-"), self.promised(run)), (["check_in"], 66))
+
+    def test_failed_check_in_does_not_count_as_written(self) -> None:
+        run = self.run_object("r")
+        run.report_progress(expect_next_in=300)
+        with self.full("os.rename"):
+            run.report_progress(expect_next_in=5)
+        self.clock.pass_(1)
+        run.report_progress(expect_next_in=5)
+        self.assertEqual(self.promised(run), 6)
+
+    def test_folder_that_is_gone_never_reaches_the_training_loop(self) -> None:
+        run = self.run_object("r")
+        away = self.paths.aim + ".away"
+        os.rename(self.paths.aim, away)
+        with self.assertLogs("aimwatch") as logs:
+            for _ in range(3):
+                run.report_progress(expect_next_in=60, block=True)
+            os.rename(away, self.paths.aim)
+            run.report_progress(expect_next_in=60, block=True)
+        self.assertEqual(len(logs.output), 2)
+        self.assertEqual(self.flags("r-")[-1], "check_in")
+
+    def test_records_wait_in_order_and_are_logged_once(self) -> None:
+        run = self.run_object("r")
+        with self.assertLogs("aimwatch") as logs:
+            with self.full("os.write"):
+                for n in range(20):
+                    run.name = f"name {n}"
+                    self.clock.pass_(0.5)
+            self.assertEqual(len(self.records("r")), 1)
+            self.assertEqual(run.name, "name 19")
+            self.clock.pass_(1)
+            run.name = "name 20"
+        self.assertEqual(
+            [record["props"]["name"] for record in self.records("r")[1:]],
+            [f"name {n}" for n in range(21)],
+        )
+        path = self.paths.run_log("r")
+        self.assertEqual(
+            logs.output,
+            [f"WARNING:aimwatch:cannot write {path}: No space left on device; "
+             "records wait in memory",
+             f"WARNING:aimwatch:{path} can be written again (0 records lost)"],
+        )  # fmt: skip
+
+    def test_unwritable_log_is_tried_again_once_a_second(self) -> None:
+        run = self.run_object("r")
+        calls: List[int] = []
+
+        def write(fd: int, data: bytes) -> int:
+            calls.append(fd)
+            return no_space()  # type: ignore[no-any-return]
+
+        with mock.patch("os.write", write):
+            for _ in range(100):
+                run.name = "x"
+                self.clock.pass_(0.05)
+        self.assertIn(len(calls), range(4, 7))
+
+    def test_what_waits_is_written_when_the_run_ends(self) -> None:
+        run = self.run_object("r")
+        with self.full("os.write"):
+            run.name = "waits"
+        run.close()
+        self.assertEqual(self.props("r"), {"name": "waits"})
+        kinds = [next(iter(one)) for one in self.records("r")]
+        self.assertEqual(kinds[:3], ["format", "props", "end"])
+
+    def test_short_write_is_written_again_whole_and_counted_once(self) -> None:
+        line = b'{"log":40,"time":5,"message":"one"}\n'
+        for cut in range(len(line) + 1):
+            path = os.path.join(self.root, f"{cut}.jsonl")
+            writer = aimwatch.LogWriter(path)
+            left = [cut]
+
+            def write(fd: int, data: Any, real: Any = os.write, left: Any = left) -> int:
+                return int(real(fd, data[: left.pop()] if left else data))
+
+            with mock.patch("os.write", write):
+                writer.append_line(line)
+                self.clock.pass_(2)
+                writer.append_line(line.replace(b"one", b"two"))
+            writer.close()
+            state = aimwatch.read_log(path, "r")
+            with self.subTest(cut=cut):
+                self.assertEqual(list(state.errors), ["one", "two"])
+                self.assertLessEqual(state.skipped, 1)
+
+    def test_short_write_then_a_full_disk_loses_nothing(self) -> None:
+        run = self.run_object("r")
+        answers: List[Any] = [7, no_space, 3, 0, 9, no_space]
+
+        def write(fd: int, data: Any, real: Any = os.write) -> int:
+            answer = answers.pop(0) if answers else len(data)
+            return int(answer()) if callable(answer) else int(real(fd, data[:answer]))
+
+        with mock.patch("os.write", write):
+            for n in range(12):
+                run.name = f"name {n}"
+                self.clock.pass_(1)
+        names = []
+        with open(self.paths.run_log("r"), "rb") as file:
+            for text in file.read().splitlines():
+                with contextlib.suppress(ValueError):
+                    names.append(json.loads(text).get("props", {}).get("name"))
+        self.assertEqual(names[1:], [f"name {n}" for n in range(12)])
+
+    def test_full_buffer_gives_up_the_oldest_and_says_how_many(self) -> None:
+        run = self.run_object("r")
+        with self.assertLogs("aimwatch") as logs, mock.patch.object(aimwatch, "MAX_BACKLOG_BYTES", 100):
+            with self.full("os.write"):
+                for n in range(10):
+                    run.name = f"name {n}"  # 27 bytes each
+            self.clock.pass_(1)
+            run.name = "last"
+        self.assertIn("can be written again (8 records lost)", logs.output[-1])
+        names = [record["props"]["name"] for record in self.records("r")[1:]]
+        self.assertEqual(names, ["name 8", "name 9", "last"])
+
+    def test_log_that_stays_unwritable_is_an_error_at_the_end_and_no_exception(self) -> None:
+        with self.assertLogs("aimwatch", logging.ERROR) as logs:
+            run = self.run_object("r")
+            with self.full("os.write"):
+                run.name = "lost"
+                run.close()
+        self.assertEqual(len(logs.output), 1)
+        self.assertRegex(logs.output[0], rf"{self.paths.run_log('r')}: \d records could not be")
+        self.assertEqual(self.flags("r-"), ["finished"])
+
+    def test_end_that_cannot_be_reported_is_tried_again_and_logged_once(self) -> None:
+        for failures, flags in ((2, ["finished"]), (99, ["starting"])):
+            run = self.run_object()
+            calls: List[str] = []
+
+            def rename(old: str, new: str, real: Any = os.rename, n: int = failures, c: Any = calls) -> None:
+                c.append(new)
+                if len(c) <= n:
+                    no_space()
+                real(old, new)
+
+            with self.assertLogs("aimwatch") as logs, mock.patch("os.rename", rename):
+                run.report_successful_finish()
+            with self.subTest(failures=failures):
+                self.assertEqual(self.flags(run.hash), flags)
+                self.assertEqual(
+                    aimwatch.read_log(self.paths.run_log(run.hash), run.hash).end["end"], "finished"
+                )
+                self.assertIn("No space left on device", logs.output[0])
+                self.assertEqual(len(logs.output), 1)
+            run.close()
+
+    def test_constructor_on_a_disk_that_refuses_names_file_and_way_out(self) -> None:
+        fds = open_fds()
+        with self.full("os.open"), self.assertRaises(aimwatch.RepoError) as caught:
+            Run("r", repo=self.root)
+        self.assertEqual(
+            str(caught.exception),
+            f"cannot write to the repository at {self.root}: r: No space left on device: make it "
+            "writable, or choose another folder with Run(repo=...) or $AIMWATCH_REPO",
+        )
+        with self.full("aimwatch.CheckInFile._create"), self.assertRaises(aimwatch.RepoError):
+            Run("r", repo=self.root)
+        self.assertEqual(open_fds(), fds)
+        self.run_object("r").close()
+
+
+# ------------------------------------------------------------------------------ the log's reader
+
+GARBAGE = (
+    b"", b"null", b"5", b"true", b'"format"', b'"end"', b"[]", b"{}", b"[0]", b"[0,1,2,3]",
+    b"[0,1,0.5,1e9,null]", b'[{},1,2,3]', b'{"format":1}', b'{"format":1,"created_at":"x"}',
+    b'{"resume":null}', b'{"props":5}', b'{"props":null}', b'{"log":40}', b'{"log":"x","time":5}',
+    b'{"end":"failed"}', b'{"end":"failed","time":5}', b'{"end":"failed","time":5,"idx":"x"}',
+    b'{"end":"failed","time":5,"idx":1e999}', b'{"end":"failed","time":5,"idx":1e300}',
+    b'{"unknown":1}', b'{"props":{"name":"torn"', b'{"props":{"name":"glued"}}{"props":{}}',
+    b"\x00\x00\x00", b"\xff\xfe\x00", b"\xef\xbb\xbf", b"\r", b" ", b"NaN", b"[" * 100000,
+    b"9" * 5000,
+    b'{"checkpoint":1}', b'{"checkpoint":1,"header":{},"params":{},"props":{"name":"wrong"},'
+    b'"series":[],"logs":{},"end":null,"next_idx":9,"last_time":99}',
+)  # fmt: skip
+
+
+class LogReader(Case):
+    HEADER = b'{"format":1,"hash":"r","created_at":5.5,"host":"h","pid":7}\n'
+
+    def read(self, *lines: bytes) -> aimwatch.RunState:
+        with open(self.paths.run_log("r"), "wb") as file:
+            file.writelines(lines)
+        return aimwatch.read_log(self.paths.run_log("r"), "r")
+
+    def test_garbage_line_is_counted_and_changes_nothing(self) -> None:
+        name = b'{"props":{"name":"right"}}\n'
+        for garbage in GARBAGE:
+            if garbage:
+                with self.subTest(garbage=garbage[:60]):
+                    state = self.read(
+                        self.HEADER, name, garbage + b"\n", b'{"log":40,"time":6,"message":"m"}\n'
+                    )
+                    self.assertEqual(state.skipped, 1)
+                    self.assertEqual(state.header["host"], "h")
+                    self.assertEqual((state.created_at, state.last_time), (5.5, 6.0))
+                    self.assertEqual((state.props, list(state.errors)), ({"name": "right"}, ["m"]))
+                    self.assertEqual((state.end, state.next_idx), (None, 1))
+
+    def test_garbage_is_counted_line_by_line(self) -> None:
+        lines = [garbage + b"\n" for garbage in GARBAGE if garbage]
+        self.assertEqual(self.read(self.HEADER, *lines).skipped, len(lines))
+
+    def test_empty_lines_and_a_torn_last_line_are_not_damage(self) -> None:
+        state = self.read(self.HEADER, b"\n", b"\n", b'{"props":{"na')
+        self.assertEqual((state.skipped, state.props), (0, {}))
+
+    def test_last_line_without_its_end_is_read_where_it_is_whole(self) -> None:
+        self.assertEqual(self.read(self.HEADER, b'{"props":{"a":1}}').props, {"a": 1})
+
+    def test_empty_log_says_nothing(self) -> None:
+        state = self.read()
+        self.assertEqual((state.header, state.skipped, state.end), ({}, 0, None))
+        self.run_object("r").close()
+        self.assertEqual(self.records("r")[0]["format"], 1)
+
+    def test_noise_is_survived(self) -> None:
+        for seed in range(5):
+            noise = bytes(random.Random(seed).choices(range(256), k=100_000))
+            state = self.read(noise)
+            self.assertEqual(
+                state.skipped, noise.count(b"\n") - noise.count(b"\n\n") - noise.startswith(b"\n")
+            )
+        self.run_object("r").close()
+        self.assertEqual(aimwatch.read_log(self.paths.run_log("r"), "r").end["end"], "finished")
+
+    def test_line_of_any_length_is_skipped_without_being_held(self) -> None:
+        last = b'{"props":{"a":1}}\n'
+        with mock.patch.object(aimwatch, "MAX_LINE_BYTES", 200):
+            for length in (199, 200, 201, 400, 401, 5000):
+                with self.subTest(length=length):
+                    giant = b'"' + b"x" * (length - 3) + b'"\n'
+                    state = self.read(self.HEADER, giant, last)
+                    self.assertEqual((state.skipped, state.props), (1, {"a": 1}))
+                    self.assertIn(self.read(self.HEADER, giant[:-1]).skipped, (0, 1))
+
+            class File:
+                sizes: List[int] = []
+
+                def readline(self, size: int) -> bytes:
+                    self.sizes.append(size)
+                    return b"x" * size if len(self.sizes) < 50 else b""
+
+            self.assertEqual(list(aimwatch.read_lines(File())), [(b"", True)])
+            self.assertEqual(max(File.sizes), 200)
+
+    def test_last_checkpoint_is_found_from_the_tail(self) -> None:
+        filler = b'{"props":{"x":"' + b"y" * 1000 + b'"}}\n'
+        checkpoint = b'{"checkpoint":1,"text":"\\n{\\"checkpoint\\""}\n'
+        block = 1 << 18
+        for before, after in ((1, 0), (1, 300), (300, 1), (600, 600), (0, 0)):
+            head = self.HEADER + checkpoint + filler * before
+            self.read(head, checkpoint, filler * after)
+            with self.subTest(before=before, after=after):
+                self.assertEqual(self.last_checkpoint(), len(head))
+        for past in range(-20, 20):  # the bytes that are looked for lie across two blocks
+            tail = b"x" * (block - len(checkpoint) + past) + b"\n"
+            self.read(self.HEADER, checkpoint, tail)
+            with self.subTest(past=past):
+                self.assertEqual(self.last_checkpoint(), len(self.HEADER))
+        for lines in ((), (self.HEADER,), (self.HEADER, filler, b'["checkpoint"]\n')):
+            self.read(*lines)
+            self.assertEqual(self.last_checkpoint(), 0)
+
+    def last_checkpoint(self) -> int:
+        with open(self.paths.run_log("r"), "rb") as file:
+            return aimwatch._last_checkpoint(file.fileno(), os.fstat(file.fileno()).st_size)
+
+    def checkpoint(self, **props: Any) -> bytes:
+        state = self.read(self.HEADER)
+        state.props = props
+        return aimwatch.to_json(state.to_checkpoint()).encode() + b"\n"
+
+    def test_header_and_what_follows_the_checkpoint_are_read_and_the_rest_is_not(self) -> None:
+        checkpoint = self.checkpoint(a=1)
+        state = self.read(
+            self.HEADER, b"garbage\n" * 50, checkpoint,
+            b'{"end":"failed","time":9,"idx":4,"reason":"why"}\n',
+        )  # fmt: skip
+        self.assertEqual((state.header["pid"], state.props), (7, {"a": 1}))
+        self.assertEqual((state.end["reason"], state.next_idx), ("why", 5))
+        self.assertEqual(state.skipped, 0)
+
+    def test_torn_or_damaged_checkpoint_hides_nothing(self) -> None:
+        checkpoint = self.checkpoint(a=1)
+        lines = [b'{"props":{"b":2}}\n', b'{"end":"failed","time":9,"idx":4}\n']
+        for damaged in (
+            checkpoint[:20], checkpoint[:-2], checkpoint[:-2] + b"\n", b'{"checkpoint":2}\n',
+            b'{"checkpoint"\n',
+        ):  # fmt: skip
+            for first in ([], [checkpoint]):
+                with self.subTest(damaged=damaged[-30:], first=len(first)):
+                    state = self.read(self.HEADER, *first, *lines, damaged)
+                    self.assertEqual(state.props, {"a": 1, "b": 2} if first else {"b": 2})
+                    self.assertEqual((state.header["pid"], state.next_idx), (7, 5))
+
+    def test_log_that_is_no_file_is_refused_and_no_descriptor_is_lost(self) -> None:
+        path = self.paths.run_log("r")
+        for make, remove in ((os.mkdir, os.rmdir), (os.mkfifo, os.unlink)):
+            make(path)
+            fds = open_fds()
+            with self.subTest(make.__name__):
+                with self.assertRaises(OSError):
+                    aimwatch.read_log(path, "r")
+                with self.assertRaises(aimwatch.RepoError) as caught:
+                    Run("r", repo=self.root, read_only=True)
+                self.assertIn(f"cannot read {path}: ", str(caught.exception))
+                self.assertEqual(open_fds(), fds)
+            remove(path)
+
+    def test_run_whose_log_is_no_file_is_refused_and_no_descriptor_is_lost(self) -> None:
+        for kind, make in (
+            ("folder", os.mkdir), ("fifo", os.mkfifo),
+            ("link", lambda name: os.symlink("nowhere", name)),
+        ):  # fmt: skip
+            path = self.paths.run_log(kind)
+            make(path)
+            fds = open_fds()
+            with self.subTest(kind):
+                with self.assertRaises(aimwatch.RepoError) as caught:
+                    self.run_object(kind)
+                self.assertIn(f"cannot write to the repository at {self.root}: {path}: ",
+                              str(caught.exception))  # fmt: skip
+                self.assertEqual((open_fds(), self.check_ins(f"{kind}-")), (fds, []))
+
+
+# ======================================================================================
+# Index and query language
+#
+# The compiler against tables, and against a plain evaluator that was written apart from it.
+# ======================================================================================
+
+NAN = float("nan")
+INF = float("inf")
+
+
+def a_series(number: int, name: str, context: Dict[str, Any], values: List[float]) -> aimwatch.SeriesState:
+    series = aimwatch.SeriesState(number, name, aimwatch.encode_value(context, []))
+    for step, value in enumerate(values):
+        series.add(step, value, 9.0, None)
+    return series
+
+
+def a_run(name: str, created_at: float = 1775000000.0, **parts: Any) -> aimwatch.RunState:
+    """A run whose hash is its name; `parts` are those of a RunState."""
+    state = aimwatch.RunState(name)
+    state.created_at = created_at
+    state.series = {series.id: series for series in parts.pop("series", [])}
+    state.params = aimwatch.encode_value(parts.pop("params", {}), [])
+    for field, value in parts.items():
+        setattr(state, field, value)
+    return state
+
+
+def select_runs(dbs: Sequence[sqlite3.Connection], query: aimwatch.CompiledQuery) -> List[aimwatch.RunRow]:
+    return aimwatch.select_runs(dbs, query, set())
+
+
+def select_metrics(
+    dbs: Sequence[sqlite3.Connection], query: aimwatch.CompiledQuery
+) -> List[aimwatch.MetricRow]:
+    return aimwatch.select_metrics(dbs, query, set())
+
+
+class IndexCase(unittest.TestCase):
+    def setUp(self) -> None:
+        self.db = aimwatch.open_index(":memory:")
+        self.addCleanup(self.db.close)
+
+    def put(self, *states: aimwatch.RunState) -> None:
+        for state in states:
+            aimwatch.index_run(self.db, state)
+
+    def ask(self, text: str, db: Optional[sqlite3.Connection] = None) -> List[str]:
+        return sorted(
+            row.hash for row in select_runs([db or self.db], aimwatch.compile_query(text, now_utc_s=2e9))
+        )
+
+    def ask_metrics(self, text: str) -> List[str]:
+        rows = select_metrics([self.db], aimwatch.compile_query(text, "metric"))
+        return [f"{row.run}:{row.name}:{json.dumps(row.context)}" for row in rows]
+
+    def refused(self, text: str, over: str = "run") -> aimwatch.QueryError:
+        with self.assertRaises(aimwatch.QueryError) as caught:
+            aimwatch.compile_query(text, over)
+        return caught.exception
+
+
+class IndexTest(IndexCase):
+    def test_a_run_round_trips(self) -> None:
+        props = {"name": "n", "description": "d", "experiment": "e", "archived": True, "tags": ["t", "u"]}
+        header = {"host": "h", "pid": 7, "user": "ann", "job": "slurm 1", "argv": ["train.py"]}
+        params = {"a": {"b.c": [1, None, {"x": NAN}], 'q"': "ü\n"}, "big": 2**70, "inf": -INF, "no": None}
+        end = {"end": "failed", "time": 12.5, "reason": "boom"}
+        self.put(a_run("h1", 10.0, props=props, header=header, params=params, end=end, last_time=12.0))
+        (row,) = select_runs([self.db], aimwatch.compile_query("run.archived"))
+        self.assertEqual(row[:8], ("h1", 10.0, 12.5, 12.0, "failed", "boom", 1, "n"))
+        self.assertEqual(row[8:15], ("d", "e", "h", 7, "ann", "slurm 1", 0))
+        self.assertEqual((json.loads(row.argv), json.loads(row.tags)), (["train.py"], ["t", "u"]))
+        again = aimwatch.read_params(self.db, "h1")
+        assert again is not None
+        self.assertTrue(math.isnan(again["a"]["b.c"][2].pop("x")))
+        params["a"]["b.c"][2].pop("x")
+        self.assertEqual(again, params)
+        self.assertIsNone(aimwatch.read_params(self.db, "h2"))
+
+    def test_a_run_written_again_replaces_itself(self) -> None:
+        self.put(
+            a_run(
+                "a", params={"x": 1, "y": 2}, props={"tags": ["t"]}, series=[a_series(1, "loss", {}, [1.0])]
+            )
+        )
+        self.put(a_run("b", params={"x": 1}))
+        self.put(a_run("a", params={"x": 3}, props={"tags": ["u"]}, series=[a_series(1, "acc", {}, [2.0])]))
+        for text, expected in (
+            ("run.x == 1", ["b"]),
+            ("run.x == 3", ["a"]),
+            ("run.y == 2", []),
+            ("'t' in run.tags", []),
+            ("'u' in run.tags", ["a"]),
+            ("run.metrics['loss'].last == 1", []),
+            ("run.metrics['acc'].last == 2", ["a"]),
+        ):
+            with self.subTest(text):
+                self.assertEqual(self.ask(text), expected)
+
+    def test_a_deleted_run_leaves_nothing(self) -> None:
+        self.put(
+            a_run("a", params={"x": {"y": 1}}, props={"tags": ["t"]}, series=[a_series(1, "loss", {}, [1.0])])
+        )
+        self.assertTrue(aimwatch.delete_run(self.db, "a"))
+        self.assertFalse(aimwatch.delete_run(self.db, "a"))
+        for table in ("runs", "params", "tags", "metrics"):
+            self.assertEqual(self.db.execute(f"SELECT count(*) FROM {table}").fetchone(), (0,), table)
+
+    def test_an_overlay_answers_for_its_runs(self) -> None:
+        overlay = aimwatch.open_index(":memory:")
+        self.addCleanup(overlay.close)
+        self.put(a_run("old", 1.0, params={"x": 1}), a_run("same", 2.0, params={"x": 1}))
+        self.db.execute("SELECT 1")
+        aimwatch.index_run(overlay, a_run("same", 2.0, params={"x": 2}))
+        aimwatch.index_run(overlay, a_run("new", 3.0, params={"x": 1}))
+        both = [overlay, self.db]
+        for text, expected in (
+            ("", ["new", "same", "old"]),
+            ("run.x == 1", ["new", "old"]),
+            ("run.x == 2", ["same"]),
+        ):
+            self.assertEqual(
+                [row.hash for row in select_runs(both, aimwatch.compile_query(text))], expected, text
+            )
+        self.assertEqual(
+            [row.hash for row in select_runs(both, aimwatch.compile_query(""))][:2], ["new", "same"]
+        )
+
+    def test_a_file_of_another_version_is_refused_by_name(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "in dex?.sqlite")
+            aimwatch.open_index(path).close()
+            db = aimwatch.open_index(path, read_only=True)
+            with self.assertRaises(sqlite3.OperationalError):
+                aimwatch.index_run(db, a_run("a"))
+            db.close()
+            raw = sqlite3.connect(path)
+            raw.execute("PRAGMA user_version = 99")
+            raw.close()
+            with self.assertRaisesRegex(
+                aimwatch.IndexUnusable, r"in dex\?.sqlite has version 99, not 1: set it aside"
+            ):
+                aimwatch.open_index(path)
+            with open(path, "wb") as file:
+                file.write(b"noise" * 1000)
+            with self.assertRaises(sqlite3.DatabaseError):
+                aimwatch.open_index(path)
+
+    def test_anything_that_json_can_hold_is_indexed(self) -> None:
+        deep: Any = 1
+        for _ in range(20000):
+            deep = {"d": deep}
+        self.put(a_run("deep", params={"deep": deep, "x": 1}, props={"name": "deep"}))
+        self.put(a_run("odd", params={"\ud800": "\udfff", "\0": "a\0b", "": "", "k" * 100000: "v" * 1000000}))
+        self.put(
+            a_run(
+                "types", props={"name": {"a": 1}, "tags": "no list", "archived": "yes"}, header={"pid": "x"}
+            )
+        )
+        self.put(a_run("many", params={"p": {str(i): i for i in range(10000)}, "l": list(range(10000))}))
+        self.assertEqual(self.ask("run.name == 'deep'"), ["deep"])
+        self.assertEqual(self.ask("run['\\x00'] == 'a\\x00b' and run[''] == ''"), ["odd"])
+        self.assertEqual(self.ask("run['\\ud800'] == '\\udfff'"), ["odd"])
+        self.assertEqual(
+            self.ask("run.p['9999'] == 9999 and run.l[-1] == 9999 and run.p[17] == 17"), ["many"]
+        )
+        self.assertEqual(self.ask("run.archived and run.hash == 'types'"), ["types"])
+
+
+class QueryTableTest(IndexCase):
+    def setUp(self) -> None:
+        super().setUp()
+        hparams = {"lr": 0.1, "bs": 32, "opt": "Adam", "layers": [64, 32, {"units": 8}], "deep": {"x": 1}}
+        params = {
+            "hparams": hparams,
+            "flag": True,
+            "n": 3,
+            "text": "3",
+            "a.b": 5,
+            "é": "É",
+            "nan": NAN,
+            "inf": INF,
+        }
+        params.update(nans=[NAN], pair={"q": 2, "p": {"z": 1, "y": [1.0]}})
+        metrics = [
+            a_series(1, "loss", {"subset": "train"}, [3.0, 1.0, 2.0]),
+            a_series(2, "loss", {"subset": "val"}, [4.0, 2.5]),
+            a_series(3, "acc", {}, [0.5, NAN]),
+        ]
+        props = {"name": "Base line", "experiment": "cifar", "tags": ["good", "prod"], "description": "first"}
+        end = {"end": "finished", "time": 1775000100.0}
+        self.put(a_run("a", params=params, series=metrics, props=props, end=end))  # 2026-03-31 23:33:20 UTC
+        self.put(a_run("b", 1775100000.0, params={"hparams": {"lr": "auto"}, "n": 3.0, "big": 2**80}))
+        self.put(a_run("old", props={"archived": True}, params={"n": 3}))
+
+    def test_answers(self) -> None:
+        for text, expected in (
+            ("", "a b"),
+            ("  \n ", "a b"),
+            ("True", "a b"),
+            ("0", ""),
+            # params and paths
+            ("run.hparams.lr == 0.1", "a"),
+            ("run['hparams', 'lr'] == 0.1", "a"),
+            ("run['hparams'].lr == 0.1 and run.hparams['lr'] == 0.1", "a"),
+            ("run['a.b'] == 5", "a"),
+            ("run.a.b == 5", ""),
+            ("run.é == 'É' and run.é.lower() == 'é'", "a"),
+            ("run.hparams.layers[0] == 64", "a"),
+            ("run.hparams.layers[-2] == 32", "a"),
+            ("run['hparams', 'layers', 2, 'units'] == 8", "a"),
+            ("run.hparams.layers[9] is None and run.flag", "a"),
+            ("run.hparams.deep == {'x': 1.0}", "a"),
+            ("run.hparams.layers == [64, 32, {'units': 8}]", "a"),
+            ("run.hparams.layers == (64, 32, {'units': True})", ""),
+            ("run.pair == {'p': {'y': [True], 'z': 1}, 'q': 2.0}", "a"),
+            ("run.pair in [{'p': 1}, {'p': {'y': [1], 'z': 1}, 'q': 2}]", "a"),
+            ("64 in run.hparams.layers", "a"),
+            ("'lr' in run.hparams", "a b"),
+            ("run.hparams == {'lr': 'auto'}", "b"),
+            ("run.hparams.layers < [65]", "a"),
+            # None and types
+            ("run.no.such.thing == None", "a b"),
+            ("run.no.such.thing is not None", ""),
+            ("run.no != 5", "a b"),
+            ("run.no < 5 or run.no >= 5", ""),
+            ("not run.no < 5", "a b"),
+            ("run.no in [None, 1]", "a b"),
+            ("run.flag in (None, 1)", "a b"),
+            ("run.hparams.lr > 0", "a"),
+            ("run.hparams.lr > 'a'", "b"),
+            ("run.hparams.lr < 'b'", "b"),
+            ("run.text == 3", ""),
+            ("run.text == '3'", "a"),
+            ("run.text != 3", "a b"),
+            ("run.n == 3 and run.n == 3.0 and run.n != True", "a b"),
+            ("run.flag == 1 and run.flag == True", "a"),
+            ("not run.flag", "b"),
+            ("run.hparams.opt == 'adam'", ""),
+            ("run.hparams.opt.lower() == 'adam'", "a"),
+            ("run.big > 9223372036854775807", "b"),
+            (f"run.big == {2**80}", "b"),
+            (f"run.n < {10**400}", "a b"),
+            # NaN and infinity
+            ("run.nan == run.nan", "b"),
+            ("run.nan != run.nan", "a"),
+            ("run.nan < 1 or run.nan > 1 or run.nan in [float('nan')]", ""),
+            ("run.nan", "a"),
+            ("run.nan is None", "b"),
+            ("run.inf == float('inf') and run.inf > 1e308", "a"),
+            ("-run.nan in run.nans or run.nans == [float('nan')]", ""),
+            ("run.nans == run.nans", "b"),
+            ("run.n == float('nan')", ""),
+            ("run.n != float('nan')", "a b"),
+            # arithmetic, chains, values of and / or
+            ("0 < run.hparams.bs / 3 < 11 and run.hparams.bs // 3 == 10 and run.hparams.bs % 3 == 2", "a"),
+            ("-run.hparams.bs // 3 == -11 and 2 ** -1 == run.hparams.bs / 64", "a"),
+            ("run.hparams.bs / 0 == 1", ""),
+            ("not run.hparams.bs / 0 == 1", "a b"),
+            ("run.text + 'x' == '3x'", "a"),
+            ("run.text + 1 == 4", ""),
+            ("run.n ** 999999 > 1", ""),
+            ("(run.no or 7) == 7", "a b"),
+            ("(run.flag and run.n) == 3", "a"),
+            ("(run.n == 3) + 1 == 2", "a b"),
+            ("abs(run.n - 4) == 1 and len(run.hparams) == 5 and sum([1, 2]) == 3", "a"),
+            ("int(run.text) == round(run.n + 0.2)", "a"),
+            # text
+            ("run.name.startswith('Base') and run.name.endswith(('x', 'ine'))", "a"),
+            ("'line' in run.name", "a"),
+            ("'LINE' not in run.name", "a b"),
+            ("run.n.startswith('3')", ""),
+            ("run.hparams.opt in ['Adam', 'sgd']", "a"),
+            ("run.hparams.opt in {}", ""),
+            # the run itself
+            ("run.hash == 'a'", "a"),
+            ("run.hash in ('a', 'zz')", "a"),
+            ("run.experiment == 'cifar' and run.description == 'first'", "a"),
+            ("run.experiment != 'cifar'", "b"),
+            ("not run.experiment > 'd'", "a"),
+            ("run.name == 'Run: b'", "b"),
+            ("run.experiment not in ['cifar', 'x']", "b"),
+            ("run.experiment == 'default'", "b"),
+            ("'good' in run.tags", "a"),
+            ("'goo' in run.tags", ""),
+            ("run.tags == ['good', 'prod'] and run.tags[1] == 'prod' and len(run.tags) == 2", "a"),
+            ("not run.tags", "b"),
+            ("run.active", "b"),
+            ("run.active == False", "a"),
+            ("run.duration == 100", "a"),
+            ("run.duration > 1e8", "b"),
+            ("run.archived or True", "a b old"),
+            ("run.archived == True", "old"),
+            ("run['archived'] == True", ""),
+            ("run.name == 'run.archived' or True", "a b"),
+            # time (UTC)
+            ("run.created_at >= datetime(2026, 3, 31, 23, 33, 20)", "a b"),
+            ("run.created_at > datetime(2026, 3, 31, 23, 33, 20)", "b"),
+            ("datetime(2026, 4, 1) <= run.created_at < datetime(2026, 5, 1)", "b"),
+            ("run.created_at.year == 2026 and run.created_at.month == 3 and run.created_at.day == 31", "a"),
+            (
+                "run.created_at.hour == 23 and run.created_at.minute == 33 and run.created_at.second == 20",
+                "a",
+            ),
+            ("run.finalized_at is None", "b"),
+            ("run.finalized_at < datetime.now() - timedelta(days=7)", "a"),
+            ("run.finalized_at > run.created_at", "a"),
+            ("run.end_time - run.creation_time == 100", "a"),
+            ("run.finalized_at.year == 2026", "a"),
+            # metrics of a run
+            ("run.metrics['loss', {'subset': 'train'}].last == 2", "a"),
+            (
+                "run.metrics['loss', {'subset': 'train'}].min == 1 and run.metrics['loss', {'subset': 'val'}].max == 4",
+                "a",
+            ),
+            ("run.metrics['loss', {'subset': 'train'}].last_step == 2", "a"),
+            (
+                "run.metrics['loss', {'subset': 'val'}].last > run.metrics['loss', {'subset': 'train'}].last",
+                "a",
+            ),
+            ("run.metrics['loss'].last is None", "a b"),
+            ("run.metrics['acc'].last == run.metrics['acc'].last", "b"),
+            ("run.metrics.acc.count == 2", "a"),
+            # shape
+            ("run.n == 3 # comment", "a b"),
+            ("(run.hash ==\n 'a')\n and run.n == 3", "a"),
+            ("run.hparams.opt in'Adam'", "a"),
+            ("run.text == 'x' or'y'", "a b"),
+        ):
+            with self.subTest(text):
+                self.assertEqual(self.ask(text), expected.split())
+
+    def test_answers_over_metrics(self) -> None:
+        train, val, acc = 'a:loss:{"subset": "train"}', 'a:loss:{"subset": "val"}', "a:acc:{}"
+        for text, expected in (
+            ("", [acc, train, val]),
+            ("metric.name == 'loss'", [train, val]),
+            ("metric.context.subset == 'val'", [val]),
+            ("metric.context['subset'] == 'val'", [val]),
+            ("metric.context == {'subset': 'train'}", [train]),
+            ("metric.context == {}", [acc]),
+            ("not metric.context", [acc]),
+            ("'subset' in metric.context", [train, val]),
+            ("metric.context.subset is None", [acc]),
+            ("metric.context.subset != 'val'", [acc, train]),
+            ("metric.context.subset.startswith('t')", [train]),
+            ("metric.last > 2", [val]),
+            ("metric.min <= 1 and metric.count == 3 and metric.last_step == 2", [train]),
+            ("metric.last != metric.last", [acc]),
+            ("run.hparams.lr == 0.1 and metric.name == 'acc'", [acc]),
+            ("run.experiment == 'x' or metric.name.upper() == 'ACC'", [acc]),
+            ("run.archived", []),
+        ):
+            with self.subTest(text):
+                self.assertEqual(self.ask_metrics(text), expected)
+        row = select_metrics([self.db], aimwatch.compile_query("metric.name == 'acc'", "metric"))[0]
+        self.assertTrue(math.isnan(row.to_series().last))
+
+
+class RefusalTest(IndexCase):
+    def test_what_the_language_lacks_is_refused_where_it_stands(self) -> None:
+        for text, column, message in (
+            ("run.lr = 1", None, "write == to compare"),
+            ("run.a == 1 && run.b == 2", None, "write and, or, not"),
+            ("run.lr ==", None, "not a Python expression"),
+            (
+                "run.a == 1 if run.b else 2",
+                12,
+                "'if' is not in the query language: write conditions with and, or, not",
+            ),
+            ("1 or lambda: 0", 6, "'lambda' is not"),
+            ("[r for r in run.a]", 4, "'for' is not"),
+            ("(run.a == 1", 1, "never closed"),
+            ("run.a == 1)", 11, "')' closes nothing"),
+            ("run.a == 1\nand\n  ] run.b", 3, "query, line 3, column 3: ']' closes nothing"),
+            ("  run.a == 1 run.b", 14, "not a Python expression (invalid syntax)"),
+            (
+                "\nrun.a == 1\n and 'é' == lr",
+                None,
+                "line 3, column 13: unknown name 'lr': write run.lr for a param",
+            ),
+            ("'é' == lr", 8, "unknown name 'lr': write run.lr for a param, 'lr' for text"),
+            ("run.a == f'{1}'", 10, "leave out the prefix"),
+            ("run.a == rb'x'", 10, "leave out the prefix"),
+            ("run.a == 1j", 10, "1j is not in the query language"),
+            ("run.a == ...", 10, "Ellipsis is not"),
+            ("run.a & 1", 1, "'&' is not in the query language: write and"),
+            ("run.a == 1 and ~run.b", 16, "'~' is not in the query language: write not"),
+            ("(x := 5) == 5", 2, "':=' is not"),
+            ("run.name[0:4] == 'a'", 5, "a slice [a:b] is not"),
+            ("run.a[0:1, 2] == 'a'", None, "a slice [a:b] is not"),
+            ("run.a[1.5] == 1", 5, "in [...] stands text or a whole number"),
+            ("run[True] == 1", 1, "in [...] stands text or a whole number"),
+            ("run.a[run.b] == 1", 11, "only a constant can stand here"),
+            ("run.a in [1, run.b]", 18, "only a constant can stand here"),
+            ("run.a == {1: 2}", 11, "the keys of a dict are texts"),
+            ("run.a == {**{}}", 10, "the keys of a dict are texts"),
+            ("run", 1, "'run' alone has no value"),
+            ("metric.name == 'a'", 1, "there is no metric in a query over runs: write run.metrics"),
+            ("run.a is True", 1, "'is' compares with None only: write =="),
+            ("run.a == 1 and run.name.title()", 25, "it can call startswith"),
+            ("open('/etc/passwd')", 1, "it can call startswith"),
+            ("__import__('os').system('true')", 18, "it can call startswith"),
+            ("run.name.startswith()", 1, "wrong number of arguments for startswith()"),
+            ("run.name.startswith(x='a')", 1, "arguments have no names here"),
+            ("'abc'.x == 1", 7, "only run and metric have attributes"),
+            ("run.metrics['loss'].first == 1", 21, "a metric has no 'first' here, but last, min"),
+            ("run.metrics['loss']", 1, "write run.metrics['loss', {'subset': 'val'}].last"),
+            ("run.metrics", 5, "write run.metrics['loss', {'subset': 'val'}].last"),
+            ("run.created_at.week == 1", 16, "run.created_at has no 'week' here"),
+            ("run.name.x == 1", 10, "run.name has no 'x' here"),
+            ("run.created_at > 5", 1, "a time compares with datetime(...) only: run.creation_time"),
+            ("run.created_at > '2026-01-01'", 1, "a time compares with datetime(...) only"),
+            ("run.created_at - run.finalized_at", 1, "times are only compared: count in seconds"),
+            ("run.a > datetime(2026, 1, 1)", 1, "a time compares with run.created_at"),
+            ("run.a in [[datetime(2026, 1, 1)]]", 1, "a time compares with run.created_at"),
+            ("run.a + timedelta(1) > 0", 1, "among themselves only"),
+            (
+                "run.created_at > datetime(2026, 13, 1)",
+                18,
+                "no datetime can be made of this (month must be in 1..12",
+            ),
+            ("run.created_at > datetime(2026, 1, 1) + 1", 18, "impossible with these times"),
+            ("run.created_at > datetime.now(5)", 18, "datetime.now() takes no arguments here"),
+            ("run.a == '\0'", 1, None),
+            ("run.a == \ud800", 1, None),
+            ("run.a == '\ud800'", 1, None),
+        ):
+            with self.subTest(text):
+                error = self.refused(text)
+                if column is not None and message is not None:
+                    self.assertEqual(error.column, column, error)
+                self.assertRegex(str(error), r"^query, (line \d+, )?column \d+: ")
+                self.assertIn(message or "", str(error))
+        self.assertIn(
+            "a metric has no 'nosuch' here, but name, context", str(self.refused("metric.nosuch", "metric"))
+        )
+
+    def test_sheer_size_works_or_is_refused(self) -> None:
+        self.put(a_run("a", params={"a": 1, "b": "x"}))
+        self.assertIn("more than 40 brackets", str(self.refused("(" * 41 + "run.a" + ")" * 41)))
+        for text, works in (
+            (" or ".join(["run.a == 1"] * 10000), True),
+            (" and ".join(["not run.active == 5"] * 10000), True),
+            (" or ".join(f"run.a == {n}" for n in range(10000)), False),
+            ("run.a in [" + ",".join(map(str, range(800))) + "]", True),
+            ("run.a in [" + ",".join(map(str, range(10000))) + "]", False),
+            ("run.b != '" + "x" * 1000000 + "'", True),
+            ("(" * 30 + "run.a" + ")" * 30, True),
+            ("(" * 1000 + "run.a" + ")" * 1000, False),
+            ("run.a" + " + run.a" * 10, True),
+        ):
+            with self.subTest(text[:40]):
+                if works:
+                    self.assertEqual(self.ask(text), ["a"])
+                else:
+                    self.refused(text)
+
+    def test_no_nesting_gets_past_the_refusals(self) -> None:
+        # In a thread with a small stack, where CPython's parser would take the process down.
+        self.put(a_run("a", params={"a": 1}))
+        shapes = (
+            "-|run.a|", "not |1|", "(|1|)", "run|.a|", "run|[0]|", "1|+1|", "1|**1|", "1|<1|", "(run.a <|1|< run.b)",
+            "abs(|1|)", "f|()|", "1|.lower()|", "run.a and (run.b or (|1|))", "1 + (run.a or (|1|))", "[|1|]",
+            "{'a':|1|}", "run|[0,0]|", "run|(1 and 2)|", "(run.a in |1|)", "(1 != |run.a|!= 1)", "run.a or not (|1|)",
+            "not run.a.startswith(|1|)", "~|1|", "1|,|", "'a'|'a'|", "1| is None|", "run.metrics[|1|]",
+        )  # fmt: skip
+        outcomes: List[str] = []
+
+        def ask_all() -> None:
+            db = aimwatch.open_index(":memory:")
+            for shape in shapes:
+                before, middle, after = shape.split("|")
+                for count in (1, 5, 9, 10, 11, 12, 13, 14, 39, 40, 41, 120, 250, 1000, 30000):
+                    text = before * count + middle + after * count
+                    if not after and before in ("run", "1", "f", "'a'"):
+                        text = before + middle * count
+                    try:
+                        select_runs([db], aimwatch.compile_query(text))
+                    except aimwatch.QueryError:
+                        pass
+                    except BaseException as error:
+                        outcomes.append(f"{shape} x {count}: {error!r}"[:200])
+            db.close()
+
+        size = threading.stack_size(512 * 1024)
+        try:
+            thread = threading.Thread(target=ask_all)
+            thread.start()
+            thread.join()
+        finally:
+            threading.stack_size(size)
+        self.assertEqual(outcomes, [])
+
+    def test_nothing_of_a_query_gets_into_the_sql(self) -> None:
+        self.put(a_run("a", params={"x": "'); DROP TABLE runs; --"}))
+        attack = "'); DROP TABLE runs; --"
+        for text in (f'run.x == "{attack}"', f'run["{attack}"] == 1', f'run.metrics["{attack}"].last == 1'):
+            self.assertNotIn("DROP", aimwatch.compile_query(text).sql)
+            self.ask(text)
+        self.assertEqual(self.ask(f'run.x == "{attack}"'), ["a"])
+
+    def test_a_selective_comparison_searches_an_index(self) -> None:
+        for text in (
+            "run.hparams.lr == 0.01",
+            "run.hparams.lr > 0.01 and run.x.lower() == 'a'",
+            "run.hash == 'a'",
+            "run.experiment == 'a' and run.x < 1",
+            "run.metrics['loss', {'a': 1}].last < 0.1",
+            "'a' in run.tags",
+            "run.created_at > datetime(2026, 1, 1)",
+        ):
+            query = aimwatch.compile_query(text)
+            plan = self.db.execute(
+                f"EXPLAIN QUERY PLAN SELECT hash FROM runs r WHERE {query.sql}", query.args
+            )
+            self.assertNotIn("SCAN", " ".join(row[3] for row in plan), text)
+
+
+# ---- an independent evaluator: the same language over plain dicts, straight from Python ----------------
+
+
+class Evaluator:
+    """Says what a query means by walking its syntax tree over one run's params, with nothing of the compiler."""
+
+    def __init__(self, params: Dict[str, Any], tags: List[str]) -> None:
+        self.document = json.dumps({**params, "tags": tags})
+
+    def __call__(self, text: str) -> bool:
+        return bool(self.of(ast.parse(text, mode="eval").body))
+
+    def of(self, node: Any) -> Any:
+        return getattr(self, type(node).__name__.lower())(node)
+
+    def constant(self, node: ast.Constant) -> Any:
+        return node.value
+
+    def name(self, node: ast.Name) -> Any:
+        return json.loads(self.document, parse_constant=float)  # a new NaN for every NaN
+
+    def list(self, node: ast.List) -> Any:
+        return [self.of(item) for item in node.elts]
+
+    def tuple(self, node: ast.Tuple) -> Any:
+        return [self.of(item) for item in node.elts]
+
+    def dict(self, node: ast.Dict) -> Any:
+        return {self.of(key): self.of(value) for key, value in zip(node.keys, node.values)}
+
+    def index(self, node: Any) -> Any:
+        return self.of(node.value)
+
+    def attribute(self, node: ast.Attribute) -> Any:
+        whole = self.of(node.value)
+        return whole.get(node.attr) if isinstance(whole, dict) else None
+
+    def subscript(self, node: ast.Subscript) -> Any:
+        whole, keys = self.of(node.value), self.of(node.slice)
+        try:
+            for key in keys if type(keys) is type([]) else [keys]:
+                whole = whole[str(key) if isinstance(whole, dict) else key]
+            return whole
+        except (TypeError, LookupError):
+            return None
+
+    def boolop(self, node: ast.BoolOp) -> Any:
+        for operand in node.values[:-1]:
+            value = self.of(operand)
+            if bool(value) == isinstance(node.op, ast.Or):
+                return value
+        return self.of(node.values[-1])
+
+    def unaryop(self, node: ast.UnaryOp) -> Any:
+        value = self.of(node.operand)
+        if isinstance(node.op, ast.Not):
+            return not value
+        return -value if isinstance(value, (int, float)) else None
+
+    def compare(self, node: ast.Compare) -> bool:
+        left = self.of(node.left)
+        for op, operand in zip(node.ops, node.comparators):
+            right = self.of(operand)
+            if not self.holds(op, left, right):
+                return False
+            left = right
+        return True
+
+    def holds(self, op: ast.cmpop, left: Any, right: Any) -> bool:
+        if isinstance(op, (ast.NotEq, ast.NotIn, ast.IsNot)):
+            opposite = {ast.NotEq: ast.Eq, ast.NotIn: ast.In, ast.IsNot: ast.Is}[type(op)]
+            return not self.holds(opposite(), left, right)
+        try:
+            if isinstance(op, ast.Eq):
+                return bool(left == right)
+            if isinstance(op, ast.Is):
+                return left is right
+            if isinstance(op, ast.In):
+                return left in right
+            if isinstance(op, (ast.Lt, ast.LtE)):
+                return bool(left < right if isinstance(op, ast.Lt) else left <= right)
+            return bool(left > right if isinstance(op, ast.Gt) else left >= right)
+        except TypeError:
+            return False
+
+    def binop(self, node: ast.BinOp) -> Any:
+        left, right = self.of(node.left), self.of(node.right)
+        numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
+        texts = isinstance(left, str) and isinstance(right, str) and isinstance(node.op, ast.Add)
+        if not numbers and not texts:
+            return None
+        signs = {
+            ast.Add: "+",
+            ast.Sub: "-",
+            ast.Mult: "*",
+            ast.Div: "/",
+            ast.FloorDiv: "//",
+            ast.Mod: "%",
+            ast.Pow: "**",
+        }
+        if isinstance(node.op, ast.Pow) and isinstance(left, int) and isinstance(right, int) and right > 500:
+            left = float(left)  # the whole number would be of no use and take hours
+        try:
+            value = eval(f"left {signs[type(node.op)]} right")
+        except ArithmeticError:
+            return None
+        if isinstance(value, complex):
+            return None
+        return float(value) if isinstance(value, int) and abs(value) >= 2**63 else value
+
+    def call(self, node: ast.Call) -> Any:
+        assert isinstance(node.func, ast.Attribute)
+        text, arguments = self.of(node.func.value), [self.of(argument) for argument in node.args]
+        # A list is taken for the tuple that it is not in JSON.
+        arguments = [tuple(item) if isinstance(item, type([])) else item for item in arguments]
+        try:
+            return getattr(text, node.func.attr)(*arguments) if isinstance(text, str) else None
+        except TypeError:
+            return None
+
+
+VALUES: List[Any] = [
+    None, True, False, 0, 1, 2, -3, 7, 0.5, 1.0, -0.0, 1e300, NAN, INF, -INF, 2**53 + 1, float(2**53), "", "a", "A", "b",
+    "ab", "1", "ß", "É", "é", "'", "a\0b", "😀", [], {}, [1, 2], [1.0, 2], ["a", None], [[1], {"x": 1}], {"x": 1},
+    {"x": True}, {"x": {"y": "a"}}, {"a": 1, "b": [1]}, {"é": 2}, {"10": "ten"}, [NAN], {"x": NAN},
+]  # fmt: skip
+if sys.version_info < (3, 9):
+    VALUES.remove("a\0b")  # create_function of CPython 3.8 cuts text at a NUL
+PATHS = [
+    "run.p", "run.q", "run['r']", "run.p.x", "run.q.x.y", "run['q', 'x']", "run.p[0]", "run.q[-1]", "run.r[10]", "run.p[1]['x']",
+    "run['r']['é']", "run.nosuch", "run.nosuch.x[1]", "run.tags", "run.tags[0]",
+]  # fmt: skip
+
+
+def literal(value: Any) -> str:
+    """Python source for a value; what the language has no literal for becomes text."""
+    text = repr(value)
+    return repr("z") if "nan" in text or "inf" in text else text
+
+
+class RandomExpressions:
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def condition(self, depth: int) -> str:
+        pick = self.random.random()
+        if depth <= 0 or pick < 0.45:
+            return self.comparison(depth)
+        if pick < 0.60:
+            return f"({self.condition(depth - 1)} and {self.condition(depth - 1)})"
+        if pick < 0.75:
+            return f"({self.condition(depth - 1)} or {self.condition(depth - 1)})"
+        if pick < 0.87:
+            return f"(not {self.condition(depth - 1)})"
+        return self.value(depth - 1)
+
+    def comparison(self, depth: int) -> str:
+        left, right = self.value(depth - 1), self.value(depth - 1)
+        sign = self.random.choice(
+            ["==", "==", "!=", "<", "<=", ">", ">=", "in", "not in", "is", "chain", "list"]
+        )
+        if sign == "is":
+            return f"({left} {self.random.choice(['is', 'is not'])} None)"
+        if sign == "chain":
+            signs = self.random.choices(["<", "<=", "==", "!=", ">"], k=2)
+            return f"({left} {signs[0]} {right} {signs[1]} {self.value(depth - 1)})"
+        if sign == "list":
+            items = ", ".join(literal(self.random.choice(VALUES)) for _ in range(3))
+            return f"({left} in [{items}])"
+        return f"({left} {sign} {right})"
+
+    def value(self, depth: int) -> str:
+        pick = self.random.random()
+        if depth <= 0 or pick < 0.75:
+            return (
+                self.random.choice(PATHS)
+                if self.random.random() < 0.6
+                else literal(self.random.choice(VALUES))
+            )
+        if pick < 0.87:
+            return f"({self.value(depth - 1)} {self.random.choice('+ - * / // % **'.split())} {self.value(depth - 1)})"
+        if pick < 0.91:
+            return f"(-{self.random.choice(PATHS)})"
+        if pick < 0.95:
+            call = self.random.choice([".lower()", ".upper()", ".startswith('a')", ".endswith(run.q)"])
+            return self.random.choice(PATHS) + call
+        word = self.random.choice(["and", "or"])
+        return f"({self.value(depth - 1)} {word} {self.condition(depth - 1)})"
+
+
+class RandomTest(IndexCase):
+    def test_compiler_and_evaluator_agree(self) -> None:
+        choose = random.Random(1)
+        evaluators = {}
+        for number in range(40):
+            params = {name: choose.choice(VALUES) for name in "pqr" if choose.random() < 0.9}
+            tags = choose.sample(["a", "b", "É"], choose.randrange(3))
+            self.put(a_run(f"{number:02}", params=params, props={"tags": tags}))
+            evaluators[f"{number:02}"] = Evaluator(params, tags)
+        expressions = RandomExpressions(int(os.environ.get("QUERY_SEED", "7")))
+        some = 0
+        for _ in range(int(os.environ.get("QUERY_COUNT", "1500"))):
+            text = expressions.condition(3)
+            expected = [name for name, evaluate in evaluators.items() if evaluate(text)]
+            some += 0 < len(expected) < 40
+            self.assertEqual(self.ask(text), expected, text)
+        self.assertGreater(some, 300)  # else the expressions would say nothing
+
+
+# ======================================================================================
+# Notifiers and outbox
+#
+# Configuration, messages, transports on real sockets, and what is told after every kind of death.
+# ======================================================================================
+
+TOKEN = "EAAB" + "0123456789" * 18
+GOOD_URL = "https://hooks.example.com/services/T000/B000/SECRETSECRET"
+#: What must be seen of a secret nowhere, not even in part.
+SECRETS = ("SECRET", "EAAB0", "0123456789", "PASSWORD")
+#: A certificate for 127.0.0.1 and its key, good for nothing else; valid until 2126.
+CERTIFICATE = """\
+-----BEGIN EC PRIVATE KEY-----
+MHcCAQEEIDisamR6352XZKiwMNVYJZ+zxF9r6ClwACLTmSY3/TUvoAoGCCqGSM49
+AwEHoUQDQgAEai6+MKq9vAXOkrrVpRA3vkKHz0l+VQohDo5NNqNyclOgpMGmcOsC
+NbcUsB84CseKn18GQzJs9n9Y/ZH8smSg6Q==
+-----END EC PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBkDCCATagAwIBAgIUbOSf/zgmSUvlfRey2DvYkGsOZ+gwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJMTI3LjAuMC4xMCAXDTI2MTEyMjA1MDEzOVoYDzIxMjYxMDI5
+MDUwMTM5WjAUMRIwEAYDVQQDDAkxMjcuMC4wLjEwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAARqLr4wqr28Bc6SutWlEDe+QofPSX5VCiEOjk02o3JyU6CkwaZw6wI1
+txSwHzgKx4qfXwZDMmz2f1j9kfyyZKDpo2QwYjAdBgNVHQ4EFgQU1T40zmwgRce0
+PPZLlAUT23lQJzcwHwYDVR0jBBgwFoAU1T40zmwgRce0PPZLlAUT23lQJzcwDwYD
+VR0TAQH/BAUwAwEB/zAPBgNVHREECDAGhwR/AAABMAoGCCqGSM49BAMCA0gAMEUC
+IG2Lgfo9vtcXoSRscfuygy1SkA4Xy0SsVDNRcLiHMUY5AiEA7Im8AF1jRZfpBxJM
+kuLA7v7xq+PwqQ+8WLo/EOceCS0=
+-----END CERTIFICATE-----
+"""
+
+
+def facts_of(event: str = "stalled", number: int = 1, **more: str) -> Dict[str, str]:
+    """Return what is known of an event; `more` names fields with _ for the dot."""
+    facts = {
+        "event": event, "repo": "/data/x", "run.hash": f"{number:024x}", "run.name": f"n{number}",
+        "run.experiment": "resnet", "run.host": "node7", "run.pid": "4711", "run.job": "Slurm 99",
+        "run.user": "ann", "run.last_seen": "2026-11-22 05:00:00 UTC", "run.promised": "60 s",
+        "run.silent": "3 min", "run.process": "gone", "run.metrics": "loss=0.25 (step 100)",
+    }  # fmt: skip
+    facts.update({name.replace("_", ".", 1): value for name, value in more.items()})
+    return facts
+
+
+def event_of(number: int, kind: str = "stalled") -> aimwatch.Event:
+    facts = facts_of(kind, number)
+    return aimwatch.Event(f"{facts['run.hash']}-1-{kind}", kind, facts)
+
+
+def notifier_of(kind: str, notifier_id: str = "n", **arguments: Any) -> aimwatch.Notifier:
+    return aimwatch.read_notifier(notifier_id, {"type": kind, "arguments": arguments})
+
+
+def hook(url: str, **more: Any) -> Dict[str, Any]:
+    """Return an entry for Case.configure."""
+    return {"type": "slack", "arguments": {"url": url, "message": ""}, **more}
+
+
+class RawServer:
+    """A loopback socket that does to each connection, one after another, what `script` does."""
+
+    def __init__(self, script: Callable[[socket.socket], None]) -> None:
+        self.script = script
+        self.accepted = 0
+        self.stopping = threading.Event()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/services/T000/B000/SECRETSECRET"
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def serve(self) -> None:
+        while True:
+            connection, _ = self.listener.accept()
+            with connection, contextlib.suppress(OSError):
+                if self.stopping.is_set():
+                    return
+                self.accepted += 1
+                self.script(connection)
+
+    def close(self) -> None:
+        self.stopping.set()
+        socket.create_connection(("127.0.0.1", self.port)).close()
+        self.thread.join()
+        self.listener.close()
+
+
+def read_request(connection: socket.socket) -> bytes:
+    """Return one whole HTTP request."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += connection.recv(4096) or b"\r\n\r\n"
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = int((re.search(rb"(?i)content-length: (\d+)", head) or [b"", b"0"])[1])
+    while len(body) < length:
+        body += connection.recv(4096)
+    return head + b"\r\n\r\n" + body
+
+
+class Lines(logging.Handler):
+    """Keeps what was logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: List[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname} {record.getMessage()}")
+
+
+class NotifierCase(Case):
+    """A test of telling: it ends with no thread of a notifier left."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.addCleanup(self.wait_for, self._no_threads)
+        no_sync = mock.patch("os.fsync")  # nothing here pulls a plug
+        no_sync.start()
+        self.addCleanup(no_sync.stop)
+        self.logged = Lines()
+        aimwatch.log.handlers[:] = [self.logged]
+        aimwatch.log.setLevel(logging.INFO)
+        aimwatch.log.propagate = False
+        self.config = aimwatch.NotifierConfig(self.paths)
+
+    def _no_threads(self) -> bool:
+        return not [t for t in threading.enumerate() if t.name.startswith("aimwatch-")]
+
+    def gate(self) -> threading.Event:
+        """Return an event that is set with the end of the test, before servers are closed."""
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        return gate
+
+    def raw_server(self, script: Callable[[socket.socket], None]) -> RawServer:
+        server = RawServer(script)
+        self.addCleanup(server.close)
+        return server
+
+    def refused_url(self) -> str:
+        """Return the URL of a port that nobody listens at, and nobody else can take."""
+        taken = socket.socket()
+        self.addCleanup(taken.close)
+        taken.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{taken.getsockname()[1]}/services/T000/B000/SECRETSECRET"
+
+    def write_config(self, text: Any) -> None:
+        data = text if isinstance(text, bytes) else json.dumps(text).encode()
+        with open(self.paths.config, "wb") as file:
+            file.write(data)
+
+    def entries(self) -> Dict[str, Any]:
+        """Return the notifiers as config.json holds them."""
+        with open(self.paths.config, encoding="ascii") as file:
+            return json.load(file)["notifications"]["notifiers"]  # type: ignore[no-any-return]
+
+    def only_entry(self) -> Dict[str, Any]:
+        (entry,) = self.entries().values()
+        return entry  # type: ignore[no-any-return]
+
+    def assert_hidden(self, text: str) -> None:
+        for secret in SECRETS:
+            self.assertNotIn(secret, text)
+
+    def assert_one_line(self, err: str, expected: str) -> None:
+        self.assertRegex(err, expected)
+        self.assertEqual(err.strip().count("\n"), 0, err)
+        self.assertNotIn("Traceback", err)
+
+
+# ============================================================ Notifiers: configuration
+
+AIM_CONFIG = {
+    "notifications": {
+        "version": "1.0",
+        "notifiers": {
+            "5c42d699-65cc-4fc9-be9d-60fd1490a398": {
+                "id": "5c42d699-65cc-4fc9-be9d-60fd1490a398",
+                "type": "slack",
+                "arguments": {"url": GOOD_URL, "message": aimwatch.AIM_DEFAULT_MESSAGE},
+                "status": "enabled",
+            },
+            "5935a6dc-8da2-4eb8-8f0f-9b16f37bcd02": {
+                "id": "5935a6dc-8da2-4eb8-8f0f-9b16f37bcd02",
+                "type": "workplace",
+                "arguments": {"group_id": 123, "access_token": TOKEN, "message": "my text"},
+                "status": "disabled",
+            },
+            "b6487000-b521-4a2a-a42b-8fee1b7fa43d": {
+                "id": "b6487000-b521-4a2a-a42b-8fee1b7fa43d",
+                "type": "logger",
+                "arguments": {"message": "m"},
+                "status": "enabled",
+            },
+        },
+        "log_level": 20,
+    }
+}
+
+
+class ConfigFile(NotifierCase):
+    def test_file_of_aim_is_read_whole(self) -> None:
+        self.write_config(json.dumps(AIM_CONFIG, indent=2).encode())
+        slack, workplace, logger = self.config.notifiers()
+        self.assertEqual((slack.type, slack.enabled, slack.problem), ("slack", True, None))
+        self.assertEqual(slack.arguments["url"], GOOD_URL)
+        self.assertEqual((workplace.enabled, workplace.arguments["group_id"]), (False, 123))
+        self.assertEqual(workplace.problem, None)
+        self.assertEqual(logger.events, aimwatch.DEFAULT_EVENTS)
+
+    def test_added_notifiers_are_what_aim_writes(self) -> None:
+        default = {"message": "❗️ Something wrong with Run '{run.hash}'. Please check. ❗️"}
+        group = {"group_id": 123, "access_token": TOKEN}
+        token = ("--access-token", TOKEN)
+        for argv, arguments in (
+            (("slack", "--webhook-url", GOOD_URL), {"url": GOOD_URL, **default}),
+            (("workplace", "--group-id", "123", *token), {**group, **default}),
+            (
+                ("workplace", "--group-id", "123", *token, "--message", "m"),
+                {**group, "message": "m"},
+            ),
+            (("logger",), default),
+        ):
+            with self.subTest(argv[0]):
+                before = set(self.entries()) if os.path.exists(self.paths.config) else set()
+                code, _, err = self.run_cli("notifiers", "add", *argv, "--yes")
+                self.assertEqual((code, err), (0, ""))
+                (new,) = set(self.entries()) - before
+                self.assertRegex(new, r"\A[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
+                expected = {"id": new, "type": argv[0], "arguments": arguments, "status": "enabled"}
+                self.assertEqual(self.entries()[new], expected)
+        with open(self.paths.config, encoding="ascii") as file:
+            self.assertEqual(json.load(file)["notifications"]["version"], "1.0")
+
+    def test_rewrite_keeps_what_it_does_not_know(self) -> None:
+        config = json.loads(json.dumps(AIM_CONFIG))
+        config["other"] = {"deep": [1, None, {"x": "é"}]}
+        config["notifications"]["theirs"] = 1.5
+        entries = config["notifications"]["notifiers"]
+        entries["abc"] = {"id": "abc", "type": "pager", "arguments": {"k": [1]}, "new": True}
+        entries["5c42d699-65cc-4fc9-be9d-60fd1490a398"]["extra"] = "kept"
+        self.write_config(config)
+        for argv in (
+            ("disable", "5c42"), ("enable", "5c42"), ("enable", "abc"), ("set-log-level", "ERROR"),
+        ):  # fmt: skip
+            self.assertEqual(self.run_cli("notifiers", *argv)[0], 0, argv)
+        entries["abc"]["status"] = "enabled"
+        config["notifications"]["log_level"] = 40
+        with open(self.paths.config, encoding="ascii") as file:
+            self.assertEqual(json.load(file), config)
+
+    def test_mode_is_0600_from_the_first_byte(self) -> None:
+        self.write_config(AIM_CONFIG)
+        os.chmod(self.paths.config, 0o644)
+        modes = []
+        real_write = os.write
+
+        def write(fd: int, data: Any) -> int:
+            modes.append(stat.S_IMODE(os.fstat(fd).st_mode))
+            return real_write(fd, data)
+
+        self.addCleanup(os.umask, os.umask(0))
+        with mock.patch("os.write", write):
+            self.configure(a=hook(GOOD_URL))
+        self.assertEqual(set(modes), {0o600})
+        self.assertEqual(stat.S_IMODE(os.stat(self.paths.config).st_mode), 0o600)
+
+    def test_old_file_stands_until_the_new_one_is_whole(self) -> None:
+        self.write_config(AIM_CONFIG)
+        with open(self.paths.config, "rb") as file:
+            before = file.read()
+        found = []
+        real_replace = os.replace
+
+        def replace(source: str, target: str) -> None:
+            for path in (source, target):
+                with open(path, "rb") as file:
+                    found.append(file.read())
+            real_replace(source, target)
+
+        with mock.patch("os.replace", replace):
+            self.configure(a=hook(GOOD_URL))
+        self.assertIn("a", json.loads(found[0])["notifications"]["notifiers"])
+        self.assertEqual(found[1], before)
+
+    def test_full_disk_leaves_the_file_as_it_was(self) -> None:
+        self.write_config(AIM_CONFIG)
+        names = sorted(os.listdir(self.paths.notifications) + ["config.lock"])
+        with mock.patch("os.write", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+            code, _, err = self.run_cli("notifiers", "add", "logger", "--yes")
+        self.assertEqual(code, 1)
+        self.assert_one_line(err, r"cannot write .*config\.json: No space left on device")
+        self.assertEqual(self.config.read(), AIM_CONFIG)
+        self.assertEqual(sorted(os.listdir(self.paths.notifications)), names)
+
+    def test_ten_processes_adding_at_once_all_survive(self) -> None:
+        command = (sys.executable, MODULE, "notifiers", "add", "logger", "--yes", "--message")
+        adding = [self.command(*command, f"m{number}") for number in range(10)]
+        for process in adding:
+            self.assertEqual(process.wait(), 0, process.stderr.read())
+        messages = {entry["arguments"]["message"] for entry in self.entries().values()}
+        self.assertEqual(messages, {f"m{number}" for number in range(10)})
+        self.assertEqual(stat.S_IMODE(os.stat(self.paths.config).st_mode), 0o600)
+
+    def test_lock_held_for_long_is_said(self) -> None:
+        with mock.patch("aimwatch.try_lock", return_value=False), mock.patch(
+            "time.monotonic", Clock10()
+        ), mock.patch("time.sleep"):
+            code, _, err = self.run_cli("notifiers", "set-log-level", "INFO")
+        self.assertEqual(code, 1)
+        self.assert_one_line(err, r"config\.lock has been locked for 10 s: try again")
+
+
+class Clock10:
+    """A clock on which three seconds pass with each look."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 3.0
+        return self.now
+
+
+DAMAGED_FILES = (
+    (b"", r"is not JSON \(line 1\): mend it, or move it away and add the notifiers again"),
+    (b'{"notifications": {"version": "1.0", "notif', r"is not JSON \(line 1\)"),
+    (b'{"notifications":\n {"notifiers":\n {"x" 1}}}', r"is not JSON \(line 3\)"),
+    (b"\xff\xfe{}", r"is not JSON: mend it"),
+    (b"[" * 200000, r"is not JSON: mend it"),
+    (b"[]", r'has another shape than \{"notifications": \{"notifiers": \{\.\.\.\}\}\}: mend it'),
+    (b'"text"', "has another shape"),
+    (b"null", "has another shape"),
+    (b"{}", "has another shape"),
+    (b'{"notifications": []}', "has another shape"),
+    (b'{"notifications": {"notifiers": []}}', "has another shape"),
+    (b'{"notifications": {"notifiers": null}}', "has another shape"),
+)
+CONFIG_COMMANDS = (
+    ("list",), ("list", "--json"), ("dump",), ("add", "logger", "--yes"), ("remove", "x", "--yes"),
+    ("enable", "x"), ("disable", "x"), ("get-log-level",), ("set-log-level", "INFO"), ("test",),
+)  # fmt: skip
+
+
+class DamagedConfig(NotifierCase):
+    def test_damaged_file_is_named_by_every_command_and_left_alone(self) -> None:
+        for data, message in DAMAGED_FILES:
+            self.write_config(data)
+            for command in CONFIG_COMMANDS:
+                with self.subTest(data=data[:50], command=command):
+                    code, out, err = self.run_cli("notifiers", *command)
+                    self.assertEqual((code, out), (1, ""))
+                    self.assert_one_line(err, r"config\.json " + message)
+                    with open(self.paths.config, "rb") as file:
+                        self.assertEqual(file.read(), data)
+
+    def test_what_is_no_file_is_refused_unread(self) -> None:
+        os.mkdir(self.paths.config)
+        code, _, err = self.run_cli("notifiers", "list")
+        self.assertEqual(code, 1)
+        self.assert_one_line(err, r"cannot read .*config\.json: Is a directory")
+        os.rmdir(self.paths.config)
+        os.mkfifo(self.paths.config)
+        code, _, err = self.run_cli("notifiers", "list")
+        self.assertEqual(code, 1)
+        self.assert_one_line(err, r"cannot read .*config\.json: not a regular file")
+
+    def test_missing_file_is_an_empty_configuration(self) -> None:
+        for command, code in ((("list",), 0), (("dump",), 0), (("get-log-level",), 0)):
+            with self.subTest(command):
+                self.assertEqual(self.run_cli("notifiers", *command)[0], code)
+        self.assertFalse(os.path.exists(self.paths.config))
+        self.write_config({"notifications": {}})
+        self.assertEqual(self.config.notifiers(), [])
+
+    def test_odd_log_level_is_no_traceback(self) -> None:
+        for level in ([], {}, None, "x", 1.5):
+            with self.subTest(level=level):
+                self.write_config({"notifications": {"log_level": level, "notifiers": {}}})
+                _, out, err = self.run_cli("notifiers", "get-log-level")
+                self.assertNotIn("Traceback", out + err)
+
+    def test_damaged_notifier_says_what_is_wrong(self) -> None:
+        slack, group = {"url": GOOD_URL}, {"group_id": 1, "access_token": TOKEN}
+        events = "'events' must be a list of stalled, failed, recovered, started, finished, log"
+        for raw, problem in (
+            ("text", "is not an object"),
+            ([], "is not an object"),
+            ({}, "type 'None' is not one of slack, workplace, logger"),
+            ({"type": "pager", "arguments": {}}, "type 'pager' is not one of slack, work"),
+            ({"type": ["slack"], "arguments": {}}, "is not one of slack"),
+            ({"type": "slack"}, "has no 'arguments' object"),
+            ({"type": "slack", "arguments": [1]}, "has no 'arguments' object"),
+            ({"type": "slack", "arguments": {}}, "argument 'url' is missing"),
+            ({"type": "slack", "arguments": {"url": None}}, "argument 'url' is missing"),
+            ({"type": "slack", "arguments": {"url": ""}}, "argument 'url' is missing"),
+            ({"type": "slack", "arguments": {"url": [1]}}, "argument 'url' must be text"),
+            ({"type": "slack", "arguments": {"url": "x"}}, "the URL must start with https://"),
+            ({"type": "slack", "arguments": {**slack, "message": 5}}, "'message' must be text"),
+            ({"type": "slack", "arguments": {**slack, "message": []}}, "'message' must be text"),
+            ({"type": "workplace", "arguments": {"group_id": 1}}, "'access_token' is missing"),
+            ({"type": "workplace", "arguments": {"access_token": "x"}}, "'group_id' is missing"),
+            ({"type": "workplace", "arguments": {**group, "access_token": 12345}}, "must be text"),
+            ({"type": "workplace", "arguments": {**group, "access_token": "a b"}}, "one word"),
+            ({"type": "workplace", "arguments": {**group, "base_url": "ftp://x"}}, "has ftp:"),
+            ({"type": "slack", "arguments": slack, "events": "stalled"}, events),
+            ({"type": "slack", "arguments": slack, "events": ["stalled", "x"]}, events),
+            ({"type": "slack", "arguments": slack, "events": [[]]}, events),
+        ):
+            with self.subTest(raw=raw):
+                found = aimwatch.read_notifier("id", raw)
+                self.assertIn(problem, str(found.problem))
+                self.write_config({"notifications": {"notifiers": {"some-id": raw}}})
+                code, out, err = self.run_cli("notifiers", "list", "--json")
+                self.assertEqual((code, json.loads(out)[0]["problem"]), (0, found.problem))
+                code, out, err = self.run_cli("notifiers", "test", "some")
+                self.assertEqual(code, 1)
+                self.assertIn(f"NOT delivered: {found.problem}", out)
+                for command in ("list", "dump", "disable some", "remove some --yes"):
+                    _, out, err = self.run_cli("notifiers", *command.split())
+                    self.assertNotIn("Traceback", out + err)
+                self.assert_hidden(out + err)
+
+    def test_sound_notifier_has_no_problem(self) -> None:
+        for raw in (
+            {"type": "slack", "arguments": {"url": GOOD_URL}},
+            {"type": "slack", "arguments": {"url": GOOD_URL, "message": "{odd} {", "more": [1]}},
+            {"type": "workplace", "arguments": {"group_id": "77", "access_token": "t"}},
+            {"type": "logger", "arguments": {}, "events": ["log"], "status": "disabled"},
+        ):
+            with self.subTest(raw=raw):
+                self.assertIsNone(aimwatch.read_notifier("id", raw).problem)
+
+
+class NotifierIds(NotifierCase):
+    def test_prefix_finds_the_one_that_starts_with_it(self) -> None:
+        raw = {"notifications": {"notifiers": {"ab": 1, "abc1": 1, "abc2": 1, "xyz": 1}}}
+        for prefix, found in (("x", "xyz"), ("xyz", "xyz"), ("ab", "ab"), ("abc2", "abc2")):
+            with self.subTest(prefix):
+                self.assertEqual(self.config.find(prefix, raw), found)
+
+    def test_unknown_and_ambiguous_ids_are_refused(self) -> None:
+        self.configure(abc1=hook(GOOD_URL), abc2=hook(GOOD_URL))
+        for given, message in (
+            ("zz", "no notifier 'zz': 'aim-watcher notifiers list' shows them$"),
+            ("abc11", "no notifier 'abc11'"),
+            ("a\nb", "no notifier 'a"),
+            ("abc", "notifier 'abc' is ambiguous: abc1, abc2$"),
+        ):
+            for command in ("remove", "enable", "disable", "test"):
+                with self.subTest(given=given, command=command):
+                    code, out, err = self.run_cli("notifiers", command, given)
+                    self.assertEqual((code, out), (1, ""))
+                    self.assert_one_line(err, message)
+        self.assertEqual(set(self.entries()), {"abc1", "abc2"})
+
+    def test_empty_id_names_nobody(self) -> None:
+        # `notifiers remove "$ID" --yes` where ID is unset must not remove the only one.
+        self.configure(abc1=hook(GOOD_URL))
+        code, _, err = self.run_cli("notifiers", "remove", "", "--yes")
+        self.assertEqual(code, 1)
+        self.assert_one_line(err, "no notifier ''")
+        self.assertEqual(set(self.entries()), {"abc1"})
+
+
+class CheckedValues(unittest.TestCase):
+    def refused(self, check: Callable[[str], str], value: str) -> str:
+        with self.assertRaises(aimwatch.ConfigError) as caught:
+            check(value)
+        return str(caught.exception)
+
+    def test_url_that_is_sound_is_returned(self) -> None:
+        for value in (
+            "https://hooks.slack.com/services/T/B/x",
+            "http://127.0.0.1:8080/x?y=1",
+            "http://[::1]:80/x",
+            "HTTPS://h/",
+        ):
+            with self.subTest(value):
+                self.assertEqual(aimwatch.checked_url(f"  {value}\n"), value)
+
+    def test_url_that_is_not_is_refused_without_being_shown(self) -> None:
+        scheme = "the URL must start with https:// or http://, and this one has "
+        host = "the URL must name a host and hold no spaces, line breaks or non-ASCII characters"
+        for value, message in (
+            ("", scheme + "no scheme"),
+            ("hooks.slack.com/SECRETSECRET", scheme + "no scheme"),
+            ("ftp://h/SECRETSECRET", scheme + "ftp:"),
+            ("javascript:SECRETSECRET", scheme + "javascript:"),
+            ("file:///SECRETSECRET", scheme + "file:"),
+            ("https://", host),
+            ("https:///SECRETSECRET", host),
+            ("https://h/SECRETSECRET x", host),
+            ("https://h/SECRET\nSECRETSECRET", host),
+            ("https://h/SECRETSECRET\r\nHost: x", host),
+            ("https://hé/SECRETSECRET", host),
+            ("https://h/SECRETSECRET\x00", host),
+        ):
+            with self.subTest(value):
+                said = self.refused(aimwatch.checked_url, value)
+                self.assertEqual(said, message)
+                self.assertNotIn("SECRETSECRET", said)
+
+    def test_url_with_an_impossible_host_or_port_is_not_said_to_lack_a_scheme(self) -> None:
+        for value in ("https://h:99999/x", "https://h:port/x", "https://[::1/x"):
+            with self.subTest(value):
+                self.assertNotIn("no scheme", self.refused(aimwatch.checked_url, value))
+
+    def test_url_with_a_password_is_refused(self) -> None:
+        # http.client takes it for a part of the host's name, and shows it in its errors.
+        for value in ("https://u:PASSWORD@h/x", "http://PASSWORD@h/x", "http://u:PASSWORD@h:80"):
+            with self.subTest(value):
+                said = self.refused(aimwatch.checked_url, value)
+                self.assertIn("user name", said)
+                self.assertNotIn("PASSWORD", said)
+
+    def test_token_is_one_printable_word(self) -> None:
+        self.assertEqual(aimwatch.checked_token(" EAAB|x-_.~/+=\n"), "EAAB|x-_.~/+=")
+        for value in ("", " ", "SECRET SECRET", "SECRET\nX: y", "SECRET\r\nX", "SECRÉT", "a\x7fb", "\0"):
+            with self.subTest(value):
+                said = self.refused(aimwatch.checked_token, value)
+                self.assertIn("the token must be one word of printable ASCII", said)
+                self.assertNotIn("SECR", said)
+
+    def test_group_is_letters_and_digits(self) -> None:
+        for value in ("123", "a_b.C9", "x" * 64):
+            self.assertEqual(aimwatch.checked_group(f" {value} "), value)
+        for value in ("", "1/2", "1 2", "../x", "x" * 65, "é", "1\n2"):
+            with self.subTest(value):
+                said = self.refused(aimwatch.checked_group, value)
+                self.assertIn("it must be letters and digits", said)
+                self.assertNotIn("\n", said)
+
+    def test_template_with_an_unknown_field_is_refused(self) -> None:
+        for value in ("", "{run.hash}", "{} {0} {{x y}} { } }{", '{"text": 1}', "{message}"):
+            with self.subTest(value):
+                self.assertEqual(aimwatch.checked_template(value), value)
+        for name in ("oops", "run", "run.__class__", "run.hash.__class__", "run.hsah", "event.x"):
+            with self.subTest(name):
+                said = self.refused(aimwatch.checked_template, "a {run.name} {%s} b" % name)
+                self.assertIn(
+                    f"the message names {{{name}}}, which does not exist: use {{event}}, {{message}}",
+                    said,
+                )
+
+    def test_every_field_of_a_template_may_be_named(self) -> None:
+        for name in aimwatch.TEMPLATE_FIELDS:
+            aimwatch.checked_template("{%s}" % name)
+
+
+class Secrets(NotifierCase):
+    def test_masked_leaves_scheme_and_host_of_a_url_alone(self) -> None:
+        for kind, arguments, expected in (
+            ("slack", {"url": GOOD_URL}, {"url": "https://hooks.example.com/***"}),
+            ("slack", {"url": "http://h:80"}, {"url": "http://h:80/***"}),
+            ("slack", {"url": "https:SECRETSECRET"}, {"url": "***"}),
+            ("slack", {"url": 5}, {"url": "***"}),
+            ("slack", {"message": "{run.hash}"}, {"message": "{run.hash}"}),
+            ("workplace", {"group_id": 1, "access_token": TOKEN}, {"group_id": 1, "access_token": "***"}),
+            ("pager", {"key": "SECRETSECRET", "n": 1}, {"key": "***", "n": "***"}),
+            ("pager", {"to": "https://u:PASSWORD@h/x"}, {"to": "https://h/***"}),
+        ):  # fmt: skip
+            with self.subTest(arguments=arguments):
+                self.assertEqual(aimwatch.masked(kind, arguments), expected)
+
+    def test_masked_hides_every_secret_part_of_a_url(self) -> None:
+        for kind, name, value in (
+            ("slack", "url", "https://u:PASSWORD@h/x"),
+            ("slack", "url", "https://h?token=SECRETSECRET"),
+            ("slack", "url", "https://h#SECRETSECRET"),
+            ("slack", "url", "https://h\\SECRETSECRET"),
+            ("slack", "url", ["https://h/SECRETSECRET"]),
+            ("workplace", "access_token", "SECRETSECRET://SECRETSECRET"),
+            ("workplace", "base_url", "https://u:PASSWORD@h/v14.0"),
+            ("pager", "x", {"SECRETSECRET": "http://h"}),
+        ):
+            with self.subTest(value=value):
+                self.assert_hidden(str(aimwatch.masked(kind, {name: value})))
+
+    def test_scrub_hides_the_secret_whole_or_without_its_host(self) -> None:
+        slack = notifier_of("slack", url=GOOD_URL)
+        workplace = notifier_of("workplace", group_id=1, access_token=TOKEN)
+        for notifier, text in (
+            (slack, f"at {GOOD_URL} failed"),
+            (slack, "no route for /services/T000/B000/SECRETSECRET"),
+            (slack, "services/T000/B000/SECRETSECRET services/T000/B000/SECRETSECRET"),
+            (workplace, f"Bearer {TOKEN}"),
+        ):
+            with self.subTest(text):
+                self.assertIn("***", notifier.scrub(text))
+                self.assert_hidden(notifier.scrub(text))
+        self.assertEqual(slack.scrub("nothing here"), "nothing here")
+
+    def everything_said(self) -> str:
+        """Return the output of every command, over the notifiers as they are configured."""
+        said = []
+        for argv in (
+            ("list",), ("list", "--json"), ("dump",), ("test",), ("disable", "n"), ("enable", "n"),
+            ("get-log-level",), ("set-log-level", "INFO"), ("remove", "n"), ("remove", "n", "--yes"),
+        ):  # fmt: skip
+            code, out, err = self.run_cli("notifiers", *argv, stdin="n\n")
+            self.assertNotIn("Traceback", err)
+            said.append(f"{argv} {code}\n{out}{err}")
+        return "\n".join(said)
+
+    def test_no_command_shows_a_secret(self) -> None:
+        raw_unknown = {"type": "pager", "arguments": {"key": "SECRETSECRET", "u": GOOD_URL}}
+        group = {"group_id": 1, "access_token": TOKEN, "message": ""}
+        refused = self.refused_url()
+        local = refused.partition("/services")[0]
+        for entry in (
+            hook(refused),
+            hook(refused.replace("http://", "http://user:PASSWORD@")),
+            hook("http://user:PASSWORD@127.0.0.1/services/SECRETSECRET"),
+            hook(f"{local}?token=SECRETSECRET"),
+            {"type": "workplace", "arguments": {**group, "base_url": local}},
+            {"type": "workplace", "arguments": {**group, "base_url": "http://u:PASSWORD@127.0.0.1/"}},
+            raw_unknown,
+            {**raw_unknown, "type": "slack", "arguments": GOOD_URL},
+        ):  # fmt: skip
+            with self.subTest(entry=entry):
+                self.configure(n=entry)
+                self.assert_hidden(self.everything_said())
+
+    def test_entry_that_is_no_object_is_not_dumped(self) -> None:
+        self.write_config({"notifications": {"notifiers": {"n": GOOD_URL}}})
+        self.assert_hidden(self.everything_said())
+
+    def test_answer_that_repeats_the_secret_is_not_repeated(self) -> None:
+        path = "/services/T000/B000/SECRETSECRET"
+        for body in (
+            f"no route for {path}",
+            "x" * 36 + f" no route for {path} here",
+            "x" * 76 + f" no route for {path} here",
+            json.dumps({"error": f"no route for {path}"}).replace("/", "\\/"),
+        ):
+            for status in (200, 404, 500):
+                with self.subTest(status=status, body=body):
+                    self.configure(n=hook(self.webhook((status, body)).url))
+                    self.assert_hidden(self.everything_said())
+
+    def test_graph_error_that_repeats_the_token_is_not_repeated(self) -> None:
+        for message in (f"Bad token {TOKEN}", f"Malformed access token, as sent: {TOKEN}"):
+            for code in (1, 190):
+                with self.subTest(message=message, code=code):
+                    body = json.dumps({"error": {"message": message, "code": code}})
+                    url = f"http://127.0.0.1:{self.webhook((400, body)).port}"
+                    arguments = {"group_id": 1, "access_token": TOKEN, "base_url": url}
+                    self.configure(n={"type": "workplace", "arguments": arguments})
+                    self.assert_hidden(self.everything_said())
+
+    def test_odd_status_line_that_repeats_the_secret_is_not_repeated(self) -> None:
+        def script(connection: socket.socket) -> None:
+            path = read_request(connection).split()[1]
+            connection.sendall(b"NONSENSE " + path + b"\r\n\r\n")
+
+        self.configure(n=hook(self.raw_server(script).url))
+        self.assert_hidden(self.everything_said())
+
+    def test_adding_shows_no_secret(self) -> None:
+        for argv in (
+            ("slack", "--webhook-url", GOOD_URL),
+            ("slack", "--webhook-url", "http://h.example?x=SECRETSECRET"),
+            ("slack", "--webhook-url", "http://u:PASSWORD@h.example/SECRETSECRET"),
+            ("slack", "--webhook-url", "ftp://h/SECRETSECRET"),
+            ("slack", "--webhook-url", "h/SECRETSECRET"),
+            ("workplace", "--group-id", "1", "--access-token", TOKEN),
+            ("workplace", "--group-id", "1", "--access-token", f"{TOKEN} {TOKEN}"),
+            ("workplace", "--group-id", "1", "--access-token", TOKEN, "--base-url", "http://u:PASSWORD@h"),
+            ("logger", "--webhook-url", GOOD_URL),
+        ):  # fmt: skip
+            with self.subTest(argv):
+                _, out, err = self.run_cli("notifiers", "add", *argv, "--yes")
+                self.assert_hidden(out + err)
+
+    def test_url_in_the_place_of_an_argument_is_not_repeated(self) -> None:
+        for argv in (("add", "slack", GOOD_URL), ("add", GOOD_URL)):
+            with self.subTest(argv):
+                code, out, err = self.run_cli("notifiers", *argv)
+                self.assertEqual(code, 2)
+                self.assert_hidden(out + err)
+
+    def test_name_with_control_characters_moves_no_cursor(self) -> None:
+        entry = {"type": "pa\x1b[31mger", "arguments": {"\x1b[2J": "x"}, "events": ["\x1b[2J"]}
+        self.write_config({"notifications": {"notifiers": {"n\x1b[2J": entry}}})
+        self.assertNotIn("\x1b", self.everything_said())
+
+
+# ================================================================= Notifiers: messages
+
+
+class Messages(unittest.TestCase):
+    maxDiff = None
+
+    def test_default_message_of_a_stall_says_it_all(self) -> None:
+        expected = (
+            "❗ Run 'n1' stalled: silent for 3 min, promised a check-in within 60 s\n"
+            "run 000000000000000000000001, experiment resnet\n"
+            "on node7, process 4711, job Slurm 99, user ann\n"
+            "last seen 2026-11-22 05:00:00 UTC\n"
+            "its process is gone\n"
+            "last metrics: loss=0.25 (step 100)\n"
+            "look further: aim-watcher --repo /data/x status"
+        )
+        self.assertEqual(aimwatch.default_message(facts_of()), expected)
+
+    def test_default_message_of_each_event_starts_with_what_happened(self) -> None:
+        reason = {"run_reason": "ValueError: {no} <b>"}
+        for facts, first in (
+            (facts_of("failed"), "❌ Run 'n1' failed"),
+            (facts_of("failed", **reason), "❌ Run 'n1' failed: ValueError: {no} <b>"),
+            (facts_of("recovered", run_reason="silent for 5 min"), "✅ Run 'n1' recovered: silent for 5 min"),
+            (facts_of("started"), "Run 'n1' started"),
+            (facts_of("finished"), "✅ Run 'n1' finished"),
+            (facts_of("log", run_reason="ERROR: x"), "Run 'n1' log: ERROR: x"),
+            (facts_of("failed", run_name=""), "❌ Run '000000000000000000000001' failed"),
+        ):  # fmt: skip
+            with self.subTest(first):
+                lines = aimwatch.default_message(facts).split("\n")
+                self.assertEqual(lines[0], first)
+                self.assertEqual(lines[-1], "look further: aim-watcher --repo /data/x status")
+                self.assertEqual(aimwatch.summary(facts), first)
+
+    def test_default_message_shows_frames_of_a_failure(self) -> None:
+        text = aimwatch.default_message(facts_of("failed", run_frames="  a.py:1 in f\n  b.py:2 in g"))
+        self.assertIn("\n  a.py:1 in f\n  b.py:2 in g\nlook further", text)
+
+    def test_default_message_of_trouble_names_no_run(self) -> None:
+        facts = {"event": "trouble", "repo": "/data/x", "run.reason": "cannot be read"}
+        expected = "❗ aimwatch: cannot be read\nlook further: aim-watcher --repo /data/x status"
+        self.assertEqual(aimwatch.default_message(facts), expected)
+
+    def test_default_message_leaves_out_what_is_not_known(self) -> None:
+        facts = {"event": "failed", "repo": "/r", "run.hash": "abc"}
+        expected = "❌ Run 'abc' failed\nrun abc\nlook further: aim-watcher --repo /r status"
+        self.assertEqual(aimwatch.default_message(facts), expected)
+        where = aimwatch.default_message({**facts, "run.pid": "7"}).split("\n")[2]
+        self.assertEqual(where, "process 7")
+
+    def test_process_of_a_stalled_run_is_told_where_it_is_known(self) -> None:
+        for process, line in (
+            ("gone", "its process is gone"),
+            ("alive", "its process is still there: it hangs, or is slower than it promised"),
+        ):
+            self.assertIn(line, aimwatch.default_message(facts_of(run_process=process)))
+        for facts in (facts_of(run_process="unknown"), facts_of("failed", run_process="gone")):
+            self.assertNotIn("its process", aimwatch.default_message(facts))
+
+    def test_template_is_filled_by_look_up_alone(self) -> None:
+        odd = "{run.hash} {event} {0} {} {x!r} %s"
+        for template, expected in (
+            ("{event} {run.name}!", "stalled n1!"),
+            ("{run.user}{run.user}", "annann"),
+            ("{run.frames}|", "|"),
+            ("{oops} {run.__class__} {run.hash.x}", "{oops} {run.__class__} {run.hash.x}"),
+            ("{} {0} {{run.name}} {run.name!r} {run.name:>9} {", "{} {0} {n1} {run.name!r} {run.name:>9} {"),
+            ("{run.reason}", odd),
+            ('{"a": {"b": "{run.name}"}}', '{"a": {"b": "n1"}}'),
+        ):  # fmt: skip
+            with self.subTest(template):
+                facts = facts_of(run_reason=odd)
+                self.assertEqual(aimwatch.fill_template(template, facts), expected)
+
+    def test_template_may_hold_the_default_message(self) -> None:
+        facts = facts_of()
+        expected = f"<a> {aimwatch.default_message(facts)} <b>"
+        self.assertEqual(aimwatch.fill_template("<a> {message} <b>", facts), expected)
+
+    def test_template_speaks_for_what_it_can_mean(self) -> None:
+        for template, mine in (
+            ("gone: {run.hash}", ("stalled", "failed")),
+            ("plain", ("stalled", "failed")),
+            ("{event} {run.hash}", aimwatch.EVENTS),
+            ("x {message}", aimwatch.EVENTS),
+            (aimwatch.AIM_DEFAULT_MESSAGE, ()),
+            ("", ()),
+            (None, ()),
+        ):
+            for event in (*aimwatch.EVENTS, "trouble"):
+                with self.subTest(template=template, event=event):
+                    facts = facts_of(event, run_reason="r")
+                    told = aimwatch.message_for(template, facts)
+                    if event in mine:
+                        self.assertEqual(told, aimwatch.fill_template(template or "", facts))
+                    else:
+                        self.assertEqual(told, aimwatch.default_message(facts))
+
+    def test_digest_of_one_is_its_message(self) -> None:
+        self.assertEqual(aimwatch.digest("t {run.name}", [facts_of()]), "t n1")
+
+    def test_digest_of_many_counts_them_and_names_the_first(self) -> None:
+        batch = [facts_of("stalled", number) for number in range(199)] + [facts_of("failed", 999)]
+        lines = aimwatch.digest("t {run.name}", batch).split("\n")
+        self.assertEqual(lines[0], "200 events: 199 stalled, 1 failed")
+        self.assertEqual(lines[1:4], ["all of host node7", "all of experiment resnet", "all of job Slurm 99"])
+        self.assertEqual(
+            lines[4],
+            "❗ Run 'n0' stalled: silent for 3 min, promised a check-in within 60 s (00000000 on node7)",
+        )
+        self.assertEqual(len(lines), 4 + aimwatch.DIGEST_LINES + 2)
+        self.assertEqual(lines[-2:], ["and 180 more", "look further: aim-watcher --repo /data/x status"])
+
+    def test_digest_says_only_what_all_share(self) -> None:
+        batch = [facts_of(number=1), facts_of(number=2, run_host="node8", run_job="")]
+        text = aimwatch.digest(None, batch)
+        self.assertIn("all of experiment resnet", text)
+        self.assertNotIn("all of host", text)
+        self.assertNotIn("all of job", text)
+        self.assertNotIn("more", text)
+
+    def test_shorten_cuts_long_text_alone(self) -> None:
+        for text, limit, expected in (
+            ("x" * 10, 10, "x" * 10),
+            ("x" * 11, 10, "x" * 6 + "\n..."),
+            ("xxx&amp;yyyy", 11, "xxx\n..."),
+            ("xxx&lt;yyyyy", 11, "xxx&lt;\n..."),
+            ("x&lt;&gt;yyyy", 12, "x&lt;\n..."),
+        ):
+            with self.subTest(text=text):
+                self.assertEqual(aimwatch.shorten(text, limit), expected)
+        long = aimwatch.shorten("y" * 5000)
+        self.assertEqual((len(long), long[-4:]), (3000, "\n..."))
+
+    def test_shorten_never_cuts_inside_an_escape(self) -> None:
+        text = aimwatch.slack_escape("a&b<c>" * 5)
+        for limit in range(5, len(text)):
+            cut = aimwatch.shorten(text, limit)
+            self.assertLessEqual(len(cut), limit)
+            body = cut[: -len("\n...")]
+            self.assertNotIn("&", re.sub("&(amp|lt|gt);", "", body), limit)
+
+    def test_slack_escape_leaves_nothing_with_a_meaning(self) -> None:
+        self.assertEqual(aimwatch.slack_escape("<!channel> & <@U1>"), "&lt;!channel&gt; &amp; &lt;@U1&gt;")
+        self.assertEqual(aimwatch.slack_escape("&lt;"), "&amp;lt;")
+
+
+# =============================================================== Notifiers: transports
+
+NOW_S = 1_000_000_000.0  # Sun, 09 Sep 2001 01:46:40 GMT
+
+
+class Judgements(unittest.TestCase):
+    def judged(self, judge: Any, status: int, body: str, **headers: str) -> Tuple[str, str, float]:
+        found = judge(aimwatch.Answer(status, headers, body), NOW_S)
+        return (found.kind, found.detail, found.wait_s)
+
+    def test_slack_answers(self) -> None:
+        portal = "HTTP 200 without 'ok' (a proxy's or a portal's page?): <html>log in</html>"
+        for status, body, kind, detail in (
+            (200, "ok", "sent", "HTTP 200: ok"),
+            (200, " ok\n", "sent", "HTTP 200: ok"),
+            (200, '{"ok": true}', "sent", "HTTP 200 with a JSON object"),
+            (200, "{}", "sent", "HTTP 200 with a JSON object"),
+            (200, '{"ok": false, "error": "x"}', "retry", "without 'ok'"),
+            (200, '{"ok": false}', "retry", "without 'ok'"),
+            (200, '{"success": false}', "retry", "without 'ok'"),
+            (200, '{"error": "x"}', "retry", "without 'ok'"),
+            (200, '["ok"]', "retry", "without 'ok'"),
+            (200, "okay", "retry", "without 'ok'"),
+            (200, "", "retry", "without 'ok'"),
+            (200, "<html>log\n in</html>".replace("\n ", " "), "retry", portal),
+            (204, "", "retry", "HTTP 204 without 'ok'"),
+            (400, "invalid_payload", "retry", "HTTP 400: invalid_payload"),
+            (403, "invalid_token", "broken", "HTTP 403: invalid_token"),
+            (200, "invalid_token", "broken", "HTTP 200: invalid_token"),
+            (400, "invalid_token", "broken", "HTTP 400: invalid_token"),
+            (401, "", "broken", "HTTP 401"),
+            (403, "action_prohibited", "broken", "HTTP 403: action_prohibited"),
+            (404, "no_service", "broken", "HTTP 404: no_service"),
+            (410, "channel_is_archived", "broken", "HTTP 410: channel_is_archived"),
+            (302, "", "broken", "HTTP 302: redirected; give the final URL"),
+            (308, "", "broken", "HTTP 308: redirected; give the final URL"),
+            (408, "", "retry", "HTTP 408"),
+            (500, "a\x1b[2J\nb", "retry", "HTTP 500: a\\x1b[2J b"),
+            (503, "x" * 200, "retry", "HTTP 503: " + "x" * 117 + "..."),
+        ):
+            with self.subTest(status=status, body=body):
+                found = self.judged(aimwatch.judge_slack, status, body)
+                self.assertEqual((found[0], found[2]), (kind, 0.0))
+                self.assertIn(detail, found[1])
+
+    def test_429_waits_as_long_as_was_asked(self) -> None:
+        for judge in (aimwatch.judge_slack, aimwatch.judge_workplace):
+            for headers, wait_s in (({"retry-after": "30"}, 30.0), ({}, 0.0)):
+                with self.subTest(judge=judge.__name__, headers=headers):
+                    found = self.judged(judge, 429, "rate_limited", **headers)
+                    self.assertEqual(found, ("retry", "HTTP 429: rate_limited", wait_s))
+
+    def test_workplace_answers(self) -> None:
+        def error(code: Any) -> str:
+            return json.dumps({"error": {"message": "said", "code": code}})
+
+        for status, body, kind, detail in (
+            (200, '{"id": "1_2"}', "sent", "HTTP 200 with an id"),
+            (200, "{}", "retry", "HTTP 200 without an id"),
+            (200, "ok", "retry", "HTTP 200 without an id"),
+            (200, "<html>", "retry", "HTTP 200 without an id"),
+            (201, '{"id": "1"}', "retry", "HTTP 201 without an id"),
+            (200, error(1), "retry", "Graph error 1: said"),
+            (400, error(1), "retry", "Graph error 1: said"),
+            (400, error(2), "retry", "Graph error 2: said"),
+            (403, error(4), "retry", "Graph error 4: said"),
+            (400, error(190), "broken", "Graph error 190: said"),
+            (401, error(None), "broken", "Graph error None: said"),
+            (400, error([1]), "broken", "Graph error [1]: said"),
+            (500, error(190), "retry", "HTTP 500: "),
+            (400, '{"error": "text"}', "retry", "HTTP 400: "),
+            (401, "", "broken", "HTTP 401"),
+            (404, "", "broken", "HTTP 404"),
+            (301, "", "broken", "HTTP 301: redirected; give the final URL"),
+            (502, "", "retry", "HTTP 502"),
+        ):
+            with self.subTest(status=status, body=body):
+                found = self.judged(aimwatch.judge_workplace, status, body)
+                self.assertEqual(found[0], kind)
+                self.assertIn(detail, found[1])
+
+    def test_status_of_a_success_is_left_to_the_body(self) -> None:
+        for status in (200, 201, 204, 299):
+            self.assertIsNone(aimwatch.judge_status(aimwatch.Answer(status, {}, "x"), NOW_S))
+
+    def test_retry_after_in_every_form(self) -> None:
+        for value, wait_s in (
+            ("0", 0.0),
+            ("120", 120.0),
+            (" 7 ", 7.0),
+            ("86400", 3600.0),
+            ("9" * 400, 3600.0),
+            ("Sun, 09 Sep 2001 01:48:40 GMT", 120.0),
+            ("Sun, 09 Sep 2001 01:46:00 GMT", 0.0),
+            ("Sun, 09 Sep 2035 01:46:00 GMT", 3600.0),
+            ("", 0.0),
+            ("-5", 0.0),
+            ("soon", 0.0),
+            ("1.5", 0.0),
+            ("²", 0.0),
+            ("nan", 0.0),
+            ("Sun, 99 Sep 2001 01:48:40 GMT", 0.0),
+            ("\x00", 0.0),
+        ):
+            with self.subTest(value=value[:40]):
+                self.assertEqual(aimwatch.retry_after_s(value, NOW_S), wait_s)
+
+    def test_error_is_tried_again_and_named(self) -> None:
+        import http.client
+        import urllib.error
+
+        gone = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+        for error, detail in (
+            (gone, "ConnectionRefusedError: Connection refused"),
+            (urllib.error.URLError(gone), "ConnectionRefusedError: Connection refused"),
+            (urllib.error.URLError("no\nhost"), "URLError: <urlopen error no\\x0ahost>"),
+            (socket.timeout("timed out"), ": timed out"),
+            (http.client.BadStatusLine("X\r"), "BadStatusLine: "),
+            (ValueError(), "ValueError: ValueError"),
+            (OSError("x" * 500), "..."),
+        ):
+            with self.subTest(error=error):
+                found = aimwatch.judge_error(error)
+                self.assertEqual((found.kind, found.wait_s), ("retry", 0.0))
+                self.assertIn(detail, found.detail)
+                self.assertLessEqual(len(found.detail), 200)
+
+    def test_back_off_doubles_from_one_second_to_five_minutes(self) -> None:
+        for failures, wait_s in ((1, 1), (2, 2), (3, 4), (9, 256), (10, 300), (10**6, 300)):
+            with self.subTest(failures=failures):
+                self.assertEqual(aimwatch.back_off_s(failures, 0.5), wait_s)
+                self.assertEqual(aimwatch.back_off_s(failures, 0.0), wait_s * 0.75)
+                self.assertLess(aimwatch.back_off_s(failures, 0.999), wait_s * 1.25)
+
+    def test_every_type_has_fields_and_a_transport(self) -> None:
+        self.assertEqual(set(aimwatch.TRANSPORTS), set(aimwatch.NOTIFIER_FIELDS))
+
+
+class Transports(NotifierCase):
+    """Every way in which a server can answer, on real sockets."""
+
+    def slack(self, url: str, limit_s: float = 10.0, **facts: str) -> aimwatch.Outcome:
+        notifier = notifier_of("slack", url=url)
+        return aimwatch.attempt(
+            lambda closers: aimwatch.send_slack(notifier, [facts_of(**facts)], closers), limit_s
+        )
+
+    def test_slack_message_arrives_escaped_and_short(self) -> None:
+        server = self.webhook()
+        outcome = self.slack(server.url, run_name="<!channel> & é", run_frames="x" * 5000)
+        self.assertEqual(outcome, ("sent", "HTTP 200: ok", 0.0))
+        ((method, path, headers, _, _),) = server.requests
+        self.assertEqual((method, path), ("POST", "/services/T000/B000/SECRETSECRET"))
+        self.assertEqual(headers["content-type"], "application/json; charset=utf-8")
+        (text,) = server.texts()
+        self.assertTrue(text.startswith("❗ Run '&lt;!channel&gt; &amp; é' stalled"), text[:60])
+        self.assertEqual((len(text), text[-4:]), (3000, "\n..."))
+
+    def test_template_of_the_user_is_not_escaped(self) -> None:
+        server = self.webhook()
+        notifier = notifier_of("slack", url=server.url, message="<!here> {run.name}")
+        aimwatch.deliver(notifier, [facts_of(run_name="<x>")])
+        self.assertEqual(server.texts(), ["<!here> &lt;x&gt;"])
+
+    def test_workplace_message_arrives_with_the_token_in_a_header(self) -> None:
+        server = self.webhook((200, '{"id": "1_2"}'))
+        base = f"http://127.0.0.1:{server.port}/v14.0/"
+        notifier = notifier_of(
+            "workplace", group_id=77, access_token=TOKEN, base_url=base, message="{run.name}"
+        )
+        outcome = aimwatch.deliver(notifier, [facts_of(run_name="<x>")])
+        self.assertEqual(outcome, ("sent", "HTTP 200 with an id", 0.0))
+        ((method, path, headers, body, _),) = server.requests
+        self.assertEqual((method, path), ("POST", "/v14.0/77/feed"))
+        self.assertEqual(headers["authorization"], f"Bearer {TOKEN}")
+        self.assertEqual(json.loads(body), {"message": "<x>"})
+
+    def test_answers_are_judged(self) -> None:
+        for answer, kind, detail in (
+            ((200, '{"ok": true}'), "sent", "HTTP 200 with a JSON object"),
+            ((200, "<html>Please log in</html>"), "retry", "portal's page?): <html>Please"),
+            ((500, "boom"), "retry", "HTTP 500: boom"),
+            ((404, "no_service"), "broken", "HTTP 404: no_service"),
+            ((200, "\udcff".encode("utf-8", "surrogatepass").decode("latin-1")), "retry", "HTTP 200"),
+        ):
+            with self.subTest(answer=answer):
+                outcome = self.slack(self.webhook(answer).url)
+                self.assertEqual(outcome.kind, kind)
+                self.assertIn(detail, outcome.detail)
+
+    def test_429_says_how_long_to_wait(self) -> None:
+        server = self.webhook((429, "slow down", {"Retry-After": "42"}))
+        self.assertEqual(self.slack(server.url), ("retry", "HTTP 429: slow down", 42.0))
+
+    def test_redirect_is_not_followed(self) -> None:
+        for status in (301, 302, 303, 307, 308):
+            with self.subTest(status):
+                other = self.webhook()
+                server = self.webhook((status, "", {"Location": other.url}))
+                outcome = self.slack(server.url)
+                self.assertEqual(outcome.kind, "broken")
+                self.assertIn("redirected; give the final URL", outcome.detail)
+                self.assertEqual((len(server.requests), other.requests), (1, []))
+
+    def test_refused_connection_is_tried_again(self) -> None:
+        outcome = self.slack(self.refused_url())
+        self.assertEqual(outcome, ("retry", "ConnectionRefusedError: Connection refused", 0.0))
+
+    def test_connection_that_breaks_off_is_tried_again(self) -> None:
+        for answer in (
+            b"",
+            b"HTTP/1.1",
+            b"HTTP/1.1 200 OK\r\nContent-Le",
+            b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\no",
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\no",
+        ):
+            with self.subTest(answer=answer):
+
+                def script(connection: socket.socket, answer: bytes = answer) -> None:
+                    read_request(connection)
+                    connection.sendall(answer)
+
+                self.assertEqual(self.slack(self.raw_server(script).url).kind, "retry")
+
+    def test_answer_that_is_no_http_is_tried_again(self) -> None:
+        for answer in (
+            b"SSH-2.0-OpenSSH_9.6\r\n",
+            b"\x00\xff\r\n\r\n",
+            b"HTTP/1.1 abc OK\r\n\r\nok",
+            b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 300 + b"\r\nok",
+            b"HTTP/1.1 200 " + b"x" * 100000 + b"\r\n\r\nok",
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nok",
+        ):
+            with self.subTest(answer=answer[:40]):
+
+                def script(connection: socket.socket, answer: bytes = answer) -> None:
+                    read_request(connection)
+                    connection.sendall(answer)
+
+                outcome = self.slack(self.raw_server(script).url)
+                self.assertEqual(outcome.kind, "retry")
+                self.assertEqual(aimwatch.printable(outcome.detail), outcome.detail)
+
+    def assert_given_up(self, send: Callable[[socket.socket, threading.Event], None]) -> None:
+        """Check that an attempt ends at its limit and lets go of its connection."""
+        closed = threading.Event()
+
+        def script(connection: socket.socket) -> None:
+            read_request(connection)
+            try:
+                send(connection, server.stopping)
+            except OSError:
+                closed.set()
+
+        server = self.raw_server(script)
+        begun = time.monotonic()
+        outcome = self.slack(server.url, limit_s=0.3)
+        self.assertEqual(outcome, ("retry", "no complete answer within 0.3 s", 0.0))
+        self.assertLess(time.monotonic() - begun, 5)
+        self.wait_for(closed.is_set, 5)
+        self.wait_for(self._no_threads, 5)
+
+    @staticmethod
+    def drip(connection: socket.socket, data: bytes, gate: threading.Event) -> None:
+        """Send one byte after another, until the other side closes or the test ends."""
+        while not gate.is_set():
+            for byte in data:
+                connection.sendall(bytes([byte]))
+                gate.wait(0.01)
+
+    def test_server_that_hangs_is_given_up(self) -> None:
+        def hang(connection: socket.socket, gate: threading.Event) -> None:
+            connection.settimeout(10)
+            if not connection.recv(1):
+                raise ConnectionResetError
+
+        self.assert_given_up(hang)
+
+    def test_server_that_drips_its_status_line_is_given_up(self) -> None:
+        self.assert_given_up(lambda connection, gate: self.drip(connection, b"H", gate))
+
+    def test_server_that_drips_its_headers_is_given_up(self) -> None:
+        def drip_headers(connection: socket.socket, gate: threading.Event) -> None:
+            connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+            self.drip(connection, b"y", gate)
+
+        self.assert_given_up(drip_headers)
+
+    def test_server_that_drips_its_body_is_given_up(self) -> None:
+        for length in (b"", b"Content-Length: 60000\r\n"):
+
+            def drip_body(connection: socket.socket, gate: threading.Event, length: bytes = length) -> None:
+                connection.sendall(b"HTTP/1.1 200 OK\r\n" + length + b"\r\n")
+                self.drip(connection, b"o", gate)
+
+            with self.subTest(length=length):
+                self.assert_given_up(drip_body)
+
+    def test_huge_answer_is_read_only_up_to_the_limit(self) -> None:
+        for length in (b"", b"Content-Length: 100000000000\r\n"):
+            closed = threading.Event()
+
+            def script(
+                connection: socket.socket,
+                length: bytes = length,
+                closed: threading.Event = closed,
+            ) -> None:
+                read_request(connection)
+                connection.sendall(b"HTTP/1.1 200 OK\r\n" + length + b"\r\n")
+                try:
+                    while not server.stopping.is_set():
+                        connection.sendall(b"x" * 65536)
+                except OSError:
+                    closed.set()
+
+            with self.subTest(length=length):
+                server = self.raw_server(script)
+                outcome = self.slack(server.url)
+                self.assertEqual(outcome.kind, "retry")
+                self.assertIn("HTTP 200 without 'ok'", outcome.detail)
+                self.wait_for(closed.is_set, 5)
+
+    def test_proxy_of_the_environment_is_used(self) -> None:
+        proxy = self.webhook()
+        os.environ["http_proxy"] = f"http://127.0.0.1:{proxy.port}"
+        url = "http://hooks.invalid/services/x"
+        self.assertEqual(self.slack(url), ("sent", "HTTP 200: ok", 0.0))
+        self.assertEqual([request[1] for request in proxy.requests], [url])
+        os.environ["no_proxy"] = "127.0.0.1"
+        direct = self.webhook()
+        self.slack(direct.url)
+        self.assertEqual((len(direct.requests), len(proxy.requests)), (1, 1))
+
+    def test_https_goes_through_the_proxy_as_a_tunnel(self) -> None:
+        proxy = self.webhook((403, "no"))
+        os.environ["https_proxy"] = f"http://127.0.0.1:{proxy.port}"
+        outcome = self.slack("https://hooks.invalid/services/SECRETSECRET")
+        self.assertEqual(outcome.kind, "retry")
+        self.assertIn("403", outcome.detail)
+        self.assertEqual(proxy.requests[0][:2], ("CONNECT", "hooks.invalid:443"))
+
+    def tls_server(self) -> Tuple[Webhook, str]:
+        """Return a server with a certificate that nobody signed, and the certificate's file."""
+        path = os.path.join(self.root, "certificate.pem")
+        with open(path, "w") as file:
+            file.write(CERTIFICATE)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path)
+        server = self.webhook()
+        # Shakes hands in the handler's thread; errors there are the client's to report.
+        server.server.socket = context.wrap_socket(
+            server.server.socket, server_side=True, do_handshake_on_connect=False
+        )
+        server.server.handle_error = lambda *_: None  # type: ignore[method-assign]
+        return server, path
+
+    def test_https_with_an_unknown_certificate_is_refused(self) -> None:
+        server, _ = self.tls_server()
+        outcome = self.slack(server.url.replace("http:", "https:"))
+        self.assertEqual(outcome.kind, "retry")
+        self.assertIn("certificate", outcome.detail.lower())
+        self.assertEqual(server.requests, [])
+
+    def test_https_trusts_the_bundle_of_the_environment(self) -> None:
+        for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+            with self.subTest(variable):
+                server, path = self.tls_server()
+                for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+                    os.environ.pop(name, None)
+                os.environ[variable] = path
+                outcome = self.slack(server.url.replace("http:", "https:"))
+                self.assertEqual(outcome, ("sent", "HTTP 200: ok", 0.0))
+
+    def test_https_to_a_server_that_speaks_none_is_tried_again(self) -> None:
+        outcome = self.slack(self.webhook().url.replace("http:", "https:"))
+        self.assertEqual(outcome.kind, "retry")
+        self.assertIn("SSL", outcome.detail)
+
+    def test_logger_writes_every_event_in_order_and_on_safe_lines(self) -> None:
+        batch = [facts_of("failed", 1, run_reason="a\x1b[2J\nb"), facts_of("finished", 2)]
+        outcome = aimwatch.deliver(notifier_of("logger", message="{event} {run.reason}"), batch)
+        self.assertEqual(outcome, ("sent", "written to the log", 0.0))
+        self.assertEqual(self.logged.lines, ["WARNING failed a\\x1b[2J\n  b", "INFO finished "])
+
+
+# ============================================================================== Outbox
+
+
+class OutboxFile(NotifierCase):
+    def open_outbox(self) -> aimwatch.Outbox:
+        outbox = aimwatch.Outbox(self.paths.outbox)
+        self.addCleanup(self._close_outbox, outbox)
+        return outbox
+
+    def _close_outbox(self, outbox: aimwatch.Outbox) -> None:
+        with contextlib.suppress(OSError):
+            outbox.close()
+
+    def waiting(self, outbox: aimwatch.Outbox, notifier_id: str) -> List[str]:
+        return [event.facts["run.name"] for event in outbox.waiting_for(notifier_id)]
+
+    def test_event_waits_until_each_notifier_was_told(self) -> None:
+        outbox = self.open_outbox()
+        outbox.add([(event_of(1), ["a", "b"]), (event_of(2), ["b"]), (event_of(3), [])])
+        outbox.sent([event_of(1).id], "b")
+        for box in (outbox, self.open_outbox()):
+            self.assertEqual(self.waiting(box, "a"), ["n1"])
+            self.assertEqual(self.waiting(box, "b"), ["n2"])
+            self.assertEqual(self.waiting(box, "c"), [])
+            self.assertTrue(box.is_waiting(event_of(1).id))
+            self.assertFalse(box.is_waiting(event_of(3).id))
+        outbox.sent([event_of(1).id], "a")
+        self.assertFalse(self.open_outbox().is_waiting(event_of(1).id))
+
+    def test_known_event_is_known_over_a_restart(self) -> None:
+        outbox = self.open_outbox()
+        outbox.add([(event_of(1), ["a"]), (event_of(2), [])])
+        outbox.sent([event_of(1).id], "a")
+        for box in (outbox, self.open_outbox()):
+            self.assertTrue(box.knows(event_of(1).id))
+            self.assertTrue(box.knows(event_of(2).id))
+            self.assertFalse(box.knows(event_of(3).id))
+            self.assertEqual(box.known_ids(), [event_of(1).id, event_of(2).id])
+
+    def test_events_are_on_disk_before_add_returns_and_hold_no_secret(self) -> None:
+        outbox = self.open_outbox()
+        synced = []
+        with mock.patch("os.fsync", side_effect=lambda fd: synced.append(os.fstat(fd).st_size)):
+            outbox.add([(event_of(1), ["a"]), (event_of(2), ["a"])])
+        self.assertEqual(synced, [os.stat(self.paths.outbox).st_size])
+        first, second = self.outbox()
+        self.assertEqual((first["event"], first["kind"], first["to"]), (event_of(1).id, "stalled", ["a"]))
+        self.assertEqual(first["facts"], event_of(1).facts)
+
+    def test_kill_at_any_byte_loses_nothing_that_was_whole(self) -> None:
+        events = [aimwatch.Event(f"e{n}", "log", {"event": "log"}) for n in range(4)]
+        outbox = self.open_outbox()
+        outbox.add([(events[0], ["a", "b"]), (events[1], ["b"])])
+        outbox.sent(["e0"], "b")
+        outbox.add([(events[2], ["a"])])
+        outbox.sent(["e0", "e2"], "a")
+        outbox.close()
+        with open(self.paths.outbox, "rb") as file:
+            data = file.read()
+        for cut in range(len(data) + 1):
+            with open(self.paths.outbox, "wb") as file:
+                file.write(data[:cut])
+            known, waiting = self.whole(data[:cut])
+            box = aimwatch.Outbox(self.paths.outbox)
+            self.assertEqual((cut, box.known_ids()), (cut, known))
+            self.assertEqual((cut, self.pairs(box)), (cut, waiting))
+            box.add([(events[3], ["a"])])
+            box.close()
+            again = aimwatch.Outbox(self.paths.outbox)
+            again.close()
+            self.assertEqual((cut, again.known_ids()), (cut, [*known, "e3"]))
+            self.assertEqual((cut, self.pairs(again)), (cut, waiting | {("e3", "a")}))
+
+    @staticmethod
+    def whole(data: bytes) -> Tuple[List[str], Any]:
+        """Return what the whole lines of an outbox say: known ids, (id, notifier) that wait."""
+        known, waiting = [], set()
+        for line in data.split(b"\n"):
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if "event" in record:
+                    known.append(record["event"])
+                    waiting |= {(record["event"], item) for item in record["to"]}
+                else:
+                    waiting -= {(item, record["to"]) for item in record["sent"]}
+        return known, waiting
+
+    @staticmethod
+    def pairs(outbox: aimwatch.Outbox) -> Any:
+        return {(event.id, item) for item in "ab" for event in outbox.waiting_for(item)}
+
+    def test_foreign_line_is_skipped_and_stops_no_message(self) -> None:
+        event = {"event": "x", "kind": "stalled", "to": ["a"]}
+        for line in (
+            b"garbage", b"\xff\xfe\x00", b"[" * 100000, b"[]", b"5", b"{}", b'{"event": "x"}', b'{"sent": 5}',
+            b'{"sent": [[1]], "to": "a"}', b'{"sent": ["x"], "to": []}', b'{"sent": ["x"]}',
+            json.dumps({**event, "event": []}).encode(), json.dumps({**event, "to": 5}).encode(),
+            json.dumps({**event, "to": [[]], "facts": {"event": "log"}}).encode(),
+            json.dumps({**event, "facts": [1]}).encode(), json.dumps({**event, "facts": "x"}).encode(),
+            json.dumps({**event, "facts": {"event": "stalled"}}).encode(),
+            json.dumps({**event, "facts": {**facts_of(), "run.name": 5}}).encode(),
+        ):  # fmt: skip
+            with self.subTest(line=line[:80]):
+                outbox = self.open_outbox()
+                outbox.add([(event_of(1), ["a"])])
+                outbox.close()
+                with open(self.paths.outbox, "ab") as file:
+                    file.write(line + b"\n")
+                outbox = self.open_outbox()
+                outbox.add([(event_of(2), ["a"])])
+                batch = [event.facts for event in outbox.waiting_for("a")]
+                server = self.webhook()
+                outcome = aimwatch.deliver(notifier_of("slack", url=server.url), batch)
+                self.assertEqual((outcome.kind, len(server.requests)), ("sent", 1), outcome)
+                self.assertIn("Run 'n1' stalled", server.texts()[0])
+                self.assertIn("Run 'n2' stalled", server.texts()[0])
+                outbox.close()
+                os.unlink(self.paths.outbox)
+
+    def test_full_disk_keeps_telling_and_writes_later(self) -> None:
+        outbox = self.open_outbox()
+        full = mock.patch("os.write", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        with mock.patch("aimwatch.RETRY_S", 0.0):
+            with full:
+                outbox.add([(event_of(1), ["a"]), (event_of(2), ["a"])])
+                outbox.sent([event_of(1).id], "a")
+            self.assertEqual(self.waiting(outbox, "a"), ["n2"])
+            self.assertTrue(outbox.knows(event_of(1).id))
+            self.assertEqual(self.outbox(), [])
+            self.assertIn("No space left on device; records wait in memory", self.logged.lines[0])
+            self.assertEqual(len([x for x in self.logged.lines if "cannot write" in x]), 1)
+            outbox.flush()
+        self.assertEqual(self.waiting(self.open_outbox(), "a"), ["n2"])
+
+    def test_disk_that_takes_half_a_line_loses_none(self) -> None:
+        outbox = self.open_outbox()
+        real_write, short = os.write, [True]
+
+        def write(fd: int, data: bytes) -> int:
+            return real_write(fd, data[: len(data) // 3] if short and short.pop() else data)
+
+        with mock.patch("aimwatch.RETRY_S", 0.0), mock.patch("os.write", write):
+            outbox.add([(event_of(1), ["a"]), (event_of(2), ["a"])])
+            outbox.sent([event_of(1).id], "a")
+            outbox.flush()
+        again = self.open_outbox()
+        self.assertEqual(self.waiting(again, "a"), ["n2"])
+        self.assertEqual(again.known_ids(), [event_of(1).id, event_of(2).id])
+
+    def filled(self) -> aimwatch.Outbox:
+        """Return an outbox in which n1 was told, n2 waits for a, n3 was told and n4 is nobody's."""
+        outbox = self.open_outbox()
+        outbox.add([(event_of(1), ["a"]), (event_of(2), ["a", "b"])])
+        outbox.add([(event_of(3), ["b"]), (event_of(4), [])])
+        outbox.sent([event_of(1).id], "a")
+        outbox.sent([event_of(2).id, event_of(3).id], "b")
+        return outbox
+
+    def test_compaction_keeps_what_waits_and_what_is_wanted(self) -> None:
+        outbox = self.filled()
+        with mock.patch("aimwatch.COMPACT_BYTES", 0):
+            outbox.compact(lambda event_id: event_id == event_of(3).id)
+        self.assertEqual([line["event"] for line in self.outbox()], [event_of(2).id, event_of(3).id])
+        outbox.add([(event_of(5), ["a"])])
+        for box in (outbox, self.open_outbox()):
+            self.assertEqual(box.known_ids(), [event_of(n).id for n in (2, 3, 5)])
+            self.assertEqual(self.waiting(box, "a"), ["n2", "n5"])
+            self.assertEqual(self.waiting(box, "b"), [])
+
+    def test_compaction_leaves_a_small_file_alone(self) -> None:
+        outbox = self.filled()
+        outbox.compact(lambda event_id: False)
+        self.assertEqual(len(self.outbox()), 6)
+        self.assertTrue(outbox.knows(event_of(1).id))
+
+    def test_compaction_that_fails_stops_nobody(self) -> None:
+        outbox = self.filled()
+        error = OSError(errno.ENOSPC, "No space left on device")
+        with mock.patch("aimwatch.COMPACT_BYTES", 0), mock.patch("aimwatch.replace_file", side_effect=error):
+            outbox.compact(lambda event_id: False)
+        outbox.add([(event_of(5), ["a"])])
+        self.assertEqual(self.waiting(outbox, "a"), ["n2", "n5"])
+        self.assertEqual(self.waiting(self.open_outbox(), "a"), ["n2", "n5"])
+
+    def test_removed_notifier_is_waited_for_no_more(self) -> None:
+        outbox = self.open_outbox()
+        outbox.add([(event_of(1), ["a", "b"]), (event_of(2), ["b"])])
+        outbox.forget_notifiers({"a"})
+        self.assertEqual(self.waiting(outbox, "a"), ["n1"])
+        self.assertEqual(self.waiting(outbox, "b"), [])
+        self.assertTrue(outbox.is_waiting(event_of(1).id))
+        self.assertFalse(outbox.is_waiting(event_of(2).id))
+        self.assertTrue(outbox.knows(event_of(2).id))
+
+
+class Telling(NotifierCase):
+    """Couriers and their dispatcher, with real threads and servers."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        for name, value in (("MIN_POST_GAP_S", 0.0), ("back_off_s", lambda failures, random: 0.01)):
+            patch = mock.patch.object(aimwatch, name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def dispatcher(self) -> aimwatch.Dispatcher:
+        """Return a dispatcher with an outbox of its own, as a watcher that starts makes them."""
+        self.box = aimwatch.Outbox(self.paths.outbox)
+        dispatcher = aimwatch.Dispatcher(self.paths, self.box, self.config)
+        self.addCleanup(self._end_dispatcher, dispatcher, self.box)
+        dispatcher.load()
+        return dispatcher
+
+    def _end_dispatcher(self, dispatcher: aimwatch.Dispatcher, box: aimwatch.Outbox) -> None:
+        dispatcher.stop(5.0)
+        with contextlib.suppress(OSError):
+            box.close()
+
+    def held(self, gate: threading.Event, held: Optional[threading.Event] = None) -> Webhook:
+        """Return a server that answers ok to what it was sent once the gate is open."""
+
+        def answer(handler: Any) -> None:
+            if held is not None:
+                held.set()
+            gate.wait(30)
+            handler.send_response(200)
+            handler.send_header("Content-Length", "2")
+            handler.end_headers()
+            handler.wfile.write(b"ok")
+
+        return self.webhook(answer)
+
+    def sent(self, notifier_id: str) -> List[str]:
+        """Return the ids of events that the outbox says a notifier was told of."""
+        records = [record for record in self.outbox() if record.get("to") == notifier_id]
+        return [event_id for record in records for event_id in record.get("sent", ())]
+
+    def wait_sent(self, notifier_id: str, *numbers: int) -> None:
+        wanted = {event_of(number).id for number in numbers}
+        self.wait_for(lambda: wanted <= set(self.sent(notifier_id)), 8)
+
+    def numbers(self, server: Webhook) -> List[int]:
+        """Return the runs that a server was told of, in order."""
+        return [int(name) for text in server.texts() for name in re.findall(r"Run 'n(\d+)'", text)]
+
+    def test_event_is_on_disk_before_it_is_sent_and_its_delivery_after(self) -> None:
+        seen: List[Any] = []
+
+        def answer(handler: Any) -> None:
+            seen.extend(self.outbox())
+            handler.send_response(200)
+            handler.send_header("Content-Length", "2")
+            handler.end_headers()
+            handler.wfile.write(b"ok")
+
+        self.configure(a=hook(self.webhook(answer).url))
+        self.dispatcher().tell([event_of(1)])
+        self.wait_sent("a", 1)
+        self.assertEqual([sorted(record) for record in seen], [["event", "facts", "kind", "time", "to"]])
+        self.assertEqual(seen[0]["to"], ["a"])
+
+    def test_events_go_to_those_who_want_them(self) -> None:
+        failed, all_, default = self.webhook(), self.webhook(), self.webhook()
+        self.configure(
+            a=hook(failed.url, events=["failed"]),
+            b=hook(all_.url, events=list(aimwatch.EVENTS)),
+            c=hook(default.url),
+        )
+        dispatcher = self.dispatcher()
+        events = [event_of(n, kind) for n, kind in enumerate((*aimwatch.EVENTS, "trouble"))]
+        dispatcher.tell(events)
+        to = {record["kind"]: record["to"] for record in self.outbox() if "event" in record}
+        expected = {
+            "stalled": ["b", "c"], "failed": ["a", "b", "c"], "recovered": ["b", "c"],
+            "started": ["b"], "finished": ["b"], "log": ["b"], "trouble": ["a", "b", "c"],
+        }  # fmt: skip
+        self.assertEqual(to, expected)
+        self.assertTrue(dispatcher.wanted("log") and dispatcher.wanted("trouble"))
+        for server, count in ((failed, 2), (all_, 7), (default, 4)):
+            self.wait_for(lambda server=server: server.requests)
+            self.assertIn(f"{count} events", server.texts()[0])
+
+    def test_wanted_is_what_some_notifier_wants(self) -> None:
+        self.configure(a={"type": "logger", "events": ["failed"]})
+        dispatcher = self.dispatcher()
+        self.assertEqual([e for e in aimwatch.EVENTS if dispatcher.wanted(e)], ["failed"])
+
+    def test_dead_and_hanging_notifiers_delay_no_other(self) -> None:
+        gate = self.gate()
+        hanging, good = self.held(gate), self.webhook()
+        refused, broken = self.refused_url(), self.webhook((404, "no_service"))
+        self.configure(
+            a=hook(hanging.url), b=hook(refused), c=hook(broken.url), d=hook(good.url)
+        )  # fmt: skip
+        dispatcher = self.dispatcher()
+        for number in (1, 2, 3):
+            dispatcher.tell([event_of(number)])
+            self.wait_sent("d", number)
+        self.assertEqual(self.numbers(good), [1, 2, 3])
+        self.assertEqual((self.sent("a"), self.sent("b"), self.sent("c")), ([], [], []))
+        gate.set()
+        self.wait_sent("a", 1, 2, 3)
+
+    def test_failure_is_tried_again_and_told_once(self) -> None:
+        server = self.webhook((500, ""), (429, "", {"Retry-After": "0"}), (200, "<html>"), (200, "ok"))
+        self.configure(a=hook(server.url))
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        self.wait_sent("a", 1)
+        dispatcher.tell([event_of(2)])
+        self.wait_sent("a", 2)
+        self.assertEqual(self.numbers(server), [1, 1, 1, 1, 2])
+        self.assertEqual(self.sent("a"), [event_of(1).id, event_of(2).id])
+
+    def test_hanging_post_is_tried_again(self) -> None:
+        gate = self.gate()
+        with mock.patch.object(aimwatch.attempt, "__defaults__", (0.3,)):
+            server = self.webhook(lambda handler: gate.wait(30), (200, "ok"))
+            self.configure(a=hook(server.url))
+            self.dispatcher().tell([event_of(1)])
+            self.wait_sent("a", 1)
+        self.assertIn("no complete answer within 0.3 s; trying again", self.logged.lines[0])
+
+    def test_what_is_waited_after_each_outcome(self) -> None:
+        rests: List[float] = []
+        done = threading.Event()
+
+        def rest(courier: Any, seconds: float) -> None:
+            rests.append(seconds)
+            if len(rests) == 5:
+                done.set()
+
+        server = self.webhook(
+            (429, "", {"Retry-After": "7"}), (500, ""), (404, "gone"), (500, ""), (200, "ok")
+        )
+        self.configure(a=hook(server.url))
+        with mock.patch.object(aimwatch, "back_off_s", lambda n, r: float(n)), mock.patch.object(
+            aimwatch.Courier, "_rest", rest
+        ), mock.patch.object(aimwatch, "MIN_POST_GAP_S", 1.0):
+            self.dispatcher().tell([event_of(1)])
+            self.assertTrue(done.wait(10))
+        self.assertEqual(rests, [7.0, 2.0, aimwatch.BROKEN_RETRY_S, 4.0, 1.0])
+
+    def test_outage_is_logged_when_it_begins_changes_and_ends(self) -> None:
+        server = self.webhook((500, "a"), (500, "b"), (404, "c"), (404, "d"), (200, "ok"))
+        self.configure(abcdefghijk=hook(server.url))
+        with mock.patch.object(aimwatch, "BROKEN_RETRY_S", 0.01):
+            self.dispatcher().tell([event_of(1)])
+            self.wait_for(lambda: "again" in self.logged.lines[-1:][0] if self.logged.lines else False)
+            self.wait_for(lambda: len(self.logged.lines) >= 3)
+        self.assertEqual(
+            self.logged.lines,
+            [
+                "WARNING notifier slack abcdefgh: HTTP 500: a; trying again",
+                "WARNING notifier slack abcdefgh: HTTP 404: c; mend it with 'notifiers'; what waits is kept",
+                "INFO notifier slack abcdefgh is reached again",
+            ],
+        )
+
+    def test_log_shows_no_secret(self) -> None:
+        path = "/services/T000/B000/SECRETSECRET"
+        servers = [self.webhook((status, "x" * 86 + f" no {path} here")) for status in (404, 500)]
+        self.configure(
+            a=hook(servers[0].url),
+            b=hook(servers[1].url),
+            c=hook(self.refused_url()),
+            d=hook("http://u:PASSWORD@127.0.0.1/services/SECRETSECRET"),
+        )
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        dispatcher.drain(10.0)
+        self.assertGreaterEqual(len(self.logged.lines), 3)
+        self.assert_hidden("\n".join(self.logged.lines))
+
+    def test_entries_wait_over_a_restart(self) -> None:
+        good = self.webhook()
+        self.configure(a=hook(self.refused_url()), b=hook(good.url))
+        first = self.dispatcher()
+        first.tell([event_of(1)])
+        first.tell([event_of(2)])
+        self.wait_sent("b", 1, 2)
+        first.stop(5.0)
+        self.box.close()
+        mended = self.webhook()
+        self.configure(a=hook(mended.url), b=hook(good.url))
+        second = self.dispatcher()
+        self.wait_sent("a", 1, 2)
+        second.tell([event_of(3)])
+        self.wait_sent("a", 3)
+        self.wait_sent("b", 3)
+        self.assertEqual(self.numbers(mended), [1, 2, 3])
+        self.assertEqual(sorted(self.numbers(good)), [1, 2, 3])
+
+    def test_what_waited_goes_out_as_one_digest_in_order(self) -> None:
+        gate, held = self.gate(), threading.Event()
+        server = self.held(gate, held)
+        self.configure(a=hook(server.url))
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(0)])
+        self.assertTrue(held.wait(10))
+        for number in range(1, 10):
+            dispatcher.tell([event_of(number)])
+        gate.set()
+        self.wait_sent("a", *range(10))
+        self.assertEqual(len(server.requests), 2)
+        self.assertEqual(self.numbers(server), list(range(10)))
+
+    def test_logger_writes_events_in_order(self) -> None:
+        self.configure(a={"type": "logger", "arguments": {"message": "{event} {run.name}"}})
+        dispatcher = self.dispatcher()
+        for number in range(20):
+            dispatcher.tell([event_of(number)])
+        self.wait_sent("a", *range(20))
+        self.assertEqual(self.logged.lines, [f"WARNING stalled n{n}" for n in range(20)])
+
+    def test_nobody_configured_means_the_logger(self) -> None:
+        for entries in ({}, {"a": hook(GOOD_URL, status="disabled")}, {"a": hook("ftp://x")}):
+            with self.subTest(entries=entries):
+                self.write_config({"notifications": {"notifiers": entries}})
+                self.assertEqual(self.dispatcher().describe(), "logger")
+
+    def test_unusable_notifier_is_named_and_the_others_work(self) -> None:
+        server = self.webhook()
+        self.configure(bad=hook("ftp://x/SECRETSECRET"), good=hook(server.url))
+        dispatcher = self.dispatcher()
+        self.assertEqual(dispatcher.describe(), "slack good")
+        self.assertRegex(self.logged.lines[0], "ERROR notifier bad the URL must start .*; it is not used")
+        self.assert_hidden(self.logged.lines[0])
+        dispatcher.tell([event_of(1)])
+        self.wait_sent("good", 1)
+
+    # ---- changes of config.json
+
+    def test_unchanged_configuration_is_not_read_again(self) -> None:
+        self.configure(a=hook(self.webhook().url))
+        dispatcher = self.dispatcher()
+        with mock.patch.object(self.config, "notifiers", side_effect=AssertionError):
+            dispatcher.reload_if_changed()
+
+    def test_new_notifier_is_taken_up(self) -> None:
+        first, second = self.webhook(), self.webhook()
+        self.configure(a=hook(first.url))
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        self.configure(b=hook(second.url))
+        dispatcher.reload_if_changed()
+        self.assertIn("INFO notifiers reloaded: slack a, slack b", self.logged.lines)
+        dispatcher.tell([event_of(2)])
+        self.wait_sent("a", 1, 2)
+        self.wait_sent("b", 2)
+        self.assertEqual(self.numbers(second), [2])
+
+    def test_removed_notifier_is_told_no_more(self) -> None:
+        broken, good = self.webhook((500, "")), self.webhook()
+        self.configure(a=hook(broken.url), b=hook(good.url))
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        with self.config.edit() as raw:
+            del raw["notifications"]["notifiers"]["a"]
+        dispatcher.reload_if_changed()
+        self.assertEqual(dispatcher.describe(), "slack b")
+        self.assertEqual(self.box.waiting_for("a"), [])
+        dispatcher.tell([event_of(2)])
+        self.wait_sent("b", 1, 2)
+        self.assertEqual([r["to"] for r in self.outbox() if r.get("event") == event_of(2).id], [["b"]])
+
+    def test_disabled_notifier_keeps_what_waits_until_it_is_enabled(self) -> None:
+        dead, good = self.refused_url(), self.webhook()
+        self.configure(a=hook(dead), b=hook(good.url))
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        self.configure(a=hook(dead, status="disabled"))
+        dispatcher.reload_if_changed()
+        dispatcher.tell([event_of(2)])
+        self.wait_sent("b", 1, 2)
+        server = self.webhook()
+        self.configure(a=hook(server.url))
+        dispatcher.reload_if_changed()
+        self.wait_sent("a", 1)
+        self.assertEqual(self.numbers(server), [1])
+
+    def test_changed_notifier_is_told_at_its_new_address(self) -> None:
+        broken = self.webhook((404, "no_service"))
+        self.configure(a=hook(broken.url))
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        dispatcher.drain(10.0)
+        mended = self.webhook()
+        self.configure(a=hook(mended.url))
+        dispatcher.reload_if_changed()
+        self.wait_sent("a", 1)
+        self.assertEqual((self.numbers(broken), self.numbers(mended)), ([1], [1]))
+
+    def test_change_while_a_post_is_in_flight_repeats_nothing(self) -> None:
+        gate, held = self.gate(), threading.Event()
+        server = self.held(gate, held)
+        self.configure(a=hook(server.url))
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        self.assertTrue(held.wait(10))
+        self.configure(a=hook(server.url, events=["stalled"]))
+        dispatcher.reload_if_changed()
+        gate.set()
+        dispatcher.tell([event_of(2)])
+        self.wait_sent("a", 1, 2)
+        self.assertEqual(self.numbers(server), [1, 2])
+
+    def test_broken_edit_keeps_the_last_good_one_and_is_said_once(self) -> None:
+        server = self.webhook()
+        self.configure(a=hook(server.url))
+        dispatcher = self.dispatcher()
+        self.write_config(b'{"notifications": {"noti')
+        for _ in range(3):
+            dispatcher.reload_if_changed()
+        self.assertEqual(len(self.logged.lines), 1)
+        self.assertRegex(
+            self.logged.lines[0],
+            r"ERROR .*config\.json is not JSON .*; the last good configuration stays in force",
+        )
+        dispatcher.tell([event_of(1)])
+        self.wait_sent("a", 1)
+        os.unlink(self.paths.config)
+        self.configure(a=hook(server.url), b=hook(self.webhook().url))
+        dispatcher.reload_if_changed()
+        self.assertEqual(dispatcher.describe(), "slack a, slack b")
+
+    # ---- the end
+
+    def test_drain_waits_for_those_who_have_something_to_tell_alone(self) -> None:
+        self.configure(
+            a=hook(self.webhook().url), b=hook(self.webhook().url, events=["finished"])
+        )  # fmt: skip
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        for courier in dispatcher._couriers.values():
+            with self.subTest(courier.notifier.id):
+                self.assertTrue(courier.wait_tried(time.monotonic() + 5.0))
+
+    def test_drain_ends_when_everything_was_tried(self) -> None:
+        with mock.patch.object(aimwatch, "back_off_s", lambda failures, random: 600.0):
+            self.configure(a=hook(self.refused_url()), b=hook(self.webhook().url))
+            dispatcher = self.dispatcher()
+            dispatcher.tell([event_of(1)])
+            dispatcher.drain(60.0)
+        self.assertEqual((self.sent("a"), self.sent("b")), ([], [event_of(1).id]))
+        self.assertEqual(len(self.logged.lines), 1)
+
+    def test_stop_does_not_wait_for_a_post_that_hangs(self) -> None:
+        gate, held = self.gate(), threading.Event()
+        self.configure(a=hook(self.held(gate, held).url))
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        self.assertTrue(held.wait(10))
+        dispatcher.stop(0.05)
+        # The courier, whose attempt has 10 s, is still at it.
+        self.assertIn("aimwatch-slack", [thread.name for thread in threading.enumerate()])
+        self.assertEqual(self.sent("a"), [])
+        gate.set()
+
+    def test_stop_ends_a_courier_that_rests(self) -> None:
+        with mock.patch.object(aimwatch, "back_off_s", lambda failures, random: 600.0):
+            self.configure(a=hook(self.refused_url()))
+            dispatcher = self.dispatcher()
+            dispatcher.tell([event_of(1)])
+            dispatcher.drain(10.0)
+            dispatcher.stop(10.0)
+        self.assertEqual([t for t in threading.enumerate() if t.name == "aimwatch-slack"], [])
+
+    def test_answer_that_comes_after_the_end_is_written_nowhere(self) -> None:
+        gate, held = self.gate(), threading.Event()
+        self.configure(a=hook(self.held(gate, held).url))
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        self.assertTrue(held.wait(10))
+        dispatcher.stop(0.0)
+        self.box.close()
+        path = os.path.join(self.root, "somebody else's")
+        with contextlib.ExitStack() as files:
+            for _ in range(20):  # one of them gets the number of the outbox's descriptor
+                files.enter_context(open(path, "a"))
+            gate.set()
+            self.wait_for(self._no_threads)
+        self.assertEqual(os.stat(path).st_size, 0)
+        self.assertEqual([line for line in self.logged.lines if "cannot write" in line], [])
+
+    def test_full_disk_keeps_nobody_from_being_told(self) -> None:
+        server = self.webhook()
+        self.configure(a=hook(server.url))
+        dispatcher = self.dispatcher()
+        full = mock.patch("os.write", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        with mock.patch("aimwatch.RETRY_S", 0.0):
+            with full:
+                dispatcher.tell([event_of(1)])
+                self.wait_for(lambda: not self.box.is_waiting(event_of(1).id))
+            self.box.flush()
+        self.wait_sent("a", 1)
+        self.assertEqual(self.numbers(server), [1])
+
+
+# ======================================================================== Command line
+
+
+class NotifiersAdd(NotifierCase):
+    def add(self, *argv: str, stdin: str = "") -> Tuple[int, str, str]:
+        return self.run_cli("notifiers", "add", *argv, stdin=stdin)
+
+    def path(self, text: Any) -> str:
+        path = os.path.join(self.root, "secret.txt")
+        with open(path, "wb") as file:
+            file.write(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    def assert_nothing_saved(self) -> None:
+        self.assertFalse(os.path.exists(self.paths.config))
+
+    def test_questions_lead_to_a_notifier(self) -> None:
+        stdin = f"foo\nslack\nftp://x\n\n{GOOD_URL}\n{{oops}}\nlost {{run.hash}}\nmaybe\ny\nn\n"
+        code, out, err = self.add(stdin=stdin)
+        self.assertEqual((code, err), (0, ""))
+        entry = self.only_entry()
+        self.assertEqual(entry["arguments"], {"url": GOOD_URL, "message": "lost {run.hash}"})
+        for said in (
+            "Select notifier type to add (slack, workplace, logger): ",
+            "'foo' is not one of slack, workplace, logger.",
+            "Webhook URL: Error: the URL must start with https:// or http://, and this one has ftp:",
+            "Webhook URL: This is needed.",
+            "Error: the message names {oops}, which does not exist: use {event}",
+            "\nType: slack\nUrl: https://hooks.example.com/***\nMessage: lost {run.hash}\n"
+            "Events: stalled, failed, recovered\n--------\n",
+            "Save notifier configuration above? [Y/n]: Please answer y or n.",
+            f"added slack notifier {entry['id']}; try it: ",
+            f"notifiers test {entry['id'][:8]}\n",
+            "Would you like to add another notifier? [y/N]: ",
+        ):
+            self.assertIn(said, out)
+        self.assert_hidden(out)
+
+    def test_another_may_be_added(self) -> None:
+        stdin = f"logger\n\n\ny\nworkplace\n12/3\n123\n{TOKEN} x\n{TOKEN}\n\n\n\n"
+        code, out, err = self.add(stdin=stdin)
+        self.assertEqual((code, err), (0, ""))
+        self.assertEqual([entry["type"] for entry in self.entries().values()], ["logger", "workplace"])
+        self.assertIn("Error: group ID '12/3': it must be letters and digits", out)
+        self.assertIn("Error: the token must be one word of printable ASCII", out)
+        self.assert_hidden(out)
+
+    def test_type_given_is_not_asked_for(self) -> None:
+        code, out, _ = self.add("slack", stdin=f"{GOOD_URL}\n\ny\n")
+        self.assertEqual(code, 0)
+        self.assertNotIn("Select notifier type", out)
+        self.assertNotIn("another", out)
+        self.assertEqual(self.only_entry()["arguments"]["message"], aimwatch.AIM_DEFAULT_MESSAGE)
+
+    def test_flags_alone_are_enough_with_yes(self) -> None:
+        code, out, err = self.add(
+            "workplace", "--group-id", "12", "--access-token", TOKEN, "--base-url",
+            "https://graph.example/v1", "--message", "{run.name}", "--events", "log,failed,log", "--yes",
+        )  # fmt: skip
+        self.assertEqual((code, err), (0, ""))
+        self.assertNotIn("?", out)
+        entry = self.only_entry()
+        self.assertEqual(entry["events"], ["log", "failed"])
+        self.assertEqual(
+            entry["arguments"],
+            {"group_id": 12, "access_token": TOKEN, "base_url": "https://graph.example/v1", "message": "{run.name}"},
+        )  # fmt: skip
+
+    def test_secret_comes_from_a_file_or_standard_input(self) -> None:
+        group = ("workplace", "--group-id", "1", "--access-token-file")
+        for argv, stdin, name, value in (
+            (("slack", "--webhook-url-file", self.path(f"\n{GOOD_URL}\n\n")), "", "url", GOOD_URL),
+            (("slack", "--webhook-url-file", "-"), f"{GOOD_URL}\nrest\n", "url", GOOD_URL),
+            ((*group, "-"), TOKEN, "access_token", TOKEN),
+        ):
+            with self.subTest(argv):
+                code, out, err = self.add(*argv, "--yes", stdin=stdin)
+                self.assertEqual((code, err), (0, ""))
+                self.assertEqual(self.only_entry()["arguments"][name], value)
+                self.assert_hidden(out)
+                os.unlink(self.paths.config)
+
+    def test_refusals_say_why_and_save_nothing(self) -> None:
+        here = self.path(GOOD_URL)
+        url, group = ("--webhook-url", GOOD_URL), ("workplace", "--group-id", "1")
+        for argv, stdin, message in (
+            ((), "", "with --yes the type must be given: slack, workplace, logger$"),
+            (("slack",), "", "notifiers add slack --yes needs --webhook-url or --webhook-url-file$"),
+            (("workplace", "--access-token", "t"), "", "workplace --yes needs --group-id$"),
+            (group, "", "workplace --yes needs --access-token or --access-token-file$"),
+            (("slack", *url, "--webhook-url-file", here), "", "--webhook-url and --webhook-url-file exclude each other$"),
+            (("slack", *url, "--group-id", "1"), "", "--group-id has no meaning for type slack$"),
+            (("slack", *url, "--access-token", "t"), "", "--access-token has no meaning for type slack$"),
+            (("slack", *url, "--base-url", "http://h"), "", "--base-url has no meaning for type slack$"),
+            (("logger", *url), "", "--webhook-url has no meaning for type logger$"),
+            (("logger", "--webhook-url-file", here), "", "--webhook-url has no meaning for type logger$"),
+            (("slack", "--webhook-url-file", "/nonexistent"), "", "cannot read /nonexistent: No such file or directory$"),
+            (("slack", "--webhook-url-file", self.root), "", "cannot read .*: Is a directory$"),
+            (("slack", "--webhook-url-file", "-"), "", "the URL must start with https:// or http://, and this one has no scheme$"),
+            (("slack", "--webhook-url", ""), "", "this one has no scheme$"),
+            ((*group, "--access-token", "tok\nen"), "", "the token must be one word of printable ASCII"),
+            ((*group, "--access-token", ""), "", "or it is empty$"),
+            (("workplace", "--group-id", "a b", "--access-token", "t"), "", "group ID 'a b': it must be letters and digits$"),
+            (("slack", *url, "--message", "{run.oops}"), "", "the message names {run.oops}, which does not exist: use"),
+        ):  # fmt: skip
+            with self.subTest(argv):
+                code, out, err = self.add(*argv, "--yes", stdin=stdin)
+                self.assertEqual((code, out), (1, ""))
+                self.assert_one_line(err, message)
+                self.assert_hidden(err)
+                self.assert_nothing_saved()
+
+    def test_file_that_is_no_text_is_refused(self) -> None:
+        code, _, err = self.add("slack", "--webhook-url-file", self.path(b"\xff\xfe"), "--yes")
+        self.assertEqual(code, 1)
+        self.assert_one_line(err, "cannot read .*: it is not UTF-8 text$")
+        path = self.path(f"{TOKEN}\n{TOKEN}\n")
+        code, _, err = self.add("workplace", "--group-id", "1", "--access-token-file", path, "--yes")
+        self.assertEqual(code, 1)
+        self.assert_one_line(err, "the token must be one word")
+        self.assert_hidden(err)
+
+    def test_wrong_usage_is_2(self) -> None:
+        for argv, message in (
+            (("pager",), "invalid choice: 'pager'"),
+            (("slack", "--events", "stalled,nope"), "'nope' is not one of stalled, failed"),
+            (("slack", "--nope"), "unrecognized arguments: --nope"),
+        ):
+            with self.subTest(argv):
+                code, _, err = self.add(*argv)
+                self.assertEqual(code, 2)
+                self.assertIn(message, err)
+                self.assert_nothing_saved()
+
+    def test_no_is_an_abort(self) -> None:
+        for answer in ("n", "N", "no"):
+            code, _, err = self.add("logger", stdin=f"\n{answer}\n")
+            self.assertEqual(code, 1)
+            self.assert_one_line(err, ": aborted: nothing was saved$")
+            self.assert_nothing_saved()
+
+    ANSWERS = (
+        ("slack", GOOD_URL, ""),
+        ("workplace", "123", TOKEN, ""),
+        ("logger", ""),
+    )
+
+    def test_end_of_input_at_every_prompt_saves_nothing(self) -> None:
+        for answers in self.ANSWERS:
+            for count in range(len(answers) + 1):
+                with self.subTest(answers=answers[:count]):
+                    stdin = "".join(f"{answer}\n" for answer in answers[:count])
+                    code, _, err = self.add(stdin=stdin)
+                    self.assertEqual(code, 1)
+                    self.assert_one_line(err, ": aborted: nothing was changed$")
+                    self.assert_nothing_saved()
+
+    def test_ctrl_c_at_every_prompt_saves_nothing(self) -> None:
+        for answers in self.ANSWERS:
+            for count in range(len(answers) + 1):
+                with self.subTest(answers=answers[:count]):
+                    said = [*answers[:count], KeyboardInterrupt]
+                    with mock.patch.object(builtins, "input", side_effect=said) as asked:
+                        code, _, err = self.add()
+                    self.assertEqual((code, asked.call_count), (1, count + 1))
+                    self.assert_one_line(err, ": aborted: nothing was changed$")
+                    self.assert_nothing_saved()
+
+    def test_end_after_the_first_was_saved_does_not_say_that_nothing_was(self) -> None:
+        for end in (EOFError, KeyboardInterrupt):
+            self.write_config({"notifications": {"notifiers": {}}})
+            with self.subTest(end=end.__name__), mock.patch.object(
+                builtins, "input", side_effect=["logger", "", "", end]
+            ):
+                _, out, err = self.add()
+                self.assertIn("added logger notifier", out)
+                self.assertEqual(len(self.entries()), 1)
+                self.assertNotIn("nothing was changed", err)
+
+    def test_closed_standard_input_is_the_end_of_input(self) -> None:
+        close = "import os, sys; os.close(0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        for argv in (("slack",), ("logger",), ("slack", "--webhook-url-file", "-", "--yes")):
+            with self.subTest(argv):
+                process = self.process(close, MODULE, "notifiers", "add", *argv)
+                self.assertEqual(process.wait(), 1)
+                err = process.stderr.read()
+                self.assertNotIn("Traceback", err)
+                self.assert_nothing_saved()
+
+    def test_closed_standard_output_is_no_traceback(self) -> None:
+        close = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        process = self.process(close, MODULE, "notifiers", "add", "logger", "--yes")
+        self.assertEqual((process.wait(), process.stderr.read()), (0, ""))
+        self.assertEqual(self.only_entry()["type"], "logger")
+
+    def test_input_that_is_no_text_is_no_traceback(self) -> None:
+        os.environ["PYTHONIOENCODING"] = "utf-8:strict"
+        for argv in (("slack",), ("logger",)):
+            with self.subTest(argv):
+                done = subprocess.run(
+                    [sys.executable, MODULE, "--repo", self.root, "notifiers", "add", *argv],
+                    input=b"\xff\xfe\n\n\n", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                )  # fmt: skip
+                self.assertNotIn(b"Traceback", done.stderr)
+
+    def test_plain_http_to_another_machine_is_a_warning(self) -> None:
+        for url, host in (
+            ("http://hooks.example.com/SECRETSECRET", "hooks.example.com"),
+            ("http://h.example:80?x=SECRETSECRET", "h.example"),
+            ("HTTP://hooks.example.com/SECRETSECRET", "hooks.example.com"),
+            ("http://[2001:db8::1]:80/x", "[2001:db8::1]"),
+            (GOOD_URL, None),
+            ("http://127.0.0.1:9/x", None),
+            ("http://localhost/x", None),
+            ("http://[::1]:9/x", None),
+        ):
+            with self.subTest(url):
+                _, out, err = self.add("slack", "--webhook-url", url, "--yes")
+                warning = f"Warning: {host} is another machine, and over http:// everybody"
+                self.assertEqual(warning in out + err, host is not None, out)
+                self.assertEqual("Warning" in out, host is not None, out)
+                self.assert_hidden(out + err)
+
+    def test_workplace_is_said_to_be_closed_where_meta_is_meant(self) -> None:
+        argv = ("workplace", "--group-id", "1", "--access-token", "t", "--yes")
+        note = "Note: Meta closed Workplace on 2026-06-01."
+        self.assertIn(note, self.add(*argv)[1])
+        self.assertNotIn(note, self.add(*argv, "--base-url", "https://h/v1")[1])
+
+    def test_repository_that_is_missing_is_said(self) -> None:
+        code = aimwatch_main("--repo", os.path.join(self.root, "no"), "notifiers", "add", "logger")
+        self.assertEqual(code[0], 1)
+        self.assert_one_line(code[2], "no repository at .*/no: run 'aim-watcher --repo .*/no init'")
+
+
+def aimwatch_main(*argv: str) -> Tuple[int, str, str]:
+    """Run the command line as given."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = aimwatch.main(list(argv))
+    return code, out.getvalue(), err.getvalue()
+
+
+class OnATerminal(NotifierCase):
+    """`notifiers add` as a person sees it."""
+
+    LEADER = (
+        "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+        " os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+
+    def converse(self, *dialogue: Tuple[str, str]) -> Tuple[int, str]:
+        """Answer each prompt when it stands there; return the exit code and all that was seen."""
+        ours, theirs = pty.openpty()
+        self.addCleanup(os.close, ours)
+        environ = {**os.environ, "AIMWATCH_REPO": self.root, "TERM": "dumb"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", self.LEADER, MODULE, "notifiers", "add"],
+            stdin=theirs, stdout=theirs, stderr=theirs, env=environ,
+        )  # fmt: skip
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        os.close(theirs)
+        seen, told = "", 0
+        for prompt, answer in (*dialogue, ("", "")):
+            while not prompt or prompt not in seen[told:]:
+                self.assertTrue(select.select([ours], [], [], 15)[0], f"no {prompt!r} in {seen!r}")
+                try:
+                    data = os.read(ours, 4096)
+                except OSError:  # Linux says EIO when the other side is closed
+                    data = b""
+                if not data:
+                    self.assertEqual(prompt, "", seen)
+                    return process.wait(), seen
+                seen += data.decode()
+            told = len(seen)
+            os.write(ours, answer.encode())
+        raise AssertionError("not reached")
+
+    def test_secret_is_not_echoed(self) -> None:
+        code, seen = self.converse(
+            ("(slack, workplace, logger): ", "slack\n"),
+            ("Webhook URL (not shown): ", f"{GOOD_URL}\n"),
+            ("(empty for the default): ", "hello\n"),
+            ("[Y/n]: ", "y\n"),
+            ("[y/N]: ", "n\n"),
+        )
+        self.assertEqual(code, 0, seen)
+        self.assertIn("hello", seen)
+        self.assert_hidden(seen)
+        self.assertEqual(self.only_entry()["arguments"]["url"], GOOD_URL)
+
+    def test_token_is_not_echoed_and_ctrl_c_saves_nothing(self) -> None:
+        code, seen = self.converse(
+            ("(slack, workplace, logger): ", "workplace\n"),
+            ("Group ID: ", "1\n"),
+            ("Access token (not shown): ", f"{TOKEN} x\n"),
+            ("Access token (not shown): ", "\x03"),
+        )
+        self.assertEqual(code, 1, seen)
+        self.assertIn("the token must be one word", seen)
+        self.assertIn("aborted: nothing was changed", seen)
+        self.assertNotIn("Traceback", seen)
+        self.assert_hidden(seen)
+        self.assertFalse(os.path.exists(self.paths.config))
+
+
+class NotifiersCommands(NotifierCase):
+    def test_list_shows_every_notifier(self) -> None:
+        self.write_config(AIM_CONFIG)
+        code, out, err = self.run_cli("notifiers", "list")
+        self.assertEqual((code, err), (0, ""))
+        lines = [re.split(r"\s{2,}", line) for line in out.strip().split("\n")]
+        default = "stalled,failed,recovered"
+        self.assertEqual(
+            lines,
+            [
+                ["NOTIFIER ID", "TYPE", "STATUS", "EVENTS", "PROBLEM"],
+                ["5c42d699-65cc-4fc9-be9d-60fd1490a398", "slack", "enabled", default],
+                ["5935a6dc-8da2-4eb8-8f0f-9b16f37bcd02", "workplace", "disabled", default],
+                ["b6487000-b521-4a2a-a42b-8fee1b7fa43d", "logger", "enabled", default],
+            ],
+        )
+
+    def test_list_as_json_is_for_scripts(self) -> None:
+        self.configure(a=hook(GOOD_URL, events=["log"]), b={"type": "pager", "arguments": {"k": "x"}})
+        code, out, err = self.run_cli("notifiers", "list", "--json")
+        self.assertEqual((code, err), (0, ""))
+        expected = [
+            {
+                "id": "a", "type": "slack", "status": "enabled", "events": ["log"], "problem": None,
+                "arguments": {"url": "https://hooks.example.com/***", "message": ""},
+            },
+            {
+                "id": "b", "type": "pager", "status": "enabled", "arguments": {"k": "***"},
+                "events": ["stalled", "failed", "recovered"],
+                "problem": "type 'pager' is not one of slack, workplace, logger",
+            },
+        ]  # fmt: skip
+        self.assertEqual(json.loads(out), expected)
+
+    def test_list_of_none_says_how_to_add_one(self) -> None:
+        code, out, err = self.run_cli("notifiers", "list")
+        self.assertEqual((code, out.count("\n")), (0, 1))
+        self.assert_one_line(err, "none yet: '.* notifiers add' sets one up")
+        self.assertEqual(json.loads(self.run_cli("notifiers", "list", "--json")[1]), [])
+
+    def test_dump_is_the_file_with_its_secrets_masked(self) -> None:
+        self.write_config(AIM_CONFIG)
+        code, out, _ = self.run_cli("notifiers", "dump")
+        expected = json.loads(json.dumps(AIM_CONFIG))
+        slack, workplace, _ = expected["notifications"]["notifiers"].values()
+        slack["arguments"]["url"] = "https://hooks.example.com/***"
+        workplace["arguments"]["access_token"] = "***"
+        self.assertEqual((code, json.loads(out)), (0, expected))
+        self.assertEqual(self.config.read(), AIM_CONFIG)
+
+    def test_remove_asks_and_removes(self) -> None:
+        for answer, code in (("n\n", 1), ("\n", 1), ("", 1), ("y\n", 0)):
+            with self.subTest(answer=answer):
+                self.write_config(AIM_CONFIG)
+                found, out, err = self.run_cli("notifiers", "remove", "5c42", stdin=answer)
+                self.assertEqual(found, code)
+                self.assertIn("Type: slack\nUrl: https://hooks.example.com/***\n", out)
+                self.assertIn("Remove notifier configuration above? [y/N]: ", out)
+                self.assertEqual(len(self.entries()), 2 if code == 0 else 3)
+                if code:
+                    message = "removed" if answer else "changed"
+                    self.assert_one_line(err, f": aborted: nothing was {message}$")
+                else:
+                    self.assertIn("removed notifier 5c42d699-65cc-4fc9-be9d-60fd1490a398\n", out)
+                self.assert_hidden(out + err)
+
+    def test_remove_with_ctrl_c_removes_nothing(self) -> None:
+        self.write_config(AIM_CONFIG)
+        with mock.patch.object(builtins, "input", side_effect=KeyboardInterrupt):
+            code, _, err = self.run_cli("notifiers", "remove", "5c42")
+        self.assertEqual(code, 1)
+        self.assert_one_line(err, ": aborted: nothing was changed$")
+        self.assertEqual(len(self.entries()), 3)
+
+    def test_remove_with_yes_asks_nothing(self) -> None:
+        self.write_config(AIM_CONFIG)
+        code, out, err = self.run_cli("notifiers", "remove", "5c42", "--yes")
+        expected = "removed notifier 5c42d699-65cc-4fc9-be9d-60fd1490a398\n"
+        self.assertEqual((code, out, err), (0, expected, ""))
+
+    def test_disable_and_enable_switch_the_status(self) -> None:
+        self.write_config(AIM_CONFIG)
+        for command, status in (("disable", "disabled"), ("enable", "enabled")):
+            code, out, err = self.run_cli("notifiers", command, "5c42")
+            self.assertEqual((code, err), (0, ""))
+            self.assertIn(f"{status} notifier 5c42", out)
+            self.assertEqual(self.entries()["5c42d699-65cc-4fc9-be9d-60fd1490a398"]["status"], status)
+        self.assertEqual(self.config.read(), AIM_CONFIG)
+
+    def test_switching_what_is_no_object_is_refused(self) -> None:
+        self.write_config({"notifications": {"notifiers": {"abc": []}}})
+        code, _, err = self.run_cli("notifiers", "enable", "a")
+        self.assertEqual(code, 1)
+        self.assert_one_line(err, "notifier abc is not an object: remove it and add it again$")
+        self.assertEqual(self.run_cli("notifiers", "remove", "a", "--yes")[0], 0)
+
+    def test_log_level_is_set_and_shown(self) -> None:
+        self.assertEqual(self.run_cli("notifiers", "get-log-level"), (0, "Log level: WARNING\n", ""))
+        for given, number, shown in (
+            ("INFO", 20, "INFO"), ("debug", 10, "DEBUG"), ("CRITICAL", 50, "CRITICAL"), ("25", 25, "25"),
+        ):  # fmt: skip
+            with self.subTest(given):
+                self.assertEqual(self.run_cli("notifiers", "set-log-level", given), (0, "", ""))
+                self.assertEqual(self.config.read()["notifications"]["log_level"], number)
+                found = self.run_cli("notifiers", "get-log-level")
+                self.assertEqual(found, (0, f"Log level: {shown}\n", ""))
+
+    def test_unknown_log_level_is_refused(self) -> None:
+        for given in ("LOUD", "", "1.5", "5000", "²"):
+            with self.subTest(given):
+                code, _, err = self.run_cli("notifiers", "set-log-level", given)
+                self.assertEqual(code, 2)
+                self.assertIn("LEVEL", err)
+        self.assertFalse(os.path.exists(self.paths.config))
+
+    def test_sample_is_sent_and_the_answer_told(self) -> None:
+        for answer, code, verdict in (
+            ((200, "ok"), 0, "delivered: HTTP 200: ok"),
+            ((200, "<html>"), 1, "NOT delivered: HTTP 200 without 'ok'"),
+            ((500, "boom"), 1, "NOT delivered: HTTP 500: boom"),
+            ((404, "no_service"), 1, "NOT delivered: HTTP 404: no_service"),
+            ((302, "", {"Location": "/"}), 1, "NOT delivered: HTTP 302: redirected"),
+        ):
+            with self.subTest(answer=answer):
+                server = self.webhook(answer)
+                self.configure(abc=hook(server.url))
+                found, out, err = self.run_cli("notifiers", "test", "ab")
+                self.assertEqual((found, err), (code, ""))
+                self.assertIn(f"slack abc: {verdict}", out)
+                (text,) = server.texts()
+                self.assertTrue(text.startswith("❗ Run 'sample, sent by 'notifiers test'' stalled"))
+
+    def test_sample_goes_to_every_enabled_one(self) -> None:
+        server = self.webhook()
+        self.configure(
+            a=hook(server.url), b={"type": "logger"}, c=hook(server.url, status="disabled")
+        )  # fmt: skip
+        code, out, err = self.run_cli("notifiers", "test")
+        self.assertEqual((code, len(server.requests)), (0, 1))
+        self.assertEqual(out, "slack a: delivered: HTTP 200: ok\nlogger b: delivered: written to the log\n")
+        self.assertIn("Run 'sample, sent by", err)
+        self.run_cli("notifiers", "test", "c")
+        self.assertEqual(len(server.requests), 2)
+
+    def test_sample_without_notifiers_goes_to_the_logger(self) -> None:
+        code, out, err = self.run_cli("notifiers", "test")
+        self.assertEqual((code, out), (0, "logger logger: delivered: written to the log\n"))
+        self.assertIn("WARNING ❗ Run 'sample", err)
+
+    def test_repo_may_stand_anywhere(self) -> None:
+        self.configure(abc=hook(GOOD_URL))
+        os.environ["AIMWATCH_REPO"] = self.root
+        self.assertIn("abc", aimwatch_main("notifiers", "list")[1])
+        os.environ["AIMWATCH_REPO"] = "/nonexistent"
+        for argv in (
+            ("--repo", self.root, "notifiers", "list"),
+            ("notifiers", "--repo", self.root, "list"),
+            ("notifiers", "list", "--repo", self.root),
+            ("--repo", self.paths.aim, "notifiers", "list"),
+        ):
+            with self.subTest(argv):
+                code, out, err = aimwatch_main(*argv)
+                self.assertEqual((code, err), (0, ""))
+                self.assertIn("abc", out)
+
+    def test_every_command_and_option_has_help(self) -> None:
+        import argparse
+
+        seen = []
+
+        def check(parser: Any, words: Sequence[str]) -> None:
+            seen.append(" ".join(words))
+            for action in parser._actions:
+                if not isinstance(action, argparse._SubParsersAction):
+                    self.assertTrue(action.help, (words, action.dest))
+                else:
+                    for choice in action._choices_actions:
+                        self.assertTrue(choice.help, (words, choice.dest))
+                    for name, child in action.choices.items():
+                        check(child, [*words, name])
+            code, out, err = aimwatch_main(*words, "--help")
+            self.assertEqual((code, err), (0, ""), words)
+            self.assertTrue(out.startswith("usage: "), words)
+            self.assertIn((parser.description or "none")[:20], out)
+
+        check(aimwatch._parser(), [])
+        for name in (
+            "add",
+            "list",
+            "remove",
+            "enable",
+            "disable",
+            "dump",
+            "get-log-level",
+            "set-log-level",
+            "test",
+        ):
+            self.assertIn(f"notifiers {name}", seen)
+
+    def test_missing_words_are_wrong_usage(self) -> None:
+        for argv in (("notifiers",), ("notifiers", "nope"), ("notifiers", "remove"), ("notifiers", "enable")):
+            with self.subTest(argv):
+                code, out, err = self.run_cli(*argv)
+                self.assertEqual((code, out), (2, ""))
+                self.assertTrue(err.startswith("usage: "))
+
+
+# ======================================================================================
+# Watcher and command line
+#
+# The pure table and clock first, then real watchers over real runs.
+# ======================================================================================
+
+MODULE = os.path.join(HERE, "aimwatch.py")
+UTC = 1795317394.84
+
+
+def named(run_hash: str, idx: int, flag: str = "check_in", expect: int = 0, utc: float = UTC) -> str:
+    """Return the name of a check-in."""
+    return aimwatch.check_in_name(run_hash, idx, flag, utc, expect)
+
+
+def kinds(changes: Sequence[aimwatch.Change]) -> List[str]:
+    return [change.kind for change in changes]
+
+
+#: (state before, flag that comes) to what must be told, as DESIGN.md has it.
+MUST_TELL = {
+    (None, "starting"): ["started"],
+    (None, "check_in"): ["started"],
+    (None, "finished"): ["finished"],
+    (None, "failed"): ["failed"],
+    ("running", "starting"): ["started"],
+    ("running", "check_in"): [],
+    ("running", "finished"): ["finished"],
+    ("running", "failed"): ["failed"],
+    ("stalled", "starting"): ["recovered"],
+    ("stalled", "check_in"): ["recovered"],
+    ("stalled", "finished"): ["recovered", "finished"],
+    ("stalled", "failed"): ["failed"],
+    ("finished", "starting"): ["started"],
+    ("finished", "check_in"): ["started"],
+    ("finished", "finished"): [],
+    ("finished", "failed"): ["failed"],
+    ("failed", "starting"): ["recovered"],
+    ("failed", "check_in"): ["recovered"],
+    ("failed", "finished"): ["recovered", "finished"],
+    ("failed", "failed"): ["failed"],
+}
+STATE_OF = {"starting": "running", "check_in": "running", "finished": "finished", "failed": "failed"}
+
+
+class NaiveTable:
+    """What RunTable promises, by looking at everything each time."""
+
+    def __init__(self, grace_s: float) -> None:
+        self.grace_s = grace_s
+        self.runs: Dict[str, Dict[str, Any]] = {}
+
+    def step(self, listing: Sequence[str], now_s: float) -> List[Tuple[Any, ...]]:
+        told = []
+        for run in {name.split("-")[0] for name in listing}:
+            names = [name.split("-") for name in listing if name.startswith(f"{run}-")]
+            _, idx, flag, _, expect = max(names, key=lambda parts: int(parts[1]))
+            known = self.runs.get(run, {"state": None, "idx": 0, "since": now_s})
+            if int(idx) > known["idx"]:
+                for kind in MUST_TELL[known["state"], flag]:
+                    told.append((kind, run, int(idx), kind == "recovered" and now_s - known["since"]))
+                self.runs[run] = {
+                    "state": STATE_OF[flag], "idx": int(idx), "since": now_s, "promise": int(expect),
+                }  # fmt: skip
+        for run, known in self.runs.items():
+            silent = now_s - known["since"]
+            due = known["promise"] and silent >= known["promise"] + self.grace_s
+            if known["state"] == "running" and due:
+                known["state"] = "stalled"
+                told.append(("stalled", run, known["idx"], silent))
+        return sorted(told)
+
+
+class TestRunTable(unittest.TestCase):
+    def setUp(self) -> None:
+        self.table = aimwatch.RunTable(5.0)
+
+    def take(self, *names: str, now: float = 0.0) -> List[str]:
+        return kinds(self.table.take(names, now, UTC))
+
+    def state(self, run: str = "a") -> str:
+        return self.table.runs[run].state
+
+    def test_every_change_of_state_tells_what_it_must(self) -> None:
+        before = {
+            None: None, "running": named("a", 1), "stalled": named("a", 1, expect=1),
+            "finished": named("a", 1, "finished"), "failed": named("a", 1, "failed"),
+        }  # fmt: skip
+        for (state, flag), expected in MUST_TELL.items():
+            with self.subTest(state=state, flag=flag):
+                self.table = aimwatch.RunTable(5.0)
+                if before[state]:
+                    self.take(before[state])
+                    self.table.overdue(6.0)
+                    self.assertEqual(self.state(), state)
+                changes = self.table.take([named("a", 2, flag)], 8.0, UTC)
+                self.assertEqual(kinds(changes), expected)
+                self.assertEqual(self.state(), STATE_OF[flag])
+                for change in changes:
+                    self.assertEqual(change.silent_s, 8.0 if state else 0.0)
+
+    def test_first_listing_is_noted_and_not_told(self) -> None:
+        names = [named("a", 1, "failed"), named("b", 1, "finished"), named("c", 1, expect=1)]
+        self.assertEqual(self.table.take(names, 0.0, UTC, first=True), [])
+        self.assertEqual([self.state(run) for run in "abc"], ["failed", "finished", "running"])
+        self.assertEqual([change.seen.run for change in self.table.overdue(6.0)], ["c"])
+
+    def test_highest_number_wins_among_several_files_of_a_run(self) -> None:
+        aims = [
+            named("a", 1, "starting"), named("a", 12, "progress", 30), named("a", 10, expect=2),
+            named("a", 9, "finished"),
+        ]  # fmt: skip
+        for turn in range(len(aims)):
+            with self.subTest(turn=turn):
+                self.table = aimwatch.RunTable(5.0)
+                self.assertEqual(self.take(*aims[turn:], *aims[:turn]), ["started"])
+                self.assertEqual((self.table.runs["a"].idx, self.state()), (10, "running"))
+        self.assertEqual(self.take(*aims[:3], named("a", 13, "finished"), aims[3]), ["finished"])
+        self.assertEqual(self.table.reported, [])
+
+    def test_file_that_is_renamed_moves_the_deadline(self) -> None:
+        self.take(named("a", 1, expect=10))
+        self.take(named("a", 2, expect=10), now=10.0)
+        self.assertEqual(self.table.overdue(24.9), [])
+        self.assertEqual(kinds(self.table.overdue(25.0)), ["stalled"])
+
+    def test_lower_number_beside_the_highest_says_nothing(self) -> None:
+        self.take(named("a", 8, "finished"))
+        self.assertEqual(self.take(named("a", 8, "finished"), named("a", 5)), [])
+        self.assertEqual(self.state(), "finished")
+
+    def test_file_missing_from_one_listing_changes_nothing(self) -> None:
+        name = named("a", 3, expect=10)
+        self.take(name)
+        self.assertEqual(self.take(now=5.0), [])
+        self.assertEqual(self.table.vanished(), [])
+        self.assertEqual(self.take(name, now=6.0), [])
+        self.assertEqual(self.take(name, now=7.0), [])
+        self.assertEqual(self.table.vanished(), [])
+        self.assertEqual(self.table.overdue(14.9), [])
+        self.assertEqual(kinds(self.table.overdue(15.0)), ["stalled"])
+
+    def test_older_file_says_nothing_while_the_newest_is_missing_from_one_listing(self) -> None:
+        old, new = named("a", 5, "starting"), named("a", 8, expect=1)
+        self.take(old, new)
+        self.assertEqual(kinds(self.table.overdue(6.0)), ["stalled"])
+        for listing in ((), (old,), (old, new)):
+            self.assertEqual(self.take(*listing, now=7.0), [], listing)
+        self.assertEqual(self.state(), "stalled")
+
+    def test_run_vanishes_once_after_three_listings_without_it(self) -> None:
+        self.take(named("a", 3), named("b", 1))
+        vanished = []
+        for _ in range(6):
+            self.take(named("b", 1))
+            vanished.append(self.table.vanished())
+        self.assertEqual(vanished, [[], [], ["a"], [], [], []])
+        self.table.forget("a")
+        self.assertEqual(sorted(self.table.runs), ["b"])
+        self.assertEqual(self.take(named("b", 1), named("a", 1)), ["started"])
+
+    def test_name_that_states_nothing_is_reported(self) -> None:
+        bad = ["README", "a-b-check_in-1-1", "a-1-other-1-1", "x-y", ""]
+        self.assertEqual(self.take(*bad, named("a", 1), named("a", 2, "new_logs")), ["started"])
+        self.assertEqual(sorted(self.table.reported), sorted(bad))
+        self.table.reported.clear()
+        self.take(*bad)
+        self.assertEqual(self.table.reported, [])
+
+    def test_silence_is_told_at_promise_and_grace_and_once(self) -> None:
+        self.take(named("a", 1, expect=10), now=100.0)
+        self.assertEqual(self.table.overdue(114.999), [])
+        (change,) = self.table.overdue(115.0)
+        self.assertEqual((change.kind, change.seen.run, change.silent_s), ("stalled", "a", 15.0))
+        self.assertEqual(self.table.overdue(115.0) + self.table.overdue(9e9), [])
+
+    def test_run_without_promise_or_at_its_end_is_never_overdue(self) -> None:
+        self.take(named("a", 1), named("b", 1, "finished", 1), named("c", 1, "failed", 1))
+        self.take(named("d", 1, expect=1))
+        self.take(named("d", 2, expect=0))
+        self.assertEqual(self.table.overdue(9e9), [])
+
+    def test_promise_that_gets_shorter_brings_the_deadline_forward(self) -> None:
+        self.take(named("a", 1, expect=1000))
+        self.take(named("a", 2, expect=1), now=1.0)
+        self.assertEqual(self.table.overdue(6.9), [])
+        self.assertEqual(kinds(self.table.overdue(7.0)), ["stalled"])
+
+    def test_promise_of_seconds_and_starting_with_a_promise_count_like_any_other(self) -> None:
+        self.take(named("a", 1, "starting", 1))
+        self.assertEqual(kinds(self.table.overdue(6.0)), ["stalled"])
+
+    def test_table_agrees_with_one_that_looks_at_everything(self) -> None:
+        for seed in range(25):
+            with self.subTest(seed=seed):
+                self.compare_with_naive(random.Random(seed))
+
+    def compare_with_naive(self, chance: random.Random) -> None:
+        table, naive = aimwatch.RunTable(3.0), NaiveTable(3.0)
+        files: Dict[str, Dict[str, str]] = {f"run{number}": {} for number in range(6)}
+        idx, missed, now = dict.fromkeys(files, 0), "", 0.0
+        flags = ["starting", "check_in", "check_in", "check_in", "finished", "failed", "progress"]
+        for _ in range(80):
+            now += chance.choice([0.25, 1.0, 1.0, 4.0])
+            for run in chance.sample(sorted(files), chance.randrange(4)):
+                idx[run] += 1
+                flag = chance.choice(flags if run < "run3" else flags[:-1])
+                name = named(run, idx[run], flag, chance.choice([0, 1, 2, 5, 20]))
+                # Aim leaves one file per flag, we leave one.
+                files[run] = {**(files[run] if run < "run3" else {}), flag: name}
+            listing = [name for run in files for name in files[run].values()]
+            shown = [name for name in listing if name.split("-")[2] != "progress"]
+            may_miss = [name for name in shown if name != missed]
+            missed = chance.choice(may_miss) if may_miss and chance.random() < 0.2 else ""
+            listing = [name for name in listing if name != missed]
+            chance.shuffle(listing)
+            changes = table.take(listing, now, UTC) + table.overdue(now)
+            told = [
+                (item.kind, item.seen.run, item.seen.idx,
+                 item.kind in ("stalled", "recovered") and item.silent_s) for item in changes
+            ]  # fmt: skip
+            shown = [name for name in shown if name != missed]
+            self.assertEqual(sorted(told), naive.step(shown, now))
+
+    def test_long_promises_renewed_often_keep_the_queue_at_one_entry_a_run(self) -> None:
+        hashes = [f"r{number}" for number in range(10_000)]
+        for turn in range(8):
+            self.table.take([named(run, turn + 1, expect=3600) for run in hashes], turn, UTC)
+            self.table.overdue(turn)
+        self.assertEqual(len(self.table._due), 10_000)
+
+    def test_promises_now_long_now_short_keep_the_queue_bounded(self) -> None:
+        for second in range(5000):
+            expect = 5 if second % 20 < 10 else 600
+            self.take(named("a", second + 1, expect=expect), now=second)
+            self.assertEqual(self.table.overdue(second), [])
+        self.assertLess(len(self.table._due), 100)
+
+
+class TestLookingClock(unittest.TestCase):
+    def setUp(self) -> None:
+        self.clock = aimwatch.LookingClock(100.0)
+        self.clock.look(50.0, 2.0)
+
+    def test_normal_polls_count_in_full(self) -> None:
+        for second in range(1, 11):
+            self.clock.look(50.0 + second, 2.0)
+            self.clock.look(50.0 + second + 0.25, 10.0)
+        self.assertEqual(self.clock.total_s, 10.25)
+        self.assertTrue(self.clock.accuses)
+
+    def test_suspension_counts_as_one_poll_and_holds_for_a_while(self) -> None:
+        self.clock.look(3650.0, 2.0)
+        self.assertEqual(self.clock.total_s, 2.0)
+        self.assertFalse(self.clock.accuses)
+        for second in range(1, 30):
+            self.clock.look(3650.0 + second, 2.0)
+            self.assertFalse(self.clock.accuses, second)
+        self.clock.look(3680.0, 2.0)
+        self.assertTrue(self.clock.accuses)
+
+    def test_short_grace_holds_no_longer_than_itself(self) -> None:
+        clock = aimwatch.LookingClock(3.0)
+        clock.look(0.0, 2.0)
+        clock.look(100.0, 2.0)
+        clock.look(101.0, 2.0)
+        clock.look(102.9, 2.0)
+        self.assertFalse(clock.accuses)
+        clock.look(103.0, 2.0)
+        self.assertTrue(clock.accuses)
+
+    def test_gap_of_up_to_ten_seconds_adds_nothing_and_holds_nothing(self) -> None:
+        self.clock.look(50.0 + 12.0, 2.0)
+        self.assertEqual(self.clock.total_s, 2.0)
+        self.assertTrue(self.clock.accuses)
+        self.clock.look(62.0 + 12.1, 2.0)
+        self.assertFalse(self.clock.accuses)
+
+    def test_short_gaps_with_looking_between_them_hold_nothing(self) -> None:
+        now = 50.0
+        for _ in range(10):
+            now += 8.0
+            self.clock.look(now, 2.0)
+            now += 0.5
+            self.clock.look(now, 2.0)
+        self.assertTrue(self.clock.accuses)
+        self.assertEqual(self.clock.total_s, 25.0)
+
+    def test_slow_listing_counts_for_ten_seconds_only(self) -> None:
+        self.clock.look(55.0, 10.0)
+        self.assertEqual(self.clock.total_s, 5.0)
+        self.clock.look(100.0, 10.0)
+        self.assertEqual(self.clock.total_s, 15.0)
+        self.assertFalse(self.clock.accuses)
+
+    def test_unreachable_repository_adds_nothing_and_its_gaps_add_up(self) -> None:
+        for second in range(1, 11):
+            self.clock.look(50.0 + second, 0.0)
+        self.assertTrue(self.clock.accuses)
+        self.clock.look(60.5, 0.0)
+        self.assertEqual(self.clock.total_s, 0.0)
+        self.assertFalse(self.clock.accuses)
+
+    def test_clock_that_stands_or_goes_back_counts_nothing(self) -> None:
+        for now in (50.0, 40.0, 40.0):
+            self.clock.look(now, 2.0)
+        self.assertEqual((self.clock.total_s, self.clock.accuses), (0.0, True))
+
+
+class WatchCase(Case):
+    """A test with a watcher on a clock that the test drives, one look a second."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.clock = Clock()
+        self.stopped: List[aimwatch.Watcher] = []
+
+    def watch(self, **options: Any) -> aimwatch.Watcher:
+        """Return a watcher (grace 2 s) that has looked once."""
+        watcher = self.watcher(self.clock, **options)
+        watcher.poll()
+        return watcher
+
+    def stop(self, watcher: aimwatch.Watcher) -> None:
+        self.stopped.append(watcher)
+        watcher.close()
+
+    def _close_watcher(self, watcher: aimwatch.Watcher) -> None:
+        if watcher not in self.stopped:
+            super()._close_watcher(watcher)
+
+    def look(self, watcher: aimwatch.Watcher, seconds: int) -> None:
+        for _ in range(seconds):
+            self.clock.pass_(1.0)
+            watcher.poll()
+
+    def events(self) -> List[Dict[str, Any]]:
+        """Return the outbox's entries that somebody is told."""
+        return [record for record in self.outbox() if record.get("to") and "event" in record]
+
+    def told(self) -> List[Tuple[str, str]]:
+        """Return (run or "", event) for all that was told, in order."""
+        return [(item["facts"].get("run.hash", ""), item["kind"]) for item in self.events()]
+
+    def facts(self, kind: str) -> Dict[str, str]:
+        """Return the message fields of the one event of that kind."""
+        (found,) = (item["facts"] for item in self.events() if item["kind"] == kind)
+        return found
+
+    def place(self, name: str) -> None:
+        with open(os.path.join(self.paths.check_ins, name), "x"):
+            pass
+
+    def clear(self) -> None:
+        for name in self.check_ins():
+            os.unlink(os.path.join(self.paths.check_ins, name))
+
+    def our_run(self, error: Optional[BaseException] = None) -> str:
+        """Live a whole run of ours and return its hash."""
+        with contextlib.suppress(Exception), aimwatch.Run(repo=self.root) as run:
+            if error:
+                raise error
+        return run.hash
+
+
+class TestWatcher(WatchCase):
+    def test_stall_is_told_at_promise_and_grace_and_once(self) -> None:
+        self.check_in("a", 1, expect=3)
+        watcher = self.watch(utc=Clock(1e9))
+        self.look(watcher, 4)
+        self.assertEqual(self.told(), [])
+        self.look(watcher, 1)
+        self.assertEqual(self.told(), [("a", "stalled")])
+        self.look(watcher, 30)
+        self.assertEqual(self.told(), [("a", "stalled")])
+        facts = self.facts("stalled")
+        self.assertEqual((facts["run.silent"], facts["run.promised"]), ("5 s", "3 s"))
+        self.assertEqual(facts["run.last_seen"], aimwatch.local_time(1e9))
+        self.assertIn(
+            "Run 'a' stalled: silent for 5 s, promised a check-in within 3 s",
+            aimwatch.default_message(facts),
+        )
+
+    def test_run_that_checks_in_again_is_told_with_how_long_it_was_silent(self) -> None:
+        for flag, how, told in (
+            ("check_in", "checked in again after 26 s of silence", ["recovered"]),
+            ("finished", "finished after 26 s of silence", ["recovered"]),
+        ):
+            with self.subTest(flag=flag):
+                run = flag[:1]
+                self.check_in(run, 1, expect=3)
+                watcher = self.watch()
+                self.look(watcher, 25)
+                self.check_in(run, 2, flag)
+                self.look(watcher, 5)
+                self.stop(watcher)
+                self.assertEqual([kind for item, kind in self.told() if item == run][1:], told)
+                self.assertEqual(self.events()[-1]["facts"]["run.reason"], how)
+
+    def test_run_that_stalls_again_is_told_again(self) -> None:
+        self.check_in("a", 1, expect=3)
+        watcher = self.watch()
+        self.look(watcher, 6)
+        self.check_in("a", 2, expect=3)
+        self.look(watcher, 6)
+        self.assertEqual([kind for _, kind in self.told()], ["stalled", "recovered", "stalled"])
+
+    def test_starts_and_finishes_go_to_those_who_asked(self) -> None:
+        self.configure(
+            usual={"type": "logger"}, curious={"type": "logger", "events": ["started", "finished"]}
+        )
+        watcher = self.watch()
+        for idx, flag in enumerate(("starting", "check_in", "finished", "failed"), 1):
+            self.check_in("a", idx, flag)
+            self.look(watcher, 1)
+        self.assertEqual(
+            [(item["kind"], item["to"]) for item in self.events()],
+            [("started", ["curious"]), ("finished", ["curious"]), ("failed", ["usual"])],
+        )
+
+    def test_starts_and_finishes_are_told_nobody_by_default(self) -> None:
+        watcher = self.watch()
+        for idx, flag in enumerate(("starting", "check_in", "finished"), 1):
+            self.check_in("a", idx, flag)
+            self.look(watcher, 1)
+        self.assertEqual(self.told(), [])
+
+    def test_failure_is_told_with_the_reason_from_the_log(self) -> None:
+        watcher = self.watch()
+        run_hash = self.our_run(ValueError("loss is NaN"))
+        self.look(watcher, 1)
+        self.assertEqual(self.told(), [(run_hash, "failed")])
+        facts = self.facts("failed")
+        self.assertEqual(facts["run.reason"], "ValueError: loss is NaN")
+        self.assertIn("our_run", facts["run.frames"])
+        self.assertEqual(facts["run.pid"], str(os.getpid()))
+        self.assertIn("failed: ValueError: loss is NaN\n", aimwatch.default_message(facts))
+
+    def test_first_sight_is_silent_on_ended_runs_and_tells_stalled_ones(self) -> None:
+        self.check_in("ended", 1, "finished")
+        self.check_in("broke", 1, "failed")
+        self.check_in("alive", 1, expect=60)
+        self.check_in("stale", 1, expect=3)
+        self.configure(all={"type": "logger", "events": list(aimwatch.EVENTS)})
+        watcher = self.watch()
+        self.look(watcher, 10)
+        self.assertEqual(self.told(), [("stale", "stalled")])
+
+    def test_promise_of_0_is_never_accused(self) -> None:
+        self.check_in("a", 1, "starting")
+        self.check_in("b", 1, expect=0)
+        watcher = self.watch(poll_interval_s=1e6)
+        for _ in range(5):
+            self.clock.pass_(1e6)
+            watcher.poll()
+        self.assertEqual(self.told(), [])
+
+    def test_wall_clock_that_jumps_changes_nothing(self) -> None:
+        self.check_in("a", 1, expect=3)
+        utc = Clock(UTC)
+        watcher = self.watch(utc=utc)
+        for jump in (1e8, -2e8, 0.0, 1e8):
+            utc.pass_(jump)
+            self.look(watcher, 1)
+            self.assertEqual(self.told(), [])
+        utc.pass_(-1e9)
+        self.look(watcher, 1)
+        self.assertEqual(self.told(), [("a", "stalled")])
+        self.assertEqual(self.facts("stalled")["run.silent"], "5 s")
+
+    def test_gap_adds_nothing_and_accuses_nobody_for_a_while(self) -> None:
+        self.check_in("a", 1, expect=3)
+        self.check_in("b", 1, expect=3)
+        watcher = self.watch()
+        self.look(watcher, 4)
+        self.clock.pass_(3600.0)
+        watcher.poll()
+        self.look(watcher, 1)
+        self.check_in("b", 2, expect=3)
+        self.assertEqual(self.told(), [])
+        self.look(watcher, 1)
+        self.assertEqual(self.told(), [("a", "stalled")])
+        self.assertEqual(self.facts("stalled")["run.silent"], "8 s")
+
+    def test_listing_that_takes_long_is_not_silence(self) -> None:
+        self.check_in("a", 1, expect=20)
+        watcher = self.watch()
+        real = os.listdir
+
+        def slow(path: str) -> List[str]:
+            self.clock.pass_(300.0)
+            return real(path)
+
+        with mock.patch.object(aimwatch.os, "listdir", slow):
+            watcher.poll()
+        self.look(watcher, 11)
+        self.assertEqual(self.told(), [])
+        self.look(watcher, 1)
+        self.assertEqual(self.told(), [("a", "stalled")])
+
+    def test_run_whose_numbers_begin_anew_is_watched_anew(self) -> None:
+        for gone_for in (5, 0):
+            for restarted in (False, True):
+                with self.subTest(gone_for=gone_for, restarted=restarted):
+                    self.clear()
+                    run = f"a{gone_for}{restarted}"
+                    self.place(named(run, 7))
+                    watcher = self.watch()
+                    self.clear()
+                    self.place(named(run, 8, "failed"))
+                    self.look(watcher, 1)
+                    self.clear()
+                    self.look(watcher, gone_for)
+                    if restarted:
+                        self.stop(watcher)
+                    self.place(named(run, 1, expect=1, utc=UTC + 60))
+                    if restarted:
+                        watcher = self.watch()
+                    self.look(watcher, 10)
+                    self.clear()
+                    self.place(named(run, 8, "failed", utc=UTC + 60))
+                    self.look(watcher, 5)
+                    self.stop(watcher)
+                    mine = [kind for item, kind in self.told() if item == run]
+                    self.assertEqual([kind for kind in mine if kind != "recovered"],
+                                     ["failed", "stalled", "failed"])  # fmt: skip
+
+    def test_names_of_every_kind_are_skipped_and_reported_once(self) -> None:
+        folder = self.paths.check_ins
+        bad = [
+            "README", "-", "----", "a-b-c-d-e", ".hidden", "a b-1-check_in-1-1", "x\ny-1-check_in-1-1",
+            named("good", 9, expect=1) + ".tmp", named("good", 9, expect=1) + "\n", "\x1b[31mred",
+            "good-" + "9" * 40 + "-check_in-0.0-1", "good-8-check_in-0.0-" + "9" * 40,
+            "good-8-check_in-nan-1", "good-8-check_in-1e5-1", "good--8-check_in-1.0-1",
+            "good-8-dancing-1.0-1", "g\u00f6\u00f6d-8-check_in-1.0-1", "good-\u0668-check_in-1.0-1",
+            "h" * 65 + "-1-check_in-1.0-1", "../good-1-check_in-1.0-1".replace("/", "\u2215"),
+        ]  # fmt: skip
+        self.check_in("good", 3, expect=3)
+        for name in bad:
+            self.place(name)
+        with contextlib.suppress(OSError):  # macOS refuses such names itself
+            with open(os.path.join(os.fsencode(folder), b"\xff\xfe-1-check_in-1.0-1"), "x"):
+                bad.append("undecodable")
+        os.mkdir(os.path.join(folder, "folder"))
+        os.symlink("nowhere", os.path.join(folder, "link"))
+        os.mkdir(os.path.join(folder, named("dir", 1)))
+        os.symlink("nowhere", os.path.join(folder, named("dangling", 1)))
+        os.mkfifo(os.path.join(folder, named("fifo", 1)))
+        with self.assertLogs(aimwatch.log, "WARNING") as logged:
+            watcher = self.watch()
+            self.look(watcher, 4)
+            self.assertEqual(self.told(), [])
+            self.look(watcher, 10)
+            self.assertEqual(self.told(), [("good", "stalled")])
+            for _ in range(2):
+                self.place("late")
+                self.look(watcher, 2)
+                os.unlink(os.path.join(folder, "late"))
+                self.look(watcher, 4)
+        ignored = [item.getMessage() for item in logged.records if "ignoring" in item.getMessage()]
+        self.assertEqual(len(ignored), len(set(ignored)))
+        self.assertEqual(len(ignored), len(bad) + 3)
+        for message in ignored:
+            self.assertRegex(message, r"^/.*/check_ins: ignoring '.*': not a check-in$")
+            self.assertTrue(message.isprintable() and message.encode(), message)
+
+    def test_flood_of_strange_names_is_reported_up_to_a_bound(self) -> None:
+        watcher = self.watch()
+        listing = [f"strange{number}" for number in range(1500)]
+        with self.assertLogs(aimwatch.log, "WARNING") as logged:
+            with mock.patch.object(aimwatch.os, "listdir", lambda path: listing):
+                self.look(watcher, 2)
+        self.assertEqual(len(logged.records), 1000)
+
+
+class TestWatcherRestarted(WatchCase):
+    def test_silence_is_counted_on_over_restarts(self) -> None:
+        self.check_in("a", 1, expect=10)
+        for life in range(1, 5):
+            watcher = self.watch()
+            self.look(watcher, 3)
+            self.assertEqual(self.told(), [("a", "stalled")] if life == 4 else [], life)
+            self.stop(watcher)
+            self.clock.pass_(2.0)
+
+    def test_time_between_two_watchers_adds_nothing_and_holds_when_long(self) -> None:
+        self.check_in("a", 1, expect=3)
+        watcher = self.watch()
+        self.look(watcher, 4)
+        self.stop(watcher)
+        self.clock.pass_(3600.0)
+        watcher = self.watch()
+        self.look(watcher, 1)
+        self.assertEqual(self.told(), [])
+        self.look(watcher, 1)
+        self.assertEqual(self.told(), [("a", "stalled")])
+
+    def test_restart_after_a_reboot_holds_and_goes_on_counting(self) -> None:
+        self.check_in("a", 1, expect=3)
+        watcher = self.watch()
+        self.look(watcher, 4)
+        self.stop(watcher)
+        self.clock.now = 1.0
+        with mock.patch.object(aimwatch, "boot_id", lambda: "another"):
+            watcher = self.watch()
+            self.look(watcher, 1)
+            self.assertEqual(self.told(), [])
+            self.look(watcher, 1)
+            self.assertEqual(self.told(), [("a", "stalled")])
+
+    def test_told_events_are_not_told_again_whatever_became_of_watcher_json(self) -> None:
+        self.configure(all={"type": "logger", "events": list(aimwatch.EVENTS)})
+        watcher = self.watch()
+        self.check_in("stale", 1, expect=3)
+        self.check_in("broke", 1)
+        self.look(watcher, 2)
+        with open(self.paths.watcher, "rb") as file:
+            older = file.read()
+        self.check_in("broke", 2, "failed")
+        self.check_in("ended", 1, "finished")
+        self.look(watcher, 6)
+        expected = sorted(self.told())
+        self.assertEqual(len(expected), 5)
+        whole: Optional[bytes] = None
+        for case, content in (
+            ("as it was", lambda whole: whole),
+            ("older than the outbox", lambda whole: older),
+            ("lost", lambda whole: None),
+            ("older again", lambda whole: older),
+            ("empty", lambda whole: b""),
+            ("torn", lambda whole: whole[: len(whole) // 2]),
+            ("foreign", lambda whole: b"\x00\xff" * 999),
+            ("of another shape", lambda whole: b"[1, 2]"),
+            ("of other types", lambda whole: b'{"looked_s": "x", "runs": {"a": 1}, "mono": []}'),
+            ("with runs of other types", lambda whole: b'{"runs": [1, [], ["x", 0, 0, "running"]]}'),
+        ):  # fmt: skip
+            with self.subTest(case):
+                self.stop(watcher)
+                with open(self.paths.watcher, "rb") as file:
+                    whole = file.read()
+                os.unlink(self.paths.watcher)
+                changed = content(whole)
+                if changed is not None:
+                    with open(self.paths.watcher, "wb") as file:
+                        file.write(changed)
+                watcher = self.watch()
+                self.look(watcher, 10)
+                self.assertEqual(sorted(self.told()), expected)
+
+    def test_numbers_in_watcher_json_that_cannot_be_do_not_end_the_watch(self) -> None:
+        for number, (field, value) in enumerate(
+            (("looked_s", "NaN"), ("looked_s", "1e999"), ("hold_until_s", "1e999"), ("mono", "NaN"))
+        ):
+            with self.subTest(field=field, value=value):
+                run = f"r{number}"
+                self.check_in(run, 1, expect=3)
+                self.stop(self.watch())
+                with open(self.paths.watcher, encoding="ascii") as file:
+                    saved = {**json.load(file), field: "HERE"}
+                with open(self.paths.watcher, "w", encoding="ascii") as file:
+                    file.write(json.dumps(saved).replace('"HERE"', value))
+                watcher = self.watcher(self.clock)
+                try:
+                    self.look(watcher, 15)
+                except ValueError as error:
+                    watcher.looking.__init__(2.0)  # what is left can be closed
+                    self.fail(f"the watch ended: {error}")
+                finally:
+                    self.stop(watcher)
+                    os.unlink(self.paths.watcher)
+                self.assertIn((run, "stalled"), self.told())
+
+    def test_event_that_came_while_nobody_watched_is_told(self) -> None:
+        self.check_in("a", 1)
+        self.stop(self.watch())
+        self.check_in("a", 2, "failed")
+        self.check_in("b", 1, "failed")
+        self.watch()
+        self.assertEqual(sorted(self.told()), [("a", "failed"), ("b", "failed")])
+
+    def test_recovery_is_told_by_a_watcher_that_did_not_tell_the_stall(self) -> None:
+        self.check_in("a", 1, expect=3)
+        watcher = self.watch()
+        self.look(watcher, 5)
+        self.stop(watcher)
+        self.check_in("a", 2)
+        self.watch()
+        self.assertEqual(self.told(), [("a", "stalled"), ("a", "recovered")])
+
+    def test_recovery_is_told_when_only_the_outbox_knows_of_the_stall(self) -> None:
+        self.check_in("a", 1, expect=3)
+        watcher = self.watch()
+        with open(self.paths.watcher, "rb") as file:
+            older = file.read()
+        self.look(watcher, 5)
+        self.stop(watcher)
+        with open(self.paths.watcher, "wb") as file:
+            file.write(older)
+        self.check_in("a", 2)
+        self.watch()
+        self.assertEqual(self.told(), [("a", "stalled"), ("a", "recovered")])
+
+    def test_two_passes_of_once_count_the_time_between_them(self) -> None:
+        self.check_in("a", 1, expect=300)
+        self.check_in("b", 1, expect=300)
+
+        def pass_once() -> List[Tuple[str, str]]:
+            watcher = self.watch(once=True)
+            self.stop(watcher)
+            return self.told()
+
+        pass_once()
+        self.clock.pass_(301.0)
+        self.assertEqual(pass_once(), [])
+        self.check_in("b", 2, expect=300)
+        self.clock.pass_(1.0)
+        self.assertEqual(pass_once(), [("a", "stalled")])
+        self.clock.pass_(301.0)
+        self.assertEqual(pass_once(), [("a", "stalled")])
+        self.clock.pass_(1.0)
+        self.assertEqual(pass_once(), [("a", "stalled"), ("b", "stalled")])
+        self.assertEqual(self.events()[0]["facts"]["run.silent"], "5 min 2 s")
+
+
+class TestUnreachableRepository(WatchCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.away = os.path.join(self.root, "away")
+
+    def test_it_is_told_once_itself_and_counts_against_no_run(self) -> None:
+        self.check_in("a", 1, expect=3)
+        self.check_in("b", 1, expect=3)
+        watcher = self.watch()
+        self.look(watcher, 4)
+        os.rename(self.paths.check_ins, self.away)
+        with self.assertLogs(aimwatch.log, "WARNING") as logged:
+            self.look(watcher, 31)
+            self.assertEqual(self.told(), [])
+            self.look(watcher, 200)
+            os.rename(self.away, self.paths.check_ins)
+            self.look(watcher, 2)
+        self.assertEqual(self.told(), [("", "trouble")] * 2)
+        gone, back = (aimwatch.default_message(item["facts"]) for item in self.events())
+        self.assertIn(f"the repository {self.root} cannot be read for 30 s (No such file or", gone)
+        self.assertIn("can be read again after 3 min 51 s; its runs are watched", back)
+        own = [item.getMessage() for item in logged.records if item.name == "aimwatch"]
+        self.assertEqual(sum("cannot list" in message for message in own), 1)
+        self.check_in("b", 2, expect=3)
+        self.look(watcher, 1)
+        self.assertEqual(self.told()[2:], [("a", "stalled")])
+
+    def test_moment_without_it_is_not_told(self) -> None:
+        self.check_in("a", 1, expect=3)
+        watcher = self.watch()
+        self.look(watcher, 4)
+        os.rename(self.paths.aim, self.away)
+        self.look(watcher, 20)
+        os.rename(self.away, self.paths.aim)
+        watcher.poll()
+        self.assertEqual(self.told(), [])
+        self.look(watcher, 2)
+        self.assertEqual(self.told(), [("a", "stalled")])
+
+
+class TestSweep(WatchCase):
+    """Removal of the check-ins of runs that have ended and were told of."""
+
+    def pass_time(self, watcher: aimwatch.Watcher, seconds: float, turns: int = 4) -> None:
+        for _ in range(turns):
+            self.clock.pass_(seconds / turns)
+            watcher.poll()
+
+    def watch_slowly(self) -> aimwatch.Watcher:
+        return self.watch(poll_interval_s=86400.0)
+
+    def test_our_ended_runs_lose_their_check_ins_and_no_others(self) -> None:
+        finished, failed = self.our_run(), self.our_run(ValueError("x"))
+        self.check_in("aims", 1, "finished")
+        self.check_in("broke", 1, "failed")
+        alive = self.run_object()
+        alive.report_progress(expect_next_in=0)
+        watcher = self.watch_slowly()
+        self.pass_time(watcher, 500.0)
+        self.assertEqual(self.flags(finished), ["finished"])
+        self.pass_time(watcher, 300.0)
+        self.assertEqual(self.flags(finished), [])
+        self.assertIn("failed", self.flags(failed))
+        self.pass_time(watcher, 90000.0)
+        self.assertEqual(self.flags(failed), [])
+        self.assertEqual(self.flags("aims") + self.flags("broke"), ["finished", "failed"])
+        self.assertEqual(self.flags(alive.hash), ["check_in"])
+
+    def test_runs_that_were_removed_cost_nothing_any_more(self) -> None:
+        for _ in range(3):
+            self.our_run()
+        watcher = self.watch_slowly()
+        self.pass_time(watcher, 1000.0, 12)
+        self.assertEqual(self.check_ins(), [])
+        self.assertEqual(watcher.counts()["finished"], 0)
+        with open(self.paths.watcher, encoding="ascii") as file:
+            self.assertEqual(json.load(file)["runs"], [])
+
+    def test_check_in_stays_while_a_notifier_still_waits(self) -> None:
+        server = self.webhook((500, "no"))
+        self.configure(s={"type": "slack", "arguments": {"url": server.url}, "events": ["finished"]})
+        watcher = self.watch_slowly()
+        run_hash = self.our_run()
+        self.pass_time(watcher, 2000.0)
+        self.assertEqual(self.told(), [(run_hash, "finished")])
+        self.assertEqual(self.flags(run_hash), ["finished"])
+        watcher.outbox.sent([self.events()[0]["event"]], "s")
+        self.pass_time(watcher, 2000.0)
+        self.assertEqual(self.flags(run_hash), [])
+
+    def test_run_that_is_resumed_after_the_removal_is_watched(self) -> None:
+        run_hash = self.our_run()
+        watcher = self.watch_slowly()
+        self.pass_time(watcher, 1000.0, 8)
+        self.assertEqual(self.flags(run_hash), [])
+        with contextlib.suppress(ValueError), aimwatch.Run(run_hash, repo=self.root):
+            raise ValueError("again")
+        watcher.poll()
+        self.assertEqual(self.told(), [(run_hash, "failed")])
+
+
+BEATING = """\
+import time
+from aimwatch import Run
+run = Run()
+print(run.hash, flush=True)
+while True:
+    run.report_progress(expect_next_in=1)
+    time.sleep(0.05)
+"""
+
+
+class WatcherProcessCase(WatchCase):
+    def sent(self) -> List[Tuple[str, str]]:
+        """Return (run, event) for every delivery the outbox records."""
+        if not os.path.exists(self.paths.outbox):
+            return []
+        kind = {item["event"]: (item["facts"].get("run.hash", ""), item["kind"]) for item in self.events()}
+        return [kind[one] for item in self.outbox() for one in item.get("sent", ())]
+
+    def wait_sent(self, *expected: Tuple[str, str]) -> None:
+        self.wait_for(lambda: sorted(self.sent()) == sorted(expected) or None)
+
+    def saved(self) -> Dict[str, Any]:
+        return aimwatch.read_watcher_file(self.paths)
+
+    def call(self, *argv: str) -> Tuple[int, str, str]:
+        """Run the command line as a process of its own: (code, out, err)."""
+        process = self.command(sys.executable, MODULE, *argv)
+        out, err = process.communicate(timeout=30)
+        return process.returncode, out, err
+
+    def end(self, process: Any, number: int = signal.SIGTERM) -> str:
+        """End a watcher and return the rest of what it wrote."""
+        process.send_signal(number)
+        err: str = process.communicate(timeout=20)[1]
+        return err
+
+
+class TestStart(WatcherProcessCase):
+    def test_summary_line_names_repository_runs_and_notifiers(self) -> None:
+        self.check_in("a", 1)
+        self.check_in("b", 1, "finished")
+        self.configure(somebody={"type": "logger"})
+        watcher = self.start_watcher("--grace", "30")
+        self.assertRegex(
+            watcher.first_line,
+            rf"INFO +watching {self.root}: 1 live run \(0 stalled\), grace 30 s, "
+            r"poll every 100 ms; telling logger somebody\n$",
+        )
+        self.assertRegex(self.end(watcher), r"INFO +stopped\n$")
+        self.assertEqual(watcher.returncode, 0)
+
+    def test_without_notifiers_it_says_that_events_are_only_written(self) -> None:
+        watcher = self.start_watcher()
+        self.assertIn("no notifiers are enabled, so events are only written here; ", watcher.first_line)
+        self.assertIn("notifiers add' sets one up", watcher.first_line)
+        self.assertIn("; telling logger\n", watcher.stderr.readline())
+        self.end(watcher)
+
+    def test_killed_and_stopped_processes_are_told_apart(self) -> None:
+        killed, stopped = self.process(BEATING), self.process(BEATING)
+        hashes = [process.stdout.readline().strip() for process in (killed, stopped)]
+        for run_hash in hashes:
+            self.wait_for(lambda run_hash=run_hash: self.flags(run_hash) == ["check_in"])
+        watcher = self.start_watcher("--grace", "0.5")
+        killed.kill()
+        stopped.send_signal(signal.SIGSTOP)
+        self.wait_sent(*((run_hash, "stalled") for run_hash in hashes))
+        told = self.end(watcher)
+        for run_hash, process, text in (
+            (hashes[0], killed, "its process is gone"),
+            (hashes[1], stopped, "its process is still there: it hangs, or is slower than it promised"),
+        ):
+            message = rf"WARNING ❗ Run '{run_hash}' stalled: silent for [0-9.]+ s, promised a check-in"
+            message += rf" within 2 s\n  run {run_hash}\n  on .*, process {process.pid}\b.*\n"
+            self.assertRegex(told, message + rf"  last seen .*\n  {text}\n")
+
+    def test_second_watcher_is_refused_with_host_and_pid_of_the_first(self) -> None:
+        first = self.start_watcher()
+        self.wait_for(self.saved)
+        code, out, err = self.call("start")
+        self.assertEqual((code, out), (1, ""))
+        who = rf"process {first.pid} on {os.uname().nodename} \(since .+\) already watches {self.root}"
+        self.assertRegex(err.splitlines()[-1], rf"^.*: {who}$")
+        self.assertIsNone(first.poll())
+
+    def test_watcher_killed_and_started_again_repeats_and_loses_nothing(self) -> None:
+        expected: List[Tuple[str, str]] = []
+        self.check_in("before", 1)
+        self.configure(all={"type": "logger"})  # the first line is then the summary
+        for life in range(2):
+            watcher = self.start_watcher()
+            self.check_in(f"seen{life}", 1, "failed")
+            expected.append((f"seen{life}", "failed"))
+            self.wait_sent(*expected)
+            watcher.kill()
+            watcher.wait()
+            self.check_in(f"unseen{life}", 1, "failed")
+            expected.append((f"unseen{life}", "failed"))
+        watcher = self.start_watcher()
+        self.wait_sent(*expected)
+        self.end(watcher)
+        self.assertEqual(sorted(self.sent()), sorted(expected))
+
+    def hang(self) -> Callable[[], Any]:
+        """Configure a notifier that never gets an answer; return whether it has been asked."""
+        answer = threading.Event()
+        server = self.webhook(lambda handler: answer.wait(30))
+        self.addCleanup(answer.set)
+        self.configure(hangs={"type": "slack", "arguments": {"url": server.url}})
+        return lambda: server.requests
+
+    def end_within(self, process: Any, number: int) -> None:
+        begun = time.monotonic()
+        process.send_signal(number)
+        process.communicate(timeout=20)
+        # 2 s are promised; a busy machine has the rest. What hangs would hang for 10 s.
+        self.assertLess(time.monotonic() - begun, 3.5)
+
+    def test_signals_end_it_within_2_s_while_a_notifier_hangs(self) -> None:
+        asked = self.hang()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(number=number):
+                watcher = self.start_watcher()
+                self.check_in(f"a{int(number)}", 1, "failed")
+                before = len(asked())
+                self.wait_for(lambda before=before: len(asked()) > before)
+                self.end_within(watcher, number)
+                self.assertEqual(watcher.returncode, 0)
+                self.assertEqual(self.sent(), [])
+
+    def test_signal_ends_a_single_pass_within_2_s_while_a_notifier_hangs(self) -> None:
+        asked = self.hang()
+        self.stop(self.watch())
+        self.check_in("a", 1, "failed")
+        passing = self.command(sys.executable, MODULE, "start", "--once")
+        self.wait_for(asked)
+        self.end_within(passing, signal.SIGTERM)
+
+    def test_watcher_that_was_stopped_accuses_nobody_wrongly(self) -> None:
+        self.check_in("a", 1, expect=1)
+        self.configure(all={"type": "logger"})
+        watcher = self.start_watcher("--grace", "1.5")
+        watcher.send_signal(signal.SIGSTOP)
+        seen_at = self.saved()["seen_at"]
+        self.assertEqual(self.told(), [])
+        time.sleep(3.0)  # nothing but time itself makes a stopped process late
+        watcher.send_signal(signal.SIGCONT)
+        self.wait_for(lambda: self.saved()["seen_at"] > seen_at)
+        self.assertEqual(self.told(), [])
+        self.end(watcher)
+
+    def test_broken_configuration_is_refused_in_one_line(self) -> None:
+        os.makedirs(self.paths.notifications, exist_ok=True)
+        for text, message in (
+            ('{"notifications": {', r"config\.json is not JSON \(line 1\): mend it, or move it away"),
+            ("[]", r"config\.json has another shape than .*: mend it, or move it away"),
+        ):
+            with self.subTest(text=text):
+                with open(self.paths.config, "w", encoding="ascii") as file:
+                    file.write(text)
+                code, out, err = self.call("start")
+                self.assertEqual((code, out, err.count("\n")), (1, "", 1))
+                self.assertRegex(err, message)
+
+    def test_single_pass_exits_1_when_a_run_is_stalled_or_failed(self) -> None:
+        self.check_in("a", 1, expect=1)
+        self.assertEqual(self.call("start", "--once", "--grace", "0")[0], 0)
+        saved = self.saved()
+        with open(self.paths.watcher, "w", encoding="ascii") as file:
+            json.dump({**saved, "mono": saved["mono"] - 1.0}, file)  # a second of waiting
+        code, _, err = self.call("start", "--once", "--grace", "0")
+        self.assertEqual(code, 1)
+        self.assertIn("Run 'a' stalled: silent for ", err)
+        self.assertEqual(self.sent(), [("a", "stalled")])
+        self.check_in("a", 2)
+        self.assertEqual(self.call("start", "--once")[0], 0)
+        self.check_in("a", 3, "failed")
+        self.assertEqual(self.call("start", "--once")[0], 1)
+        self.assertEqual(self.call("start", "--once")[0], 1)
+        self.assertEqual([kind for _, kind in self.sent()], ["stalled", "recovered", "failed"])
+
+    def test_single_pass_that_cannot_look_exits_1(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        error = OSError(5, "Input/output error", self.paths.check_ins)
+        with mock.patch.object(aimwatch.os, "listdir", side_effect=error):
+            code, _, err = self.run_cli("start", "--once")
+        self.assertIn(f"cannot list {self.paths.check_ins}: Input/output error", err)
+        self.assertEqual(code, 1)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class TestStatus(WatcherProcessCase):
+    def status(self, *argv: str) -> Tuple[int, str]:
+        code, out, err = self.run_cli("status", *argv)
+        self.assertEqual(err, "")
+        return code, out
+
+    def test_without_a_watcher_it_says_so_and_exits_1(self) -> None:
+        code, out = self.status()
+        self.assertEqual(
+            (code, out),
+            (1, f"repository {self.root}\nno watcher is alive; never looked\n\nno runs with check-ins\n"),
+        )
+
+    def test_exit_code_and_table_follow_the_runs(self) -> None:
+        training = self.process(BEATING)
+        run = training.stdout.readline().strip()
+        watcher = self.start_watcher("--grace", "0")
+        self.wait_for(lambda: [item for item in self.saved().get("runs", ()) if "check_in" in item[0]])
+        code, out = self.status()
+        self.assertEqual(code, 0)
+        lines = out.splitlines()
+        self.assertRegex(
+            lines[1], rf"^watched by process {watcher.pid} on .* \(since .*\), for .*; last looked .* ago$"
+        )
+        self.assertEqual(lines[3].split(), "RUN NAME STATE LAST CHECK-IN PROMISE HOST REASON".split())
+        self.assertRegex(lines[4], rf"^{run} +running +[0-9.]+ m?s ago +2 s +{os.uname().nodename}$")
+        self.assertEqual(lines[-1], "1 running")
+        training.kill()
+        self.wait_sent((run, "stalled"))
+        self.wait_for(lambda: self.status() if self.status()[0] == 1 else None)
+        self.assertRegex(self.status()[1], rf"\n{run} +stalled +.* ago +2 s .*\n\n1 stalled\n$")
+        self.clear()
+        self.check_in("b", 1, "failed")
+        self.wait_sent((run, "stalled"), ("b", "failed"))
+        code, out = self.status("--json")
+        self.assertEqual(code, 1)
+        shown = json.loads(out)
+        self.assertEqual((shown["repo"], shown["watcher"]["alive"]), (self.root, True))
+        self.assertEqual(shown["watcher"]["pid"], watcher.pid)
+        self.assertEqual([(row["hash"], row["state"]) for row in shown["runs"]], [("b", "failed")])
+        self.check_in("b", 2, "finished")
+        self.assertEqual((self.status()[0], self.status()[1].splitlines()[-1]), (0, "1 finished"))
+        self.end(watcher)
+        code, out = self.status()
+        self.assertEqual(code, 1)
+        self.assertRegex(out.splitlines()[1], "^no watcher is alive; last looked .* ago$")
+
+    def test_json_of_a_failed_run_gives_its_reason(self) -> None:
+        run_hash = self.our_run(ValueError("loss is NaN"))
+        (row,) = json.loads(self.status("--json")[1])["runs"]
+        self.assertEqual((row["hash"], row["state"], row["watched"]), (run_hash, "failed", False))
+        self.assertEqual(row["reason"], "ValueError: loss is NaN")
+        self.assertEqual((row["host"], row["promise_s"]), (os.uname().nodename, None))
+
+    def test_watcher_that_hangs_is_not_alive_and_one_that_polls_seldom_is(self) -> None:
+        self.configure(all={"type": "logger"})
+        for interval, code in (("0.1", 1), ("600", 0)):
+            with self.subTest(interval=interval):
+                watcher = self.start_watcher("--poll-interval", interval)
+                self.wait_for(lambda: self.saved().get("pid") == watcher.pid)
+                watcher.send_signal(signal.SIGSTOP)
+                now = time.time()
+                with mock.patch.object(aimwatch.time, "time", lambda: now + 100):
+                    found, out = self.status()
+                watcher.kill()
+                watcher.wait()
+                self.assertEqual(found, code, out)
+                text = "holds the watch but does not look; last looked" if code else "watched by"
+                self.assertIn(text, out)
+
+    def test_passes_of_once_count_as_a_watcher(self) -> None:
+        self.stop(self.watcher(once=True))
+        code, out = self.status()
+        self.assertEqual(code, 0)
+        self.assertIn("watched by passes of 'start --once'; last looked ", out)
+
+    def test_damaged_watcher_json_is_no_watcher(self) -> None:
+        self.check_in("a", 1)
+        for text in ("{", "[]", '{"runs": 5, "seen_at": "x", "pid": []}', '{"runs": [[1]]}'):
+            with self.subTest(text=text):
+                with open(self.paths.watcher, "w", encoding="ascii") as file:
+                    file.write(text)
+                code, out = self.status()
+                self.assertEqual(code, 1)
+                self.assertIn("no watcher is alive; never looked", out)
+                self.assertTrue(out.endswith("\n1 running\n"), out)
+
+    def test_two_looks_at_once_do_not_take_each_other_for_a_watcher(self) -> None:
+        look = "import sys, aimwatch; paths = aimwatch.find_repo()\n"
+        look += "print(any(aimwatch._is_locked(paths.watcher_lock) for _ in range(20000)))"
+        self.stop(self.watcher())
+        for process in [self.process(look), self.process(look)]:
+            self.assertEqual(process.communicate(timeout=30), ("False\n", ""))
+
+    def test_colour_is_for_terminals_without_no_color(self) -> None:
+        self.check_in("a", 1, "failed")
+        for stream, no_color, coloured in (
+            (io.StringIO(), None, False),
+            (_Terminal(), None, True),
+            (_Terminal(), "", True),
+            (_Terminal(), "1", False),
+        ):
+            with self.subTest(terminal=stream.isatty(), no_color=no_color):
+                os.environ.pop("NO_COLOR", None)
+                if no_color is not None:
+                    os.environ["NO_COLOR"] = no_color
+                with contextlib.redirect_stdout(stream):
+                    aimwatch.main(["--repo", self.root, "status"])
+                self.assertEqual("\x1b[31ma " in stream.getvalue(), coloured)
+                self.assertEqual("\x1b" in stream.getvalue(), coloured)
+
+
+COMMANDS = (
+    (), ("start",), ("status",), ("init",), ("demo",), ("notifiers",),
+    *(("notifiers", name) for name in (
+        "add", "list", "remove", "enable", "disable", "dump", "get-log-level", "set-log-level", "test",
+    )),
+)  # fmt: skip
+
+
+class TestCommandLine(Case):
+    def test_init_creates_and_then_finds(self) -> None:
+        for given in ("new", os.path.join("other", ".aim"), "third" + os.sep):
+            with self.subTest(given=given):
+                root = os.path.join(self.root, given.split(os.sep)[0])
+                for text in ("created a repository at", "repository already at"):
+                    code, out, err = self.run_cli("--repo", os.path.join(self.root, given), "init")
+                    self.assertEqual((code, out, err), (0, f"{text} {root}\n", ""))
+                for folder in ("check_ins", os.path.join("ext", "notifications"), "aimwatch"):
+                    self.assertTrue(os.path.isdir(os.path.join(root, ".aim", folder)), folder)
+
+    def test_init_without_repo_uses_this_folder_and_not_one_above(self) -> None:
+        below = os.path.join(self.root, "below")
+        os.mkdir(below)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(below)
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            self.assertEqual(aimwatch.main(["init"]), 0)
+        self.assertEqual(out.getvalue(), f"created a repository at {below}\n")
+
+    def test_version_is_told(self) -> None:
+        self.assertEqual(self.run_cli("--version"), (0, f"aimwatch {aimwatch.__version__}\n", ""))
+
+    def test_every_command_has_help(self) -> None:
+        for command in COMMANDS:
+            with self.subTest(command=command):
+                code, out, err = self.run_cli(*command, "--help")
+                self.assertEqual((code, err), (0, ""))
+                self.assertRegex(out, r"^usage: [^\n]*" + " ".join(command[-1:]))
+                self.assertIn("--repo DIR", out)
+                self.assertRegex(out, r"\n\n[A-Z][^\n]+[a-z]")
+                self.assertNotIn("None", out)
+
+    def test_help_names_every_command(self) -> None:
+        out = self.run_cli("--help")[1] + self.run_cli("notifiers", "--help")[1]
+        for command in COMMANDS[1:]:
+            self.assertRegex(out, rf"\n    {command[-1]}[ \n]")
+
+    def test_repository_that_is_not_there_is_named_with_the_way_out(self) -> None:
+        missing, plain = os.path.join(self.root, "x"), os.path.join(self.root, "plain")
+        with open(plain, "w"):
+            pass
+        for argv in (["start"], ["status"], ["notifiers", "list"], ["notifiers", "test"]):
+            for root, text in (
+                (missing, f"run 'aim-watcher --repo {missing} init' or start a run there"),
+                (plain, f"{plain} is a file, not a folder"),
+            ):
+                with self.subTest(argv=argv, root=root):
+                    code, out, err = self.run_cli("--repo", root, *argv)
+                    self.assertEqual((code, out, err.count("\n")), (1, "", 1))
+                    self.assertTrue(err.endswith(f": no repository at {root}: {text}\n"), err)
+        self.assertFalse(os.path.exists(missing))
+
+    def test_wrong_usage_returns_2(self) -> None:
+        for argv, message in (
+            ([], "the following arguments are required: COMMAND"),
+            (["dance"], "invalid choice: 'dance'"),
+            (["start", "--grace", "x"], "'x' is not a number of seconds from 0 up"),
+            (["start", "--grace", "-1"], "'-1' is not a number of seconds from 0 up"),
+            (["start", "--grace", "nan"], "'nan' is not a number of seconds from 0 up"),
+            (["start", "--poll-interval", "0"], "'0' is not a number of seconds from 0.05 up"),
+            (["start", "--dance"], "unrecognized arguments: --dance"),
+            (["notifiers"], "the following arguments are required: COMMAND"),
+            (["notifiers", "remove"], "the following arguments are required: ID"),
+            (["notifiers", "add", "pigeon"], "invalid choice: 'pigeon'"),
+            (["notifiers", "set-log-level", "loud"], "'loud' is not one of DEBUG, INFO"),
+        ):
+            with self.subTest(argv=argv):
+                code, out, err = self.run_cli(*argv)
+                self.assertEqual((code, out), (2, ""))
+                self.assertIn(message, err)
+
+
+class TestDemo(Case):
+    def test_demo_is_right_and_leaves_nothing_unless_told_to_keep_it(self) -> None:
+        demos = {}
+        for option in ((), ("--keep",)):
+            folder = os.path.join(self.root, "kept" if option else "removed")
+            os.mkdir(folder)
+            os.environ["TMPDIR"] = folder
+            process = self.command(sys.executable, MODULE, "demo", *option, start_new_session=True)
+            demos[option] = folder, process
+        for option, (folder, process) in demos.items():
+            with self.subTest(option=option):
+                out, err = process.communicate(timeout=60)
+                self.assertEqual((process.returncode, err), (0, ""), out)
+                rows = [line for line in out.splitlines() if line.endswith(("  ok", "  WRONG"))]
+                self.assertEqual([row.split()[-1] for row in rows], ["ok"] * 6)
+                self.assertEqual([row.split()[0] for row in rows],
+                                 ["finishes", "raises", "killed", "hangs", "terminated", "stalls"])  # fmt: skip
+                self.assertRegex(rows[5], "  stalled, recovered, finished  stalled, recovered, finished  ")
+                self.assertRegex(out, r"\nEvery event was told once, in time \([0-9]+ s\)\.\n")
+                for text in ("failed: ValueError: loss is NaN at step 10", "its process is gone",
+                             "its process is still there", "failed: terminated by SIGTERM"):  # fmt: skip
+                    self.assertIn(text, out)
+                with self.assertRaises(ProcessLookupError):
+                    os.killpg(process.pid, 0)
+                left = os.listdir(folder)
+                if not option:
+                    self.assertEqual(left, [])
+                    continue
+                (kept,) = left
+                root = os.path.join(folder, kept)
+                self.assertTrue(
+                    out.endswith(f"The repository is kept: python3 aimwatch.py --repo {root} status\n")
+                )
+                code, shown, _ = self.run_cli("--repo", root, "status")
+                self.assertEqual((code, shown.splitlines()[-1]), (1, "2 stalled, 2 failed, 2 finished"))
+
+
+AIM_RUN = """import os, signal, sys, time
+import aim
+root, how = sys.argv[1:]
+aim.Repo.from_path(root, init=not os.path.exists(os.path.join(root, ".aim", "VERSION")))
+run = aim.Run(repo=root, system_tracking_interval=None, capture_terminal_logs=False)
+print(run.hash, flush=True)
+for step in range(6):
+    run.report_progress(expect_next_in=1)
+    run.track(1.0 / (step + 1), name="loss", step=step)
+    time.sleep(0.25)
+if how == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+run.report_successful_finish()
+run.close()
+os._exit(0)
+"""
+
+#: Aim's own watcher with a grace of 1 s; it prints what it would tell.
+AIM_WATCHER = """import os, sys, time
+import aim.sdk.run_status_watcher as status
+from aim.sdk.repo import Repo
+
+class Recorder:
+    def notify(self, message=None, **given):
+        hash = getattr(given.get("run"), "hash", "-")
+        print(hash, (message or "something wrong").format(**given), flush=True)
+
+status.GRACE_PERIOD = 1.0
+status.get_notifier = lambda path: Recorder()
+watcher = status.RunStatusWatcher(Repo.from_path(sys.argv[1]))
+print("ready", watcher.initialized, flush=True)
+try:
+    while True:
+        watcher.check_for_new_events()
+        time.sleep(0.1)
+except BaseException as error:
+    print("DIED", type(error).__name__, error, flush=True)
+    os._exit(1)
+"""
+
+
+@unittest.skipUnless(importlib.util.find_spec("aim"), "aim is not importable here")
+class TestBesideAim(WatcherProcessCase):
+    def setUp(self) -> None:
+        super().setUp()
+        os.environ["AIM_UI_TELEMETRY_ENABLED"] = "0"
+
+    def test_runs_of_aim_are_watched_by_us(self) -> None:
+        self.configure(all={"type": "logger", "events": list(aimwatch.EVENTS)})
+        watcher = self.start_watcher("--grace", "0.5")
+        finished = self.process(AIM_RUN, self.root, "finish")
+        first = finished.stdout.readline().strip()  # two first runs at once trip over each other in Aim
+        killed = self.process(AIM_RUN, self.root, "kill")
+        second = killed.stdout.readline().strip()
+        self.assertTrue(first and second)
+        expected = {(first, "started"), (first, "finished"), (second, "started"), (second, "stalled")}
+        self.wait_for(lambda: set(self.sent()) >= expected, 30.0)
+        self.assertEqual(sorted(self.sent()), sorted(expected))
+        told = self.end(watcher)
+        self.assertIn(f"Run '{second}' stalled: silent for ", told)
+        self.assertNotIn("not a check-in", told)
+        self.assertNotIn("its process", told)
+
+    def test_our_runs_are_watched_by_aim(self) -> None:
+        stalls = self.process(BEATING).stdout.readline().strip()
+        crashes = self.process(BEATING + "    if time.monotonic() > 0: raise ValueError")
+        failed = crashes.stdout.readline().strip()
+        watcher = self.command(sys.executable, "-c", AIM_WATCHER, self.root)
+        self.assertEqual(watcher.stdout.readline(), "ready True\n")
+        self.wait_for(lambda: self.flags(failed) == ["check_in", "failed"])
+        told = [watcher.stdout.readline()]
+        self.assertEqual(told, [f"{failed} something wrong\n"])
+        finished = self.our_run()
+        self.assertEqual(watcher.stdout.readline(), f"{finished} Run '{finished}' finished without error.\n")
+        self.assertIsNone(watcher.poll())
+        self.assertTrue(stalls)
+
+
+# ======================================================================================
+# Bench
+#
+# `python3 test_aimwatch.py bench`: every figure beside its baseline from the same run, as the
+# median of turns taken alternately, since machines are shared and noisy. Where the real Aim can be
+# imported, it is measured too.
+# ======================================================================================
+
+
+class Bench:
+    """Measures, and prints one aligned line per figure."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+
+    def line(self, what: str, ours: str, base: str, ratio: float, limit: str, ok: bool) -> None:
+        self.failed += not ok
+        verdict = "ok" if ok else "OVER"
+        print(f"{what:<44} {ours:>12}  {base:<44} {ratio:>8.2f}  {limit:<12} {verdict}", flush=True)
+
+    def compare(
+        self, what: str, ours: Any, base_name: str, base: Any, limit: float, unit: str = "us",
+        count: int = 1, turns: int = 9,
+    ) -> None:  # fmt: skip
+        """Time two functions in turn; each does its thing `count` times."""
+        mine, theirs, ratios = [], [], []
+        for _ in range(turns):
+            times = []
+            for function in (base, ours):
+                begun = time.perf_counter()
+                function()
+                times.append((time.perf_counter() - begun) / count)
+            theirs.append(times[0])
+            mine.append(times[1])
+            ratios.append(times[1] / times[0])
+        scale = {"ns": 1e9, "us": 1e6, "ms": 1e3, "s": 1.0}[unit]
+        ratio = statistics.median(ratios)
+        self.line(
+            what, f"{statistics.median(mine) * scale:.3g} {unit}",
+            f"{base_name} {statistics.median(theirs) * scale:.3g} {unit}", ratio,
+            f"<= {limit:g}", ratio <= limit,
+        )  # fmt: skip
+
+    def at_most(self, what: str, value: float, unit: str, limit: float) -> None:
+        """Print a figure that has a limit of its own and no baseline."""
+        self.line(what, f"{value:.3g} {unit}", "its limit", value / limit, f"<= {limit:g}", value <= limit)
+
+
+def _repeat(function: Callable[[], Any], count: int) -> Callable[[], None]:
+    def repeated() -> None:
+        for _ in range(count):
+            function()
+
+    return repeated
+
+
+def bench_progress(bench: Bench, root: str) -> None:
+    run = Run(repo=root)
+    run.report_progress(expect_next_in=3600)
+    count = 200_000
+    monotonic = time.monotonic
+
+    def progress() -> None:
+        for _ in range(count):
+            run.report_progress(expect_next_in=3600)
+
+    def bare() -> None:
+        for _ in range(count):
+            monotonic()
+
+    bench.compare("report_progress, not writing", progress, "time.monotonic()", bare, 5, "ns", count)
+    before, begun = _idx(root, run), time.monotonic()
+    while time.monotonic() < begun + 3:
+        run.report_progress(expect_next_in=2)
+    bench.at_most("check-ins written, E = 2 s, tight loop", (_idx(root, run) - before) / 3, "/s", 1.34)
+
+    def blocking() -> None:
+        for _ in range(200):
+            run.report_progress(expect_next_in=60, block=True)
+
+    paths = aimwatch.find_repo(root)
+    names = [os.path.join(paths.pending, name) for name in ("x", "y")]
+    open(names[0], "w").close()
+
+    def renames() -> None:
+        for _ in range(100):
+            os.rename(names[0], names[1])
+            os.rename(names[1], names[0])
+
+    bench.compare("report_progress, writing", blocking, "os.rename", renames, 5, "us", 200)
+    os.unlink(names[0])
+    run.close()
+
+
+def _idx(root: str, run: Run) -> int:
+    names = os.listdir(aimwatch.find_repo(root).check_ins)
+    return max(int(name.split("-")[1]) for name in names if name.startswith(run.hash))
+
+
+def _fill_check_ins(paths: aimwatch.RepoPaths, count: int, promise_s: int) -> List[str]:
+    names = []
+    for number in range(count):
+        name = aimwatch.check_in_name(f"{number:024x}", 1, "check_in", time.time(), promise_s)
+        open(os.path.join(paths.check_ins, name), "w").close()
+        names.append(name)
+    return names
+
+
+def bench_poll(bench: Bench, root: str) -> None:
+    paths = aimwatch.find_repo(root, create=True)
+    names = _fill_check_ins(paths, 10_000, 330)
+    watcher = aimwatch.Watcher(paths)
+    watcher.poll()
+
+    def bare() -> None:
+        os.listdir(paths.check_ins)
+
+    bench.compare("poll, 10,000 runs, none checks in", watcher.poll, "os.listdir", bare, 2, "ms", 1, 31)
+
+    def renew(share: int) -> Callable[[], None]:
+        turn = [0]
+
+        def renewed() -> None:
+            # As many as check in within one second: promises are renewed after their margin.
+            for at in range(turn[0], len(names), share):
+                parsed = aimwatch.parse_check_in(names[at])
+                assert parsed is not None
+                name = aimwatch.check_in_name(parsed.run_hash, parsed.idx + 1, "check_in",
+                                              time.time(), parsed.expect_next_in_s)  # fmt: skip
+                os.rename(os.path.join(paths.check_ins, names[at]), os.path.join(paths.check_ins, name))
+                names[at] = name
+            turn[0] = (turn[0] + 1) % share
+            bare()  # not part of the figure: the folder's pages are as warm for both
+
+        return renewed
+
+    for share, promise in ((30, "5 min"), (6, "1 min")):
+        renewed = renew(share)
+        ratios, polls, lists = [], [], []
+        for _ in range(21):
+            renewed()
+            begun = time.perf_counter()
+            bare()
+            between = time.perf_counter()
+            watcher.poll()
+            done = time.perf_counter()
+            lists.append(between - begun)
+            polls.append(done - between)
+            ratios.append(polls[-1] / lists[-1])
+        limit = 2.0 if share == 30 else 2.5
+        bench.line(
+            f"poll, 10,000 runs that promise {promise}", f"{statistics.median(polls) * 1e3:.3g} ms",
+            f"os.listdir {statistics.median(lists) * 1e3:.3g} ms", statistics.median(ratios),
+            f"<= {limit:g}", statistics.median(ratios) <= limit,
+        )  # fmt: skip
+    watcher.close()
+    seconds = 10.0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aimwatch", "--repo", root, "start"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=_environ(root),
+    )  # fmt: skip
+    time.sleep(2)
+    before = _cpu_s(process.pid)
+    time.sleep(seconds)
+    used = _cpu_s(process.pid) - before
+    resident = _proc_status(process.pid, "VmHWM") / 1024
+    process.terminate()
+    process.wait()
+    bench.at_most("idle watcher, 10,000 runs: of one core", 100 * used / seconds, "%", 3)
+    bench.at_most("idle watcher, 10,000 runs: resident, peak", resident, "MB", 40)
+
+
+def _proc_status(pid: int, field: str) -> int:
+    with open(f"/proc/{pid}/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(f"{field}:"))
+
+
+def _cpu_s(pid: int) -> float:
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _environ(root: str) -> Dict[str, str]:
+    """Return an environment in which aimwatch is compiled once, as it is for users."""
+    environ = {**os.environ, "PYTHONPATH": HERE, "PYTHONPYCACHEPREFIX": os.path.join(root, "pyc")}
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    subprocess.run([sys.executable, "-c", "import aimwatch"], env=environ, check=True)
+    return environ
+
+
+def bench_import(bench: Bench, root: str) -> None:
+    environ = _environ(root)
+
+    def start(code: str) -> Callable[[], None]:
+        return lambda: subprocess.run([sys.executable, "-c", code], env=environ, check=True) and None
+
+    start("import aimwatch")()
+    bench.compare("start Python and import aimwatch", start("import aimwatch"), "import json, logging",
+                  start("import json, logging, threading"), 2, "ms", 1, 15)  # fmt: skip
+
+
+def bench_aim_progress(bench: Bench, root: str) -> None:
+    import aim  # type: ignore[import-not-found]
+
+    aim.Repo.from_path(root, init=True)
+    theirs = aim.Run(repo=root, system_tracking_interval=None, capture_terminal_logs=False)
+    ours = Run(repo=root)
+    count = 20_000
+
+    def progress(run: Any) -> Callable[[], None]:
+        def loop() -> None:
+            for _ in range(count):
+                run.report_progress(expect_next_in=60)
+
+        return loop
+
+    bench.compare("report_progress against Aim's", progress(ours), "aim", progress(theirs), 1, "us", count)
+    ours.close()
+    theirs.close()
+
+
+def run_bench() -> int:
+    """Run every part in a repository of its own; 1 where a figure is over its limit."""
+    bench = Bench()
+    print(f"{'figure':<44} {'aimwatch':>12}  {'baseline':<44} {'ratio':>8}  limit")
+    parts = [bench_import, bench_progress, bench_poll]
+    if importlib.util.find_spec("aim") is not None:
+        parts += [bench_aim_progress]
+    for part in parts:
+        root = tempfile.mkdtemp(prefix="aimwatch-bench-")
+        try:
+            part(bench, root)
+        finally:
+            shutil.rmtree(root, ignore_errors=True)
+    return 1 if bench.failed else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["bench"]:
+        sys.exit(run_bench())
+    unittest.main()
