@@ -6445,17 +6445,17 @@ def _level(text: str) -> int:
 def _parser() -> Any:
     import argparse
 
-    repo = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            # A webhook in the wrong place must not be repeated in somebody's cron mail.
+            super().error(re.sub(r"(://[^/\s'\"]*)[^\s'\"]*", r"\1/***", message))
+
+    repo = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     repo.add_argument(
         "--repo",
         metavar="DIR",
         help="the folder that holds .aim (default: $AIMWATCH_REPO, else the nearest .aim here or above)",
     )
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            # A webhook in the wrong place must not be repeated in somebody's cron mail.
-            super().error(re.sub(r"(://[^/\s'\"]*)[^\s'\"]*", r"\1/***", message))
 
     parser = Parser(
         prog=command_line(),
