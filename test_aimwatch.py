@@ -3073,7 +3073,7 @@ class DamagedConfig(NotifierCase):
         for raw, problem in (
             ("text", "is not an object"),
             ([], "is not an object"),
-            ({}, "type 'None' is not one of slack, workplace, logger"),
+            ({}, "type 'None' is not one of slack, workplace, logger, webhook, email, command"),
             ({"type": "pager", "arguments": {}}, "type 'pager' is not one of slack, work"),
             ({"type": ["slack"], "arguments": {}}, "is not one of slack"),
             ({"type": "slack"}, "has no 'arguments' object"),
@@ -3399,7 +3399,7 @@ class Messages(unittest.TestCase):
             (facts_of("recovered", run_reason="silent for 5 min"), "✅ Run 'n1' recovered: silent for 5 min"),
             (facts_of("started"), "Run 'n1' started"),
             (facts_of("finished"), "✅ Run 'n1' finished"),
-            (facts_of("log", run_reason="ERROR: x"), "Run 'n1' log: ERROR: x"),
+            (facts_of("log", run_reason="2 messages"), "📝 Run 'n1' logged 2 messages"),
             (facts_of("failed", run_name=""), "❌ Run '000000000000000000000001' failed"),
         ):  # fmt: skip
             with self.subTest(first):
@@ -3517,7 +3517,9 @@ class Messages(unittest.TestCase):
             self.assertNotIn("&", re.sub("&(amp|lt|gt);", "", body), limit)
 
     def test_slack_escape_leaves_nothing_with_a_meaning(self) -> None:
-        self.assertEqual(aimwatch.slack_escape("<!channel> & <@U1>"), "&lt;!channel&gt; &amp; &lt;@U1&gt;")
+        self.assertEqual(
+            aimwatch.slack_escape("<!channel> & <@U1>"), "&lt;!channel&gt; &amp; &lt;@\u200bU1&gt;"
+        )
         self.assertEqual(aimwatch.slack_escape("&lt;"), "&amp;lt;")
 
 
@@ -3547,7 +3549,7 @@ class Judgements(unittest.TestCase):
             (200, "", "retry", "without 'ok'"),
             (200, "<html>log\n in</html>".replace("\n ", " "), "retry", portal),
             (204, "", "retry", "HTTP 204 without 'ok'"),
-            (400, "invalid_payload", "retry", "HTTP 400: invalid_payload"),
+            (400, "invalid_payload", "refused", "HTTP 400: invalid_payload"),
             (403, "invalid_token", "broken", "HTTP 403: invalid_token"),
             (200, "invalid_token", "broken", "HTTP 200: invalid_token"),
             (400, "invalid_token", "broken", "HTTP 400: invalid_token"),
@@ -3591,7 +3593,7 @@ class Judgements(unittest.TestCase):
             (401, error(None), "broken", "Graph error None: said"),
             (400, error([1]), "broken", "Graph error [1]: said"),
             (500, error(190), "retry", "HTTP 500: "),
-            (400, '{"error": "text"}', "retry", "HTTP 400: "),
+            (400, '{"error": "text"}', "refused", "HTTP 400: "),
             (401, "", "broken", "HTTP 401"),
             (404, "", "broken", "HTTP 404"),
             (301, "", "broken", "HTTP 301: redirected; give the final URL"),
@@ -4260,7 +4262,7 @@ class Telling(NotifierCase):
             self.logged.lines,
             [
                 "WARNING notifier slack abcdefgh: HTTP 500: a; trying again",
-                "WARNING notifier slack abcdefgh: HTTP 404: c; mend it with 'notifiers'; what waits is kept",
+                "WARNING notifier slack abcdefgh: HTTP 404: c; what waits is kept until it is mended; see 'notifiers list'",
                 "INFO notifier slack abcdefgh is reached again",
             ],
         )
@@ -4332,7 +4334,9 @@ class Telling(NotifierCase):
         self.configure(bad=hook("ftp://x/SECRETSECRET"), good=hook(server.url))
         dispatcher = self.dispatcher()
         self.assertEqual(dispatcher.describe(), "slack good")
-        self.assertRegex(self.logged.lines[0], "ERROR notifier bad the URL must start .*; it is not used")
+        self.assertRegex(
+            self.logged.lines[0], "ERROR notifier bad argument 'url': the URL must start .*; it is not used"
+        )
         self.assert_hidden(self.logged.lines[0])
         dispatcher.tell([event_of(1)])
         self.wait_sent("good", 1)
@@ -4528,8 +4532,8 @@ class NotifiersAdd(NotifierCase):
         entry = self.only_entry()
         self.assertEqual(entry["arguments"], {"url": GOOD_URL, "message": "lost {run.hash}"})
         for said in (
-            "Select notifier type to add (slack, workplace, logger): ",
-            "'foo' is not one of slack, workplace, logger.",
+            "Select notifier type to add (slack, workplace, logger, webhook, email, command): ",
+            "'foo' is not one of slack, workplace, logger, webhook, email, command.",
             "Webhook URL: Error: the URL must start with https:// or http://, and this one has ftp:",
             "Webhook URL: This is needed.",
             "Error: the message names {oops}, which does not exist: use {event}",
@@ -4591,7 +4595,7 @@ class NotifiersAdd(NotifierCase):
         here = self.path(GOOD_URL)
         url, group = ("--webhook-url", GOOD_URL), ("workplace", "--group-id", "1")
         for argv, stdin, message in (
-            ((), "", "with --yes the type must be given: slack, workplace, logger$"),
+            ((), "", "with --yes the type must be given: slack, workplace, logger, webhook, email, command$"),
             (("slack",), "", "notifiers add slack --yes needs --webhook-url or --webhook-url-file$"),
             (("workplace", "--access-token", "t"), "", "workplace --yes needs --group-id$"),
             (group, "", "workplace --yes needs --access-token or --access-token-file$"),
@@ -4786,7 +4790,7 @@ class OnATerminal(NotifierCase):
 
     def test_secret_is_not_echoed(self) -> None:
         code, seen = self.converse(
-            ("(slack, workplace, logger): ", "slack\n"),
+            ("(slack, workplace, logger, webhook, email, command): ", "slack\n"),
             ("Webhook URL (not shown): ", f"{GOOD_URL}\n"),
             ("(empty for the default): ", "hello\n"),
             ("[Y/n]: ", "y\n"),
@@ -4799,7 +4803,7 @@ class OnATerminal(NotifierCase):
 
     def test_token_is_not_echoed_and_ctrl_c_saves_nothing(self) -> None:
         code, seen = self.converse(
-            ("(slack, workplace, logger): ", "workplace\n"),
+            ("(slack, workplace, logger, webhook, email, command): ", "workplace\n"),
             ("Group ID: ", "1\n"),
             ("Access token (not shown): ", f"{TOKEN} x\n"),
             ("Access token (not shown): ", "\x03"),
@@ -4836,12 +4840,12 @@ class NotifiersCommands(NotifierCase):
         expected = [
             {
                 "id": "a", "type": "slack", "status": "enabled", "events": ["log"], "problem": None,
-                "arguments": {"url": "https://hooks.example.com/***", "message": ""},
+                "broken_since": None, "waiting": 0, "arguments": {"url": "https://hooks.example.com/***", "message": ""},
             },
             {
                 "id": "b", "type": "pager", "status": "enabled", "arguments": {"k": "***"},
-                "events": ["stalled", "failed", "recovered"],
-                "problem": "type 'pager' is not one of slack, workplace, logger",
+                "events": ["stalled", "failed", "recovered"], "broken_since": None, "waiting": 0,
+                "problem": "type 'pager' is not one of slack, workplace, logger, webhook, email, command",
             },
         ]  # fmt: skip
         self.assertEqual(json.loads(out), expected)
@@ -5509,7 +5513,7 @@ class TestWatcher(WatchCase):
         real = os.listdir
 
         def slow(path: str) -> List[str]:
-            self.clock.pass_(300.0)
+            self.clock.pass_(300.0 if path == self.paths.check_ins else 0.0)
             return real(path)
 
         with mock.patch.object(aimwatch.os, "listdir", slow):
@@ -6030,7 +6034,7 @@ class TestStart(WatcherProcessCase):
         for number in (signal.SIGINT, signal.SIGTERM):
             self.addCleanup(signal.signal, number, signal.getsignal(number))
         error = OSError(5, "Input/output error", self.paths.check_ins)
-        with mock.patch.object(aimwatch.os, "listdir", side_effect=error):
+        with mock.patch.object(aimwatch.os, "scandir", side_effect=error):
             code, _, err = self.run_cli("start", "--once")
         self.assertIn(f"cannot list {self.paths.check_ins}: Input/output error", err)
         self.assertEqual(code, 1)
