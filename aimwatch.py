@@ -4257,6 +4257,8 @@ MAX_MESSAGE = 3000
 #: How many runs a message names before it only counts them.
 DIGEST_LINES = 20
 _ICONS = {STALLED: "❗", FAILED: "❌", RECOVERED: "✅", FINISHED: "✅", TROUBLE: "❗", LOG: "📝"}
+#: So many events are told in full, where there is room.
+FULL_EVENTS = 5
 #: How much of a digest's line about one run is shown.
 DIGEST_LINE = 160
 
@@ -4315,8 +4317,12 @@ def default_message(facts: Facts) -> str:
         lines.append(_with("last errors logged:\n{}", facts, "run.errors"))
         heading = "where it hangs" if facts.get("event") == STALLED else "where it failed"
         lines.append(_with(f"{heading}, innermost last:\n{{}}", facts, "run.frames"))
-    lines.append(f"look further: aim-watcher --repo {facts.get('repo', '')} status")
-    return "\n".join(line for line in lines if line)
+    return "\n".join(line for line in [*lines, look_further(facts)] if line)
+
+
+def look_further(facts: Facts) -> str:
+    """Return the line that says which command shows more."""
+    return f"look further: aim-watcher --repo {facts.get('repo', '')} status"
 
 
 _PROCESS_TEXT = {
@@ -4362,7 +4368,10 @@ def digest(template: Optional[str], batch: Sequence[Facts]) -> str:
         values = {facts.get(field, "") for facts in batch}
         if len(values) == 1 and "" not in values:
             lines.append(f"all of {label} {values.pop()}")
-    last = f"look further: aim-watcher --repo {batch[0].get('repo', '')} status"
+    last = look_further(batch[0])
+    whole = [message_for(template, facts).replace(f"\n{last}", "") for facts in batch[: FULL_EVENTS + 1]]
+    if len(whole) <= FULL_EVENTS and sum(map(len, [*lines, *whole, last])) + 20 < MAX_MESSAGE:
+        return "\n\n".join(["\n".join(lines), *whole, last])
     room = MAX_MESSAGE - sum(map(len, lines)) - len(last) - 40
     shown = 0
     for facts in batch[:DIGEST_LINES]:
