@@ -856,7 +856,8 @@ class LogWriter:
             same = os.path.samestat(os.lstat(self.path), os.fstat(self._fd))
         except OSError as error:
             return error.errno not in GONE
-        self._lost = self._lost and not same
+        if same and self._lost:
+            self._lost, self._retry_mono = False, 0.0
         return same
 
     def leave(self) -> None:
@@ -3545,6 +3546,11 @@ class Repo:
         self._overlay: Any = None
         #: Size of the log of every run in the overlay; -1 for one whose log is gone.
         self._overlay_sizes: Dict[str, int] = {}
+
+    def __del__(self) -> None:
+        overlay = self.__dict__.get("_overlay")
+        if overlay is not None:
+            overlay.close()
 
     @classmethod
     def from_path(cls, path: str, read_only: Optional[bool] = None, init: bool = False) -> Repo:
