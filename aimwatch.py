@@ -863,7 +863,7 @@ class LogWriter:
     def leave(self) -> None:
         """Write no more to the file, which is not there any more: what comes waits in memory."""
         if not self._lost:
-            self._lost = True
+            self._lost = self._torn = True  # the second, so that one look at it finds either
             log.warning("%s is gone; records wait in memory until its folder is there again", self.path)
 
     def open_again(self, first: Sequence[bytes], last: Sequence[bytes]) -> None:
@@ -955,18 +955,22 @@ class LogWriter:
             os.fsync(self._fd)
 
     def _write(self, line: bytes) -> bool:
-        if self._lost:
-            return False
-        data = b"\n" + line if self._torn else line
+        if self._torn:
+            if self._lost:
+                return False
+            line = b"\n" + line
         try:
-            written = os.write(self._fd, data)
+            written = os.write(self._fd, line)
         except OSError as error:
             if not self._backlog:
                 self._retry_mono = time.monotonic() + RETRY_S
                 log.warning("cannot write %s: %s; records wait in memory", self.path, error.strerror)
             return False
-        self._torn = written < len(data) and (written > 0 or self._torn)
-        return written >= len(data) - 1  # the next record brings the line break
+        if written == len(line):
+            self._torn = False
+            return True
+        self._torn = written > 0 or self._torn
+        return written == len(line) - 1  # the next record brings the line break
 
     def close(self) -> int:
         """Try once more to write what waits, and let go of the file. Return its size in bytes, or -1
@@ -1112,6 +1116,7 @@ LOOK_S = 1.0
 #: How long a lock on a run may be somebody's look at whether it is held.
 PROBE_WAIT_S = 0.3
 _MAX_FRAMES = 6
+_INF, _MINUS_INF = math.inf, -math.inf
 _monotonic = time.monotonic
 
 
@@ -1336,7 +1341,7 @@ class Run:
         self._complained = False
         self._warned_odd = False
         self._lines = 0
-        self._looked_s = 0.0
+        self._look_at_s = 0.0
         self._dropped = 0
         if read_only:
             self._read()
@@ -1518,7 +1523,7 @@ class Run:
         if self._pid and self._lock.acquire(blocking=False):
             try:
                 now_s = time.time()
-                if not 0 <= now_s - self._looked_s < LOOK_S:
+                if now_s >= self._look_at_s:
                     self._look(now_s)
             finally:
                 self._lock.release()
@@ -1593,9 +1598,9 @@ class Run:
         if not self._may_write("track"):
             return
         now = time.time()
-        held = self._lock.acquire(timeout=LOCK_WAIT_S)
+        held = self._lock.acquire(True, LOCK_WAIT_S)
         try:
-            if not 0 <= now - self._looked_s < LOOK_S:
+            if now >= self._look_at_s:
                 self._look(now)
             for metric, number in points:
                 self._add_point(metric, number, step, epoch, context, now)
@@ -1617,12 +1622,16 @@ class Run:
         except (AttributeError, KeyError, TypeError):
             series = self._declare(name, context)
         if step is None:
-            step = min(series.last_step + 1, MAX_STEP - 1) if series.count else 0
-        text = repr(value) if -math.inf < value < math.inf else f'"{float(value)!r}"'
-        if epoch is None:
-            line = f"[{series.id},{step},{text},{now:.3f}]\n"
+            step = series.last_step + 1 if series.count else 0
+            if step >= MAX_STEP:
+                step = MAX_STEP - 1
+        # The innermost loop's business: no call that can be spared.
+        if epoch is None and _MINUS_INF < value < _INF:
+            line = f"[{series.id},{step},{value!r},{now:.3f}]\n"
+        elif epoch is None:
+            line = f"[{series.id},{step},{json_text(value)},{now:.3f}]\n"
         else:
-            line = f"[{series.id},{step},{text},{now:.3f},{json_text(epoch)}]\n"
+            line = f"[{series.id},{step},{json_text(value)},{now:.3f},{json_text(epoch)}]\n"
         series.add(step, value, now, epoch)
         self._state.last_time = now
         self._append(line.encode("ascii"))
@@ -1845,7 +1854,7 @@ class Run:
         held = self._lock.acquire(timeout=LOCK_WAIT_S)
         try:
             now = time.time()
-            if self._pid and not 0 <= now - self._looked_s < LOOK_S:
+            if self._pid and now >= self._look_at_s:
                 self._look(now)
             # From the line, so that the state shares nothing with what the caller holds.
             if not self._state.apply(from_json(line)):
@@ -1864,6 +1873,7 @@ class Run:
 
     def _checkpoint(self) -> None:
         self._lines = 0
+        self._look_at_s = 0.0  # also where the clock was set back
         with contextlib.suppress(RecursionError):  # params that somebody else nested too deeply
             self._log.append(self._state.to_checkpoint())
 
@@ -1873,7 +1883,7 @@ class Run:
         Never where there is no `.aim`: a share that is not mounted leaves an empty folder, and what
         was written below it would be hidden when the share comes back.
         """
-        self._looked_s = now_s
+        self._look_at_s = now_s + LOOK_S
         try:
             log_there, marker_there = self._log.is_there(), self._marker_is_there()
             if not log_there:
@@ -2146,7 +2156,7 @@ def _checked_epoch(epoch: Any) -> float:
 
 def json_text(value: float) -> str:
     """Return a float as JSON, or as the string that stands for it."""
-    return repr(value) if math.isfinite(value) else f'"{value!r}"'
+    return repr(value) if math.isfinite(value) else f'"{float(value)!r}"'
 
 
 def _param_path(key: Any) -> List[str]:
@@ -2461,6 +2471,8 @@ class Index:
 
     def __init__(self, paths: RepoPaths) -> None:
         self.paths = paths
+        #: What could not be read when the index was built anew.
+        self.problems: List[str] = []
 
     @contextlib.contextmanager
     def writing(self, wait_s: float = 10.0, most_runs: float = math.inf) -> Iterator[sqlite3.Connection]:
@@ -2469,6 +2481,12 @@ class Index:
         Raises IndexBusy after `wait_s`, or where the index must be built of more than `most_runs`
         first, and OSError or sqlite3.Error where it cannot be written.
         """
+        with self.locked(wait_s), contextlib.closing(self._open_or_rebuild(most_runs)) as db:
+            yield db
+
+    @contextlib.contextmanager
+    def locked(self, wait_s: float) -> Iterator[None]:
+        """Keep every other writer out until the block ends. Raises IndexBusy after `wait_s`."""
         deadline = _monotonic() + wait_s
         busy = IndexBusy(f"{self.paths.index} is being written by another process: try again later")
         if not _process.index.acquire(timeout=wait_s):
@@ -2481,7 +2499,7 @@ class Index:
                 if _monotonic() >= deadline:
                     raise busy
                 time.sleep(0.01)
-            yield undo.enter_context(contextlib.closing(self._open_or_rebuild(most_runs)))
+            yield
 
     def _open_or_rebuild(self, most_runs: float) -> sqlite3.Connection:
         try:
@@ -2497,15 +2515,31 @@ class Index:
         self.rebuild()
         return open_index(self.paths.index)
 
-    def rebuild(self, progress: Callable[[int, int], None] = lambda done, of: None) -> List[str]:
-        """Build the index anew beside the old one and replace it; return what could not be read.
+    def is_usable(self) -> bool:
+        """True where there is an index of this version; damage further in is found by its use."""
+        try:
+            if not os.path.getsize(self.paths.index):
+                return False
+            open_index(self.paths.index, read_only=True).close()
+        except FileNotFoundError:
+            return False
+        except Exception as error:
+            return not _is_damage(error)
+        return True
+
+    def mend(self, wait_s: float) -> None:
+        """Build a damaged index anew. Raises as `writing` does."""
+        with self.locked(wait_s):
+            self.rebuild()
+
+    def rebuild(self, progress: Callable[[int, int], None] = lambda done, of: None) -> None:
+        """Build the index anew beside the old one and replace it.
 
         To be called by the holder of the lock. Killed at any moment, it leaves the old one.
         """
         for leftover in self._leftovers():
             os.unlink(leftover)
         temporary = f"{self.paths.index}.{os.urandom(6).hex()}.tmp"
-        problems: List[str] = []
         try:
             db = open_index(temporary)
             with contextlib.closing(db):
@@ -2520,7 +2554,7 @@ class Index:
                     if state is not None:
                         index_run(db, state, size)
                     if problem:
-                        problems.append(problem)
+                        self.problems.append(problem)
                 db.execute("COMMIT")
                 progress(len(hashes), len(hashes))
             fd = os.open(temporary, os.O_RDONLY)
@@ -2535,7 +2569,6 @@ class Index:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
-        return problems
 
     def _leftovers(self) -> List[str]:
         """Return the files of rebuilds that were killed; the lock says that none is under way."""
@@ -2583,7 +2616,7 @@ class Reindexer:
     def __init__(self, paths: RepoPaths) -> None:
         self.paths = paths
         self.index = Index(paths)
-        self.problems: List[str] = []
+        self.problems = self.index.problems
         #: Size of the log when a run that still lives was indexed last, so that it is not read in vain.
         self._sizes: Dict[str, int] = {}
 
@@ -2613,9 +2646,23 @@ class Reindexer:
                 raise
             # Found in the middle of the file; without it, it is built anew.
             log.warning("%s: %s; building it anew", self.paths.index, error)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.paths.index)
+            self.index.mend(wait_s)
             return self._run(hashes, batch_s, wait_s, progress)
+
+    def run_all(
+        self,
+        rebuild: bool = False,
+        wait_s: float = 10.0,
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> List[str]:
+        """Index every pending run, after building the index anew where it must be or `rebuild` says
+        so; return what could not be read. Raises as `run` does."""
+        if rebuild or not self.index.is_usable():
+            with self.index.locked(wait_s):
+                if rebuild or not self.index.is_usable():  # another process may have been quicker
+                    self.index.rebuild(progress)
+        self.run(self.pending(), wait_s=wait_s, progress=progress)
+        return list(dict.fromkeys(self.problems))
 
     def _run(
         self, hashes: Sequence[str], batch_s: float, wait_s: float, progress: Callable[[int, int], None]
@@ -3669,15 +3716,21 @@ class Repo:
         return self._answer(select_metrics, compile_query(q, "metric"))
 
     def _answer(self, select: Callable[..., List[Any]], query: CompiledQuery) -> List[Any]:
-        with contextlib.ExitStack() as stack:
+        for mended in (False, True):
             index = self._open_index()
-            if index is not None:
-                stack.callback(index.close)
-                try:
+            if index is None:
+                break
+            try:
+                with contextlib.closing(index):
                     hidden = self._read_news(index)
                     return select([self._overlay, index], query, hidden)
-                except sqlite_error() as error:
+            except sqlite_error() as error:
+                if mended or not _is_damage(error):
                     log.warning("%s: %s; reading the run logs", self._paths.index, error)
+                    break
+                log.warning("%s: %s; building it anew", self._paths.index, error)
+            with contextlib.suppress(sqlite_error(), IndexBusy, OSError):
+                self._index.mend(1.0)
         hidden = self._read_news(None)
         return select([self._overlay], query, hidden)
 
@@ -3743,12 +3796,7 @@ class Repo:
     def reindex(self, rebuild: bool = False) -> List[str]:
         """Bring the index up to date with every pending run, or build it anew; return what could
         not be read. Raises IndexBusy where another process holds the index for too long."""
-        reindexer = Reindexer(self._paths)
-        if rebuild:
-            with self._index.writing() as _:
-                reindexer.problems += self._index.rebuild()
-        reindexer.run(reindexer.pending())
-        return reindexer.problems
+        return Reindexer(self._paths).run_all(rebuild)
 
 
 #: A question that meets more news than this tries to put them into the index.
@@ -5531,7 +5579,7 @@ class ReindexThread(threading.Thread):
             if problem not in self._complained and len(self._complained) < 1000:
                 self._complained.add(problem)
                 log.warning("%s", problem)
-        self._reindexer.problems = []
+        self._reindexer.problems.clear()
 
     def stop(self, limit_s: float) -> None:
         """End after the run in hand; wait at most `limit_s` for it."""
@@ -6411,17 +6459,14 @@ def cmd_reindex(args: Any) -> int:
     reindexer = Reindexer(paths)
     progress = Progress(sys.stderr)
     try:
-        if args.rebuild:
-            with reindexer.index.writing(REINDEX_WAIT_S):
-                reindexer.problems += reindexer.index.rebuild(progress)
-        reindexer.run(reindexer.pending(), wait_s=REINDEX_WAIT_S, progress=progress)
+        problems = reindexer.run_all(args.rebuild, REINDEX_WAIT_S, progress)
     except (OSError, sqlite_error()) as error:
         raise AimwatchError(f"cannot write {paths.index}: {error}") from None
     finally:
         progress.clear()
-    for problem in dict.fromkeys(reindexer.problems):
+    for problem in problems:
         print(f"{command_line()}: {problem}", file=sys.stderr)
-    return 1 if reindexer.problems else 0
+    return 1 if problems else 0
 
 
 #: How long `reindex` waits for another process that writes the index.
