@@ -154,7 +154,14 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is no JSON")
 
 
-_from_json = json.JSONDecoder(parse_constant=_no_constant).decode
+def _finite_number(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):  # 1e999: no writer of ours, and nothing that could be written again
+        raise ValueError(f"{text} is too large for a number")
+    return number
+
+
+_from_json = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite_number).decode
 
 
 def from_json(data: bytes) -> Any:
@@ -255,6 +262,14 @@ def local_time(epoch_s: float) -> str:
         return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(epoch_s)).rstrip()
     except (OverflowError, ValueError, OSError):
         return "at an unknown time"
+
+
+def brief(value: Any) -> str:
+    """Return what a wrong argument looks like, for the message that refuses it."""
+    try:
+        return printable(repr(value), 60)
+    except Exception:  # a tensor whose device is gone, an int of more than 4,300 digits
+        return f"unprintable {type(value).__name__}"
 
 
 def plural(count: int, noun: str) -> str:
@@ -504,6 +519,8 @@ class CheckInFile:
 # ======================================================================================
 
 LOG_FORMAT = 1
+#: The year 10000, where Python's calendar ends.
+MAX_TIME_S = 253_402_300_800
 #: A longer line is not ours, and is skipped without being held in memory.
 MAX_LINE_BYTES = 16 << 20
 #: How much a run keeps in memory while its log cannot be written.
@@ -513,6 +530,8 @@ RETRY_S = 1.0
 #: What a log says beside its points, since its last checkpoint, counts up to this size: a run that
 #: declares series without end must not fill the memory of who reads it.
 MAX_STATE_BYTES = 2 * MAX_LINE_BYTES
+#: Errors that mean "the file that was here is not any more", as opposed to "it cannot be seen now".
+GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EBADF}
 _CHECKPOINT_START = b'{"checkpoint"'
 #: A checkpoint is written every so many lines, and at the end.
 CHECKPOINT_LINES = 10_000
@@ -584,7 +603,8 @@ class SeriesState:
     def to_list(self) -> List[Any]:
         """Return the series as a checkpoint holds it."""
         floats = [json_float(value) for value in (self.min, self.max, self.last)]
-        steps = [self.first_step, self.last_step, self.last_epoch, self.last_time]
+        epoch = None if self.last_epoch is None else json_float(self.last_epoch)
+        steps = [self.first_step, self.last_step, epoch, json_float(self.last_time)]
         return [self.id, self.name, self.context, self.count, *floats, *steps]
 
     @classmethod
@@ -609,6 +629,8 @@ def json_float(value: float) -> Union[float, str]:
 
 #: Deeper params are stored as text.
 MAX_PARAM_DEPTH = 50
+#: Longer ints too: Python refuses to turn more than 4,300 digits into text or back.
+MAX_INT_BITS = 8192
 
 
 def encode_value(value: Any, odd: List[str], depth: int = 0) -> Any:
@@ -618,7 +640,12 @@ def encode_value(value: Any, odd: List[str], depth: int = 0) -> Any:
     number that they hold, and anything else becomes text; its type is then added to `odd`.
     """
     kind = type(value)
-    if value is None or kind in (bool, int, str):
+    if value is None or kind in (bool, str):
+        return value
+    if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
+        odd.append(f"an int of {value.bit_length()} bits")
+        return hex(value)
+    if kind is int:
         return value
     if isinstance(value, float):
         value = float(value)
@@ -646,7 +673,7 @@ def _text_key(key: Any) -> str:
 def decode_value(value: Any) -> Any:
     """Return what `encode_value` was given, as a copy."""
     if isinstance(value, dict):
-        if len(value) == 1 and isinstance(value.get("$float"), str):
+        if len(value) == 1 and value.get("$float") in ("nan", "inf", "-inf"):
             return float(value["$float"])
         return {key: decode_value(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -698,14 +725,17 @@ class RunState:
             pass
         return False
 
-    def _seen(self, when: Any) -> None:
-        self.last_time = max(self.last_time, float(when))
+    def _seen(self, when: Any) -> float:
+        when_s = float(when)
+        if not 0 <= when_s < MAX_TIME_S:
+            raise ValueError(f"{when} is no time")
+        self.last_time = max(self.last_time, when_s)
+        return when_s
 
     def _apply_point(self, point: List[Any]) -> bool:
-        epoch = point[4] if len(point) > 4 else None
-        when = float(point[3])
-        self.series[point[0]].add(int(point[1]), float(point[2]), when, epoch)
-        self.last_time = max(self.last_time, when)
+        epoch = float(point[4]) if len(point) > 4 else None
+        step, value, series = int(point[1]), float(point[2]), self.series[point[0]]
+        series.add(step, value, self._seen(point[3]), epoch)
         return True
 
     def _apply_header(self, record: Dict[str, Any]) -> None:
@@ -790,10 +820,13 @@ class RunState:
             raise ValueError("another format")
         # Everything is looked at before anything is taken over: half a checkpoint would be a lie.
         errors, end, next_idx = map(str, record["errors"]), record["end"], _checked_idx(record["next_idx"])
+        if isinstance(end, dict):
+            self._seen(end["time"])
         self._seen(record["last_time"])
+        created_at = self._seen(record["header"].get("created_at", self.created_at))
         self.next_idx = max(self.next_idx, next_idx)
         self.header, self.params, self.props = record["header"], record["params"], record["props"]
-        self.created_at = float(self.header.get("created_at", self.created_at))
+        self.created_at = created_at
         self.series = {item.id: item for item in series}
         self.logs = record["logs"]
         self.errors = deque(errors, maxlen=5)
@@ -824,6 +857,9 @@ class LogWriter:
 
     A record that the disk refuses waits in memory, in order, and is tried again with the next
     record at most once a second. When the buffer is full the oldest wait is given up and counted.
+
+    A file that was removed or moved away takes writes all the same, and nobody would find them: the
+    owner asks `is_there` now and then, and has the file made again with `open_again`.
     """
 
     def __init__(self, path: str) -> None:
@@ -832,15 +868,90 @@ class LogWriter:
         self._backlog: Deque[bytes] = deque()
         self._backlog_bytes = 0
         self._retry_mono = 0.0
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-        self._fd = os.open(path, flags, 0o666)
-        info = os.fstat(self._fd)
-        if not stat.S_ISREG(info.st_mode):
-            os.close(self._fd)
-            raise OSError(errno.EINVAL, "not a regular file", path)
-        self.size = info.st_size
-        # A writer that was killed may have left half a line; the next record must not join it.
-        self._torn = self.size > 0 and os.pread(self._fd, 1, self.size - 1) != b"\n"
+        self._lost = False
+        self._open(path, os.O_CREAT)
+
+    def _open(self, path: str, how: int) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | how, 0o666)
+        try:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", path)
+            # A writer that was killed may have left half a line; the next record must not join it.
+            torn = info.st_size > 0 and os.pread(fd, 1, info.st_size - 1) != b"\n"
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd, self.size, self._torn = fd, info.st_size, torn
+
+    def is_there(self) -> bool:
+        """True where the path leads to the file that is written, also again, or nobody can tell."""
+        try:
+            same = os.path.samestat(os.lstat(self.path), os.fstat(self._fd))
+        except OSError as error:
+            return error.errno not in GONE
+        if same and self._lost:
+            self._lost, self._retry_mono = False, 0.0
+        return same
+
+    def leave(self) -> None:
+        """Write no more to the file, which is not there any more: what comes waits in memory."""
+        if not self._lost:
+            self._lost = self._torn = True  # the second, so that one look at it finds either
+            log.warning("%s is gone; records wait in memory until its folder is there again", self.path)
+
+    def open_again(self, first: Sequence[bytes], last: Sequence[bytes]) -> None:
+        """Make the file again after `leave`, with what it held and what waits. Raises OSError.
+
+        Where what it held cannot be read any more, or another file took the place, the lines `first`
+        begin an empty file, and `last`, which must say as much as all those that are lost, follow
+        what waits.
+        """
+        old = self._fd
+        try:
+            size = os.lstat(self.path).st_size
+        except FileNotFoundError:
+            size = 0
+        if size or not self._copy_back(old):
+            self._open(self.path, os.O_CREAT)
+            if not self.size:
+                self._backlog.extendleft(reversed(first))
+            self._backlog.extend(last)
+            self._backlog_bytes = sum(map(len, self._backlog))
+        with contextlib.suppress(OSError):
+            os.close(old)
+        self._lost = False
+        if self.flush(now=True, again=True):
+            log.warning("%s is there again (%d records lost)", self.path, self.dropped)
+
+    def _copy_back(self, old: int) -> bool:
+        """Put what is still readable of a removed file at its path, in one step; False for none."""
+        temporary = f"{self.path}.{os.urandom(6).hex()}.tmp"
+        try:
+            self._open(temporary, os.O_CREAT | os.O_EXCL)
+        except OSError:
+            return False
+        try:
+            at = 0
+            while True:
+                data = os.pread(old, 1 << 20, at)
+                if not data:
+                    break
+                at += len(data)
+                while data:
+                    data = data[os.write(self._fd, data) :]
+            self._torn = at > 0 and os.pread(self._fd, 1, at - 1) != b"\n"
+            if at:
+                os.rename(temporary, self.path)
+                self.size = at
+                return True
+        except OSError as error:
+            log.debug("%s cannot be copied: %s", self.path, error.strerror)
+        os.close(self._fd)
+        self._fd = old
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        return False
 
     def append(self, record: Any) -> None:
         """Write one record as a line; keep it for later where that fails. Never raises OSError."""
@@ -856,20 +967,21 @@ class LogWriter:
                 self.dropped += 1
             self.flush()
 
-    def flush(self, now: bool = False) -> bool:
+    def flush(self, now: bool = False, again: bool = False) -> bool:
         """Write what waits; True when nothing waits any more."""
         mono = time.monotonic()
         if self._backlog and (now or mono >= self._retry_mono):
             self._retry_mono = mono + RETRY_S
-            while self._backlog and self._write(self._backlog[0]):
-                self._backlog_bytes -= len(self._backlog.popleft())
-            if not self._backlog:
+            while self._backlog:
+                line = self._backlog[0]
+                if not self._write(line):
+                    break
+                # Of a line that a signal's handler wrote meanwhile, nothing waits here any more.
+                if self._backlog and self._backlog[0] is line:
+                    self._backlog_bytes -= len(self._backlog.popleft())
+            if not self._backlog and not again:
                 log.warning("%s can be written again (%d records lost)", self.path, self.dropped)
         return not self._backlog
-
-    def end(self) -> int:
-        """Return the size of the file now, in bytes."""
-        return os.fstat(self._fd).st_size
 
     def sync(self) -> None:
         """Wait until what was written has reached the disk, as far as the disk tells."""
@@ -877,22 +989,34 @@ class LogWriter:
             os.fsync(self._fd)
 
     def _write(self, line: bytes) -> bool:
-        data = b"\n" + line if self._torn else line
+        if self._torn:
+            if self._lost:
+                return False
+            line = b"\n" + line
         try:
-            written = os.write(self._fd, data)
+            written = os.write(self._fd, line)
         except OSError as error:
             if not self._backlog:
                 self._retry_mono = time.monotonic() + RETRY_S
                 log.warning("cannot write %s: %s; records wait in memory", self.path, error.strerror)
             return False
-        self._torn = written < len(data) and (written > 0 or self._torn)
-        return written >= len(data) - 1  # the next record brings the line break
+        if written == len(line):
+            self._torn = False
+            return True
+        self._torn = written > 0 or self._torn
+        return written == len(line) - 1  # the next record brings the line break
 
-    def close(self) -> None:
-        """Try once more to write what waits, and let go of the file."""
+    def close(self) -> int:
+        """Try once more to write what waits, and let go of the file. Return its size in bytes, or -1
+        where not everything is in it."""
+        size = -1
         if not self.flush(now=True):
             log.error("%s: %d records could not be written", self.path, len(self._backlog))
-        os.close(self._fd)
+        with contextlib.suppress(OSError):  # of a share that is gone, not even this succeeds
+            if not self._backlog and not self.dropped:
+                size = os.fstat(self._fd).st_size
+            os.close(self._fd)
+        return size
 
 
 def read_log(path: str, run_hash: str, most_bytes: float = math.inf) -> RunState:
@@ -930,6 +1054,15 @@ def read_log(path: str, run_hash: str, most_bytes: float = math.inf) -> RunState
             if not _apply_line(state, line) and whole:
                 state.skipped += 1
     return state
+
+
+def log_problem(state: RunState) -> str:
+    """Return why a log that was read is of no use, or ""."""
+    version = state.header.get("format", LOG_FORMAT)
+    if version != LOG_FORMAT:
+        known = f"this aimwatch knows {LOG_FORMAT}"
+        return f"written in format {brief(version)}, and {known}: use the newer aimwatch"
+    return "" if state.created_at else "no run description in it: it is empty, or no run's log"
 
 
 def read_points(path: str, series_id: int) -> List[Tuple[int, float, Optional[float], float]]:
@@ -1024,13 +1157,18 @@ IDLE_CHECK_IN_S = 30.0
 #: How long a run that ends goes on trying to say so on a disk that refuses.
 END_RETRIES, END_RETRY_S = 4, 0.5
 MAX_STEP = 2**63
+#: A longer log message is cut.
+MAX_LOG_MESSAGE = 1 << 20
 #: How long a run that closes waits for the index.
 INDEX_ITSELF_S = 2.0
 #: How long a record waits for another thread's before it goes ahead.
 LOCK_WAIT_S = 2.0
+#: How often a run looks whether its files are still there.
+LOOK_S = 1.0
 #: How long a lock on a run may be somebody's look at whether it is held.
 PROBE_WAIT_S = 0.3
 _MAX_FRAMES = 6
+_INF, _MINUS_INF = math.inf, -math.inf
 _monotonic = time.monotonic
 #: How long after a missed promise the stacks are written.
 STACKS_AFTER_S = 0.5
@@ -1392,6 +1530,8 @@ class Run:
         self._stacks_fd = -1
         self._news = ""
         self._news_waits, self._news_mono = False, -math.inf
+        self._look_at_s = 0.0
+        self._dropped = 0
         if read_only:
             self._read()
         else:
@@ -1422,6 +1562,10 @@ class Run:
             ) from None
         except OSError as error:
             raise RepoError(f"cannot read {path}: {error.strerror}") from None
+        problem = log_problem(self._state)
+        if problem:
+            del self._state  # asked again, it says so again
+            raise RepoError(f"cannot read {path}: {problem}")
 
     def _open(self, may_exist: bool) -> None:
         # Reentrant: the SIGTERM handler runs on top of whatever the main thread was doing.
@@ -1512,11 +1656,9 @@ class Run:
         """Go on where an earlier process left this run, and return the check-ins that are ours."""
         if self._log.size:
             self._state = read_log(self._log.path, self.hash)
-            if self._state.header.get("format", LOG_FORMAT) != LOG_FORMAT:
-                raise RepoError(
-                    f"run {self.hash} was written in format {self._state.header['format']!r} and "
-                    f"this aimwatch writes format {LOG_FORMAT}: use the newer aimwatch"
-                )
+            problem = log_problem(self._state) if self._state.created_at else ""
+            if problem:
+                raise RepoError(f"cannot go on with run {self.hash}: {problem}")
             self._news = self._news_name()
         names = []
         for name in os.listdir(self._paths.check_ins):
@@ -1568,6 +1710,13 @@ class Run:
         self, flag: str, expect_s: float, margin_s: float, asked: Any, strict: bool = False
     ) -> bool:
         """Write a check-in and note what it covers; no lock is held while it is written."""
+        if self._pid and self._lock.acquire(blocking=False):
+            try:
+                now_s = time.time()
+                if now_s >= self._look_at_s:
+                    self._look(now_s)
+            finally:
+                self._lock.release()
         now = _monotonic()
         written_s = math.ceil(expect_s + margin_s) if expect_s else 0
         idx = self._file.next_idx()
@@ -1646,14 +1795,17 @@ class Run:
         if step is not None and type(step) is not int:
             step = _checked_step(step)
         if step is not None and not -MAX_STEP <= step < MAX_STEP:
-            raise ArgumentError(f"step {step} of metric {points[0][0]!r} does not fit in 64 bits")
+            named = brief(points[0][0]) if points else "{}"
+            raise ArgumentError(f"step {brief(step)} of metric {named} does not fit in 64 bits")
         if epoch is not None:
             epoch = _checked_epoch(epoch)
         if not self._may_write("track"):
             return
         now = time.time()
-        held = self._lock.acquire(timeout=LOCK_WAIT_S)
+        held = self._lock.acquire(True, LOCK_WAIT_S)
         try:
+            if now >= self._look_at_s:
+                self._look(now)
             for metric, number in points:
                 self._add_point(metric, number, step, epoch, context, now)
         finally:
@@ -1675,11 +1827,15 @@ class Run:
             series = self._declare(name, context)
         if step is None:
             step = series.last_step + 1 if series.count else 0
-        text = repr(value) if -math.inf < value < math.inf else f'"{float(value)!r}"'
-        if epoch is None:
-            line = f"[{series.id},{step},{text},{now:.3f}]\n"
+            if step >= MAX_STEP:
+                step = MAX_STEP - 1
+        # The innermost loop's business: no call that can be spared.
+        if epoch is None and _MINUS_INF < value < _INF:
+            line = f"[{series.id},{step},{value!r},{now:.3f}]\n"
+        elif epoch is None:
+            line = f"[{series.id},{step},{json_text(value)},{now:.3f}]\n"
         else:
-            line = f"[{series.id},{step},{text},{now:.3f},{json_text(epoch)}]\n"
+            line = f"[{series.id},{step},{json_text(value)},{now:.3f},{json_text(epoch)}]\n"
         series.add(step, value, now, epoch)
         self._state.last_time = now
         self._append(line.encode("ascii"))
@@ -1687,7 +1843,7 @@ class Run:
     def _declare(self, name: str, context: Optional[Dict[str, Any]]) -> SeriesState:
         if context is not None and not isinstance(context, dict):
             raise ArgumentTypeError(
-                f"context of metric {name!r} must be a dict, not {type(context).__name__}"
+                f"context of metric {brief(name)} must be a dict, not {type(context).__name__}"
             )
         odd: List[str] = []
         encoded = encode_value(context or {}, odd)
@@ -1697,7 +1853,8 @@ class Run:
             self._record({"series": series_id, "name": name, "context": encoded})
             self._by_key[key] = self._state.series[series_id]
             self._warn_odd(odd, f"context of metric {name!r}")
-        with contextlib.suppress(TypeError):  # a context with a list in it has no short cut
+        # A context with anything else in it has no short cut: it may not hash, or be another each time.
+        if all(type(item) in (str, int, bool) for item in (context or {}).values()):
             self._by_key[name, tuple(context.items()) if context else ()] = self._by_key[key]
         return self._by_key[key]
 
@@ -1876,7 +2033,7 @@ class Run:
 
     def _log_message(self, level: int, msg: Any, params: Dict[str, Any]) -> None:
         if self._may_write("log"):
-            record: Dict[str, Any] = {"log": level, "message": str(msg)}
+            record: Dict[str, Any] = {"log": level, "message": str(msg)[:MAX_LOG_MESSAGE]}
             record["time"] = round(time.time(), 3)
             if params:
                 record["params"] = encode_value(params, [])
@@ -1916,8 +2073,18 @@ class Run:
         with it.
         """
         line = to_json(record).encode("ascii") + b"\n"
+        if len(line) > MAX_LINE_BYTES:
+            kind = next(iter(record))
+            what = f"param {'.'.join(record[kind])!r}" if kind == "set" else kind
+            raise ArgumentError(
+                f"{printable(what, 80)} takes {len(line)} bytes, and a record holds at most "
+                f"{MAX_LINE_BYTES}: store it in a file, and its path here"
+            )
         held = self._lock.acquire(timeout=LOCK_WAIT_S)
         try:
+            now = time.time()
+            if self._pid and now >= self._look_at_s:
+                self._look(now)
             # From the line, so that the state shares nothing with what the caller holds.
             if not self._state.apply(from_json(line)):
                 return False
@@ -1936,7 +2103,49 @@ class Run:
 
     def _checkpoint(self) -> None:
         self._lines = 0
-        self._log.append(self._state.to_checkpoint())
+        self._look_at_s = 0.0  # also where the clock was set back
+        with contextlib.suppress(RecursionError):  # params that somebody else nested too deeply
+            self._log.append(self._state.to_checkpoint())
+
+    def _look(self, now_s: float) -> None:
+        """See whether the run's files are still where they were, and make them again where not.
+
+        Never where there is no `.aim`: a share that is not mounted leaves an empty folder, and what
+        was written below it would be hidden when the share comes back.
+        """
+        self._look_at_s = now_s + LOOK_S
+        try:
+            log_there, marker_there = self._log.is_there(), self._marker_is_there()
+            if not log_there:
+                self._log.leave()
+            if not (log_there and marker_there) and os.path.isdir(self._paths.aim):
+                self._paths.create()
+                if not marker_there:
+                    # First, since it says that no other process writes the run meanwhile.
+                    old, self._marker_fd = self._marker_fd, self._take_marker(self._marker_path())
+                    with contextlib.suppress(OSError):
+                        os.close(old)
+                if not log_there:
+                    records = self._state.header, self._state.to_checkpoint()
+                    header, checkpoint = ([to_json(record).encode("ascii") + b"\n"] for record in records)
+                    self._log.open_again(header, checkpoint)
+                    # The check-in went with it: let the next report be written.
+                    self._window, self._deadline = (math.nan, 0.0), 0.0
+        except (OSError, AimwatchError, RecursionError) as error:
+            log.debug("run %s: %s", self.hash, error)
+        if self._log.dropped > self._dropped and self._log.flush():
+            # What was given up may have declared a series; from here on the log is whole again.
+            self._dropped = self._log.dropped
+            self._checkpoint()
+
+    def _marker_path(self) -> str:
+        return os.path.realpath(self._paths.marker(self.hash))
+
+    def _marker_is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._paths.marker(self.hash)), os.fstat(self._marker_fd))
+        except OSError as error:
+            return error.errno not in GONE
 
     # ---------------------------------------------------------------- the end
 
@@ -2029,11 +2238,13 @@ class Run:
                 _process.stacks.close(self)
                 if self._news_waits:
                     self._write_news()
+                self._look(time.time())
                 self._checkpoint()
-                size = self._log.end()
-                self._log.close()
-                self._index_itself(size)
-                os.close(self._marker_fd)
+                size = self._log.close()
+                if size >= 0:
+                    self._index_itself(size)
+                with contextlib.suppress(OSError):
+                    os.close(self._marker_fd)
         finally:
             if held:
                 self._lock.release()
@@ -2156,30 +2367,30 @@ def _number(value: Any, name: Any) -> float:
     shape = getattr(value, "shape", None)
     what = type(value).__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
     raise ArgumentTypeError(
-        f"metric {name!r} cannot record {what} ({printable(repr(value), 60)}): track() takes one "
+        f"metric {brief(name)} cannot record {what} ({brief(value)}): track() takes one "
         "number, or a dict of names to numbers"
     )
 
 
 def _checked_step(step: Any) -> int:
     try:
-        return operator.index(step)
+        return int(operator.index(step))  # of a bool, and of an enum's member, index() is itself
     except TypeError:
         if isinstance(step, float) and step.is_integer():
             return int(step)
-    raise ArgumentTypeError(f"step must be an integer, not {printable(repr(step), 60)}")
+    raise ArgumentTypeError(f"step must be an integer, not {brief(step)}")
 
 
 def _checked_epoch(epoch: Any) -> float:
     try:
         return float(epoch)
     except (TypeError, ValueError, OverflowError):
-        raise ArgumentTypeError(f"epoch must be a number, not {printable(repr(epoch), 60)}") from None
+        raise ArgumentTypeError(f"epoch must be a number, not {brief(epoch)}") from None
 
 
 def json_text(value: float) -> str:
     """Return a float as JSON, or as the string that stands for it."""
-    return repr(value) if math.isfinite(value) else f'"{value!r}"'
+    return repr(value) if math.isfinite(value) else f'"{float(value)!r}"'
 
 
 def _param_path(key: Any) -> List[str]:
@@ -2384,7 +2595,9 @@ def _index_metrics(db: sqlite3.Connection, run_id: int | None, series: list[Seri
     for s in series:
         context = decode_value(s.context)
         key = _key(context)
-        numbers = [s.count, s.min, s.max, s.last, s.first_step, s.last_step, s.last_epoch, s.last_time, s.id]
+        # Floats also of a live run's ints, so that a run reads the same whoever indexed it.
+        floats = [float(value) for value in (s.min, s.max, s.last)]
+        numbers = [s.count, *floats, s.first_step, s.last_step, s.last_epoch, s.last_time, s.id]
         metric_rows.append((run_id, sql_value(s.name), key, *map(sql_value, numbers)))
         context_rows.append((key, "", _json_bytes(context)))
         context_rows += [(key, path, value) for path, value in _flatten(context)]
@@ -2492,6 +2705,8 @@ class Index:
 
     def __init__(self, paths: RepoPaths) -> None:
         self.paths = paths
+        #: What could not be read when the index was built anew.
+        self.problems: List[str] = []
 
     @contextlib.contextmanager
     def writing(self, wait_s: float = 10.0, most_runs: float = math.inf) -> Iterator[sqlite3.Connection]:
@@ -2500,6 +2715,12 @@ class Index:
         Raises IndexBusy after `wait_s`, or where the index must be built of more than `most_runs`
         first, and OSError or sqlite3.Error where it cannot be written.
         """
+        with self.locked(wait_s), contextlib.closing(self._open_or_rebuild(most_runs)) as db:
+            yield db
+
+    @contextlib.contextmanager
+    def locked(self, wait_s: float) -> Iterator[None]:
+        """Keep every other writer out until the block ends. Raises IndexBusy after `wait_s`."""
         deadline = _monotonic() + wait_s
         busy = IndexBusy(f"{self.paths.index} is being written by another process: try again later")
         if not _process.index.acquire(timeout=wait_s):
@@ -2512,7 +2733,7 @@ class Index:
                 if _monotonic() >= deadline:
                     raise busy
                 time.sleep(0.01)
-            yield undo.enter_context(contextlib.closing(self._open_or_rebuild(most_runs)))
+            yield
 
     def _open_or_rebuild(self, most_runs: float) -> sqlite3.Connection:
         try:
@@ -2528,15 +2749,31 @@ class Index:
         self.rebuild()
         return open_index(self.paths.index)
 
-    def rebuild(self, progress: Callable[[int, int], None] = lambda done, of: None) -> List[str]:
-        """Build the index anew beside the old one and replace it; return what could not be read.
+    def is_usable(self) -> bool:
+        """True where there is an index of this version; damage further in is found by its use."""
+        try:
+            if not os.path.getsize(self.paths.index):
+                return False
+            open_index(self.paths.index, read_only=True).close()
+        except FileNotFoundError:
+            return False
+        except Exception as error:
+            return not _is_damage(error)
+        return True
+
+    def mend(self, wait_s: float) -> None:
+        """Build a damaged index anew. Raises as `writing` does."""
+        with self.locked(wait_s):
+            self.rebuild()
+
+    def rebuild(self, progress: Callable[[int, int], None] = lambda done, of: None) -> None:
+        """Build the index anew beside the old one and replace it.
 
         To be called by the holder of the lock. Killed at any moment, it leaves the old one.
         """
         for leftover in self._leftovers():
             os.unlink(leftover)
         temporary = f"{self.paths.index}.{os.urandom(6).hex()}.tmp"
-        problems: List[str] = []
         try:
             db = open_index(temporary)
             with contextlib.closing(db):
@@ -2551,7 +2788,7 @@ class Index:
                     if state is not None:
                         index_run(db, state, size)
                     if problem:
-                        problems.append(problem)
+                        self.problems.append(problem)
                 db.execute("COMMIT")
                 progress(len(hashes), len(hashes))
             fd = os.open(temporary, os.O_RDONLY)
@@ -2566,7 +2803,6 @@ class Index:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
-        return problems
 
     def _leftovers(self) -> List[str]:
         """Return the files of rebuilds that were killed; the lock says that none is under way."""
@@ -2602,11 +2838,9 @@ def load_run(paths: RepoPaths, run_hash: str) -> Tuple[Optional[RunState], int, 
         state = read_log(path, run_hash)
     except OSError as error:
         return None, 0, f"{path}: {error.strerror}"
-    if not state.created_at:
-        return None, size, f"{path}: no run description in it" if size else ""
-    version = state.header.get("format", LOG_FORMAT)
-    if version != LOG_FORMAT:
-        return None, size, f"{path}: format {version!r} is newer than this aimwatch ({LOG_FORMAT})"
+    problem = log_problem(state)
+    if problem:
+        return None, size, f"{path}: {problem}" if size else ""
     return state, size, ""
 
 
@@ -2616,7 +2850,7 @@ class Reindexer:
     def __init__(self, paths: RepoPaths) -> None:
         self.paths = paths
         self.index = Index(paths)
-        self.problems: List[str] = []
+        self.problems = self.index.problems
         #: Size of the log when a run that still lives was indexed last, so that it is not read in vain.
         self._sizes: Dict[str, int] = {}
 
@@ -2646,9 +2880,23 @@ class Reindexer:
                 raise
             # Found in the middle of the file; without it, it is built anew.
             log.warning("%s: %s; building it anew", self.paths.index, error)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.paths.index)
+            self.index.mend(wait_s)
             return self._run(hashes, batch_s, wait_s, progress)
+
+    def run_all(
+        self,
+        rebuild: bool = False,
+        wait_s: float = 10.0,
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> List[str]:
+        """Index every pending run, after building the index anew where it must be or `rebuild` says
+        so; return what could not be read. Raises as `run` does."""
+        if rebuild or not self.index.is_usable():
+            with self.index.locked(wait_s):
+                if rebuild or not self.index.is_usable():  # another process may have been quicker
+                    self.index.rebuild(progress)
+        self.run(self.pending(), wait_s=wait_s, progress=progress)
+        return list(dict.fromkeys(self.problems))
 
     def _run(
         self, hashes: Sequence[str], batch_s: float, wait_s: float, progress: Callable[[int, int], None]
@@ -2702,11 +2950,13 @@ class Reindexer:
         if problem:
             self.problems.append(problem)
         if state is None:
-            return False
+            # What a rebuild would not find is not to be found now either.
+            delete_run(db, run_hash)
+            return gone and not problem
         if gone and state.end is None:
             size = finalize_dead(self.paths, state, self.signs.get(run_hash, 0.0))
         index_run(db, state, size)
-        return gone
+        return gone and size >= 0
 
     def forget_sizes(self) -> None:
         """Let `changed` return every pending run again."""
@@ -2747,19 +2997,21 @@ def last_check_ins(paths: RepoPaths) -> Dict[str, float]:
 
 def finalize_dead(paths: RepoPaths, state: RunState, last_check_in: float) -> int:
     """Record the end of a run whose process is gone, at its last sign of life, and return the
-    size of its log. The caller holds the run's marker, which makes it the log's only writer."""
+    size of its log, or -1 where that could not be written: the index may know of the end, but the
+    marker must stay. The caller holds the run's marker, which makes it the log's only writer."""
     last = max(state.last_time, state.created_at, last_check_in)
     end: Dict[str, Any] = {"end": FAILED, "time": last, "idx": state.next_idx - 1, "reason": DIED}
     state.apply(end)
     try:
         writer = LogWriter(paths.run_log(state.hash))
     except OSError:
-        return 0  # the index knows of the end; the log will be looked at again
+        return -1
     writer.append(end)
-    writer.append(state.to_checkpoint())
-    size = writer.end()
-    writer.close()
-    return size
+    with contextlib.suppress(RecursionError):  # params that somebody else nested too deeply
+        writer.append(state.to_checkpoint())
+    # Before the marker goes: a power cut must not leave a run without an end that nobody looks at.
+    writer.sync()
+    return writer.close()
 
 
 # ======================================================================================
@@ -3576,6 +3828,11 @@ class Repo:
         #: Size of the log of every run in the overlay; -1 for one whose log is gone.
         self._overlay_sizes: Dict[str, int] = {}
 
+    def __del__(self) -> None:
+        overlay = self.__dict__.get("_overlay")
+        if overlay is not None:
+            overlay.close()
+
     @classmethod
     def from_path(cls, path: str, read_only: Optional[bool] = None, init: bool = False) -> Repo:
         """Return the repository at a path, as the constructor does."""
@@ -3693,15 +3950,21 @@ class Repo:
         return self._answer(select_metrics, compile_query(q, "metric"))
 
     def _answer(self, select: Callable[..., List[Any]], query: CompiledQuery) -> List[Any]:
-        with contextlib.ExitStack() as stack:
+        for mended in (False, True):
             index = self._open_index()
-            if index is not None:
-                stack.callback(index.close)
-                try:
+            if index is None:
+                break
+            try:
+                with contextlib.closing(index):
                     hidden = self._read_news(index)
                     return select([self._overlay, index], query, hidden)
-                except sqlite_error() as error:
+            except sqlite_error() as error:
+                if mended or not _is_damage(error):
                     log.warning("%s: %s; reading the run logs", self._paths.index, error)
+                    break
+                log.warning("%s: %s; building it anew", self._paths.index, error)
+            with contextlib.suppress(sqlite_error(), IndexBusy, OSError):
+                self._index.mend(1.0)
         hidden = self._read_news(None)
         return select([self._overlay], query, hidden)
 
@@ -3737,6 +4000,8 @@ class Repo:
                 if state is not None:
                     index_run(self._overlay, state, size)
                     self._overlay_sizes[run_hash] = size
+                else:
+                    hidden.add(run_hash)
         return hidden
 
     def _news(self, index: Optional[sqlite3.Connection]) -> Tuple[Dict[str, int], Set[str]]:
@@ -3765,12 +4030,7 @@ class Repo:
     def reindex(self, rebuild: bool = False) -> List[str]:
         """Bring the index up to date with every pending run, or build it anew; return what could
         not be read. Raises IndexBusy where another process holds the index for too long."""
-        reindexer = Reindexer(self._paths)
-        if rebuild:
-            with self._index.writing() as _:
-                reindexer.problems += self._index.rebuild()
-        reindexer.run(reindexer.pending())
-        return reindexer.problems
+        return Reindexer(self._paths).run_all(rebuild)
 
 
 #: A question that meets more news than this tries to put them into the index.
@@ -4916,6 +5176,7 @@ class OutboxState:
                     return
                 event = Event(record["event"], record["kind"], facts)
                 self.known[event.id] = list(record["to"])
+                self.waiting.pop(event.id, None)
                 if event.facts and record["to"]:
                     self.waiting[event.id] = (event, set(record["to"]))
             elif "sent" in record:
@@ -4983,8 +5244,31 @@ class Outbox:
 
     def _write(self, lines: str) -> None:
         if lines and not self._closed:
+            # Last, since what makes a lost file whole again says what is known, these lines included.
             self._writer.append_line(lines.encode("ascii"))
+            self._look()
             self._writer.sync()
+
+    def _look(self) -> None:
+        """Make the file again where it was removed. Its folder too, but never `.aim`."""
+        if self._writer.is_there():
+            return
+        self._writer.leave()
+        with contextlib.suppress(OSError):
+            os.mkdir(os.path.dirname(self.path))
+        with contextlib.suppress(OSError):
+            self._writer.open_again([], self._lines())
+
+    def _lines(self) -> List[bytes]:
+        """Return what the file must say at least: what waits, what is known to have been told, and
+        who does not work."""
+        state, lines = self._state, []
+        for event_id, notifier_ids in state.known.items():
+            event, waiting = state.waiting.get(event_id, (Event(event_id, "", {}), notifier_ids))
+            lines.append(self._line(event, sorted(waiting), event_id in state.waiting))
+        for notifier_id, (reason, since) in state.broken.items():
+            lines.append(to_json({"broken": notifier_id, "reason": reason, "time": since}) + "\n")
+        return [line.encode("ascii") for line in lines]
 
     def sent(self, event_ids: Sequence[str], notifier_id: str) -> None:
         """Record that a notifier was told of events."""
@@ -5035,12 +5319,14 @@ class Outbox:
         with self._lock:
             state = self._state
             try:
-                if self._writer.end() < max(COMPACT_BYTES, self._compact_at) or not self._writer.flush():
+                if not (self._writer.is_there() and self._writer.flush()):
+                    return
+                if os.path.getsize(self.path) < max(COMPACT_BYTES, self._compact_at):
                     return
                 state.known = {
                     item: to for item, to in state.known.items() if item in state.waiting or keep_id(item)
                 }
-                data = "".join(self._lines()).encode("ascii")
+                data = b"".join(self._lines())
                 replace_file(self.path, data)
                 self._writer.close()
                 self._writer = LogWriter(self.path)
@@ -5050,18 +5336,12 @@ class Outbox:
                 return
             self._compact_at = 2 * len(data)
 
-    def _lines(self) -> Iterator[str]:
-        state = self._state
-        for event_id, notifier_ids in state.known.items():
-            event, waiting = state.waiting.get(event_id, (Event(event_id, "", {}), notifier_ids))
-            yield self._line(event, sorted(waiting), event_id in state.waiting)
-        for notifier_id, (reason, since) in state.broken.items():
-            yield to_json({"broken": notifier_id, "reason": reason, "time": since}) + "\n"
-
     def flush(self) -> None:
-        """Try again to write what the disk refused."""
+        """Try again to write what the disk refused, or what lost its file."""
         with self._lock:
-            self._writer.flush()
+            if not self._closed:
+                self._look()
+                self._writer.flush()
 
     def close(self) -> None:
         """Let go of the file. What a courier says later is not written: it is told again."""
@@ -6476,7 +6756,7 @@ class ReindexThread(threading.Thread):
             if problem not in self._complained and len(self._complained) < 1000:
                 self._complained.add(problem)
                 log.warning("%s", problem)
-        self._reindexer.problems = []
+        self._reindexer.problems.clear()
 
     def stop(self, limit_s: float) -> None:
         """End after the run in hand; wait at most `limit_s` for it."""
@@ -7483,17 +7763,14 @@ def cmd_reindex(args: Any) -> int:
     reindexer = Reindexer(paths)
     progress = Progress(sys.stderr)
     try:
-        if args.rebuild:
-            with reindexer.index.writing(REINDEX_WAIT_S):
-                reindexer.problems += reindexer.index.rebuild(progress)
-        reindexer.run(reindexer.pending(), wait_s=REINDEX_WAIT_S, progress=progress)
+        problems = reindexer.run_all(args.rebuild, REINDEX_WAIT_S, progress)
     except (OSError, sqlite_error()) as error:
         raise AimwatchError(f"cannot write {paths.index}: {error}") from None
     finally:
         progress.clear()
-    for problem in dict.fromkeys(reindexer.problems):
+    for problem in problems:
         print(f"{command_line()}: {problem}", file=sys.stderr)
-    return 1 if reindexer.problems else 0
+    return 1 if problems else 0
 
 
 #: How long `reindex` waits for another process that writes the index.

@@ -16,16 +16,19 @@ import decimal
 import errno
 import fractions
 import gc
+import http
 import http.server
 import importlib.util
 import io
 import json
 import logging
 import math
+import mmap
 import os
 import pty
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -1370,7 +1373,7 @@ class ResumedRun(ProcessCase):
             Run("r", repo=self.root)
         self.assertEqual(
             str(caught.exception),
-            "run r was written in format 2 and this aimwatch writes format 1: use the newer aimwatch",
+            "cannot go on with run r: written in format 2, and this aimwatch knows 1: use the newer aimwatch",
         )
         self.assertEqual(open_fds(), fds)
 
@@ -1645,7 +1648,7 @@ class FullDisk(HandDriven):
                 run.report_progress(expect_next_in=60, block=True)
             os.rename(away, self.paths.aim)
             run.report_progress(expect_next_in=60, block=True)
-        self.assertEqual(len(logs.output), 2)
+        self.assertEqual(len(logs.output), 3, logs.output)
         self.assertEqual(self.flags("r-")[-1], "check_in")
 
     def test_records_wait_in_order_and_are_logged_once(self) -> None:
@@ -1741,9 +1744,11 @@ class FullDisk(HandDriven):
                     run.name = f"name {n}"  # 27 bytes each
             self.clock.pass_(1)
             run.name = "last"
-        self.assertIn("can be written again (8 records lost)", logs.output[-1])
+        self.assertIn("can be written again (7 records lost)", logs.output[-1])
         names = [record["props"]["name"] for record in self.records("r")[1:]]
-        self.assertEqual(names, ["name 8", "name 9", "last"])
+        self.assertEqual(names, ["name 7", "name 8", "name 9", "name 9", "last"])
+        # What was given up may have been needed to read the rest: a checkpoint makes up for it.
+        self.assertEqual(self.records("r")[4]["checkpoint"], 1)
 
     def test_log_that_stays_unwritable_is_an_error_at_the_end_and_no_exception(self) -> None:
         with self.assertLogs("aimwatch", logging.ERROR) as logs:
@@ -2684,6 +2689,887 @@ class RandomTest(IndexCase):
             some += 0 < len(expected) < 40
             self.assertEqual(self.ask(text), expected, text)
         self.assertGreater(some, 300)  # else the expressions would say nothing
+
+
+# ------------------------------------------------------------------------------ recording
+
+
+class Item:
+    """What a 0-d tensor or a NumPy scalar looks like to `track`."""
+
+    def __init__(self, value: Any, shape: Tuple[int, ...] = ()) -> None:
+        self.value, self.shape = value, shape
+
+    def item(self) -> Any:
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+    def __repr__(self) -> str:
+        return f"Item({self.value!r})"
+
+
+class Grumpy:
+    def __repr__(self) -> str:
+        raise RuntimeError("no text for you")
+
+
+class RecordingCase(Case):
+    """A case that holds what was recorded against every way to read it back."""
+
+    def reread(self, run_hash: str) -> Run:
+        return Run(run_hash, repo=self.root, read_only=True)
+
+    def points(self, run_hash: str, name: str = "m", context: Any = None) -> List[Tuple[int, float]]:
+        metric = self.reread(run_hash).get_metric(name, context)
+        assert metric is not None
+        return list(zip(metric.steps, metric.values))
+
+    def strict(self, run_hash: str) -> None:
+        """Check that every line of a log is JSON that any parser takes."""
+        with open(self.paths.run_log(run_hash), encoding="ascii") as file:
+            for line in file:
+                if line.strip():
+                    json.loads(line, parse_constant=self.fail)
+
+    def states(self, run_hash: str) -> Tuple[Any, Any]:
+        """Return the state that the log's tail gives and the one that the whole log gives."""
+        path = self.paths.run_log(run_hash)
+        from_tail = aimwatch.read_log(path, run_hash)
+        with mock.patch.object(aimwatch, "_last_checkpoint", return_value=0):
+            whole = aimwatch.RunState(run_hash)
+            with open(path, "rb") as file:
+                for line, _ in aimwatch.read_lines(file):
+                    if not line.startswith(b'{"checkpoint"'):
+                        whole.skipped += not aimwatch._apply_line(whole, line)
+        return from_tail, whole
+
+    def summary(self, state: aimwatch.RunState) -> Any:
+        """Return what two states have in common when they are equal, less the times, which the log
+        has in whole milliseconds; NaN equals NaN."""
+        document = state.to_checkpoint()
+        document.update(next_idx=0, last_time=0)
+        for series in document["series"]:
+            series[4:] = [None if item is None else float(item) for item in series[4:-1]]
+        return document, state.skipped
+
+
+class Tracking(RecordingCase):
+    def test_every_kind_of_number_is_recorded(self) -> None:
+        run = self.run_object("r")
+        values = (
+            (1, 1.0), (0.5, 0.5), (True, 1.0), (False, 0.0), (-0.0, -0.0), (2**53 + 1, float(2**53)),
+            (10**300, 1e300), (1e-320, 1e-320), (INF, INF), (-INF, -INF), (NAN, NAN),
+            (Item(0.25), 0.25), (Item(7), 7.0), (Item(NAN), NAN), (Item(True), 1.0),
+            (decimal.Decimal("0.5"), 0.5), (fractions.Fraction(1, 4), 0.25), (http.HTTPStatus.OK, 200.0),
+        )  # fmt: skip
+        for value, _ in values:
+            run.track(value, "m")
+        expected = [repr(float(number)) for _, number in values]
+        for _ in ("while it is written", "of the closed run"):
+            self.assertEqual([repr(value) for _, value in self.points("r")], expected)
+            self.strict("r")
+            run.close()
+        metric = self.reread("r").get_metric("m")
+        assert metric is not None
+        self.assertEqual((metric.min, metric.max, metric.count), (-INF, INF, len(values)))
+
+    def test_dict_records_all_its_values_or_none(self) -> None:
+        run = self.run_object("r")
+        run.track({"a": 1, "b": Item(2.5)}, step=3, epoch=1, context={"s": "t"})
+        with self.assertRaises(aimwatch.ArgumentTypeError):
+            run.track({"a": 5, "b": "five"}, step=4)
+        run.track({})
+        self.assertEqual(self.points("r", "a", {"s": "t"}), [(3, 1.0)])
+        self.assertEqual(self.points("r", "b", {"s": "t"}), [(3, 2.5)])
+        self.assertIsNone(self.reread("r").get_metric("a"))
+        with self.assertRaisesRegex(aimwatch.ArgumentError, "name must be left out"):
+            run.track({"a": 1}, "b")
+
+    def test_what_cannot_be_recorded_is_named_with_its_metric(self) -> None:
+        run = self.run_object("r")
+        m = "metric 'loss' cannot record "
+        way_out = ": track() takes one number, or a dict of names to numbers"
+        for value, message in (
+            ("0.5", f"{m}str ('0.5'){way_out}"),
+            (b"1", f"{m}bytes (b'1'){way_out}"),
+            (None, f"{m}NoneType (None){way_out}"),
+            (1 + 2j, f"{m}complex ((1+2j)){way_out}"),
+            ([1.0], f"{m}list ([1.0]){way_out}"),
+            (10**400, f"{m}int (1{'0' * 56}...){way_out}"),
+            (10**5000, f"{m}int ("),
+            (Item(ValueError("two elements"), (2,)), f"{m}Item of shape (2,) (Item("),
+            (Item("x"), f"{m}Item of shape () (Item('x')){way_out}"),
+            (Item(1j), f"{m}Item of shape () (Item(1j)){way_out}"),
+            (Grumpy(), f"{m}Grumpy (unprintable Grumpy){way_out}"),
+            ({"loss": {"a": 1}}, f"{m}dict ({{'a': 1}}){way_out}"),
+        ):
+            with self.subTest(message=message), self.assertRaises(aimwatch.ArgumentTypeError) as caught:
+                run.track(value, None if isinstance(value, dict) else "loss")
+            self.assertIn(message, str(caught.exception))
+        for arguments, message in (
+            ({"name": None}, "a metric's name must be a string, not NoneType: track(value, name='loss')"),
+            ({"name": 5}, "a metric's name must be a string, not int: track(value, name='loss')"),
+            ({"step": "1"}, "step must be an integer, not '1'"),
+            ({"step": 1.5}, "step must be an integer, not 1.5"),
+            ({"step": NAN}, "step must be an integer, not nan"),
+            ({"step": 2**63}, f"step {2**63} of metric 'm' does not fit in 64 bits"),
+            ({"step": -(2**63) - 1}, f"step {-(2**63) - 1} of metric 'm' does not fit in 64 bits"),
+            ({"step": 10**5000}, "of metric 'm' does not fit in 64 bits"),
+            ({"epoch": "one"}, "epoch must be a number, not 'one'"),
+            ({"epoch": 10**400}, "epoch must be a number, not 1000"),
+            ({"context": "train"}, "context of metric 'm' must be a dict, not str"),
+        ):
+            with self.subTest(message=message), self.assertRaises((TypeError, ValueError)) as caught:
+                run.track(1, **{"name": "m", **arguments})
+            self.assertIsInstance(caught.exception, aimwatch.AimwatchError)
+            self.assertIn(message, str(caught.exception))
+        self.assertEqual(run.metrics(), [])
+        self.assertEqual(len(self.records("r")), 1)
+
+    def test_steps_count_on_from_the_highest_and_over_a_resume(self) -> None:
+        run = self.run_object("r")
+        for step in (None, None, 10, None, 3, None, True, 4.0):
+            run.track(step or 0, "m", step)
+        run.track(0, "below zero", -5)
+        run.track(0, "below zero")
+        run.track(0, "largest", 2**63 - 1)
+        run.track(1, "largest")
+        run.track(0, "smallest", -(2**63))
+        run.close()
+        run = self.run_object("r")
+        run.track(9, "m")
+        run.track(9, "below zero")
+        run.track(9, "new")
+        run.close()
+        steps = sorted([0, 1, 10, 11, 3, 12, 1, 4, 13])
+        self.assertEqual([step for step, _ in self.points("r")], steps)
+        metric = self.reread("r").get_metric("m")
+        assert metric is not None
+        self.assertEqual((metric.first_step, metric.last_step, metric.last), (0, 13, 9.0))
+        self.assertEqual([step for step, _ in self.points("r", "below zero")], [-5, -4, -3])
+        self.assertEqual(self.points("r", "largest"), [(2**63 - 1, 0.0), (2**63 - 1, 1.0)])
+        self.assertEqual([step for step, _ in self.points("r", "smallest")], [-(2**63)])
+        self.assertEqual(self.points("r", "new"), [(0, 9.0)])
+        for record in self.records("r"):
+            self.assertTrue(not isinstance(record, list) or type(record[1]) is int, record)
+
+    def test_last_is_the_newest_value_at_the_highest_step(self) -> None:
+        run = self.run_object("r")
+        for step, value in ((5, 1.0), (2, 9.0), (5, 3.0), (-1, NAN)):
+            run.track(value, "m", step)
+        for who in (run, self.reread("r")):
+            metric = who.get_metric("m")
+            assert metric is not None
+            self.assertEqual((metric.last, metric.min, metric.max), (3.0, 1.0, 9.0))
+            self.assertEqual((metric.first_step, metric.last_step, metric.count), (-1, 5, 4))
+            self.assertEqual(metric.steps, [-1, 2, 5, 5])
+
+    def test_epochs_and_times_are_lists_as_long_as_the_values(self) -> None:
+        run = self.run_object("r")
+        begun = time.time()
+        epochs = (None, 1, 2.5, NAN, INF, True)
+        for epoch in epochs:
+            run.track(1, "m", epoch=epoch)
+        for _ in ("live", "closed"):  # a checkpoint must take the last epoch, whatever it is
+            metric = self.reread("r").get_metric("m")
+            assert metric is not None
+            self.assertEqual(repr(metric.epochs), "[None, 1.0, 2.5, nan, inf, 1.0]")
+            self.assertTrue(all(begun - 1 <= when <= time.time() + 1 for when in metric.times))
+            self.assertEqual(len(metric.times), len(epochs))
+            run.close()
+        run = self.run_object("nan")
+        run.track(1, "m", epoch=NAN)
+        run.close()
+        self.strict("nan")
+        with self.subTest("the state is the same from the tail and from the points"):
+            self.assertEqual(*map(repr, map(self.summary, self.states("nan"))))
+
+    def test_contexts_name_the_same_series_exactly_when_they_are_equal(self) -> None:
+        run = self.run_object("r")
+        equal = ({"a": 1, "b": "x"}, {"b": "x", "a": 1}, {"a": 1.0, "b": "x"}, {"a": True, "b": "x"})
+        for context in equal:
+            run.track(1, "m", context=context)
+        others = (None, {"a": "1", "b": "x"}, {"a": 2, "b": "x"}, {"a": [1, {"b": 2}]}, {"a": None},
+                  {"a.b": "\n'\""}, {"a": NAN}, {"a": {1: "x"}}, {"\ud800": "é"})  # fmt: skip
+        for context in others:
+            for _ in range(3):
+                run.track(2, "m", context=context)
+        run.track(3, "m", context={})
+        self.assertEqual(len(run.metrics()), 1 + len(others))
+        reader = self.reread("r")
+        for context in equal:
+            metric = reader.get_metric("m", context)
+            assert metric is not None
+            self.assertEqual(metric.count, len(equal))
+        self.assertEqual(self.points("r", "m", {}), [(0, 2.0), (1, 2.0), (2, 2.0), (3, 3.0)])
+
+        class Context:
+            def to_dict(self) -> Dict[str, Any]:
+                return {"a": 2, "b": "x"}
+
+        found = reader.get_metric("m", Context())
+        assert found is not None
+        self.assertEqual((found.count, found.context), (3, {"a": 2, "b": "x"}))
+        self.assertIsNone(reader.get_metric("m", {"a": 3}))
+
+    def test_context_that_is_new_each_time_takes_no_memory(self) -> None:
+        run = self.run_object("r")
+        for _ in range(50):
+            run.track(1, "m", context={"a": float("nan"), "b": Item(1)})
+        self.assertEqual((len(run.metrics()), len(run._by_key)), (1, 1))
+
+    def test_names_in_any_script_come_back(self) -> None:
+        names = ("", " ", "a/b.c", "потеря", "损失", "📉", "a\nb\r\0", "\"'\\", "\udcff", "x" * 10_000)
+        run = self.run_object("r")
+        for name in names:
+            run.track(1, name, context={name: name})
+        self.strict("r")
+        for _ in ("live", "closed"):
+            found = [(metric.name, metric.context) for metric in self.reread("r").metrics()]
+            self.assertEqual(found, [(name, {name: name}) for name in names])
+            run.close()
+
+    def test_checkpoint_is_written_every_so_many_lines_and_changes_nothing(self) -> None:
+        with mock.patch.object(aimwatch, "CHECKPOINT_LINES", 7):
+            run = self.run_object("r")
+            choose = random.Random(3)
+            for n in range(100):
+                name, step = choose.choice("abc"), choose.choice((None, choose.randrange(-9, 99)))
+                run.track(choose.choice((n, -n, NAN, INF, 0.1)), name, step, choose.choice((None, NAN, n)))
+                if not n % 9:
+                    run["p", str(n)] = [NAN, n]
+                    run.log_error(f"message {n}")
+                    run.add_tag(f"tag {n}")
+            from_tail, whole = self.states("r")
+            self.assertEqual(repr(self.summary(from_tail)), repr(self.summary(whole)))
+            self.assertEqual(repr(self.summary(run._state)), repr(self.summary(whole)))
+        at = [n for n, record in enumerate(self.records("r")) if "checkpoint" in record]
+        self.assertGreater(len(at), 15)
+        self.assertLessEqual(max(b - a for a, b in zip([0, *at], at)), 8)
+
+    def test_resuming_and_reading_look_at_the_tail_alone(self) -> None:
+        run = self.run_object("r")
+        for n in range(50):
+            run.track(n, "m")
+        run.close()
+        with open(self.paths.run_log("r"), "rb") as file:
+            first, *rest = file.read().splitlines(keepends=True)
+        at = next(n for n, line in enumerate(rest) if line.startswith(b'{"checkpoint"'))
+        with open(self.paths.run_log("r"), "wb") as file:
+            file.writelines([first, b"garbage that nobody reads\n" * 1000, *rest[at:]])
+        reader = self.reread("r")
+        self.assertEqual((reader._state.skipped, reader.metrics()[0].count), (0, 50))
+        run = self.run_object("r")
+        run.track(99, "m")
+        self.assertEqual(run.metrics()[0].last_step, 50)
+
+    def test_threads_track_at_once_and_nothing_is_lost_or_torn(self) -> None:
+        run = self.run_object("r")
+        begun = threading.Barrier(6)
+
+        def work(number: int) -> None:
+            begun.wait()
+            for n in range(300):
+                run.track(n, "shared")
+                run.track(n, "own", context={"thread": number})
+                if not n % 50:
+                    run["thread", str(number), str(n)] = n
+
+        interval = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, interval)
+        sys.setswitchinterval(1e-5)
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+        with mock.patch.object(aimwatch, "CHECKPOINT_LINES", 500):
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        reader = self.reread("r")
+        self.assertEqual(reader._state.skipped, 0)
+        self.assertEqual([step for step, _ in self.points("r", "shared")], list(range(1800)))
+        for number in range(6):
+            self.assertEqual(self.points("r", "own", {"thread": number}), [(n, float(n)) for n in range(300)])
+        self.assertEqual(sum(map(len, reader["thread"].values())), 36)
+        from_tail, whole = self.states("r")
+        self.assertEqual(repr(self.summary(from_tail)), repr(self.summary(whole)))
+
+    def test_child_of_a_fork_records_nothing(self) -> None:
+        run = self.run_object("r")
+        run.track(1, "m")
+        before = self.records("r")
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                run.track(2, "m")
+                run["x"] = 1
+                run.log_info("x")
+                run.name = "child"
+                run.close()
+                code = 0
+            os._exit(code)
+        self.assertEqual(os.waitpid(pid, 0)[1], 0)
+        self.assertEqual(self.records("r"), before)
+        run.track(3, "m")
+        self.assertEqual(self.points("r"), [(0, 1.0), (1, 3.0)])
+
+
+class Params(RecordingCase):
+    def test_params_are_set_nested_overwritten_and_deleted(self) -> None:
+        run = self.run_object("r")
+        run["hparams"] = {"lr": 0.1, "layers": [64, 32, {"units": 8}], "opt": {"name": "adam"}}
+        run["hparams", "lr"] = 0.2
+        run["hparams", "opt", "beta", "one"] = 0.9
+        run["hparams", "layers", 2, "units"] = 16
+        run["hparams", "layers", 0] = 65
+        run["plain"] = 5
+        run["plain", "now", "nested"] = None
+        run["gone"] = 1
+        del run["gone"]
+        del run["hparams", "opt", "name"]
+        run.set(7, (1, 2))
+        expected = {
+            "hparams": {"lr": 0.2, "layers": [65, 32, {"units": 16}], "opt": {"beta": {"one": 0.9}}},
+            "plain": {"now": {"nested": None}},
+            "7": [1, 2],
+        }
+        for who in (run, self.reread("r")):
+            self.assertEqual(who[...], expected)
+            self.assertEqual(who["hparams", "layers", 2, "units"], 16)
+            self.assertEqual((who.get("gone"), who.get(("plain", "x"), 3)), (None, 3))
+            for path in ("gone", ("hparams", "x"), ("7", 5), ("7", "x"), ("hparams", "lr", "x")):
+                with self.assertRaises(KeyError):
+                    who[path]
+        with self.assertRaises(KeyError):
+            del run["gone"]
+        with self.assertRaisesRegex(aimwatch.ArgumentError, "no list element .*set the whole list"):
+            run["7", 9] = 1
+        with self.assertRaisesRegex(aimwatch.ArgumentTypeError, r"run\[...\] takes a dict, not int"):
+            run[...] = 5
+        with self.assertRaisesRegex(aimwatch.ArgumentTypeError, "a param's key must be a string, an int"):
+            run[1.5] = 1
+        run.close()
+        run = self.run_object("r")
+        self.assertEqual(run[...], expected)
+        run[...] = {"new": 1}
+        self.assertEqual(self.reread("r")[...], {"new": 1})
+        del run[...]
+        self.assertEqual(self.reread("r")[...], {})
+
+    def test_what_is_read_is_a_copy(self) -> None:
+        run = self.run_object("r")
+        mine = {"a": [1]}
+        run["p"] = mine
+        mine["a"].append(2)
+        run["p"]["a"].append(3)
+        run[...]["x"] = 1
+        self.assertEqual(run[...], {"p": {"a": [1]}})
+
+    def test_what_json_lacks_is_text_with_one_warning(self) -> None:
+        run = self.run_object("r")
+        loop: List[Any] = []
+        loop.append(loop)
+        deep: Any = 1
+        for _ in range(200):
+            deep = {"d": deep}
+        with self.assertLogs("aimwatch", logging.WARNING) as logs:
+            run["set"] = {5}
+            run["object"] = Item(5, (2,))
+            run["grumpy"] = {"a": [Grumpy()]}
+            run["bytes"] = b"\xff"
+            run["digits"] = 10**5000
+            run["loop"] = loop
+            run["deep"] = deep
+            run["scalar"] = Item(0.5)
+            run["date"] = aimwatch.datetime.date(2026, 1, 2)
+            run["keys"] = {1: "a", None: "b", (1, 2): "c"}
+        self.assertEqual(
+            logs.output,
+            ["WARNING:aimwatch:param 'set' holds set, which JSON has no kind for: stored as text "
+             "(said once a run)"],
+        )  # fmt: skip
+        self.strict("r")
+        reader = self.reread("r")
+        self.assertEqual(reader["set"], "{5}")
+        self.assertEqual(reader["object"], "Item(5)")
+        self.assertEqual(reader["grumpy"], {"a": ["<Grumpy without a text>"]})
+        self.assertEqual((reader["bytes"], reader["scalar"]), ("b'\\xff'", 0.5))
+        self.assertEqual(int(reader["digits"], 16), 10**5000)
+        self.assertEqual(
+            (reader["date"], reader["keys"]), ("2026-01-02", {"1": "a", "None": "b", "(1, 2)": "c"})
+        )
+        run.close()
+        self.assertEqual(repr(self.reread("r")[...]), repr(reader[...]))
+
+    def test_numbers_that_are_none_come_back_and_nothing_is_taken_for_them(self) -> None:
+        run = self.run_object("r")
+        params = {"nan": NAN, "inf": [INF, -INF], "like": {"$float": "5"}, "two": {"$float": "nan", "x": 1}}
+        params["odd"] = {"$float": "hello"}
+        run["p"] = params
+        for who in (run, self.reread("r")):
+            self.assertEqual(repr(who["p"]), repr(params))
+        self.strict("r")
+
+    def test_keys_of_every_kind_are_kept_apart(self) -> None:
+        keys = ("a.b", '"', "'", "a\nb", "\r", "\0", "", "é", "\ud800", ",", "0", "__class__", "k" * 5000)
+        run = self.run_object("r")
+        run["a"] = {"b": "nested"}
+        for n, key in enumerate(keys):
+            run[key] = n
+            run["in", key] = {key: n}
+        run.close()
+        reader = self.reread("r")
+        for n, key in enumerate(keys):
+            self.assertEqual((reader[key], reader["in", key, key]), (n, n))
+        repo = aimwatch.Repo(self.root)
+        for n, key in enumerate(keys):
+            found = repo.query_runs(f"run[{key!r}] == {n} and run['in', {key!r}] == {{{key!r}: {n}}}")
+            self.assertEqual(len(found), 1, key[:20])
+        self.assertEqual(len(repo.query_runs("run.a.b == 'nested'")), 1)
+
+    def test_ten_thousand_params_and_a_string_of_a_megabyte(self) -> None:
+        run = self.run_object("r")
+        run["many"] = {f"key {n}": n for n in range(10_000)}
+        run["long"] = "\u00e9" * 1_000_000
+        run.close()
+        reader = self.reread("r")
+        self.assertEqual((len(reader["many"]), len(reader["long"])), (10_000, 1_000_000))
+        found = aimwatch.Repo(self.root).query_runs("run.many['key 9999'] == 9999 and 'éé' in run.long")
+        self.assertEqual(len(found), 1)
+
+    def test_record_that_no_reader_would_take_is_refused(self) -> None:
+        run = self.run_object("r")
+        with mock.patch.object(aimwatch, "MAX_LINE_BYTES", 1000):
+            with self.assertRaisesRegex(
+                aimwatch.ArgumentError,
+                "param 'a.b' takes 1029 bytes, and a record holds at most 1000: store it in a file",
+            ):
+                run["a", "b"] = "x" * 1000
+            run["a", "b"] = "y"
+        with mock.patch.object(aimwatch, "MAX_LOG_MESSAGE", 100):
+            run.log_error("m" * 1000)
+        self.assertEqual(self.reread("r")[...], {"a": {"b": "y"}})
+        self.assertEqual(list(self.reread("r")._state.errors), ["m" * 100])
+
+    def test_properties_are_kept_over_a_resume(self) -> None:
+        run = self.run_object("r", experiment="first")
+        self.assertEqual((run.name, run.description, run.tags), ("Run: r", None, []))
+        run.name, run.description, run.archived = "n\u00e4me \n", "about", True
+        run.add_tag("b")
+        run.add_tag("a")
+        run.add_tag("b")
+        self.assertTrue(run.remove_tag("a"))
+        self.assertFalse(run.remove_tag("a"))
+        run.tags.append("mine")
+        run.close()
+        run = self.run_object("r")
+        for who in (run, self.reread("r")):
+            self.assertEqual((who.name, who.description, who.experiment), ("n\u00e4me \n", "about", "first"))
+            self.assertEqual((who.archived, who.tags), (True, ["b"]))
+        run.description, run.archived, run.experiment = None, False, "second"
+        self.assertEqual((run.description, run.archived, run.experiment), (None, False, "second"))
+        for what, call in (
+            ("name", lambda: setattr(run, "name", 5)), ("description", lambda: setattr(run, "description", 5)),
+            ("experiment", lambda: setattr(run, "experiment", None)), ("tag", lambda: run.add_tag(5)),
+        ):  # fmt: skip
+            with self.assertRaisesRegex(aimwatch.ArgumentTypeError, f"{what} must be a string, not"):
+                call()
+
+    def test_log_messages_keep_level_time_and_params(self) -> None:
+        run = self.run_object("r")
+        begun = time.time()
+        run.log_debug("d")
+        run.log_info("i", lr=0.1, odd={1})
+        run.log_warning("w\n\0")
+        run.log_error("e", at=NAN)
+        messages = list(aimwatch.read_messages(self.paths.run_log("r")))
+        found = [(item["log"], item["message"], item.get("params")) for item in messages]
+        self.assertEqual(
+            found,
+            [(10, "d", None), (20, "i", {"lr": 0.1, "odd": "{1}"}), (30, "w\n\0", None),
+             (40, "e", {"at": {"$float": "nan"}})],
+        )  # fmt: skip
+        self.assertTrue(all(begun - 1 <= item["time"] <= time.time() + 1 for item in messages))
+        state = self.reread("r")._state
+        self.assertEqual((state.logs, list(state.errors)), ({"10": 1, "20": 1, "30": 1, "40": 1}, ["e"]))
+
+
+class KilledWriters(RecordingCase):
+    def life(self, shared: Any) -> None:
+        """Track for ever, and say in shared memory how many points `track` returned from."""
+        run = Run("r", repo=self.root)
+        n = int.from_bytes(shared[:8], "little")
+        while True:
+            run.track(n, "m", context={"even": not n % 2})
+            n += 1
+            shared[:8] = n.to_bytes(8, "little")
+            if not n % 7:
+                run["last"] = n
+
+    def test_nothing_that_track_returned_from_is_lost_to_a_kill(self) -> None:
+        chance = random.Random(5)
+        shared = mmap.mmap(-1, 8)
+        self.addCleanup(shared.close)
+        patch = mock.patch.object(aimwatch, "CHECKPOINT_LINES", 50)
+        patch.start()
+        self.addCleanup(patch.stop)
+        kills = int(os.environ.get("KILLS", "30"))
+        for kill in range(kills):
+            before = int.from_bytes(shared[:8], "little")
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    self.life(shared)
+                finally:
+                    os._exit(1)
+            try:
+                self.wait_for(lambda: int.from_bytes(shared[:8], "little") > before + 5)
+                time.sleep(chance.random() * 0.01)
+            finally:
+                os.kill(pid, signal.SIGKILL)
+                self.assertEqual(os.waitpid(pid, 0)[1], signal.SIGKILL)
+            recorded = int.from_bytes(shared[:8], "little")
+            counts = {metric.context["even"]: metric.count for metric in self.reread("r").metrics()}
+            self.assertGreaterEqual(sum(counts.values()), recorded)
+            if kill % 3 == 0:  # half a line, as a machine that lost its power leaves it
+                with open(self.paths.run_log("r"), "ab") as file:
+                    file.write(b"[1,5,0.12"[: chance.randrange(1, 9)])
+        values = []
+        for even in (True, False):
+            points = self.points("r", "m", {"even": even})
+            self.assertEqual([step for step, _ in points], list(range(len(points))))
+            values += [value for _, value in points]
+        # A point may be written and not yet counted when the kill comes; it is then tracked again.
+        self.assertEqual(sorted(set(values)), [float(n) for n in range(len(set(values)))])
+        self.assertGreaterEqual(len(set(values)), recorded)
+        self.assertLessEqual(len(values) - len(set(values)), kills)
+        from_tail, whole = self.states("r")
+        from_tail.skipped = whole.skipped = 0
+        self.assertEqual(repr(self.summary(from_tail)), repr(self.summary(whole)))
+
+
+class FullDiskForReal(RecordingCase):
+    """A limit on the size of files, which the kernel keeps, stands for a disk without room."""
+
+    def limited(self, size: int) -> Any:
+        """Return a context in which no file of this process may grow beyond `size`."""
+
+        @contextlib.contextmanager
+        def limit() -> Any:
+            old_action = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            old = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+            try:
+                yield
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, old)
+                signal.signal(signal.SIGXFSZ, old_action)
+
+        return limit()
+
+    def test_every_point_is_there_in_order_when_there_is_room_again(self) -> None:
+        run = self.run_object("r")
+        size = os.path.getsize(self.paths.run_log("r"))
+        n = 0
+        for room in (0, 1, 13, 40, 300):
+            run.track(n, "m")
+            n += 1
+            with self.limited(os.path.getsize(self.paths.run_log("r")) + room):
+                for _ in range(40):
+                    run.track(n, "m")
+                    n += 1
+                self.assertFalse(run._log.flush(now=True))
+            self.assertTrue(run._log.flush(now=True))
+        with self.limited(size):
+            run["p"] = "waits"
+            self.assertEqual((run["p"], run.metrics()[0].count), ("waits", n))
+        run.close()
+        self.assertEqual(self.points("r"), [(step, float(step)) for step in range(n)])
+        self.assertEqual([record[1] for record in self.records_that_parse("r")], list(range(n)))
+        self.assertEqual(self.reread("r")["p"], "waits")
+        from_tail, whole = self.states("r")
+        self.assertLessEqual(whole.skipped, 6)  # each refusal may leave half a line
+        whole.skipped = 0
+        self.assertEqual(repr(self.summary(from_tail)), repr(self.summary(whole)))
+
+    def records_that_parse(self, run_hash: str) -> List[Any]:
+        found = []
+        with open(self.paths.run_log(run_hash), "rb") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+        return [record for record in found if isinstance(record, list)]
+
+    def test_series_declared_on_a_disk_that_gave_it_up_is_read_all_the_same(self) -> None:
+        with mock.patch.object(aimwatch, "MAX_BACKLOG_BYTES", 400), mock.patch.object(aimwatch, "LOOK_S", 0):
+            run = self.run_object("r")
+            with self.limited(os.path.getsize(self.paths.run_log("r"))):
+                for n in range(100):
+                    run.track(n, "m")
+            self.assertTrue(run._log.flush(now=True))
+            run.track(100, "m")
+            self.assertLess(run._log._backlog_bytes, 400)
+        metric = self.reread("r").get_metric("m")
+        assert metric is not None
+        self.assertEqual((metric.count, metric.last, metric.min), (101, 100.0, 0.0))
+        self.assertLess(len(metric.values), 20)
+        self.assertEqual(run._log.dropped + len(metric.values), 101 + 1)  # the declaration, too
+
+    def test_run_whose_end_is_not_on_disk_is_not_indexed_as_if_it_were(self) -> None:
+        run = self.run_object("r")
+        run.track(1, "m")
+        with self.limited(os.path.getsize(self.paths.run_log("r"))), self.assertLogs(
+            "aimwatch", logging.ERROR
+        ):
+            run.close()
+        self.assertEqual(os.listdir(self.paths.pending), ["r"])
+        self.assertEqual(aimwatch.Repo(self.root).reindex(), [])
+        self.assertEqual(os.listdir(self.paths.pending), [])
+        self.assertEqual(self.reread("r")._state.end["reason"], aimwatch.DIED)  # type: ignore[index]
+
+
+class VanishedFolder(RecordingCase):
+    """What a run writes is removed, moved away or replaced while it goes on."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        patch = mock.patch.object(aimwatch, "LOOK_S", 0)  # every call looks
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.live = self.run_object("r")
+        self.live["p"] = {"a": 1}
+        self.live.add_tag("t")
+        self.live.report_progress(expect_next_in=600)
+        self.tracked = 0
+        self.track(10)
+
+    def track(self, points: int) -> None:
+        for _ in range(points):
+            self.live.track(self.tracked, "m", context={"x": 1})
+            self.tracked += 1
+
+    def is_locked(self) -> bool:
+        """Return whether another process finds the run's marker locked."""
+        pid = os.fork()
+        if pid == 0:
+            code = 2
+            with contextlib.suppress(BaseException):
+                fd = os.open(self.paths.marker("r"), os.O_RDWR)
+                code = int(aimwatch.try_lock(fd) is not False)
+            os._exit(code)
+        return os.waitpid(pid, 0)[1] == 0
+
+    def assert_whole(self, values: bool = True) -> None:
+        """Check that whoever reads the log finds everything that the run recorded."""
+        for _ in ("live", "closed"):
+            reader = self.reread("r")
+            (metric,) = reader.metrics()
+            self.assertEqual((metric.count, metric.last, metric.min), (self.tracked, self.tracked - 1, 0.0))
+            self.assertEqual((reader["p"], reader.tags, reader._state.skipped), ({"a": 1}, ["t"], 0))
+            self.assertEqual(reader.creation_time, self.live.creation_time)
+            if values:
+                self.assertEqual(metric.steps, list(range(self.tracked)))
+            self.strict("r")
+            self.live.close()
+        self.assertEqual(os.listdir(self.paths.runs), ["r.jsonl"])
+        (row,) = aimwatch.Repo(self.root).query_runs("run.p.a == 1 and 't' in run.tags").rows
+        self.assertEqual((row.hash, row.state), ("r", "finished"))
+        live = self.run_object("r")  # and goes on as if nothing had been
+        live.track(1, "m", context={"x": 1})
+        self.assertEqual(live.metrics()[0].last_step, self.tracked)
+
+    def test_log_that_was_removed_is_there_again_with_every_point(self) -> None:
+        with self.assertLogs("aimwatch") as logs:
+            os.unlink(self.paths.run_log("r"))
+            self.track(5)
+        path = self.paths.run_log("r")
+        self.assertEqual(
+            logs.output,
+            [f"WARNING:aimwatch:{path} is gone; records wait in memory until its folder is there again",
+             f"WARNING:aimwatch:{path} is there again (0 records lost)"],
+        )  # fmt: skip
+        self.track(5)
+        self.assert_whole()
+
+    def test_own_folder_that_was_removed_is_made_again_and_the_run_is_locked_again(self) -> None:
+        shutil.rmtree(self.paths.own)
+        self.track(3)
+        self.assertTrue(self.is_locked())
+        with self.assertRaises(aimwatch.RunBusyError):
+            Run("r", repo=self.root)
+        self.assert_whole()
+
+    def test_marker_alone_is_made_and_locked_again(self) -> None:
+        os.unlink(self.paths.marker("r"))
+        self.track(1)
+        self.assertTrue(self.is_locked())
+        os.unlink(self.paths.marker("r"))
+        with open(self.paths.marker("r"), "x"):
+            pass
+        self.track(1)
+        self.assertTrue(self.is_locked())
+        self.assert_whole()
+
+    def test_repository_that_is_gone_is_waited_for_and_not_made(self) -> None:
+        away = self.paths.aim + ".away"
+        os.rename(self.paths.aim, away)
+        for _ in range(5):
+            self.track(4)
+            self.live.report_progress(expect_next_in=600, block=True)
+        self.assertFalse(os.path.exists(self.paths.aim))
+        os.rename(away, self.paths.aim)
+        self.track(1)
+        self.live.report_progress(expect_next_in=600)
+        self.assertEqual(self.flags("r-"), ["check_in"])
+        self.assertEqual([record[2] for record in self.records("r") if isinstance(record, list)],
+                         list(range(self.tracked)))  # fmt: skip
+        self.assert_whole()
+
+    def test_repository_that_comes_back_empty_is_filled_again(self) -> None:
+        for comes_back_as in ("empty", "with what was there a while ago"):
+            shutil.copytree(self.paths.aim, self.paths.aim + ".copy")
+            self.track(5)
+            shutil.rmtree(self.paths.aim)
+            self.track(4)
+            self.live["p", "a"] = 1
+            if comes_back_as == "empty":
+                os.mkdir(self.paths.aim)
+                shutil.rmtree(self.paths.aim + ".copy")
+            else:
+                os.rename(self.paths.aim + ".copy", self.paths.aim)
+            self.track(1)
+            self.live.report_progress(expect_next_in=600)
+            with self.subTest(comes_back_as):
+                self.assertEqual(self.flags("r-")[-1], "check_in")
+                self.assertTrue(self.is_locked())
+                (metric,) = self.reread("r").metrics()
+                self.assertEqual(metric.count, self.tracked)
+                if comes_back_as == "empty":
+                    self.assertEqual(metric.steps, list(range(self.tracked)))
+        self.assert_whole(values=False)
+
+    def test_log_that_cannot_be_read_any_more_is_made_again_from_memory(self) -> None:
+        real = os.pread
+
+        def stale(fd: int, *arguments: int) -> bytes:
+            if os.fstat(fd).st_nlink == 0:
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return real(fd, *arguments)
+
+        os.rename(self.paths.runs, self.paths.runs + ".away")  # to wait for; then it is gone for good
+        with open(self.paths.runs, "x"):
+            self.track(2)
+        shutil.rmtree(self.paths.runs + ".away")
+        os.unlink(self.paths.runs)
+        with mock.patch("os.pread", stale):
+            self.track(3)
+        self.assertEqual(list(self.records("r")[0])[:2], ["format", "hash"])
+        (metric,) = self.reread("r").metrics()
+        self.assertEqual(metric.steps, [10, 11, 12, 13, 14])
+        self.assert_whole(values=False)
+
+    def test_handle_that_went_stale_is_opened_again(self) -> None:
+        stale = self.live._log._fd
+        real_write, real_stat = os.write, os.fstat
+
+        def refuse(real: Any) -> Any:
+            def call(fd: int, *arguments: Any) -> Any:
+                if fd == stale:
+                    raise OSError(errno.ESTALE, "Stale file handle")
+                return real(fd, *arguments)
+
+            return call
+
+        with mock.patch("os.write", refuse(real_write)), mock.patch("os.fstat", refuse(real_stat)):
+            self.track(3)
+            with mock.patch("os.lstat", side_effect=OSError(errno.EIO, "I/O error")):
+                self.track(3)  # nobody can tell: wait
+            self.track(1)
+        self.assert_whole()
+
+    def test_disk_that_fills_up_while_the_log_is_copied_back_is_tried_again(self) -> None:
+        real = os.write
+        room = [300]
+
+        def write(fd: int, data: Any) -> int:
+            if room[0] <= 0:
+                no_space()
+            written = real(fd, data[: room[0]])
+            room[0] -= written
+            return written
+
+        os.unlink(self.paths.run_log("r"))
+        with mock.patch("os.write", write):
+            self.track(3)
+            self.assertLess(room[0], 1)
+        self.track(1)
+        self.live._log.flush(now=True)
+        self.assert_whole(values=False)
+
+    def test_end_is_no_exception_where_the_folder_stays_away(self) -> None:
+        shutil.rmtree(self.paths.aim)
+        self.track(2)
+        with mock.patch.object(aimwatch, "END_RETRY_S", 0), self.assertLogs(
+            "aimwatch", logging.ERROR
+        ) as logs:
+            self.live.close()
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("r.jsonl: 4 records could not be written", logs.output[0])
+        self.assertFalse(os.path.exists(self.paths.aim))
+
+    def test_run_looks_once_a_second_and_not_more_often(self) -> None:
+        looked: List[float] = []
+        clock = Clock(2e9)
+        with mock.patch.object(aimwatch, "LOOK_S", 1.0), mock.patch.object(
+            Run, "_look", lambda run, now_s: (looked.append(now_s), setattr(run, "_look_at_s", now_s + 1))
+        ), mock.patch("time.time", clock):
+            for _ in range(100):
+                self.track(1)
+                self.live["n"] = 1
+                clock.pass_(0.1)
+            self.assertEqual(len(looked), 10)
+            clock.now = 1e9  # a clock that was set back
+            self.track(aimwatch.CHECKPOINT_LINES + 1)
+            self.assertEqual(len(looked), 11)
+
+    def test_outbox_that_was_removed_says_again_what_waits_and_what_was_told(self) -> None:
+        facts = {"event": "failed", "run.hash": "r"}
+        events = [aimwatch.Event(f"r-{n}-failed", "failed", facts) for n in range(4)]
+        outbox = aimwatch.Outbox(self.paths.outbox)
+        outbox.add([(events[0], ["a"]), (events[1], ["a", "b"])])
+        outbox.sent([events[0].id], "a")
+        with open(self.paths.outbox, "rb") as file:
+            old = file.read()
+        for how in ("file", "folder", "replaced", "unreadable"):
+            if how == "folder":
+                shutil.rmtree(self.paths.own)
+            else:
+                os.unlink(self.paths.outbox)
+            if how == "replaced":
+                with open(self.paths.outbox, "wb") as file:
+                    file.write(old)
+            with contextlib.ExitStack() as stack:
+                if how == "unreadable":
+                    stack.enter_context(mock.patch("os.pread", side_effect=OSError(errno.ESTALE, "")))
+                    stack.enter_context(mock.patch.object(aimwatch.LogWriter, "_copy_back", lambda *_: False))
+                outbox.flush()
+                outbox.sent([events[1].id], "a")
+            again = aimwatch.Outbox(self.paths.outbox)
+            with self.subTest(how):
+                self.assertTrue(again.knows(events[0].id) and again.knows(events[1].id))
+                self.assertEqual([event.id for event in again.waiting_for("a")], [])
+                self.assertEqual([event.id for event in again.waiting_for("b")], [events[1].id])
+            again.close()
+        os.rename(self.paths.aim, self.paths.aim + ".away")
+        outbox.add([(events[2], ["a"])])
+        self.assertFalse(os.path.exists(self.paths.aim))
+        os.rename(self.paths.aim + ".away", self.paths.aim)
+        outbox.flush()
+        outbox.close()
+        again = aimwatch.Outbox(self.paths.outbox)
+        self.assertEqual([event.id for event in again.waiting_for("a")], [events[2].id])
+        again.close()
 
 
 # ======================================================================================
