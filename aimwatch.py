@@ -4611,8 +4611,9 @@ def message_for(template: Optional[str], facts: Facts) -> str:
     return default_message(facts)
 
 
-def digest(template: Optional[str], batch: Sequence[Facts]) -> str:
-    """Return one message about all events of `batch`: counted, what they share, the first few."""
+def digest(template: Optional[str], batch: Sequence[Facts], limit: int = MAX_MESSAGE) -> str:
+    """Return one message about all events of `batch`: counted, what they share, the first few; as
+    far as that depends on their number, of at most `limit` characters."""
     if len(batch) == 1:
         return message_for(template, batch[0])
     counts: Dict[str, int] = {}
@@ -4630,9 +4631,9 @@ def digest(template: Optional[str], batch: Sequence[Facts]) -> str:
             lines.append(f"all of {label} {values.pop()}")
     last = look_further(batch[0])
     whole = [message_for(template, facts).replace(f"\n{last}", "") for facts in batch[: FULL_EVENTS + 1]]
-    if len(whole) <= FULL_EVENTS and sum(map(len, [*lines, *whole, last])) + 20 < MAX_MESSAGE:
+    if len(whole) <= FULL_EVENTS and sum(map(len, [*lines, *whole, last])) + 20 < limit:
         return "\n\n".join(["\n".join(lines), *whole, last])
-    room = MAX_MESSAGE - sum(map(len, lines)) - len(last) - 40
+    room = limit - sum(map(len, lines)) - len(last) - 40
     shown = 0
     for facts in batch[:DIGEST_LINES]:
         host = _with(" on {}", facts, "run.host")
@@ -4666,9 +4667,9 @@ MAX_FACT_LINES = 30
 
 
 def without_mentions(text: str) -> str:
-    """Return `text` in which no `@name` calls for somebody, in any of the chats: a zero-width space
-    parts the two."""
-    return re.sub(r"(?<!\w)@(?=[\w\[])", "@\u200b", text)
+    """Return `text` in which nothing calls for somebody in any of the chats (`@all`, `<@&1>`,
+    `<users/all>`): a zero-width space parts it."""
+    return re.sub(r"(?<!\w)@(?=[\w\[&!])|<(?=users/)", lambda match: match.group() + "\u200b", text)
 
 
 def shorten(text: str, limit: int = MAX_MESSAGE, mark: str = "\n...") -> str:
@@ -4966,13 +4967,17 @@ MAX_DOCUMENT_EVENTS = 100
 _DOCUMENT_FIELDS = ("id", "event", "time", "repo")
 
 
+#: The shortest limit among the chats for which one writes a body is Discord's.
+MAX_BODY_MESSAGE = 2000
+
+
 def fill_body(body: Any, facts: Facts) -> Any:
     """Return a JSON value with every text in it filled in like a message template."""
     if isinstance(body, dict):
         return {name: fill_body(value, facts) for name, value in body.items()}
     if isinstance(body, list):
         return [fill_body(value, facts) for value in body]
-    return shorten(fill_template(body, facts)) if isinstance(body, str) else body
+    return shorten(fill_template(body, facts), MAX_BODY_MESSAGE) if isinstance(body, str) else body
 
 
 def send_webhook(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> Outcome:
@@ -4982,7 +4987,7 @@ def send_webhook(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -
     if arguments.get("body"):
         # In a chat's own format, {message} is the text about the whole batch.
         safe = _unmentioned(batch)
-        facts: Facts = {**safe[0], "message": digest(arguments.get("message"), safe)}
+        facts: Facts = {**safe[0], "message": digest(arguments.get("message"), safe, MAX_BODY_MESSAGE)}
         payload = fill_body(arguments["body"], facts)
     answer = http_request(arguments["url"], closers, payload, arguments.get("headers"))
     return judge_webhook(answer._replace(body=notifier.scrub(answer.body)), time.time())
