@@ -688,6 +688,27 @@ def _checked_idx(value: Any) -> int:
     return idx
 
 
+_PROP_KINDS: Dict[str, Tuple[type, ...]] = {
+    "name": (str,), "description": (str, type(None)), "experiment": (str,), "archived": (bool,),
+    "tags": (list,),
+}  # fmt: skip
+
+
+def _checked_props(props: Any) -> Dict[str, Any]:
+    for name, value in props.items():
+        if not isinstance(value, _PROP_KINDS.get(name, object)):
+            raise TypeError(f"{name} cannot be {value!r}")
+    if not all(isinstance(tag, str) for tag in props.get("tags", ())):
+        raise TypeError("a tag is text")
+    return dict(props)
+
+
+def _checked_path(path: Any) -> List[str]:
+    if not isinstance(path, list) or not all(isinstance(key, str) for key in path):
+        raise TypeError("a param's path is a list of strings")
+    return path
+
+
 class RunState:
     """Everything a run log says, less the points themselves.
 
@@ -749,14 +770,14 @@ class RunState:
         self.end = None
 
     def _apply_props(self, record: Dict[str, Any]) -> None:
-        self.props.update(record["props"])
+        self.props.update(_checked_props(record["props"]))
 
     def _apply_set(self, record: Dict[str, Any]) -> None:
-        path, value = record["set"], record["value"]
+        path, value = _checked_path(record["set"]), record["value"]
         if path:
             parent: Any = self.params
             for key in path[:-1]:
-                at = int(key) if isinstance(parent, list) else key
+                at: Any = int(key) if isinstance(parent, list) else key
                 child = parent[at] if isinstance(parent, list) else parent.get(at)
                 if not isinstance(child, (dict, list)):
                     child = parent[at] = {}
@@ -766,7 +787,7 @@ class RunState:
             self.params = value
 
     def _apply_del(self, record: Dict[str, Any]) -> None:
-        path = record["del"]
+        path = _checked_path(record["del"])
         if not path:
             self.params = {}
             return
@@ -818,14 +839,17 @@ class RunState:
                 raise TypeError(f"{field} is no {kind.__name__}")
         if record["checkpoint"] != 1:
             raise ValueError("another format")
+        props = _checked_props(record["props"])
         # Everything is looked at before anything is taken over: half a checkpoint would be a lie.
         errors, end, next_idx = map(str, record["errors"]), record["end"], _checked_idx(record["next_idx"])
         if isinstance(end, dict):
             self._seen(end["time"])
+            if not isinstance(end["end"], str):
+                raise TypeError("an end is finished or failed")
         self._seen(record["last_time"])
         created_at = self._seen(record["header"].get("created_at", self.created_at))
         self.next_idx = max(self.next_idx, next_idx)
-        self.header, self.params, self.props = record["header"], record["params"], record["props"]
+        self.header, self.params, self.props = record["header"], record["params"], props
         self.created_at = created_at
         self.series = {item.id: item for item in series}
         self.logs = record["logs"]
@@ -834,6 +858,8 @@ class RunState:
 
     def _apply_end(self, record: Dict[str, Any]) -> None:
         idx = _checked_idx(record["idx"])
+        if not isinstance(record["end"], str):
+            raise TypeError("an end is finished or failed")
         self._seen(record["time"])
         self.end = record
         self.next_idx = max(self.next_idx, idx + 1)
@@ -1089,7 +1115,8 @@ def parse_message(line: bytes) -> Optional[Dict[str, Any]]:
         with contextlib.suppress(ValueError, RecursionError, KeyError, OverflowError, TypeError):
             record = from_json(line)
             level, when = int(record["log"]), float(record["time"])
-            return {**record, "log": level, "time": when, "message": str(record["message"])}
+            if 0 <= when < MAX_TIME_S:
+                return {**record, "log": level, "time": when, "message": str(record["message"])}
     return None
 
 
@@ -2518,20 +2545,27 @@ class MetricRow(NamedTuple):
         return series
 
 
-def open_index(path: str, *, busy_timeout_s: float = 5.0, read_only: bool = False) -> sqlite3.Connection:
+def open_index(
+    path: str, *, busy_timeout_s: float = 5.0, read_only: bool = False, make: bool = True
+) -> sqlite3.Connection:
     """Open the index at `path` (':memory:' for an overlay), making its tables in an empty file.
 
-    Raises IndexUnusable for another version and sqlite3.Error for a file that is damaged or not a database.
+    Without `make`, a file that is missing, or has no tables, is no index: the runs that lost their
+    markers when they came into the one that was here would be in neither. Raises IndexUnusable for
+    what is to be built anew and sqlite3.Error for a file that is damaged or not a database.
     """
     import sqlite3
     from urllib.parse import quote
 
-    uri = path if path == ":memory:" else f"file:{quote(path)}?mode={'ro' if read_only else 'rwc'}"
+    mode = "ro" if read_only else "rwc" if make else "rw"
+    uri = path if path == ":memory:" else f"file:{quote(path)}?mode={mode}"
     db = sqlite3.connect(uri, timeout=busy_timeout_s, isolation_level=None, uri=True, check_same_thread=False)
     try:
         db.create_function("py_op", 3, _py_op)
         db.create_function("py_at", 2, _py_at)
-        if db.execute("PRAGMA user_version").fetchone() == (0,) and not read_only:
+        if not make:
+            _check_size(db, path)
+        elif db.execute("PRAGMA user_version").fetchone() == (0,) and not read_only:
             _create_tables(db)
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version != INDEX_VERSION:
@@ -2542,6 +2576,16 @@ def open_index(path: str, *, busy_timeout_s: float = 5.0, read_only: bool = Fals
         db.close()
         raise
     return db
+
+
+def _check_size(db: sqlite3.Connection, path: str) -> None:
+    """Refuse a file that was cut short: SQLite takes a last page that is not whole for zeros."""
+    db.execute("BEGIN")  # with the lock that a read takes, no writer changes the size meanwhile
+    db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    (pages,), (page_size,) = (db.execute(f"PRAGMA page_{what}").fetchone() for what in ("count", "size"))
+    if os.stat(path).st_size < pages * page_size:
+        raise IndexUnusable(f"{path} was cut short")
+    db.execute("COMMIT")
 
 
 def _create_tables(db: sqlite3.Connection) -> None:
@@ -2737,26 +2781,19 @@ class Index:
 
     def _open_or_rebuild(self, most_runs: float) -> sqlite3.Connection:
         try:
-            if os.path.getsize(self.paths.index):
-                return open_index(self.paths.index)
-        except FileNotFoundError:
-            pass
+            return open_index(self.paths.index, make=False)
         except Exception as error:
             if not _is_damage(error):
                 raise
         if most_runs < math.inf and len(list_runs(self.paths)) > most_runs:
             raise IndexBusy(f"{self.paths.index} has to be built first")
         self.rebuild()
-        return open_index(self.paths.index)
+        return open_index(self.paths.index, make=False)
 
     def is_usable(self) -> bool:
         """True where there is an index of this version; damage further in is found by its use."""
         try:
-            if not os.path.getsize(self.paths.index):
-                return False
-            open_index(self.paths.index, read_only=True).close()
-        except FileNotFoundError:
-            return False
+            open_index(self.paths.index, read_only=True, make=False).close()
         except Exception as error:
             return not _is_damage(error)
         return True
@@ -2815,6 +2852,8 @@ def _is_damage(error: Exception) -> bool:
     """True for what a new index mends, as opposed to a lock or a disk that is full."""
     import sqlite3
 
+    if isinstance(error, FileNotFoundError):
+        return True
     if isinstance(error, sqlite3.OperationalError):
         return not re.search("locked|busy|full|readonly|disk I/O", str(error))
     return isinstance(error, (sqlite3.DatabaseError, IndexUnusable))
@@ -3950,23 +3989,34 @@ class Repo:
         return self._answer(select_metrics, compile_query(q, "metric"))
 
     def _answer(self, select: Callable[..., List[Any]], query: CompiledQuery) -> List[Any]:
-        for mended in (False, True):
+        for attempt in range(5):
+            file = self._index_file()
             index = self._open_index()
             if index is None:
                 break
             try:
                 with contextlib.closing(index):
                     hidden = self._read_news(index)
-                    return select([self._overlay, index], query, hidden)
+                    found = select([self._overlay, index], query, hidden)
+                if self._index_file() == file:
+                    return found
+                # Replaced meanwhile: what the new file has got, and lost its marker, was not in this one.
             except sqlite_error() as error:
-                if mended or not _is_damage(error):
+                if attempt or not _is_damage(error):
                     log.warning("%s: %s; reading the run logs", self._paths.index, error)
                     break
                 log.warning("%s: %s; building it anew", self._paths.index, error)
-            with contextlib.suppress(sqlite_error(), IndexBusy, OSError):
-                self._index.mend(1.0)
+                with contextlib.suppress(sqlite_error(), IndexBusy, OSError):
+                    self._index.mend(1.0)
         hidden = self._read_news(None)
         return select([self._overlay], query, hidden)
+
+    def _index_file(self) -> Any:
+        try:
+            info = os.stat(self._paths.index)
+        except OSError:
+            return None
+        return info.st_dev, info.st_ino
 
     def _open_index(self) -> Optional[sqlite3.Connection]:
         """Return the index to read, built if it must be and can be; None to do without."""
@@ -3975,8 +4025,7 @@ class Repo:
                 if build:
                     with self._index.writing(1.0):
                         pass
-                if os.path.getsize(self._paths.index):
-                    return open_index(self._paths.index)
+                return open_index(self._paths.index, make=False)
         return None
 
     def _read_news(self, index: Optional[sqlite3.Connection]) -> Set[str]:
@@ -7486,7 +7535,7 @@ def run_cell(run: Run, row: RunRow, column: str) -> Any:
     if column == "tags":
         return json.loads(row.tags)
     if column in RunRow._fields:
-        return getattr(row, column)
+        return _from_sql(getattr(row, column))
     if column.startswith("metric:"):
         name = column.partition(":")[2]
         found = [metric for metric in run.metrics() if metric.name == name]
@@ -7631,6 +7680,7 @@ def cmd_show(args: Any) -> int:
 
 def _show_run(run: Run) -> None:
     header, end = run._state.header, run._state.end or {}
+    argv = header.get("argv")
     ended = f"{local_time(run.end_time)} ({end.get('end')})" if run.end_time is not None else "not yet"
     fields = {
         "run": run.hash,
@@ -7648,7 +7698,7 @@ def _show_run(run: Run) -> None:
         "user": header.get("user"),
         "job": header.get("job"),
         "folder": header.get("cwd"),
-        "command": " ".join(map(str, header.get("argv") or ())),
+        "command": " ".join(map(str, argv)) if isinstance(argv, list) else None,
         "python": header.get("python"),
     }
     for name, value in fields.items():

@@ -42,9 +42,10 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import unittest
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 from unittest import mock
 
 import aimwatch
@@ -3570,6 +3571,623 @@ class VanishedFolder(RecordingCase):
         again = aimwatch.Outbox(self.paths.outbox)
         self.assertEqual([event.id for event in again.waiting_for("a")], [events[2].id])
         again.close()
+
+
+# ------------------------------------------------------------------------------ the index's file
+
+
+def index_content(path: str) -> Dict[str, List[Any]]:
+    """Return every row of an index, with hashes in place of row numbers, so that two can be compared."""
+    queries = {
+        "runs": f"SELECT {aimwatch._RUN_COLUMNS}, params FROM runs",
+        "params": "SELECT hash, path, value FROM params JOIN runs ON id = run",
+        "tags": "SELECT hash, tag FROM tags JOIN runs ON id = run",
+        "metrics": "SELECT hash, m.* FROM metrics m JOIN runs ON id = run",
+        "contexts": "SELECT * FROM contexts WHERE context IN (SELECT context FROM metrics)",
+        "orphans": "SELECT run FROM params WHERE run NOT IN (SELECT id FROM runs) UNION ALL SELECT run FROM"
+        " tags WHERE run NOT IN (SELECT id FROM runs) UNION ALL SELECT run FROM metrics WHERE run NOT IN"
+        " (SELECT id FROM runs)",
+    }
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        found = {name: sorted(map(repr, db.execute(query))) for name, query in queries.items()}
+        # The row's number stands in `metrics` too.
+        ids = dict(db.execute("SELECT id, hash FROM runs"))
+        found["metrics"] = sorted(
+            repr((ids[row[0]], *row[1:]))
+            for row in db.execute("SELECT * FROM metrics WHERE run IN (SELECT id FROM runs)")
+        )
+        return found
+
+
+class StoredCase(RecordingCase):
+    """A repository with runs of every kind, and what is asked of it."""
+
+    RUNS = ("", "run.n > 2", "run.text == 'x'", "'even' in run.tags", "run.archived", "run.active",
+            "run.experiment == 'two' and not run.n == 3", "run.metrics['m', {'s': 't'}].last >= 3",
+            "run.nested.a.b == [1, None] or run.hash == 'live'", "run.end_time is None")  # fmt: skip
+    METRICS = ("", "metric.name == 'm' and metric.last > 3", "metric.context.s == 't'", "run.n < 4")
+
+    def fill(self) -> None:
+        for n in range(8):
+            with Run(f"r{n}", repo=self.root, experiment="one" if n < 4 else "two") as run:
+                run[...] = {"n": n, "text": "xyz"[n % 3], "nested": {"a": {"b": [1, None]}}, "nan": NAN}
+                for step in range(n):
+                    run.track(
+                        {"m": step, "k": NAN}, step=step, epoch=NAN if n == 5 else n, context={"s": "t"}
+                    )
+                    run.track(True, "m")
+                if not n % 2:
+                    run.add_tag("even")
+                run.archived = n == 6
+        self.die("dead", "run.track(5, 'm')")
+        self.live = self.run_object("live")
+        self.live.track(4, "m")
+
+    def die(self, run_hash: str, code: str = "") -> None:
+        """Leave a run whose process was killed."""
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                run = Run(run_hash, repo=self.root)
+                exec(code, {"run": run})
+                os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(1)
+        self.assertEqual(os.waitpid(pid, 0)[1], signal.SIGKILL)
+
+    def answers(self, repo: Optional[aimwatch.Repo] = None) -> Any:
+        repo = repo or aimwatch.Repo(self.root)
+        rows = [[row[:14] for row in repo.query_runs(text).rows] for text in self.RUNS]
+        series = [[repr(row[:-1]) for row in repo.metric_rows(text)] for text in self.METRICS]
+        return rows, series
+
+    def reindexed(self) -> Dict[str, List[Any]]:
+        self.assertEqual(aimwatch.Repo(self.root).reindex(), [])
+        return index_content(self.paths.index)
+
+    def rebuilt(self) -> Dict[str, List[Any]]:
+        self.assertEqual(aimwatch.Repo(self.root).reindex(rebuild=True), [])
+        return index_content(self.paths.index)
+
+    def pending(self) -> List[str]:
+        return sorted(os.listdir(self.paths.pending))
+
+
+class IndexFile(StoredCase):
+    def test_runs_index_themselves_as_a_rebuild_would(self) -> None:
+        self.fill()
+        self.assertEqual(self.pending(), ["dead", "live"])
+        self.assertEqual(len(index_content(self.paths.index)["runs"]), 8)
+        incremental = self.reindexed()
+        self.assertEqual(self.pending(), ["live"])
+        self.assertEqual(len(incremental["runs"]), 10)
+        self.assertEqual(incremental["orphans"], [])
+        self.assertEqual(incremental, self.rebuilt())
+        for n in (0, 3, 6):  # resumed, changed, closed again
+            with Run(f"r{n}", repo=self.root) as run:
+                run[...] = {"other": n}
+                run.track(9, "m")
+        self.live.track(1, "new")
+        self.assertEqual(aimwatch.Repo(self.root).delete_run("r1"), True)
+        incremental = self.reindexed()
+        self.assertEqual(len(incremental["runs"]), 9)
+        self.assertEqual(incremental, self.rebuilt())
+
+    def test_answers_are_the_same_whatever_is_wrong_with_the_index(self) -> None:
+        self.fill()
+        self.reindexed()
+        self.live["n"] = 9  # the index does not know it yet
+        expected = self.answers()
+        with open(self.paths.index, "rb") as file:
+            whole = file.read()
+        noise = bytes(random.Random(2).choices(range(128, 256), k=4096))
+        db = sqlite3.connect(self.paths.index)
+        (page,) = db.execute("PRAGMA page_size").fetchone()
+        db.close()
+        states: Dict[str, Optional[bytes]] = {
+            "missing": None, "empty": b"", "one byte": b"S", "header alone": whole[:100],
+            "all noise": noise * 9, "noise after its end": whole + noise, "text": b"hello\n",
+            "another version": whole[:60] + b"\0\0\0\7" + whole[64:],
+        }  # fmt: skip
+        for cut in (page, len(whole) // 2, len(whole) - page, len(whole) - 100):
+            states[f"cut at {cut}"] = whole[:cut]
+        for at in range(0, len(whole), page):
+            states[f"noise at {at}"] = whole[:at] + noise[:page] + whole[at + page :]
+        for what, data in states.items():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.paths.index)
+            if data is not None:
+                with open(self.paths.index, "wb") as file:
+                    file.write(data)
+            with self.subTest(what):
+                self.assertEqual(self.answers(), expected)
+                found = self.reindexed()
+                self.assertEqual(found["runs"], self.rebuilt()["runs"])
+        with self.subTest("a folder"):
+            os.unlink(self.paths.index)
+            os.mkdir(self.paths.index)
+            self.assertEqual(self.answers(), expected)
+            code, out, err = self.run_cli("reindex")
+            self.assertEqual((code, out), (1, ""))
+            self.assertIn(f"cannot write {self.paths.index}: ", err)
+
+    def test_journal_of_a_process_that_was_killed_is_not_mixed_into_a_new_index(self) -> None:
+        self.fill()
+        expected = self.answers(), self.reindexed()
+        with open(self.paths.index, "rb") as file:
+            header = file.read(100)
+        for journal in (b"", b"noise" * 1000, b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + header + b"\xff" * 2000):
+            with open(self.paths.index + "-journal", "wb") as file:
+                file.write(journal)
+            with self.subTest(journal=journal[:10]):
+                self.rebuilt()
+                self.assertEqual((self.answers(), self.reindexed())[1], expected[1])
+
+    def test_index_that_goes_away_while_it_is_asked_changes_no_answer(self) -> None:
+        self.fill()
+        self.reindexed()
+        with open(self.paths.index, "rb") as file:
+            whole = file.read()
+        expected = self.answers()
+        stopping = threading.Event()
+
+        def spoil() -> None:
+            chance = random.Random(4)
+            while not stopping.wait(chance.random() * 0.02):
+                with contextlib.suppress(OSError):
+                    if chance.random() < 0.5:
+                        os.unlink(self.paths.index)
+                    else:
+                        aimwatch.replace_file(self.paths.index, whole[: chance.randrange(len(whole))])
+
+        thread = threading.Thread(target=spoil)
+        thread.start()
+        try:
+            repo = aimwatch.Repo(self.root)
+            for _ in range(8):
+                self.assertEqual(self.answers(repo), expected)
+        finally:
+            stopping.set()
+            thread.join()
+        self.assertEqual(self.reindexed()["runs"], self.rebuilt()["runs"])
+
+    def test_repository_that_may_only_be_read_gives_the_same_answers(self) -> None:
+        self.fill()
+        self.reindexed()
+        self.live.track(7, "m")
+        expected = repr(self.answers())
+        for index in ("present", "missing"):
+            if index == "missing":
+                os.unlink(self.paths.index)
+            folders = [folder for folder, _, _ in os.walk(self.root)]
+            for folder in folders:
+                os.chmod(folder, 0o555)
+            read_end, write_end = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    os.close(read_end)
+                    if os.getuid() == 0:
+                        os.setuid(65534)
+                    answer = repr(self.answers())
+                    code, out, err = self.run_cli("reindex")
+                    with os.fdopen(write_end, "w") as pipe:
+                        pipe.write(json.dumps([answer, code, out, err]))
+                finally:
+                    os._exit(0)
+            os.close(write_end)
+            with os.fdopen(read_end) as pipe:
+                told = pipe.read()
+            os.waitpid(pid, 0)
+            for folder in folders:
+                os.chmod(folder, 0o755)
+            with self.subTest(index):
+                answer, code, out, err = json.loads(told)
+                self.assertEqual(answer, expected)
+                self.assertEqual((code, out), (1, ""))
+                self.assertIn("Permission denied", err)
+
+    def test_rebuild_that_is_killed_leaves_the_old_index_and_no_rubbish(self) -> None:
+        self.fill()
+        self.reindexed()
+        expected = self.answers()
+        content = index_content(self.paths.index)
+        for at in (0, 1, 5, 9):
+            pid = os.fork()
+            if pid == 0:
+                with contextlib.suppress(BaseException):
+
+                    def progress(done: int, of: int, at: int = at) -> None:
+                        if done == at:
+                            os.kill(os.getpid(), signal.SIGKILL)
+
+                    aimwatch.Reindexer(self.paths).run_all(True, progress=progress)
+                os._exit(1)
+            self.assertEqual(os.waitpid(pid, 0)[1], signal.SIGKILL)
+            self.assertEqual(index_content(self.paths.index), content)
+            self.assertEqual(self.answers(), expected)
+        self.assertTrue([name for name in os.listdir(self.paths.own) if name.endswith(".tmp")])
+        self.assertEqual(self.rebuilt(), content)
+        self.assertEqual([name for name in os.listdir(self.paths.own) if name.endswith(".tmp")], [])
+
+    def test_indexer_that_is_killed_loses_no_run_from_view(self) -> None:
+        for n in range(30):
+            self.die(f"d{n:02}", f"run['n'] = {n}")
+        for at in (1, 4, 9, 15):
+            pid = os.fork()
+            if pid == 0:
+                real = aimwatch.index_run
+
+                def killed(*arguments: Any, calls: List[int] = [at]) -> None:  # noqa: B006
+                    calls[0] -= 1
+                    if not calls[0]:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    real(*arguments)
+
+                with contextlib.suppress(BaseException):
+                    aimwatch.index_run = killed
+                    reindexer = aimwatch.Reindexer(self.paths)
+                    reindexer.run(reindexer.pending(), batch_s=0.0)
+                os._exit(1)
+            self.assertEqual(os.waitpid(pid, 0)[1], signal.SIGKILL)
+            self.assertEqual(len(aimwatch.Repo(self.root).query_runs("run.n >= 0")), 30)
+        self.assertEqual(self.reindexed(), self.rebuilt())
+        self.assertEqual(self.pending(), [])
+
+    def test_changes_of_runs_that_cannot_be_read_are_no_matter_of_the_index_either(self) -> None:
+        self.fill()
+        self.reindexed()
+        path = self.paths.run_log("r2")
+        with open(path, "rb") as file:
+            log_bytes = file.read()
+        for what, data in (
+            ("noise", b"\x80\xff\n" * 50),
+            ("empty", b""),
+            ("newer", b'{"format":2,"created_at":5}\n'),
+        ):
+            with open(self.paths.marker("r2"), "a"), open(path, "wb") as file:
+                file.write(data)
+            with self.subTest(what):
+                before = [row.hash for row in aimwatch.Repo(self.root).query_runs("").rows]
+                self.assertNotIn("r2", before)
+                problems = aimwatch.Repo(self.root).reindex()
+                self.assertEqual(bool(problems), bool(data), problems)
+                self.assertEqual([row.hash for row in aimwatch.Repo(self.root).query_runs("").rows], before)
+                rebuilt = aimwatch.Repo(self.root).reindex(rebuild=True)
+                self.assertEqual(rebuilt, problems)
+            with open(path, "wb") as file:
+                file.write(log_bytes)
+            with open(self.paths.marker("r2"), "a"):
+                pass
+            self.assertEqual(self.reindexed(), self.rebuilt())
+
+    def test_run_that_closes_waits_for_the_index_a_moment_and_then_leaves_it(self) -> None:
+        run = self.run_object("r")
+        self.reindexed()
+        held = self.process(
+            "import sys, aimwatch\nwith aimwatch.Index(aimwatch.find_repo()).locked(9):\n"
+            "    print('held'); sys.stdin.read() or __import__('time').sleep(600)"
+        )
+        self.assertEqual(held.stdout.readline(), "held\n")
+        begun = time.monotonic()
+        with mock.patch.object(aimwatch, "INDEX_ITSELF_S", 0.2):
+            run.close()
+        self.assertLess(time.monotonic() - begun, 5)
+        self.assertEqual(self.pending(), ["r"])
+        self.assertEqual(self.flags("r-"), ["finished"])
+        rows = aimwatch.Repo(self.root).query_runs("run.hash == 'r'").rows
+        self.assertEqual([row.state for row in rows], ["finished"])
+        code, out, err = self.run_cli_waiting(0.1, "reindex")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn(f"{self.paths.index} is being written by another process: try again later", err)
+        held.kill()
+        held.wait()
+        self.assertEqual(self.run_cli("reindex"), (0, "", ""))
+        self.assertEqual(self.pending(), [])
+
+    def run_cli_waiting(self, wait_s: float, *argv: str) -> Tuple[int, str, str]:
+        with mock.patch.object(aimwatch, "REINDEX_WAIT_S", wait_s):
+            return self.run_cli(*argv)
+
+    def test_run_that_is_terminated_indexes_itself(self) -> None:
+        process = self.process(
+            "import time\nfrom aimwatch import Run\nrun = Run('r')\nrun.track(3, 'm')\nrun['p'] = 1\n"
+            "run.report_progress(expect_next_in=600)\nprint('ready')\ntime.sleep(600)"
+        )
+        self.assertEqual(process.stdout.readline(), "ready\n")
+        process.terminate()
+        self.assertEqual(process.wait(), -signal.SIGTERM)
+        self.assertEqual(self.pending(), [])
+        with contextlib.closing(aimwatch.open_index(self.paths.index)) as db:
+            query = aimwatch.compile_query("run.p == 1 and run.metrics.m.last == 3 and not run.active")
+            (row,) = select_runs([db], query)
+        self.assertEqual((row.state, row.reason), ("failed", "terminated by SIGTERM"))
+
+
+class DeadRuns(StoredCase):
+    def test_dead_run_ends_at_its_last_sign_of_life(self) -> None:
+        self.die("tracked", "run.track(1, 'm')")
+        self.die("reported", "run.report_progress(expect_next_in=60)")
+        self.die("silent")
+        (name,) = self.check_ins("reported-")
+        idx, utc = name.split("-")[1], time.time() + 1000
+        os.rename(
+            os.path.join(self.paths.check_ins, name),
+            os.path.join(
+                self.paths.check_ins, aimwatch.check_in_name("reported", int(idx), "check_in", utc, 66)
+            ),
+        )
+        repo = aimwatch.Repo(self.root)
+        self.assertEqual(len(repo.query_runs("run.active")), 3)
+        self.assertEqual(repo.reindex(), [])
+        self.assertEqual(len(repo.query_runs("run.active")), 0)
+        rows = {row.hash: row for row in repo.query_runs("not run.active").rows}
+        self.assertEqual({row.state for row in rows.values()}, {"failed"})
+        self.assertEqual({row.reason for row in rows.values()}, {"its process ended without saying so"})
+        tracked = self.reread("tracked")
+        self.assertAlmostEqual(tracked.end_time or 0, tracked.metrics()[0].times[0], delta=0.1)
+        self.assertAlmostEqual(rows["reported"].end_time or 0, utc, delta=0.1)
+        self.assertAlmostEqual(rows["silent"].end_time or 0, rows["silent"].created_at, delta=5)
+        self.assertEqual(self.pending(), [])
+        sizes = {name: os.path.getsize(self.paths.run_log(name)) for name in rows}
+        for name in rows:
+            with open(self.paths.marker(name), "x"):
+                pass
+        self.assertEqual(self.reindexed(), self.rebuilt())
+        self.assertEqual({name: os.path.getsize(self.paths.run_log(name)) for name in rows}, sizes)
+        self.assertEqual(self.pending(), [])
+
+    def test_run_that_lives_is_indexed_and_never_ended(self) -> None:
+        run = self.run_object("mine")
+        other = self.process(
+            "from aimwatch import Run\nrun = Run('other')\nrun.track(1, 'm')\nprint('ready')\ninput()\n",
+        )
+        self.assertEqual(other.stdout.readline(), "ready\n")
+        run.track(1, "m")
+        # The other process ended at once: its standard input is empty. What lives is ours.
+        other.wait()
+        self.assertEqual(self.reindexed(), self.rebuilt())
+        with contextlib.closing(sqlite3.connect(self.paths.index)) as db:
+            found = dict(db.execute("SELECT hash, state FROM runs"))
+        self.assertEqual(found, {"mine": "running", "other": "failed"})
+        self.assertEqual(self.pending(), ["mine"])
+        self.assertEqual([name for name in self.records("mine") if "end" in name], [])
+        run.track(2, "m")
+        self.assertEqual(len(aimwatch.Repo(self.root).query_runs("run.metrics.m.last == 2")), 1)
+
+    def test_marker_says_what_is_to_be_done(self) -> None:
+        self.fill()
+        self.reindexed()
+        for name in ("no-hash", ".hidden", "x" * 65, "gone", "empty"):
+            with open(os.path.join(self.paths.pending, name), "x"):
+                pass
+        with open(self.paths.run_log("empty"), "x"):
+            pass
+        os.unlink(self.paths.run_log("r4"))
+        with open(self.paths.marker("r4"), "x"):
+            pass
+        os.mkdir(self.paths.marker("folder"))
+        os.symlink("/nowhere", self.paths.marker("link"))
+        shutil.copy(self.paths.run_log("r1"), self.paths.run_log("folder"))
+        self.assertNotIn("r4", [run.hash for run in aimwatch.Repo(self.root).query_runs("")])
+        problems = sorted(aimwatch.Repo(self.root).reindex())
+        self.assertEqual(
+            problems,
+            [f"{self.paths.marker('folder')}: Is a directory",
+             f"{self.paths.marker('link')}: Too many levels of symbolic links"],
+        )  # fmt: skip
+        self.assertEqual(self.pending(), sorted(["no-hash", ".hidden", "x" * 65, "folder", "link", "live"]))
+        self.assertFalse([row for row in index_content(self.paths.index)["runs"] if "'r4'" in row])
+
+    def test_end_that_cannot_be_written_keeps_the_marker(self) -> None:
+        self.die("d")
+        with mock.patch.object(aimwatch, "LogWriter", side_effect=OSError(errno.ENOSPC, "No space left")):
+            self.assertEqual(aimwatch.Repo(self.root).reindex(), [])
+        self.assertEqual(self.pending(), ["d"])
+        self.assertEqual(self.reindexed(), self.rebuilt())
+        self.assertEqual(self.pending(), [])
+        self.assertEqual(self.reread("d")._state.end["reason"], aimwatch.DIED)  # type: ignore[index]
+
+
+#: Lines as another program, or an enemy, could write them into a run's log.
+HOSTILE = (
+    '{"format":1,"created_at":1e999}', '{"format":1,"created_at":"inf"}', '{"format":1,"created_at":1e300}',
+    '{"format":1,"created_at":-5,"argv":5,"pid":{}}', '{"format":1,"created_at":7,"argv":5,"host":["h"]}',
+    '{"format":1,"created_at":"nan"}', '{"format":{"a":1},"created_at":5}', '{"resume":"inf"}',
+    '{"series":1,"name":"m","context":{"x":1e999}}', '{"series":2,"name":"\\ud800","context":{"x":[{}]}}',
+    '{"series":1e300,"name":"m","context":{}}', '{"series":-1,"name":"m","context":{"a":{"$float":"x"}}}',
+    "[1,2,3,4]", "[1,1e300,1,5]", '[1,2,"inf","inf"]', '[1,2,"nan","nan","nan"]', "[1,2,1e999,5]",
+    '[1,"x",2,3]', '[1,2,3,4,"x"]', "[[],1,2,3]", "[2,-9e18,-1e308,5,6]", "[2,9e18,1e308,5,6]", '[true,1,1,1]',
+    '{"props":{"name":5,"tags":5,"archived":[],"description":{"a":1},"experiment":[1]}}',
+    '{"props":{"tags":[5,null,{"a":[1]},"\\u0000"]}}', '{"props":{"tags":{"a":1},"experiment":1e999}}',
+    '{"props":{"name":"\\u001b[31m\\ud800\\n"}}', '{"set":"abc","value":1}', '{"set":[],"value":5}',
+    '{"set":[1,2],"value":1}', '{"set":["a",null],"value":1}', '{"set":["a"],"value":1e999}',
+    '{"set":["deep"],"value":' + "[" * 400 + "]" * 400 + "}", '{"set":["n"],"value":' + "9" * 400 + "}",
+    '{"set":["$float"],"value":"nan"}', '{"del":["x","y"]}', '{"del":5}', '{"log":40,"time":"inf","message":"m"}',
+    '{"log":1e999,"time":5}', '{"log":"x","time":5,"message":5}', '{"log":40,"time":5,"message":{"a":1},"params":5}',
+    '{"log":40,"time":1e300,"message":"x"}', '{"log":35,"time":9,"message":"\\u001b]0;x\\u0007","params":[1]}',
+    '{"end":"failed","time":"inf","idx":5}', '{"end":5,"time":5,"idx":5,"reason":{"a":1},"frames":5}',
+    '{"end":"finished","time":9,"idx":3,"frames":[1,{}],"reason":7}', '{"end":{"a":1},"time":5,"idx":5}',
+    '{"checkpoint":1,"header":{"created_at":"inf"},"params":{},"props":{},"series":[],"logs":{},"errors":[],'
+    '"end":null,"next_idx":1,"last_time":5}',
+    '{"checkpoint":1,"header":{"created_at":5,"argv":{"a":1}},"params":{"a":1},"props":{"tags":3},"series":'
+    '[[1,"m",{},2,"nan","inf","-inf",5,6,"nan","inf"]],"logs":{"x":[]},"errors":[{}],"end":{"end":[],"time":5},'
+    '"next_idx":1,"last_time":5}',
+)  # fmt: skip
+
+
+class HostileLogs(StoredCase):
+    def test_no_log_stops_a_command_or_hides_another_run(self) -> None:
+        with Run("good", repo=self.root) as run:
+            run.track(1, "m")
+        header = '{"format":1,"hash":"x","created_at":5.5,"host":"h"}'
+        names = [f"h{seed}" for seed in range(int(os.environ.get("HOSTILE_LOGS", "40")))]
+        for seed, name in enumerate(names):
+            chance = random.Random(seed)
+            lines = [*([header] if seed % 4 else []), *chance.choices(HOSTILE, k=chance.randrange(1, 30))]
+            with open(self.paths.run_log(name), "w") as file:
+                file.write("\n".join(lines if seed != 1 else [header, *HOSTILE]) + "\n" * (seed % 2))
+            with open(self.paths.marker(name), "x"):
+                pass
+        repo = aimwatch.Repo(self.root)
+        for text, good in (
+            ("", True),
+            ("run.a == 1", False),
+            ("run.tags", False),
+            ("run.duration >= 0", True),
+        ):
+            self.assertEqual("good" in [row.hash for row in repo.query_runs(text).rows], good, text)
+        self.assertIn("good", [row.run for row in repo.metric_rows("")])
+        repo.query_metrics("metric.context.x == 1 or metric.last > 5")
+        problems = repo.reindex()
+        for problem in problems:
+            self.assertRegex(problem, "no run description|written in format")
+        columns = "hash,name,tags,reason,n,deep,metric:m,pid,argv,created,duration,ended"
+        out = self.fine("runs", "--limit", "0", "--columns", columns)
+        self.assertEqual(out.count("\n"), 1 + 1 + len(names) - len(problems))
+        self.assertNotIn("\x1b", out)
+        self.fine("runs", "--csv")
+        self.fine("metrics")
+        self.fine("metrics", "--csv", "--sort", "context")
+        for text in (
+            self.fine("metrics", "--json"),
+            self.fine("runs", "--json", "--sort=-n", "--columns", "n,tags,name"),
+        ):
+            json.loads(text, parse_constant=self.fail)
+        unreadable = [name for name in names if any(f"{name}.jsonl: " in problem for problem in problems)]
+        for name in names:
+            if name in unreadable:
+                code, out, err = self.run_cli("show", name)
+                self.assertEqual((code, out), (1, ""))
+                self.assertIn(f"cannot read {self.paths.run_log(name)}: ", err)
+                continue
+            self.assertNotIn("\x1b", self.fine("show", name))
+            json.loads(self.fine("show", name, "--json"), parse_constant=self.fail)
+            code, out, err = self.run_cli("plot", name, "m")
+            self.assertTrue(code == 0 or "has no metric 'm'" in err, err)
+        self.assertEqual(self.content(), self.content(rebuild=True))
+        for name in names:
+            if name not in unreadable:
+                with Run(name, repo=self.root) as run:
+                    run.track(1, "m")
+        self.assertEqual(self.content(), self.content(rebuild=True))
+
+    def fine(self, *argv: str) -> str:
+        code, out, err = self.run_cli(*argv)
+        self.assertEqual(code, 0, (argv, err))
+        return out
+
+    def content(self, rebuild: bool = False) -> Any:
+        aimwatch.Repo(self.root).reindex(rebuild)
+        return index_content(self.paths.index)
+
+
+class Torture(StoredCase):
+    """Every process at once that ever touches the index, and some that are killed."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.children: List[int] = []
+        self.addCleanup(self.kill_children)
+        for name, value in (("CHECKPOINT_LINES", 20), ("INDEX_ITSELF_S", 0.2)):
+            patch = mock.patch.object(aimwatch, name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def kill_children(self) -> None:
+        for pid in self.children:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    def forked(self, work: Callable[[int], None], number: int) -> int:
+        """Do some work in a child process, which exits with 0 unless it raised."""
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                work(number)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        self.children.append(pid)
+        return pid
+
+    def ended(self, pid: int) -> int:
+        status = os.waitpid(pid, 0)[1]
+        self.children.remove(pid)
+        return status
+
+    def write(self, number: int) -> None:
+        chance = random.Random(number)
+        for n in range(4):
+            run = Run(f"w{number}_{n}", repo=self.root, experiment=f"e{n % 3}")
+            run["p"] = {"number": number, "list": [1, {"a": None}], "nan": NAN}
+            for step in range(chance.randrange(60)):
+                value = chance.choice((step, -step, 0.1, INF, NAN, True))
+                run.track(value, "m", epoch=chance.choice((None, NAN, 2)), context={"s": step % 3})
+                run.report_progress(expect_next_in=chance.choice((0, 60)))
+                if step % 10 == 9:
+                    run.add_tag(f"t{step}")
+                    run["p", "step"] = step
+            if chance.random() < 0.3:
+                run.close()
+                run = Run(run.hash, repo=self.root)
+                run.track(99, "again")
+            if chance.random() < 0.8:
+                run.close()
+            else:
+                kept = run  # noqa: F841 - dies with the process
+
+    def until_told(self, work: Callable[[], None]) -> None:
+        told: List[int] = []
+        signal.signal(signal.SIGTERM, lambda signum, frame: told.append(signum))
+        while not told:
+            work()
+
+    def index(self, number: int) -> None:
+        chance = random.Random(number)
+
+        def work() -> None:
+            with contextlib.suppress(aimwatch.IndexBusy):
+                aimwatch.Repo(self.root).reindex(rebuild=chance.random() < 0.3)
+
+        self.until_told(work)
+
+    def ask(self, number: int) -> None:
+        repo = aimwatch.Repo(self.root)
+        seen: Set[str] = set()
+
+        def work() -> None:
+            found = {row.hash for row in repo.query_runs("run.p.number >= 0").rows}
+            self.assertLessEqual(seen, found, "a run that was there is not to be found any more")
+            seen.update(found)
+            for row in repo.metric_rows("metric.name == 'm'"):
+                self.assertLessEqual(row.count, 20)
+
+        self.until_told(work)
+
+    def test_many_write_some_are_killed_two_reindex_and_others_ask(self) -> None:
+        chance = random.Random(8)
+        count = int(os.environ.get("TORTURE_WRITERS", "20"))
+        others = [self.forked(work, number) for number in range(2) for work in (self.index, self.ask)]
+        writers = [self.forked(self.write, number) for number in range(count)]
+        for pid in chance.sample(writers, count // 4):
+            time.sleep(chance.random() * 0.05)
+            os.kill(pid, signal.SIGKILL)
+        self.assertLessEqual({self.ended(pid) for pid in writers}, {0, signal.SIGKILL})
+        for pid in others:
+            os.kill(pid, signal.SIGTERM)
+        self.assertEqual([self.ended(pid) for pid in others], [0] * 4)
+        incremental = self.reindexed()
+        self.assertEqual(self.pending(), [])
+        rebuilt = self.rebuilt()
+        for table, rows in rebuilt.items():
+            self.assertEqual(incremental[table], rows, table)
+        self.assertGreater(len(rebuilt["metrics"]), count)
+        # A writer may be killed before the first line of its log.
+        self.assertLessEqual(len(os.listdir(self.paths.runs)) - len(rebuilt["runs"]), count // 4)
+        self.assertEqual(len(aimwatch.Repo(self.root).query_runs("run.active")), 0)
 
 
 # ======================================================================================
