@@ -7883,27 +7883,55 @@ class Bench:
         count: int = 1, turns: int = 9,
     ) -> None:  # fmt: skip
         """Time two functions in turn; each does its thing `count` times."""
-        mine, theirs, ratios = [], [], []
-        for _ in range(turns):
-            times = []
-            for function in (base, ours):
-                begun = time.perf_counter()
-                function()
-                times.append((time.perf_counter() - begun) / count)
-            theirs.append(times[0])
-            mine.append(times[1])
-            ratios.append(times[1] / times[0])
-        scale = {"ns": 1e9, "us": 1e6, "ms": 1e3, "s": 1.0}[unit]
-        ratio = statistics.median(ratios)
+        mine, theirs, ratio = _in_turn(ours, base, turns)
+        scale = {"ns": 1e9, "us": 1e6, "ms": 1e3, "s": 1.0}[unit] / count
         self.line(
-            what, f"{statistics.median(mine) * scale:.3g} {unit}",
-            f"{base_name} {statistics.median(theirs) * scale:.3g} {unit}", ratio,
-            f"<= {limit:g}", ratio <= limit,
+            what, f"{mine * scale:.3g} {unit}", f"{base_name} {theirs * scale:.3g} {unit}", ratio,
+            f"<= {limit:.3g}", ratio <= limit,
+        )  # fmt: skip
+
+    def within(
+        self, what: str, ours: Any, base_name: str, base: Any, limit: float, unit: str = "ms",
+        count: int = 1, turns: int = 15,
+    ) -> None:  # fmt: skip
+        """Time two functions in turn, where the limit is a time and not a ratio."""
+        mine, theirs, ratio = _in_turn(ours, base, turns)
+        scale = {"us": 1e6, "ms": 1e3}[unit] / count
+        self.line(
+            what, f"{mine * scale:.3g} {unit}", f"{base_name} {theirs * scale:.3g} {unit}", ratio,
+            f"<= {limit:g} {unit}", mine * scale <= limit,
+        )  # fmt: skip
+
+    def rate(
+        self, what: str, ours: Any, base_name: str, base: Any, limit: float, count: int, turns: int = 5
+    ) -> None:
+        """Time two functions in turn that each do `count` things; at least `limit` a second are due."""
+        mine, theirs, ratio = _in_turn(ours, base, turns)
+        self.line(
+            what, f"{count / mine:.4g} /s", f"{base_name} {count / theirs:.4g} /s", ratio,
+            f">= {limit:g} /s", count / mine >= limit,
         )  # fmt: skip
 
     def at_most(self, what: str, value: float, unit: str, limit: float) -> None:
         """Print a figure that has a limit of its own and no baseline."""
         self.line(what, f"{value:.3g} {unit}", "its limit", value / limit, f"<= {limit:g}", value <= limit)
+
+
+def _in_turn(ours: Any, base: Any, turns: int) -> Tuple[float, float, float]:
+    """Return the medians of the seconds that each took, and of their ratios. What a function must
+    not be timed for it does in its `prepare`."""
+    mine, theirs, ratios = [], [], []
+    for _ in range(turns):
+        times = []
+        for function in (base, ours):
+            getattr(function, "prepare", lambda: None)()
+            begun = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - begun)
+        theirs.append(times[0])
+        mine.append(times[1])
+        ratios.append(times[1] / times[0])
+    return statistics.median(mine), statistics.median(theirs), statistics.median(ratios)
 
 
 def _repeat(function: Callable[[], Any], count: int) -> Callable[[], None]:
@@ -8061,12 +8089,254 @@ def bench_import(bench: Bench, root: str) -> None:
                   start("import json, logging, threading"), 2, "ms", 1, 15)  # fmt: skip
 
 
-def bench_aim_progress(bench: Bench, root: str) -> None:
+def bench_track(bench: Bench, root: str) -> None:
+    run = Run(repo=root)
+    context = {"subset": "train"}
+    fd = os.open(os.path.join(root, "plain"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    count, at = 5_000, [0]
+
+    def track() -> None:
+        for step in range(at[0], at[0] + count):
+            run.track(0.123456789 + step, name="loss", step=step, context=context)
+
+    def bare() -> None:
+        for step in range(at[0], at[0] + count):
+            os.write(fd, f"[1,{step},{0.123456789 + step!r},{time.time():.3f}]\n".encode("ascii"))
+        at[0] += count
+
+    bench.compare("track", track, "a formatted os.write", bare, 3, "us", count, 15)
+    os.close(fd)
+    run.close()
+
+
+def bench_aim_track(bench: Bench, root: str) -> None:
+    theirs, ours = _both(root)
+    count, at = 500, [0]
+
+    def track(run: Any) -> Callable[[], None]:
+        def loop() -> None:
+            for step in range(at[0], at[0] + count):
+                run.track(0.5 + step, name="loss", step=step, context={"subset": "train"})
+            at[0] += count
+
+        return loop
+
+    bench.compare("track against Aim's", track(ours), "aim", track(theirs), 1 / 40, "us", count)
+    ours.close()
+    theirs.close()
+
+
+def _put_run(paths: aimwatch.RepoPaths, number: int, points: int, created_at: float = 0.0) -> str:
+    """Write the log of a closed run as `Run` does, and its marker; return its hash."""
+    state = aimwatch.RunState(f"{number:024x}")
+    created_at = created_at or 1775000000.0 + number
+    records: List[Any] = [
+        {"format": 1, "hash": state.hash, "created_at": created_at, "host": "node", "pid": 4711,
+         "user": "ada", "argv": ["train.py", "--lr", "0.1"], "python": "3.11.7", "cwd": "/home/ada"},
+        {"props": {"experiment": f"e{number % 50}", "name": f"run {number}", "tags": ["night"]}},
+        {"set": ["hparams"], "value": {"lr": number % 1000 / 1000, "bs": 32, "opt": "Adam",
+                                       "half": bool(number % 2), "seed": number}},
+        {"series": 1, "name": "loss", "context": {"subset": "train"}},
+        {"series": 2, "name": "loss", "context": {"subset": "val"}},
+    ]  # fmt: skip
+    records += [[1 + step % 2, step // 2, number / 7 + step, created_at + step] for step in range(points)]
+    records.append({"end": "finished", "time": created_at + points, "idx": 2})
+    for record in records:
+        assert state.apply(record)
+    records.append(state.to_checkpoint())
+    with open(paths.run_log(state.hash), "w", encoding="ascii") as file:
+        file.writelines(aimwatch.to_json(record) + "\n" for record in records)
+    open(paths.marker(state.hash), "w").close()
+    return state.hash
+
+
+_INDEX_TABLES = ("runs", "params", "tags", "contexts", "metrics")
+
+
+def bench_index(bench: Bench, root: str) -> None:
+    paths = aimwatch.find_repo(root, create=True)
+    long, short = _put_run(paths, 1, 50_000), _put_run(paths, 2, 100)
+    db = aimwatch.open_index(os.path.join(root, "scratch.sqlite"))
+    db.execute("BEGIN")
+
+    def index(run_hash: str) -> Callable[[], None]:
+        def indexed() -> None:
+            for _ in range(20):
+                state, size, _ = aimwatch.load_run(paths, run_hash)
+                assert state is not None
+                aimwatch.index_run(db, state, size)
+
+        return indexed
+
+    bench.compare("index a closed run of 50,000 points", index(long), "of 100 points", index(short),
+                  2.5, "us", 20, 15)  # fmt: skip
+    db.close()
+    shutil.rmtree(root)
+    paths = aimwatch.find_repo(root, create=True)
+    count = 1500
+    hashes = [_put_run(paths, number, 20) for number in range(count)]
+    rows: Dict[str, List[Any]] = {}
+
+    def reindex() -> None:
+        assert aimwatch.Reindexer(paths).run(hashes) == count
+
+    def prepare() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(paths.index)
+        for run_hash in hashes:
+            open(paths.marker(run_hash), "w").close()
+        aimwatch.open_index(paths.index).close()
+
+    def inserts() -> None:
+        with contextlib.closing(aimwatch.open_index(plain)) as db:
+            db.execute("BEGIN")
+            for table, found in rows.items():
+                db.executemany(f"INSERT INTO {table} VALUES ({','.join('?' * len(found[0]))})", found)
+            db.execute("COMMIT")
+
+    def prepare_plain() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(plain)
+
+    plain = os.path.join(root, "plain.sqlite")
+    for function, its in ((reindex, prepare), (inserts, prepare_plain)):
+        function.prepare = its  # type: ignore[attr-defined]
+    prepare()
+    reindex()
+    with contextlib.closing(aimwatch.open_index(paths.index)) as db:
+        rows.update({table: db.execute(f"SELECT * FROM {table}").fetchall() for table in _INDEX_TABLES})
+    bench.rate("reindex of pending runs", reindex, "bare inserts of the rows", inserts, 1500, count)
+
+    def rebuild() -> None:
+        assert aimwatch.Index(paths).rebuild() == []
+
+    bench.rate("reindex --rebuild", rebuild, "bare inserts of the rows", inserts, 1500, count)
+
+
+def bench_close(bench: Bench, root: str) -> None:
+    paths = aimwatch.find_repo(root, create=True)
+    plain = sqlite3.connect(os.path.join(root, "plain.sqlite"), isolation_level=None)
+    plain.execute("CREATE TABLE runs (id INTEGER PRIMARY KEY, params)")
+    runs: List[Run] = []
+
+    def prepare() -> None:
+        runs.append(Run(repo=root))
+        runs[0]["hparams"] = {"lr": 0.1, "bs": 32}
+        for step in range(20):
+            runs[0].track(step, name="loss", step=step)
+
+    def close() -> None:
+        runs.pop().close()
+
+    def insert() -> None:
+        plain.execute("INSERT INTO runs (params) VALUES ('{}')")
+
+    prepare()
+    close()
+    close.prepare = prepare  # type: ignore[attr-defined]
+    bench.within("close, the run indexing itself", close, "one INSERT, on the disk", insert, 2000)
+    plain.close()
+    assert not os.listdir(paths.pending)
+    long, short = _put_run(paths, 1, 100_000), _put_run(paths, 2, 100)
+
+    def resume(run_hash: str) -> Callable[[], None]:
+        def resumed() -> None:
+            runs.append(Run(run_hash, repo=root))
+
+        resumed.prepare = lambda: [run.close() for run in runs] and runs.clear()  # type: ignore[attr-defined]
+        return resumed
+
+    bench.compare("resume a run of 100,000 points", resume(long), "of 100 points", resume(short), 2.5, "ms")
+    runs.pop().close()
+
+
+def bench_query(bench: Bench, root: str) -> None:
+    paths = aimwatch.find_repo(root, create=True)
+    count = 10_000
+    for number in range(count):
+        _put_run(paths, number, 4)
+    repo = aimwatch.Repo(root)
+    assert repo.reindex(rebuild=True) == []
+    db = aimwatch.open_index(paths.index)
+    columns = ", ".join(f"r.{name}" for name in aimwatch.RunRow._fields)
+    by_param = "FROM runs r WHERE r.id IN (SELECT run FROM params WHERE path = ? AND value = ?)"
+    by_metric = "FROM runs r WHERE r.id IN (SELECT run FROM metrics WHERE name = ? AND last > ?)"
+
+    def bare(source: str, *args: Any) -> Callable[[], List[Any]]:
+        order = "ORDER BY r.created_at DESC, r.hash DESC"
+        return lambda: db.execute(f"SELECT {columns} {source} {order}", args).fetchall()
+
+    loss = "run.metrics['loss', {'subset': 'train'}].last"
+    cases = (
+        ("lr == 0.25", "run.hparams.lr == 0.25", bare(by_param, '"hparams","lr"', 0.25), 10),
+        ("experiment, param", "run.experiment == 'e7' and run.hparams.lr > 0.9",
+         bare(f"{by_param.replace('=', '>', 2).replace('>', '=', 1)} AND r.experiment = ?", '"hparams","lr"', 0.9, "e7"), 20),
+        ("metric", f"{loss} > 1428 and run.hparams.bs == 32", bare(by_metric, "loss", 1430), 9),
+        ("half", "run.hparams.half == True", bare(by_param, '"hparams","half"', 1), count // 2),
+        ("half, by metric", f"{loss} > {count / 14}", bare(by_metric, "loss", count / 14 + 2), count // 2),
+    )  # fmt: skip
+    for state in ("indexed", "20 pending"):
+        if state != "indexed":
+            for number in range(20):
+                _put_run(paths, number * 400 + 1, 6)
+        for name, query, sql, found in cases:
+            hits = len(repo.query_runs(query))
+            assert abs(hits - found) <= 40 and abs(len(sql()) - hits) <= 40, (query, hits, len(sql()))
+            ours = _repeat(lambda query=query: repo.query_runs(query), 1)  # type: ignore[misc]
+            what = f"query, 10,000 runs {state}: {name}"
+            if found < 1000:
+                bench.within(what, ours, f"bare SQL, {hits} runs", sql, 3)
+            else:
+                bench.within(what, ours, f"bare SQL, {hits} runs, each", sql, 8, "us", hits)
+    db.close()
+
+
+def _both(root: str) -> Tuple[Any, Run]:
     import aim  # type: ignore[import-not-found]
 
     aim.Repo.from_path(root, init=True)
-    theirs = aim.Run(repo=root, system_tracking_interval=None, capture_terminal_logs=False)
-    ours = Run(repo=root)
+    return aim.Run(repo=root, system_tracking_interval=None, capture_terminal_logs=False), Run(repo=root)
+
+
+def bench_aim_query(bench: Bench, root: str) -> None:
+    import aim
+    from aim.sdk.types import QueryReportMode  # type: ignore[import-not-found]
+
+    count = 100
+    repo = aim.Repo.from_path(root, init=True)
+    for number in range(count):
+        run = aim.Run(repo=root, system_tracking_interval=None, capture_terminal_logs=False)
+        run["hparams"] = {"lr": number % 10 / 10, "bs": 32, "half": bool(number % 2)}
+        run.track(number, name="loss", context={"subset": "train"})
+        run.close()
+    paths = aimwatch.find_repo(root, create=True)
+    for number in range(count):
+        _put_run(paths, number, 20)
+    ours = aimwatch.Repo(root)
+
+    def quiet(function: Callable[[], Any]) -> Callable[[], None]:
+        def silent() -> None:
+            with contextlib.redirect_stderr(io.StringIO()):
+                function()
+
+        return silent
+
+    bench.compare("reindex of 100 runs against Aim's", lambda: ours.reindex(rebuild=True), "aim",
+                  quiet(repo._recreate_index), 1, "us", count, 3)  # fmt: skip
+    query = "run.hparams.half == True"
+
+    def theirs() -> None:
+        found = repo.query_runs(query, report_mode=QueryReportMode.DISABLED).iter_runs()
+        assert len(list(found)) == count // 2
+
+    def mine() -> None:
+        assert len(ours.query_runs(query)) == count // 2
+
+    bench.compare("query_runs over 100 runs against Aim's", mine, "aim", theirs, 1, "us", count)
+
+
+def bench_aim_progress(bench: Bench, root: str) -> None:
+    theirs, ours = _both(root)
     count = 20_000
 
     def progress(run: Any) -> Callable[[], None]:
@@ -8085,9 +8355,9 @@ def run_bench() -> int:
     """Run every part in a repository of its own; 1 where a figure is over its limit."""
     bench = Bench()
     print(f"{'figure':<44} {'aimwatch':>12}  {'baseline':<44} {'ratio':>8}  limit")
-    parts = [bench_import, bench_progress, bench_poll]
+    parts = [bench_import, bench_progress, bench_poll, bench_track, bench_index, bench_close, bench_query]
     if importlib.util.find_spec("aim") is not None:
-        parts += [bench_aim_progress]
+        parts += [bench_aim_progress, bench_aim_track, bench_aim_query]
     for part in parts:
         root = tempfile.mkdtemp(prefix="aimwatch-bench-")
         try:
