@@ -5183,7 +5183,8 @@ def mail_message(notifier: Notifier, batch: Sequence[Facts]) -> Any:
     message["Message-ID"] = email.utils.make_msgid(domain=this_host())
     # Says that a program wrote this, so that no absence notice answers (RFC 3834).
     message["Auto-Submitted"] = "auto-generated"
-    message.set_content(text.encode("utf-8", "replace").decode())  # a template may hold half a character
+    text = text.encode("utf-8", "replace").decode()  # a template may hold half a character
+    message.set_content(text, cte="quoted-printable")  # not every relay takes 8 bits
     return message
 
 
@@ -5295,6 +5296,8 @@ def back_off_s(failures: int, random: float) -> float:
 
 #: Above this size, and when it has doubled, the outbox is rewritten without what nobody can ask for.
 COMPACT_BYTES = 1 << 20
+#: So many events are kept for a notifier that is not reached, when the outbox is shortened.
+MAX_WAITING = 10_000
 #: How many deliveries one line records.
 MAX_SENT_IDS = 10_000
 
@@ -5344,8 +5347,10 @@ class OutboxState:
             elif "sent" in record:
                 for event_id in record["sent"]:
                     self.settle(event_id, record["to"])
+                self.broken.pop(record["to"], None)
             elif "broken" in record:
-                self.broken[record["broken"]] = (str(record["reason"]), float(record["time"]))
+                since = float(record.get("since", record["time"]))
+                self.broken[record["broken"]] = (str(record["reason"]), since)
             elif "mended" in record:
                 self.broken.pop(record["mended"], None)
 
@@ -5443,9 +5448,12 @@ class Outbox:
             self._note({"sent": list(event_ids[start : start + MAX_SENT_IDS]), "to": notifier_id})
 
     def note_broken(self, notifier_id: str, reason: str) -> None:
-        """Record that a notifier does not work, unless that is known."""
-        if notifier_id not in self._state.broken:
+        """Record that a notifier does not work, and why now, unless that is known."""
+        known = self.broken().get(notifier_id)
+        if known is None:
             self._note({"broken": notifier_id, "reason": reason})
+        elif known[0] != reason:
+            self._note({"broken": notifier_id, "reason": reason, "since": known[1]})
 
     def note_mended(self, notifier_id: str) -> None:
         """Record that a notifier works, where it did not."""
@@ -5467,6 +5475,11 @@ class Outbox:
         """Return what a notifier is still to be told, the oldest first."""
         with self._lock:
             return self._state.waiting_for(notifier_id)
+
+    def waits_for(self, notifier_id: str, event_id: str) -> bool:
+        """True where a notifier is still to be told of an event."""
+        with self._lock:
+            return event_id in self._state.waiting and notifier_id in self._state.waiting[event_id][1]
 
     def is_waiting(self, event_id: str) -> bool:
         """True where somebody is still to be told of the event."""
@@ -5491,6 +5504,7 @@ class Outbox:
                     return
                 if os.path.getsize(self.path) < max(COMPACT_BYTES, self._compact_at):
                     return
+                self._give_up_old()
                 state.known = {
                     item: to for item, to in state.known.items() if item in state.waiting or keep_id(item)
                 }
@@ -5505,6 +5519,17 @@ class Outbox:
                 log.warning("cannot shorten %s: %s", self.path, error.strerror)
                 return
             self._compact_at = 2 * len(data)
+
+    def _give_up_old(self) -> None:
+        """Keep of what waits for somebody who has not been reached for months the newest alone."""
+        for notifier_id in {one for _, ids in self._state.waiting.values() for one in ids}:
+            old = self._state.waiting_for(notifier_id)[:-MAX_WAITING]
+            if old:
+                log.error(
+                    "notifier %s: %s given up: too many wait", notifier_id[:8], plural(len(old), "event")
+                )
+            for event in old:
+                self._state.settle(event.id, notifier_id)
 
     def flush(self) -> None:
         """Try again to write what the disk refused, or what lost its file."""
@@ -5533,6 +5558,7 @@ class Courier(threading.Thread):
         self._stopping = False
         self._failures = 0
         self._broken = self._hurry = self._plain = False
+        self._before_mono = -math.inf
         self._gap_s, self._posted_mono = MIN_POST_GAP_S, -math.inf
         self._tried = not self._queue
 
@@ -5564,18 +5590,19 @@ class Courier(threading.Thread):
         if self._before is not None:
             # What its predecessor has in flight must not be sent again beside it.
             self._before.join()
-            self._before = None
+            self._before_mono, self._before = self._before._posted_mono, None
             with self._changed:
-                still = {event.id for event in self._outbox.waiting_for(self.notifier.id)}
-                self._queue = deque(event for event in self._queue if event.id in still)
-                self._tried = not self._queue
-                self._changed.notify_all()
+                self._drop_told()
+            self._rest(self._before_mono + MIN_POST_GAP_S - time.monotonic())
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or self._queue)
                 if self._stopping:
                     return
+                self._drop_told()
                 batch = list(self._queue)
+            if not batch:
+                continue
             try:
                 rest_s = self._deliver(batch)
             except Exception as error:
@@ -5583,6 +5610,13 @@ class Courier(threading.Thread):
                 log.error("notifier %s: %s: %s", self.notifier.id[:8], type(error).__name__, "trying again")
                 rest_s = MAX_BACK_OFF_S
             self._rest(rest_s)
+
+    def _drop_told(self) -> None:
+        """Take out of the queue what a predecessor told, or what was given up."""
+        waits_for, me = self._outbox.waits_for, self.notifier.id
+        self._queue = deque(event for event in self._queue if waits_for(me, event.id))
+        self._tried = self._tried or not self._queue
+        self._changed.notify_all()
 
     def _deliver(self, batch: List[Event]) -> float:
         """Tell `batch` in one message and return how long to rest."""
@@ -5609,7 +5643,6 @@ class Courier(threading.Thread):
         name = f"{self.notifier.type} {self.notifier.id[:8]}"
         if outcome.kind == SENT:
             self._outbox.sent([event.id for event in batch], self.notifier.id)
-            self._outbox.note_mended(self.notifier.id)
             if self._failures:
                 log.info("notifier %s is reached again", name)
             return self._gap()
@@ -5626,7 +5659,7 @@ class Courier(threading.Thread):
             return BROKEN_RETRY_S
         if outcome.kind == REFUSED:
             return MIN_POST_GAP_S
-        return max(back_off_s(self._failures + 1, _random()), outcome.wait_s)
+        return max(back_off_s(self._failures + 1, _random()), outcome.wait_s, MIN_POST_GAP_S)
 
     def _gap(self) -> float:
         """Return the pause after a post; it grows while there is more to tell each time, so that a
@@ -5664,6 +5697,8 @@ class Dispatcher:
         self._config = config
         self._stamp: Any = None
         self._couriers: Dict[str, Courier] = {}
+        #: Enabled notifiers whose configuration is wrong: what they are to tell waits.
+        self._unusable: Dict[str, Notifier] = {}
         self._retired: List[Courier] = []
         #: From which level on log messages are told.
         self.log_level = logging.WARNING
@@ -5689,8 +5724,13 @@ class Dispatcher:
         self._retired = [courier for courier in self._retired if courier.is_alive()]
         self._outbox.forget_notifiers({item.id for item in notifiers} | set(usable))
         for notifier_id, notifier in usable.items():
+            if not self._outbox.waiting_for(notifier_id):
+                self._outbox.note_mended(notifier_id)
             if notifier_id not in self._couriers:
                 self._start(notifier)
+        self._unusable = {item.id: item for item in notifiers if item.enabled and item.problem}
+        for item in self._unusable.values():
+            self._outbox.note_broken(item.id, printable(item.problem or "", 300))
 
     def _start(self, notifier: Notifier) -> None:
         before = [item for item in self._retired if item.notifier.id == notifier.id]
@@ -5707,7 +5747,12 @@ class Dispatcher:
 
     def reload_if_changed(self) -> None:
         """Take up a changed configuration; a broken one is reported and the last good one kept."""
-        if self._stat() != self._stamp:
+        stamp = self._stat()
+        if stamp is None and self._stamp is not None:
+            # What waits is kept for those that are in it: an editor may be about to write it anew.
+            log.error("%s is gone; the last good configuration stays in force", self._config.path)
+            self._stamp = None
+        elif stamp != self._stamp:
             try:
                 self.load()
                 log.info("notifiers reloaded: %s", self.describe())
@@ -5726,17 +5771,19 @@ class Dispatcher:
 
     def wanted(self, kind: str) -> bool:
         """True where some notifier wants events of this kind."""
-        return kind == TROUBLE or any(kind in item.notifier.events for item in self._couriers.values())
+        items = [*self._unusable.values(), *(courier.notifier for courier in self._couriers.values())]
+        return kind == TROUBLE or any(kind in item.events for item in items)
 
     def tell(self, events: Sequence[Event], but: Optional[str] = None) -> None:
         """Put new events into the outbox, for good, and then hand them to their couriers; to all
         that want them `but` one."""
+        told = [courier.notifier for courier in self._couriers.values()]
         entries = []
-        for event in events:
+        for event in {event.id: event for event in events}.values():
             to = [
-                notifier_id
-                for notifier_id, courier in self._couriers.items()
-                if (event.kind == TROUBLE or event.kind in courier.notifier.events) and notifier_id != but
+                item.id
+                for item in (*told, *self._unusable.values())
+                if (event.kind == TROUBLE or event.kind in item.events) and item.id != but
             ]
             entries.append((event, to))
         self._outbox.add(entries)
@@ -5745,11 +5792,13 @@ class Dispatcher:
 
     def tell_of_broken(self) -> None:
         """Tell the others, once, of every notifier that does not work."""
+        used = {notifier_id: courier.notifier for notifier_id, courier in self._couriers.items()}
         for notifier_id, (reason, since) in self._outbox.broken().items():
             event_id = f"{BROKEN}-{notifier_id}-{since:.3f}"
-            courier = self._couriers.get(notifier_id)
-            if courier is not None and not self._outbox.knows(event_id):
-                what = f"notifier {courier.notifier.type} {notifier_id[:8]} does not work: {reason}"
+            notifier = used.get(notifier_id) or self._unusable.get(notifier_id)
+            others = set(used) - {notifier_id}
+            if notifier is not None and others and not self._outbox.knows(event_id):
+                what = f"notifier {notifier.type} {notifier_id[:8]} does not work: {reason}"
                 facts = {"event": TROUBLE, "repo": self._paths.root}
                 facts["run.reason"] = printable(f"{what}; what it is to tell is kept until it is mended")
                 self.tell([Event(event_id, TROUBLE, facts)], but=notifier_id)
@@ -6663,7 +6712,7 @@ class Watcher:
                 told.append(Change(seen.state, seen, silent_s, None, "it was muted until now"))
         muted = set(mutes).difference(ended)
         events = [
-            Event(change.id, change.kind, self._dated(change_facts(self.paths, change)))
+            Event(change.id, change.kind, self._dated(self._facts(change)))
             for change in told
             if change.seen.run not in muted
             and not (change.old_state is None and change.kind == STARTED and change.seen.run in self._begun)
@@ -6677,6 +6726,13 @@ class Watcher:
             for name in mutes[run][1]:
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(self.paths.mutes, name))
+
+    def _facts(self, change: Change) -> Facts:
+        try:
+            return change_facts(self.paths, change)
+        except Exception as error:  # whatever the run wrote, that it failed must be told
+            log.error("run %s: %s: its alert says little", change.seen.run, type(error).__name__)
+            return {"event": change.kind, "run.hash": change.seen.run, "repo": self.paths.root}
 
     def _dated(self, facts: Facts) -> Facts:
         return {**facts, "time": utc_datetime(self._utc()).isoformat(" ", "seconds") + " UTC"}

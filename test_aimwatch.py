@@ -10,6 +10,7 @@ measures instead, each figure beside its baseline from the same run.
 from __future__ import annotations
 
 import ast
+import base64
 import builtins
 import contextlib
 import decimal
@@ -5410,6 +5411,436 @@ class Transports(NotifierCase):
         outcome = aimwatch.deliver(notifier_of("logger", message="{event} {run.reason}"), batch)
         self.assertEqual(outcome, ("sent", "written to the log", 0.0))
         self.assertEqual(self.logged.lines, ["WARNING failed a\\x1b[2J\n  b", "INFO finished "])
+
+
+class GivenUp(NotifierCase):
+    """What an attempt that was given up must not do any more."""
+
+    def post(self, url: str, limit_s: float = 0.2) -> aimwatch.Outcome:
+        notifier = notifier_of("slack", url=url)
+        return aimwatch.attempt(lambda closers: aimwatch.send_slack(notifier, [facts_of()], closers), limit_s)
+
+    def test_name_server_that_answers_too_late_sends_nothing_twice(self) -> None:
+        gate, real = self.gate(), socket.getaddrinfo
+
+        def late(*args: Any, **options: Any) -> Any:
+            gate.wait(30)
+            return real(*args, **options)
+
+        server, mail = self.webhook(), MailServer()
+        self.addCleanup(mail.close)
+        by_mail = mail.notifier()
+        with mock.patch("socket.getaddrinfo", late):
+            given_up = ("retry", "no complete answer within 0.2 s", 0.0)
+            self.assertEqual(self.post(server.url), given_up)
+            send = aimwatch.attempt(lambda closers: aimwatch.send_email(by_mail, [facts_of()], closers), 0.2)
+            self.assertEqual(send, given_up)
+            gate.set()
+            self.wait_for(self._no_threads)
+        self.assertEqual((server.requests, mail.mails), ([], []))
+
+    def test_tls_handshake_that_hangs_is_cut(self) -> None:
+        for kind in ("slack", "email"):
+            closed = threading.Event()
+
+            def hang(connection: socket.socket, closed: threading.Event = closed) -> None:
+                connection.settimeout(10)
+                while connection.recv(4096):
+                    pass
+                closed.set()
+
+            server = self.raw_server(hang)
+            with self.subTest(kind):
+                if kind == "slack":
+                    outcome = self.post(server.url.replace("http:", "https:"))
+                else:
+                    notifier = notifier_of(
+                        "email", host="127.0.0.1", port=server.port, security="tls", sender="a@b", to=["c@d"]
+                    )
+                    outcome = aimwatch.attempt(
+                        lambda closers, item=notifier: aimwatch.send_email(item, [facts_of()], closers), 0.2
+                    )
+                self.assertEqual(outcome.detail, "no complete answer within 0.2 s")
+                self.wait_for(closed.is_set, 5)
+                self.wait_for(self._no_threads, 5)
+
+    def test_name_that_does_not_exist_is_tried_again(self) -> None:
+        unknown = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        mail = notifier_of("email", host="mail.invalid", sender="a@b", to=["c@d"])
+        with mock.patch("socket.getaddrinfo", side_effect=unknown):
+            for notifier in (notifier_of("slack", url="https://hooks.invalid/SECRETSECRET"), mail):
+                outcome = aimwatch.deliver(notifier, [facts_of()])
+                self.assertEqual(outcome, ("retry", "gaierror: Name or service not known", 0.0))
+
+    def test_what_is_no_fault_of_the_network_is_told_in_fewer_words(self) -> None:
+        with mock.patch("aimwatch.digest", side_effect=KeyError("x")):
+            outcome = aimwatch.deliver(notifier_of("slack", url="http://127.0.0.1:9/x"), [facts_of()])
+        self.assertEqual(outcome, ("refused", "KeyError: 'x'", 0.0))
+
+
+class MailServer(RawServer):
+    """A mail server that answers as told: by stage, in `answers`, a reply, bytes to send and close,
+    or a function of the connection."""
+
+    def __init__(self, certificate: str = "", tls: bool = False, **answers: Any) -> None:
+        self.answers = answers
+        self.certificate, self.tls = certificate, tls
+        self.mails: List[Tuple[str, List[str], bytes, bool]] = []
+        self.said: List[str] = []
+        super().__init__(self.talk)
+
+    def notifier(self, **more: Any) -> aimwatch.Notifier:
+        arguments = {
+            "host": "127.0.0.1",
+            "port": self.port,
+            "security": "none",
+            "sender": "watch@hpc.example",
+        }
+        return notifier_of("email", **{**arguments, "to": ["ann@hpc.example"], **more})
+
+    def wrap(self, connection: socket.socket) -> Any:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate)
+        return context.wrap_socket(connection, server_side=True)
+
+    def talk(self, connection: Any) -> None:
+        connection.settimeout(10)
+        secure = self.tls
+        if secure:
+            connection = self.wrap(connection)
+        with contextlib.ExitStack() as files:
+            reader = files.enter_context(connection.makefile("rb"))
+            sender, to = "", []
+
+            def say(stage: str, default: str) -> bool:
+                answer = self.answers.get(stage, default)
+                if callable(answer):
+                    answer(connection)
+                    return False
+                connection.sendall(answer if isinstance(answer, bytes) else f"{answer}\r\n".encode())
+                return not isinstance(answer, bytes)
+
+            if not say("connect", "220 here"):
+                return
+            while True:
+                line = reader.readline().decode().rstrip("\r\n")
+                self.said.append(line)
+                word = line.split(" ")[0].split(":")[0].upper()
+                offers = "250-here\r\n" + ("250-STARTTLS\r\n" if self.certificate and not secure else "")
+                if word in ("EHLO", "HELO"):
+                    going = say(word, f"{offers}250 AUTH PLAIN LOGIN")
+                elif word == "STARTTLS":
+                    going = say(word, "220 go ahead")
+                    if going and self.answers.get(word, "220").startswith("220"):
+                        connection = self.wrap(connection)
+                        secure, reader = True, files.enter_context(connection.makefile("rb"))
+                elif word == "AUTH":
+                    going = say(word, "235 welcome")
+                elif word == "MAIL":
+                    sender, to = line, []
+                    going = say(word, "250 ok")
+                elif word == "RCPT":
+                    to.append(line.partition("<")[2].partition(">")[0])
+                    going = say(f"RCPT{len(to)}" if f"RCPT{len(to)}" in self.answers else word, "250 ok")
+                elif word == "DATA":
+                    going = say(word, "354 go on")
+                    if going and self.answers.get(word, "354").startswith("354"):
+                        lines = [item[item[:1] == b"." :] for item in iter(reader.readline, b".\r\n")]
+                        self.mails.append((sender, to, b"".join(lines), secure))
+                        going = say("END", "250 queued")
+                elif word == "QUIT" or not line:
+                    return
+                else:
+                    going = say(word, "250 ok")
+                if not going:
+                    return
+
+
+class Mail(NotifierCase):
+    def server(self, tls: Any = None, **answers: Any) -> MailServer:
+        path = ""
+        if tls is not None:
+            path = os.path.join(self.root, "certificate.pem")
+            with open(path, "w") as file:
+                file.write(CERTIFICATE)
+            for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+                os.environ.pop(name, None)
+            os.environ["SSL_CERT_FILE"] = path
+        server = MailServer(path, tls is True, **answers)
+        self.addCleanup(server.close)
+        return server
+
+    def send(self, server: MailServer, *facts: Dict[str, str], limit_s: float = 10.0, **more: Any) -> Any:
+        notifier = server.notifier(**more)
+        self.assertIsNone(notifier.problem)
+        batch = [aimwatch.clean_facts(item) for item in facts or (facts_of(),)]
+        return aimwatch.attempt(lambda closers: aimwatch.send_email(notifier, batch, closers), limit_s)
+
+    def parsed(self, server: MailServer) -> Any:
+        import email
+        import email.policy
+
+        data = server.mails[-1][2]
+        self.assertTrue(data.isascii(), "not every relay takes 8 bits")
+        return email.message_from_bytes(data, policy=email.policy.default)
+
+    def test_mail_is_handed_over_plain_by_starttls_and_by_tls(self) -> None:
+        for tls, security in ((None, "none"), (False, "starttls"), (True, "tls")):
+            with self.subTest(security):
+                server = self.server(tls)
+                outcome = self.send(
+                    server, security=security, user="ann", password="PASS WORD", to=["a@x", "b@y"]
+                )
+                self.assertEqual(outcome, ("sent", "accepted by 127.0.0.1", 0.0))
+                ((sender, to, _, secure),) = server.mails
+                self.assertIn("<watch@hpc.example>", sender)
+                self.assertEqual((to, secure), (["a@x", "b@y"], tls is not None))
+                mail = self.parsed(server)
+                self.assertEqual((mail["from"], mail["to"]), ("watch@hpc.example", "a@x, b@y"))
+                self.assertTrue(mail["subject"].startswith("❗ Run 'n1' stalled: silent for"))
+                self.assertEqual(mail["auto-submitted"], "auto-generated")
+                self.assertEqual(
+                    mail.get_content().replace("\r\n", "\n").rstrip("\n"),
+                    aimwatch.default_message(facts_of()),
+                )
+                login = base64.b64encode(b"\0ann\0PASS WORD").decode()
+                self.assertIn(f"AUTH PLAIN {login}", server.said)
+
+    def test_password_is_not_sent_to_whom_it_is_not_for(self) -> None:
+        more = {"user": "ann", "password": "PASSWORD"}
+        for tls, security, detail in (
+            (False, "starttls", "certificate"),
+            (True, "tls", "certificate"),
+            (None, "starttls", "SMTPNotSupportedError: STARTTLS extension not supported by server."),
+        ):
+            with self.subTest(security, tls=tls):
+                server = self.server(tls)
+                os.environ.pop("SSL_CERT_FILE", None)
+                outcome = self.send(server, security=security, **more)
+                self.assertEqual(outcome.kind, "broken" if tls is None else "retry")
+                self.assertIn(detail, outcome.detail)
+                self.assertFalse([line for line in server.said if "AUTH" in line])
+
+    def test_answers_at_every_stage_are_judged(self) -> None:
+        for stage, code, kind in (
+            ("connect", 421, "retry"), ("connect", 554, "broken"),
+            ("MAIL", 451, "retry"), ("MAIL", 550, "broken"),
+            ("RCPT", 450, "retry"), ("RCPT", 550, "broken"),
+            ("DATA", 451, "retry"), ("DATA", 554, "refused"),
+            ("END", 452, "retry"), ("END", 552, "refused"), ("END", 550, "refused"),
+            ("AUTH", 454, "retry"), ("AUTH", 535, "broken"), ("STARTTLS", 454, "retry"),
+        ):  # fmt: skip
+            with self.subTest(stage, code=code):
+                tls = stage == "STARTTLS"
+                server = self.server(False if tls else None, **{stage: f"{code} no, for a reason"})
+                outcome = self.send(
+                    server, user="ann", password="PASSWORD", security="starttls" if tls else "none"
+                )
+                self.assertEqual(outcome.kind, kind, outcome)
+                self.assertIn(str(code), outcome.detail)
+
+    def test_some_recipients_refused_is_said_and_the_others_have_it_once(self) -> None:
+        server = self.server(RCPT2="550 unknown")
+        outcome = self.send(server, to=["a@x", "b@y", "c@z"])
+        self.assertEqual(outcome, ("sent", "accepted, except for b@y", 0.0))
+        self.assertEqual(len(server.mails), 1)
+        self.assertEqual(
+            self.logged.lines, ["WARNING notifier email n: the mail was accepted, except for b@y"]
+        )
+        mixed = self.server(RCPT1="550 unknown", RCPT2="450 later")
+        self.assertEqual(self.send(mixed, to=["a@x", "b@y"]).kind, "retry")
+
+    def test_server_that_breaks_off_or_speaks_no_smtp_is_tried_again(self) -> None:
+        for stage in ("connect", "EHLO", "MAIL", "RCPT", "DATA", "END"):
+            for answer in (b"", b"250", b"\xff\xfe\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n"):
+                with self.subTest(stage, answer=answer):
+                    kind = "sent" if (stage, answer) == ("END", b"250") else "retry"
+                    self.assertEqual(self.send(self.server(**{stage: answer})).kind, kind)
+
+    def test_mail_that_was_accepted_is_not_sent_again_whatever_comes_then(self) -> None:
+        for stage in ("QUIT",):
+            server = self.server(**{stage: b"\xff"})
+            self.assertEqual(self.send(server).kind, "sent")
+
+    def test_server_that_hangs_or_drips_is_given_up(self) -> None:
+        closed = threading.Event()
+
+        def hang(connection: socket.socket) -> None:
+            while connection.recv(4096):
+                pass
+            closed.set()
+
+        def drip(connection: socket.socket) -> None:
+            try:
+                while not closed.wait(0.01):
+                    connection.sendall(b"2")
+            finally:
+                closed.set()
+
+        for stage in ("connect", "EHLO", "END"):
+            for how in (hang, drip):
+                with self.subTest(stage, how=how.__name__):
+                    closed.clear()
+                    outcome = self.send(self.server(**{stage: how}), limit_s=0.2)
+                    self.assertEqual(outcome.detail, "no complete answer within 0.2 s")
+                    self.wait_for(closed.is_set, 5)
+                    self.wait_for(self._no_threads, 5)
+
+    def test_no_data_gets_into_the_headers_or_ends_the_mail(self) -> None:
+        name = "x\r\nBcc: eve@evil.example\r\n\r\n.\r\nRCPT TO:<eve@evil.example>\n\x1b[2J\u202e é"
+        for template in ("", "{run.name}\n{run.name}", "\ud800{run.name}"):
+            with self.subTest(template=template):
+                server = self.server()
+                facts = facts_of(run_name=name, run_reason=name, run_host=name)
+                self.assertEqual(self.send(server, facts, message=template).kind, "sent")
+                to = server.mails[0][1]
+                mail = self.parsed(server)
+                self.assertEqual(to, ["ann@hpc.example"])
+                self.assertIsNone(mail["bcc"])
+                self.assertEqual(mail.get_all("to"), ["ann@hpc.example"])
+                self.assertEqual(mail.defects, [])
+                self.assertNotIn("\x1b", mail.get_content() + mail["subject"])
+                self.assertEqual([line for line in server.said if "evil" in line], [])
+
+    def test_long_lines_and_lines_of_dots_arrive_whole(self) -> None:
+        server = self.server()
+        self.send(server, facts_of(run_reason="é" * 990), facts_of(run_name="."), message=".\n{run.reason}")
+        self.assertTrue(all(len(line) < 999 for line in server.mails[0][2].split(b"\r\n")))
+        self.assertIn("\n.\n" + "é" * 990, self.parsed(server).get_content().replace("\r\n", "\n"))
+
+    def test_secrets_are_not_in_what_is_said_of_a_login(self) -> None:
+        for text in ("PASSWORD", base64.b64encode(b"\0ann\0PASSWORD").decode()):
+            server = self.server(AUTH=f"535 wrong: {text} is not it")
+            outcome = aimwatch.deliver(server.notifier(user="ann", password="PASSWORD"), [facts_of()])
+            self.assertEqual(outcome.kind, "broken")
+            self.assertIn("wrong: *** is not it", outcome.detail)
+
+
+class Commands(NotifierCase):
+    """The notifier that runs a program."""
+
+    def script(self, text: str, mode: int = 0o755) -> str:
+        path = os.path.join(self.root, f"tell{len(os.listdir(self.root))}.sh")
+        with open(path, "w") as file:
+            file.write(f"#!/bin/sh\n{text}\n")
+        os.chmod(path, mode)
+        return path
+
+    def tell(self, *command: str, limit_s: float = 10.0, batch: Any = None) -> aimwatch.Outcome:
+        notifier = notifier_of("command", command=list(command))
+        self.assertIsNone(notifier.problem)
+        return aimwatch.attempt(
+            lambda closers: aimwatch.send_command(notifier, batch or [facts_of()], closers), limit_s
+        )
+
+    def test_document_comes_on_standard_input_and_nothing_through_a_shell(self) -> None:
+        path = os.path.join(self.root, "seen")
+        facts = facts_of(run_name="$(touch evil); `touch evil` '\" {run.hash}")
+        outcome = self.tell(self.script('cat > "$1"; echo "$#" >> "$1"'), path, "$HOME", batch=[facts])
+        self.assertEqual(outcome.kind, "sent")
+        with open(path) as file:
+            document, count = file.read().splitlines()
+        found = json.loads(document)
+        self.assertEqual((found["version"], found["source"], count), (1, "aimwatch", "2"))
+        self.assertEqual(found["events"][0]["run"]["name"], facts["run.name"])
+        self.assertIn("stalled: silent for 3 min", found["text"])
+
+    def test_how_a_program_ends_is_judged(self) -> None:
+        for text, kind, detail in (
+            ("exit 0", "sent", "exited with status 0"),
+            ("exit 3", "retry", "exited with status 3"),
+            ("kill -9 $$", "retry", "was killed by signal 9"),
+            ("exec < /dev/null", "sent", "exited with status 0"),
+        ):
+            with self.subTest(text):
+                outcome = self.tell(self.script(text), batch=[facts_of(run_reason="x" * 900)] * 100)
+                self.assertEqual(outcome.kind, kind)
+                self.assertTrue(outcome.detail.endswith(detail), outcome)
+
+    def test_program_that_cannot_be_run_is_broken_and_one_that_may_be_later_is_not(self) -> None:
+        for path, detail in (
+            (os.path.join(self.root, "missing"), "No such file or directory"),
+            (self.script("exit 0", 0o644), "Permission denied"),
+            (self.root, "Permission denied"),
+        ):
+            self.assertEqual(self.tell(path), ("broken", f"{path}: {detail}", 0.0))
+        full = OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        with mock.patch("subprocess.Popen", side_effect=full):
+            self.assertEqual(self.tell("/bin/true").kind, "retry")
+
+    def test_program_that_hangs_is_killed_with_its_children(self) -> None:
+        path = os.path.join(self.root, "pids")
+        script = self.script('sleep 60 & echo $! $$ > "$1.new"; mv "$1.new" "$1"; cat > /dev/null; wait')
+        outcome = self.tell(script, path, limit_s=0.5)
+        self.assertEqual(outcome.detail, "no complete answer within 0.5 s")
+        with open(path) as file:
+            pids = [int(pid) for pid in file.read().split()]
+        self.wait_for(self._no_threads)
+        self.assertEqual(len(pids), 2)
+        for pid in pids:
+            self.wait_for(lambda pid=pid: not self.runs(pid))
+
+    @staticmethod
+    def runs(pid: int) -> bool:
+        """True where a process lives, or is not waited for by whoever inherited it."""
+        status = subprocess.run(
+            ["ps", "-o", "stat=", "-p", str(pid)], stdout=subprocess.PIPE, text=True
+        ).stdout
+        return bool(status.strip()) and not status.startswith("Z")
+
+    def test_child_that_stays_behind_and_input_that_nobody_reads_hold_nobody_up(self) -> None:
+        path = os.path.join(self.root, "pid")
+        # exec: in a list of its own, the shell would give the child /dev/null to read.
+        script = self.script('exec 3<&0; sleep 60 <&3 & echo $! > "$1"; exit 0')
+        batch = [facts_of(run_reason="x" * 900, run_frames="y" * 900)] * 100
+        begun = time.monotonic()
+        outcome = self.tell(script, path, batch=batch)
+        self.assertEqual(outcome.kind, "sent")
+        self.assertLess(time.monotonic() - begun, 5)
+        with open(path) as file:
+            os.kill(int(file.read()), signal.SIGKILL)
+
+    def test_document_of_very_many_events_is_read_whole(self) -> None:
+        path = os.path.join(self.root, "seen")
+        batch = [facts_of(number=number, run_reason="x" * 900) for number in range(300)]
+        self.assertEqual(self.tell(self.script('cat > "$1"'), path, batch=batch).kind, "sent")
+        with open(path) as file:
+            found = json.load(file)
+        self.assertEqual((len(found["events"]), found["events_left_out"]), (100, 200))
+        self.assertLessEqual(len(found["text"]), 3000)
+
+    def test_file_that_others_can_write_runs_nothing(self) -> None:
+        script = self.script("exit 0")
+        self.configure(a={"type": "command", "arguments": {"command": [script]}})
+        self.assertIsNone(self.config.notifiers()[0].problem)
+        for mode in (0o620, 0o602, 0o666):
+            os.chmod(self.paths.config, mode)
+            self.assertRegex(str(self.config.notifiers()[0].problem), "is not run: .* chmod 600$")
+        os.chmod(self.paths.config, 0o600)
+        with mock.patch("os.geteuid", return_value=os.geteuid() + 1 or 1):
+            owner = os.stat(self.paths.config).st_uid
+            self.assertEqual(self.config.notifiers()[0].problem is None, owner == 0)
+        real = self.paths.config + ".real"
+        os.rename(self.paths.config, real)
+        os.symlink(real, self.paths.config)
+        self.assertRegex(str(self.config.notifiers()[0].problem), "is not run")
+
+    def test_file_that_is_swapped_while_it_is_read_runs_nothing(self) -> None:
+        script = self.script("exit 0")
+        self.configure(a={"type": "command", "arguments": {"command": [script]}})
+        good, bad = self.paths.config + ".good", self.paths.config + ".bad"
+        shutil.copy(self.paths.config, bad)
+        os.chmod(bad, 0o666)
+        os.rename(self.paths.config, good)
+        os.rename(bad, self.paths.config)
+        real = json.loads
+
+        def swap(text: Any, **options: Any) -> Any:
+            os.replace(good, self.paths.config)  # once it has been read
+            return real(text, **options)
+
+        with mock.patch("json.loads", swap):
+            self.assertRegex(str(self.config.notifiers()[0].problem), "is not run")
 
 
 # ============================================================================== Outbox
