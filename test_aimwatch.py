@@ -6038,8 +6038,8 @@ class OutboxFile(NotifierCase):
         self.assertTrue(outbox.knows(event_of(2).id))
 
 
-class Telling(NotifierCase):
-    """Couriers and their dispatcher, with real threads and servers."""
+class TellingCase(NotifierCase):
+    """A test of couriers and their dispatcher, with real threads and servers."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -6088,6 +6088,8 @@ class Telling(NotifierCase):
         """Return the runs that a server was told of, in order."""
         return [int(name) for text in server.texts() for name in re.findall(r"Run 'n(\d+)'", text)]
 
+
+class Telling(TellingCase):
     def test_event_is_on_disk_before_it_is_sent_and_its_delivery_after(self) -> None:
         seen: List[Any] = []
 
@@ -6442,6 +6444,294 @@ class Telling(NotifierCase):
             self.box.flush()
         self.wait_sent("a", 1)
         self.assertEqual(self.numbers(server), [1])
+
+
+class Mending(TellingCase):
+    """Notifiers that do not work: told of once, kept for, and told of again."""
+
+    def dispatcher(self) -> aimwatch.Dispatcher:
+        dispatcher = super().dispatcher()
+        dispatcher.tell_of_broken()
+        return dispatcher
+
+    def restart(self, dispatcher: aimwatch.Dispatcher) -> aimwatch.Dispatcher:
+        dispatcher.stop(5.0)
+        self.box.close()
+        return self.dispatcher()
+
+    def troubles(self, server: Webhook) -> List[str]:
+        """Return what a server was told of notifiers, each on its line."""
+        return [line for text in server.texts() for line in text.split("\n") if "does not work" in line]
+
+    def listed(self, notifier_id: str = "bad") -> Dict[str, Any]:
+        (found,) = [
+            x for x in json.loads(self.run_cli("notifiers", "list", "--json")[1]) if x["id"] == notifier_id
+        ]
+        return found  # type: ignore[no-any-return]
+
+    def break_(self, *answers: Any) -> Tuple[aimwatch.Dispatcher, Webhook, Webhook]:
+        """Return a dispatcher one of whose notifiers does not work, its server, and a good one."""
+        bad, good = self.webhook(*(answers or ((404, "no_service"),))), self.webhook()
+        self.configure(bad=hook(bad.url), good=hook(good.url))
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        self.wait_for(self.box.broken)
+        return dispatcher, bad, good
+
+    def test_it_is_told_through_the_others_once_over_restarts(self) -> None:
+        dispatcher, _, good = self.break_()
+        for _ in range(3):
+            dispatcher.tell_of_broken()
+            dispatcher = self.restart(dispatcher)
+        self.wait_for(lambda: not self.box.waiting_for("good"))
+        expected = (
+            "❗ aimwatch: notifier slack bad does not work: HTTP 404: no_service; what it is to tell is kept "
+            "until it is mended"
+        )
+        self.assertEqual(self.troubles(good), [expected])
+        self.assertEqual([event.kind for event in self.box.waiting_for("bad")], ["stalled"])
+
+    def test_it_is_told_to_a_notifier_that_comes_later(self) -> None:
+        bad = self.webhook((410, ""))
+        self.configure(bad=hook(bad.url))
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        self.wait_for(self.box.broken)
+        dispatcher.tell_of_broken()
+        good = self.webhook()
+        self.configure(good=hook(good.url))
+        dispatcher.reload_if_changed()
+        dispatcher.tell_of_broken()
+        self.wait_for(lambda: good.requests)
+        self.assertEqual(len(self.troubles(good)), 1)
+
+    def test_list_says_why_since_when_and_how_much_waits(self) -> None:
+        before = time.time()
+        dispatcher, _, _ = self.break_()
+        dispatcher.tell([event_of(2), event_of(3)])
+        found = self.listed()
+        self.assertEqual((found["problem"], found["waiting"]), ("HTTP 404: no_service", 3))
+        self.assertTrue(before - 0.01 <= found["broken_since"] <= time.time(), found)
+        row = [line for line in self.run_cli("notifiers", "list")[1].split("\n") if line.startswith("bad ")][
+            0
+        ]
+        since = aimwatch.local_time(found["broken_since"])
+        self.assertRegex(
+            row, f"enabled, broken since {re.escape(since)} .* HTTP 404: no_service \\(3 events waiting\\)$"
+        )
+
+    def mended(self, dispatcher: aimwatch.Dispatcher, server: Webhook, *numbers: int) -> None:
+        """Check that what waited is delivered, and that the notifier works again."""
+        dispatcher.reload_if_changed()
+        self.wait_sent("bad", *numbers)
+        self.assertEqual(self.numbers(server)[-len(numbers) :], list(numbers))
+        self.wait_for(lambda: not self.box.broken())
+        found = self.listed()
+        self.assertEqual((found["problem"], found["broken_since"], found["waiting"]), (None, None, 0))
+
+    def test_what_waits_is_delivered_when_the_address_is_changed(self) -> None:
+        dispatcher, _, _ = self.break_()
+        dispatcher.tell([event_of(2)])
+        server = self.webhook()
+        self.configure(bad=hook(server.url))
+        self.mended(dispatcher, server, 1, 2)
+
+    def test_what_waits_is_delivered_when_a_test_succeeds(self) -> None:
+        dispatcher, bad, _ = self.break_()
+        self.assertEqual(self.run_cli("notifiers", "test", "bad")[0], 1)
+        dispatcher.reload_if_changed()
+        self.assertTrue(self.box.broken())
+        bad.answers = [(200, "ok")]
+        self.assertEqual(self.run_cli("notifiers", "test", "bad")[0], 0)
+        self.mended(dispatcher, bad, 1)
+
+    def test_what_waits_is_delivered_when_it_is_enabled(self) -> None:
+        for off_first in (False, True):
+            with self.subTest(off_first=off_first):
+                dispatcher, bad, _ = self.break_()
+                if off_first:
+                    self.run_cli("notifiers", "disable", "bad")
+                    dispatcher.reload_if_changed()
+                bad.answers = [(200, "ok")]
+                self.assertEqual(self.run_cli("notifiers", "enable", "bad")[0], 0)
+                self.mended(dispatcher, bad, 1)
+                dispatcher.stop(5.0)
+                self.box.close()
+                os.unlink(self.paths.outbox)
+
+    def test_it_is_told_again_when_it_breaks_again(self) -> None:
+        dispatcher, bad, good = self.break_()
+        dispatcher.tell_of_broken()
+        self.wait_for(lambda: self.troubles(good))
+        bad.answers = [(200, "ok")]
+        self.run_cli("notifiers", "enable", "bad")
+        self.mended(dispatcher, bad, 1)
+        bad.answers = [(403, "invalid_token")]
+        dispatcher.tell([event_of(2)])
+        self.wait_for(self.box.broken)
+        dispatcher.tell_of_broken()
+        self.wait_for(lambda: len(self.troubles(good)) == 2)
+        self.assertIn("invalid_token", self.troubles(good)[1])
+
+    def test_another_reason_is_shown_and_not_told_again(self) -> None:
+        dispatcher, bad, good = self.break_()
+        dispatcher.tell_of_broken()
+        since = self.listed()["broken_since"]
+        bad.answers = [(410, "gone for good")]
+        self.run_cli("notifiers", "enable", "bad")
+        dispatcher.reload_if_changed()
+        self.wait_for(lambda: self.listed()["problem"] == "HTTP 410: gone for good")
+        dispatcher.tell_of_broken()
+        dispatcher = self.restart(dispatcher)
+        self.assertEqual(self.listed()["broken_since"], since)
+        self.wait_for(lambda: not self.box.waiting_for("good"))
+        self.assertEqual(len(self.troubles(good)), 1)
+
+    def test_removed_one_is_forgotten(self) -> None:
+        dispatcher, _, _ = self.break_()
+        self.run_cli("notifiers", "remove", "bad", "--yes")
+        dispatcher.reload_if_changed()
+        self.assertEqual((self.box.broken(), self.box.waiting_for("bad")), ({}, []))
+        dispatcher.stop(5.0)
+        self.box.close()
+        self.assertEqual(aimwatch.Outbox(self.paths.outbox).broken(), {})
+
+    def test_mistake_in_the_configuration_is_told_and_what_comes_then_is_kept(self) -> None:
+        good = self.webhook()
+        self.configure(bad=hook("ftp://hooks.example.com/SECRETSECRET"), good=hook(good.url))
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        self.wait_sent("good", 1)
+        dispatcher = self.restart(dispatcher)
+        self.assertEqual(len(self.troubles(good)), 1)
+        self.assertIn("argument 'url': the URL must start", self.troubles(good)[0])
+        self.assert_hidden("\n".join(good.texts()))
+        self.assertEqual(self.listed()["waiting"], 1)
+        server = self.webhook()
+        self.configure(bad=hook(server.url))
+        self.mended(dispatcher, server, 1)
+
+    def test_configuration_that_is_gone_takes_nothing_with_it(self) -> None:
+        dispatcher, _, good = self.break_()
+        os.unlink(self.paths.config)
+        for _ in range(3):
+            dispatcher.reload_if_changed()
+        gone = [line for line in self.logged.lines if "config.json is gone" in line]
+        self.assertEqual(len(gone), 1)
+        self.assertEqual(dispatcher.describe(), "slack bad, slack good")
+        server = self.webhook()
+        self.configure(bad=hook(server.url), good=hook(good.url))
+        self.mended(dispatcher, server, 1)
+
+
+class Poison(TellingCase):
+    """A message that the other side does not take."""
+
+    def server(self, status: int, bad: str) -> Webhook:
+        server = self.webhook()
+
+        def answer(handler: Any) -> None:
+            refused = bad in server.requests[-1][3]
+            text = b"invalid_payload" if refused else b"ok"
+            handler.send_response(status if refused else 200)
+            handler.send_header("Content-Length", str(len(text)))
+            handler.end_headers()
+            handler.wfile.write(text)
+
+        server.answers = [answer]
+        return server
+
+    def test_it_is_told_in_few_words_and_blocks_nothing(self) -> None:
+        for status in (400, 413, 422):
+            with self.subTest(status):
+                server = self.server(status, "poison")
+                self.configure(a=hook(server.url))
+                dispatcher = self.dispatcher()
+                bad = aimwatch.Event(f"bad{status}", "failed", facts_of("failed", 1, run_name="poison"))
+                dispatcher.tell([bad])
+                self.wait_for(lambda: "bad" in "".join(self.sent("a")))
+                dispatcher.tell([event_of(2)])
+                self.wait_sent("a", 2)
+                texts = server.texts()
+                self.assertIn("Run 'poison' failed", texts[0])
+                self.assertTrue(texts[1].startswith("❌ Run '000000000000000000000001' failed\n"), texts[1])
+                self.assertIn("Run 'n2' stalled", texts[2])
+                self.assertEqual((len(texts), self.box.broken()), (3, {}))
+                dispatcher.stop(5.0)
+                self.box.close()
+                os.unlink(self.paths.outbox)
+
+    def test_template_that_is_refused_is_left_out(self) -> None:
+        server = self.server(400, "poison")
+        self.configure(a={"type": "slack", "arguments": {"url": server.url, "message": "poison {run.name}"}})
+        self.dispatcher().tell([event_of(1)])
+        self.wait_sent("a", 1)
+        self.assertEqual(len(server.requests), 2)
+
+    def test_notifier_that_refuses_even_few_words_is_broken(self) -> None:
+        server, good = self.server(400, ""), self.webhook()
+        self.configure(a=hook(server.url), b=hook(good.url))
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        self.wait_for(self.box.broken)
+        self.assertEqual(self.box.broken()["a"][0], "HTTP 400: invalid_payload")
+        self.assertEqual(len(server.requests), 2)
+        self.assertEqual(len(self.box.waiting_for("a")), 1)
+
+
+class Pacing(TellingCase):
+    def courier(self) -> aimwatch.Courier:
+        box = aimwatch.Outbox(self.paths.outbox)
+        self.addCleanup(box.close)
+        return aimwatch.Courier(notifier_of("slack", url=GOOD_URL), box)
+
+    def test_gap_grows_in_a_storm_and_goes_back(self) -> None:
+        courier, clock = self.courier(), Clock(5000.0)
+        with mock.patch.object(aimwatch, "MIN_POST_GAP_S", 1.0), mock.patch("time.monotonic", clock):
+            courier._gap_s = 1.0
+            gaps = []
+            for _ in range(8):
+                gaps.append(courier._gap())
+                clock.pass_(gaps[-1] + 0.2)
+            self.assertEqual(gaps, [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0])
+            clock.pass_(60.0)
+            self.assertEqual(courier._gap(), 1.0)
+            clock.pass_(2.0)
+            self.assertEqual(courier._gap(), 1.0)
+
+    def test_a_second_at_least_lies_between_two_posts_whatever_came_of_the_first(self) -> None:
+        courier = self.courier()
+        event = event_of(1)
+        with mock.patch.object(aimwatch, "MIN_POST_GAP_S", 1.0):
+            for kind in ("sent", "retry", "refused", "broken"):
+                with self.subTest(kind):
+                    rest_s = courier._settle([event], aimwatch.Outcome(kind, "x"))
+                    self.assertGreaterEqual(rest_s, 1.0)
+
+    def test_notifier_that_was_changed_keeps_the_pace(self) -> None:
+        server = self.webhook()
+        self.configure(a=hook(server.url))
+        with mock.patch.object(aimwatch, "MIN_POST_GAP_S", 0.4):
+            dispatcher = self.dispatcher()
+            dispatcher.tell([event_of(1)])
+            self.wait_sent("a", 1)
+            self.configure(a=hook(server.url, events=["stalled"]))
+            dispatcher.reload_if_changed()
+            dispatcher.tell([event_of(2)])
+            self.wait_sent("a", 2)
+        first, second = (request[4] for request in server.requests)
+        self.assertGreater(second - first, 0.39)
+
+    def test_nobody_reached_for_months_costs_a_bounded_outbox(self) -> None:
+        self.configure(a=hook(self.webhook((500, "")).url))
+        dispatcher = self.dispatcher()
+        with mock.patch.object(aimwatch, "MAX_WAITING", 10), mock.patch.object(aimwatch, "COMPACT_BYTES", 0):
+            dispatcher.tell([event_of(number) for number in range(100)])
+            self.box.compact(lambda event_id: False)
+        self.assertEqual([event.facts["run.name"] for event in self.box.waiting_for("a")][0], "n90")
+        self.assertIn("ERROR notifier a: 90 events given up: too many wait", self.logged.lines)
+        courier = dispatcher._couriers["a"]
+        self.wait_for(lambda: len(courier._queue) == 10)
 
 
 class KilledTeller(NotifierCase):
