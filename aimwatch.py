@@ -4296,22 +4296,24 @@ def checked_headers(value: Any) -> Dict[str, str]:
         raise ConfigError(f"must be an object of names and values, not {type(value).__name__}")
     for name, text in value.items():
         if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
-            raise ConfigError(f"{printable(repr(name), 40)} is no header name: write 'Name: value'")
+            raise ConfigError("a header has no name that can be one: write 'Name: value'")
         if not isinstance(text, str) or not re.fullmatch(r"[\t -~]+", text):
             raise ConfigError(f"header {name} must have a value of printable ASCII")
     return value
 
 
 def checked_body(value: Any) -> Any:
-    """Return a JSON value whose texts are templates. Raises ConfigError."""
-    if isinstance(value, str):
+    """Return a JSON value whose texts are templates. Raises ConfigError, and where it is typed in,
+    also for an unknown field, which is otherwise sent as it stands."""
+    typed = isinstance(value, str)
+    if typed:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise ConfigError('the body must be JSON, such as {"content": "{message}"}') from None
     if not isinstance(value, (dict, list)):
         raise ConfigError("the body must be a JSON object or list")
-    for text in _texts(value):
+    for text in _texts(value) if typed else ():
         checked_template(text)
     return value
 
@@ -4344,7 +4346,7 @@ def checked_address(value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[!-~]+", value.strip()):
         raise ConfigError(f"{printable(repr(value), 60)} is no mail address: write name@host")
     value = value.strip()
-    if not re.fullmatch(r"[^@,;<>\"()\[\]\\]+(@[A-Za-z0-9.-]+)?", value):
+    if not re.fullmatch(r"[^@,;:<>\"()\[\]\\]+(@[A-Za-z0-9.-]+)?", value):
         raise ConfigError(f"{printable(repr(value), 60)} is no mail address: write name@host")
     return str(value)
 
@@ -4720,7 +4722,7 @@ def digest(template: Optional[str], batch: Sequence[Facts], limit: int = MAX_MES
     ):
         values = {facts.get(field, "") for facts in batch}
         if len(values) == 1 and "" not in values:
-            lines.append(f"all of {label} {shorten(values.pop(), 2 * DIGEST_NAME, '...')}")
+            lines.append(f"all of {label} {shorten(printable(values.pop(), 5000), 2 * DIGEST_NAME, '...')}")
     last = shorten(look_further(batch[0]), limit // 4, "...")
     whole = [message_for(template, facts).replace(f"\n{last}", "") for facts in batch[: FULL_EVENTS + 1]]
     if len(whole) <= FULL_EVENTS and sum(map(len, [*lines, *whole, last])) + 20 < limit:
@@ -4738,8 +4740,9 @@ def digest(template: Optional[str], batch: Sequence[Facts], limit: int = MAX_MES
 def _digest_line(facts: Facts, limit: int, where: str) -> str:
     """Return what a digest says of one event: whatever the run is called, also what happened."""
     name = shorten(facts.get("run.name", ""), DIGEST_NAME, "...")
-    tail = f" ({facts.get('run.hash', '')[:8]}{shorten(where, DIGEST_NAME, '...')})"
-    return shorten(summary({**facts, "run.name": name}), limit - len(tail), " ...") + tail
+    tail = f" ({facts.get('run.hash', '')[:8]}{shorten(printable(where, 5000), DIGEST_NAME, '...')})"
+    line = printable(summary({**facts, "run.name": name}), 5000)
+    return shorten(line, limit - len(tail), " ...") + tail
 
 
 def plain_facts(facts: Facts) -> Facts:

@@ -5021,6 +5021,57 @@ class Messages(unittest.TestCase):
             body = cut[: -len("\n...")]
             self.assertNotIn("&", re.sub("&(amp|lt|gt);", "", body), limit)
 
+    def test_digest_of_200_names_twenty_whatever_they_are_called(self) -> None:
+        names = {
+            "short": "n", "long": "x" * 500, "escaped": "<&>" * 100, "mentions": "@channel " * 50,
+            "wide": "\u4e2d" * 300, "lines": "a\nb" * 50, "control": "\x1b[2J\u202e" * 40, "emoji": "\U0001f600" * 99,
+        }  # fmt: skip
+        for limit in (3000, 2000):
+            for case, name in names.items():
+                for kind, reason in (("failed", "OSError: " + name), ("recovered", name), ("stalled", "")):
+                    with self.subTest(case, kind=kind, limit=limit):
+                        facts = aimwatch.clean_facts(
+                            facts_of(
+                                kind, run_name=name, run_reason=reason, run_host=name, run_experiment=name
+                            )
+                        )
+                        facts = {key: aimwatch.slack_escape(value) for key, value in facts.items()}
+                        batch = [{**facts, "run.hash": f"{number:08d}aaaa"} for number in range(200)]
+                        text = aimwatch.digest(None, batch, limit)
+                        self.assertLessEqual(len(text), limit)
+                        lines = text.split("\n")
+                        self.assertEqual(lines[0], f"200 events: 200 {kind}")
+                        self.assertEqual([line[:7] for line in lines[1:4]], ["all of "] * 3)
+                        self.assertEqual(len(lines), 4 + 20 + 2)
+                        for number in range(20):
+                            self.assertRegex(lines[4 + number], rf"\({number:08d}( on .*)?\)$")
+                        self.assertEqual(lines[-2], "and 180 more")
+                        self.assertIn("status", lines[-1])
+                        self.assertNotIn("&", re.sub("&(amp|lt|gt);", "", text))
+
+    def test_digest_of_long_names_still_says_what_happened(self) -> None:
+        batch = [facts_of(number=number, run_name="x" * 400) for number in range(20)]
+        for line in aimwatch.digest(None, batch).split("\n")[4:-1]:
+            self.assertIn("' stalled: silent for 3 min", line)
+
+    def test_mentions_of_every_chat_are_parted(self) -> None:
+        for text in (
+            "@everyone",
+            "x @here",
+            "@channel!",
+            "<@U1>",
+            "<@&7>",
+            "<@!7>",
+            "@[123]",
+            "<users/all>",
+            "@all",
+        ):
+            with self.subTest(text):
+                safe = aimwatch.without_mentions(text)
+                self.assertNotIn(text.strip("!x "), safe)
+                self.assertEqual(safe.replace("\u200b", ""), text)
+        self.assertEqual(aimwatch.without_mentions("ann@host, a @ b, <b>"), "ann@host, a @ b, <b>")
+
     def test_slack_escape_leaves_nothing_with_a_meaning(self) -> None:
         self.assertEqual(
             aimwatch.slack_escape("<!channel> & <@U1>"), "&lt;!channel&gt; &amp; &lt;@\u200bU1&gt;"
@@ -5411,6 +5462,150 @@ class Transports(NotifierCase):
         outcome = aimwatch.deliver(notifier_of("logger", message="{event} {run.reason}"), batch)
         self.assertEqual(outcome, ("sent", "written to the log", 0.0))
         self.assertEqual(self.logged.lines, ["WARNING failed a\\x1b[2J\n  b", "INFO finished "])
+
+
+#: What a body for a chat looks like, by the chat.
+BODIES = {
+    "Discord": {"content": "{message}", "allowed_mentions": {"parse": []}},
+    "Teams": {
+        "type": "message",
+        "attachments": [
+            {
+                "contentType": "application/vnd.microsoft.card.adaptive",
+                "content": {
+                    "type": "AdaptiveCard",
+                    "version": "1.4",
+                    "body": [{"type": "TextBlock", "text": "{message}", "wrap": True}],
+                },
+            }
+        ],
+    },
+    "ntfy": {"topic": "runs", "title": "{run.name} {event}", "message": "{message}", "priority": 4},
+    "Google Chat": {"text": "{message}"},
+    "of many kinds": {"a": [1, 2.5, None, True, ["{run.name}", {"b": "{oops} {event}"}]], "{event}": ""},
+}
+#: What a run may hold against whoever fills something in.
+NASTY = (
+    '"}, "x": "', "\\", "\\u0022", "{message}", "{run.hash.__class__}", "{0}", "%s", "${HOME}", "$(id)", "`id`",
+    "\n\r\t\0\x1b[31m", "\u2028\u202e\ud800", "@everyone <@&1> <users/all>", "'; DROP TABLE runs; --", "x" * 9000,
+)  # fmt: skip
+
+
+class Webhooks(NotifierCase):
+    """The notifier that posts JSON to any URL."""
+
+    def test_answers_are_judged(self) -> None:
+        page = "<!DOCTYPE html><html>log in</html>"
+        for status, body, kind_of_body, kind in (
+            (200, "ok", "text/html; charset=utf-8", "sent"),
+            (200, "", "", "sent"),
+            (201, '{"id": 1}', "application/json", "sent"),
+            (202, "1", "text/plain", "sent"),
+            (204, "", "", "sent"),
+            (200, "<response>ok</response>", "text/xml", "sent"),
+            (200, page, "text/html", "retry"),
+            (200, f"\n <?xml version='1.0'?>\n{page.lower()}", "", "retry"),
+            (400, "", "", "refused"),
+            (413, "", "", "refused"),
+            (422, "", "", "refused"),
+            (401, "", "", "broken"),
+            (404, "", "", "broken"),
+            (410, "", "", "broken"),
+            (307, "", "", "broken"),
+            (429, "", "", "retry"),
+            (502, page, "text/html", "retry"),
+        ):
+            with self.subTest(status, body=body):
+                answer = aimwatch.Answer(status, {"content-type": kind_of_body}, body)
+                self.assertEqual(aimwatch.judge_webhook(answer, NOW_S).kind, kind)
+
+    def test_document_has_its_shape_and_headers_are_sent(self) -> None:
+        server = self.webhook((204, ""))
+        notifier = notifier_of("webhook", url=server.url, headers={"Authorization": "Bearer PASSWORD"})
+        batch = [{**facts_of("failed", n, run_reason="E: x"), "id": f"id{n}", "time": "t"} for n in (1, 2)]
+        self.assertEqual(aimwatch.deliver(notifier, batch), ("sent", "HTTP 204", 0.0))
+        ((method, _, headers, body, _),) = server.requests
+        self.assertEqual((method, headers["authorization"]), ("POST", "Bearer PASSWORD"))
+        found = json.loads(body)
+        self.assertEqual(sorted(found), ["events", "events_left_out", "source", "text", "version"])
+        self.assertEqual((found["version"], found["events_left_out"], len(found["events"])), (1, 0, 2))
+        event = found["events"][0]
+        self.assertEqual(
+            {key: event[key] for key in event if key != "run"},
+            {"id": "id1", "event": "failed", "time": "t", "repo": "/data/x"},
+        )
+        self.assertEqual((event["run"]["hash"], event["run"]["reason"]), (f"{1:024x}", "E: x"))
+        self.assertTrue(found["text"].startswith("2 events: 2 failed"))
+
+    def test_body_of_a_chat_keeps_its_shape_whatever_the_data(self) -> None:
+        server = self.webhook((204, ""))
+        for chat, body in BODIES.items():
+            for nasty in NASTY:
+                with self.subTest(chat, nasty=nasty[:20]):
+                    notifier = notifier_of("webhook", url=server.url, body=body)
+                    self.assertIsNone(notifier.problem)
+                    facts = facts_of(run_name=nasty, run_reason=nasty, run_frames=nasty, run_host=nasty)
+                    self.assertEqual(aimwatch.deliver(notifier, [facts] * 3).kind, "sent")
+                    raw = server.requests.pop()[3]
+                    self.assertEqual(self.shape(json.loads(raw)), self.shape(body))
+                    for bad in ("\\u001b", "\\u0000", "\\ud800", "\\u202e", "@everyone", "<@&", "<users/"):
+                        self.assertNotIn(bad, raw)
+                    for text in aimwatch._texts(json.loads(raw)):
+                        self.assertLessEqual(len(text), 2000)
+
+    def shape(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self.shape(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.shape(item) for item in value]
+        return "text" if isinstance(value, str) else value
+
+    def test_body_is_filled_by_look_up_alone(self) -> None:
+        server = self.webhook((204, ""))
+        notifier = notifier_of(
+            "webhook", url=server.url, body={"{event}": ["{run.name}|{oops}|{run.name.upper}"]}
+        )
+        aimwatch.deliver(notifier, [facts_of(run_name="{event}{run.hash}")])
+        self.assertEqual(
+            json.loads(server.requests[0][3]), {"{event}": ["{event}{run.hash}|{oops}|{run.name.upper}"]}
+        )
+
+    def test_tls_through_a_proxy(self) -> None:
+        server, path = Transports.tls_server(self)  # type: ignore[arg-type]
+        tunnels: List[bytes] = []
+
+        def tunnel(connection: socket.socket) -> None:
+            tunnels.append(read_request(connection).split(b"\r\n")[0])
+            with socket.create_connection(("127.0.0.1", server.port)) as far:
+                connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                back = threading.Thread(target=self.pipe, args=(far, connection))
+                back.start()
+                self.pipe(connection, far)
+                back.join()
+
+        os.environ["https_proxy"] = self.raw_server(tunnel).url.partition("/services")[0]
+        for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"):
+            os.environ.pop(name, None)
+        notifier = notifier_of("webhook", url=f"https://127.0.0.1:{server.port}/SECRETSECRET")
+        outcome = aimwatch.deliver(notifier, [facts_of()])
+        self.assertEqual(outcome.kind, "retry")
+        self.assertIn("certificate", outcome.detail)
+        os.environ["SSL_CERT_FILE"] = path
+        self.assertEqual(aimwatch.deliver(notifier, [facts_of()]).kind, "sent")
+        target = f"CONNECT 127.0.0.1:{server.port} HTTP/1.".encode()
+        self.assertEqual([line[: len(target)] for line in tunnels], [target] * 2)
+        self.assertEqual(len(server.requests), 1)
+
+    @staticmethod
+    def pipe(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(65536)
+                if not data:
+                    break
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
 
 
 class GivenUp(NotifierCase):
@@ -6027,6 +6222,53 @@ class OutboxFile(NotifierCase):
         self.assertEqual(self.waiting(outbox, "a"), ["n2", "n5"])
         self.assertEqual(self.waiting(self.open_outbox(), "a"), ["n2", "n5"])
 
+    def test_compaction_that_cannot_open_the_new_file_writes_to_no_closed_descriptor(self) -> None:
+        outbox = self.filled()
+        error = OSError(errno.EMFILE, "Too many open files")
+        with mock.patch("aimwatch.COMPACT_BYTES", 0), mock.patch("aimwatch.LogWriter", side_effect=error):
+            outbox.compact(lambda event_id: False)
+        path = os.path.join(self.root, "somebody else's")
+        with contextlib.ExitStack() as files:
+            for _ in range(20):
+                files.enter_context(open(path, "a"))
+            outbox.add([(event_of(5), ["a"])])
+        self.assertEqual(os.stat(path).st_size, 0)
+        self.assertEqual(self.waiting(self.open_outbox(), "a"), ["n2", "n5"])
+
+    def test_file_that_is_removed_while_it_is_written_is_made_again(self) -> None:
+        for folder_too in (False, True):
+            with self.subTest(folder_too=folder_too):
+                outbox = self.filled()
+                outbox.note_broken("b", "HTTP 404")
+                if folder_too:
+                    shutil.rmtree(self.paths.own)
+                else:
+                    os.unlink(self.paths.outbox)
+                outbox.add([(event_of(5), ["a"])])
+                outbox.sent([event_of(2).id], "a")
+                outbox.close()
+                again = self.open_outbox()
+                self.assertEqual(self.waiting(again, "a"), ["n5"])
+                self.assertEqual(again.known_ids(), [event_of(n).id for n in (1, 2, 3, 4, 5)])
+                self.assertEqual(again.broken()["b"][0], "HTTP 404")
+                again.close()
+                os.unlink(self.paths.outbox)
+
+    def test_delivery_of_very_many_events_is_read_again(self) -> None:
+        outbox = self.open_outbox()
+        events = [aimwatch.Event(f"{n:060d}", "failed", {"event": "failed"}) for n in range(25)]
+        outbox.add([(event, ["a"]) for event in events])
+        with mock.patch("aimwatch.MAX_SENT_IDS", 10), mock.patch("aimwatch.MAX_LINE_BYTES", 1000):
+            outbox.sent([event.id for event in events], "a")
+            self.assertEqual(self.open_outbox().waiting_for("a"), [])
+
+    def test_delivery_proves_that_the_notifier_works(self) -> None:
+        outbox = self.filled()
+        outbox.note_broken("a", "HTTP 404")
+        outbox.sent([event_of(2).id], "a")
+        outbox.close()  # killed here, nothing else would ever say so
+        self.assertEqual(self.open_outbox().broken(), {})
+
     def test_removed_notifier_is_waited_for_no_more(self) -> None:
         outbox = self.open_outbox()
         outbox.add([(event_of(1), ["a", "b"]), (event_of(2), ["b"])])
@@ -6624,6 +6866,46 @@ class Mending(TellingCase):
         self.mended(dispatcher, server, 1)
 
 
+class HangingNotifiers(TellingCase):
+    def test_whatever_hangs_makes_neither_the_others_nor_the_end_late(self) -> None:
+        gate, reached = self.gate(), []
+
+        def hang(connection: socket.socket) -> None:
+            reached.append(connection)
+            gate.wait(30)
+
+        ports = [self.raw_server(hang).port for _ in range(4)]
+        program = os.path.join(self.root, "hang.sh")
+        with open(program, "w") as file:
+            file.write("#!/bin/sh\ntouch hanging\nexec sleep 5\n".replace("hanging", f"{program}.reached"))
+        os.chmod(program, 0o755)
+        good = self.webhook()
+        mail = {"host": "127.0.0.1", "sender": "a@b", "to": ["c@d"], "security": "none"}
+        self.configure(
+            slack=hook(f"http://127.0.0.1:{ports[0]}/x"),
+            tls=hook(f"https://127.0.0.1:{ports[1]}/x"),
+            webhook={"type": "webhook", "arguments": {"url": f"http://127.0.0.1:{ports[2]}/x"}},
+            email={"type": "email", "arguments": {**mail, "port": ports[3]}},
+            command={"type": "command", "arguments": {"command": [program]}},
+            good=hook(good.url),
+        )
+        with mock.patch.object(aimwatch.attempt, "__defaults__", (1.5,)):
+            dispatcher = self.dispatcher()
+            for number in (1, 2, 3):
+                dispatcher.tell([event_of(number)])
+                self.wait_sent("good", number)
+            self.wait_for(lambda: len(reached) == 4 and os.path.exists(f"{program}.reached"))
+            self.assertEqual(self.numbers(good), [1, 2, 3])
+            self.assertEqual(
+                [self.sent(name) for name in ("slack", "tls", "webhook", "email", "command")], [[]] * 5
+            )
+            begun = time.monotonic()
+            dispatcher.stop(0.1)
+            self.assertLess(time.monotonic() - begun, 2.0)
+            gate.set()
+            self.wait_for(self._no_threads)
+
+
 class Poison(TellingCase):
     """A message that the other side does not take."""
 
@@ -6967,7 +7249,7 @@ for line in sys.stdin:
 # ======================================================================== Command line
 
 
-class NotifiersAdd(NotifierCase):
+class AddCase(NotifierCase):
     def add(self, *argv: str, stdin: str = "") -> Tuple[int, str, str]:
         return self.run_cli("notifiers", "add", *argv, stdin=stdin)
 
@@ -6980,6 +7262,8 @@ class NotifiersAdd(NotifierCase):
     def assert_nothing_saved(self) -> None:
         self.assertFalse(os.path.exists(self.paths.config))
 
+
+class NotifiersAdd(AddCase):
     def test_questions_lead_to_a_notifier(self) -> None:
         stdin = f"foo\nslack\nftp://x\n\n{GOOD_URL}\n{{oops}}\nlost {{run.hash}}\nmaybe\ny\nn\n"
         code, out, err = self.add(stdin=stdin)
@@ -7199,6 +7483,101 @@ class NotifiersAdd(NotifierCase):
         self.assert_one_line(code[2], "no repository at .*/no: run 'aim-watcher --repo .*/no init'")
 
 
+class NotifiersAddMore(AddCase):
+    """The types that Aim does not have."""
+
+    def test_webhook_by_flags(self) -> None:
+        headers = self.path("X-Key: PASSWORD\nAuthorization: Bearer PASSWORD two\n")
+        code, out, err = self.add(
+            "webhook", "--webhook-url", GOOD_URL, "--header-file", headers, "--body",
+            '{"content": "{message}"}', "--yes",
+        )  # fmt: skip
+        self.assertEqual((code, err), (0, ""))
+        expected = {
+            "url": GOOD_URL, "headers": {"X-Key": "PASSWORD", "Authorization": "Bearer PASSWORD two"},
+            "body": {"content": "{message}"}, "message": aimwatch.AIM_DEFAULT_MESSAGE,
+        }  # fmt: skip
+        self.assertEqual(self.only_entry()["arguments"], expected)
+        for argv in (("list",), ("list", "--json"), ("dump",)):
+            out += "".join(self.run_cli("notifiers", *argv)[1:])
+        self.assert_hidden(out)
+        code, out, _ = self.run_cli("notifiers", "remove", self.only_entry()["id"], "--yes")
+        self.assertEqual(code, 0)
+
+    def test_email_by_flags_and_by_questions(self) -> None:
+        arguments = {
+            "host": "relay.example", "security": "tls", "port": 465, "user": "ann", "password": "PASS WORD",
+            "sender": "watch@hpc.example", "to": ["ann@x.example", "bob"], "message": aimwatch.AIM_DEFAULT_MESSAGE,
+        }  # fmt: skip
+        flags = (
+            "email", "--smtp-host", "relay.example", "--security", "tls", "--port", "465", "--user", "ann",
+            "--password-file", self.path("PASS WORD\n"), "--from", "watch@hpc.example", "--to", "ann@x.example,bob", "--yes",
+        )  # fmt: skip
+        answers = (
+            "email\n\nrelay.example\nssl\ntls\n99999\n465\nann\npässword\nPASS WORD\nno mail\nwatch@hpc.example\n"
+            "a@b@c\nann@x.example, bob\n\ny\nn\n"
+        )
+        for argv, stdin in ((flags, ""), ((), answers)):
+            with self.subTest(argv):
+                code, out, err = self.add(*argv, stdin=stdin)
+                self.assertEqual((code, err), (0, ""), out)
+                self.assertEqual(self.only_entry()["arguments"], arguments)
+                self.assertIsNone(self.config.notifiers()[0].problem)
+                for command in (("list", "--json"), ("dump",)):
+                    out += "".join(self.run_cli("notifiers", *command)[1:])
+                self.assertNotIn("PASS WORD", out)
+                os.unlink(self.paths.config)
+
+    def test_email_needs_little(self) -> None:
+        code, _, err = self.add("email", "--smtp-host", "relay", "--from", "a", "--to", "b", "--yes")
+        self.assertEqual((code, err), (0, ""))
+        self.assertEqual(sorted(self.only_entry()["arguments"]), ["host", "message", "sender", "to"])
+
+    def test_command_by_flags_and_by_questions(self) -> None:
+        for argv, stdin in (
+            (("command", "--command", "/bin/tell --to 'the team'", "--yes"), ""),
+            ((), "command\ntell\n'\n/bin/tell --to 'the team'\n\ny\nn\n"),
+        ):
+            with self.subTest(argv):
+                code, out, err = self.add(*argv, stdin=stdin)
+                self.assertEqual((code, err), (0, ""), out)
+                self.assertEqual(self.only_entry()["arguments"]["command"], ["/bin/tell", "--to", "the team"])
+                self.assertEqual(os.stat(self.paths.config).st_mode & 0o777, 0o600)
+                os.unlink(self.paths.config)
+
+    def test_refusals_say_why_and_save_nothing(self) -> None:
+        url, mail = ("webhook", "--webhook-url", GOOD_URL), ("email", "--smtp-host", "h", "--from", "a@b")
+        for argv, message in (
+            (("webhook",), "notifiers add webhook --yes needs --webhook-url or --webhook-url-file$"),
+            ((*url, "--header", "no colon SECRET"), "a header has no name that can be one: write 'Name: value'$"),
+            ((*url, "--header", "X-K: PASSWORD\u00e9"), "header X-K must have a value of printable ASCII$"),
+            ((*url, "--header", "a b: PASSWORD"), "a header has no name that can be one: write 'Name: value'$"),
+            ((*url, "--body", "{"), "the body must be JSON, such as"),
+            ((*url, "--body", '"text"'), "the body must be a JSON object or list$"),
+            ((*url, "--body", '{"a": "{run.oops}"}'), "the message names {run.oops}, which does not exist"),
+            (mail, "notifiers add email --yes needs --to$"),
+            (("email", "--from", "a@b", "--to", "c@d"), "email --yes needs --smtp-host$"),
+            ((*mail, "--to", "a@b\nBcc: x@y"), "'Bcc:' is no mail address: write name@host$"),
+            ((*mail, "--to", "<a@b>"), "is no mail address: write name@host$"),
+            ((*mail, "--to", ","), "must be mail addresses with commas between them$"),
+            ((*mail, "--to", "a@b", "--port", "0"), "port 0 is not a number from 1 to 65535$"),
+            ((*mail, "--to", "a@b", "--security", "ssl"), "'ssl' is not one of starttls, tls, none$"),
+            ((*mail, "--to", "a@b", "--user", "u", "--password", "PASSW\u00d6RD"), "--password must be printable ASCII"),
+            (("email", "--smtp-host", "a\nb", "--from", "a", "--to", "b"), "--smtp-host must be on one line"),
+            (("command",), "notifiers add command --yes needs --command$"),
+            (("command", "--command", "tell"), "must be given with its whole path, not 'tell'$"),
+            (("command", "--command", "/bin/tell '"), "the command cannot be taken apart: No closing quotation$"),
+            (("command", "--command", ""), "the command must be a program and its arguments$"),
+            (("slack", "--webhook-url", GOOD_URL, "--body", "{}"), "--body has no meaning for type slack$"),
+        ):  # fmt: skip
+            with self.subTest(argv):
+                code, out, err = self.add(*argv, "--yes")
+                self.assertEqual((code, out), (1, ""))
+                self.assert_one_line(err, message)
+                self.assert_hidden(err)
+                self.assert_nothing_saved()
+
+
 def aimwatch_main(*argv: str) -> Tuple[int, str, str]:
     """Run the command line as given."""
     out, err = io.StringIO(), io.StringIO()
@@ -7255,6 +7634,25 @@ class OnATerminal(NotifierCase):
         self.assertIn("hello", seen)
         self.assert_hidden(seen)
         self.assertEqual(self.only_entry()["arguments"]["url"], GOOD_URL)
+
+    def test_password_of_a_mail_server_is_not_echoed(self) -> None:
+        code, seen = self.converse(
+            ("(slack, workplace, logger, webhook, email, command): ", "email\n"),
+            ("Mail server: ", "relay\n"),
+            ("(empty: starttls): ", "none\n"),
+            ("with none 25): ", "\n"),
+            ("(empty: no login): ", "ann\n"),
+            ("Password (not shown): ", "PASSWORD\n"),
+            ("From: ", "a@b\n"),
+            ("To, with commas between several: ", "c@d,e\n"),
+            ("(empty for the default): ", "\n"),
+            ("[Y/n]: ", "y\n"),
+            ("[y/N]: ", "n\n"),
+        )
+        self.assertEqual(code, 0, seen)
+        self.assertIn("To: ['c@d', 'e']", seen)
+        self.assert_hidden(seen)
+        self.assertEqual(self.only_entry()["arguments"]["password"], "PASSWORD")
 
     def test_token_is_not_echoed_and_ctrl_c_saves_nothing(self) -> None:
         code, seen = self.converse(
@@ -8291,6 +8689,26 @@ class TestSweep(WatchCase):
         watcher.outbox.sent([self.events()[0]["event"]], "s")
         self.pass_time(watcher, 2000.0)
         self.assertEqual(self.flags(run_hash), [])
+
+    def test_outbox_of_runs_that_go_on_for_ever_stays_small_and_repeats_nothing(self) -> None:
+        self.configure(a={"type": "logger", "events": list(aimwatch.EVENTS)})
+        writer = self.run_object("speaks")
+        watcher = self.watch(once=True)
+        with mock.patch.object(aimwatch, "COMPACT_BYTES", 5_000), mock.patch("os.fsync"):
+            for number in range(1, 120):
+                self.check_in("a", number, "failed" if number % 2 else "check_in")
+                writer.log_error(f"number {number}")
+                watcher.poll()
+                if number % 40 == 0:
+                    self.stop(watcher)
+                    watcher = self.watch(once=True)
+                self.assertLess(os.stat(self.paths.outbox).st_size, 25_000)
+        self.assertLess(len(watcher.outbox.known_ids()), 60)
+        self.wait_for(lambda: not watcher.outbox.waiting_for("a"))
+        self.stop(watcher)
+        last = self.outbox()[-1]
+        self.watch(once=True)
+        self.assertEqual(self.outbox()[-1], last)
 
     def test_run_that_is_resumed_after_the_removal_is_watched(self) -> None:
         run_hash = self.our_run()
