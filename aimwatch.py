@@ -6392,10 +6392,6 @@ class News:
 _NEWS_ID = re.compile(r"([A-Za-z0-9_]{1,64})-[0-9]+-([0-9]+)-log")
 
 
-def _is_news(event_id: str) -> bool:
-    return event_id.endswith(f"-{LOG}")
-
-
 def new_messages(path: str, start: int) -> Tuple[int, List[Dict[str, Any]]]:
     """Return up to where the log at `path` could be read, and the messages from offset `start` on,
     which are looked for in its last NEWS_BYTES. Raises OSError."""
@@ -6620,20 +6616,17 @@ class Watcher:
 
     def _compact(self) -> None:
         """Shorten the outbox to what may be asked for again: of a run that goes on for months, what
-        its newest check-in led to, and up to where its messages were told."""
+        its newest check-in led to."""
         self._save(now=True)  # what goes now is told by watcher.json from here on
         runs, broken, newest = self.table.runs, self.outbox.broken(), self.outbox.newest_id
-        news = {
-            event_id.partition("-")[0]: event_id for event_id in self.outbox.known_ids() if _is_news(event_id)
-        }
 
         def keep(event_id: str) -> bool:
             run, _, rest = event_id.partition("-")
             idx = rest.partition("-")[0]
-            if event_id in (newest, news.get(run)):
-                return True
-            if run in runs:
-                return idx.isdigit() and int(idx) >= runs[run].idx and not _is_news(event_id)
+            if event_id == newest:
+                return True  # watcher.json names it
+            if run in runs and not event_id.endswith(f"-{LOG}"):
+                return idx.isdigit() and int(idx) >= runs[run].idx
             return bool(broken) and run == BROKEN
 
         self.outbox.compact(keep)

@@ -7167,10 +7167,11 @@ for line in sys.stdin:
                 heard[name] += new
                 told[name] |= self.told(root, name) & self.EXPECTED
             if life == 0:  # what has come back goes on
-                moved = aimwatch.check_in_name("comes", 3, "check_in", UTC, 0)
                 folder = os.path.join(root, ".aim", "check_ins")
-                for old in [old for old in os.listdir(folder) if old.startswith("comes-")]:
-                    os.rename(os.path.join(folder, old), os.path.join(folder, moved))
+                for old in os.listdir(folder):
+                    if old.startswith(("comes-", "begins-")):
+                        moved = aimwatch.check_in_name(old.partition("-")[0], 3, "check_in", UTC, 0)
+                        os.rename(os.path.join(folder, old), os.path.join(folder, moved))
         for name in self.servers:
             self.assertEqual(set(heard[name]), self.EXPECTED, (kills, name))
             self.assertEqual(self.state(root).waiting_for(name), [], (kills, name))
