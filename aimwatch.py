@@ -4766,7 +4766,11 @@ MAX_FACT_LINES = 30
 def without_mentions(text: str) -> str:
     """Return `text` in which nothing calls for somebody in any of the chats (`@all`, `<@&1>`,
     `<users/all>`): a zero-width space parts it."""
-    return re.sub(r"(?<!\w)@(?=[\w\[&!])|<(?=users/)", lambda match: match.group() + "\u200b", text)
+    return re.sub(
+        r"(?<!\w)@(?=[\w\[&!])|@(?=everyone|here|channel|all)|<(?=users/)",
+        lambda match: match.group() + "\u200b",
+        text,
+    )
 
 
 def shorten(text: str, limit: int = MAX_MESSAGE, mark: str = "\n...") -> str:
@@ -5095,7 +5099,7 @@ def document(template: Optional[str], batch: Sequence[Facts]) -> Dict[str, Any]:
     return {
         "version": DOCUMENT_VERSION,
         "source": "aimwatch",
-        "text": shorten(digest(template, batch)),
+        "text": shorten(digest(template, _unmentioned(batch))),
         "events": events[:MAX_DOCUMENT_EVENTS],
         "events_left_out": max(0, len(events) - MAX_DOCUMENT_EVENTS),
     }
@@ -6537,6 +6541,7 @@ class Watcher:
         self._begun: Set[str] = set()
         self._blind_since: Optional[float] = None
         self._told_blind = False
+        self._untold = False
         self._saved_mono, self._save_cost_s = -math.inf, 0.0
         self._swept_s = 0.0
         paths.create()
@@ -6653,6 +6658,7 @@ class Watcher:
             self.looking.look(after, MAX_LISTING_S)
         else:
             self._note_sight(after)
+        self._untold = True
         changes = self.table.take(listing, self.looking.total_s, self._utc(), self._first)
         self._first = False
         if self.looking.accuses:
@@ -6660,6 +6666,7 @@ class Watcher:
         self._report_names()
         self.dispatcher.reload_if_changed()
         self._tell(changes)
+        self._untold = False
         self.dispatcher.tell_of_broken()
         for run in self.table.vanished():
             # A run of ours whose log is there has lost its check-in, not its life.
@@ -6841,6 +6848,8 @@ class Watcher:
 
     def _save(self, now: bool = False) -> None:
         """Write watcher.json, at a rate that its own cost bounds."""
+        if self._untold:
+            return  # an error ends the watch between a sight and its telling: the next one must see it anew
         begun = self._clock()
         pause_s = min(self._save_cost_s * SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S)
         if begun - self._saved_mono < pause_s and not now:
