@@ -4835,7 +4835,8 @@ class Closers:
             self._closers.append(close)
             given_up = self._given_up
         if given_up:
-            close()
+            with contextlib.suppress(Exception):
+                close()
             raise TimeoutError("given up")
 
     def give_up(self) -> None:
