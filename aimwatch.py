@@ -2589,7 +2589,7 @@ class Index:
                     progress(done, len(hashes))
                     state, size, problem = load_run(self.paths, run_hash)
                     if state is not None:
-                        index_run(db, state, size)
+                        problem = index_or_say(db, self.paths, state, size)
                     if problem:
                         self.problems.append(problem)
                 db.execute("COMMIT")
@@ -2649,6 +2649,19 @@ def load_run(paths: RepoPaths, run_hash: str) -> Tuple[Optional[RunState], int, 
     return state, size, ""
 
 
+def index_or_say(db: sqlite3.Connection, paths: RepoPaths, state: RunState, size: int) -> str:
+    """Write one run into an index, and return what kept it out or "". One log, whatever somebody
+    wrote into it, must not keep all the others out. Raises sqlite3.Error."""
+    try:
+        index_run(db, state, size)
+    except sqlite_error():
+        raise
+    except Exception as error:
+        delete_run(db, state.hash)
+        return f"{paths.run_log(state.hash)}: {type(error).__name__}: {error}"
+    return ""
+
+
 class Reindexer:
     """Brings the index up to date with the runs that have a marker in `pending`."""
 
@@ -2658,6 +2671,7 @@ class Reindexer:
         self.problems = self.index.problems
         #: Size of the log when a run that still lives was indexed last, so that it is not read in vain.
         self._sizes: Dict[str, int] = {}
+        self._probe_mono = 0.0
 
     def pending(self) -> List[str]:
         """Return the hashes that have a marker."""
@@ -2760,29 +2774,49 @@ class Reindexer:
             return gone and not problem
         if gone and state.end is None:
             size = finalize_dead(self.paths, state, self.signs.get(run_hash, 0.0))
-        index_run(db, state, size)
-        return gone and size >= 0
+        problem = index_or_say(db, self.paths, state, size)
+        if problem:
+            self.problems.append(problem)
+        return gone and size >= 0 and not problem
 
     def forget_sizes(self) -> None:
         """Let `changed` return every pending run again."""
         self._sizes.clear()
 
     def changed(self) -> List[str]:
-        """Return the pending runs whose log has grown since this object saw it last."""
+        """Return the pending runs whose log has grown since this object saw it last and, now and
+        then, those whose writer is gone: a process that is killed leaves its log as it was."""
         found = []
+        probe = _monotonic() >= self._probe_mono
+        if probe:
+            self._probe_mono = _monotonic() + PROBE_S
         for run_hash in self.pending():
             try:
                 size = os.stat(self.paths.run_log(run_hash)).st_size
             except OSError:
                 size = -1
-            if self._sizes.get(run_hash) != size:
+            if self._sizes.get(run_hash) != size or (probe and self._is_free(run_hash)):
                 self._sizes[run_hash] = size
                 found.append(run_hash)
         return found
 
+    def _is_free(self, run_hash: str) -> bool:
+        marker = self.paths.marker(run_hash)
+        if _process.writes(marker):
+            return False
+        with contextlib.suppress(OSError), _process.markers:
+            fd = os.open(marker, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                return try_lock(fd, fcntl.LOCK_SH) is True
+            finally:
+                os.close(fd)
+        return False
+
 
 #: The size of the log that the index covers, of a run whose end it knows.
 _INDEXED_TO = "SELECT log_size FROM runs WHERE hash = ? AND end_time IS NOT NULL"
+#: How often the pending runs that record nothing are looked at.
+PROBE_S = 30.0
 #: A transaction holds at most this many markers open.
 MAX_BATCH = 200
 DIED = "its process ended without saying so"
@@ -3812,8 +3846,7 @@ class Repo:
                 state, _, problem = load_run(self._paths, run_hash)
                 if problem:
                     log.warning("%s", problem)
-                if state is not None:
-                    index_run(self._overlay, state, size)
+                if state is not None and not index_or_say(self._overlay, self._paths, state, size):
                     self._overlay_sizes[run_hash] = size
                 else:
                     hidden.add(run_hash)
@@ -6234,6 +6267,17 @@ def run_cell(run: Run, row: RunRow, column: str) -> Any:
     return run.get(tuple(column.split(".")))
 
 
+def _run_cells(run: Run, row: RunRow, columns: Sequence[str]) -> List[Any]:
+    cells: List[Any] = []
+    for column in columns:
+        try:
+            cells.append(run_cell(run, row, column))
+        except RepoError as error:  # its log cannot be read; the others are listed all the same
+            log.debug("%s", error)
+            cells.append(None)
+    return cells
+
+
 def metric_cell(row: MetricRow, series: SeriesState, column: str) -> Any:
     """Return what a column of `metrics` shows of a series."""
     fields = {"run": row.run, "metric": row.name, "context": row.context, "step": row.last_step}
@@ -6319,7 +6363,7 @@ def cmd_runs(args: Any) -> int:
     # Without --sort, cells are only made of what is shown.
     rows = result.rows if args.sort or args.json or args.csv or not limit else result.rows[:limit]
     cells = [
-        [run_cell(run, row, column) for column in columns]
+        _run_cells(run, row, columns)
         for run, row in ((unread_run(repo._paths, row.hash), row) for row in rows)
     ]
     cells += [[None] * len(columns)] * (len(result.rows) - len(rows))
