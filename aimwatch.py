@@ -2576,6 +2576,9 @@ class Index:
         """
         for leftover in self._leftovers():
             os.unlink(leftover)
+        with contextlib.suppress(sqlite_error(), IndexUnusable, OSError):
+            # Rolls back what a killed writer began: until the new file is there, this one counts.
+            open_index(self.paths.index, make=False).close()
         temporary = f"{self.paths.index}.{os.urandom(6).hex()}.tmp"
         try:
             db = open_index(temporary)
@@ -3802,6 +3805,8 @@ class Repo:
                     return found
                 # Replaced meanwhile: what the new file has got, and lost its marker, was not in this one.
             except sqlite_error() as error:
+                if attempt < 4 and (self._index_file() != file or "readonly" in str(error)):
+                    continue  # replaced meanwhile, or to be rolled back after a writer was killed
                 if attempt or not _is_damage(error):
                     log.warning("%s: %s; reading the run logs", self._paths.index, error)
                     break
@@ -3825,7 +3830,9 @@ class Repo:
                 if build:
                     with self._index.writing(1.0):
                         pass
-                return open_index(self._paths.index, make=False)
+                # Never to write: SQLite would take the journal of a writer of a new file for one left
+                # beside the old file, and remove it under that writer.
+                return open_index(self._paths.index, read_only=True, make=False)
         return None
 
     def _read_news(self, index: Optional[sqlite3.Connection]) -> Set[str]:

@@ -3325,7 +3325,10 @@ class FullDiskForReal(RecordingCase):
             "aimwatch", logging.ERROR
         ):
             run.close()
-        self.assertEqual(os.listdir(self.paths.pending), ["r"])
+        other = self.run_object("o")
+        with mock.patch.object(other._log, "_write", return_value=False):  # there is room for the index
+            other.close()
+        self.assertEqual(sorted(os.listdir(self.paths.pending)), ["o", "r"])
         self.assertEqual(aimwatch.Repo(self.root).reindex(), [])
         self.assertEqual(os.listdir(self.paths.pending), [])
         self.assertEqual(self.reread("r")._state.end["reason"], aimwatch.DIED)  # type: ignore[index]
@@ -3723,6 +3726,45 @@ class IndexFile(StoredCase):
                 self.rebuilt()
                 self.assertEqual((self.answers(), self.reindexed())[1], expected[1])
 
+    def leave_a_hot_journal(self) -> None:
+        """Kill a process that has written half a transaction into the index."""
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                db = aimwatch.open_index(self.paths.index)
+                db.execute("PRAGMA cache_size = 1")
+                db.execute("BEGIN IMMEDIATE")
+                for table in ("params", "metrics", "tags", "runs"):
+                    db.execute(f"DELETE FROM {table}")
+                db.execute("CREATE TABLE more AS SELECT zeroblob(100000)")
+                os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(1)
+        self.assertEqual(os.waitpid(pid, 0)[1], signal.SIGKILL)
+        self.assertGreater(os.path.getsize(self.paths.index + "-journal"), 512)
+
+    def test_transaction_that_was_killed_is_rolled_back_by_whoever_comes(self) -> None:
+        self.fill()
+        content, expected = self.reindexed(), self.answers()
+        self.leave_a_hot_journal()
+        self.assertEqual(self.answers(), expected)
+        self.assertEqual(index_content(self.paths.index), content)
+        self.leave_a_hot_journal()
+        self.assertEqual(self.reindexed(), content)
+        self.leave_a_hot_journal()
+        self.assertEqual(self.rebuilt(), content)
+
+    def test_reader_of_a_file_that_was_replaced_leaves_the_new_journal_alone(self) -> None:
+        self.fill()
+        self.reindexed()
+        repo = aimwatch.Repo(self.root)
+        index = repo._open_index()
+        assert index is not None
+        self.rebuilt()
+        self.leave_a_hot_journal()
+        with contextlib.closing(index), contextlib.suppress(sqlite3.OperationalError):
+            index.execute("SELECT count(*) FROM runs").fetchall()
+        self.assertGreater(os.path.getsize(self.paths.index + "-journal"), 512)
+
     def test_index_that_goes_away_while_it_is_asked_changes_no_answer(self) -> None:
         self.fill()
         self.reindexed()
@@ -3750,6 +3792,34 @@ class IndexFile(StoredCase):
             stopping.set()
             thread.join()
         self.assertEqual(self.reindexed()["runs"], self.rebuilt()["runs"])
+
+    def test_index_that_is_replaced_between_two_looks_hides_no_run(self) -> None:
+        self.fill()
+        self.reindexed()
+        self.die("new")
+        real = aimwatch.Repo._read_news
+        others = [aimwatch.Repo(self.root)]
+
+        def read_news(repo: aimwatch.Repo, index: Any) -> Any:
+            # The old file is open; the run comes into the new one, and its marker goes.
+            while others:
+                self.assertEqual(others.pop().reindex(rebuild=True), [])
+            return real(repo, index)
+
+        with mock.patch.object(aimwatch.Repo, "_read_news", read_news):
+            found = aimwatch.Repo(self.root).query_runs("run.hash == 'new'")
+        self.assertEqual((len(found), self.pending()), (1, ["live"]))
+
+    def test_index_that_is_missing_is_not_made_by_a_look_at_it(self) -> None:
+        for data in (None, b"", b"S"):
+            if data is not None:
+                with open(self.paths.index, "wb") as file:
+                    file.write(data)
+            with self.subTest(data=data):
+                with self.assertRaises((sqlite3.Error, aimwatch.IndexUnusable)):
+                    aimwatch.open_index(self.paths.index, make=False)
+                self.assertEqual(os.path.exists(self.paths.index), data is not None)
+                self.assertFalse(aimwatch.Index(self.paths).is_usable())
 
     def test_repository_that_may_only_be_read_gives_the_same_answers(self) -> None:
         self.fill()
