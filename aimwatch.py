@@ -844,6 +844,16 @@ class RunState:
     }
 
 
+def is_still(fd: int, identity: Tuple[int, int]) -> bool:
+    """False where somebody else closed the descriptor, as who becomes a daemon closes all: its number
+    may by now be that of another file, which must be neither read nor closed."""
+    try:
+        info = os.fstat(fd)
+    except OSError as error:
+        return error.errno != errno.EBADF
+    return (info.st_dev, info.st_ino) == identity
+
+
 class LogWriter:
     """Appends records to one run log, which the caller holds as its only writer.
 
@@ -875,6 +885,7 @@ class LogWriter:
             os.close(fd)
             raise
         self._fd, self.size, self._torn = fd, info.st_size, torn
+        self._identity = info.st_dev, info.st_ino
 
     def is_there(self) -> bool:
         """True where the path leads to the file that is written, also again, or nobody can tell."""
@@ -899,19 +910,20 @@ class LogWriter:
         begin an empty file, and `last`, which must say as much as all those that are lost, follow
         what waits.
         """
-        old = self._fd
+        old, ours = self._fd, is_still(self._fd, self._identity)
         try:
             size = os.lstat(self.path).st_size
         except FileNotFoundError:
             size = 0
-        if size or not self._copy_back(old):
+        if size or not (ours and self._copy_back(old)):
             self._open(self.path, os.O_CREAT)
             if not self.size:
                 self._backlog.extendleft(reversed(first))
             self._backlog.extend(last)
             self._backlog_bytes = sum(map(len, self._backlog))
-        with contextlib.suppress(OSError):
-            os.close(old)
+        if ours:
+            with contextlib.suppress(OSError):
+                os.close(old)
         self._lost = False
         if self.flush(now=True, again=True):
             log.warning("%s is there again (%d records lost)", self.path, self.dropped)
@@ -932,8 +944,8 @@ class LogWriter:
                 at += len(data)
                 while data:
                     data = data[os.write(self._fd, data) :]
-            self._torn = at > 0 and os.pread(self._fd, 1, at - 1) != b"\n"
             if at:
+                self._torn = os.pread(self._fd, 1, at - 1) != b"\n"
                 os.rename(temporary, self.path)
                 self.size = at
                 return True
@@ -1469,6 +1481,7 @@ class Run:
             except FileNotFoundError:
                 current = None  # an indexer that held the lock removed it meanwhile
             if current is not None and os.path.samestat(current, os.fstat(fd)):
+                self._marker_identity = current.st_dev, current.st_ino
                 break
             os.close(fd)
         if locked is None:
@@ -1919,9 +1932,11 @@ class Run:
                 self._paths.create()
                 if not marker_there:
                     # First, since it says that no other process writes the run meanwhile.
-                    old, self._marker_fd = self._marker_fd, self._take_marker(self._marker_path())
-                    with contextlib.suppress(OSError):
-                        os.close(old)
+                    old, ours = self._marker_fd, is_still(self._marker_fd, self._marker_identity)
+                    self._marker_fd = self._take_marker(os.path.realpath(self._paths.marker(self.hash)))
+                    if ours:
+                        with contextlib.suppress(OSError):
+                            os.close(old)
                 if not log_there:
                     records = self._state.header, self._state.to_checkpoint()
                     header, checkpoint = ([to_json(record).encode("ascii") + b"\n"] for record in records)
@@ -1934,9 +1949,6 @@ class Run:
             # What was given up may have declared a series; from here on the log is whole again.
             self._dropped = self._log.dropped
             self._checkpoint()
-
-    def _marker_path(self) -> str:
-        return os.path.realpath(self._paths.marker(self.hash))
 
     def _marker_is_there(self) -> bool:
         try:

@@ -3493,6 +3493,24 @@ class VanishedFolder(RecordingCase):
             self.track(1)
         self.assert_whole()
 
+    def test_descriptors_that_somebody_closed_are_opened_again_and_not_closed_twice(self) -> None:
+        fds = (self.live._log._fd, self.live._marker_fd)
+        for fd in fds:
+            os.close(fd)
+        path = os.path.join(self.root, "another program's")
+        others = [os.open(path, os.O_RDWR | os.O_CREAT) for _ in fds]
+        self.assertEqual(sorted(others), sorted(fds))  # the numbers are taken again
+        self.track(3)
+        self.assertTrue(self.is_locked())
+        for fd in others:
+            os.write(fd, b"x")
+            os.close(fd)
+        self.assertEqual(os.path.getsize(path), 1)
+        for fd in (self.live._log._fd, self.live._marker_fd):
+            os.close(fd)
+        self.track(3)
+        self.assert_whole()
+
     def test_disk_that_fills_up_while_the_log_is_copied_back_is_tried_again(self) -> None:
         real = os.write
         room = [300]
