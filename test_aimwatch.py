@@ -3318,6 +3318,36 @@ class FullDiskForReal(RecordingCase):
         self.assertLess(len(metric.values), 20)
         self.assertEqual(run._log.dropped + len(metric.values), 101 + 1)  # the declaration, too
 
+    def test_signal_that_comes_while_the_log_catches_up_loses_nothing_and_raises_nothing(self) -> None:
+        for interrupted in range(1, 5):
+            run = self.run_object()
+            with mock.patch("os.write", no_space):
+                for n in range(3):
+                    run.log_error(f"waits {n}")
+            calls: List[int] = []
+
+            def write(
+                fd: int, data: Any, run: Run = run, calls: List[int] = calls, at: int = interrupted
+            ) -> int:
+                written = os_write(fd, data)
+                calls.append(fd)
+                if len(calls) == at:  # as a signal's handler does, on top of the loop that writes
+                    run.log_error("from the handler")
+                    run._log.flush(now=True)
+                return written
+
+            os_write = os.write
+            with mock.patch("os.write", write):
+                run._log.flush(now=True)
+                run.log_error("after")
+            found = [item["message"] for item in aimwatch.read_messages(self.paths.run_log(run.hash))]
+            with self.subTest(interrupted=interrupted):
+                # A line may be there twice, and never not at all.
+                expected = {"waits 0", "waits 1", "waits 2", "from the handler", "after"}
+                self.assertEqual(set(found), expected)
+                self.assertLessEqual(len(found), 6)
+                self.assertEqual(run._log._backlog_bytes, 0)
+
     def test_run_whose_end_is_not_on_disk_is_not_indexed_as_if_it_were(self) -> None:
         run = self.run_object("r")
         run.track(1, "m")
