@@ -878,6 +878,16 @@ class RunState:
     }
 
 
+def is_still(fd: int, identity: Tuple[int, int]) -> bool:
+    """False where somebody else closed the descriptor, as who becomes a daemon closes all: its number
+    may by now be that of another file, which must be neither read nor closed."""
+    try:
+        info = os.fstat(fd)
+    except OSError as error:
+        return error.errno != errno.EBADF
+    return (info.st_dev, info.st_ino) == identity
+
+
 class LogWriter:
     """Appends records to one run log, which the caller holds as its only writer.
 
@@ -909,6 +919,7 @@ class LogWriter:
             os.close(fd)
             raise
         self._fd, self.size, self._torn = fd, info.st_size, torn
+        self._identity = info.st_dev, info.st_ino
 
     def is_there(self) -> bool:
         """True where the path leads to the file that is written, also again, or nobody can tell."""
@@ -933,19 +944,20 @@ class LogWriter:
         begin an empty file, and `last`, which must say as much as all those that are lost, follow
         what waits.
         """
-        old = self._fd
+        old, ours = self._fd, is_still(self._fd, self._identity)
         try:
             size = os.lstat(self.path).st_size
         except FileNotFoundError:
             size = 0
-        if size or not self._copy_back(old):
+        if size or not (ours and self._copy_back(old)):
             self._open(self.path, os.O_CREAT)
             if not self.size:
                 self._backlog.extendleft(reversed(first))
             self._backlog.extend(last)
             self._backlog_bytes = sum(map(len, self._backlog))
-        with contextlib.suppress(OSError):
-            os.close(old)
+        if ours:
+            with contextlib.suppress(OSError):
+                os.close(old)
         self._lost = False
         if self.flush(now=True, again=True):
             log.warning("%s is there again (%d records lost)", self.path, self.dropped)
@@ -966,8 +978,8 @@ class LogWriter:
                 at += len(data)
                 while data:
                     data = data[os.write(self._fd, data) :]
-            self._torn = at > 0 and os.pread(self._fd, 1, at - 1) != b"\n"
             if at:
+                self._torn = os.pread(self._fd, 1, at - 1) != b"\n"
                 os.rename(temporary, self.path)
                 self.size = at
                 return True
@@ -1658,6 +1670,7 @@ class Run:
             except FileNotFoundError:
                 current = None  # an indexer that held the lock removed it meanwhile
             if current is not None and os.path.samestat(current, os.fstat(fd)):
+                self._marker_identity = current.st_dev, current.st_ino
                 break
             os.close(fd)
         if locked is None:
@@ -2149,9 +2162,11 @@ class Run:
                 self._paths.create()
                 if not marker_there:
                     # First, since it says that no other process writes the run meanwhile.
-                    old, self._marker_fd = self._marker_fd, self._take_marker(self._marker_path())
-                    with contextlib.suppress(OSError):
-                        os.close(old)
+                    old, ours = self._marker_fd, is_still(self._marker_fd, self._marker_identity)
+                    self._marker_fd = self._take_marker(os.path.realpath(self._paths.marker(self.hash)))
+                    if ours:
+                        with contextlib.suppress(OSError):
+                            os.close(old)
                 if not log_there:
                     records = self._state.header, self._state.to_checkpoint()
                     header, checkpoint = ([to_json(record).encode("ascii") + b"\n"] for record in records)
@@ -2164,9 +2179,6 @@ class Run:
             # What was given up may have declared a series; from here on the log is whole again.
             self._dropped = self._log.dropped
             self._checkpoint()
-
-    def _marker_path(self) -> str:
-        return os.path.realpath(self._paths.marker(self.hash))
 
     def _marker_is_there(self) -> bool:
         try:
@@ -2810,6 +2822,9 @@ class Index:
         """
         for leftover in self._leftovers():
             os.unlink(leftover)
+        with contextlib.suppress(sqlite_error(), IndexUnusable, OSError):
+            # Rolls back what a killed writer began: until the new file is there, this one counts.
+            open_index(self.paths.index, make=False).close()
         temporary = f"{self.paths.index}.{os.urandom(6).hex()}.tmp"
         try:
             db = open_index(temporary)
@@ -2823,7 +2838,7 @@ class Index:
                     progress(done, len(hashes))
                     state, size, problem = load_run(self.paths, run_hash)
                     if state is not None:
-                        index_run(db, state, size)
+                        problem = index_or_say(db, self.paths, state, size)
                     if problem:
                         self.problems.append(problem)
                 db.execute("COMMIT")
@@ -2883,6 +2898,19 @@ def load_run(paths: RepoPaths, run_hash: str) -> Tuple[Optional[RunState], int, 
     return state, size, ""
 
 
+def index_or_say(db: sqlite3.Connection, paths: RepoPaths, state: RunState, size: int) -> str:
+    """Write one run into an index, and return what kept it out or "". One log, whatever somebody
+    wrote into it, must not keep all the others out. Raises sqlite3.Error."""
+    try:
+        index_run(db, state, size)
+    except sqlite_error():
+        raise
+    except Exception as error:
+        delete_run(db, state.hash)
+        return f"{paths.run_log(state.hash)}: {type(error).__name__}: {error}"
+    return ""
+
+
 class Reindexer:
     """Brings the index up to date with the runs that have a marker in `pending`."""
 
@@ -2892,6 +2920,7 @@ class Reindexer:
         self.problems = self.index.problems
         #: Size of the log when a run that still lives was indexed last, so that it is not read in vain.
         self._sizes: Dict[str, int] = {}
+        self._probe_mono = 0.0
 
     def pending(self) -> List[str]:
         """Return the hashes that have a marker."""
@@ -2994,29 +3023,49 @@ class Reindexer:
             return gone and not problem
         if gone and state.end is None:
             size = finalize_dead(self.paths, state, self.signs.get(run_hash, 0.0))
-        index_run(db, state, size)
-        return gone and size >= 0
+        problem = index_or_say(db, self.paths, state, size)
+        if problem:
+            self.problems.append(problem)
+        return gone and size >= 0 and not problem
 
     def forget_sizes(self) -> None:
         """Let `changed` return every pending run again."""
         self._sizes.clear()
 
     def changed(self) -> List[str]:
-        """Return the pending runs whose log has grown since this object saw it last."""
+        """Return the pending runs whose log has grown since this object saw it last and, now and
+        then, those whose writer is gone: a process that is killed leaves its log as it was."""
         found = []
+        probe = _monotonic() >= self._probe_mono
+        if probe:
+            self._probe_mono = _monotonic() + PROBE_S
         for run_hash in self.pending():
             try:
                 size = os.stat(self.paths.run_log(run_hash)).st_size
             except OSError:
                 size = -1
-            if self._sizes.get(run_hash) != size:
+            if self._sizes.get(run_hash) != size or (probe and self._is_free(run_hash)):
                 self._sizes[run_hash] = size
                 found.append(run_hash)
         return found
 
+    def _is_free(self, run_hash: str) -> bool:
+        marker = self.paths.marker(run_hash)
+        if _process.writes(marker):
+            return False
+        with contextlib.suppress(OSError), _process.markers:
+            fd = os.open(marker, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                return try_lock(fd, fcntl.LOCK_SH) is True
+            finally:
+                os.close(fd)
+        return False
+
 
 #: The size of the log that the index covers, of a run whose end it knows.
 _INDEXED_TO = "SELECT log_size FROM runs WHERE hash = ? AND end_time IS NOT NULL"
+#: How often the pending runs that record nothing are looked at.
+PROBE_S = 30.0
 #: A transaction holds at most this many markers open.
 MAX_BATCH = 200
 DIED = "its process ended without saying so"
@@ -4002,6 +4051,8 @@ class Repo:
                     return found
                 # Replaced meanwhile: what the new file has got, and lost its marker, was not in this one.
             except sqlite_error() as error:
+                if attempt < 4 and (self._index_file() != file or "readonly" in str(error)):
+                    continue  # replaced meanwhile, or to be rolled back after a writer was killed
                 if attempt or not _is_damage(error):
                     log.warning("%s: %s; reading the run logs", self._paths.index, error)
                     break
@@ -4025,7 +4076,9 @@ class Repo:
                 if build:
                     with self._index.writing(1.0):
                         pass
-                return open_index(self._paths.index, make=False)
+                # Never to write: SQLite would take the journal of a writer of a new file for one left
+                # beside the old file, and remove it under that writer.
+                return open_index(self._paths.index, read_only=True, make=False)
         return None
 
     def _read_news(self, index: Optional[sqlite3.Connection]) -> Set[str]:
@@ -4046,8 +4099,7 @@ class Repo:
                 state, _, problem = load_run(self._paths, run_hash)
                 if problem:
                     log.warning("%s", problem)
-                if state is not None:
-                    index_run(self._overlay, state, size)
+                if state is not None and not index_or_say(self._overlay, self._paths, state, size):
                     self._overlay_sizes[run_hash] = size
                 else:
                     hidden.add(run_hash)
@@ -7543,6 +7595,17 @@ def run_cell(run: Run, row: RunRow, column: str) -> Any:
     return run.get(tuple(column.split(".")))
 
 
+def _run_cells(run: Run, row: RunRow, columns: Sequence[str]) -> List[Any]:
+    cells: List[Any] = []
+    for column in columns:
+        try:
+            cells.append(run_cell(run, row, column))
+        except RepoError as error:  # its log cannot be read; the others are listed all the same
+            log.debug("%s", error)
+            cells.append(None)
+    return cells
+
+
 def metric_cell(row: MetricRow, series: SeriesState, column: str) -> Any:
     """Return what a column of `metrics` shows of a series."""
     fields = {"run": row.run, "metric": row.name, "context": row.context, "step": row.last_step}
@@ -7628,7 +7691,7 @@ def cmd_runs(args: Any) -> int:
     # Without --sort, cells are only made of what is shown.
     rows = result.rows if args.sort or args.json or args.csv or not limit else result.rows[:limit]
     cells = [
-        [run_cell(run, row, column) for column in columns]
+        _run_cells(run, row, columns)
         for run, row in ((unread_run(repo._paths, row.hash), row) for row in rows)
     ]
     cells += [[None] * len(columns)] * (len(result.rows) - len(rows))
