@@ -221,11 +221,22 @@ def read_bounded(path: str, limit: int, follow: bool = True) -> bytes:
 
     O_NONBLOCK keeps a FIFO that somebody planted from hanging the reader in `open`.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+    fd = open_regular(path, 0 if follow else os.O_NOFOLLOW)
     with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", path)
         return file.read(limit)
+
+
+def open_regular(path: str, how: int = os.O_NOFOLLOW) -> int:
+    """Return a descriptor to read a regular file with. Raises OSError, also for anything else: of a
+    folder, `os.fdopen` would leave the descriptor open."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | how)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return fd
 
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
@@ -330,14 +341,16 @@ class RepoPaths:
         return [self.check_ins, self.notifications, *own]
 
     def refuse_planted_links(self) -> None:
-        """Raise OSError where a folder is a symbolic link that somebody else made: what is written
-        and removed here must stay here."""
-        for folder in self.folders():
+        """Raise OSError where a folder, or the index, is a symbolic link that somebody else made: what
+        is written and removed here must stay here."""
+        above = [self.aim, os.path.dirname(self.notifications)]
+        # SQLite follows links; every other file is opened without.
+        for path in [*above, *self.folders(), self.index, f"{self.index}-journal"]:
             with contextlib.suppress(FileNotFoundError):
-                info = os.lstat(folder)
+                info = os.lstat(path)
                 if stat.S_ISLNK(info.st_mode) and info.st_uid not in (0, os.geteuid()):
                     why = f"it is a symbolic link that belongs to user {info.st_uid}"
-                    raise OSError(errno.ELOOP, why, folder)
+                    raise OSError(errno.ELOOP, why, path)
 
     def create(self) -> None:
         """Make the folders that are missing. Raises RepoError where that is impossible."""
@@ -1064,17 +1077,15 @@ def read_log(path: str, run_hash: str, most_bytes: float = math.inf) -> RunState
     the cost, not what it ever recorded. With `most_bytes`, what lies further back is left out.
     """
     state = RunState(run_hash)
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file", path)
+    fd = open_regular(path)
+    size = os.fstat(fd).st_size
     with os.fdopen(fd, "rb") as file:
         lines = read_lines(file)
-        least = int(max(0, info.st_size - most_bytes))
-        start = _last_checkpoint(fd, info.st_size, least)
+        least = int(max(0, size - most_bytes))
+        start = _last_checkpoint(fd, size, least)
         if start or least:
-            _apply_line(state, next(lines, (b"", True))[0])
+            # Not to the end of the line: somebody may have made one that fills the disk.
+            _apply_line(state, file.readline(MAX_LINE_BYTES))
         while start:
             file.seek(start)
             if _apply_line(state, next(lines, (b"", True))[0]):
@@ -1211,6 +1222,10 @@ _INF, _MINUS_INF = math.inf, -math.inf
 _monotonic = time.monotonic
 #: How long after a missed promise the stacks are written.
 STACKS_AFTER_S = 0.5
+#: A promise that is renewed sooner than this leaves the timer as it is.
+STACKS_AGAIN_S = 1.0
+#: The user's own timer is thought to be set for so much longer.
+THEIR_TIMER_LATE_S = 2.0
 #: What $AIMWATCH_STACKS may say to turn them off.
 _OFF = ("0", "no", "off", "false")
 #: A message below this level may wait this long before the watcher is told that it is there.
@@ -1314,6 +1329,9 @@ class _Stacks:
         self._armed: Dict[str, Tuple[float, int]] = {}
         self._faulthandler: Any = None
         self._theirs_until = -math.inf
+        #: When the timer that was set here fires, and the thread that waits for that.
+        self._due = -math.inf
+        self._thread = ""
 
     def _load(self) -> bool:
         """Have `faulthandler` at hand, and notice when the user sets its timer."""
@@ -1338,37 +1356,52 @@ class _Stacks:
         """Set the timer for the user, in whose place `dump_traceback_later` this stands."""
         with self._lock:
             self._later(timeout, repeat, *args, **options)
-            self._theirs_until = math.inf if repeat else _monotonic() + timeout
+            # A while longer, since its thread may be late, and who sets it anew would break it off.
+            self._theirs_until = math.inf if repeat else _monotonic() + timeout + THEIR_TIMER_LATE_S
+            self._due = -math.inf
 
     def _on_cancel(self) -> None:
         with self._lock:
             self._cancel()
-            self._theirs_until = -math.inf
+            self._theirs_until = self._due = -math.inf
             self._set()
 
     def arm(self, run: Run, deadline_mono: float) -> None:
         """Have all stacks written at a moment of the monotonic clock, unless armed anew before.
         Raises OSError where the run's file cannot be opened."""
-        fd = run._stacks_fd
-        if fd < 0:
+        armed = self._armed.get(run.hash, (math.inf, -1))[0]
+        if 0 <= deadline_mono - armed < STACKS_AGAIN_S and _monotonic() < self._due <= armed:
+            return  # near enough: setting the timer starts a thread
+        path, opened = run._paths.stack(run.hash), -1
+        if run._stacks_fd < 0:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
-            fd = os.open(run._paths.stack(run.hash), flags, 0o666)
+            opened = os.open(path, flags, 0o666)
         with self._lock:
-            if run._stacks_fd < 0 and not run._closed:
-                run._stacks_fd = fd
-            if run._stacks_fd != fd:
-                os.close(fd)  # another thread closed the run, or was quicker to open the file
-            elif self._load():
-                if self._armed.get(run.hash, (math.inf, fd))[0] <= _monotonic():
-                    os.ftruncate(fd, 0)  # the run goes on: where it hung is no news any more
-                self._armed[run.hash] = (deadline_mono, fd)
+            closed = run._closed
+            if run._stacks_fd < 0 and not closed:
+                run._stacks_fd, opened = opened, -1
+            if run._stacks_fd >= 0 and self._load():
+                self._forget(run)
+                self._armed[run.hash] = (deadline_mono, run._stacks_fd)
                 self._set()
+        if opened >= 0:  # another thread closed the run, or was quicker to open the file
+            os.close(opened)
+            if closed:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
 
     def disarm(self, run: Run) -> None:
         """Write nothing for a run, until it is armed again."""
         with self._lock:
-            if self._armed.pop(run.hash, None) is not None:
+            if run.hash in self._armed:
+                self._forget(run)
                 self._set()
+
+    def _forget(self, run: Run) -> None:
+        deadline, fd = self._armed.pop(run.hash, (math.inf, -1))
+        if deadline <= _monotonic():
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)  # the run goes on: where it hung is no news any more
 
     def close(self, run: Run) -> None:
         """Remove what was written for a run that has ended."""
@@ -1383,42 +1416,77 @@ class _Stacks:
 
     def _set(self) -> None:
         now = _monotonic()
+        if now < self._due and self._thread and not os.path.exists(f"/proc/self/task/{self._thread}"):
+            # It waits no more though it should: somebody has the functions from before they were
+            # replaced. What they set must not be taken from them.
+            self._due = -math.inf
+            if _may_have_timer():
+                self._theirs_until = math.inf
+        if now < self._theirs_until:
+            return
         ahead = [item for item in self._armed.values() if item[0] > now]
-        if now >= self._theirs_until:
+        try:
             if ahead:
                 deadline, fd = min(ahead)
+                before = _tasks()
                 self._later(deadline - now, file=fd)
+                self._due = deadline
+                new = _tasks() - before
+                self._thread = new.pop() if len(new) == 1 else ""
             elif self._faulthandler is not None:
                 self._cancel()
+                self._due = -math.inf
+        except (OverflowError, RuntimeError, ValueError) as error:  # no thread can be started
+            self._due = -math.inf
+            log.debug("no stacks will be written: %s", error)
 
     def before_fork(self) -> None:
         # A child that inherits a set timer waits at its exit for a thread that it does not have.
         self._lock.acquire()
         if self._armed and _monotonic() >= self._theirs_until:
             self._cancel()
+            self._due = -math.inf
 
     def after_fork_in_parent(self) -> None:
-        if self._armed:
-            self._set()
-        self._lock.release()
+        try:
+            if self._armed:
+                self._set()
+        finally:
+            self._lock.release()
 
     def after_fork_in_child(self) -> None:
         self._lock = threading.RLock()
         self._armed = {}
+        self._due = -math.inf
+
+
+def _tasks() -> Set[str]:
+    """Return the threads of this process, on Linux."""
+    try:
+        return set(os.listdir("/proc/self/task"))
+    except OSError:
+        return set()
+
+
+def _blocks_all_signals(task: str) -> bool:
+    """True for a thread that blocks every signal, as that of the timer of `faulthandler` does."""
+    try:
+        with open(f"/proc/self/task/{task}/status", encoding="ascii", errors="replace") as file:
+            blocked = re.search(r"^SigBlk:\s*([0-9a-f]+)", file.read(), re.MULTILINE)
+    except OSError:
+        return False  # it has ended
+    return blocked is None or bin(int(blocked[1], 16)).count("1") > 50
 
 
 def _may_have_timer() -> bool:
-    """True unless it is plain that nobody has set the timer of `faulthandler`, whose thread is the
-    one that blocks every signal."""
-    try:
-        for thread in os.listdir("/proc/self/task"):
-            with open(f"/proc/self/task/{thread}/status", encoding="ascii", errors="replace") as file:
-                blocked = re.search(r"^SigBlk:\s*([0-9a-f]+)", file.read(), re.MULTILINE)
-            if blocked is None or bin(int(blocked[1], 16)).count("1") > 50:
-                return True
-    except OSError:
-        return True
-    return False
+    """True unless it is plain that nobody has set the timer of `faulthandler`."""
+    tasks = _tasks()
+    return not tasks or any(map(_blocks_all_signals, tasks))
+
+
+def real_marker(marker: str) -> str:
+    """Return a marker's path in the folder that it is really in; a link in its own place stays."""
+    return os.path.join(os.path.realpath(os.path.dirname(marker)), os.path.basename(marker))
 
 
 class _Process:
@@ -1444,7 +1512,7 @@ class _Process:
 
     def writes(self, marker: str) -> bool:
         """True where this process writes the run of that marker, which then must not be opened."""
-        run = self.writers.get(os.path.realpath(marker))
+        run = self.writers.get(real_marker(marker))
         return run is not None and run._is_mine()
 
     def add(self, run: Run) -> None:
@@ -1617,7 +1685,7 @@ class Run:
         self._closed = False
         #: An exception that was being handled when the run began is none of the run's.
         self._outer_error = sys.exc_info()[1]
-        marker = os.path.realpath(self._paths.marker(self.hash))
+        marker = self._marker_path()
         if _process.writes(marker):
             raise RunBusyError(
                 f"run {self.hash} is already open in this process: use that object, or close it first"
@@ -1700,6 +1768,8 @@ class Run:
             if problem:
                 raise RepoError(f"cannot go on with run {self.hash}: {problem}")
             self._news = self._news_name()
+        with contextlib.suppress(OSError):  # where an earlier process hung is no news any more
+            os.unlink(self._paths.stack(self.hash))
         names = []
         for name in os.listdir(self._paths.check_ins):
             parsed = parse_check_in(name) if name.startswith(self.hash) else None
@@ -1739,7 +1809,10 @@ class Run:
             # By how much the deadline on disk exceeds the one promised now; NaN: both are "none".
             over_s = self._deadline - (now + expect_s if expect_s else math.inf)
             if not block and self._ended is None and 0 <= over_s <= margin_s + 1:
-                self._window = (expect_next_in, self._deadline - expect_s)
+                if self._news_waits and now >= self._news_mono:
+                    self._write_news()
+                until = self._deadline - expect_s
+                self._window = (expect_next_in, min(until, self._news_mono) if self._news_waits else until)
                 return
         if self._ended is not None:
             self._reopen()
@@ -1791,7 +1864,7 @@ class Run:
                 _process.stacks.arm(self, deadline_mono)
             else:
                 _process.stacks.disarm(self)
-        except (OSError, OverflowError, RuntimeError, ValueError) as error:
+        except OSError as error:
             self._stacks_on = False
             log.debug("run %s leaves no stacks: %s", self.hash, error)
 
@@ -2081,28 +2154,34 @@ class Run:
             self._news_waits = True
             if level >= NEWS_LEVEL or _monotonic() >= self._news_mono:
                 self._write_news()
+            if self._news_waits:  # for the next message, or the next report_progress that is late enough
+                covered, until = self._window
+                self._window = (covered, min(until, self._news_mono))
 
     def _news_name(self) -> str:
         logs = dict(self._state.logs)
         return f"{self.hash}-{sum(logs.values())}-{max(map(int, logs), default=0)}"
 
-    def _write_news(self) -> None:
-        """Move the file forward whose name tells the watcher that there are messages."""
-        if not self._log.flush():
-            self._news_waits = True  # the watcher would look, and find nothing
-            return
-        self._news_waits, self._news_mono = False, _monotonic() + NEWS_INTERVAL_S
-        old, self._news = self._news, self._news_name()
-        name = self._news
+    def _write_news(self, last: bool = False) -> None:
+        """Move the file forward whose name tells the watcher that there are messages, once these are
+        in the log, where it would look for them."""
+        held = self._lock.acquire(timeout=LOCK_WAIT_S)
         try:
-            try:
-                os.rename(os.path.join(self._paths.news, old or name), os.path.join(self._paths.news, name))
-            except FileNotFoundError:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-                os.close(os.open(os.path.join(self._paths.news, name), flags, 0o666))
-        except OSError as error:
+            self._news_mono = _monotonic() + NEWS_INTERVAL_S
             self._news_waits = True
+            if held and self._log.flush(now=last):
+                name, folder = self._news_name(), self._paths.news
+                try:
+                    os.rename(os.path.join(folder, self._news or name), os.path.join(folder, name))
+                except FileNotFoundError:
+                    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+                    os.close(os.open(os.path.join(folder, name), flags, 0o666))
+                self._news, self._news_waits = name, False
+        except OSError as error:
             log.debug("cannot announce messages of run %s: %s", self.hash, error)
+        finally:
+            if held:
+                self._lock.release()
 
     # ---------------------------------------------------------------- records
 
@@ -2163,7 +2242,7 @@ class Run:
                 if not marker_there:
                     # First, since it says that no other process writes the run meanwhile.
                     old, ours = self._marker_fd, is_still(self._marker_fd, self._marker_identity)
-                    self._marker_fd = self._take_marker(os.path.realpath(self._paths.marker(self.hash)))
+                    self._marker_fd = self._take_marker(self._marker_path())
                     if ours:
                         with contextlib.suppress(OSError):
                             os.close(old)
@@ -2179,6 +2258,9 @@ class Run:
             # What was given up may have declared a series; from here on the log is whole again.
             self._dropped = self._log.dropped
             self._checkpoint()
+
+    def _marker_path(self) -> str:
+        return real_marker(self._paths.marker(self.hash))
 
     def _marker_is_there(self) -> bool:
         try:
@@ -2275,9 +2357,9 @@ class Run:
             if self._is_mine():
                 self._closed = True
                 _process.stacks.close(self)
-                if self._news_waits:
-                    self._write_news()
                 self._look(time.time())
+                if self._news_waits:
+                    self._write_news(last=True)
                 self._checkpoint()
                 size = self._log.close()
                 if size >= 0:
@@ -5266,7 +5348,7 @@ class OutboxState:
     def load(self, path: str) -> None:
         """Take in the file at `path`, if there is one. Raises OSError."""
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            fd = open_regular(path)
         except FileNotFoundError:
             return
         with os.fdopen(fd, "rb") as file:
@@ -5281,6 +5363,8 @@ class OutboxState:
                 if not all(isinstance(value, str) for value in facts.values()):
                     return
                 event = Event(record["event"], record["kind"], facts)
+                if not all(isinstance(text, str) for text in [event.id, event.kind, *record["to"]]):
+                    return
                 self.known[event.id] = list(record["to"])
                 self.waiting.pop(event.id, None)
                 if event.facts and record["to"]:
@@ -5288,7 +5372,7 @@ class OutboxState:
             elif "sent" in record:
                 for event_id in record["sent"]:
                     self.settle(event_id, record["to"])
-            elif "broken" in record:
+            elif isinstance(record.get("broken"), str):
                 self.broken[record["broken"]] = (str(record["reason"]), float(record["time"]))
             elif "mended" in record:
                 self.broken.pop(record["mended"], None)
@@ -6133,12 +6217,12 @@ class Flaps:
         #: By run, the moments (looking clock) of its last stalls, the newest last.
         self.stalls: Dict[str, List[float]] = {}
 
-    def restore(self, saved: Any) -> None:
+    def restore(self, saved: Any, now_s: float) -> None:
         """Go on where the last watcher stopped; the moments are on the looking clock, as it was saved."""
         if isinstance(saved, dict):
             for run, stalls in saved.items():
                 if isinstance(stalls, list) and stalls and all(type(at) is float for at in stalls):
-                    self.stalls[run] = stalls[-FLAP_STALLS:]
+                    self.stalls[run] = [min(at, now_s) for at in stalls[-FLAP_STALLS:]]
 
     def is_flapping(self, run: str) -> bool:
         """True from the third stall within the window until the run is steady."""
@@ -6146,28 +6230,34 @@ class Flaps:
 
     def judge(self, changes: Sequence[Change], now_s: float) -> List[Change]:
         """Return of `changes` what is to be told now."""
-        return [change for change in (self._judge(change, now_s) for change in changes) if change is not None]
+        return [told for change in changes for told in self._judge(change, now_s)]
 
-    def _judge(self, change: Change, now_s: float) -> Optional[Change]:
-        run = change.seen.run
+    def _judge(self, change: Change, now_s: float) -> List[Change]:
+        seen, was_flapping = change.seen, self.is_flapping(change.seen.run)
+        stalls = self.stalls.get(seen.run, [])
         if change.kind == STALLED:
-            was_flapping = self.is_flapping(run)
-            recent = [at for at in self.stalls.get(run, ()) if was_flapping or now_s - at < FLAP_WINDOW_S]
-            self.stalls[run] = [*recent, now_s][-FLAP_STALLS:]
+            recent = [at for at in stalls if was_flapping or now_s - at < FLAP_WINDOW_S]
+            stalls = self.stalls[seen.run] = [*recent, now_s][-FLAP_STALLS:]
             if was_flapping:
-                return None
-            if self.is_flapping(run):
-                since = human_s(now_s - self.stalls[run][0])
+                return []
+            if self.is_flapping(seen.run):
+                since = human_s(now_s - stalls[0])
                 note = (
                     f"it flaps: {FLAP_STALLS} stalls in {since}; told again when it stays silent for "
                     f"{human_s(FLAP_PATIENCE_S)} more, or is steady for {human_s(FLAP_STEADY_S)}"
                 )
-                return change._replace(note=note)
-        elif change.kind == RECOVERED and change.old_state == STALLED and self.is_flapping(run):
-            return None
-        elif change.kind in (FAILED, FINISHED, STARTED):
-            self.stalls.pop(run, None)
-        return change
+                return [change._replace(note=note)]
+        elif change.kind == RECOVERED and was_flapping and seen.state == RUNNING:
+            # A stall that was told is told to be over; from here on it must be steady.
+            short = change.old_state == STALLED and now_s - stalls[-1] < FLAP_PATIENCE_S
+            stalls[-1] = now_s
+            return [] if short else [change]
+        elif change.kind in (FAILED, FINISHED):
+            self.stalls.pop(seen.run, None)
+            if was_flapping and change.kind == FINISHED and change.old_state == RUNNING:
+                # The last that was told of it is that it flaps.
+                return [change._replace(kind=RECOVERED, note="finished, having flapped before"), change]
+        return [change]
 
     def due(self, runs: Dict[str, Seen], now_s: float) -> List[Change]:
         """Return what time alone makes worth telling: a flapping run that stays silent, or is
@@ -6193,15 +6283,14 @@ class Flaps:
                 del self.stalls[run]
 
 
-def reminders(runs: Iterable[Seen], stalled_s: Callable[[Seen], float], every_s: float) -> List[Change]:
-    """Return the reminder that each stalled run is due, the newest alone; `stalled_s` says for how
-    long it has been stalled."""
+def reminders(runs: Iterable[Seen], now_s: float, grace_s: float, every_s: float) -> List[Change]:
+    """Return the reminder that each stalled run is due, the newest alone."""
     found = []
     for seen in runs:
         if seen.state == STALLED:
-            number = min(int(stalled_s(seen) / every_s), MAX_REMINDERS)
+            silent_s = now_s - seen.since_s
+            number = min(int((silent_s - seen.promise_s - grace_s) / every_s), MAX_REMINDERS)
             if number > 0:
-                silent_s = stalled_s(seen) + seen.promise_s
                 note = f"reminder {number} of at most {MAX_REMINDERS}"
                 found.append(Change(STALLED, seen, silent_s, STALLED, note, f"-reminder-{number}"))
     return found
@@ -6210,13 +6299,22 @@ def reminders(runs: Iterable[Seen], stalled_s: Callable[[Seen], float], every_s:
 _MUTE = re.compile(r"([A-Za-z0-9_]{1,64})-([0-9]{1,12})")
 #: A mute always ends.
 MAX_MUTE_S = 30 * 86400.0
+#: The clock of who mutes may differ so much from the watcher's.
+MUTE_CLOCK_S = 3600.0
+#: More names in the folder are not looked at.
+MAX_MUTES = 10_000
+
+
+def mute_holds(until_utc: float, now_utc: float) -> bool:
+    """True while a mute lasts; False also for one that nobody could have asked for."""
+    return 0 < until_utc - now_utc <= MAX_MUTE_S + MUTE_CLOCK_S
 
 
 def read_mutes(paths: RepoPaths) -> Dict[str, Tuple[int, List[str]]]:
     """Return by run until when (UTC seconds) it is muted, and the files that say so."""
     mutes: Dict[str, Tuple[int, List[str]]] = {}
     try:
-        names = os.listdir(paths.mutes)
+        names = list_some(paths.mutes, MAX_MUTES)
     except OSError:
         return mutes
     for name in names:
@@ -6263,42 +6361,67 @@ class News:
             match = _NEWS.fullmatch(name)
             if match is not None:
                 newest[match[1]] = max(newest.get(match[1], (0, 0)), (int(match[2]), int(match[3])))
+        # A listing may miss a name that is just being moved forward, and a run that has ended, whose
+        # name was removed, may be resumed: neither makes old messages new.
+        self.read = {run: item for run, item in known.items() if run not in newest}
+        for run in list(self.read)[: max(0, len(self.read) - MAX_NEWS_KEPT)]:
+            del self.read[run]
         found = []
         for run, (count, highest) in newest.items():
-            if not first and count > known.get(run, [0])[0] and highest >= level:
+            known_count, start = known.get(run, (0, 0))
+            if count < known_count:
+                start = 0  # another run of that hash
+            if not first and count != known_count and highest >= level:
                 found.append(run)
-        self.read = {run: [count, known.get(run, [0, 0])[1]] for run, (count, _) in newest.items()}
+            self.read[run] = [count, start]
         return found
 
+    def is_needed(self, event_id: str) -> bool:
+        """True unless a later event about messages of that run says as much."""
+        match = _NEWS_ID.fullmatch(event_id)
+        known = match and (self.read or {}).get(match[1])
+        return not match or not known or int(match[2]) >= known[1]
 
+
+#: Of so many runs whose names are gone it is known what was told.
+MAX_NEWS_KEPT = 1000
 _NEWS_ID = re.compile(r"([A-Za-z0-9_]{1,64})-[0-9]+-([0-9]+)-log")
 
 
-def new_messages(path: str, start: int) -> Tuple[int, List[Dict[str, Any]]]:
-    """Return up to where the log at `path` could be read, and the messages from offset `start` on,
-    which are looked for in its last NEWS_BYTES. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+def new_messages(path: str, start: int, level: int) -> Tuple[int, int, List[Dict[str, Any]]]:
+    """Return up to where the log at `path` could be read, how many messages at `level` or above
+    follow offset `start`, and the last of them. They are looked for in the last NEWS_BYTES. Raises
+    OSError."""
+    fd = open_regular(path)
     with os.fdopen(fd, "rb"):
         size = os.fstat(fd).st_size
         begin = max(min(start, size), size - NEWS_BYTES, 0)
         data = os.pread(fd, size - begin, begin)
-    end = begin + data.rfind(b"\n") + 1
-    lines = data[: end - begin].split(b"\n")
-    return end, [message for message in map(parse_message, lines) if message is not None]
+    count, last, at = 0, deque(maxlen=NEWS_LINES), 0  # type: int, Deque[Dict[str, Any]], int
+    while True:
+        # One after the other: a log of empty lines must not become a list of millions.
+        end = data.find(b"\n", at)
+        if end < 0:
+            return begin + at, count, list(last)
+        message = parse_message(data[at:end])
+        if message is not None and message["log"] >= level:
+            count += 1
+            last.append(message)
+        at = end + 1
 
 
-def log_facts(paths: RepoPaths, run_hash: str, messages: Sequence[Dict[str, Any]]) -> Facts:
-    """Return the message fields for an event about log messages."""
+def log_facts(paths: RepoPaths, run_hash: str, count: int, last: Sequence[Dict[str, Any]]) -> Facts:
+    """Return the message fields for an event about `count` log messages, of which the `last` are given."""
     names = {number: name for name, number in LOG_LEVELS.items()}
     lines = []
-    for item in messages[-NEWS_LINES:]:
+    for item in last:
         level = names.get(item["log"], item["log"])
         lines.append(f"  {local_time(item['time'])} {level}: {printable(item['message'], 300)}")
     facts = run_facts(paths, run_hash)
     facts["event"] = LOG
-    facts["run.reason"] = plural(len(messages), "message")
-    if len(messages) > NEWS_LINES:
-        facts["run.reason"] += f", of which the last {NEWS_LINES} are"
+    facts["run.reason"] = plural(count, "message")
+    if count > len(last):
+        facts["run.reason"] += f", of which the last {len(last)} are"
     facts["run.messages"] = "\n".join(lines)
     for field in ("run.frames", "run.errors"):
         facts.pop(field, None)
@@ -6317,7 +6440,8 @@ def boot_id() -> str:
 def read_watcher_file(paths: RepoPaths) -> Dict[str, Any]:
     """Return the content of watcher.json; {} where it is missing or damaged."""
     try:
-        return json_object(read_bounded(paths.watcher, 1 << 30).decode("utf-8", "replace")) or {}
+        data = read_bounded(paths.watcher, MAX_WATCHER_BYTES, follow=False)
+        return json_object(data.decode("utf-8", "replace")) or {}
     except OSError:
         return {}
 
@@ -6331,8 +6455,18 @@ def saved_runs(saved: Dict[str, Any]) -> List[Seen]:
 
 #: A folder of more names is listed name by name, and only the newest of each run is kept.
 MAX_NAMES = 200_000
+#: No watcher has looked for so long: 300 years.
+MAX_LOOKED_S = 1e10
+#: Nor has one that looks after MAX_NAMES runs written so much.
+MAX_WATCHER_BYTES = 64 << 20
 #: How often flapping runs and reminders are looked at.
 DUE_INTERVAL_S = 5.0
+
+
+def list_some(folder: str, most: int) -> List[str]:
+    """Return the names in a folder, at most so many. Raises OSError."""
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in itertools.islice(entries, most)]
 
 
 def list_bounded(folder: str, most: int) -> Tuple[List[str], bool]:
@@ -6419,11 +6553,12 @@ class Watcher:
         self._told_blind = False
         self._saved_mono, self._save_cost_s = -math.inf, 0.0
         self._swept_s = 0.0
-        paths.create()
         try:
             paths.refuse_planted_links()
         except OSError as error:
-            raise RepoError(f"cannot use {error.filename}: {error.strerror}: remove it") from None
+            way_out = ": remove it" if error.errno == errno.ELOOP else ""
+            raise RepoError(f"cannot use {error.filename}: {error.strerror}{way_out}") from None
+        paths.create()
         self._lock_fd = self._take_lock()
         try:
             self.outbox = Outbox(paths.outbox)
@@ -6463,7 +6598,9 @@ class Watcher:
         self._first = not saved and not self.outbox.known_ids()
         looked_s, hold_s = saved.get("looked_s"), saved.get("hold_until_s")
         if isinstance(looked_s, (int, float)) and isinstance(hold_s, (int, float)):
-            self.looking.total_s, self.looking.hold_until_s = float(looked_s), float(hold_s)
+            # Not from a file that somebody made up: a clock of 1e300 stands still, and never accuses.
+            self.looking.total_s = float(looked_s) if 0 <= looked_s < MAX_LOOKED_S else 0.0
+            self.looking.hold_until_s = min(float(hold_s), self.looking.total_s + HOLD_S)
         between_s = self._time_since(saved)
         if self._once and between_s is not None:
             self.looking.total_s += between_s
@@ -6471,10 +6608,11 @@ class Watcher:
             self.looking.gap(GAP_S + 1 if between_s is None else between_s)
         for seen in saved_runs(saved):
             # The outbox is written first, so it may know of a stall that watcher.json missed.
+            seen.since_s = min(seen.since_s, self.looking.total_s)
             if seen.state == RUNNING and self.outbox.knows(Change(STALLED, seen, 0, None).id):
                 seen.state = STALLED
             self.table.restore(seen)
-        self.flaps.restore(saved.get("flaps"))
+        self.flaps.restore(saved.get("flaps"), self.looking.total_s)
         self.news.restore(saved.get("news"), self.outbox.known_ids())
         if saved:
             self._compact()
@@ -6483,7 +6621,8 @@ class Watcher:
         runs, broken = self.table.runs, self.outbox.broken()
         self.outbox.compact(
             lambda event_id: (
-                event_id.partition("-")[0] in runs or bool(broken and event_id.startswith(f"{BROKEN}-"))
+                (event_id.partition("-")[0] in runs and self.news.is_needed(event_id))
+                or bool(broken and event_id.startswith(f"{BROKEN}-"))
             )
         )
 
@@ -6492,7 +6631,7 @@ class Watcher:
         mono = saved.get("mono")
         if saved.get("boot") != boot_id() or not isinstance(mono, (int, float)):
             return None
-        return max(0.0, self._clock() - mono)
+        return min(max(0.0, self._clock() - mono), MAX_LOOKED_S / 1000)
 
     def poll(self) -> List[Change]:
         """Look once, and tell what changed. Never raises for a repository that cannot be read."""
@@ -6554,14 +6693,17 @@ class Watcher:
             told += self.flaps.due(self.table.runs, now_s)
             self.flaps.forget_old(now_s)
             if self._remind_every_s:
-                told += reminders(self.table.runs.values(), self._stalled_s, self._remind_every_s)
+                stalled = [seen for seen in self.table.runs.values() if self._may_remind(seen)]
+                told += reminders(stalled, now_s, self.table.grace_s, self._remind_every_s)
         mutes = read_mutes(self.paths)
-        ended = [run for run, (until, _) in mutes.items() if not 0 < until - self._utc() <= MAX_MUTE_S]
+        ended = [run for run, (until, _) in mutes.items() if not mute_holds(until, self._utc())]
         for run in ended:
             seen = self.table.runs.get(run)
             if seen is not None and seen.state in (STALLED, FAILED):
                 silent_s = now_s - seen.since_s
-                told.append(Change(seen.state, seen, silent_s, None, "it was muted until now"))
+                # An id of its own: it may have been told before it was muted.
+                note, suffix = "it was muted until now", f"-muted-{mutes[run][0]}"
+                told.append(Change(seen.state, seen, silent_s, None, note, suffix))
         muted = set(mutes).difference(ended)
         events = [
             Event(change.id, change.kind, self._dated(change_facts(self.paths, change)))
@@ -6581,30 +6723,38 @@ class Watcher:
     def _dated(self, facts: Facts) -> Facts:
         return {**facts, "time": utc_datetime(self._utc()).isoformat(" ", "seconds") + " UTC"}
 
-    def _stalled_s(self, seen: Seen) -> float:
-        return self.looking.total_s - seen.since_s - seen.promise_s - self.table.grace_s
+    def _may_remind(self, seen: Seen) -> bool:
+        # Of a run that flaps, only when its stall was told.
+        known = self.outbox.knows(Change(STALLED, seen, 0, None).id)
+        return seen.state == STALLED and (known or not self.flaps.is_flapping(seen.run))
 
     def _find_news(self, muted: Set[str]) -> List[Event]:
         """Return an event for every run that logged something worth telling."""
         if not self.dispatcher.wanted(LOG):
+            self.news.read = None  # what is logged now will be old when somebody wants to know
             return []
         level, first, events = self.dispatcher.log_level, self.news.read is None, []
         try:
-            runs = self.news.take(os.listdir(self.paths.news), level)
+            runs = self.news.take(list_some(self.paths.news, MAX_NAMES), level)
         except OSError:
             return []
         assert self.news.read is not None
         for run in list(self.news.read) if first else runs:
-            start = self.news.read[run][1]
+            known, path = self.news.read[run], self.paths.run_log(run)
+            start = known[1]
             try:
-                end, messages = new_messages(self.paths.run_log(run), start)
-            except OSError:
+                if first:
+                    known[1] = os.stat(path).st_size
+                    continue
+                known[1], count, last = new_messages(path, start, level)
+            except FileNotFoundError:
                 continue
-            self.news.read[run][1] = end
-            chosen = [message for message in messages if message["log"] >= level]
-            event_id = f"{run}-{start}-{end}-{LOG}"
-            if chosen and not first and run not in muted and not self.outbox.knows(event_id):
-                events.append(Event(event_id, LOG, self._dated(log_facts(self.paths, run, chosen))))
+            except OSError:
+                known[0] = -1  # whatever the number is, look again
+                continue
+            event_id = f"{run}-{start}-{known[1]}-{LOG}"
+            if count and run not in muted and not self.outbox.knows(event_id):
+                events.append(Event(event_id, LOG, self._dated(log_facts(self.paths, run, count, last))))
         return events
 
     def _tell_trouble(self, what: str, reason: str) -> None:
@@ -6753,7 +6903,8 @@ def describe_watcher(paths: RepoPaths) -> str:
     if not saved.get("pid"):
         return "another watcher"
     since = local_time(float(saved["started_at"])) if isinstance(saved.get("started_at"), float) else "?"
-    return f"process {saved['pid']} on {printable(str(saved.get('host')), 100)} (since {since})"
+    pid, host = printable(str(saved["pid"]), 20), printable(str(saved.get("host")), 100)
+    return f"process {pid} on {host} (since {since})"
 
 
 # ======================================================================================
@@ -6833,6 +6984,7 @@ class ReindexThread(threading.Thread):
 
     def __init__(self, paths: RepoPaths, interval_s: float = REINDEX_INTERVAL_S) -> None:
         super().__init__(name="aimwatch-reindex", daemon=True)
+        self._paths = paths
         self._reindexer = Reindexer(paths)
         self._interval_s = interval_s
         self._stopping = threading.Event()
@@ -6847,6 +6999,7 @@ class ReindexThread(threading.Thread):
 
     def _pass(self) -> None:
         try:
+            self._paths.refuse_planted_links()
             for run_hash in self._reindexer.changed():
                 if self._stopping.is_set():
                     return
@@ -7001,8 +7154,9 @@ def _take_watch(paths: RepoPaths, args: Any, stop: StopSignal) -> Optional[Watch
     while not stop.is_set:
         try:
             return Watcher(paths, args.grace, args.poll_interval, args.once, args.remind_every)
-        except WatcherBusyError as error:
-            if not args.standby:
+        except RepoError as error:
+            # Who stands by is there for the bad day: a share that is away ends nobody's standing by.
+            if not args.standby or not (held_by or isinstance(error, WatcherBusyError)):
                 raise
             if str(error) != held_by:
                 held_by = str(error)
@@ -7114,7 +7268,7 @@ def status_rows(paths: RepoPaths, saved: Dict[str, Any]) -> List[Dict[str, Any]]
     runs.take(listing, 0, 0)
     known = {seen.name: seen for seen in saved_runs(saved)}
     now = time.time()
-    mutes = {run: until for run, (until, _) in read_mutes(paths).items() if 0 < until - now <= MAX_MUTE_S}
+    mutes = {run: until for run, (until, _) in read_mutes(paths).items() if mute_holds(until, now)}
     rows = []
     for seen in runs.runs.values():
         watched = known.get(seen.name)
@@ -7214,8 +7368,9 @@ def cmd_unmute(args: Any) -> int:
     run_hash = _find_live(paths, args.hash)
     if run_hash not in read_mutes(paths):
         raise AimwatchError(f"run {run_hash} is not muted")
-    # A mute that is over, which the watcher takes away when it has told what is to be told.
-    _write_mute(paths, run_hash, 0)
+    # A mute that is over, which the watcher takes away when it has told what is to be told; in 1970,
+    # since clocks differ, and at a moment of its own, since each is told.
+    _write_mute(paths, run_hash, int.from_bytes(os.urandom(3), "big"))
     print(f"unmuted run {run_hash}")
     return 0
 
