@@ -2691,13 +2691,14 @@ class _Value(NamedTuple):
 
     A `column` (NULL where the value is None) can be tested as it stands in `within + test + ")"`, which
     is true or false, never NULL, and lets SQLite search an index instead of asking run by run.
+    `members` makes the SQL of `text in value`, where an index can answer.
     """
 
     sql: str = ""
     const: Any = _UNKNOWN
     column: str = ""
     within: str = ""
-    members: str = ""
+    members: Callable[[_Compiler, str], str] | None = None
     is_condition: bool = False
     is_time: bool = False
 
@@ -2825,7 +2826,12 @@ _RUN_FIELDS: dict[str, _Value] = {
     )
 }
 _RUN_FIELDS["active"] = _Value(sql="(r.end_time IS NULL)", is_condition=True)
-_RUN_FIELDS["tags"] = _Value(sql="r.tags", members="r.id IN (SELECT run FROM tags WHERE tag = ")
+_RUN_FIELDS["tags"] = _Value(
+    sql="r.tags",
+    members=lambda compiler, text: (
+        f"r.id IN (SELECT run FROM tags WHERE tag = {compiler.bind(sql_value(text))})"
+    ),
+)
 _METRIC_FIELDS = (
     "last",
     "min",
@@ -2836,6 +2842,7 @@ _METRIC_FIELDS = (
     "last_epoch",
     "last_time",
 )
+_TEXT_OR_LIST = "(typeof(value) = 'text' OR value >= x'5b' AND value < x'5c')"
 _FALSE_VALUES = "(0, '', x'7b7d', x'5b5d')"  # as in Python: no number, no text, {} and []
 
 
@@ -2915,7 +2922,7 @@ class _Compiler:
                 f"(NOT {left.within}{left.column} IS NOT NULL))" if left.column else f"({left.sql} IS NULL)"
             )
         if sign == "in" and right.members and isinstance(left.const, str):
-            return f"{right.members}{self.bind(sql_value(left.const))})"
+            return right.members(self, left.const)
         if sign == "in" and isinstance(right.const, list) and None in right.const:
             rest = _Value(const=[item for item in right.const if item is not None])
             return _joined([self.pair(node, "==", left, _NONE), self.pair(node, "in", left, rest)], ast.Or())
@@ -3104,7 +3111,8 @@ class _Compiler:
 
     def summary(self, node: ast.expr, names: list[Any]) -> _Value:
         context = names[1] if len(names) == 3 else {}
-        if len(names) not in (2, 3) or not isinstance(names[0], str) or not isinstance(context, dict):
+        texts = bool(names) and isinstance(names[0], str) and isinstance(names[-1], str)
+        if len(names) not in (2, 3) or not texts or not isinstance(context, dict):
             self.refuse(node, "write run.metrics['loss', {'subset': 'val'}].last")
         if names[-1] not in _METRIC_FIELDS:
             self.refuse(node, f"a metric has no '{names[-1]}' here, but {', '.join(_METRIC_FIELDS)}")
@@ -3119,7 +3127,12 @@ class _Compiler:
         names = [name for name, _ in steps]
         whole = "(SELECT value FROM contexts WHERE context = m.context AND path = '')"
         if names == ["context"]:
-            return _Value(sql=whole, column="m.context", within="(m.context IS NOT NULL AND ")
+            return _Value(
+                sql=whole,
+                column="m.context",
+                within="(m.context IS NOT NULL AND ",
+                members=lambda compiler, text: compiler.has_path("contexts", "context", "m.context", [text]),
+            )
         if names[0] == "context":
             return self.document(names[1:], "contexts", "context", "m.context", whole)
         if len(names) > 1 or names[0] not in ("name", *_METRIC_FIELDS):
@@ -3142,11 +3155,23 @@ class _Compiler:
         looked_up = (
             f"CASE typeof(value) WHEN 'blob' THEN py_at({whole}, {self.bind(_path(names))}) ELSE value END"
         )
+
+        def members(compiler: _Compiler, text: str) -> str:
+            # What has a child of that name is a dict. Only a text or a list is left for Python to look into.
+            child = compiler.has_path(table, key, owner, [*names, text])
+            by_python = f"py_op('in', {compiler.bind(sql_value(text))}, {looked_up})"
+            return f"({child} OR EXISTS (SELECT 1 {one} AND {_TEXT_OR_LIST} AND {by_python}))"
+
         return _Value(
             sql=f"(SELECT {looked_up} {one})",
             column="value",
             within=self.within(table, key, owner, of),
+            members=members,
         )
+
+    def has_path(self, table: str, key: str, owner: str, names: list[Any]) -> str:
+        """Return SQL that is true where a dict has that key, whatever stands there."""
+        return f"{self.within(table, key, owner, f'path = {self.bind(_path(names))}')}1)"
 
     def within(self, table: str, key: str, owner: str, of: str) -> str:
         if self.run_by_run:

@@ -2141,7 +2141,7 @@ class QueryTableTest(IndexCase):
             "nan": NAN,
             "inf": INF,
         }
-        params.update(nans=[NAN], pair={"q": 2, "p": {"z": 1, "y": [1.0]}})
+        params.update(nans=[NAN], pair={"q": 2, "p": {"z": 1, "y": [1.0]}}, words=["lr", 5], none={"k": None})
         metrics = [
             a_series(1, "loss", {"subset": "train"}, [3.0, 1.0, 2.0]),
             a_series(2, "loss", {"subset": "val"}, [4.0, 2.5]),
@@ -2177,6 +2177,13 @@ class QueryTableTest(IndexCase):
             ("run.pair in [{'p': 1}, {'p': {'y': [1], 'z': 1}, 'q': 2}]", "a"),
             ("64 in run.hparams.layers", "a"),
             ("'lr' in run.hparams", "a b"),
+            ("'lr' not in run.hparams or 'x' not in run.hparams.deep", "b"),
+            ("'x' in run.hparams.deep and 'units' in run.hparams.layers[2]", "a"),
+            ("'y' in run.hparams.deep or 'hparams' in run.n or 'N' in run.nan", ""),
+            ("'k' in run.none", "a"),  # a key whose value is None is there
+            ("'lr' in run.words and 'l' not in run.words and '5' not in run.words", "a"),
+            ("'uto' in run.hparams.lr", "b"),
+            ("'dam' in run.hparams.opt and 'adam' not in run.hparams.opt", "a"),
             ("run.hparams == {'lr': 'auto'}", "b"),
             ("run.hparams.layers < [65]", "a"),
             # None and types
@@ -2301,6 +2308,7 @@ class QueryTableTest(IndexCase):
             ("metric.context == {}", [acc]),
             ("not metric.context", [acc]),
             ("'subset' in metric.context", [train, val]),
+            ("'train' in metric.context.subset and 'rain' not in metric.context", [train]),
             ("metric.context.subset is None", [acc]),
             ("metric.context.subset != 'val'", [acc, train]),
             ("metric.context.subset.startswith('t')", [train]),
@@ -2366,6 +2374,7 @@ class RefusalTest(IndexCase):
             ("'abc'.x == 1", 7, "only run and metric have attributes"),
             ("run.metrics['loss'].first == 1", 21, "a metric has no 'first' here, but last, min"),
             ("run.metrics['loss']", 1, "write run.metrics['loss', {'subset': 'val'}].last"),
+            ("run.metrics['loss', {'a': 1}]", 1, "write run.metrics['loss', {'subset': 'val'}].last"),
             ("run.metrics", 5, "write run.metrics['loss', {'subset': 'val'}].last"),
             ("run.created_at.week == 1", 16, "run.created_at has no 'week' here"),
             ("run.name.x == 1", 10, "run.name has no 'x' here"),
