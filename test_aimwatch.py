@@ -2325,6 +2325,50 @@ class QueryTableTest(IndexCase):
         self.assertTrue(math.isnan(row.to_series().last))
 
 
+class QueryPlanTest(IndexCase):
+    def setUp(self) -> None:
+        super().setUp()
+        for number in range(12):
+            params = {"all": 1, "seed": number, "third": number % 3, "d": {"k": number}}
+            series = [a_series(1, "loss", {}, [float(number)])]
+            props = {"tags": ["night"], "experiment": f"e{number % 2}"}
+            self.put(a_run(f"{number:02}", params=params, series=series, props=props))
+
+    def test_any_plan_gives_the_same_answer(self) -> None:
+        for text, expected in (
+            ("run.all == 1 and run.third == 2 and run.metrics['loss'].last > 5", "08 11"),
+            ("run.metrics['loss'].last > 9 and 'night' in run.tags", "10 11"),
+            ("'k' in run.d and run.seed == 5 and not run.seed == 4", "05"),
+            ("run.experiment == 'e1' and run.seed < 5 and run.third", "01"),
+            ("run.all == 1 and (run.seed == 3 or run.seed == 4) and run.archived == False", "03 04"),
+            ("run.all == 2 and run.seed == 1", ""),
+            ("0 < run.seed < 3 and run.d.k + 1 == 3", "02"),
+            ("run.seed is None and run.all == 1", ""),
+            ("True and run.seed == 1", "01"),
+        ):
+            for many in (0, 1, 5, 2000):
+                with self.subTest(text, many=many), mock.patch.object(aimwatch, "_MANY", many):
+                    self.assertEqual(self.ask(text), expected.split())
+
+    def test_runs_are_gathered_by_the_condition_that_leaves_the_fewest(self) -> None:
+        texts = ["run.all == 1", "run.seed == 7", "'night' in run.tags", "run.metrics['loss'].last >= 0"]
+        for order in (texts, texts[::-1]):
+            query = aimwatch.compile_query(" and ".join(order), "run")
+            sql = query.planned(self.db)
+            self.assertEqual((sql.count("r.id IN ("), sql.count("EXISTS (")), (1, 3), sql)
+            seed = next(name for name, value in query.args.items() if value == 7)
+            self.assertRegex(
+                sql, rf"r\.id IN \(SELECT run FROM params WHERE path = :v\d+ AND value = :{seed}\)"
+            )
+            with mock.patch.object(aimwatch, "_MANY", 1):
+                self.assertEqual(query.planned(self.db).count("r.id IN ("), 4)
+
+    def test_many_conditions_are_not_planned(self) -> None:
+        text = " and ".join(f"run.seed != {number}" for number in range(9))
+        self.assertFalse(aimwatch.compile_query(text, "run").conjuncts)
+        self.assertEqual(self.ask(text), ["09", "10", "11"])
+
+
 class RefusalTest(IndexCase):
     def test_what_the_language_lacks_is_refused_where_it_stands(self) -> None:
         for text, column, message in (
