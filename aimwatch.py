@@ -2752,9 +2752,9 @@ def compile_query(text: str, over: str = "run", now_utc_s: float | None = None) 
     if text.strip():
         node = _parse(text)
         sql = compiler.condition(node)
-        if over == "run" and isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And):
-            if len(node.values) <= _MOST_PLANNED:
-                conjuncts = [compiler.conjunct(item) for item in node.values]
+        terms = node.values if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And) else []
+        if over == "run" and len(terms) <= _MOST_PLANNED:
+            conjuncts = [compiler.conjunct(term) for term in terms]
     if not compiler.speaks_of_archived:
         sql = f"({sql} AND r.archived = 0)"
     return CompiledQuery(sql, compiler.args, over, compiler.speaks_of_archived, conjuncts)
