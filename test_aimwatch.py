@@ -6288,6 +6288,31 @@ class TestCommandLine(Case):
                 self.assertIn(message, err)
 
 
+class TestReadme(Case):
+    def test_recording_and_finding_runs_as_it_stands(self) -> None:
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            section = file.read().partition("## Recording and finding\n")[2].partition("\n## ")[0]
+        section = section.replace("/shared/experiments", self.root)
+        outputs = []
+        for kind, block in re.findall(r"^```(python|sh)\n(.*?)^```", section, re.DOTALL | re.MULTILINE):
+            block = block.replace("python3 aimwatch.py", f"{sys.executable} {HERE}/aimwatch.py")
+            command = ("sh", "-ec", block) if kind == "sh" else (sys.executable, "-c", block)
+            process = self.command(*command)
+            out, err = process.communicate(timeout=60)
+            counts = re.compile(r"\d+ (runs?|series)\n")  # told beside every table
+            self.assertEqual((process.returncode, counts.sub("", err)), (0, ""))
+            outputs.append(out)
+        self.assertEqual(len(outputs), 4)
+        self.assertIn("baseline 0.1 0.023", outputs[1])
+        self.assertRegex(outputs[2], r"(?s)baseline.*removed run [0-9a-f]{24}\n$")
+        code = section.partition("| what | for example |\n")[2].partition("\n\n")[0]
+        examples = re.findall(r"`([^`]*\b(?:run|metric)[.\[][^`]*)`", code)
+        self.assertGreater(len(examples), 30)
+        for text in examples:
+            with self.subTest(text):
+                aimwatch.compile_query(text, "metric")
+
+
 class TestDemo(Case):
     def test_demo_is_right_and_leaves_nothing_unless_told_to_keep_it(self) -> None:
         demos = {}
