@@ -980,6 +980,7 @@ LOCK_WAIT_S = 2.0
 PROBE_WAIT_S = 0.3
 _MAX_FRAMES = 6
 _monotonic = time.monotonic
+_getpid = os.getpid
 
 
 #: The experiment of a run that was given none, as in Aim.
@@ -1438,17 +1439,19 @@ class Run:
             # All are checked before the first is recorded.
             points = [(_checked_name(key), _number(item, key)) for key, item in value.items()]
         else:
-            points = [(_checked_name(name), value if type(value) is float else _number(value, name))]
+            metric = name if type(name) is str else _checked_name(name)
+            points = [(metric, value if type(value) is float else _number(value, name))]
         if step is not None and type(step) is not int:
             step = _checked_step(step)
         if step is not None and not -MAX_STEP <= step < MAX_STEP:
             raise ArgumentError(f"step {step} of metric {points[0][0]!r} does not fit in 64 bits")
         if epoch is not None:
             epoch = _checked_epoch(epoch)
-        if not self._may_write("track"):
+        # What _is_mine asks, without its calls: this is a training loop's innermost business.
+        if (self._pid != _getpid() or self._closed) and not self._may_write("track"):
             return
         now = time.time()
-        held = self._lock.acquire(timeout=LOCK_WAIT_S)
+        held = self._lock.acquire(True, LOCK_WAIT_S)
         try:
             for metric, number in points:
                 self._add_point(metric, number, step, epoch, context, now)
