@@ -2148,7 +2148,7 @@ class QueryTableTest(IndexCase):
             "nan": NAN,
             "inf": INF,
         }
-        params.update(nans=[NAN], pair={"q": 2, "p": {"z": 1, "y": [1.0]}})
+        params.update(nans=[NAN], pair={"q": 2, "p": {"z": 1, "y": [1.0]}}, words=["lr", 5], none={"k": None})
         metrics = [
             a_series(1, "loss", {"subset": "train"}, [3.0, 1.0, 2.0]),
             a_series(2, "loss", {"subset": "val"}, [4.0, 2.5]),
@@ -2184,6 +2184,13 @@ class QueryTableTest(IndexCase):
             ("run.pair in [{'p': 1}, {'p': {'y': [1], 'z': 1}, 'q': 2}]", "a"),
             ("64 in run.hparams.layers", "a"),
             ("'lr' in run.hparams", "a b"),
+            ("'lr' not in run.hparams or 'x' not in run.hparams.deep", "b"),
+            ("'x' in run.hparams.deep and 'units' in run.hparams.layers[2]", "a"),
+            ("'y' in run.hparams.deep or 'hparams' in run.n or 'N' in run.nan", ""),
+            ("'k' in run.none", "a"),  # a key whose value is None is there
+            ("'lr' in run.words and 'l' not in run.words and '5' not in run.words", "a"),
+            ("'uto' in run.hparams.lr", "b"),
+            ("'dam' in run.hparams.opt and 'adam' not in run.hparams.opt", "a"),
             ("run.hparams == {'lr': 'auto'}", "b"),
             ("run.hparams.layers < [65]", "a"),
             # None and types
@@ -2308,6 +2315,7 @@ class QueryTableTest(IndexCase):
             ("metric.context == {}", [acc]),
             ("not metric.context", [acc]),
             ("'subset' in metric.context", [train, val]),
+            ("'train' in metric.context.subset and 'rain' not in metric.context", [train]),
             ("metric.context.subset is None", [acc]),
             ("metric.context.subset != 'val'", [acc, train]),
             ("metric.context.subset.startswith('t')", [train]),
@@ -2322,6 +2330,50 @@ class QueryTableTest(IndexCase):
                 self.assertEqual(self.ask_metrics(text), expected)
         row = select_metrics([self.db], aimwatch.compile_query("metric.name == 'acc'", "metric"))[0]
         self.assertTrue(math.isnan(row.to_series().last))
+
+
+class QueryPlanTest(IndexCase):
+    def setUp(self) -> None:
+        super().setUp()
+        for number in range(12):
+            params = {"all": 1, "seed": number, "third": number % 3, "d": {"k": number}}
+            series = [a_series(1, "loss", {}, [float(number)])]
+            props = {"tags": ["night"], "experiment": f"e{number % 2}"}
+            self.put(a_run(f"{number:02}", params=params, series=series, props=props))
+
+    def test_any_plan_gives_the_same_answer(self) -> None:
+        for text, expected in (
+            ("run.all == 1 and run.third == 2 and run.metrics['loss'].last > 5", "08 11"),
+            ("run.metrics['loss'].last > 9 and 'night' in run.tags", "10 11"),
+            ("'k' in run.d and run.seed == 5 and not run.seed == 4", "05"),
+            ("run.experiment == 'e1' and run.seed < 5 and run.third", "01"),
+            ("run.all == 1 and (run.seed == 3 or run.seed == 4) and run.archived == False", "03 04"),
+            ("run.all == 2 and run.seed == 1", ""),
+            ("0 < run.seed < 3 and run.d.k + 1 == 3", "02"),
+            ("run.seed is None and run.all == 1", ""),
+            ("True and run.seed == 1", "01"),
+        ):
+            for many in (0, 1, 5, 2000):
+                with self.subTest(text, many=many), mock.patch.object(aimwatch, "_MANY", many):
+                    self.assertEqual(self.ask(text), expected.split())
+
+    def test_runs_are_gathered_by_the_condition_that_leaves_the_fewest(self) -> None:
+        texts = ["run.all == 1", "run.seed == 7", "'night' in run.tags", "run.metrics['loss'].last >= 0"]
+        for order in (texts, texts[::-1]):
+            query = aimwatch.compile_query(" and ".join(order), "run")
+            sql = query.planned(self.db)
+            self.assertEqual((sql.count("r.id IN ("), sql.count("EXISTS (")), (1, 3), sql)
+            seed = next(name for name, value in query.args.items() if value == 7)
+            self.assertRegex(
+                sql, rf"r\.id IN \(SELECT run FROM params WHERE path = :v\d+ AND value = :{seed}\)"
+            )
+            with mock.patch.object(aimwatch, "_MANY", 1):
+                self.assertEqual(query.planned(self.db).count("r.id IN ("), 4)
+
+    def test_many_conditions_are_not_planned(self) -> None:
+        text = " and ".join(f"run.seed != {number}" for number in range(9))
+        self.assertFalse(aimwatch.compile_query(text, "run").conjuncts)
+        self.assertEqual(self.ask(text), ["09", "10", "11"])
 
 
 class RefusalTest(IndexCase):
@@ -2373,6 +2425,7 @@ class RefusalTest(IndexCase):
             ("'abc'.x == 1", 7, "only run and metric have attributes"),
             ("run.metrics['loss'].first == 1", 21, "a metric has no 'first' here, but last, min"),
             ("run.metrics['loss']", 1, "write run.metrics['loss', {'subset': 'val'}].last"),
+            ("run.metrics['loss', {'a': 1}]", 1, "write run.metrics['loss', {'subset': 'val'}].last"),
             ("run.metrics", 5, "write run.metrics['loss', {'subset': 'val'}].last"),
             ("run.created_at.week == 1", 16, "run.created_at has no 'week' here"),
             ("run.name.x == 1", 10, "run.name has no 'x' here"),
@@ -8372,6 +8425,31 @@ class TestCommandLine(Case):
                 code, out, err = self.run_cli(*argv)
                 self.assertEqual((code, out), (2, ""))
                 self.assertIn(message, err)
+
+
+class TestReadme(Case):
+    def test_recording_and_finding_runs_as_it_stands(self) -> None:
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            section = file.read().partition("## Recording and finding\n")[2].partition("\n## ")[0]
+        section = section.replace("/shared/experiments", self.root)
+        outputs = []
+        for kind, block in re.findall(r"^```(python|sh)\n(.*?)^```", section, re.DOTALL | re.MULTILINE):
+            block = block.replace("python3 aimwatch.py", f"{sys.executable} {HERE}/aimwatch.py")
+            command = ("sh", "-ec", block) if kind == "sh" else (sys.executable, "-c", block)
+            process = self.command(*command)
+            out, err = process.communicate(timeout=60)
+            counts = re.compile(r"\d+ (runs?|series)\n")  # told beside every table
+            self.assertEqual((process.returncode, counts.sub("", err)), (0, ""))
+            outputs.append(out)
+        self.assertEqual(len(outputs), 4)
+        self.assertIn("baseline 0.1 0.023", outputs[1])
+        self.assertRegex(outputs[2], r"(?s)baseline.*removed run [0-9a-f]{24}\n$")
+        code = section.partition("| what | for example |\n")[2].partition("\n\n")[0]
+        examples = re.findall(r"`([^`]*\b(?:run|metric)[.\[][^`]*)`", code)
+        self.assertGreater(len(examples), 30)
+        for text in examples:
+            with self.subTest(text):
+                aimwatch.compile_query(text, "metric")
 
 
 class TestDemo(Case):
