@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import ast
 import builtins
+import configparser
 import contextlib
 import decimal
 import errno
 import fractions
 import gc
+import hashlib
 import http.server
+import importlib
 import importlib.util
 import io
 import json
@@ -27,6 +30,7 @@ import pty
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -195,12 +199,12 @@ class Case(unittest.TestCase):
         options.setdefault("grace_s", 2.0)
         clock = clock or Clock()
         watcher = aimwatch.Watcher(self.paths, clock=clock, **options)
-        self.addCleanup(self._close_watcher, watcher)
+        # Once: a second close would take a descriptor that may be somebody else's by then.
+        closing = contextlib.ExitStack()
+        closing.callback(watcher.close)
+        watcher.close = closing.close  # type: ignore[method-assign]
+        self.addCleanup(watcher.close)
         return watcher
-
-    def _close_watcher(self, watcher: aimwatch.Watcher) -> None:
-        with contextlib.suppress(OSError):
-            watcher.close()
 
     def outbox(self) -> List[Dict[str, Any]]:
         """Return the lines of the outbox."""
@@ -5334,7 +5338,6 @@ class WatchCase(Case):
     def setUp(self) -> None:
         super().setUp()
         self.clock = Clock()
-        self.stopped: List[aimwatch.Watcher] = []
 
     def watch(self, **options: Any) -> aimwatch.Watcher:
         """Return a watcher (grace 2 s) that has looked once."""
@@ -5343,12 +5346,7 @@ class WatchCase(Case):
         return watcher
 
     def stop(self, watcher: aimwatch.Watcher) -> None:
-        self.stopped.append(watcher)
         watcher.close()
-
-    def _close_watcher(self, watcher: aimwatch.Watcher) -> None:
-        if watcher not in self.stopped:
-            super()._close_watcher(watcher)
 
     def look(self, watcher: aimwatch.Watcher, seconds: int) -> None:
         for _ in range(seconds):
@@ -6270,6 +6268,355 @@ class TestDemo(Case):
                 )
                 code, shown, _ = self.run_cli("--repo", root, "status")
                 self.assertEqual((code, shown.splitlines()[-1]), (1, "2 stalled, 2 failed, 2 finished"))
+
+
+#: Commands that README.md does not name yet.
+NOT_IN_README = {"runs", "metrics", "show", "plot", "rm", "close", "reindex"}
+
+#: What stands before a block of Python in README.md.
+TRAINING_STUB = """\
+batches = [1, 2, 3]
+
+
+def train(batch):
+    return 0.25
+
+
+"""
+#: The training script of README.md's job script.
+TRAIN_PY = """\
+from aimwatch import Run
+
+with Run() as run:
+    run.name = "by train.py"
+    run.report_progress(expect_next_in=60)
+"""
+
+
+def parser_commands(parser: Any = None, path: Tuple[str, ...] = ()) -> Dict[Tuple[str, ...], Any]:
+    """Return every command of the command line with its parser, groups left out."""
+    found: Dict[Tuple[str, ...], Any] = {}
+    for action in (parser or aimwatch._parser())._actions:
+        if isinstance(action.choices, dict):
+            for name, below in action.choices.items():
+                found.update(parser_commands(below, (*path, name)))
+    return found or {path: parser}
+
+
+class TestReadme(WatcherProcessCase):
+    """Does what README.md says, as somebody who reads it from its beginning to its end.
+
+    The places that it names are replaced by a temporary folder and a server on 127.0.0.1. What no
+    rule covers is a failure, so that nothing can stand there that was never tried.
+    """
+
+    #: A line of a shell block to how it is run; the first that matches counts.
+    LINES = (
+        (r"python3 -m unittest|python3 aimwatch\.py demo|pip install \.", "is_tested_elsewhere"),
+        (r"python3 test_aimwatch\.py bench", "begins_to_measure"),
+        (r"python3 aimwatch\.py .*\bstart", "watches"),
+        (r"python3 aimwatch\.py .*notifiers add", "adds_by_answers"),
+        (r"python3 aimwatch\.py .*notifiers test", "sends_samples"),
+        (r"python3 -c .*hashlib.*", "prints_the_hash"),
+        (r"tmux new-session -d -s \w+ .*", "watches_in_tmux"),
+        (r"python3 .*|rm [a-z]+\.txt", "runs"),
+    )
+    BLOCKS = {
+        "sh": "run_lines", "python": "run_python", "ini": "run_unit", "cron": "run_cron", "bash": "run_script",
+        "json": "read_json",
+    }  # fmt: skip
+    #: Commands of others, and what needs the rights of the administrator.
+    NOT_OURS = r"aim init|systemctl enable --now aimwatch|\.ci/run"
+
+    def setUp(self) -> None:
+        super().setUp()
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            self.readme = file.read()
+        self.folder = os.path.join(self.root, "work")
+        for name in ("bin", "tmp", os.path.join("opt", "aimwatch")):
+            os.makedirs(os.path.join(self.folder, name))
+        for place in ("", os.path.join("opt", "aimwatch")):
+            os.symlink(MODULE, os.path.join(self.folder, place, "aimwatch.py"))
+        os.symlink(os.path.join(HERE, "test_aimwatch.py"), os.path.join(self.folder, "test_aimwatch.py"))
+        python = os.path.join(self.folder, "bin", "python3")
+        self.write("bin/python3", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        os.chmod(python, 0o755)
+        self.slack = self.webhook()
+        self.workplace = self.webhook((200, '{"id": "1"}'))
+        self.write("webhook.txt", f"{self.slack.url}\n")
+        self.write("token.txt", "TOKENTOKENTOKEN\n")
+        self.write("train.py", TRAIN_PY)
+        self.paths = aimwatch.RepoPaths(os.path.join(self.folder, "shared", "experiments"))
+        os.environ.update(
+            PATH=os.path.dirname(python) + os.pathsep + os.environ["PATH"],
+            TMPDIR=os.path.join(self.folder, "tmp"), TMUX_TMPDIR=os.path.join(self.folder, "tmp"),
+        )  # fmt: skip
+        for name in ("PYTHONPATH", "TMUX"):
+            os.environ.pop(name, None)
+        self.watching: Any = None
+
+    def write(self, name: str, text: str) -> str:
+        with open(os.path.join(self.folder, name), "w", encoding="utf-8") as file:
+            file.write(text)
+        return name
+
+    def placed(self, text: str) -> str:
+        """Return `text` with every place in it moved to where a test may go."""
+        text = re.sub(r"(?<![\w/])/(shared|opt|tmp)/", rf"{self.folder}/\1/", text)
+        text = text.replace("/usr/bin/python3", "python3")
+        text = re.sub(r"https://[\w.]*\bexample\.(org|com)", f"http://127.0.0.1:{self.workplace.port}", text)
+        self.assertNotRegex(text, r"https?://(?!127\.0\.0\.1:)", "a test talks to this machine alone")
+        if re.search(r"\b(show|plot|rm|close) [0-9a-f]{4,24}\b", text):
+            runs = [name[:-6] for name in os.listdir(self.paths.runs)]
+            text = re.sub(r"\b(show|plot|rm|close) [0-9a-f]{4,24}\b", rf"\1 {runs[0]}", text)
+        return text
+
+    def shell(self, line: str, stdin: str = "", env: Optional[Dict[str, str]] = None) -> str:
+        """Run a line that must exit 0 and return what it wrote to standard output."""
+        done = subprocess.run(
+            ["bash", "-c", line], input=stdin, env=env, cwd=self.folder, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, universal_newlines=True, timeout=60,
+        )  # fmt: skip
+        self.assertEqual(done.returncode, 0, f"{line}\n{done.stdout}{done.stderr}")
+        self.assertNotIn("Traceback", done.stderr)
+        return done.stdout
+
+    # ---- how each kind of line is run
+
+    def is_tested_elsewhere(self, line: str) -> None:
+        self.assertTrue(TestDemo and TestPackaging)
+
+    def begins_to_measure(self, line: str) -> None:
+        bench = self.command("bash", "-c", f"exec {line}", cwd=self.folder)
+        self.assertRegex(bench.stdout.readline(), r"^figure +aimwatch +baseline +ratio ")
+
+    def runs(self, line: str) -> None:
+        self.shell(line)
+
+    def adds_by_answers(self, line: str) -> None:
+        out = self.shell(line, stdin="logger\nseen: {message}\ny\nn\n")
+        self.assertRegex(out, r"added logger notifier [0-9a-f-]{36}; try it: ")
+
+    def sends_samples(self, line: str) -> None:
+        before = len(self.slack.requests)
+        added = [item.type for item in aimwatch.NotifierConfig(self.paths).notifiers()]
+        out = self.shell(line)
+        self.assertEqual(out.count(": delivered: "), len(added), out)
+        self.assertEqual(len(self.slack.requests), before + added.count("slack"))
+
+    def prints_the_hash(self, line: str) -> None:
+        with open(MODULE, "rb") as file:
+            self.assertEqual(self.shell(line), hashlib.sha256(file.read()).hexdigest() + "\n")
+
+    def watches(self, line: str, env: Optional[Dict[str, str]] = None) -> None:
+        """Start a watcher in the place of the one before; it stays for what follows."""
+        self.stop_watching()
+        self.watching = subprocess.Popen(
+            ["bash", "-c", f"exec {line}"], env=env, cwd=self.folder, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+        )  # fmt: skip
+        self.addCleanup(self._end, self.watching)
+        for _ in range(3):  # what it says before that it watches
+            said = self.watching.stderr.readline()
+            if f" watching {self.paths.root}: " in said:
+                return
+        self.fail(f"{line}\n{said}")
+
+    def stop_watching(self) -> None:
+        if self.watching is not None:
+            self.assertRegex(self.end(self.watching), r"INFO +stopped\n$")
+            self.assertEqual(self.watching.returncode, 0)
+            self.watching = None
+
+    def watches_in_tmux(self, line: str) -> None:
+        self.stop_watching()
+        seen_at = self.saved()["seen_at"]
+        if shutil.which("tmux"):
+            self.addCleanup(subprocess.run, ["tmux", "kill-server"], stderr=subprocess.DEVNULL)
+            self.shell(line)
+        else:
+            inner = self.command("bash", "-c", "exec " + shlex.split(line)[-1], cwd=self.folder)
+            self.addCleanup(inner.terminate)
+        self.wait_for(lambda: self.saved()["seen_at"] > seen_at)
+        os.kill(self.saved()["pid"], signal.SIGTERM)
+        self.wait_for(lambda: aimwatch._is_locked(self.paths.watcher_lock) is False)
+        with open(os.path.join(self.folder, "aimwatch.log"), encoding="utf-8") as file:
+            self.assertIn(f" watching {self.paths.root}: ", file.read())
+
+    # ---- how each kind of block is run
+
+    def run_lines(self, block: str) -> None:
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.partition("  # ")[0].rstrip()
+            if line and not line.startswith("#"):
+                self.run_line(line)
+
+    def run_line(self, line: str) -> None:
+        method = next((name for rule, name in self.LINES if re.fullmatch(rule, line)), None)
+        if method is None:
+            self.fail(f"README.md: nothing here knows how to try: {line}")
+        getattr(self, method)(self.placed(line))
+
+    def run_python(self, block: str) -> None:
+        self.shell("python3 " + self.write("loop.py", TRAINING_STUB + self.placed(block)))
+
+    def run_unit(self, block: str) -> None:
+        unit = configparser.ConfigParser(strict=False, interpolation=None)
+        unit.optionxform = str  # type: ignore[assignment,method-assign]
+        unit.read_string(self.placed(block))
+        self.assertEqual(unit["Install"]["WantedBy"], "multi-user.target")
+        self.assertEqual(unit["Unit"]["RequiresMountsFor"], self.paths.root)
+        self.watches(unit["Service"]["ExecStart"], {"PATH": os.environ["PATH"]})
+        self.assertEqual(unit["Service"]["Restart"], "always")
+
+    def run_cron(self, block: str) -> None:
+        self.stop_watching()
+        for line in block.splitlines():
+            when, command = re.fullmatch(r"((?:[\d*/,-]+ ){5})(.+)", line).groups()  # type: ignore[union-attr]
+            out = self.shell(self.placed(command), env={"PATH": os.environ["PATH"], "HOME": self.folder})
+            self.assertEqual(out, "", f"cron would mail this at every {when}")
+
+    def run_script(self, block: str) -> None:
+        before = set(os.listdir(self.paths.runs))
+        self.shell("bash " + self.write("job.sh", self.placed(block)))
+        (new,) = set(os.listdir(self.paths.runs)) - before
+        with Run(new[:-6], repo=self.paths.root, read_only=True) as run:
+            self.assertEqual((run.name, run.active), ("by train.py", False))
+
+    def read_json(self, block: str) -> None:
+        json.loads(block)
+
+    def test_every_block_and_command_does_what_it_says(self) -> None:
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```$", self.readme, re.M | re.S)
+        self.assertEqual(2 * len(blocks), len(re.findall("^ *```", self.readme, re.M)))
+        for language, block in blocks:
+            with self.subTest(block=block.strip().splitlines()[0]):
+                self.assertIn(language, self.BLOCKS, "nothing here knows how to try this block")
+                getattr(self, self.BLOCKS[language])(block)
+        self.stop_watching()
+        # A command in running text: a program of ours or a command of ours, with its arguments.
+        commands = {" ".join(path) for path in parser_commands()}
+        first = {command.split()[0] for command in commands}
+        prose = re.sub(r"^```.*?^```$", "", self.readme, flags=re.M | re.S)
+        for text in dict.fromkeys(re.findall(r"`([^`\n]+)`", prose)):
+            word = text.split()[0]
+            programs = ("python3", "pip", "systemctl", ".ci/run", "aim", "aimwatch", "aim-watcher", "tmux")
+            if (word not in first and word not in programs) or len(text.split()) == 1 or text in commands:
+                continue
+            with self.subTest(text=text):
+                if not re.fullmatch(self.NOT_OURS, text):
+                    if word in first:
+                        text = f"python3 aimwatch.py --repo /shared/experiments {text}"
+                    self.run_line("python3 -m aimwatch --version" if text == "python3 -m aimwatch" else text)
+
+    def test_every_command_stands_in_it(self) -> None:
+        typed = re.findall(r"aimwatch\.py (?:--repo \S+ )?([^\n`]+)", self.readme)
+        typed += re.findall(r"`([^`\n]+)`", self.readme)
+        missing = set()
+        for path in parser_commands():
+            names = (" ".join(path), path[-1]) if path[0] == "notifiers" else path
+            if not any(text == name or text.startswith(f"{name} ") for name in names for text in typed):
+                missing.add(" ".join(path))
+        self.assertEqual(missing, NOT_IN_README)
+
+    def test_every_command_has_a_help_text(self) -> None:
+        commands = parser_commands()
+        self.assertGreater(len(commands), 15)
+        groups = {path[:-1] for path in commands}
+        listed = {path: self.run_cli(*path, "--help")[1] for path in groups}
+        for path, parser in commands.items():
+            with self.subTest(path=path):
+                self.assertRegex(parser.description, r"^[A-Z].{10,}\.$")
+                self.assertRegex(listed[path[:-1]], rf"\n    {path[-1]}\s+[a-z].{{10,}}")
+                for action in parser._actions:
+                    self.assertTrue(action.help, action)
+
+
+class TestPackaging(Case):
+    """What an installer makes of pyproject.toml; the build itself where it needs no network."""
+
+    @staticmethod
+    def project() -> Dict[str, Any]:
+        """Return pyproject.toml; Python before 3.11 reads the few forms that stand in it."""
+        with open(os.path.join(HERE, "pyproject.toml"), encoding="utf-8") as file:
+            text = file.read()
+        if sys.version_info >= (3, 11):
+            import tomllib
+
+            return tomllib.loads(text)
+        found: Dict[str, Any] = {}
+        for section, body in re.findall(r"^\[([\w.-]+)\]\n(.*?)(?=^\[[\w.-]+\]\n|\Z)", text, re.M | re.S):
+            table = found
+            for name in section.split("."):
+                table = table.setdefault(name, {})
+            for key, value in re.findall(r'^([\w-]+) = (".*?"|\[[^\]]*\])$', body, re.M):
+                table[key] = ast.literal_eval(value)
+            for key, below, value in re.findall(r'^([\w-]+) = \{ (\w+) = (".*?") \}$', body, re.M):
+                table[key] = {below: ast.literal_eval(value)}
+        return found
+
+    def test_both_commands_are_main_and_nothing_is_needed(self) -> None:
+        project = self.project()
+        self.assertEqual(project["build-system"]["build-backend"], "setuptools.build_meta")
+        facts = project["project"]
+        self.assertEqual((facts["requires-python"], facts["dependencies"]), (">=3.8", []))
+        self.assertEqual(sorted(facts["scripts"]), ["aim-watcher", "aimwatch"])
+        for name, target in facts["scripts"].items():
+            with self.subTest(name=name):
+                module, _, function = target.partition(":")
+                self.assertIs(getattr(importlib.import_module(module), function), aimwatch.main)
+        setup = project["tool"]["setuptools"]
+        self.assertEqual(setup["py-modules"], ["aimwatch"])
+        self.assertEqual((setup["dynamic"]["version"], facts["dynamic"]),
+                         ({"attr": "aimwatch.__version__"}, ["version"]))  # fmt: skip
+        self.assertRegex(aimwatch.__version__, r"^\d+\.\d+\.\d+$")
+        with open(MODULE, encoding="utf-8") as file:
+            # Where it is a plain text, it is read without importing the module.
+            self.assertIn(f'\n__version__ = "{aimwatch.__version__}"\n', file.read())
+
+    def test_module_needs_the_standard_library_alone(self) -> None:
+        with open(MODULE, encoding="utf-8") as file:
+            tree = ast.parse(file.read())
+        imported = {
+            name.name.split(".")[0]
+            for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
+        } | {
+            (node.module or "").split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+        }  # fmt: skip
+        library = os.path.dirname(os.__file__)
+        for name in sorted(imported - set(sys.builtin_module_names)):
+            with self.subTest(name=name):
+                spec = importlib.util.find_spec(name)
+                origin = (spec and spec.origin) or "nowhere"
+                self.assertTrue(origin == "frozen" or origin.startswith(library), origin)
+                self.assertNotIn("site-packages", origin)
+
+    def test_wheel_gives_both_commands(self) -> None:
+        try:
+            import pip  # noqa: F401
+            import setuptools
+        except ImportError:
+            self.skipTest("pip and setuptools are not here")
+        version = tuple(map(int, setuptools.__version__.split(".")[:2]))
+        if version < (61, 0) or (version < (70, 1) and not importlib.util.find_spec("wheel")):
+            self.skipTest(f"setuptools {setuptools.__version__} cannot build a wheel without a network")
+        source, target = os.path.join(self.root, "source"), os.path.join(self.root, "target")
+        os.mkdir(source)
+        for name in ("aimwatch.py", "test_aimwatch.py", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(os.path.join(HERE, name), source)
+        for argv in (
+            ("wheel", "--no-build-isolation", "--wheel-dir", self.root, source),
+            ("install", "--target", target, "--find-links", self.root, "aimwatch"),
+        ):
+            pip_ = self.command(sys.executable, "-m", "pip", "--disable-pip-version-check", argv[0],
+                                "--quiet", "--no-index", "--no-deps", *argv[1:])  # fmt: skip
+            err = pip_.communicate(timeout=120)[1]
+            self.assertEqual(pip_.returncode, 0, err)
+        os.environ["PYTHONPATH"] = target
+        for name in ("aimwatch", "aim-watcher"):
+            out = self.command(os.path.join(target, "bin", name), "--version").communicate(timeout=30)[0]
+            self.assertEqual(out, f"aimwatch {aimwatch.__version__}\n")
+        self.assertNotIn("test_aimwatch.py", os.listdir(target))
 
 
 AIM_RUN = """import os, signal, sys, time
