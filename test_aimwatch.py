@@ -6713,6 +6713,41 @@ class TestBesideAim(WatcherProcessCase):
         self.assertIsNone(watcher.poll())
         self.assertTrue(stalls)
 
+    def test_configuration_is_shared(self) -> None:
+        # Aim opens only what it made.
+        script = "import sys, aim; aim.Repo.from_path(sys.argv[1], init=True)"
+        self.assertEqual(self.process(script, self.root).wait(), 0)
+        theirs = os.path.join(os.path.dirname(sys.executable), "aim-watcher")
+
+        def aim(*argv: str, answers: str = "") -> str:
+            done = subprocess.run([theirs, "--repo", self.root, "notifiers", *argv], input=answers,
+                                  stdout=subprocess.PIPE, universal_newlines=True, timeout=60)  # fmt: skip
+            self.assertEqual(done.returncode, 0, done.stdout)
+            return done.stdout
+
+        def ours(*argv: str) -> str:
+            code, out, err = self.run_cli("notifiers", *argv)
+            self.assertEqual((code, err), (0, ""))
+            return out
+
+        server = self.webhook()
+        ours("add", "slack", "--webhook-url", server.url, "--events", "failed,finished", "--yes")
+        aim("add", "slack", answers=f"{server.url}\nfrom aim: {{run.hash}}\ny\n")
+        rows = [row.split() for row in ours("list").splitlines()[1:]]
+        self.assertEqual([row[1:] for row in rows], [["slack", "enabled", "failed,finished"],
+                                                     ["slack", "enabled", "stalled,failed,recovered"]])  # fmt: skip
+        self.assertEqual([row.split() for row in aim("list").splitlines()[1:]], [row[:3] for row in rows])
+        self.assertEqual(ours("test").count(": delivered: "), 2)
+        self.assertEqual(server.texts()[1], "from aim: " + "0" * 24)
+        aim("disable", rows[0][0])
+        self.assertEqual(ours("list").splitlines()[1].split()[2:], ["disabled", "failed,finished"])
+        ours("enable", rows[0][0][:8])
+        ours("remove", rows[1][0], "--yes")
+        ours("set-log-level", "ERROR")
+        self.assertEqual([row.split()[2] for row in aim("list").splitlines()[1:]], ["enabled"])
+        self.assertIn("ERROR", aim("get-log-level"))
+        self.assertEqual(stat.S_IMODE(os.stat(self.paths.config).st_mode), 0o600)
+
 
 # ======================================================================================
 # Bench
