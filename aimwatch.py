@@ -3595,7 +3595,8 @@ class _Compiler:
             self.run_by_run = outer or (pinned and not _is_equality(value))
             parts.append(self.condition(value))
         self.run_by_run = outer
-        return _joined(parts, node.op)
+        # A generated query repeats itself, and SQLite takes seconds for thousands of equal terms.
+        return _joined(list(dict.fromkeys(parts)), node.op)
 
     def conjunct(self, node: ast.expr) -> Conjunct:
         gathering = self.condition(node)
@@ -7135,10 +7136,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
 
 
-def command_line() -> str:
-    """Return how this program was called, for messages that name a command to type."""
+def command_line(repo: Optional[str] = None) -> str:
+    """Return how this program was called, for messages that name a command to type.
+
+    Arguments:
+        repo: what was given with --repo, without which the command would look elsewhere.
+    """
+    import shlex
+
     called = os.path.basename(sys.argv[0]) if sys.argv else ""
-    return f"python3 {called}" if called.endswith(".py") else called or "aimwatch"
+    program = f"python3 {called}" if called.endswith(".py") else called or "aimwatch"
+    return program if repo is None else f"{program} --repo {shlex.quote(repo)}"
 
 
 class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
@@ -7280,7 +7288,7 @@ def _offer_notifier(paths: RepoPaths, args: Any) -> None:
             return
     log.info(
         "no notifiers are enabled, so events are only written here; '%s notifiers add' sets one up",
-        command_line(),
+        command_line(args.repo),
     )
 
 
@@ -7504,37 +7512,37 @@ def _default_add_args(repo: Optional[str]) -> Any:
 
 def cmd_notifiers_add(args: Any) -> int:
     """Add a notifier, by questions or wholly by flags."""
-    paths = find_repo(args.repo)
-    config = NotifierConfig(paths)
+    config = NotifierConfig(find_repo(args.repo))
     config.read()
-    while True:
-        kind = args.type or _ask_type(args)
-        notifier: Dict[str, Any] = {
-            "id": _new_id(),
-            "type": kind,
-            "arguments": _arguments(kind, args),
-            "status": "enabled",
-        }
-        if args.events is not None:
-            notifier["events"] = args.events
-        _show(notifier)
-        _warn_about(notifier)
-        if not args.yes and not _confirm("Save notifier configuration above?", True):
-            raise AimwatchError("aborted: nothing was saved")
-        with config.edit() as raw:
-            raw["notifications"]["notifiers"][notifier["id"]] = notifier
-        print(
-            f"added {kind} notifier {notifier['id']}; try it: {command_line()} notifiers test "
-            f"{notifier['id'][:8]}"
-        )
-        if args.yes or args.type:
-            return 0
-        try:
-            if not _confirm("Would you like to add another notifier?", False):
-                return 0
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return 0
+    _add_notifier(config, args)
+    try:
+        while not args.yes and not args.type and _confirm("Would you like to add another notifier?", False):
+            _add_notifier(config, args)
+    except (EOFError, KeyboardInterrupt):
+        print("\nno other notifier was added")  # `main` would say that nothing was changed
+    return 0
+
+
+def _add_notifier(config: NotifierConfig, args: Any) -> None:
+    kind = args.type or _ask_type(args)
+    notifier: Dict[str, Any] = {
+        "id": _new_id(),
+        "type": kind,
+        "arguments": _arguments(kind, args),
+        "status": "enabled",
+    }
+    if args.events is not None:
+        notifier["events"] = args.events
+    _show(notifier)
+    _warn_about(notifier)
+    if not args.yes and not _confirm("Save notifier configuration above?", True):
+        raise AimwatchError("aborted: nothing was saved")
+    with config.edit() as raw:
+        raw["notifications"]["notifiers"][notifier["id"]] = notifier
+    print(
+        f"added {kind} notifier {notifier['id']}; try it: {command_line(args.repo)} notifiers test "
+        f"{notifier['id'][:8]}"
+    )
 
 
 def _new_id() -> str:
@@ -7738,7 +7746,7 @@ def cmd_notifiers_list(args: Any) -> int:
         rows.append((*cells, ",".join(entry["events"]), f"{entry['problem'] or ''}{waiting}".strip()))
     print("\n".join(table(("NOTIFIER ID", "TYPE", "STATUS", "EVENTS", "PROBLEM"), rows)))
     if not rows:
-        print(f"none yet: '{command_line()} notifiers add' sets one up", file=sys.stderr)
+        print(f"none yet: '{command_line(args.repo)} notifiers add' sets one up", file=sys.stderr)
     return 0
 
 
