@@ -50,7 +50,7 @@ import time
 import traceback
 import types
 import unittest
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 from unittest import mock
 
 import aimwatch
