@@ -25,6 +25,9 @@ On disk, below ``<root>/.aim`` (``check_ins`` and ``ext`` are shared with Aim):
     ext/notifications/watcher.lock     held by the one watcher
     aimwatch/runs/<hash>.jsonl         what a run recorded, one JSON value per line
     aimwatch/pending/<hash>            locked by the process that writes the run
+    aimwatch/news/<hash>-<n>-<level>   empty: the run logged n messages
+    aimwatch/stacks/<hash>.txt         where a run hung that missed its promise
+    aimwatch/mutes/<hash>-<until>      empty: nothing is told of the run before that time
     aimwatch/outbox.jsonl              what was to be sent, and what was
     aimwatch/watcher.json              what the watcher has seen
 
@@ -122,6 +125,10 @@ class RepoError(AimwatchError):
     """A repository, or a file in it, is missing or cannot be used."""
 
 
+class WatcherBusyError(RepoError):
+    """Another process watches the repository."""
+
+
 class RunBusyError(RepoError):
     """Another process, or another object in this one, writes the run."""
 
@@ -147,7 +154,14 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is no JSON")
 
 
-_from_json = json.JSONDecoder(parse_constant=_no_constant).decode
+def _finite_number(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):  # 1e999: no writer of ours, and nothing that could be written again
+        raise ValueError(f"{text} is too large for a number")
+    return number
+
+
+_from_json = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite_number).decode
 
 
 def from_json(data: bytes) -> Any:
@@ -201,12 +215,13 @@ def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
         raise
 
 
-def read_bounded(path: str, limit: int) -> bytes:
-    """Return at most `limit` bytes of a regular file; anything else is refused unread.
+def read_bounded(path: str, limit: int, follow: bool = True) -> bytes:
+    """Return at most `limit` bytes of a regular file; anything else is refused unread, and a
+    symbolic link too unless it is to be followed.
 
     O_NONBLOCK keeps a FIFO that somebody planted from hanging the reader in `open`.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
     with os.fdopen(fd, "rb") as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
@@ -249,6 +264,14 @@ def local_time(epoch_s: float) -> str:
         return "at an unknown time"
 
 
+def brief(value: Any) -> str:
+    """Return what a wrong argument looks like, for the message that refuses it."""
+    try:
+        return printable(repr(value), 60)
+    except Exception:  # a tensor whose device is gone, an int of more than 4,300 digits
+        return f"unprintable {type(value).__name__}"
+
+
 def plural(count: int, noun: str) -> str:
     """Return `1 run`, `2 runs`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
@@ -288,6 +311,9 @@ class RepoPaths:
         self.index_lock = os.path.join(self.own, "index.lock")
         self.outbox = os.path.join(self.own, "outbox.jsonl")
         self.watcher = os.path.join(self.own, "watcher.json")
+        self.news = os.path.join(self.own, "news")
+        self.stacks = os.path.join(self.own, "stacks")
+        self.mutes = os.path.join(self.own, "mutes")
 
     def run_log(self, run_hash: str) -> str:
         return os.path.join(self.runs, f"{run_hash}.jsonl")
@@ -295,9 +321,27 @@ class RepoPaths:
     def marker(self, run_hash: str) -> str:
         return os.path.join(self.pending, run_hash)
 
+    def stack(self, run_hash: str) -> str:
+        return os.path.join(self.stacks, f"{run_hash}.txt")
+
+    def folders(self) -> List[str]:
+        """Return the folders in which anything is written."""
+        own = [self.own, self.runs, self.pending, self.news, self.stacks, self.mutes]
+        return [self.check_ins, self.notifications, *own]
+
+    def refuse_planted_links(self) -> None:
+        """Raise OSError where a folder is a symbolic link that somebody else made: what is written
+        and removed here must stay here."""
+        for folder in self.folders():
+            with contextlib.suppress(FileNotFoundError):
+                info = os.lstat(folder)
+                if stat.S_ISLNK(info.st_mode) and info.st_uid not in (0, os.geteuid()):
+                    why = f"it is a symbolic link that belongs to user {info.st_uid}"
+                    raise OSError(errno.ELOOP, why, folder)
+
     def create(self) -> None:
         """Make the folders that are missing. Raises RepoError where that is impossible."""
-        for folder in (self.check_ins, self.notifications, self.runs, self.pending):
+        for folder in self.folders():
             try:
                 os.makedirs(folder, exist_ok=True)
             except OSError as error:
@@ -475,12 +519,19 @@ class CheckInFile:
 # ======================================================================================
 
 LOG_FORMAT = 1
+#: The year 10000, where Python's calendar ends.
+MAX_TIME_S = 253_402_300_800
 #: A longer line is not ours, and is skipped without being held in memory.
 MAX_LINE_BYTES = 16 << 20
 #: How much a run keeps in memory while its log cannot be written.
 MAX_BACKLOG_BYTES = 64 << 20
 #: How often an unwritable log is tried again.
 RETRY_S = 1.0
+#: What a log says beside its points, since its last checkpoint, counts up to this size: a run that
+#: declares series without end must not fill the memory of who reads it.
+MAX_STATE_BYTES = 2 * MAX_LINE_BYTES
+#: Errors that mean "the file that was here is not any more", as opposed to "it cannot be seen now".
+GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EBADF}
 _CHECKPOINT_START = b'{"checkpoint"'
 #: A checkpoint is written every so many lines, and at the end.
 CHECKPOINT_LINES = 10_000
@@ -552,7 +603,8 @@ class SeriesState:
     def to_list(self) -> List[Any]:
         """Return the series as a checkpoint holds it."""
         floats = [json_float(value) for value in (self.min, self.max, self.last)]
-        steps = [self.first_step, self.last_step, self.last_epoch, self.last_time]
+        epoch = None if self.last_epoch is None else json_float(self.last_epoch)
+        steps = [self.first_step, self.last_step, epoch, json_float(self.last_time)]
         return [self.id, self.name, self.context, self.count, *floats, *steps]
 
     @classmethod
@@ -577,6 +629,8 @@ def json_float(value: float) -> Union[float, str]:
 
 #: Deeper params are stored as text.
 MAX_PARAM_DEPTH = 50
+#: Longer ints too: Python refuses to turn more than 4,300 digits into text or back.
+MAX_INT_BITS = 8192
 
 
 def encode_value(value: Any, odd: List[str], depth: int = 0) -> Any:
@@ -586,7 +640,12 @@ def encode_value(value: Any, odd: List[str], depth: int = 0) -> Any:
     number that they hold, and anything else becomes text; its type is then added to `odd`.
     """
     kind = type(value)
-    if value is None or kind in (bool, int, str):
+    if value is None or kind in (bool, str):
+        return value
+    if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
+        odd.append(f"an int of {value.bit_length()} bits")
+        return hex(value)
+    if kind is int:
         return value
     if isinstance(value, float):
         value = float(value)
@@ -614,7 +673,7 @@ def _text_key(key: Any) -> str:
 def decode_value(value: Any) -> Any:
     """Return what `encode_value` was given, as a copy."""
     if isinstance(value, dict):
-        if len(value) == 1 and isinstance(value.get("$float"), str):
+        if len(value) == 1 and value.get("$float") in ("nan", "inf", "-inf"):
             return float(value["$float"])
         return {key: decode_value(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -627,6 +686,27 @@ def _checked_idx(value: Any) -> int:
     if not 0 <= idx < MAX_IDX:
         raise ValueError(f"no check-in has the number {value}")
     return idx
+
+
+_PROP_KINDS: Dict[str, Tuple[type, ...]] = {
+    "name": (str,), "description": (str, type(None)), "experiment": (str,), "archived": (bool,),
+    "tags": (list,),
+}  # fmt: skip
+
+
+def _checked_props(props: Any) -> Dict[str, Any]:
+    for name, value in props.items():
+        if not isinstance(value, _PROP_KINDS.get(name, object)):
+            raise TypeError(f"{name} cannot be {value!r}")
+    if not all(isinstance(tag, str) for tag in props.get("tags", ())):
+        raise TypeError("a tag is text")
+    return dict(props)
+
+
+def _checked_path(path: Any) -> List[str]:
+    if not isinstance(path, list) or not all(isinstance(key, str) for key in path):
+        raise TypeError("a param's path is a list of strings")
+    return path
 
 
 class RunState:
@@ -650,6 +730,8 @@ class RunState:
         self.next_idx = 1
         self.last_time = 0.0
         self.skipped = 0
+        #: Bytes of the records that made this state, as far as they were read from a log.
+        self.weight = 0
 
     def apply(self, record: Any) -> bool:
         """Take one parsed line in; False where it is not a record of ours."""
@@ -664,14 +746,17 @@ class RunState:
             pass
         return False
 
-    def _seen(self, when: Any) -> None:
-        self.last_time = max(self.last_time, float(when))
+    def _seen(self, when: Any) -> float:
+        when_s = float(when)
+        if not 0 <= when_s < MAX_TIME_S:
+            raise ValueError(f"{when} is no time")
+        self.last_time = max(self.last_time, when_s)
+        return when_s
 
     def _apply_point(self, point: List[Any]) -> bool:
-        epoch = point[4] if len(point) > 4 else None
-        when = float(point[3])
-        self.series[point[0]].add(int(point[1]), float(point[2]), when, epoch)
-        self.last_time = max(self.last_time, when)
+        epoch = float(point[4]) if len(point) > 4 else None
+        step, value, series = int(point[1]), float(point[2]), self.series[point[0]]
+        series.add(step, value, self._seen(point[3]), epoch)
         return True
 
     def _apply_header(self, record: Dict[str, Any]) -> None:
@@ -685,14 +770,14 @@ class RunState:
         self.end = None
 
     def _apply_props(self, record: Dict[str, Any]) -> None:
-        self.props.update(record["props"])
+        self.props.update(_checked_props(record["props"]))
 
     def _apply_set(self, record: Dict[str, Any]) -> None:
-        path, value = record["set"], record["value"]
+        path, value = _checked_path(record["set"]), record["value"]
         if path:
             parent: Any = self.params
             for key in path[:-1]:
-                at = int(key) if isinstance(parent, list) else key
+                at: Any = int(key) if isinstance(parent, list) else key
                 child = parent[at] if isinstance(parent, list) else parent.get(at)
                 if not isinstance(child, (dict, list)):
                     child = parent[at] = {}
@@ -702,7 +787,7 @@ class RunState:
             self.params = value
 
     def _apply_del(self, record: Dict[str, Any]) -> None:
-        path = record["del"]
+        path = _checked_path(record["del"])
         if not path:
             self.params = {}
             return
@@ -754,12 +839,18 @@ class RunState:
                 raise TypeError(f"{field} is no {kind.__name__}")
         if record["checkpoint"] != 1:
             raise ValueError("another format")
+        props = _checked_props(record["props"])
         # Everything is looked at before anything is taken over: half a checkpoint would be a lie.
         errors, end, next_idx = map(str, record["errors"]), record["end"], _checked_idx(record["next_idx"])
+        if isinstance(end, dict):
+            self._seen(end["time"])
+            if not isinstance(end["end"], str):
+                raise TypeError("an end is finished or failed")
         self._seen(record["last_time"])
+        created_at = self._seen(record["header"].get("created_at", self.created_at))
         self.next_idx = max(self.next_idx, next_idx)
-        self.header, self.params, self.props = record["header"], record["params"], record["props"]
-        self.created_at = float(self.header.get("created_at", self.created_at))
+        self.header, self.params, self.props = record["header"], record["params"], props
+        self.created_at = created_at
         self.series = {item.id: item for item in series}
         self.logs = record["logs"]
         self.errors = deque(errors, maxlen=5)
@@ -767,6 +858,8 @@ class RunState:
 
     def _apply_end(self, record: Dict[str, Any]) -> None:
         idx = _checked_idx(record["idx"])
+        if not isinstance(record["end"], str):
+            raise TypeError("an end is finished or failed")
         self._seen(record["time"])
         self.end = record
         self.next_idx = max(self.next_idx, idx + 1)
@@ -790,6 +883,9 @@ class LogWriter:
 
     A record that the disk refuses waits in memory, in order, and is tried again with the next
     record at most once a second. When the buffer is full the oldest wait is given up and counted.
+
+    A file that was removed or moved away takes writes all the same, and nobody would find them: the
+    owner asks `is_there` now and then, and has the file made again with `open_again`.
     """
 
     def __init__(self, path: str) -> None:
@@ -798,15 +894,90 @@ class LogWriter:
         self._backlog: Deque[bytes] = deque()
         self._backlog_bytes = 0
         self._retry_mono = 0.0
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-        self._fd = os.open(path, flags, 0o666)
-        info = os.fstat(self._fd)
-        if not stat.S_ISREG(info.st_mode):
-            os.close(self._fd)
-            raise OSError(errno.EINVAL, "not a regular file", path)
-        self.size = info.st_size
-        # A writer that was killed may have left half a line; the next record must not join it.
-        self._torn = self.size > 0 and os.pread(self._fd, 1, self.size - 1) != b"\n"
+        self._lost = False
+        self._open(path, os.O_CREAT)
+
+    def _open(self, path: str, how: int) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | how, 0o666)
+        try:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", path)
+            # A writer that was killed may have left half a line; the next record must not join it.
+            torn = info.st_size > 0 and os.pread(fd, 1, info.st_size - 1) != b"\n"
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd, self.size, self._torn = fd, info.st_size, torn
+
+    def is_there(self) -> bool:
+        """True where the path leads to the file that is written, also again, or nobody can tell."""
+        try:
+            same = os.path.samestat(os.lstat(self.path), os.fstat(self._fd))
+        except OSError as error:
+            return error.errno not in GONE
+        if same and self._lost:
+            self._lost, self._retry_mono = False, 0.0
+        return same
+
+    def leave(self) -> None:
+        """Write no more to the file, which is not there any more: what comes waits in memory."""
+        if not self._lost:
+            self._lost = self._torn = True  # the second, so that one look at it finds either
+            log.warning("%s is gone; records wait in memory until its folder is there again", self.path)
+
+    def open_again(self, first: Sequence[bytes], last: Sequence[bytes]) -> None:
+        """Make the file again after `leave`, with what it held and what waits. Raises OSError.
+
+        Where what it held cannot be read any more, or another file took the place, the lines `first`
+        begin an empty file, and `last`, which must say as much as all those that are lost, follow
+        what waits.
+        """
+        old = self._fd
+        try:
+            size = os.lstat(self.path).st_size
+        except FileNotFoundError:
+            size = 0
+        if size or not self._copy_back(old):
+            self._open(self.path, os.O_CREAT)
+            if not self.size:
+                self._backlog.extendleft(reversed(first))
+            self._backlog.extend(last)
+            self._backlog_bytes = sum(map(len, self._backlog))
+        with contextlib.suppress(OSError):
+            os.close(old)
+        self._lost = False
+        if self.flush(now=True, again=True):
+            log.warning("%s is there again (%d records lost)", self.path, self.dropped)
+
+    def _copy_back(self, old: int) -> bool:
+        """Put what is still readable of a removed file at its path, in one step; False for none."""
+        temporary = f"{self.path}.{os.urandom(6).hex()}.tmp"
+        try:
+            self._open(temporary, os.O_CREAT | os.O_EXCL)
+        except OSError:
+            return False
+        try:
+            at = 0
+            while True:
+                data = os.pread(old, 1 << 20, at)
+                if not data:
+                    break
+                at += len(data)
+                while data:
+                    data = data[os.write(self._fd, data) :]
+            self._torn = at > 0 and os.pread(self._fd, 1, at - 1) != b"\n"
+            if at:
+                os.rename(temporary, self.path)
+                self.size = at
+                return True
+        except OSError as error:
+            log.debug("%s cannot be copied: %s", self.path, error.strerror)
+        os.close(self._fd)
+        self._fd = old
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        return False
 
     def append(self, record: Any) -> None:
         """Write one record as a line; keep it for later where that fails. Never raises OSError."""
@@ -822,20 +993,21 @@ class LogWriter:
                 self.dropped += 1
             self.flush()
 
-    def flush(self, now: bool = False) -> bool:
+    def flush(self, now: bool = False, again: bool = False) -> bool:
         """Write what waits; True when nothing waits any more."""
         mono = time.monotonic()
         if self._backlog and (now or mono >= self._retry_mono):
             self._retry_mono = mono + RETRY_S
-            while self._backlog and self._write(self._backlog[0]):
-                self._backlog_bytes -= len(self._backlog.popleft())
-            if not self._backlog:
+            while self._backlog:
+                line = self._backlog[0]
+                if not self._write(line):
+                    break
+                # Of a line that a signal's handler wrote meanwhile, nothing waits here any more.
+                if self._backlog and self._backlog[0] is line:
+                    self._backlog_bytes -= len(self._backlog.popleft())
+            if not self._backlog and not again:
                 log.warning("%s can be written again (%d records lost)", self.path, self.dropped)
         return not self._backlog
-
-    def end(self) -> int:
-        """Return the size of the file now, in bytes."""
-        return os.fstat(self._fd).st_size
 
     def sync(self) -> None:
         """Wait until what was written has reached the disk, as far as the disk tells."""
@@ -843,54 +1015,80 @@ class LogWriter:
             os.fsync(self._fd)
 
     def _write(self, line: bytes) -> bool:
-        data = b"\n" + line if self._torn else line
+        if self._torn:
+            if self._lost:
+                return False
+            line = b"\n" + line
         try:
-            written = os.write(self._fd, data)
+            written = os.write(self._fd, line)
         except OSError as error:
             if not self._backlog:
                 self._retry_mono = time.monotonic() + RETRY_S
                 log.warning("cannot write %s: %s; records wait in memory", self.path, error.strerror)
             return False
-        self._torn = written < len(data) and (written > 0 or self._torn)
-        return written >= len(data) - 1  # the next record brings the line break
+        if written == len(line):
+            self._torn = False
+            return True
+        self._torn = written > 0 or self._torn
+        return written == len(line) - 1  # the next record brings the line break
 
-    def close(self) -> None:
-        """Try once more to write what waits, and let go of the file."""
+    def close(self) -> int:
+        """Try once more to write what waits, and let go of the file. Return its size in bytes, or -1
+        where not everything is in it."""
+        size = -1
         if not self.flush(now=True):
             log.error("%s: %d records could not be written", self.path, len(self._backlog))
-        os.close(self._fd)
+        with contextlib.suppress(OSError):  # of a share that is gone, not even this succeeds
+            if not self._backlog and not self.dropped:
+                size = os.fstat(self._fd).st_size
+            os.close(self._fd)
+        return size
 
 
-def read_log(path: str, run_hash: str) -> RunState:
+def read_log(path: str, run_hash: str, most_bytes: float = math.inf) -> RunState:
     """Return what the run log at `path` says. Raises OSError where it cannot be read.
 
     Reads the first line, then from the last checkpoint on: what a run has recorded since decides
-    the cost, not what it ever recorded.
+    the cost, not what it ever recorded. With `most_bytes`, what lies further back is left out.
     """
     state = RunState(run_hash)
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, "not a regular file", path)
     with os.fdopen(fd, "rb") as file:
         lines = read_lines(file)
-        start = _last_checkpoint(fd, info.st_size)
-        if start:
+        least = int(max(0, info.st_size - most_bytes))
+        start = _last_checkpoint(fd, info.st_size, least)
+        if start or least:
             _apply_line(state, next(lines, (b"", True))[0])
         while start:
             file.seek(start)
             if _apply_line(state, next(lines, (b"", True))[0]):
                 break
-            start = _last_checkpoint(fd, max(start - 2, 0))  # torn: the one before it
+            start = _last_checkpoint(fd, max(start - 2, 0), least)  # torn: the one before it
         else:
-            state = RunState(run_hash)
-            file.seek(0)
+            if least:
+                file.seek(least)
+                next(lines, None)  # the rest of a line
+            else:
+                state = RunState(run_hash)
+                file.seek(0)
         for line, whole in lines:
             # A last line without its end is being written, or was torn; not counted as damage.
             if not _apply_line(state, line) and whole:
                 state.skipped += 1
     return state
+
+
+def log_problem(state: RunState) -> str:
+    """Return why a log that was read is of no use, or ""."""
+    version = state.header.get("format", LOG_FORMAT)
+    if version != LOG_FORMAT:
+        known = f"this aimwatch knows {LOG_FORMAT}"
+        return f"written in format {brief(version)}, and {known}: use the newer aimwatch"
+    return "" if state.created_at else "no run description in it: it is empty, or no run's log"
 
 
 def read_points(path: str, series_id: int) -> List[Tuple[int, float, Optional[float], float]]:
@@ -910,15 +1108,25 @@ def read_points(path: str, series_id: int) -> List[Tuple[int, float, Optional[fl
     return points
 
 
+def parse_message(line: bytes) -> Optional[Dict[str, Any]]:
+    """Return the log message that a line holds, with an int in `log`, seconds since the epoch in
+    `time` and text in `message`; None for any other line."""
+    if line.startswith(b'{"log"'):
+        with contextlib.suppress(ValueError, RecursionError, KeyError, OverflowError, TypeError):
+            record = from_json(line)
+            level, when = int(record["log"]), float(record["time"])
+            if 0 <= when < MAX_TIME_S:
+                return {**record, "log": level, "time": when, "message": str(record["message"])}
+    return None
+
+
 def read_messages(path: str) -> Iterator[Dict[str, Any]]:
     """Yield the log messages of a run as recorded. Raises OSError."""
     with open(path, "rb") as file:
         for line, whole in read_lines(file):
-            if whole and line.startswith(b'{"log"'):
-                with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
-                    record = from_json(line)
-                    float(record["time"])
-                    yield {**record, "message": str(record["message"])}
+            message = parse_message(line) if whole else None
+            if message is not None:
+                yield message
 
 
 def read_lines(file: Any) -> Iterator[Tuple[bytes, bool]]:
@@ -942,16 +1150,20 @@ def _apply_line(state: RunState, line: bytes) -> bool:
         record = from_json(line)
     except (ValueError, RecursionError):
         return False
+    if type(record) is dict:
+        state.weight = len(line) + (0 if line.startswith(_CHECKPOINT_START) else state.weight)
+        if state.weight > MAX_STATE_BYTES and "end" not in record:
+            return False
     return state.apply(record)
 
 
-def _last_checkpoint(fd: int, size: int) -> int:
-    """Return the offset of the last line that starts a checkpoint, or 0. JSON strings hold no raw
-    line break, so the bytes searched for stand nowhere else."""
+def _last_checkpoint(fd: int, size: int, least: int = 0) -> int:
+    """Return the offset, from `least` on, of the last line that starts a checkpoint, or 0. JSON
+    strings hold no raw line break, so the bytes searched for stand nowhere else."""
     needle = b"\n" + _CHECKPOINT_START
     block, end = 1 << 18, size
-    while end > 0:
-        start = max(0, end - block)
+    while end > least:
+        start = max(least, end - block)
         at = os.pread(fd, end - start + len(needle), start).rfind(needle)
         if at >= 0:
             return start + at + 1
@@ -972,14 +1184,25 @@ IDLE_CHECK_IN_S = 30.0
 #: How long a run that ends goes on trying to say so on a disk that refuses.
 END_RETRIES, END_RETRY_S = 4, 0.5
 MAX_STEP = 2**63
+#: A longer log message is cut.
+MAX_LOG_MESSAGE = 1 << 20
 #: How long a run that closes waits for the index.
 INDEX_ITSELF_S = 2.0
 #: How long a record waits for another thread's before it goes ahead.
 LOCK_WAIT_S = 2.0
+#: How often a run looks whether its files are still there.
+LOOK_S = 1.0
 #: How long a lock on a run may be somebody's look at whether it is held.
 PROBE_WAIT_S = 0.3
 _MAX_FRAMES = 6
+_INF, _MINUS_INF = math.inf, -math.inf
 _monotonic = time.monotonic
+#: How long after a missed promise the stacks are written.
+STACKS_AFTER_S = 0.5
+#: What $AIMWATCH_STACKS may say to turn them off.
+_OFF = ("0", "no", "off", "false")
+#: A message below this level may wait this long before the watcher is told that it is there.
+NEWS_LEVEL, NEWS_INTERVAL_S = logging.WARNING, 1.0
 
 
 #: The experiment of a run that was given none, as in Aim.
@@ -1066,6 +1289,126 @@ def last_frames(error: BaseException) -> List[str]:
     return [f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in found]
 
 
+class _Stacks:
+    """Leaves the stacks of all threads in a file when a run misses its promise.
+
+    `faulthandler` has one timer, a C thread that works while the GIL is held; it is set to the
+    earliest promise of all runs, and left alone while it is the user's.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        #: Run hash to its deadline (monotonic) and the descriptor of its file.
+        self._armed: Dict[str, Tuple[float, int]] = {}
+        self._faulthandler: Any = None
+        self._theirs_until = -math.inf
+
+    def _load(self) -> bool:
+        """Have `faulthandler` at hand, and notice when the user sets its timer."""
+        if self._faulthandler is None:
+            was_loaded = "faulthandler" in sys.modules
+            try:
+                import faulthandler
+            except ImportError:
+                return False
+            if was_loaded and _may_have_timer():
+                self._theirs_until = math.inf
+            self._later, self._cancel = (
+                faulthandler.dump_traceback_later,
+                faulthandler.cancel_dump_traceback_later,
+            )
+            self._faulthandler = faulthandler
+            faulthandler.dump_traceback_later = self._on_later
+            faulthandler.cancel_dump_traceback_later = self._on_cancel
+        return True
+
+    def _on_later(self, timeout: float, repeat: bool = False, *args: Any, **options: Any) -> None:
+        """Set the timer for the user, in whose place `dump_traceback_later` this stands."""
+        with self._lock:
+            self._later(timeout, repeat, *args, **options)
+            self._theirs_until = math.inf if repeat else _monotonic() + timeout
+
+    def _on_cancel(self) -> None:
+        with self._lock:
+            self._cancel()
+            self._theirs_until = -math.inf
+            self._set()
+
+    def arm(self, run: Run, deadline_mono: float) -> None:
+        """Have all stacks written at a moment of the monotonic clock, unless armed anew before.
+        Raises OSError where the run's file cannot be opened."""
+        fd = run._stacks_fd
+        if fd < 0:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+            fd = os.open(run._paths.stack(run.hash), flags, 0o666)
+        with self._lock:
+            if run._stacks_fd < 0 and not run._closed:
+                run._stacks_fd = fd
+            if run._stacks_fd != fd:
+                os.close(fd)  # another thread closed the run, or was quicker to open the file
+            elif self._load():
+                if self._armed.get(run.hash, (math.inf, fd))[0] <= _monotonic():
+                    os.ftruncate(fd, 0)  # the run goes on: where it hung is no news any more
+                self._armed[run.hash] = (deadline_mono, fd)
+                self._set()
+
+    def disarm(self, run: Run) -> None:
+        """Write nothing for a run, until it is armed again."""
+        with self._lock:
+            if self._armed.pop(run.hash, None) is not None:
+                self._set()
+
+    def close(self, run: Run) -> None:
+        """Remove what was written for a run that has ended."""
+        with self._lock:
+            self.disarm(run)
+            # Under the lock: a timer must never fire into a descriptor that is somebody else's by then.
+            fd, run._stacks_fd = run._stacks_fd, -1
+        if fd >= 0:
+            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.unlink(run._paths.stack(run.hash))
+
+    def _set(self) -> None:
+        now = _monotonic()
+        ahead = [item for item in self._armed.values() if item[0] > now]
+        if now >= self._theirs_until:
+            if ahead:
+                deadline, fd = min(ahead)
+                self._later(deadline - now, file=fd)
+            elif self._faulthandler is not None:
+                self._cancel()
+
+    def before_fork(self) -> None:
+        # A child that inherits a set timer waits at its exit for a thread that it does not have.
+        self._lock.acquire()
+        if self._armed and _monotonic() >= self._theirs_until:
+            self._cancel()
+
+    def after_fork_in_parent(self) -> None:
+        if self._armed:
+            self._set()
+        self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        self._lock = threading.RLock()
+        self._armed = {}
+
+
+def _may_have_timer() -> bool:
+    """True unless it is plain that nobody has set the timer of `faulthandler`, whose thread is the
+    one that blocks every signal."""
+    try:
+        for thread in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{thread}/status", encoding="ascii", errors="replace") as file:
+                blocked = re.search(r"^SigBlk:\s*([0-9a-f]+)", file.read(), re.MULTILINE)
+            if blocked is None or bin(int(blocked[1], 16)).count("1") > 50:
+                return True
+    except OSError:
+        return True
+    return False
+
+
 class _Process:
     """What runs need of the process: its exit, its uncaught exception, its SIGTERM.
 
@@ -1081,6 +1424,7 @@ class _Process:
         #: of one process apart, and one of them would lose its lock when the other closes the file.
         self.markers = threading.Lock()
         self.index = threading.Lock()
+        self.stacks = _Stacks()
         self._excepthook: Optional[Callable[..., Any]] = None
         self._sigterm: Any = None
         self._masks: List[Any] = []
@@ -1100,7 +1444,7 @@ class _Process:
             self._excepthook, sys.excepthook = sys.excepthook, self._on_uncaught
             os.register_at_fork(
                 before=self._before_fork,
-                after_in_parent=self._after_fork,
+                after_in_parent=self._after_fork_in_parent,
                 after_in_child=self._after_fork_in_child,
             )
         if self._sigterm is None and threading.current_thread() is threading.main_thread():
@@ -1113,16 +1457,19 @@ class _Process:
     def _before_fork(self) -> None:
         # A signal that reaches the child before it runs Python is lost to a Python handler.
         self._masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}))
+        self.stacks.before_fork()
 
-    def _after_fork(self) -> None:
+    def _after_fork_in_parent(self) -> None:
+        self.stacks.after_fork_in_parent()
         signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop())
 
     def _after_fork_in_child(self) -> None:
+        self.stacks.after_fork_in_child()
         if self._sigterm is not None and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
             with contextlib.suppress(ValueError):
                 signal.signal(signal.SIGTERM, self._sigterm)
                 self._sigterm = None
-        self._after_fork()
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop())
 
     def _on_uncaught(self, kind: Any, error: BaseException, trace: Any) -> None:
         if not _interactive():
@@ -1173,6 +1520,8 @@ class Run:
         repo: the folder that holds `.aim`, or `.aim` itself; None: see `find_repo`.
         read_only: look at a run without writing; the run must exist.
         experiment: the experiment that the run belongs to.
+        stacks: whether a process that misses its promise leaves the stacks of its threads for the
+            alert; $AIMWATCH_STACKS=0 turns it off for all.
         system_tracking_interval, log_system_params, capture_terminal_logs, force_resume: accepted
             so that scripts written for Aim run unchanged; without effect here.
 
@@ -1191,6 +1540,7 @@ class Run:
         log_system_params: Optional[bool] = False,
         capture_terminal_logs: Optional[bool] = False,
         force_resume: Optional[bool] = False,
+        stacks: bool = True,
     ) -> None:
         self._pid = 0  # so that __del__ finds a run that was never opened, whatever fails here
         self.hash = os.urandom(12).hex() if run_hash is None else checked_run_hash(run_hash)
@@ -1203,6 +1553,12 @@ class Run:
         self._complained = False
         self._warned_odd = False
         self._lines = 0
+        self._stacks_on = stacks and os.environ.get("AIMWATCH_STACKS", "").lower() not in _OFF
+        self._stacks_fd = -1
+        self._news = ""
+        self._news_waits, self._news_mono = False, -math.inf
+        self._look_at_s = 0.0
+        self._dropped = 0
         if read_only:
             self._read()
         else:
@@ -1233,6 +1589,10 @@ class Run:
             ) from None
         except OSError as error:
             raise RepoError(f"cannot read {path}: {error.strerror}") from None
+        problem = log_problem(self._state)
+        if problem:
+            del self._state  # asked again, it says so again
+            raise RepoError(f"cannot read {path}: {problem}")
 
     def _open(self, may_exist: bool) -> None:
         # Reentrant: the SIGTERM handler runs on top of whatever the main thread was doing.
@@ -1323,11 +1683,10 @@ class Run:
         """Go on where an earlier process left this run, and return the check-ins that are ours."""
         if self._log.size:
             self._state = read_log(self._log.path, self.hash)
-            if self._state.header.get("format", LOG_FORMAT) != LOG_FORMAT:
-                raise RepoError(
-                    f"run {self.hash} was written in format {self._state.header['format']!r} and "
-                    f"this aimwatch writes format {LOG_FORMAT}: use the newer aimwatch"
-                )
+            problem = log_problem(self._state) if self._state.created_at else ""
+            if problem:
+                raise RepoError(f"cannot go on with run {self.hash}: {problem}")
+            self._news = self._news_name()
         names = []
         for name in os.listdir(self._paths.check_ins):
             parsed = parse_check_in(name) if name.startswith(self.hash) else None
@@ -1378,6 +1737,13 @@ class Run:
         self, flag: str, expect_s: float, margin_s: float, asked: Any, strict: bool = False
     ) -> bool:
         """Write a check-in and note what it covers; no lock is held while it is written."""
+        if self._pid and self._lock.acquire(blocking=False):
+            try:
+                now_s = time.time()
+                if now_s >= self._look_at_s:
+                    self._look(now_s)
+            finally:
+                self._lock.release()
         now = _monotonic()
         written_s = math.ceil(expect_s + margin_s) if expect_s else 0
         idx = self._file.next_idx()
@@ -1400,7 +1766,21 @@ class Run:
                 self._deadline = now + written_s if written_s else math.inf
                 until = now + (written_s - expect_s if written_s else IDLE_CHECK_IN_S)
                 self._window = (asked if flag == CHECK_IN else math.nan, until)
+        if self._stacks_on:
+            self._arm_stacks(now + written_s + STACKS_AFTER_S if written_s else 0.0)
+        if self._news_waits:
+            self._write_news()
         return True
+
+    def _arm_stacks(self, deadline_mono: float) -> None:
+        try:
+            if deadline_mono:
+                _process.stacks.arm(self, deadline_mono)
+            else:
+                _process.stacks.disarm(self)
+        except (OSError, OverflowError, RuntimeError, ValueError) as error:
+            self._stacks_on = False
+            log.debug("run %s leaves no stacks: %s", self.hash, error)
 
     def report_successful_finish(self, *, block: bool = True) -> None:
         """Say that the run reached its end. `block` is Aim's; the report is always written."""
@@ -1442,14 +1822,17 @@ class Run:
         if step is not None and type(step) is not int:
             step = _checked_step(step)
         if step is not None and not -MAX_STEP <= step < MAX_STEP:
-            raise ArgumentError(f"step {step} of metric {points[0][0]!r} does not fit in 64 bits")
+            named = brief(points[0][0]) if points else "{}"
+            raise ArgumentError(f"step {brief(step)} of metric {named} does not fit in 64 bits")
         if epoch is not None:
             epoch = _checked_epoch(epoch)
         if not self._may_write("track"):
             return
         now = time.time()
-        held = self._lock.acquire(timeout=LOCK_WAIT_S)
+        held = self._lock.acquire(True, LOCK_WAIT_S)
         try:
+            if now >= self._look_at_s:
+                self._look(now)
             for metric, number in points:
                 self._add_point(metric, number, step, epoch, context, now)
         finally:
@@ -1471,11 +1854,15 @@ class Run:
             series = self._declare(name, context)
         if step is None:
             step = series.last_step + 1 if series.count else 0
-        text = repr(value) if -math.inf < value < math.inf else f'"{float(value)!r}"'
-        if epoch is None:
-            line = f"[{series.id},{step},{text},{now:.3f}]\n"
+            if step >= MAX_STEP:
+                step = MAX_STEP - 1
+        # The innermost loop's business: no call that can be spared.
+        if epoch is None and _MINUS_INF < value < _INF:
+            line = f"[{series.id},{step},{value!r},{now:.3f}]\n"
+        elif epoch is None:
+            line = f"[{series.id},{step},{json_text(value)},{now:.3f}]\n"
         else:
-            line = f"[{series.id},{step},{text},{now:.3f},{json_text(epoch)}]\n"
+            line = f"[{series.id},{step},{json_text(value)},{now:.3f},{json_text(epoch)}]\n"
         series.add(step, value, now, epoch)
         self._state.last_time = now
         self._append(line.encode("ascii"))
@@ -1483,7 +1870,7 @@ class Run:
     def _declare(self, name: str, context: Optional[Dict[str, Any]]) -> SeriesState:
         if context is not None and not isinstance(context, dict):
             raise ArgumentTypeError(
-                f"context of metric {name!r} must be a dict, not {type(context).__name__}"
+                f"context of metric {brief(name)} must be a dict, not {type(context).__name__}"
             )
         odd: List[str] = []
         encoded = encode_value(context or {}, odd)
@@ -1493,7 +1880,8 @@ class Run:
             self._record({"series": series_id, "name": name, "context": encoded})
             self._by_key[key] = self._state.series[series_id]
             self._warn_odd(odd, f"context of metric {name!r}")
-        with contextlib.suppress(TypeError):  # a context with a list in it has no short cut
+        # A context with anything else in it has no short cut: it may not hash, or be another each time.
+        if all(type(item) in (str, int, bool) for item in (context or {}).values()):
             self._by_key[name, tuple(context.items()) if context else ()] = self._by_key[key]
         return self._by_key[key]
 
@@ -1672,11 +2060,36 @@ class Run:
 
     def _log_message(self, level: int, msg: Any, params: Dict[str, Any]) -> None:
         if self._may_write("log"):
-            record: Dict[str, Any] = {"log": level, "message": str(msg)}
+            record: Dict[str, Any] = {"log": level, "message": str(msg)[:MAX_LOG_MESSAGE]}
             record["time"] = round(time.time(), 3)
             if params:
                 record["params"] = encode_value(params, [])
             self._record(record)
+            self._news_waits = True
+            if level >= NEWS_LEVEL or _monotonic() >= self._news_mono:
+                self._write_news()
+
+    def _news_name(self) -> str:
+        logs = dict(self._state.logs)
+        return f"{self.hash}-{sum(logs.values())}-{max(map(int, logs), default=0)}"
+
+    def _write_news(self) -> None:
+        """Move the file forward whose name tells the watcher that there are messages."""
+        if not self._log.flush():
+            self._news_waits = True  # the watcher would look, and find nothing
+            return
+        self._news_waits, self._news_mono = False, _monotonic() + NEWS_INTERVAL_S
+        old, self._news = self._news, self._news_name()
+        name = self._news
+        try:
+            try:
+                os.rename(os.path.join(self._paths.news, old or name), os.path.join(self._paths.news, name))
+            except FileNotFoundError:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+                os.close(os.open(os.path.join(self._paths.news, name), flags, 0o666))
+        except OSError as error:
+            self._news_waits = True
+            log.debug("cannot announce messages of run %s: %s", self.hash, error)
 
     # ---------------------------------------------------------------- records
 
@@ -1687,8 +2100,18 @@ class Run:
         with it.
         """
         line = to_json(record).encode("ascii") + b"\n"
+        if len(line) > MAX_LINE_BYTES:
+            kind = next(iter(record))
+            what = f"param {'.'.join(record[kind])!r}" if kind == "set" else kind
+            raise ArgumentError(
+                f"{printable(what, 80)} takes {len(line)} bytes, and a record holds at most "
+                f"{MAX_LINE_BYTES}: store it in a file, and its path here"
+            )
         held = self._lock.acquire(timeout=LOCK_WAIT_S)
         try:
+            now = time.time()
+            if self._pid and now >= self._look_at_s:
+                self._look(now)
             # From the line, so that the state shares nothing with what the caller holds.
             if not self._state.apply(from_json(line)):
                 return False
@@ -1700,13 +2123,56 @@ class Run:
 
     def _append(self, line: bytes) -> None:
         self._log.append_line(line)
-        self._lines += 1
+        # A long line counts as many, so that what is read from a checkpoint on stays small.
+        self._lines += 1 + len(line) // 1000
         if self._lines >= CHECKPOINT_LINES:
             self._checkpoint()
 
     def _checkpoint(self) -> None:
         self._lines = 0
-        self._log.append(self._state.to_checkpoint())
+        self._look_at_s = 0.0  # also where the clock was set back
+        with contextlib.suppress(RecursionError):  # params that somebody else nested too deeply
+            self._log.append(self._state.to_checkpoint())
+
+    def _look(self, now_s: float) -> None:
+        """See whether the run's files are still where they were, and make them again where not.
+
+        Never where there is no `.aim`: a share that is not mounted leaves an empty folder, and what
+        was written below it would be hidden when the share comes back.
+        """
+        self._look_at_s = now_s + LOOK_S
+        try:
+            log_there, marker_there = self._log.is_there(), self._marker_is_there()
+            if not log_there:
+                self._log.leave()
+            if not (log_there and marker_there) and os.path.isdir(self._paths.aim):
+                self._paths.create()
+                if not marker_there:
+                    # First, since it says that no other process writes the run meanwhile.
+                    old, self._marker_fd = self._marker_fd, self._take_marker(self._marker_path())
+                    with contextlib.suppress(OSError):
+                        os.close(old)
+                if not log_there:
+                    records = self._state.header, self._state.to_checkpoint()
+                    header, checkpoint = ([to_json(record).encode("ascii") + b"\n"] for record in records)
+                    self._log.open_again(header, checkpoint)
+                    # The check-in went with it: let the next report be written.
+                    self._window, self._deadline = (math.nan, 0.0), 0.0
+        except (OSError, AimwatchError, RecursionError) as error:
+            log.debug("run %s: %s", self.hash, error)
+        if self._log.dropped > self._dropped and self._log.flush():
+            # What was given up may have declared a series; from here on the log is whole again.
+            self._dropped = self._log.dropped
+            self._checkpoint()
+
+    def _marker_path(self) -> str:
+        return os.path.realpath(self._paths.marker(self.hash))
+
+    def _marker_is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._paths.marker(self.hash)), os.fstat(self._marker_fd))
+        except OSError as error:
+            return error.errno not in GONE
 
     # ---------------------------------------------------------------- the end
 
@@ -1769,6 +2235,7 @@ class Run:
             return
         self._ended = flag
         self._promised = False
+        _process.stacks.disarm(self)
         idx = self._file.next_idx()
         self._disk_idx, self._deadline, self._window = idx, 0.0, (math.nan, 0.0)
         end: Dict[str, Any] = {"end": flag, "time": round(time.time(), 3), "idx": idx}
@@ -1795,11 +2262,16 @@ class Run:
         try:
             if self._is_mine():
                 self._closed = True
+                _process.stacks.close(self)
+                if self._news_waits:
+                    self._write_news()
+                self._look(time.time())
                 self._checkpoint()
-                size = self._log.end()
-                self._log.close()
-                self._index_itself(size)
-                os.close(self._marker_fd)
+                size = self._log.close()
+                if size >= 0:
+                    self._index_itself(size)
+                with contextlib.suppress(OSError):
+                    os.close(self._marker_fd)
         finally:
             if held:
                 self._lock.release()
@@ -1922,30 +2394,30 @@ def _number(value: Any, name: Any) -> float:
     shape = getattr(value, "shape", None)
     what = type(value).__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
     raise ArgumentTypeError(
-        f"metric {name!r} cannot record {what} ({printable(repr(value), 60)}): track() takes one "
+        f"metric {brief(name)} cannot record {what} ({brief(value)}): track() takes one "
         "number, or a dict of names to numbers"
     )
 
 
 def _checked_step(step: Any) -> int:
     try:
-        return operator.index(step)
+        return int(operator.index(step))  # of a bool, and of an enum's member, index() is itself
     except TypeError:
         if isinstance(step, float) and step.is_integer():
             return int(step)
-    raise ArgumentTypeError(f"step must be an integer, not {printable(repr(step), 60)}")
+    raise ArgumentTypeError(f"step must be an integer, not {brief(step)}")
 
 
 def _checked_epoch(epoch: Any) -> float:
     try:
         return float(epoch)
     except (TypeError, ValueError, OverflowError):
-        raise ArgumentTypeError(f"epoch must be a number, not {printable(repr(epoch), 60)}") from None
+        raise ArgumentTypeError(f"epoch must be a number, not {brief(epoch)}") from None
 
 
 def json_text(value: float) -> str:
     """Return a float as JSON, or as the string that stands for it."""
-    return repr(value) if math.isfinite(value) else f'"{value!r}"'
+    return repr(value) if math.isfinite(value) else f'"{float(value)!r}"'
 
 
 def _param_path(key: Any) -> List[str]:
@@ -2073,20 +2545,27 @@ class MetricRow(NamedTuple):
         return series
 
 
-def open_index(path: str, *, busy_timeout_s: float = 5.0, read_only: bool = False) -> sqlite3.Connection:
+def open_index(
+    path: str, *, busy_timeout_s: float = 5.0, read_only: bool = False, make: bool = True
+) -> sqlite3.Connection:
     """Open the index at `path` (':memory:' for an overlay), making its tables in an empty file.
 
-    Raises IndexUnusable for another version and sqlite3.Error for a file that is damaged or not a database.
+    Without `make`, a file that is missing, or has no tables, is no index: the runs that lost their
+    markers when they came into the one that was here would be in neither. Raises IndexUnusable for
+    what is to be built anew and sqlite3.Error for a file that is damaged or not a database.
     """
     import sqlite3
     from urllib.parse import quote
 
-    uri = path if path == ":memory:" else f"file:{quote(path)}?mode={'ro' if read_only else 'rwc'}"
+    mode = "ro" if read_only else "rwc" if make else "rw"
+    uri = path if path == ":memory:" else f"file:{quote(path)}?mode={mode}"
     db = sqlite3.connect(uri, timeout=busy_timeout_s, isolation_level=None, uri=True, check_same_thread=False)
     try:
         db.create_function("py_op", 3, _py_op)
         db.create_function("py_at", 2, _py_at)
-        if db.execute("PRAGMA user_version").fetchone() == (0,) and not read_only:
+        if not make:
+            _check_size(db, path)
+        elif db.execute("PRAGMA user_version").fetchone() == (0,) and not read_only:
             _create_tables(db)
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version != INDEX_VERSION:
@@ -2097,6 +2576,16 @@ def open_index(path: str, *, busy_timeout_s: float = 5.0, read_only: bool = Fals
         db.close()
         raise
     return db
+
+
+def _check_size(db: sqlite3.Connection, path: str) -> None:
+    """Refuse a file that was cut short: SQLite takes a last page that is not whole for zeros."""
+    db.execute("BEGIN")  # with the lock that a read takes, no writer changes the size meanwhile
+    db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    (pages,), (page_size,) = (db.execute(f"PRAGMA page_{what}").fetchone() for what in ("count", "size"))
+    if os.stat(path).st_size < pages * page_size:
+        raise IndexUnusable(f"{path} was cut short")
+    db.execute("COMMIT")
 
 
 def _create_tables(db: sqlite3.Connection) -> None:
@@ -2150,7 +2639,9 @@ def _index_metrics(db: sqlite3.Connection, run_id: int | None, series: list[Seri
     for s in series:
         context = decode_value(s.context)
         key = _key(context)
-        numbers = [s.count, s.min, s.max, s.last, s.first_step, s.last_step, s.last_epoch, s.last_time, s.id]
+        # Floats also of a live run's ints, so that a run reads the same whoever indexed it.
+        floats = [float(value) for value in (s.min, s.max, s.last)]
+        numbers = [s.count, *floats, s.first_step, s.last_step, s.last_epoch, s.last_time, s.id]
         metric_rows.append((run_id, sql_value(s.name), key, *map(sql_value, numbers)))
         context_rows.append((key, "", _json_bytes(context)))
         context_rows += [(key, path, value) for path, value in _flatten(context)]
@@ -2258,6 +2749,8 @@ class Index:
 
     def __init__(self, paths: RepoPaths) -> None:
         self.paths = paths
+        #: What could not be read when the index was built anew.
+        self.problems: List[str] = []
 
     @contextlib.contextmanager
     def writing(self, wait_s: float = 10.0, most_runs: float = math.inf) -> Iterator[sqlite3.Connection]:
@@ -2266,6 +2759,12 @@ class Index:
         Raises IndexBusy after `wait_s`, or where the index must be built of more than `most_runs`
         first, and OSError or sqlite3.Error where it cannot be written.
         """
+        with self.locked(wait_s), contextlib.closing(self._open_or_rebuild(most_runs)) as db:
+            yield db
+
+    @contextlib.contextmanager
+    def locked(self, wait_s: float) -> Iterator[None]:
+        """Keep every other writer out until the block ends. Raises IndexBusy after `wait_s`."""
         deadline = _monotonic() + wait_s
         busy = IndexBusy(f"{self.paths.index} is being written by another process: try again later")
         if not _process.index.acquire(timeout=wait_s):
@@ -2278,31 +2777,40 @@ class Index:
                 if _monotonic() >= deadline:
                     raise busy
                 time.sleep(0.01)
-            yield undo.enter_context(contextlib.closing(self._open_or_rebuild(most_runs)))
+            yield
 
     def _open_or_rebuild(self, most_runs: float) -> sqlite3.Connection:
         try:
-            if os.path.getsize(self.paths.index):
-                return open_index(self.paths.index)
-        except FileNotFoundError:
-            pass
+            return open_index(self.paths.index, make=False)
         except Exception as error:
             if not _is_damage(error):
                 raise
         if most_runs < math.inf and len(list_runs(self.paths)) > most_runs:
             raise IndexBusy(f"{self.paths.index} has to be built first")
         self.rebuild()
-        return open_index(self.paths.index)
+        return open_index(self.paths.index, make=False)
 
-    def rebuild(self, progress: Callable[[int, int], None] = lambda done, of: None) -> List[str]:
-        """Build the index anew beside the old one and replace it; return what could not be read.
+    def is_usable(self) -> bool:
+        """True where there is an index of this version; damage further in is found by its use."""
+        try:
+            open_index(self.paths.index, read_only=True, make=False).close()
+        except Exception as error:
+            return not _is_damage(error)
+        return True
+
+    def mend(self, wait_s: float) -> None:
+        """Build a damaged index anew. Raises as `writing` does."""
+        with self.locked(wait_s):
+            self.rebuild()
+
+    def rebuild(self, progress: Callable[[int, int], None] = lambda done, of: None) -> None:
+        """Build the index anew beside the old one and replace it.
 
         To be called by the holder of the lock. Killed at any moment, it leaves the old one.
         """
         for leftover in self._leftovers():
             os.unlink(leftover)
         temporary = f"{self.paths.index}.{os.urandom(6).hex()}.tmp"
-        problems: List[str] = []
         try:
             db = open_index(temporary)
             with contextlib.closing(db):
@@ -2317,7 +2825,7 @@ class Index:
                     if state is not None:
                         index_run(db, state, size)
                     if problem:
-                        problems.append(problem)
+                        self.problems.append(problem)
                 db.execute("COMMIT")
                 progress(len(hashes), len(hashes))
             fd = os.open(temporary, os.O_RDONLY)
@@ -2332,7 +2840,6 @@ class Index:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
-        return problems
 
     def _leftovers(self) -> List[str]:
         """Return the files of rebuilds that were killed; the lock says that none is under way."""
@@ -2345,6 +2852,8 @@ def _is_damage(error: Exception) -> bool:
     """True for what a new index mends, as opposed to a lock or a disk that is full."""
     import sqlite3
 
+    if isinstance(error, FileNotFoundError):
+        return True
     if isinstance(error, sqlite3.OperationalError):
         return not re.search("locked|busy|full|readonly|disk I/O", str(error))
     return isinstance(error, (sqlite3.DatabaseError, IndexUnusable))
@@ -2368,11 +2877,9 @@ def load_run(paths: RepoPaths, run_hash: str) -> Tuple[Optional[RunState], int, 
         state = read_log(path, run_hash)
     except OSError as error:
         return None, 0, f"{path}: {error.strerror}"
-    if not state.created_at:
-        return None, size, f"{path}: no run description in it" if size else ""
-    version = state.header.get("format", LOG_FORMAT)
-    if version != LOG_FORMAT:
-        return None, size, f"{path}: format {version!r} is newer than this aimwatch ({LOG_FORMAT})"
+    problem = log_problem(state)
+    if problem:
+        return None, size, f"{path}: {problem}" if size else ""
     return state, size, ""
 
 
@@ -2382,7 +2889,7 @@ class Reindexer:
     def __init__(self, paths: RepoPaths) -> None:
         self.paths = paths
         self.index = Index(paths)
-        self.problems: List[str] = []
+        self.problems = self.index.problems
         #: Size of the log when a run that still lives was indexed last, so that it is not read in vain.
         self._sizes: Dict[str, int] = {}
 
@@ -2412,9 +2919,23 @@ class Reindexer:
                 raise
             # Found in the middle of the file; without it, it is built anew.
             log.warning("%s: %s; building it anew", self.paths.index, error)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.paths.index)
+            self.index.mend(wait_s)
             return self._run(hashes, batch_s, wait_s, progress)
+
+    def run_all(
+        self,
+        rebuild: bool = False,
+        wait_s: float = 10.0,
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> List[str]:
+        """Index every pending run, after building the index anew where it must be or `rebuild` says
+        so; return what could not be read. Raises as `run` does."""
+        if rebuild or not self.index.is_usable():
+            with self.index.locked(wait_s):
+                if rebuild or not self.index.is_usable():  # another process may have been quicker
+                    self.index.rebuild(progress)
+        self.run(self.pending(), wait_s=wait_s, progress=progress)
+        return list(dict.fromkeys(self.problems))
 
     def _run(
         self, hashes: Sequence[str], batch_s: float, wait_s: float, progress: Callable[[int, int], None]
@@ -2468,11 +2989,13 @@ class Reindexer:
         if problem:
             self.problems.append(problem)
         if state is None:
-            return False
+            # What a rebuild would not find is not to be found now either.
+            delete_run(db, run_hash)
+            return gone and not problem
         if gone and state.end is None:
             size = finalize_dead(self.paths, state, self.signs.get(run_hash, 0.0))
         index_run(db, state, size)
-        return gone
+        return gone and size >= 0
 
     def forget_sizes(self) -> None:
         """Let `changed` return every pending run again."""
@@ -2513,19 +3036,21 @@ def last_check_ins(paths: RepoPaths) -> Dict[str, float]:
 
 def finalize_dead(paths: RepoPaths, state: RunState, last_check_in: float) -> int:
     """Record the end of a run whose process is gone, at its last sign of life, and return the
-    size of its log. The caller holds the run's marker, which makes it the log's only writer."""
+    size of its log, or -1 where that could not be written: the index may know of the end, but the
+    marker must stay. The caller holds the run's marker, which makes it the log's only writer."""
     last = max(state.last_time, state.created_at, last_check_in)
     end: Dict[str, Any] = {"end": FAILED, "time": last, "idx": state.next_idx - 1, "reason": DIED}
     state.apply(end)
     try:
         writer = LogWriter(paths.run_log(state.hash))
     except OSError:
-        return 0  # the index knows of the end; the log will be looked at again
+        return -1
     writer.append(end)
-    writer.append(state.to_checkpoint())
-    size = writer.end()
-    writer.close()
-    return size
+    with contextlib.suppress(RecursionError):  # params that somebody else nested too deeply
+        writer.append(state.to_checkpoint())
+    # Before the marker goes: a power cut must not leave a run without an end that nobody looks at.
+    writer.sync()
+    return writer.close()
 
 
 # ======================================================================================
@@ -3343,6 +3868,11 @@ class Repo:
         #: Size of the log of every run in the overlay; -1 for one whose log is gone.
         self._overlay_sizes: Dict[str, int] = {}
 
+    def __del__(self) -> None:
+        overlay = self.__dict__.get("_overlay")
+        if overlay is not None:
+            overlay.close()
+
     @classmethod
     def from_path(cls, path: str, read_only: Optional[bool] = None, init: bool = False) -> Repo:
         """Return the repository at a path, as the constructor does."""
@@ -3460,17 +3990,34 @@ class Repo:
         return self._answer(select_metrics, compile_query(q, "metric"))
 
     def _answer(self, select: Callable[..., List[Any]], query: CompiledQuery) -> List[Any]:
-        with contextlib.ExitStack() as stack:
+        for attempt in range(5):
+            file = self._index_file()
             index = self._open_index()
-            if index is not None:
-                stack.callback(index.close)
-                try:
+            if index is None:
+                break
+            try:
+                with contextlib.closing(index):
                     hidden = self._read_news(index)
-                    return select([self._overlay, index], query, hidden)
-                except sqlite_error() as error:
+                    found = select([self._overlay, index], query, hidden)
+                if self._index_file() == file:
+                    return found
+                # Replaced meanwhile: what the new file has got, and lost its marker, was not in this one.
+            except sqlite_error() as error:
+                if attempt or not _is_damage(error):
                     log.warning("%s: %s; reading the run logs", self._paths.index, error)
+                    break
+                log.warning("%s: %s; building it anew", self._paths.index, error)
+                with contextlib.suppress(sqlite_error(), IndexBusy, OSError):
+                    self._index.mend(1.0)
         hidden = self._read_news(None)
         return select([self._overlay], query, hidden)
+
+    def _index_file(self) -> Any:
+        try:
+            info = os.stat(self._paths.index)
+        except OSError:
+            return None
+        return info.st_dev, info.st_ino
 
     def _open_index(self) -> Optional[sqlite3.Connection]:
         """Return the index to read, built if it must be and can be; None to do without."""
@@ -3479,8 +4026,7 @@ class Repo:
                 if build:
                     with self._index.writing(1.0):
                         pass
-                if os.path.getsize(self._paths.index):
-                    return open_index(self._paths.index)
+                return open_index(self._paths.index, make=False)
         return None
 
     def _read_news(self, index: Optional[sqlite3.Connection]) -> Set[str]:
@@ -3504,6 +4050,8 @@ class Repo:
                 if state is not None:
                     index_run(self._overlay, state, size)
                     self._overlay_sizes[run_hash] = size
+                else:
+                    hidden.add(run_hash)
         return hidden
 
     def _news(self, index: Optional[sqlite3.Connection]) -> Tuple[Dict[str, int], Set[str]]:
@@ -3532,12 +4080,7 @@ class Repo:
     def reindex(self, rebuild: bool = False) -> List[str]:
         """Bring the index up to date with every pending run, or build it anew; return what could
         not be read. Raises IndexBusy where another process holds the index for too long."""
-        reindexer = Reindexer(self._paths)
-        if rebuild:
-            with self._index.writing() as _:
-                reindexer.problems += self._index.rebuild()
-        reindexer.run(reindexer.pending())
-        return reindexer.problems
+        return Reindexer(self._paths).run_all(rebuild)
 
 
 #: A question that meets more news than this tries to put them into the index.
@@ -3605,8 +4148,11 @@ TEMPLATE_FIELDS = {
     "run.silent": "for how long nothing new was seen",
     "run.process": "whether its process is there: gone, alive or unknown",
     "run.reason": "why it failed",
-    "run.frames": "the innermost frames of the failure",
+    "run.frames": "the innermost frames of the failure, or of where it hangs",
     "run.metrics": "its last metrics",
+    "run.errors": "its last log messages at error level",
+    "run.messages": "the log messages that a log event tells",
+    "time": "when it was noticed, in UTC",
 }
 _TEMPLATE_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_.]*)\}")
 
@@ -3626,12 +4172,13 @@ class Notifier(NamedTuple):
         found: Set[str] = set()
         for name, value in self.arguments.items():
             field = _field(self.type, name)
-            if field is not None and field.secret and isinstance(value, str):
-                found.add(value)
-                # The request line and library errors show the path without the host.
-                path = value.partition("://")[2].partition("/")[2]
-                found.add(path)
-                found.update(part for part in re.split(r"[/?&=]", path) if len(part) >= 12)
+            if field is not None and field.secret:
+                for text in _texts(value):
+                    found.add(text)
+                    # The request line and library errors show the path without the host.
+                    path = text.partition("://")[2].partition("/")[2]
+                    found.add(path)
+                    found.update(part for part in re.split(r"[/?&= ]", path or text) if len(part) >= 12)
         return sorted((secret for secret in found if len(secret) > 3), key=len, reverse=True)
 
     def scrub(self, text: str) -> str:
@@ -3641,23 +4188,45 @@ class Notifier(NamedTuple):
         return text
 
 
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
 class Field(NamedTuple):
-    """One argument of a notifier type: how it is asked for and checked."""
+    """One argument of a notifier type: its name in config.json and as a flag, how it is asked for,
+    and how it is checked, be it text that somebody typed or the value that config.json holds."""
 
     name: str
+    flag: str
     prompt: str
-    secret: bool
-    required: bool
-    check: Callable[[str], str]
+    check: Callable[[Any], Any]
+    secret: bool = False
+    required: bool = False
+    asked: bool = False
 
 
-def checked_url(value: str) -> str:
+def checked_text(value: Any) -> str:
+    """Return text on one line. Raises ConfigError."""
+    if not isinstance(value, str):
+        raise ConfigError(f"must be text, not {type(value).__name__}")
+    if not value.isprintable():
+        raise ConfigError("must be on one line, without control characters")
+    return value.strip()
+
+
+def checked_url(value: Any) -> str:
     """Return an http(s) URL. Raises ConfigError, without showing the URL."""
     import urllib.parse
 
-    value = value.strip()
+    if not isinstance(value, str):
+        raise ConfigError(f"must be text, not {type(value).__name__}")
+    url: str = value.strip()
     try:
-        parts = urllib.parse.urlsplit(value)
+        parts = urllib.parse.urlsplit(url)
         host = parts.hostname
         parts.port  # noqa: B018 - reading it is what checks it
     except ValueError:
@@ -3665,34 +4234,122 @@ def checked_url(value: str) -> str:
     if parts.scheme not in ("http", "https"):
         scheme = f"{printable(parts.scheme, 20)}:" if parts.scheme else "no scheme"
         raise ConfigError(f"the URL must start with https:// or http://, and this one has {scheme}")
-    if not host or not re.fullmatch(r"[!-~]+", value):
+    if not host or not re.fullmatch(r"[!-~]+", url):
         raise ConfigError("the URL must name a host and hold no spaces, line breaks or non-ASCII characters")
     if "@" in parts.netloc:
         raise ConfigError("the URL must not hold a user name or a password")
-    return value
+    return url
 
 
-def checked_token(value: str) -> str:
+def checked_token(value: Any) -> str:
     """Return a token that can stand in an HTTP header. Raises ConfigError, not showing it."""
-    value = value.strip()
-    if not re.fullmatch(r"[!-~]+", value):
+    if not isinstance(value, str):
+        raise ConfigError(f"must be text, not {type(value).__name__}")
+    token: str = value.strip()
+    if not re.fullmatch(r"[!-~]+", token):
         raise ConfigError(
             "the token must be one word of printable ASCII: it has a space, a line break or "
             "another character that cannot stand in an HTTP header, or it is empty"
         )
-    return value
+    return token
 
 
-def checked_group(value: str) -> str:
-    """Return a Workplace group ID. Raises ConfigError."""
-    value = value.strip()
-    if not re.fullmatch(r"[A-Za-z0-9_.]{1,64}", value):
+def checked_group(value: Any) -> Union[int, str]:
+    """Return a Workplace group ID, as a number where it is one: so Aim reads it. Raises ConfigError."""
+    text = str(value).strip()
+    if type(value) not in (int, str) or not re.fullmatch(r"[A-Za-z0-9_.]{1,64}", text):
         raise ConfigError(f"group ID {printable(repr(value), 60)}: it must be letters and digits")
+    return int(text) if text.isdigit() else text
+
+
+def checked_headers(value: Any) -> Dict[str, str]:
+    """Return HTTP headers from a dict, or from text with one `Name: value` a line. Raises
+    ConfigError, not showing a value."""
+    if isinstance(value, str):
+        lines = [line.partition(":") for line in value.splitlines() if line.strip()]
+        value = {name.strip(): text.strip() for name, _, text in lines}
+    if not isinstance(value, dict):
+        raise ConfigError(f"must be an object of names and values, not {type(value).__name__}")
+    for name, text in value.items():
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
+            raise ConfigError(f"{printable(repr(name), 40)} is no header name: write 'Name: value'")
+        if not isinstance(text, str) or not re.fullmatch(r"[\t -~]+", text):
+            raise ConfigError(f"header {name} must have a value of printable ASCII")
     return value
 
 
-def checked_template(value: str) -> str:
+def checked_body(value: Any) -> Any:
+    """Return a JSON value whose texts are templates. Raises ConfigError."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ConfigError('the body must be JSON, such as {"content": "{message}"}') from None
+    if not isinstance(value, (dict, list)):
+        raise ConfigError("the body must be a JSON object or list")
+    for text in _texts(value):
+        checked_template(text)
+    return value
+
+
+def checked_security(value: Any) -> str:
+    """Return how a mail connection is secured. Raises ConfigError."""
+    if value not in MAIL_PORTS:
+        raise ConfigError(f"{printable(repr(value), 40)} is not one of {', '.join(MAIL_PORTS)}")
+    return str(value)
+
+
+def checked_port(value: Any) -> int:
+    """Return a TCP port. Raises ConfigError."""
+    if type(value) not in (int, str) or not re.fullmatch(r"[0-9]{1,5}", str(value).strip()):
+        raise ConfigError(f"port {printable(repr(value), 40)} is not a number from 1 to 65535")
+    if not 0 < int(value) < 65536:
+        raise ConfigError(f"port {value} is not a number from 1 to 65535")
+    return int(value)
+
+
+def checked_address(value: Any) -> str:
+    """Return a mail address. Raises ConfigError."""
+    if not isinstance(value, str) or not re.fullmatch(r"[!-~]+", value.strip()):
+        raise ConfigError(f"{printable(repr(value), 60)} is no mail address: write name@host")
+    value = value.strip()
+    if not re.fullmatch(r"[^@,;<>\"()\[\]\\]+(@[A-Za-z0-9.-]+)?", value):
+        raise ConfigError(f"{printable(repr(value), 60)} is no mail address: write name@host")
+    return str(value)
+
+
+def checked_addresses(value: Any) -> List[str]:
+    """Return mail addresses from a list, or from text with commas between them. Raises ConfigError."""
+    if isinstance(value, str):
+        value = [item for item in re.split(r"[,\s]+", value) if item]
+    if not isinstance(value, list) or not value:
+        raise ConfigError("must be mail addresses with commas between them")
+    return [checked_address(item) for item in value]
+
+
+def checked_command(value: Any) -> List[str]:
+    """Return a program and its arguments from a list, or from text that is split as a shell does.
+    Raises ConfigError."""
+    import shlex
+
+    if isinstance(value, str):
+        try:
+            value = shlex.split(value)
+        except ValueError as error:
+            raise ConfigError(f"the command cannot be taken apart: {error}") from None
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+        raise ConfigError("the command must be a program and its arguments")
+    if any("\0" in item for item in value) or not os.path.isabs(value[0]):
+        raise ConfigError(
+            f"the program must be given with its whole path, not {printable(repr(value[0]), 60)}"
+        )
+    return value
+
+
+def checked_template(value: Any) -> str:
     """Return a message template. Raises ConfigError where it names an unknown field."""
+    if not isinstance(value, str):
+        raise ConfigError(f"must be text, not {type(value).__name__}")
     for name in _TEMPLATE_FIELD.findall(value):
         if name not in TEMPLATE_FIELDS:
             known = ", ".join("{%s}" % field for field in TEMPLATE_FIELDS)
@@ -3700,16 +4357,48 @@ def checked_template(value: str) -> str:
     return value
 
 
-_MESSAGE = Field("message", "Message template (empty for the default)", False, False, checked_template)
+#: By how a mail connection is secured, the port where none is given.
+MAIL_PORTS = {"starttls": 587, "tls": 465, "none": 25}
+_MESSAGE = Field(
+    "message", "message", "Message template (empty for the default)", checked_template, asked=True
+)
 NOTIFIER_FIELDS: Dict[str, Tuple[Field, ...]] = {
-    "slack": (Field("url", "Webhook URL", True, True, checked_url), _MESSAGE),
+    "slack": (Field("url", "webhook-url", "Webhook URL", checked_url, secret=True, required=True), _MESSAGE),
     "workplace": (
-        Field("group_id", "Group ID", False, True, checked_group),
-        Field("access_token", "Access token", True, True, checked_token),
-        Field("base_url", "Graph API URL", True, False, checked_url),
+        Field("group_id", "group-id", "Group ID", checked_group, required=True),
+        Field("access_token", "access-token", "Access token", checked_token, secret=True, required=True),
+        Field("base_url", "base-url", f"Graph API URL instead of {WORKPLACE_URL}", checked_url, secret=True),
         _MESSAGE,
     ),
     "logger": (_MESSAGE,),
+    "webhook": (
+        Field("url", "webhook-url", "Webhook URL", checked_url, secret=True, required=True),
+        Field("headers", "header", "HTTP header 'Name: value'", checked_headers, secret=True),
+        Field("body", "body", "JSON to send, its texts filled in like a message", checked_body, secret=True),
+        _MESSAGE,
+    ),
+    "email": (
+        Field("host", "smtp-host", "Mail server", checked_text, required=True),
+        Field(
+            "security", "security", "starttls, tls or none (empty: starttls)", checked_security, asked=True
+        ),
+        Field("port", "port", "Port (empty: 587, with tls 465, with none 25)", checked_port, asked=True),
+        Field("user", "user", "User name to log in (empty: no login)", checked_text, asked=True),
+        Field("password", "password", "Password", checked_text, secret=True, asked=True),
+        Field("sender", "from", "From", checked_address, required=True),
+        Field("to", "to", "To, with commas between several", checked_addresses, required=True),
+        _MESSAGE,
+    ),
+    "command": (
+        Field(
+            "command",
+            "command",
+            "Program, with its whole path, and arguments",
+            checked_command,
+            required=True,
+        ),
+        _MESSAGE,
+    ),
 }
 
 
@@ -3749,13 +4438,13 @@ def read_notifier(notifier_id: str, raw: Any) -> Notifier:
             value = arguments.get(field.name)
             if value is None or value == "":
                 if field.required:
-                    raise ConfigError(f"argument {field.name!r} is missing")
-            elif not isinstance(value, str) and (field.name != "group_id" or type(value) is not int):
-                raise ConfigError(f"argument {field.name!r} must be text")
-            elif field is not _MESSAGE:  # an unknown field in a message is sent as it stands
-                field.check(str(value))
+                    raise ConfigError("is missing")
+            elif field is not _MESSAGE or not isinstance(value, str):
+                # In a message, an unknown field is sent as it stands.
+                arguments = {**arguments, field.name: field.check(value)}
         except ConfigError as error:
-            problem = problem or str(error)
+            between = "" if re.match("is |must ", str(error)) else ":"
+            problem = problem or f"argument {field.name!r}{between} {error}"
     events = raw.get("events", DEFAULT_EVENTS)
     if not isinstance(events, (list, tuple)) or not all(event in EVENTS for event in events):
         events, problem = (), problem or f"'events' must be a list of {', '.join(EVENTS)}"
@@ -3800,7 +4489,31 @@ class NotifierConfig:
     def notifiers(self) -> List[Notifier]:
         """Return every notifier, usable or not. Raises ConfigError like `read`."""
         entries = self.read()["notifications"]["notifiers"]
-        return [read_notifier(notifier_id, raw) for notifier_id, raw in entries.items()]
+        found = [read_notifier(notifier_id, raw) for notifier_id, raw in entries.items()]
+        distrust = self._distrust() if any(item.type == "command" for item in found) else None
+        return [
+            item._replace(problem=item.problem or distrust) if item.type == "command" else item
+            for item in found
+        ]
+
+    def _distrust(self) -> Optional[str]:
+        """Return why programs that the file names are not run, or None: whoever may write to the
+        repository must not thereby run programs as the one who watches it."""
+        try:
+            info = os.stat(self.path, follow_symlinks=False)
+        except OSError as error:
+            return f"is not run: {error.strerror}"
+        if info.st_uid not in (0, os.geteuid()) or not stat.S_ISREG(info.st_mode) or info.st_mode & 0o022:
+            return (
+                f"is not run: {self.path} must be a file that belongs to you (or root) and that nobody "
+                "else can write: chmod 600"
+            )
+        return None
+
+    def log_level(self) -> int:
+        """Return from which level on log messages are told. Raises ConfigError like `read`."""
+        level = self.read()["notifications"].get("log_level", logging.WARNING)
+        return level if isinstance(level, int) else logging.WARNING
 
     def find(self, prefix: str, raw: Dict[str, Any]) -> str:
         """Return the ID that starts with `prefix`. Raises ConfigError for none or several."""
@@ -3853,7 +4566,11 @@ Facts = Dict[str, str]
 MAX_MESSAGE = 3000
 #: How many runs a message names before it only counts them.
 DIGEST_LINES = 20
-_ICONS = {STALLED: "❗", FAILED: "❌", RECOVERED: "✅", FINISHED: "✅", TROUBLE: "❗"}
+_ICONS = {STALLED: "❗", FAILED: "❌", RECOVERED: "✅", FINISHED: "✅", TROUBLE: "❗", LOG: "📝"}
+#: So many events are told in full, where there is room.
+FULL_EVENTS = 5
+#: How much of a digest's line about one run is shown.
+DIGEST_LINE = 160
 
 
 def fill_template(template: str, facts: Facts) -> str:
@@ -3863,7 +4580,9 @@ def fill_template(template: str, facts: Facts) -> str:
         name = match.group(1)
         if name not in TEMPLATE_FIELDS:
             return str(match.group())
-        return default_message(facts) if name == "message" else facts.get(name, "")
+        if name == "message" and "message" not in facts:
+            return default_message(facts)
+        return facts.get(name, "")
 
     return _TEMPLATE_FIELD.sub(value, template)
 
@@ -3881,7 +4600,10 @@ def summary(facts: Facts) -> str:
 def _what_happened(event: str, facts: Facts) -> str:
     silent, reason = facts.get("run.silent", ""), facts.get("run.reason", "")
     if event == STALLED:
-        return f"stalled: silent for {silent}, promised a check-in within {facts.get('run.promised', '')}"
+        text = f"stalled: silent for {silent}, promised a check-in within {facts.get('run.promised', '')}"
+        return f"{text}; {reason}" if reason else text
+    if event == LOG:
+        return f"logged {reason}"
     if event == FAILED:
         return f"failed: {reason}" if reason else "failed"
     if event == RECOVERED:
@@ -3898,12 +4620,19 @@ def default_message(facts: Facts) -> str:
         where += _with(", job {}", facts, "run.job") + _with(", user {}", facts, "run.user")
         lines.append(where.lstrip(", "))
         lines.append(_with("last seen {}", facts, "run.last_seen"))
+        lines.append(_with("{}", facts, "run.messages"))
         if facts.get("event") == STALLED:
             lines.append(_PROCESS_TEXT.get(facts.get("run.process", ""), ""))
         lines.append(_with("last metrics: {}", facts, "run.metrics"))
-        lines.append(_with("{}", facts, "run.frames"))
-    lines.append(f"look further: aim-watcher --repo {facts.get('repo', '')} status")
-    return "\n".join(line for line in lines if line)
+        lines.append(_with("last errors logged:\n{}", facts, "run.errors"))
+        heading = "where it hangs" if facts.get("event") == STALLED else "where it failed"
+        lines.append(_with(f"{heading}, innermost last:\n{{}}", facts, "run.frames"))
+    return "\n".join(line for line in [*lines, look_further(facts)] if line)
+
+
+def look_further(facts: Facts) -> str:
+    """Return the line that says which command shows more."""
+    return f"look further: aim-watcher --repo {facts.get('repo', '')} status"
 
 
 _PROCESS_TEXT = {
@@ -3914,7 +4643,7 @@ _PROCESS_TEXT = {
 
 def _with(template: str, facts: Facts, name: str) -> str:
     value = facts.get(name, "")
-    return template.format(value) if value else ""
+    return template.replace("{}", value) if value else ""
 
 
 def message_for(template: Optional[str], facts: Facts) -> str:
@@ -3932,8 +4661,9 @@ def message_for(template: Optional[str], facts: Facts) -> str:
     return default_message(facts)
 
 
-def digest(template: Optional[str], batch: Sequence[Facts]) -> str:
-    """Return one message about all events of `batch`: counted, what they share, the first few."""
+def digest(template: Optional[str], batch: Sequence[Facts], limit: int = MAX_MESSAGE) -> str:
+    """Return one message about all events of `batch`: counted, what they share, the first few; as
+    far as that depends on their number, of at most `limit` characters."""
     if len(batch) == 1:
         return message_for(template, batch[0])
     counts: Dict[str, int] = {}
@@ -3949,29 +4679,63 @@ def digest(template: Optional[str], batch: Sequence[Facts]) -> str:
         values = {facts.get(field, "") for facts in batch}
         if len(values) == 1 and "" not in values:
             lines.append(f"all of {label} {values.pop()}")
+    last = look_further(batch[0])
+    whole = [message_for(template, facts).replace(f"\n{last}", "") for facts in batch[: FULL_EVENTS + 1]]
+    if len(whole) <= FULL_EVENTS and sum(map(len, [*lines, *whole, last])) + 20 < limit:
+        return "\n\n".join(["\n".join(lines), *whole, last])
+    room = limit - sum(map(len, lines)) - len(last) - 40
+    shown = 0
     for facts in batch[:DIGEST_LINES]:
         host = _with(" on {}", facts, "run.host")
-        lines.append(f"{summary(facts)} ({facts.get('run.hash', '')[:8]}{host})")
-    if len(batch) > DIGEST_LINES:
-        lines.append(f"and {len(batch) - DIGEST_LINES} more")
-    lines.append(f"look further: aim-watcher --repo {batch[0].get('repo', '')} status")
-    return "\n".join(lines)
+        line = f"{shorten(summary(facts), DIGEST_LINE, ' ...')} ({facts.get('run.hash', '')[:8]}{host})"
+        room -= len(line) + 1
+        if room < 0:
+            break
+        lines.append(line)
+        shown += 1
+    if len(batch) > shown:
+        lines.append(f"and {len(batch) - shown} more")
+    return "\n".join([*lines, last])
 
 
-def shorten(text: str, limit: int = MAX_MESSAGE) -> str:
+def plain_facts(facts: Facts) -> Facts:
+    """Return of `facts` what no server can take offence at: the hash, what happened, and numbers."""
+    kept = ("event", "run.hash", "run.silent", "run.promised", "time", "repo")
+    return {name: facts[name].encode("ascii", "replace").decode() for name in kept if name in facts}
+
+
+def clean_facts(facts: Facts) -> Facts:
+    """Return `facts` with every value defused and of a bounded size, wherever it came from."""
+    return {
+        name: "\n".join(printable(line, 1000) for line in value.split("\n")[:MAX_FACT_LINES])
+        for name, value in facts.items()
+    }
+
+
+#: A field of more lines than this is cut.
+MAX_FACT_LINES = 30
+
+
+def without_mentions(text: str) -> str:
+    """Return `text` in which nothing calls for somebody in any of the chats (`@all`, `<@&1>`,
+    `<users/all>`): a zero-width space parts it."""
+    return re.sub(r"(?<!\w)@(?=[\w\[&!])|<(?=users/)", lambda match: match.group() + "\u200b", text)
+
+
+def shorten(text: str, limit: int = MAX_MESSAGE, mark: str = "\n...") -> str:
     """Return `text` cut to `limit` characters, never inside an escaped character."""
     if len(text) <= limit:
         return text
-    cut = text[: limit - 4]
+    cut = text[: limit - len(mark)]
     if "&" in cut[-6:] and ";" not in cut[cut.rindex("&") :]:
         cut = cut[: cut.rindex("&")]
-    return cut + "\n..."
+    return cut + mark
 
 
 def slack_escape(text: str) -> str:
     """Escape what Slack's format gives a meaning to (https://api.slack.com/reference/surfaces/
     formatting#escaping), so that no value mentions a channel or makes a link."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return without_mentions(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 # ======================================================================================
@@ -3985,7 +4749,8 @@ ATTEMPT_S = 10.0
 MAX_ANSWER_BYTES = 1 << 16
 MAX_BACK_OFF_S = 300.0
 MAX_RETRY_AFTER_S = 3600.0
-SENT, RETRY, BROKEN = "sent", "retry", "broken"
+#: REFUSED: it is this message that the other side does not take.
+SENT, RETRY, BROKEN, REFUSED = "sent", "retry", "broken", "refused"
 
 
 class Outcome(NamedTuple):
@@ -4043,11 +4808,14 @@ def judge_error(error: BaseException) -> Outcome:
     return Outcome(RETRY, printable(f"{type(error).__name__}: {text}", 200))
 
 
-def http_post(url: str, payload: Any, headers: Dict[str, str], closers: Closers) -> Answer:
-    """POST `payload` as JSON and return the answer, whatever its status. Raises OSError and
-    http.client.HTTPException. Proxies and CA bundles come from the usual variables."""
+def http_request(
+    url: str, closers: Closers, payload: Any = None, headers: Optional[Dict[str, str]] = None
+) -> Answer:
+    """GET `url`, or POST `payload` to it as JSON, and return the answer, whatever its status.
+
+    Raises OSError and http.client.HTTPException. Proxies and CA bundles come from the usual variables.
+    """
     import http.client
-    import ssl
     import urllib.error
     import urllib.request
 
@@ -4078,15 +4846,15 @@ def http_post(url: str, payload: Any, headers: Dict[str, str], closers: Closers)
 
     class Secure(urllib.request.HTTPSHandler):
         def https_open(self, request: Any) -> Any:
-            bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-            context = ssl.create_default_context(cafile=bundle or None)
             factory = connect(http.client.HTTPSConnection)
-            return self.do_open(factory, request, context=context)
+            return self.do_open(factory, request, context=tls_context())
 
-    request = urllib.request.Request(url, json.dumps(payload).encode(), method="POST")
-    request.add_header("Content-Type", "application/json; charset=utf-8")
+    data = None if payload is None else json.dumps(payload).encode()
+    request = urllib.request.Request(url, data, method="GET" if data is None else "POST")
     request.add_header("User-Agent", f"aimwatch/{__version__}")
-    for name, value in headers.items():
+    if data is not None:
+        request.add_header("Content-Type", "application/json; charset=utf-8")
+    for name, value in (headers or {}).items():
         request.add_unredirected_header(name, value)
     opener = urllib.request.build_opener(Plain, Secure, NoRedirect)
     try:
@@ -4097,6 +4865,14 @@ def http_post(url: str, payload: Any, headers: Dict[str, str], closers: Closers)
         body = response.read(MAX_ANSWER_BYTES).decode("utf-8", "replace")
         found = {name.lower(): value for name, value in response.headers.items()}
         return Answer(response.status, found, body)
+
+
+def tls_context() -> Any:
+    """Return a TLS context that trusts the system's certificates, or those of the usual variables."""
+    import ssl
+
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    return ssl.create_default_context(cafile=bundle or None)
 
 
 def retry_after_s(value: str, now_s: float) -> float:
@@ -4126,6 +4902,8 @@ def judge_status(answer: Answer, now_s: float) -> Optional[Outcome]:
         return Outcome(BROKEN, f"HTTP {answer.status}: redirected; give the final URL")
     if answer.status in (401, 403, 404, 410):
         return Outcome(BROKEN, text)
+    if answer.status in (400, 413, 422):
+        return Outcome(REFUSED, text)
     if not 200 <= answer.status < 300:
         return Outcome(RETRY, text)
     return None
@@ -4180,23 +4958,185 @@ def judge_workplace(answer: Answer, now_s: float) -> Outcome:
     return wrong or Outcome(RETRY, f"HTTP {answer.status} without an id")
 
 
+def judge_webhook(answer: Answer, now_s: float) -> Outcome:
+    """Judge the answer of any server: every 2xx is a success, unless it is a page for people."""
+    wrong = judge_status(answer, now_s)
+    if wrong is not None:
+        return wrong
+    if "html" in answer.headers.get("content-type", "") or answer.body.lstrip()[:1] == "<":
+        said = printable(" ".join(answer.body.split()), 80)
+        return Outcome(RETRY, f"HTTP {answer.status} with a page (a proxy's or a portal's?): {said}")
+    return Outcome(SENT, f"HTTP {answer.status}")
+
+
 def send_slack(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> Outcome:
     """Post one message to a Slack webhook (https://api.slack.com/messaging/webhooks)."""
     safe = [{name: slack_escape(value) for name, value in facts.items()} for facts in batch]
     text = shorten(digest(notifier.arguments.get("message"), safe))
-    answer = http_post(notifier.arguments["url"].strip(), {"text": text}, {}, closers)
+    answer = http_request(notifier.arguments["url"], closers, {"text": text})
     return judge_slack(answer._replace(body=notifier.scrub(answer.body)), time.time())
 
 
 def send_workplace(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> Outcome:
     """Post one message to a Workplace group's feed."""
     arguments = notifier.arguments
-    base = (arguments.get("base_url") or WORKPLACE_URL).strip().rstrip("/")
-    headers = {"Authorization": f"Bearer {arguments['access_token'].strip()}"}
-    payload = {"message": shorten(digest(arguments.get("message"), batch))}
-    url = f"{base}/{str(arguments['group_id']).strip()}/feed"
-    answer = http_post(url, payload, headers, closers)
+    base = (arguments.get("base_url") or WORKPLACE_URL).rstrip("/")
+    headers = {"Authorization": f"Bearer {arguments['access_token']}"}
+    text = shorten(digest(arguments.get("message"), _unmentioned(batch)))
+    url = f"{base}/{arguments['group_id']}/feed"
+    answer = http_request(url, closers, {"message": text}, headers)
     return judge_workplace(answer._replace(body=notifier.scrub(answer.body)), time.time())
+
+
+def _unmentioned(batch: Sequence[Facts]) -> List[Facts]:
+    return [{name: without_mentions(value) for name, value in facts.items()} for facts in batch]
+
+
+#: Counted up when a field of the JSON document changes its meaning; new ones may come at any time.
+DOCUMENT_VERSION = 1
+
+
+def document(template: Optional[str], batch: Sequence[Facts]) -> Dict[str, Any]:
+    """Return the JSON document that webhooks and commands get: the message for people in `text`,
+    and in `events` what is known of each, by the names that templates use."""
+    events: List[Dict[str, Any]] = []
+    for facts in batch:
+        fields = {name.partition(".")[2]: value for name, value in facts.items() if name.startswith("run.")}
+        known: Dict[str, Any] = {name: facts[name] for name in _DOCUMENT_FIELDS if name in facts}
+        events.append({**known, "run": fields})
+    return {
+        "version": DOCUMENT_VERSION,
+        "source": "aimwatch",
+        "text": shorten(digest(template, batch)),
+        "events": events[:MAX_DOCUMENT_EVENTS],
+        "events_left_out": max(0, len(events) - MAX_DOCUMENT_EVENTS),
+    }
+
+
+MAX_DOCUMENT_EVENTS = 100
+_DOCUMENT_FIELDS = ("id", "event", "time", "repo")
+
+
+#: The shortest limit among the chats for which one writes a body is Discord's.
+MAX_BODY_MESSAGE = 2000
+
+
+def fill_body(body: Any, facts: Facts) -> Any:
+    """Return a JSON value with every text in it filled in like a message template."""
+    if isinstance(body, dict):
+        return {name: fill_body(value, facts) for name, value in body.items()}
+    if isinstance(body, list):
+        return [fill_body(value, facts) for value in body]
+    return shorten(fill_template(body, facts), MAX_BODY_MESSAGE) if isinstance(body, str) else body
+
+
+def send_webhook(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> Outcome:
+    """Post the document, or the body that the user wrote, to any URL."""
+    arguments = notifier.arguments
+    payload: Any = document(arguments.get("message"), batch)
+    if arguments.get("body"):
+        # In a chat's own format, {message} is the text about the whole batch.
+        safe = _unmentioned(batch)
+        facts: Facts = {**safe[0], "message": digest(arguments.get("message"), safe, MAX_BODY_MESSAGE)}
+        payload = fill_body(arguments["body"], facts)
+    answer = http_request(arguments["url"], closers, payload, arguments.get("headers"))
+    return judge_webhook(answer._replace(body=notifier.scrub(answer.body)), time.time())
+
+
+def send_command(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> Outcome:
+    """Run a program, without a shell, with the document on its standard input."""
+    import subprocess
+
+    argv = notifier.arguments["command"]
+    data = json.dumps(document(notifier.arguments.get("message"), batch)).encode() + b"\n"
+    try:
+        # A session of its own, so that what it starts is ended with it. What it says on stderr joins
+        # the watcher's log; read from a pipe, a child that it leaves behind would hold that open.
+        process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+    except (OSError, ValueError) as error:
+        return Outcome(BROKEN, f"{argv[0]}: {getattr(error, 'strerror', None) or error}")
+    closers.append(lambda: os.killpg(process.pid, signal.SIGKILL))
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+        stdin.write(data)
+    status = process.wait()
+    if status == 0:
+        return Outcome(SENT, f"{argv[0]} exited with status 0")
+    how = f"exited with status {status}" if status > 0 else f"was killed by signal {-status}"
+    return Outcome(RETRY, f"{argv[0]} {how}")
+
+
+def mail_message(notifier: Notifier, batch: Sequence[Facts]) -> Any:
+    """Return the mail about a batch of events as an `EmailMessage`."""
+    import email.message
+    import email.utils
+
+    arguments = notifier.arguments
+    text = digest(arguments.get("message"), batch)
+    message = email.message.EmailMessage()
+    message["Subject"] = printable(text.partition("\n")[0], 150)
+    message["From"] = arguments["sender"]
+    message["To"] = ", ".join(arguments["to"])
+    message["Date"] = email.utils.formatdate(localtime=True)
+    message["Message-ID"] = email.utils.make_msgid(domain=this_host())
+    # Says that a program wrote this, so that no absence notice answers (RFC 3834).
+    message["Auto-Submitted"] = "auto-generated"
+    message.set_content(text)
+    return message
+
+
+def judge_mail(error: BaseException) -> Outcome:
+    """Judge what a mail server refused: 4xx is tried again, 5xx is not (RFC 5321 4.2.1)."""
+    import smtplib
+
+    codes = [getattr(error, "smtp_code", 0)]
+    if isinstance(error, smtplib.SMTPRecipientsRefused):
+        codes = [code for code, _ in error.recipients.values()]
+    text = printable(f"{type(error).__name__}: {error}", 200)
+    if isinstance(error, smtplib.SMTPNotSupportedError):
+        return Outcome(BROKEN, text)
+    if not all(500 <= code < 600 for code in codes):
+        return judge_error(error)
+    return Outcome(REFUSED if isinstance(error, smtplib.SMTPDataError) else BROKEN, text)
+
+
+def send_email(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> Outcome:
+    """Hand one mail to a relay (RFC 6409)."""
+    import smtplib
+
+    arguments = notifier.arguments
+    security = arguments.get("security") or "starttls"
+    message = mail_message(notifier, batch)
+    base: Any = smtplib.SMTP_SSL if security == "tls" else smtplib.SMTP
+
+    class Server(base):  # type: ignore[misc]
+        def connect(self, *args: Any, **options: Any) -> Any:
+            closers.append(lambda: self.sock.shutdown(2))
+            return super().connect(*args, **options)
+
+    # Without a name of ours, it would ask the name server for one, which an air-gapped host lacks.
+    ours = this_host() if "." in this_host() else "[127.0.0.1]"
+    options: Dict[str, Any] = {"timeout": ATTEMPT_S, "local_hostname": ours}
+    if security == "tls":
+        options["context"] = tls_context()
+    try:
+        port = arguments.get("port") or MAIL_PORTS[security]
+        with contextlib.closing(Server(arguments["host"], port, **options)) as server:
+            if security == "starttls":
+                server.starttls(context=tls_context())
+            if arguments.get("user"):
+                server.login(arguments["user"], arguments.get("password") or "")
+            refused = server.send_message(message)
+            # Its answer is not waited for: the mail is accepted, and must not be sent again.
+            with contextlib.suppress(OSError, smtplib.SMTPException):
+                server.putcmd("quit")
+    except smtplib.SMTPException as error:
+        return judge_mail(error)
+    if refused:
+        return Outcome(SENT, printable(f"accepted, except for {', '.join(refused)}", 200))
+    return Outcome(SENT, f"accepted by {arguments['host']}")
 
 
 def send_logger(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> Outcome:
@@ -4214,13 +5154,22 @@ TRANSPORTS: Dict[str, Callable[[Notifier, Sequence[Facts], Closers], Outcome]] =
     "slack": send_slack,
     "workplace": send_workplace,
     "logger": send_logger,
+    "webhook": send_webhook,
+    "email": send_email,
+    "command": send_command,
 }
 
 
-def deliver(notifier: Notifier, batch: Sequence[Facts]) -> Outcome:
-    """Try once to tell `batch` to `notifier`; no secret stands in what is returned."""
+def deliver(notifier: Notifier, batch: Sequence[Facts], plain: bool = False) -> Outcome:
+    """Try once to tell `batch` to `notifier`; no secret stands in what is returned. With `plain`,
+    in the fewest words, without the user's template."""
     send = TRANSPORTS[notifier.type]
-    outcome = attempt(lambda closers: send(notifier, batch, closers))
+    if plain:
+        kept = {name: value for name, value in notifier.arguments.items() if name != "message"}
+        notifier = notifier._replace(arguments=kept)
+        batch = [plain_facts(facts) for facts in batch]
+    safe = [clean_facts(facts) for facts in batch]
+    outcome = attempt(lambda closers: send(notifier, safe, closers))
     return outcome._replace(detail=notifier.scrub(outcome.detail))
 
 
@@ -4239,7 +5188,7 @@ def back_off_s(failures: int, random: float) -> float:
 # kill comes between two of them.
 # ======================================================================================
 
-#: Above this size the outbox is rewritten, at start, without what nobody can ask for any more.
+#: Above this size, and when it has doubled, the outbox is rewritten without what nobody can ask for.
 COMPACT_BYTES = 1 << 20
 
 
@@ -4252,58 +5201,79 @@ class Event(NamedTuple):
     facts: Facts
 
 
+class OutboxState:
+    """What the lines of an outbox say."""
+
+    def __init__(self) -> None:
+        #: Event id to the notifiers that were or are to be told.
+        self.known: Dict[str, List[str]] = {}
+        #: What is still to be told: event id to the event and the notifiers that wait for it.
+        self.waiting: Dict[str, Tuple[Event, Set[str]]] = {}
+        #: Notifiers that do not work: why, and since when (UTC seconds).
+        self.broken: Dict[str, Tuple[str, float]] = {}
+
+    def load(self, path: str) -> None:
+        """Take in the file at `path`, if there is one. Raises OSError."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return
+        with os.fdopen(fd, "rb") as file:
+            for line, _ in read_lines(file):
+                self.apply(json_object(line.decode("utf-8", "replace")) or {})
+
+    def apply(self, record: Dict[str, Any]) -> None:
+        """Take in one record; what is damaged or foreign is told again at worst."""
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            if "event" in record:
+                facts = record.get("facts") or {}
+                if not all(isinstance(value, str) for value in facts.values()):
+                    return
+                event = Event(record["event"], record["kind"], facts)
+                self.known[event.id] = list(record["to"])
+                self.waiting.pop(event.id, None)
+                if event.facts and record["to"]:
+                    self.waiting[event.id] = (event, set(record["to"]))
+            elif "sent" in record:
+                for event_id in record["sent"]:
+                    self.settle(event_id, record["to"])
+            elif "broken" in record:
+                self.broken[record["broken"]] = (str(record["reason"]), float(record["time"]))
+            elif "mended" in record:
+                self.broken.pop(record["mended"], None)
+
+    def settle(self, event_id: str, notifier_id: str) -> None:
+        """Note that a notifier waits for an event no more."""
+        waiting = self.waiting.get(event_id)
+        if waiting is not None:
+            waiting[1].discard(notifier_id)
+            if not waiting[1]:
+                del self.waiting[event_id]
+
+    def waiting_for(self, notifier_id: str) -> List[Event]:
+        """Return what a notifier is still to be told, the oldest first."""
+        return [event for event, ids in self.waiting.values() if notifier_id in ids]
+
+
 class Outbox:
     """The events of a repository and who was told of them. Safe for use by several threads."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._lock = threading.Lock()
-        #: Event id to the notifiers that were or are to be told.
-        self._known: Dict[str, List[str]] = {}
-        #: What is still to be told: event id to the event and the notifiers that wait for it.
-        self._waiting: Dict[str, Tuple[Event, Set[str]]] = {}
-        self._closed = False
-        self._load()
+        self._state = OutboxState()
+        self._state.load(path)
         self._writer = LogWriter(path)
-
-    def _load(self) -> None:
-        try:
-            with open(self.path, "rb") as file:
-                for line, _ in read_lines(file):
-                    self._apply(json_object(line.decode("utf-8", "replace")) or {})
-        except FileNotFoundError:
-            pass
-
-    def _apply(self, record: Dict[str, Any]) -> None:
-        try:
-            if "event" in record:
-                facts = record.get("facts") or {}
-                if not all(isinstance(value, str) for value in facts.values()):
-                    return
-                event = Event(record["event"], record["kind"], facts)
-                self._known[event.id] = list(record["to"])
-                if event.facts and record["to"]:
-                    self._waiting[event.id] = (event, set(record["to"]))
-            elif "sent" in record:
-                for event_id in record["sent"]:
-                    self._settle(event_id, record["to"])
-        except (AttributeError, KeyError, TypeError):
-            pass  # a line of something else, or damage; what it stood for is told again at worst
-
-    def _settle(self, event_id: str, notifier_id: str) -> None:
-        waiting = self._waiting.get(event_id)
-        if waiting is not None:
-            waiting[1].discard(notifier_id)
-            if not waiting[1]:
-                del self._waiting[event_id]
+        self._compact_at = 0
+        self._closed = False
 
     def knows(self, event_id: str) -> bool:
         """True where the event was put here before."""
-        return event_id in self._known
+        return event_id in self._state.known
 
     def known_ids(self) -> List[str]:
         """Return the ids of all events that were put here."""
-        return list(self._known)
+        return list(self._state.known)
 
     def add(self, events: Sequence[Tuple[Event, List[str]]]) -> None:
         """Record events with the ids of the notifiers to tell, in one write that reaches the disk.
@@ -4313,9 +5283,9 @@ class Outbox:
         lines = []
         with self._lock:
             for event, notifier_ids in events:
-                self._known[event.id] = notifier_ids
+                self._state.known[event.id] = notifier_ids
                 if notifier_ids:
-                    self._waiting[event.id] = (event, set(notifier_ids))
+                    self._state.waiting[event.id] = (event, set(notifier_ids))
                 lines.append(self._line(event, notifier_ids))
             self._write("".join(lines))
 
@@ -4329,58 +5299,104 @@ class Outbox:
 
     def _write(self, lines: str) -> None:
         if lines and not self._closed:
+            # Last, since what makes a lost file whole again says what is known, these lines included.
             self._writer.append_line(lines.encode("ascii"))
+            self._look()
             self._writer.sync()
+
+    def _look(self) -> None:
+        """Make the file again where it was removed. Its folder too, but never `.aim`."""
+        if self._writer.is_there():
+            return
+        self._writer.leave()
+        with contextlib.suppress(OSError):
+            os.mkdir(os.path.dirname(self.path))
+        with contextlib.suppress(OSError):
+            self._writer.open_again([], self._lines())
+
+    def _lines(self) -> List[bytes]:
+        """Return what the file must say at least: what waits, what is known to have been told, and
+        who does not work."""
+        state, lines = self._state, []
+        for event_id, notifier_ids in state.known.items():
+            event, waiting = state.waiting.get(event_id, (Event(event_id, "", {}), notifier_ids))
+            lines.append(self._line(event, sorted(waiting), event_id in state.waiting))
+        for notifier_id, (reason, since) in state.broken.items():
+            lines.append(to_json({"broken": notifier_id, "reason": reason, "time": since}) + "\n")
+        return [line.encode("ascii") for line in lines]
 
     def sent(self, event_ids: Sequence[str], notifier_id: str) -> None:
         """Record that a notifier was told of events."""
-        record = {"sent": list(event_ids), "to": notifier_id, "time": round(time.time(), 3)}
+        self._note({"sent": list(event_ids), "to": notifier_id})
+
+    def note_broken(self, notifier_id: str, reason: str) -> None:
+        """Record that a notifier does not work, unless that is known."""
+        if notifier_id not in self._state.broken:
+            self._note({"broken": notifier_id, "reason": reason})
+
+    def note_mended(self, notifier_id: str) -> None:
+        """Record that a notifier works, where it did not."""
+        if notifier_id in self._state.broken:
+            self._note({"mended": notifier_id})
+
+    def _note(self, record: Dict[str, Any]) -> None:
+        record["time"] = round(time.time(), 3)
         with self._lock:
-            for event_id in event_ids:
-                self._settle(event_id, notifier_id)
+            self._state.apply(record)
             self._write(to_json(record) + "\n")
+
+    def broken(self) -> Dict[str, Tuple[str, float]]:
+        """Return the notifiers that do not work: why, and since when (UTC seconds)."""
+        with self._lock:
+            return dict(self._state.broken)
 
     def waiting_for(self, notifier_id: str) -> List[Event]:
         """Return what a notifier is still to be told, the oldest first."""
         with self._lock:
-            return [event for event, ids in self._waiting.values() if notifier_id in ids]
+            return self._state.waiting_for(notifier_id)
 
     def is_waiting(self, event_id: str) -> bool:
         """True where somebody is still to be told of the event."""
-        return event_id in self._waiting
+        return event_id in self._state.waiting
 
     def forget_notifiers(self, keep: Set[str]) -> None:
         """Give up what waits for notifiers that were removed."""
         with self._lock:
-            for event, ids in list(self._waiting.values()):
+            for event, ids in list(self._state.waiting.values()):
                 for notifier_id in ids - keep:
-                    self._settle(event.id, notifier_id)
+                    self._state.settle(event.id, notifier_id)
+        for notifier_id in set(self.broken()) - keep:
+            self.note_mended(notifier_id)
 
     def compact(self, keep_id: Callable[[str], bool]) -> None:
-        """Rewrite the file, where it has grown, with what still waits and the ids that `keep_id`
-        wants. Called before anything is sent."""
+        """Rewrite the file, where it has grown, with what still waits, who does not work, and the
+        ids that `keep_id` wants."""
         with self._lock:
-            if self._writer.size < COMPACT_BYTES:
-                return
-            self._known = {
-                item: to for item, to in self._known.items() if item in self._waiting or keep_id(item)
-            }
-            lines = []
-            for event_id, notifier_ids in self._known.items():
-                event, waiting = self._waiting.get(event_id, (Event(event_id, "", {}), notifier_ids))
-                lines.append(self._line(event, sorted(waiting), event_id in self._waiting))
+            state = self._state
             try:
-                replace_file(self.path, "".join(lines).encode("ascii"))
+                if not (self._writer.is_there() and self._writer.flush()):
+                    return
+                if os.path.getsize(self.path) < max(COMPACT_BYTES, self._compact_at):
+                    return
+                state.known = {
+                    item: to for item, to in state.known.items() if item in state.waiting or keep_id(item)
+                }
+                data = b"".join(self._lines())
+                replace_file(self.path, data)
+                self._writer.close()
+                self._writer = LogWriter(self.path)
             except OSError as error:
+                self._compact_at = 2 * max(COMPACT_BYTES, self._compact_at)
                 log.warning("cannot shorten %s: %s", self.path, error.strerror)
                 return
-            self._writer.close()
-            self._writer = LogWriter(self.path)
+            self._compact_at = 2 * len(data)
 
     def flush(self) -> None:
-        """Try again to write what the disk refused."""
+        """Try again to write what the disk refused, or what lost its file."""
         with self._lock:
-            self._writer.flush()
+            if not self._closed:
+                self._look()
+                self._writer.flush()
 
     def close(self) -> None:
         """Let go of the file. What a courier says later is not written: it is told again."""
@@ -4401,7 +5417,8 @@ class Courier(threading.Thread):
         self._queue: Deque[Event] = deque(outbox.waiting_for(notifier.id))
         self._stopping = False
         self._failures = 0
-        self._broken = False
+        self._broken = self._hurry = self._plain = False
+        self._gap_s, self._posted_mono = MIN_POST_GAP_S, -math.inf
         self._tried = not self._queue
 
     def submit(self, events: Sequence[Event]) -> None:
@@ -4415,6 +5432,12 @@ class Courier(threading.Thread):
         """End after the attempt in flight, without waiting for it."""
         with self._changed:
             self._stopping = True
+            self._changed.notify_all()
+
+    def try_now(self) -> None:
+        """Rest no longer, where the notifier does not work: somebody may have mended it."""
+        with self._changed:
+            self._hurry = self._broken
             self._changed.notify_all()
 
     def wait_tried(self, deadline_mono: float) -> bool:
@@ -4438,26 +5461,22 @@ class Courier(threading.Thread):
                 if self._stopping:
                     return
                 batch = list(self._queue)
-            self._rest(self._deliver(batch))
+            try:
+                rest_s = self._deliver(batch)
+            except Exception as error:
+                # A courier that died of it would take every later alert with it.
+                log.error("notifier %s: %s: %s", self.notifier.id[:8], type(error).__name__, "trying again")
+                rest_s = MAX_BACK_OFF_S
+            self._rest(rest_s)
 
     def _deliver(self, batch: List[Event]) -> float:
         """Tell `batch` in one message and return how long to rest."""
-        outcome = deliver(self.notifier, [event.facts for event in batch])
-        name = f"{self.notifier.type} {self.notifier.id[:8]}"
-        if outcome.kind == SENT:
-            self._outbox.sent([event.id for event in batch], self.notifier.id)
-            if self._failures:
-                log.info("notifier %s is reached again", name)
-            rest_s = MIN_POST_GAP_S if self.notifier.type in ("slack", "workplace") else 0.0
-        else:
-            rest_s = max(back_off_s(self._failures + 1, _random()), outcome.wait_s)
-            broken = outcome.kind == BROKEN
-            if broken:
-                rest_s = BROKEN_RETRY_S
-            if not self._failures or broken != self._broken:
-                then = "mend it with 'notifiers'; what waits is kept" if broken else "trying again"
-                log.warning("notifier %s: %s; %s", name, outcome.detail, then)
-            self._broken = broken
+        facts = [{**event.facts, "id": event.id} for event in batch]
+        outcome = deliver(self.notifier, facts, self._plain)
+        if outcome.kind == REFUSED and self._plain:
+            outcome = outcome._replace(kind=BROKEN)
+        self._plain = outcome.kind == REFUSED or (self._plain and outcome.kind != SENT)
+        rest_s = self._settle(batch, outcome)
         with self._changed:
             if outcome.kind == SENT:
                 for _ in batch:
@@ -4465,17 +5484,54 @@ class Courier(threading.Thread):
                 self._failures = 0
             else:
                 self._failures += 1
+            self._broken = outcome.kind == BROKEN
             self._tried = not self._queue or outcome.kind != SENT
             self._changed.notify_all()
         return rest_s
 
+    def _settle(self, batch: Sequence[Event], outcome: Outcome) -> float:
+        """Record and log what came of an attempt, and return how long to rest."""
+        name = f"{self.notifier.type} {self.notifier.id[:8]}"
+        if outcome.kind == SENT:
+            self._outbox.sent([event.id for event in batch], self.notifier.id)
+            self._outbox.note_mended(self.notifier.id)
+            if self._failures:
+                log.info("notifier %s is reached again", name)
+            return self._gap()
+        if outcome.kind == BROKEN:
+            self._outbox.note_broken(self.notifier.id, outcome.detail)
+            then = "what waits is kept until it is mended; see 'notifiers list'"
+        elif outcome.kind == REFUSED:
+            then = "trying again in fewer words"
+        else:
+            then = "trying again"
+        if not self._failures or (outcome.kind == BROKEN) != self._broken:
+            log.warning("notifier %s: %s; %s", name, outcome.detail, then)
+        if outcome.kind == BROKEN:
+            return BROKEN_RETRY_S
+        if outcome.kind == REFUSED:
+            return MIN_POST_GAP_S
+        return max(back_off_s(self._failures + 1, _random()), outcome.wait_s)
+
+    def _gap(self) -> float:
+        """Return the pause after a post; it grows while there is more to tell each time, so that a
+        power cut that takes a minute to be noticed is a handful of messages."""
+        if self.notifier.type == "logger":
+            return 0.0
+        now = time.monotonic()
+        storm = now - self._posted_mono < 2 * self._gap_s
+        self._gap_s = min(2 * self._gap_s, MAX_POST_GAP_S) if storm else MIN_POST_GAP_S
+        self._posted_mono = now
+        return self._gap_s
+
     def _rest(self, seconds: float) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping, seconds)
+            self._changed.wait_for(lambda: self._stopping or self._hurry, seconds)
+            self._hurry = False
 
 
-#: At least this long between two posts to one webhook.
-MIN_POST_GAP_S = 1.0
+#: At least this long between two posts to one notifier, and at most so long while there is much to tell.
+MIN_POST_GAP_S, MAX_POST_GAP_S = 1.0, 30.0
 #: A notifier whose address or token is refused is tried again this often, and when it is changed.
 BROKEN_RETRY_S = 3600.0
 
@@ -4494,11 +5550,14 @@ class Dispatcher:
         self._stamp: Any = None
         self._couriers: Dict[str, Courier] = {}
         self._retired: List[Courier] = []
+        #: From which level on log messages are told.
+        self.log_level = logging.WARNING
 
     def load(self) -> None:
         """Read the configuration. Raises ConfigError; what was in force stays in force."""
         self._stamp = self._stat()
         notifiers = self._config.notifiers()
+        self.log_level = self._config.log_level()
         for notifier in notifiers:
             if notifier.problem and notifier.enabled:
                 log.error("notifier %s %s; it is not used", notifier.id[:8], notifier.problem)
@@ -4510,6 +5569,8 @@ class Dispatcher:
             if usable.get(notifier_id) != courier.notifier:
                 courier.stop()
                 self._retired.append(self._couriers.pop(notifier_id))
+            else:
+                courier.try_now()
         self._retired = [courier for courier in self._retired if courier.is_alive()]
         self._outbox.forget_notifiers({item.id for item in notifiers} | set(usable))
         for notifier_id, notifier in usable.items():
@@ -4552,19 +5613,31 @@ class Dispatcher:
         """True where some notifier wants events of this kind."""
         return kind == TROUBLE or any(kind in item.notifier.events for item in self._couriers.values())
 
-    def tell(self, events: Sequence[Event]) -> None:
-        """Put new events into the outbox, for good, and then hand them to their couriers."""
+    def tell(self, events: Sequence[Event], but: Optional[str] = None) -> None:
+        """Put new events into the outbox, for good, and then hand them to their couriers; to all
+        that want them `but` one."""
         entries = []
         for event in events:
             to = [
                 notifier_id
                 for notifier_id, courier in self._couriers.items()
-                if event.kind == TROUBLE or event.kind in courier.notifier.events
+                if (event.kind == TROUBLE or event.kind in courier.notifier.events) and notifier_id != but
             ]
             entries.append((event, to))
         self._outbox.add(entries)
         for notifier_id, courier in self._couriers.items():
             courier.submit([event for event, to in entries if notifier_id in to])
+
+    def tell_of_broken(self) -> None:
+        """Tell the others, once, of every notifier that does not work."""
+        for notifier_id, (reason, since) in self._outbox.broken().items():
+            event_id = f"{BROKEN}-{notifier_id}-{since:.3f}"
+            courier = self._couriers.get(notifier_id)
+            if courier is not None and not self._outbox.knows(event_id):
+                what = f"notifier {courier.notifier.type} {notifier_id[:8]} does not work: {reason}"
+                facts = {"event": TROUBLE, "repo": self._paths.root}
+                facts["run.reason"] = printable(f"{what}; what it is to tell is kept until it is mended")
+                self.tell([Event(event_id, TROUBLE, facts)], but=notifier_id)
 
     def drain(self, limit_s: float) -> bool:
         """Wait until everything was sent or tried once, at most `limit_s` seconds; True if so."""
@@ -4709,17 +5782,20 @@ _CHANGES = {
 
 
 class Change(NamedTuple):
-    """A change to tell: of which run, what, after how many seconds of silence, and from what."""
+    """A change to tell: of which run, what, after how many seconds of silence, from what, and what
+    there is to say of it. Changes of one check-in and kind have one id, unless a suffix parts them."""
 
     kind: str
     seen: Seen
     silent_s: float
     old_state: Optional[str]
+    note: str = ""
+    suffix: str = ""
 
     @property
     def id(self) -> str:
         """The event's id; `utc` tells two lives of a run apart whose numbers begin anew."""
-        return f"{self.seen.run}-{self.seen.idx}-{self.seen.utc}-{self.kind}"
+        return f"{self.seen.run}-{self.seen.idx}-{self.seen.utc}-{self.kind}{self.suffix}"
 
 
 class RunTable:
@@ -4909,7 +5985,7 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
     """Return what a run's own log says of it, as message fields; the hash alone for Aim's runs."""
     facts = {"run.hash": run_hash, "run.name": run_hash, "repo": paths.root}
     try:
-        state = read_log(paths.run_log(run_hash), run_hash)
+        state = read_log(paths.run_log(run_hash), run_hash, FACTS_BYTES)
     except OSError:
         return facts
     for field in ("host", "pid", "job", "user"):
@@ -4918,12 +5994,34 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
     facts["run.name"] = printable(str(state.props.get("name") or run_hash), 100)
     facts["run.experiment"] = printable(str(state.props.get("experiment") or ""), 100)
     facts["run.metrics"] = describe_metrics(state)
+    facts["run.errors"] = "\n".join(f"  {printable(text, 200)}" for text in list(state.errors)[-3:])
     if state.end is not None:
         facts["run.reason"] = printable(str(state.end.get("reason") or ""))
         frames = state.end.get("frames")
         if isinstance(frames, list):
             facts["run.frames"] = "\n".join(f"  {printable(str(frame), 200)}" for frame in frames[-6:])
     return facts
+
+
+#: How much of a run's log is read to say something about it in an alert.
+FACTS_BYTES = 8 << 20
+
+
+def hanging_frames(paths: RepoPaths, run_hash: str) -> str:
+    """Return the innermost frames of a run's main thread, outermost first, from what its process
+    left when it missed its promise; "" where it left nothing."""
+    try:
+        text = read_bounded(paths.stack(run_hash), 1 << 20, follow=False).decode("utf-8", "replace")
+    except OSError:
+        return ""
+    # The main thread is the last, unless there are more than `faulthandler` shows.
+    last = text.rpartition(" (most recent call first):\n")[2]
+    if "\n..." in last:
+        return ""
+    frames = re.findall(r'^  File "(.*)", line ([0-9?]+) in (.*)$', last, re.MULTILINE)[:_MAX_FRAMES]
+    return "\n".join(
+        f"  {printable(f'{file}:{line} in {name}', 200)}" for file, line, name in reversed(frames)
+    )
 
 
 def change_facts(paths: RepoPaths, change: Change) -> Facts:
@@ -4936,11 +6034,223 @@ def change_facts(paths: RepoPaths, change: Change) -> Facts:
     facts["run.silent"] = human_s(change.silent_s)
     if change.kind == STALLED:
         facts["run.process"] = writer_state(paths, seen.run)
+        if facts["run.process"] == "unknown" and facts.get("run.host") == this_host():
+            facts["run.process"] = process_state(facts.get("run.pid", ""))
+        facts["run.frames"] = hanging_frames(paths, seen.run)
+        facts["run.reason"] = change.note
     if change.kind == RECOVERED:
         how = "finished" if seen.state == FINISHED else "checked in again"
         after = "it had failed" if change.old_state == FAILED else f"{human_s(change.silent_s)} of silence"
-        facts["run.reason"] = f"{how} after {after}"
+        facts["run.reason"] = change.note or f"{how} after {after}"
         facts.pop("run.frames", None)
+    return {name: value for name, value in facts.items() if value}
+
+
+def process_state(pid: str) -> str:
+    """Return whether a process of this machine is `alive` or `gone`."""
+    if not pid.isdigit() or not 0 < int(pid) < 1 << 31:
+        return "unknown"
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return "gone"
+    except OSError:
+        pass  # it is somebody else's
+    return "alive"
+
+
+# ======================================================================================
+# Watcher: what is told, and what is not
+#
+# Pure, like the table: of the changes that a poll found, those that are worth a message. A run that
+# stalls again and again is told as that; one that was muted is told when the mute ends, if it needs
+# somebody then; nothing here changes what state a run is in.
+# ======================================================================================
+
+#: So many stalls within so long, and a run flaps; it is steady after that long without a stall.
+FLAP_STALLS, FLAP_WINDOW_S, FLAP_STEADY_S = 3, 3600.0, 1800.0
+#: A stall of a flapping run is told after all when it has lasted so long.
+FLAP_PATIENCE_S = 900.0
+#: How often at most a stalled run is told again.
+MAX_REMINDERS = 10
+
+
+class Flaps:
+    """Tells apart a run that stalls from one that goes on stalling and coming back."""
+
+    def __init__(self) -> None:
+        #: By run, the moments (looking clock) of its last stalls, the newest last.
+        self.stalls: Dict[str, List[float]] = {}
+
+    def restore(self, saved: Any) -> None:
+        """Go on where the last watcher stopped; the moments are on the looking clock, as it was saved."""
+        if isinstance(saved, dict):
+            for run, stalls in saved.items():
+                if isinstance(stalls, list) and stalls and all(type(at) is float for at in stalls):
+                    self.stalls[run] = stalls[-FLAP_STALLS:]
+
+    def is_flapping(self, run: str) -> bool:
+        """True from the third stall within the window until the run is steady."""
+        return len(self.stalls.get(run, ())) >= FLAP_STALLS
+
+    def judge(self, changes: Sequence[Change], now_s: float) -> List[Change]:
+        """Return of `changes` what is to be told now."""
+        return [change for change in (self._judge(change, now_s) for change in changes) if change is not None]
+
+    def _judge(self, change: Change, now_s: float) -> Optional[Change]:
+        run = change.seen.run
+        if change.kind == STALLED:
+            was_flapping = self.is_flapping(run)
+            recent = [at for at in self.stalls.get(run, ()) if was_flapping or now_s - at < FLAP_WINDOW_S]
+            self.stalls[run] = [*recent, now_s][-FLAP_STALLS:]
+            if was_flapping:
+                return None
+            if self.is_flapping(run):
+                since = human_s(now_s - self.stalls[run][0])
+                note = (
+                    f"it flaps: {FLAP_STALLS} stalls in {since}; told again when it stays silent for "
+                    f"{human_s(FLAP_PATIENCE_S)} more, or is steady for {human_s(FLAP_STEADY_S)}"
+                )
+                return change._replace(note=note)
+        elif change.kind == RECOVERED and change.old_state == STALLED and self.is_flapping(run):
+            return None
+        elif change.kind in (FAILED, FINISHED, STARTED):
+            self.stalls.pop(run, None)
+        return change
+
+    def due(self, runs: Dict[str, Seen], now_s: float) -> List[Change]:
+        """Return what time alone makes worth telling: a flapping run that stays silent, or is
+        steady. Asked again, a stall is returned again: its id says that it was told."""
+        changes = []
+        for run in [run for run in self.stalls if self.is_flapping(run)]:
+            seen, last_s = runs.get(run), self.stalls[run][-1]
+            if seen is None:
+                del self.stalls[run]
+            elif seen.state == STALLED and now_s - last_s >= FLAP_PATIENCE_S:
+                note = "it has flapped before"
+                changes.append(Change(STALLED, seen, now_s - seen.since_s, RUNNING, note))
+            elif seen.state == RUNNING and now_s - last_s >= FLAP_STEADY_S:
+                note = f"steady again: no stall for {human_s(FLAP_STEADY_S)}"
+                changes.append(Change(RECOVERED, seen, 0.0, STALLED, note))
+                del self.stalls[run]
+        return changes
+
+    def forget_old(self, now_s: float) -> None:
+        """Drop what lies too far back to count."""
+        for run, stalls in list(self.stalls.items()):
+            if now_s - stalls[-1] > FLAP_WINDOW_S and not self.is_flapping(run):
+                del self.stalls[run]
+
+
+def reminders(runs: Iterable[Seen], stalled_s: Callable[[Seen], float], every_s: float) -> List[Change]:
+    """Return the reminder that each stalled run is due, the newest alone; `stalled_s` says for how
+    long it has been stalled."""
+    found = []
+    for seen in runs:
+        if seen.state == STALLED:
+            number = min(int(stalled_s(seen) / every_s), MAX_REMINDERS)
+            if number > 0:
+                silent_s = stalled_s(seen) + seen.promise_s
+                note = f"reminder {number} of at most {MAX_REMINDERS}"
+                found.append(Change(STALLED, seen, silent_s, STALLED, note, f"-reminder-{number}"))
+    return found
+
+
+_MUTE = re.compile(r"([A-Za-z0-9_]{1,64})-([0-9]{1,12})")
+#: A mute always ends.
+MAX_MUTE_S = 30 * 86400.0
+
+
+def read_mutes(paths: RepoPaths) -> Dict[str, Tuple[int, List[str]]]:
+    """Return by run until when (UTC seconds) it is muted, and the files that say so."""
+    mutes: Dict[str, Tuple[int, List[str]]] = {}
+    try:
+        names = os.listdir(paths.mutes)
+    except OSError:
+        return mutes
+    for name in names:
+        match = _MUTE.fullmatch(name)
+        if match is not None:
+            until, files = mutes.get(match[1], (0, []))
+            mutes[match[1]] = (max(until, int(match[2])), [*files, name])
+    return mutes
+
+
+_NEWS = re.compile(r"([A-Za-z0-9_]{1,64})-([0-9]{1,12})-([0-9]{1,4})")
+#: How many messages one event quotes, and how much of a log is read to find them.
+NEWS_LINES, NEWS_BYTES = 10, 8 << 20
+
+
+class News:
+    """Knows which runs have log messages that were not looked at, from the names in `news`."""
+
+    def __init__(self) -> None:
+        #: By run, the number in its newest name, and up to where its log was read (bytes); None
+        #: before the folder was looked at for the first time.
+        self.read: Optional[Dict[str, List[int]]] = None
+
+    def restore(self, saved: Any, event_ids: Iterable[str]) -> None:
+        """Go on where the last watcher stopped; the outbox may know more than it saved."""
+        if isinstance(saved, dict):
+            self.read = {
+                run: [int(item[0]), int(item[1])]
+                for run, item in saved.items()
+                if isinstance(item, list) and [type(value) for value in item] == [int, int]
+            }
+            for event_id in event_ids:
+                match = _NEWS_ID.fullmatch(event_id)
+                if match is not None:
+                    known = self.read.setdefault(match[1], [0, 0])
+                    known[1] = max(known[1], int(match[2]))
+
+    def take(self, listing: Iterable[str], level: int) -> List[str]:
+        """Return the runs that have new messages at `level` or above. What is there at first sight
+        is not new."""
+        first, known = self.read is None, self.read or {}
+        newest: Dict[str, Tuple[int, int]] = {}
+        for name in listing:
+            match = _NEWS.fullmatch(name)
+            if match is not None:
+                newest[match[1]] = max(newest.get(match[1], (0, 0)), (int(match[2]), int(match[3])))
+        found = []
+        for run, (count, highest) in newest.items():
+            if not first and count > known.get(run, [0])[0] and highest >= level:
+                found.append(run)
+        self.read = {run: [count, known.get(run, [0, 0])[1]] for run, (count, _) in newest.items()}
+        return found
+
+
+_NEWS_ID = re.compile(r"([A-Za-z0-9_]{1,64})-[0-9]+-([0-9]+)-log")
+
+
+def new_messages(path: str, start: int) -> Tuple[int, List[Dict[str, Any]]]:
+    """Return up to where the log at `path` could be read, and the messages from offset `start` on,
+    which are looked for in its last NEWS_BYTES. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb"):
+        size = os.fstat(fd).st_size
+        begin = max(min(start, size), size - NEWS_BYTES, 0)
+        data = os.pread(fd, size - begin, begin)
+    end = begin + data.rfind(b"\n") + 1
+    lines = data[: end - begin].split(b"\n")
+    return end, [message for message in map(parse_message, lines) if message is not None]
+
+
+def log_facts(paths: RepoPaths, run_hash: str, messages: Sequence[Dict[str, Any]]) -> Facts:
+    """Return the message fields for an event about log messages."""
+    names = {number: name for name, number in LOG_LEVELS.items()}
+    lines = []
+    for item in messages[-NEWS_LINES:]:
+        level = names.get(item["log"], item["log"])
+        lines.append(f"  {local_time(item['time'])} {level}: {printable(item['message'], 300)}")
+    facts = run_facts(paths, run_hash)
+    facts["event"] = LOG
+    facts["run.reason"] = plural(len(messages), "message")
+    if len(messages) > NEWS_LINES:
+        facts["run.reason"] += f", of which the last {NEWS_LINES} are"
+    facts["run.messages"] = "\n".join(lines)
+    for field in ("run.frames", "run.errors"):
+        facts.pop(field, None)
     return {name: value for name, value in facts.items() if value}
 
 
@@ -4966,6 +6276,37 @@ def saved_runs(saved: Dict[str, Any]) -> List[Seen]:
     runs = saved.get("runs")
     found = map(Seen.from_list, runs if isinstance(runs, list) else ())
     return [seen for seen in found if seen is not None]
+
+
+#: A folder of more names is listed name by name, and only the newest of each run is kept.
+MAX_NAMES = 200_000
+#: How often flapping runs and reminders are looked at.
+DUE_INTERVAL_S = 5.0
+
+
+def list_bounded(folder: str, most: int) -> Tuple[List[str], bool]:
+    """Return (the names in a folder, True), or where there are more than `most` (the newest
+    check-in of each of at most so many runs, False). Raises OSError."""
+    names: List[str] = []
+    newest: Dict[str, Tuple[int, str]] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            names.append(entry.name)
+            if len(names) > most:
+                _keep_newest(newest, names, most)
+                names = []
+    if not newest:
+        return names, True
+    _keep_newest(newest, names, most)
+    return [name for _, name in newest.values()], False
+
+
+def _keep_newest(newest: Dict[str, Tuple[int, str]], names: Iterable[str], most: int) -> None:
+    for check_in, name in ((parse_check_in(name), name) for name in names):
+        if check_in is not None and check_in.flag in _FLAG_STATES:
+            best = newest.get(check_in.run_hash)
+            if (best[0] < check_in.idx) if best else len(newest) < most:
+                newest[check_in.run_hash] = (check_in.idx, name)
 
 
 class StopSignal:
@@ -5005,12 +6346,19 @@ class Watcher:
         grace_s: float = DEFAULT_GRACE_S,
         poll_interval_s: float = DEFAULT_POLL_INTERVAL_S,
         once: bool = False,
+        remind_every_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         utc: Callable[[], float] = time.time,
     ) -> None:
         self.paths = paths
         self.table = RunTable(grace_s)
         self.looking = LookingClock(grace_s)
+        self.flaps = Flaps()
+        self.news = News()
+        self._remind_every_s = remind_every_s
+        self._due_s = -math.inf
+        self._crowded = True
+        self._told_crowded = False
         self.poll_interval_s = poll_interval_s
         self._once = once
         self._clock, self._utc = clock, utc
@@ -5021,6 +6369,10 @@ class Watcher:
         self._saved_mono, self._save_cost_s = -math.inf, 0.0
         self._swept_s = 0.0
         paths.create()
+        try:
+            paths.refuse_planted_links()
+        except OSError as error:
+            raise RepoError(f"cannot use {error.filename}: {error.strerror}: remove it") from None
         self._lock_fd = self._take_lock()
         try:
             self.outbox = Outbox(paths.outbox)
@@ -5046,7 +6398,7 @@ class Watcher:
             raise RepoError(f"cannot lock {path}: {error.strerror}") from None
         if locked is False:
             os.close(fd)
-            raise RepoError(f"{describe_watcher(self.paths)} already watches {self.paths.root}")
+            raise WatcherBusyError(f"{describe_watcher(self.paths)} already watches {self.paths.root}")
         if locked is None:
             log.warning(
                 "%s: this file system has no record locks: make sure that no second watcher is started",
@@ -5071,9 +6423,18 @@ class Watcher:
             if seen.state == RUNNING and self.outbox.knows(Change(STALLED, seen, 0, None).id):
                 seen.state = STALLED
             self.table.restore(seen)
+        self.flaps.restore(saved.get("flaps"))
+        self.news.restore(saved.get("news"), self.outbox.known_ids())
         if saved:
-            known = self.table.runs
-            self.outbox.compact(lambda event_id: event_id.partition("-")[0] in known)
+            self._compact()
+
+    def _compact(self) -> None:
+        runs, broken = self.table.runs, self.outbox.broken()
+        self.outbox.compact(
+            lambda event_id: (
+                event_id.partition("-")[0] in runs or bool(broken and event_id.startswith(f"{BROKEN}-"))
+            )
+        )
 
     def _time_since(self, saved: Dict[str, Any]) -> Optional[float]:
         """Return the seconds since watcher.json was written, None where no clock can tell."""
@@ -5086,7 +6447,8 @@ class Watcher:
         """Look once, and tell what changed. Never raises for a repository that cannot be read."""
         before = self._clock()
         try:
-            listing = os.listdir(self.paths.check_ins)
+            self.paths.refuse_planted_links()
+            listing = self._list()
         except OSError as error:
             self._note_blind(error)
             return []
@@ -5103,6 +6465,7 @@ class Watcher:
         self._report_names()
         self.dispatcher.reload_if_changed()
         self._tell(changes)
+        self.dispatcher.tell_of_broken()
         for run in self.table.vanished():
             # A run of ours whose log is there has lost its check-in, not its life.
             ended = self.table.runs[run].state in (FINISHED, FAILED)
@@ -5114,19 +6477,89 @@ class Watcher:
         self._save()
         return changes
 
+    def _list(self) -> List[str]:
+        """Return the names in check_ins; of a folder with very many, the newest of each run."""
+        if not self._crowded:
+            listing = os.listdir(self.paths.check_ins)
+            self._crowded = len(listing) > MAX_NAMES // 2
+            return listing
+        listing, whole = list_bounded(self.paths.check_ins, MAX_NAMES)
+        self._crowded = not whole or len(listing) > MAX_NAMES // 2
+        if not whole and not self._told_crowded:
+            self._told_crowded = True
+            self._tell_trouble(
+                "crowded",
+                f"{self.paths.check_ins} holds more than {MAX_NAMES} names, which makes every look slow: "
+                "remove what is not needed there",
+            )
+        return listing
+
     def _tell(self, changes: Sequence[Change]) -> None:
+        """Tell of changes and of what time alone made worth telling, unless muted or known."""
+        now_s = self.looking.total_s
+        told = self.flaps.judge(changes, now_s)
+        if self.looking.accuses and now_s - self._due_s >= DUE_INTERVAL_S:
+            self._due_s = now_s
+            told += self.flaps.due(self.table.runs, now_s)
+            self.flaps.forget_old(now_s)
+            if self._remind_every_s:
+                told += reminders(self.table.runs.values(), self._stalled_s, self._remind_every_s)
+        mutes = read_mutes(self.paths)
+        ended = [run for run, (until, _) in mutes.items() if not 0 < until - self._utc() <= MAX_MUTE_S]
+        for run in ended:
+            seen = self.table.runs.get(run)
+            if seen is not None and seen.state in (STALLED, FAILED):
+                silent_s = now_s - seen.since_s
+                told.append(Change(seen.state, seen, silent_s, None, "it was muted until now"))
+        muted = set(mutes).difference(ended)
         events = [
-            Event(change.id, change.kind, change_facts(self.paths, change))
-            for change in changes
-            if self.dispatcher.wanted(change.kind) and not self.outbox.knows(change.id)
+            Event(change.id, change.kind, self._dated(change_facts(self.paths, change)))
+            for change in told
+            if change.seen.run not in muted
+            and self.dispatcher.wanted(change.kind)
+            and not self.outbox.knows(change.id)
         ]
+        events += self._find_news(muted)
         if events:
             self.dispatcher.tell(events)
+        for run in ended:
+            for name in mutes[run][1]:
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(self.paths.mutes, name))
+
+    def _dated(self, facts: Facts) -> Facts:
+        return {**facts, "time": utc_datetime(self._utc()).isoformat(" ", "seconds") + " UTC"}
+
+    def _stalled_s(self, seen: Seen) -> float:
+        return self.looking.total_s - seen.since_s - seen.promise_s - self.table.grace_s
+
+    def _find_news(self, muted: Set[str]) -> List[Event]:
+        """Return an event for every run that logged something worth telling."""
+        if not self.dispatcher.wanted(LOG):
+            return []
+        level, first, events = self.dispatcher.log_level, self.news.read is None, []
+        try:
+            runs = self.news.take(os.listdir(self.paths.news), level)
+        except OSError:
+            return []
+        assert self.news.read is not None
+        for run in list(self.news.read) if first else runs:
+            start = self.news.read[run][1]
+            try:
+                end, messages = new_messages(self.paths.run_log(run), start)
+            except OSError:
+                continue
+            self.news.read[run][1] = end
+            chosen = [message for message in messages if message["log"] >= level]
+            event_id = f"{run}-{start}-{end}-{LOG}"
+            if chosen and not first and run not in muted and not self.outbox.knows(event_id):
+                events.append(Event(event_id, LOG, self._dated(log_facts(self.paths, run, chosen))))
+        return events
 
     def _tell_trouble(self, what: str, reason: str) -> None:
         utc = self._utc()
         facts = {"event": TROUBLE, "run.reason": reason, "repo": self.paths.root}
-        self.dispatcher.tell([Event(f"{what}-{utc:.2f}", TROUBLE, facts)])
+        self.dispatcher.tell([Event(f"{what}-{utc:.2f}", TROUBLE, self._dated(facts))])
 
     def _note_blind(self, error: OSError) -> None:
         now = self._clock()
@@ -5172,12 +6605,28 @@ class Watcher:
         if now_s - self._swept_s < 60 and not self._once:
             return
         self._swept_s = now_s
+        self._compact()
         ended = {run for run, seen in self.table.runs.items() if self._can_sweep(seen, now_s)}
-        if ended:
-            for name in self.table.names:
-                if name.partition("-")[0] in ended and parse_check_in(name) is not None:
+        if not ended:
+            return
+        for folder, names in (
+            (self.paths.check_ins, self.table.names),
+            (self.paths.news, self._news_names()),
+        ):
+            for name in names:
+                parsed = parse_check_in(name) if folder == self.paths.check_ins else _NEWS.fullmatch(name)
+                if name.partition("-")[0] in ended and parsed is not None:
                     with contextlib.suppress(OSError):
-                        os.unlink(os.path.join(self.paths.check_ins, name))
+                        os.unlink(os.path.join(folder, name))
+        for run in ended:
+            with contextlib.suppress(OSError):
+                os.unlink(self.paths.stack(run))
+
+    def _news_names(self) -> List[str]:
+        try:
+            return os.listdir(self.paths.news)
+        except OSError:
+            return []
 
     def _can_sweep(self, seen: Seen, now_s: float) -> bool:
         keep_s = {FINISHED: KEEP_FINISHED_S, FAILED: KEEP_FAILED_S}.get(seen.state, math.inf)
@@ -5206,6 +6655,8 @@ class Watcher:
             "once": self._once,
             "looked_s": round(self.looking.total_s, 3),
             "hold_until_s": round(self.looking.hold_until_s, 3),
+            "flaps": self.flaps.stalls,
+            "news": self.news.read,
             "runs": [seen.to_list() for seen in self.table.runs.values()],
         }
         try:
@@ -5255,6 +6706,65 @@ def describe_watcher(paths: RepoPaths) -> str:
 
 
 # ======================================================================================
+# Who watches the watcher
+#
+# Signs of life for those who would notice if the watcher itself died: systemd, and a dead-man's
+# switch somewhere on the network. Neither can delay a poll, and neither is needed.
+# ======================================================================================
+
+
+def sd_notify(text: str) -> None:
+    """Tell systemd about this process, where it asked for that (sd_notify(3))."""
+    import socket
+
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address[:1] in ("/", "@"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
+            link.setblocking(False)
+            link.sendto(text.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
+
+
+class Pinger(threading.Thread):
+    """GETs a URL after every healthy poll, in a thread of its own: a dead-man's switch behind it
+    raises the alarm when this stops."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(name="aimwatch-ping", daemon=True)
+        self._notifier = Notifier("ping", "webhook", True, {"url": url}, (), None)
+        self._due = threading.Event()
+        self._stopping = False
+        self._failing = False
+
+    def healthy(self) -> None:
+        """Say that a poll went well; one that comes while a GET is under way is dropped."""
+        self._due.set()
+
+    def stop(self) -> None:
+        """End, without waiting for a GET that is under way."""
+        self._stopping = True
+        self._due.set()
+
+    def run(self) -> None:
+        while True:
+            self._due.wait()
+            self._due.clear()
+            if self._stopping:
+                return
+            self.ping()
+
+    def ping(self) -> bool:
+        """GET the URL once; say so in the log when that begins to fail, and when it works again."""
+        url = self._notifier.arguments["url"]
+        outcome = attempt(lambda closers: judge_webhook(http_request(url, closers), time.time()))
+        failing = outcome.kind != SENT
+        if failing != self._failing:
+            self._failing = failing
+            text = self._notifier.scrub(outcome.detail)
+            log.warning("the ping URL %s: %s", "cannot be reached" if failing else "is reached again", text)
+        return not failing
+
+
+# ======================================================================================
 # Reindex thread
 #
 # Runs beside the poll and keeps the index up to date, one run at a time. It never waits for the
@@ -5301,7 +6811,7 @@ class ReindexThread(threading.Thread):
             if problem not in self._complained and len(self._complained) < 1000:
                 self._complained.add(problem)
                 log.warning("%s", problem)
-        self._reindexer.problems = []
+        self._reindexer.problems.clear()
 
     def stop(self, limit_s: float) -> None:
         """End after the run in hand; wait at most `limit_s` for it."""
@@ -5393,11 +6903,25 @@ def cmd_start(args: Any) -> int:
     stop = StopSignal()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    watcher = Watcher(paths, args.grace, args.poll_interval, args.once)
+    pinger = Pinger(args.ping_url) if args.ping_url else None
+    watcher = _take_watch(paths, args, stop)
+    if watcher is None:
+        return 0
     if args.once:
-        return _one_pass(watcher, stop)
+        return _one_pass(watcher, stop, pinger)
     reindexing = ReindexThread(paths)
     reindexing.start()
+    if pinger is not None:
+        pinger.start()
+    terminal = sys.stderr.isatty()
+
+    def after_poll() -> None:
+        sd_notify("WATCHDOG=1")
+        if pinger is not None and not watcher.is_blind:
+            pinger.healthy()
+        if terminal:
+            handler.show(_status_line(watcher))
+
     try:
         watcher.poll()
         live = watcher.counts()
@@ -5410,18 +6934,45 @@ def cmd_start(args: Any) -> int:
             human_s(args.poll_interval),
             watcher.dispatcher.describe(),
         )
-        terminal = sys.stderr.isatty()
-        watcher.run(stop, lambda: handler.show(_status_line(watcher)) if terminal else None)
+        sd_notify(f"READY=1\nSTATUS=watching {paths.root}")
+        watcher.run(stop, after_poll)
     finally:
         handler.show("")
+        sd_notify("STOPPING=1")
+        if pinger is not None:
+            pinger.stop()
         watcher.close()
         reindexing.stop(0.5)
     log.info("stopped")
     return 0
 
 
-def _one_pass(watcher: Watcher, stop: StopSignal) -> int:
+#: How often a watcher that stands by asks whether the watch is free.
+STANDBY_INTERVAL_S = 2.0
+
+
+def _take_watch(paths: RepoPaths, args: Any, stop: StopSignal) -> Optional[Watcher]:
+    """Return the watcher, with --standby as soon as no other one watches; None when stopped before."""
+    held_by = ""
+    while not stop.is_set:
+        try:
+            return Watcher(paths, args.grace, args.poll_interval, args.once, args.remind_every)
+        except WatcherBusyError as error:
+            if not args.standby:
+                raise
+            if str(error) != held_by:
+                held_by = str(error)
+                log.info("standing by: %s", held_by)
+                sd_notify(f"READY=1\nSTATUS=standing by for {paths.root}")
+        sd_notify("WATCHDOG=1")
+        stop.wait(STANDBY_INTERVAL_S)
+    return None
+
+
+def _one_pass(watcher: Watcher, stop: StopSignal, pinger: Optional[Pinger]) -> int:
     watcher.poll()
+    if pinger is not None and not watcher.is_blind:
+        pinger.ping()
     deadline = time.monotonic() + ATTEMPT_S + 1
     while not stop.is_set and time.monotonic() < deadline and not watcher.dispatcher.drain(0.1):
         pass
@@ -5518,6 +7069,8 @@ def status_rows(paths: RepoPaths, saved: Dict[str, Any]) -> List[Dict[str, Any]]
     runs = RunTable(0)
     runs.take(listing, 0, 0)
     known = {seen.name: seen for seen in saved_runs(saved)}
+    now = time.time()
+    mutes = {run: until for run, (until, _) in read_mutes(paths).items() if 0 < until - now <= MAX_MUTE_S}
     rows = []
     for seen in runs.runs.values():
         watched = known.get(seen.name)
@@ -5534,6 +7087,7 @@ def status_rows(paths: RepoPaths, saved: Dict[str, Any]) -> List[Dict[str, Any]]
                 "pid": facts.get("run.pid"),
                 "job": facts.get("run.job"),
                 "reason": facts.get("run.reason") or None,
+                "muted_until": mutes.get(seen.run),
                 "watched": watched is not None,
             }
         )
@@ -5570,7 +7124,8 @@ def _print_status(paths: RepoPaths, state: WatcherState, rows: Sequence[Dict[str
             f"{human_s(now - row['last_check_in'])} ago",
             human_s(row["promise_s"]) if row["promise_s"] else "none",
             row["host"] or "",
-            row["reason"] or "",
+            (f"muted for {human_s(row['muted_until'] - now)}; " if row["muted_until"] else "")
+            + (row["reason"] or ""),
         )
         for row in live
     ]
@@ -5583,15 +7138,58 @@ def _print_status(paths: RepoPaths, state: WatcherState, rows: Sequence[Dict[str
     print(f"\n{', '.join(shown) if shown else 'no runs with check-ins'}")
 
 
-# -------------------------------------------------------------------------- notifiers
+def _find_live(paths: RepoPaths, prefix: str) -> str:
+    """Return the hash of a run, ours or Aim's, that starts with `prefix`."""
+    try:
+        parsed = map(parse_check_in, os.listdir(paths.check_ins))
+        hashes = {check_in.run_hash for check_in in parsed if check_in is not None}
+    except OSError as error:
+        raise RepoError(f"cannot list {paths.check_ins}: {error.strerror}") from None
+    found = [prefix] if prefix in hashes else [item for item in hashes if prefix and item.startswith(prefix)]
+    return found[0] if len(found) == 1 else Repo(paths.root).find_run(prefix)
 
-_FLAG_FIELDS = {
-    "webhook_url": "url",
-    "group_id": "group_id",
-    "access_token": "access_token",
-    "base_url": "base_url",
-    "message": "message",
-}
+
+def cmd_mute(args: Any) -> int:
+    """Tell nobody of a run for a while; it is watched all the same, and told of after that while if
+    it is stalled or failed then."""
+    paths = find_repo(args.repo)
+    paths.create()
+    seconds = getattr(args, "for")
+    if seconds > MAX_MUTE_S:
+        raise AimwatchError(f"a mute ends after {human_s(MAX_MUTE_S)} at the latest")
+    run_hash = _find_live(paths, args.hash)
+    until = math.ceil(time.time() + seconds)
+    _write_mute(paths, run_hash, until)
+    print(f"muted run {run_hash} until {local_time(until)}")
+    return 0
+
+
+def cmd_unmute(args: Any) -> int:
+    """Tell of a muted run again; if it is stalled or failed, it is told now."""
+    paths = find_repo(args.repo)
+    run_hash = _find_live(paths, args.hash)
+    if run_hash not in read_mutes(paths):
+        raise AimwatchError(f"run {run_hash} is not muted")
+    # A mute that is over, which the watcher takes away when it has told what is to be told.
+    _write_mute(paths, run_hash, 0)
+    print(f"unmuted run {run_hash}")
+    return 0
+
+
+def _write_mute(paths: RepoPaths, run_hash: str, until: int) -> None:
+    old = read_mutes(paths).get(run_hash, (0, []))[1]
+    path = os.path.join(paths.mutes, f"{run_hash}-{until}")
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
+        for name in old:
+            if name != os.path.basename(path):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(paths.mutes, name))
+    except OSError as error:
+        raise RepoError(f"cannot write {path}: {error.strerror}") from None
+
+
+# -------------------------------------------------------------------------- notifiers
 
 
 def _ask(prompt: str, secret: bool = False) -> str:
@@ -5672,34 +7270,51 @@ def _arguments(kind: str, args: Any) -> Dict[str, Any]:
     """Return a notifier's arguments from flags, files and questions."""
     fields = NOTIFIER_FIELDS[kind]
     given = {}
-    for flag, name in _FLAG_FIELDS.items():
+    for flag in _flags():
         value = _flag_value(flag, args)
         if value is not None:
-            if name not in [field.name for field in fields]:
-                raise AimwatchError(f"--{flag.replace('_', '-')} has no meaning for type {kind}")
-            given[name] = value
+            if flag not in [field.flag for field in fields]:
+                raise AimwatchError(f"--{flag} has no meaning for type {kind}")
+            given[flag] = value
     arguments: Dict[str, Any] = {}
     for field in fields:
-        value = _field_value(field, given.get(field.name), args, kind)
+        if field.name == "password" and "user" not in arguments:
+            continue
+        value = _field_value(field, given.get(field.flag), args, kind)
         if field.name == "message":
             value = value or AIM_DEFAULT_MESSAGE
         if value:
-            # Aim reads a group ID as a number.
-            arguments[field.name] = int(value) if field.name == "group_id" and value.isdigit() else value
+            arguments[field.name] = value
     return arguments
 
 
+def _flags() -> Dict[str, List[str]]:
+    """Return the flags that give arguments of notifiers, with the types that have them."""
+    flags: Dict[str, List[str]] = {}
+    for kind, fields in NOTIFIER_FIELDS.items():
+        for field in fields:
+            flags.setdefault(field.flag, []).append(kind)
+    return flags
+
+
+#: Flags whose value may have several lines.
+_MANY_LINES = ("header", "body")
+
+
 def _flag_value(flag: str, args: Any) -> Optional[str]:
-    value: Optional[str] = getattr(args, flag)
-    path = getattr(args, f"{flag}_file", None)
+    name = flag.replace("-", "_")
+    value = getattr(args, name)
+    if isinstance(value, list):
+        value = "\n".join(value)
+    path = getattr(args, f"{name}_file", None)
     if path is None:
-        return value
+        return value  # type: ignore[no-any-return]
     if value is not None:
-        name = flag.replace("_", "-")
-        raise AimwatchError(f"--{name} and --{name}-file exclude each other")
+        raise AimwatchError(f"--{flag} and --{flag}-file exclude each other")
     try:
         if path == "-":
-            return sys.stdin.readline().rstrip("\n")
+            whole = flag in _MANY_LINES and args.yes  # without --yes, what follows answers questions
+            return (sys.stdin.read(MAX_ANSWER_BYTES) if whole else sys.stdin.readline()).rstrip("\n")
         with open(path, encoding="utf-8") as file:
             return file.read(MAX_ANSWER_BYTES).strip("\n")
     except OSError as error:
@@ -5708,23 +7323,33 @@ def _flag_value(flag: str, args: Any) -> Optional[str]:
         raise AimwatchError(f"cannot read {path}: it is not UTF-8 text") from None
 
 
-def _field_value(field: Field, given: Optional[str], args: Any, kind: str) -> str:
+def _field_value(field: Field, given: Optional[str], args: Any, kind: str) -> Any:
     if given is not None:
-        return field.check(given)
-    if args.yes or (not field.required and field.name != "message"):
+        return _checked_field(field, given)
+    if args.yes or not (field.required or field.asked):
         if field.required:
-            flag = {"url": "webhook-url"}.get(field.name, field.name.replace("_", "-"))
-            also = f" or --{flag}-file" if field.secret else ""
-            raise AimwatchError(f"notifiers add {kind} --yes needs --{flag}{also}")
+            also = f" or --{field.flag}-file" if field.secret else ""
+            raise AimwatchError(f"notifiers add {kind} --yes needs --{field.flag}{also}")
         return ""
     while True:
         said = _ask(field.prompt, field.secret)
         try:
-            if said or not field.required:
-                return field.check(said)
+            if said:
+                return _checked_field(field, said)
+            if not field.required:
+                return ""
             print("This is needed.")
         except ConfigError as error:
             print(f"Error: {error}")
+
+
+def _checked_field(field: Field, text: str) -> Any:
+    try:
+        return field.check(text)
+    except ConfigError as error:
+        if re.match("must ", str(error)):
+            raise ConfigError(f"--{field.flag} {error}") from None
+        raise
 
 
 def _show(notifier: Dict[str, Any]) -> None:
@@ -5786,37 +7411,44 @@ def cmd_notifiers_switch(args: Any) -> int:
     return 0
 
 
+def _outbox_state(paths: RepoPaths) -> OutboxState:
+    state = OutboxState()
+    try:
+        state.load(paths.outbox)
+    except OSError as error:
+        log.warning("cannot read %s: %s", paths.outbox, error.strerror)
+    return state
+
+
 def cmd_notifiers_list(args: Any) -> int:
-    """List the notifiers."""
-    notifiers = NotifierConfig(find_repo(args.repo)).notifiers()
+    """List the notifiers, with what is wrong with those that do not work."""
+    paths = find_repo(args.repo)
+    notifiers = NotifierConfig(paths).notifiers()
+    outbox = _outbox_state(paths)
+    objects: List[Dict[str, Any]] = []
+    for item in notifiers:
+        reason, since = outbox.broken.get(item.id, (None, None))
+        objects.append(
+            {
+                "id": item.id,
+                "type": item.type,
+                "status": "enabled" if item.enabled else "disabled",
+                "arguments": masked(item.type, item.arguments),
+                "events": item.events,
+                "problem": item.problem or reason,
+                "broken_since": since,
+                "waiting": len(outbox.waiting_for(item.id)),
+            }
+        )
     if args.json:
-        print(
-            json.dumps(
-                [
-                    {
-                        "id": item.id,
-                        "type": item.type,
-                        "status": "enabled" if item.enabled else "disabled",
-                        "arguments": masked(item.type, item.arguments),
-                        "events": item.events,
-                        "problem": item.problem,
-                    }
-                    for item in notifiers
-                ],
-                indent=2,
-            )
-        )
+        print(json.dumps(objects, indent=2))
         return 0
-    rows = [
-        (
-            item.id.ljust(38),
-            item.type.ljust(8),
-            "enabled" if item.enabled else "disabled",
-            ",".join(item.events),
-            item.problem or "",
-        )
-        for item in notifiers
-    ]
+    rows = []
+    for entry in objects:
+        broken = f", broken since {local_time(entry['broken_since'])}" if entry["broken_since"] else ""
+        waiting = f" ({plural(entry['waiting'], 'event')} waiting)" if entry["waiting"] else ""
+        cells = (entry["id"].ljust(38), entry["type"].ljust(8), entry["status"] + broken)
+        rows.append((*cells, ",".join(entry["events"]), f"{entry['problem'] or ''}{waiting}".strip()))
     print("\n".join(table(("NOTIFIER ID", "TYPE", "STATUS", "EVENTS", "PROBLEM"), rows)))
     if not rows:
         print(f"none yet: '{command_line(args.repo)} notifiers add' sets one up", file=sys.stderr)
@@ -5876,13 +7508,18 @@ def cmd_notifiers_test(args: Any) -> int:
         "run.silent": human_s(160),
         "run.process": "unknown",
         "run.metrics": "loss=0.25 (step 100)",
+        "id": "sample",
+        "time": utc_datetime(now).isoformat(" ", "seconds") + " UTC",
     }
-    failed = 0
+    failed, broken = 0, _outbox_state(paths).broken
     for item in notifiers:
         outcome = Outcome(BROKEN, item.problem) if item.problem else deliver(item, [sample])
         failed += outcome.kind != SENT
         verdict = "delivered" if outcome.kind == SENT else "NOT delivered"
         print(printable(f"{item.type} {item.id}: {verdict}: {outcome.detail}"))
+        if outcome.kind == SENT and item.id in broken:
+            with config.edit():
+                pass  # a running watcher sees that the file is new, and tries again at once
     return 1 if failed else 0
 
 
@@ -5906,7 +7543,7 @@ def run_cell(run: Run, row: RunRow, column: str) -> Any:
     if column == "tags":
         return json.loads(row.tags)
     if column in RunRow._fields:
-        return getattr(row, column)
+        return _from_sql(getattr(row, column))
     if column.startswith("metric:"):
         name = column.partition(":")[2]
         found = [metric for metric in run.metrics() if metric.name == name]
@@ -6051,6 +7688,7 @@ def cmd_show(args: Any) -> int:
 
 def _show_run(run: Run) -> None:
     header, end = run._state.header, run._state.end or {}
+    argv = header.get("argv")
     ended = f"{local_time(run.end_time)} ({end.get('end')})" if run.end_time is not None else "not yet"
     fields = {
         "run": run.hash,
@@ -6068,7 +7706,7 @@ def _show_run(run: Run) -> None:
         "user": header.get("user"),
         "job": header.get("job"),
         "folder": header.get("cwd"),
-        "command": " ".join(map(str, header.get("argv") or ())),
+        "command": " ".join(map(str, argv)) if isinstance(argv, list) else None,
         "python": header.get("python"),
     }
     for name, value in fields.items():
@@ -6188,17 +7826,14 @@ def cmd_reindex(args: Any) -> int:
     reindexer = Reindexer(paths)
     progress = Progress(sys.stderr)
     try:
-        if args.rebuild:
-            with reindexer.index.writing(REINDEX_WAIT_S):
-                reindexer.problems += reindexer.index.rebuild(progress)
-        reindexer.run(reindexer.pending(), wait_s=REINDEX_WAIT_S, progress=progress)
+        problems = reindexer.run_all(args.rebuild, REINDEX_WAIT_S, progress)
     except (OSError, sqlite_error()) as error:
         raise AimwatchError(f"cannot write {paths.index}: {error}") from None
     finally:
         progress.clear()
-    for problem in dict.fromkeys(reindexer.problems):
+    for problem in problems:
         print(f"{command_line()}: {problem}", file=sys.stderr)
-    return 1 if reindexer.problems else 0
+    return 1 if problems else 0
 
 
 #: How long `reindex` waits for another process that writes the index.
@@ -6431,6 +8066,24 @@ def _seconds(least: float) -> Callable[[str], float]:
     return seconds
 
 
+def _duration(text: str) -> float:
+    import argparse
+
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*([smhd]?)", text.strip())
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90, 30m, 2h or 1d")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def _url(text: str) -> str:
+    import argparse
+
+    try:
+        return checked_url(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _events(text: str) -> List[str]:
     import argparse
 
@@ -6472,7 +8125,7 @@ def _parser() -> Any:
         epilog="Exit codes: 0 fine, 1 something is wrong, 2 wrong usage.",
     )
     parser.add_argument("--version", action="version", version=f"aimwatch {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="verb")
 
     def add(group: Any, name: str, do: Callable[[Any], int], **options: Any) -> Any:
         summary = (do.__doc__ or "").strip().partition("\n\n")[0].replace("\n    ", " ")
@@ -6502,6 +8155,27 @@ def _parser() -> Any:
         help="seconds between two looks (default: %(default)g)",
     )
     start.add_argument(
+        "--remind-every",
+        type=_duration,
+        default=0.0,
+        metavar="TIME",
+        help="tell again of a run that stays stalled, each time that long after the last, "
+        f"at most {MAX_REMINDERS} times: 30m, 2h (default: never)",
+    )
+    start.add_argument(
+        "--standby",
+        action="store_true",
+        help="where another watcher holds the repository, wait and take over when it is gone",
+    )
+    start.add_argument(
+        "--ping-url",
+        type=_url,
+        default=os.environ.get("AIMWATCH_PING_URL"),
+        metavar="URL",
+        help="GET this URL after every poll that went well, for a dead-man's switch "
+        "(default: $AIMWATCH_PING_URL, which no process list shows)",
+    )
+    start.add_argument(
         "--once",
         action="store_true",
         help="look once, tell, and exit: 1 when any run is stalled or failed; for cron",
@@ -6514,6 +8188,13 @@ def _parser() -> Any:
     )
     status.add_argument("--json", action="store_true", help="print JSON")
     add(commands, "init", cmd_init)
+    mute = add(commands, "mute", cmd_mute)
+    mute.add_argument("hash", metavar="HASH", help="the run's hash, or the first characters of it")
+    mute.add_argument(
+        "--for", type=_duration, default=3600.0, metavar="TIME", help="30m, 2h, 1d; at most 30d (default: 1h)"
+    )
+    unmute = add(commands, "unmute", cmd_unmute)
+    unmute.add_argument("hash", metavar="HASH", help="the run's hash, or the first characters of it")
     demo = add(commands, "demo", cmd_demo)
     demo.add_argument("--keep", action="store_true", help="leave the repository for a look")
     _add_run_commands(commands, add)
@@ -6607,17 +8288,17 @@ def _add_notifier_commands(group: Any, add: Callable[..., Any]) -> None:
         metavar="TYPE",
         help=", ".join(sorted(NOTIFIER_FIELDS)),
     )
-    new.add_argument("--webhook-url", metavar="URL", help="slack: the incoming webhook's address")
-    new.add_argument("--webhook-url-file", metavar="FILE", help="read the address from FILE")
-    new.add_argument("--group-id", metavar="ID", help="workplace: the group's ID")
-    new.add_argument("--access-token", metavar="TOKEN", help="workplace: the token")
-    new.add_argument("--access-token-file", metavar="FILE", help="read the token from FILE")
-    new.add_argument("--base-url", metavar="URL", help=f"workplace: instead of {WORKPLACE_URL}")
-    new.add_argument(
-        "--message",
-        metavar="TEXT",
-        help="a message template; it may name " + ", ".join("{%s}" % name for name in TEMPLATE_FIELDS),
-    )
+    fields = {field.flag: field for group_fields in NOTIFIER_FIELDS.values() for field in group_fields}
+    for flag, kinds in _flags().items():
+        field = fields[flag]
+        about = f"{', '.join(kinds)}: " if len(kinds) < len(NOTIFIER_FIELDS) else ""
+        about += field.prompt[:1].lower() + field.prompt[1:] if field.prompt[1:2].islower() else field.prompt
+        options: Dict[str, Any] = {"action": "append"} if flag == "header" else {}
+        if flag == "message":
+            about += "; it may name " + ", ".join("{%s}" % name for name in TEMPLATE_FIELDS)
+        new.add_argument(f"--{flag}", metavar="TEXT", help=about, **options)
+        if field.secret:
+            new.add_argument(f"--{flag}-file", metavar="FILE", help=f"read --{flag} from FILE")
     new.add_argument(
         "--events",
         type=_events,

@@ -18,6 +18,7 @@ import errno
 import fractions
 import gc
 import hashlib
+import http
 import http.server
 import importlib
 import importlib.util
@@ -25,10 +26,12 @@ import io
 import json
 import logging
 import math
+import mmap
 import os
 import pty
 import random
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -43,9 +46,10 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import unittest
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 from unittest import mock
 
 import aimwatch
@@ -1374,7 +1378,7 @@ class ResumedRun(ProcessCase):
             Run("r", repo=self.root)
         self.assertEqual(
             str(caught.exception),
-            "run r was written in format 2 and this aimwatch writes format 1: use the newer aimwatch",
+            "cannot go on with run r: written in format 2, and this aimwatch knows 1: use the newer aimwatch",
         )
         self.assertEqual(open_fds(), fds)
 
@@ -1649,7 +1653,7 @@ class FullDisk(HandDriven):
                 run.report_progress(expect_next_in=60, block=True)
             os.rename(away, self.paths.aim)
             run.report_progress(expect_next_in=60, block=True)
-        self.assertEqual(len(logs.output), 2)
+        self.assertEqual(len(logs.output), 3, logs.output)
         self.assertEqual(self.flags("r-")[-1], "check_in")
 
     def test_records_wait_in_order_and_are_logged_once(self) -> None:
@@ -1745,9 +1749,11 @@ class FullDisk(HandDriven):
                     run.name = f"name {n}"  # 27 bytes each
             self.clock.pass_(1)
             run.name = "last"
-        self.assertIn("can be written again (8 records lost)", logs.output[-1])
+        self.assertIn("can be written again (7 records lost)", logs.output[-1])
         names = [record["props"]["name"] for record in self.records("r")[1:]]
-        self.assertEqual(names, ["name 8", "name 9", "last"])
+        self.assertEqual(names, ["name 7", "name 8", "name 9", "name 9", "last"])
+        # What was given up may have been needed to read the rest: a checkpoint makes up for it.
+        self.assertEqual(self.records("r")[4]["checkpoint"], 1)
 
     def test_log_that_stays_unwritable_is_an_error_at_the_end_and_no_exception(self) -> None:
         with self.assertLogs("aimwatch", logging.ERROR) as logs:
@@ -2691,6 +2697,1504 @@ class RandomTest(IndexCase):
         self.assertGreater(some, 300)  # else the expressions would say nothing
 
 
+# ------------------------------------------------------------------------------ recording
+
+
+class Item:
+    """What a 0-d tensor or a NumPy scalar looks like to `track`."""
+
+    def __init__(self, value: Any, shape: Tuple[int, ...] = ()) -> None:
+        self.value, self.shape = value, shape
+
+    def item(self) -> Any:
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+    def __repr__(self) -> str:
+        return f"Item({self.value!r})"
+
+
+class Grumpy:
+    def __repr__(self) -> str:
+        raise RuntimeError("no text for you")
+
+
+class RecordingCase(Case):
+    """A case that holds what was recorded against every way to read it back."""
+
+    def reread(self, run_hash: str) -> Run:
+        return Run(run_hash, repo=self.root, read_only=True)
+
+    def points(self, run_hash: str, name: str = "m", context: Any = None) -> List[Tuple[int, float]]:
+        metric = self.reread(run_hash).get_metric(name, context)
+        assert metric is not None
+        return list(zip(metric.steps, metric.values))
+
+    def strict(self, run_hash: str) -> None:
+        """Check that every line of a log is JSON that any parser takes."""
+        with open(self.paths.run_log(run_hash), encoding="ascii") as file:
+            for line in file:
+                if line.strip():
+                    json.loads(line, parse_constant=self.fail)
+
+    def states(self, run_hash: str) -> Tuple[Any, Any]:
+        """Return the state that the log's tail gives and the one that the whole log gives."""
+        path = self.paths.run_log(run_hash)
+        from_tail = aimwatch.read_log(path, run_hash)
+        with mock.patch.object(aimwatch, "_last_checkpoint", return_value=0):
+            whole = aimwatch.RunState(run_hash)
+            with open(path, "rb") as file:
+                for line, _ in aimwatch.read_lines(file):
+                    if not line.startswith(b'{"checkpoint"'):
+                        whole.skipped += not aimwatch._apply_line(whole, line)
+        return from_tail, whole
+
+    def summary(self, state: aimwatch.RunState) -> Any:
+        """Return what two states have in common when they are equal, less the times, which the log
+        has in whole milliseconds; NaN equals NaN."""
+        document = state.to_checkpoint()
+        document.update(next_idx=0, last_time=0)
+        for series in document["series"]:
+            series[4:] = [None if item is None else float(item) for item in series[4:-1]]
+        return document, state.skipped
+
+
+class Tracking(RecordingCase):
+    def test_every_kind_of_number_is_recorded(self) -> None:
+        run = self.run_object("r")
+        values = (
+            (1, 1.0), (0.5, 0.5), (True, 1.0), (False, 0.0), (-0.0, -0.0), (2**53 + 1, float(2**53)),
+            (10**300, 1e300), (1e-320, 1e-320), (INF, INF), (-INF, -INF), (NAN, NAN),
+            (Item(0.25), 0.25), (Item(7), 7.0), (Item(NAN), NAN), (Item(True), 1.0),
+            (decimal.Decimal("0.5"), 0.5), (fractions.Fraction(1, 4), 0.25), (http.HTTPStatus.OK, 200.0),
+        )  # fmt: skip
+        for value, _ in values:
+            run.track(value, "m")
+        expected = [repr(float(number)) for _, number in values]
+        for _ in ("while it is written", "of the closed run"):
+            self.assertEqual([repr(value) for _, value in self.points("r")], expected)
+            self.strict("r")
+            run.close()
+        metric = self.reread("r").get_metric("m")
+        assert metric is not None
+        self.assertEqual((metric.min, metric.max, metric.count), (-INF, INF, len(values)))
+
+    def test_dict_records_all_its_values_or_none(self) -> None:
+        run = self.run_object("r")
+        run.track({"a": 1, "b": Item(2.5)}, step=3, epoch=1, context={"s": "t"})
+        with self.assertRaises(aimwatch.ArgumentTypeError):
+            run.track({"a": 5, "b": "five"}, step=4)
+        run.track({})
+        self.assertEqual(self.points("r", "a", {"s": "t"}), [(3, 1.0)])
+        self.assertEqual(self.points("r", "b", {"s": "t"}), [(3, 2.5)])
+        self.assertIsNone(self.reread("r").get_metric("a"))
+        with self.assertRaisesRegex(aimwatch.ArgumentError, "name must be left out"):
+            run.track({"a": 1}, "b")
+
+    def test_what_cannot_be_recorded_is_named_with_its_metric(self) -> None:
+        run = self.run_object("r")
+        m = "metric 'loss' cannot record "
+        way_out = ": track() takes one number, or a dict of names to numbers"
+        for value, message in (
+            ("0.5", f"{m}str ('0.5'){way_out}"),
+            (b"1", f"{m}bytes (b'1'){way_out}"),
+            (None, f"{m}NoneType (None){way_out}"),
+            (1 + 2j, f"{m}complex ((1+2j)){way_out}"),
+            ([1.0], f"{m}list ([1.0]){way_out}"),
+            (10**400, f"{m}int (1{'0' * 56}...){way_out}"),
+            (10**5000, f"{m}int ("),
+            (Item(ValueError("two elements"), (2,)), f"{m}Item of shape (2,) (Item("),
+            (Item("x"), f"{m}Item of shape () (Item('x')){way_out}"),
+            (Item(1j), f"{m}Item of shape () (Item(1j)){way_out}"),
+            (Grumpy(), f"{m}Grumpy (unprintable Grumpy){way_out}"),
+            ({"loss": {"a": 1}}, f"{m}dict ({{'a': 1}}){way_out}"),
+        ):
+            with self.subTest(message=message), self.assertRaises(aimwatch.ArgumentTypeError) as caught:
+                run.track(value, None if isinstance(value, dict) else "loss")
+            self.assertIn(message, str(caught.exception))
+        for arguments, message in (
+            ({"name": None}, "a metric's name must be a string, not NoneType: track(value, name='loss')"),
+            ({"name": 5}, "a metric's name must be a string, not int: track(value, name='loss')"),
+            ({"step": "1"}, "step must be an integer, not '1'"),
+            ({"step": 1.5}, "step must be an integer, not 1.5"),
+            ({"step": NAN}, "step must be an integer, not nan"),
+            ({"step": 2**63}, f"step {2**63} of metric 'm' does not fit in 64 bits"),
+            ({"step": -(2**63) - 1}, f"step {-(2**63) - 1} of metric 'm' does not fit in 64 bits"),
+            ({"step": 10**5000}, "of metric 'm' does not fit in 64 bits"),
+            ({"epoch": "one"}, "epoch must be a number, not 'one'"),
+            ({"epoch": 10**400}, "epoch must be a number, not 1000"),
+            ({"context": "train"}, "context of metric 'm' must be a dict, not str"),
+        ):
+            with self.subTest(message=message), self.assertRaises((TypeError, ValueError)) as caught:
+                run.track(1, **{"name": "m", **arguments})
+            self.assertIsInstance(caught.exception, aimwatch.AimwatchError)
+            self.assertIn(message, str(caught.exception))
+        self.assertEqual(run.metrics(), [])
+        self.assertEqual(len(self.records("r")), 1)
+
+    def test_steps_count_on_from_the_highest_and_over_a_resume(self) -> None:
+        run = self.run_object("r")
+        for step in (None, None, 10, None, 3, None, True, 4.0):
+            run.track(step or 0, "m", step)
+        run.track(0, "below zero", -5)
+        run.track(0, "below zero")
+        run.track(0, "largest", 2**63 - 1)
+        run.track(1, "largest")
+        run.track(0, "smallest", -(2**63))
+        run.close()
+        run = self.run_object("r")
+        run.track(9, "m")
+        run.track(9, "below zero")
+        run.track(9, "new")
+        run.close()
+        steps = sorted([0, 1, 10, 11, 3, 12, 1, 4, 13])
+        self.assertEqual([step for step, _ in self.points("r")], steps)
+        metric = self.reread("r").get_metric("m")
+        assert metric is not None
+        self.assertEqual((metric.first_step, metric.last_step, metric.last), (0, 13, 9.0))
+        self.assertEqual([step for step, _ in self.points("r", "below zero")], [-5, -4, -3])
+        self.assertEqual(self.points("r", "largest"), [(2**63 - 1, 0.0), (2**63 - 1, 1.0)])
+        self.assertEqual([step for step, _ in self.points("r", "smallest")], [-(2**63)])
+        self.assertEqual(self.points("r", "new"), [(0, 9.0)])
+        for record in self.records("r"):
+            self.assertTrue(not isinstance(record, list) or type(record[1]) is int, record)
+
+    def test_last_is_the_newest_value_at_the_highest_step(self) -> None:
+        run = self.run_object("r")
+        for step, value in ((5, 1.0), (2, 9.0), (5, 3.0), (-1, NAN)):
+            run.track(value, "m", step)
+        for who in (run, self.reread("r")):
+            metric = who.get_metric("m")
+            assert metric is not None
+            self.assertEqual((metric.last, metric.min, metric.max), (3.0, 1.0, 9.0))
+            self.assertEqual((metric.first_step, metric.last_step, metric.count), (-1, 5, 4))
+            self.assertEqual(metric.steps, [-1, 2, 5, 5])
+
+    def test_epochs_and_times_are_lists_as_long_as_the_values(self) -> None:
+        run = self.run_object("r")
+        begun = time.time()
+        epochs = (None, 1, 2.5, NAN, INF, True)
+        for epoch in epochs:
+            run.track(1, "m", epoch=epoch)
+        for _ in ("live", "closed"):  # a checkpoint must take the last epoch, whatever it is
+            metric = self.reread("r").get_metric("m")
+            assert metric is not None
+            self.assertEqual(repr(metric.epochs), "[None, 1.0, 2.5, nan, inf, 1.0]")
+            self.assertTrue(all(begun - 1 <= when <= time.time() + 1 for when in metric.times))
+            self.assertEqual(len(metric.times), len(epochs))
+            run.close()
+        run = self.run_object("nan")
+        run.track(1, "m", epoch=NAN)
+        run.close()
+        self.strict("nan")
+        with self.subTest("the state is the same from the tail and from the points"):
+            self.assertEqual(*map(repr, map(self.summary, self.states("nan"))))
+
+    def test_contexts_name_the_same_series_exactly_when_they_are_equal(self) -> None:
+        run = self.run_object("r")
+        equal = ({"a": 1, "b": "x"}, {"b": "x", "a": 1}, {"a": 1.0, "b": "x"}, {"a": True, "b": "x"})
+        for context in equal:
+            run.track(1, "m", context=context)
+        others = (None, {"a": "1", "b": "x"}, {"a": 2, "b": "x"}, {"a": [1, {"b": 2}]}, {"a": None},
+                  {"a.b": "\n'\""}, {"a": NAN}, {"a": {1: "x"}}, {"\ud800": "é"})  # fmt: skip
+        for context in others:
+            for _ in range(3):
+                run.track(2, "m", context=context)
+        run.track(3, "m", context={})
+        self.assertEqual(len(run.metrics()), 1 + len(others))
+        reader = self.reread("r")
+        for context in equal:
+            metric = reader.get_metric("m", context)
+            assert metric is not None
+            self.assertEqual(metric.count, len(equal))
+        self.assertEqual(self.points("r", "m", {}), [(0, 2.0), (1, 2.0), (2, 2.0), (3, 3.0)])
+
+        class Context:
+            def to_dict(self) -> Dict[str, Any]:
+                return {"a": 2, "b": "x"}
+
+        found = reader.get_metric("m", Context())
+        assert found is not None
+        self.assertEqual((found.count, found.context), (3, {"a": 2, "b": "x"}))
+        self.assertIsNone(reader.get_metric("m", {"a": 3}))
+
+    def test_context_that_is_new_each_time_takes_no_memory(self) -> None:
+        run = self.run_object("r")
+        for _ in range(50):
+            run.track(1, "m", context={"a": float("nan"), "b": Item(1)})
+        self.assertEqual((len(run.metrics()), len(run._by_key)), (1, 1))
+
+    def test_names_in_any_script_come_back(self) -> None:
+        names = ("", " ", "a/b.c", "потеря", "损失", "📉", "a\nb\r\0", "\"'\\", "\udcff", "x" * 10_000)
+        run = self.run_object("r")
+        for name in names:
+            run.track(1, name, context={name: name})
+        self.strict("r")
+        for _ in ("live", "closed"):
+            found = [(metric.name, metric.context) for metric in self.reread("r").metrics()]
+            self.assertEqual(found, [(name, {name: name}) for name in names])
+            run.close()
+
+    def test_checkpoint_is_written_every_so_many_lines_and_changes_nothing(self) -> None:
+        with mock.patch.object(aimwatch, "CHECKPOINT_LINES", 7):
+            run = self.run_object("r")
+            choose = random.Random(3)
+            for n in range(100):
+                name, step = choose.choice("abc"), choose.choice((None, choose.randrange(-9, 99)))
+                run.track(choose.choice((n, -n, NAN, INF, 0.1)), name, step, choose.choice((None, NAN, n)))
+                if not n % 9:
+                    run["p", str(n)] = [NAN, n]
+                    run.log_error(f"message {n}")
+                    run.add_tag(f"tag {n}")
+            from_tail, whole = self.states("r")
+            self.assertEqual(repr(self.summary(from_tail)), repr(self.summary(whole)))
+            self.assertEqual(repr(self.summary(run._state)), repr(self.summary(whole)))
+        at = [n for n, record in enumerate(self.records("r")) if "checkpoint" in record]
+        self.assertGreater(len(at), 15)
+        self.assertLessEqual(max(b - a for a, b in zip([0, *at], at)), 8)
+
+    def test_resuming_and_reading_look_at_the_tail_alone(self) -> None:
+        run = self.run_object("r")
+        for n in range(50):
+            run.track(n, "m")
+        run.close()
+        with open(self.paths.run_log("r"), "rb") as file:
+            first, *rest = file.read().splitlines(keepends=True)
+        at = next(n for n, line in enumerate(rest) if line.startswith(b'{"checkpoint"'))
+        with open(self.paths.run_log("r"), "wb") as file:
+            file.writelines([first, b"garbage that nobody reads\n" * 1000, *rest[at:]])
+        reader = self.reread("r")
+        self.assertEqual((reader._state.skipped, reader.metrics()[0].count), (0, 50))
+        run = self.run_object("r")
+        run.track(99, "m")
+        self.assertEqual(run.metrics()[0].last_step, 50)
+
+    def test_threads_track_at_once_and_nothing_is_lost_or_torn(self) -> None:
+        run = self.run_object("r")
+        begun = threading.Barrier(6)
+
+        def work(number: int) -> None:
+            begun.wait()
+            for n in range(300):
+                run.track(n, "shared")
+                run.track(n, "own", context={"thread": number})
+                if not n % 50:
+                    run["thread", str(number), str(n)] = n
+
+        interval = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, interval)
+        sys.setswitchinterval(1e-5)
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+        with mock.patch.object(aimwatch, "CHECKPOINT_LINES", 500):
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        reader = self.reread("r")
+        self.assertEqual(reader._state.skipped, 0)
+        self.assertEqual([step for step, _ in self.points("r", "shared")], list(range(1800)))
+        for number in range(6):
+            self.assertEqual(self.points("r", "own", {"thread": number}), [(n, float(n)) for n in range(300)])
+        self.assertEqual(sum(map(len, reader["thread"].values())), 36)
+        from_tail, whole = self.states("r")
+        self.assertEqual(repr(self.summary(from_tail)), repr(self.summary(whole)))
+
+    def test_child_of_a_fork_records_nothing(self) -> None:
+        run = self.run_object("r")
+        run.track(1, "m")
+        before = self.records("r")
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                run.track(2, "m")
+                run["x"] = 1
+                run.log_info("x")
+                run.name = "child"
+                run.close()
+                code = 0
+            os._exit(code)
+        self.assertEqual(os.waitpid(pid, 0)[1], 0)
+        self.assertEqual(self.records("r"), before)
+        run.track(3, "m")
+        self.assertEqual(self.points("r"), [(0, 1.0), (1, 3.0)])
+
+
+class Params(RecordingCase):
+    def test_params_are_set_nested_overwritten_and_deleted(self) -> None:
+        run = self.run_object("r")
+        run["hparams"] = {"lr": 0.1, "layers": [64, 32, {"units": 8}], "opt": {"name": "adam"}}
+        run["hparams", "lr"] = 0.2
+        run["hparams", "opt", "beta", "one"] = 0.9
+        run["hparams", "layers", 2, "units"] = 16
+        run["hparams", "layers", 0] = 65
+        run["plain"] = 5
+        run["plain", "now", "nested"] = None
+        run["gone"] = 1
+        del run["gone"]
+        del run["hparams", "opt", "name"]
+        run.set(7, (1, 2))
+        expected = {
+            "hparams": {"lr": 0.2, "layers": [65, 32, {"units": 16}], "opt": {"beta": {"one": 0.9}}},
+            "plain": {"now": {"nested": None}},
+            "7": [1, 2],
+        }
+        for who in (run, self.reread("r")):
+            self.assertEqual(who[...], expected)
+            self.assertEqual(who["hparams", "layers", 2, "units"], 16)
+            self.assertEqual((who.get("gone"), who.get(("plain", "x"), 3)), (None, 3))
+            for path in ("gone", ("hparams", "x"), ("7", 5), ("7", "x"), ("hparams", "lr", "x")):
+                with self.assertRaises(KeyError):
+                    who[path]
+        with self.assertRaises(KeyError):
+            del run["gone"]
+        with self.assertRaisesRegex(aimwatch.ArgumentError, "no list element .*set the whole list"):
+            run["7", 9] = 1
+        with self.assertRaisesRegex(aimwatch.ArgumentTypeError, r"run\[...\] takes a dict, not int"):
+            run[...] = 5
+        with self.assertRaisesRegex(aimwatch.ArgumentTypeError, "a param's key must be a string, an int"):
+            run[1.5] = 1
+        run.close()
+        run = self.run_object("r")
+        self.assertEqual(run[...], expected)
+        run[...] = {"new": 1}
+        self.assertEqual(self.reread("r")[...], {"new": 1})
+        del run[...]
+        self.assertEqual(self.reread("r")[...], {})
+
+    def test_what_is_read_is_a_copy(self) -> None:
+        run = self.run_object("r")
+        mine = {"a": [1]}
+        run["p"] = mine
+        mine["a"].append(2)
+        run["p"]["a"].append(3)
+        run[...]["x"] = 1
+        self.assertEqual(run[...], {"p": {"a": [1]}})
+
+    def test_what_json_lacks_is_text_with_one_warning(self) -> None:
+        run = self.run_object("r")
+        loop: List[Any] = []
+        loop.append(loop)
+        deep: Any = 1
+        for _ in range(200):
+            deep = {"d": deep}
+        with self.assertLogs("aimwatch", logging.WARNING) as logs:
+            run["set"] = {5}
+            run["object"] = Item(5, (2,))
+            run["grumpy"] = {"a": [Grumpy()]}
+            run["bytes"] = b"\xff"
+            run["digits"] = 10**5000
+            run["loop"] = loop
+            run["deep"] = deep
+            run["scalar"] = Item(0.5)
+            run["date"] = aimwatch.datetime.date(2026, 1, 2)
+            run["keys"] = {1: "a", None: "b", (1, 2): "c"}
+        self.assertEqual(
+            logs.output,
+            ["WARNING:aimwatch:param 'set' holds set, which JSON has no kind for: stored as text "
+             "(said once a run)"],
+        )  # fmt: skip
+        self.strict("r")
+        reader = self.reread("r")
+        self.assertEqual(reader["set"], "{5}")
+        self.assertEqual(reader["object"], "Item(5)")
+        self.assertEqual(reader["grumpy"], {"a": ["<Grumpy without a text>"]})
+        self.assertEqual((reader["bytes"], reader["scalar"]), ("b'\\xff'", 0.5))
+        self.assertEqual(int(reader["digits"], 16), 10**5000)
+        self.assertEqual(
+            (reader["date"], reader["keys"]), ("2026-01-02", {"1": "a", "None": "b", "(1, 2)": "c"})
+        )
+        run.close()
+        self.assertEqual(repr(self.reread("r")[...]), repr(reader[...]))
+
+    def test_numbers_that_are_none_come_back_and_nothing_is_taken_for_them(self) -> None:
+        run = self.run_object("r")
+        params = {"nan": NAN, "inf": [INF, -INF], "like": {"$float": "5"}, "two": {"$float": "nan", "x": 1}}
+        params["odd"] = {"$float": "hello"}
+        run["p"] = params
+        for who in (run, self.reread("r")):
+            self.assertEqual(repr(who["p"]), repr(params))
+        self.strict("r")
+
+    def test_keys_of_every_kind_are_kept_apart(self) -> None:
+        keys = ("a.b", '"', "'", "a\nb", "\r", "\0", "", "é", "\ud800", ",", "0", "__class__", "k" * 5000)
+        run = self.run_object("r")
+        run["a"] = {"b": "nested"}
+        for n, key in enumerate(keys):
+            run[key] = n
+            run["in", key] = {key: n}
+        run.close()
+        reader = self.reread("r")
+        for n, key in enumerate(keys):
+            self.assertEqual((reader[key], reader["in", key, key]), (n, n))
+        repo = aimwatch.Repo(self.root)
+        for n, key in enumerate(keys):
+            found = repo.query_runs(f"run[{key!r}] == {n} and run['in', {key!r}] == {{{key!r}: {n}}}")
+            self.assertEqual(len(found), 1, key[:20])
+        self.assertEqual(len(repo.query_runs("run.a.b == 'nested'")), 1)
+
+    def test_ten_thousand_params_and_a_string_of_a_megabyte(self) -> None:
+        run = self.run_object("r")
+        run["many"] = {f"key {n}": n for n in range(10_000)}
+        run["long"] = "\u00e9" * 1_000_000
+        run.close()
+        reader = self.reread("r")
+        self.assertEqual((len(reader["many"]), len(reader["long"])), (10_000, 1_000_000))
+        found = aimwatch.Repo(self.root).query_runs("run.many['key 9999'] == 9999 and 'éé' in run.long")
+        self.assertEqual(len(found), 1)
+
+    def test_record_that_no_reader_would_take_is_refused(self) -> None:
+        run = self.run_object("r")
+        with mock.patch.object(aimwatch, "MAX_LINE_BYTES", 1000):
+            with self.assertRaisesRegex(
+                aimwatch.ArgumentError,
+                "param 'a.b' takes 1029 bytes, and a record holds at most 1000: store it in a file",
+            ):
+                run["a", "b"] = "x" * 1000
+            run["a", "b"] = "y"
+        with mock.patch.object(aimwatch, "MAX_LOG_MESSAGE", 100):
+            run.log_error("m" * 1000)
+        self.assertEqual(self.reread("r")[...], {"a": {"b": "y"}})
+        self.assertEqual(list(self.reread("r")._state.errors), ["m" * 100])
+
+    def test_properties_are_kept_over_a_resume(self) -> None:
+        run = self.run_object("r", experiment="first")
+        self.assertEqual((run.name, run.description, run.tags), ("Run: r", None, []))
+        run.name, run.description, run.archived = "n\u00e4me \n", "about", True
+        run.add_tag("b")
+        run.add_tag("a")
+        run.add_tag("b")
+        self.assertTrue(run.remove_tag("a"))
+        self.assertFalse(run.remove_tag("a"))
+        run.tags.append("mine")
+        run.close()
+        run = self.run_object("r")
+        for who in (run, self.reread("r")):
+            self.assertEqual((who.name, who.description, who.experiment), ("n\u00e4me \n", "about", "first"))
+            self.assertEqual((who.archived, who.tags), (True, ["b"]))
+        run.description, run.archived, run.experiment = None, False, "second"
+        self.assertEqual((run.description, run.archived, run.experiment), (None, False, "second"))
+        for what, call in (
+            ("name", lambda: setattr(run, "name", 5)), ("description", lambda: setattr(run, "description", 5)),
+            ("experiment", lambda: setattr(run, "experiment", None)), ("tag", lambda: run.add_tag(5)),
+        ):  # fmt: skip
+            with self.assertRaisesRegex(aimwatch.ArgumentTypeError, f"{what} must be a string, not"):
+                call()
+
+    def test_log_messages_keep_level_time_and_params(self) -> None:
+        run = self.run_object("r")
+        begun = time.time()
+        run.log_debug("d")
+        run.log_info("i", lr=0.1, odd={1})
+        run.log_warning("w\n\0")
+        run.log_error("e", at=NAN)
+        messages = list(aimwatch.read_messages(self.paths.run_log("r")))
+        found = [(item["log"], item["message"], item.get("params")) for item in messages]
+        self.assertEqual(
+            found,
+            [(10, "d", None), (20, "i", {"lr": 0.1, "odd": "{1}"}), (30, "w\n\0", None),
+             (40, "e", {"at": {"$float": "nan"}})],
+        )  # fmt: skip
+        self.assertTrue(all(begun - 1 <= item["time"] <= time.time() + 1 for item in messages))
+        state = self.reread("r")._state
+        self.assertEqual((state.logs, list(state.errors)), ({"10": 1, "20": 1, "30": 1, "40": 1}, ["e"]))
+
+
+class KilledWriters(RecordingCase):
+    def life(self, shared: Any) -> None:
+        """Track for ever, and say in shared memory how many points `track` returned from."""
+        run = Run("r", repo=self.root)
+        n = int.from_bytes(shared[:8], "little")
+        while True:
+            run.track(n, "m", context={"even": not n % 2})
+            n += 1
+            shared[:8] = n.to_bytes(8, "little")
+            if not n % 7:
+                run["last"] = n
+
+    def test_nothing_that_track_returned_from_is_lost_to_a_kill(self) -> None:
+        chance = random.Random(5)
+        shared = mmap.mmap(-1, 8)
+        self.addCleanup(shared.close)
+        patch = mock.patch.object(aimwatch, "CHECKPOINT_LINES", 50)
+        patch.start()
+        self.addCleanup(patch.stop)
+        kills = int(os.environ.get("KILLS", "30"))
+        for kill in range(kills):
+            before = int.from_bytes(shared[:8], "little")
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    self.life(shared)
+                finally:
+                    os._exit(1)
+            try:
+                self.wait_for(lambda: int.from_bytes(shared[:8], "little") > before + 5)
+                time.sleep(chance.random() * 0.01)
+            finally:
+                os.kill(pid, signal.SIGKILL)
+                self.assertEqual(os.waitpid(pid, 0)[1], signal.SIGKILL)
+            recorded = int.from_bytes(shared[:8], "little")
+            counts = {metric.context["even"]: metric.count for metric in self.reread("r").metrics()}
+            self.assertGreaterEqual(sum(counts.values()), recorded)
+            if kill % 3 == 0:  # half a line, as a machine that lost its power leaves it
+                with open(self.paths.run_log("r"), "ab") as file:
+                    file.write(b"[1,5,0.12"[: chance.randrange(1, 9)])
+        values = []
+        for even in (True, False):
+            points = self.points("r", "m", {"even": even})
+            self.assertEqual([step for step, _ in points], list(range(len(points))))
+            values += [value for _, value in points]
+        # A point may be written and not yet counted when the kill comes; it is then tracked again.
+        self.assertEqual(sorted(set(values)), [float(n) for n in range(len(set(values)))])
+        self.assertGreaterEqual(len(set(values)), recorded)
+        self.assertLessEqual(len(values) - len(set(values)), kills)
+        from_tail, whole = self.states("r")
+        from_tail.skipped = whole.skipped = 0
+        self.assertEqual(repr(self.summary(from_tail)), repr(self.summary(whole)))
+
+
+class FullDiskForReal(RecordingCase):
+    """A limit on the size of files, which the kernel keeps, stands for a disk without room."""
+
+    def limited(self, size: int) -> Any:
+        """Return a context in which no file of this process may grow beyond `size`."""
+
+        @contextlib.contextmanager
+        def limit() -> Any:
+            old_action = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            old = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+            try:
+                yield
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, old)
+                signal.signal(signal.SIGXFSZ, old_action)
+
+        return limit()
+
+    def test_every_point_is_there_in_order_when_there_is_room_again(self) -> None:
+        run = self.run_object("r")
+        size = os.path.getsize(self.paths.run_log("r"))
+        n = 0
+        for room in (0, 1, 13, 40, 300):
+            run.track(n, "m")
+            n += 1
+            with self.limited(os.path.getsize(self.paths.run_log("r")) + room):
+                for _ in range(40):
+                    run.track(n, "m")
+                    n += 1
+                self.assertFalse(run._log.flush(now=True))
+            self.assertTrue(run._log.flush(now=True))
+        with self.limited(size):
+            run["p"] = "waits"
+            self.assertEqual((run["p"], run.metrics()[0].count), ("waits", n))
+        run.close()
+        self.assertEqual(self.points("r"), [(step, float(step)) for step in range(n)])
+        self.assertEqual([record[1] for record in self.records_that_parse("r")], list(range(n)))
+        self.assertEqual(self.reread("r")["p"], "waits")
+        from_tail, whole = self.states("r")
+        self.assertLessEqual(whole.skipped, 6)  # each refusal may leave half a line
+        whole.skipped = 0
+        self.assertEqual(repr(self.summary(from_tail)), repr(self.summary(whole)))
+
+    def records_that_parse(self, run_hash: str) -> List[Any]:
+        found = []
+        with open(self.paths.run_log(run_hash), "rb") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+        return [record for record in found if isinstance(record, list)]
+
+    def test_series_declared_on_a_disk_that_gave_it_up_is_read_all_the_same(self) -> None:
+        with mock.patch.object(aimwatch, "MAX_BACKLOG_BYTES", 400), mock.patch.object(aimwatch, "LOOK_S", 0):
+            run = self.run_object("r")
+            with self.limited(os.path.getsize(self.paths.run_log("r"))):
+                for n in range(100):
+                    run.track(n, "m")
+            self.assertTrue(run._log.flush(now=True))
+            run.track(100, "m")
+            self.assertLess(run._log._backlog_bytes, 400)
+        metric = self.reread("r").get_metric("m")
+        assert metric is not None
+        self.assertEqual((metric.count, metric.last, metric.min), (101, 100.0, 0.0))
+        self.assertLess(len(metric.values), 20)
+        self.assertEqual(run._log.dropped + len(metric.values), 101 + 1)  # the declaration, too
+
+    def test_run_whose_end_is_not_on_disk_is_not_indexed_as_if_it_were(self) -> None:
+        run = self.run_object("r")
+        run.track(1, "m")
+        with self.limited(os.path.getsize(self.paths.run_log("r"))), self.assertLogs(
+            "aimwatch", logging.ERROR
+        ):
+            run.close()
+        self.assertEqual(os.listdir(self.paths.pending), ["r"])
+        self.assertEqual(aimwatch.Repo(self.root).reindex(), [])
+        self.assertEqual(os.listdir(self.paths.pending), [])
+        self.assertEqual(self.reread("r")._state.end["reason"], aimwatch.DIED)  # type: ignore[index]
+
+
+class VanishedFolder(RecordingCase):
+    """What a run writes is removed, moved away or replaced while it goes on."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        patch = mock.patch.object(aimwatch, "LOOK_S", 0)  # every call looks
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.live = self.run_object("r")
+        self.live["p"] = {"a": 1}
+        self.live.add_tag("t")
+        self.live.report_progress(expect_next_in=600)
+        self.tracked = 0
+        self.track(10)
+
+    def track(self, points: int) -> None:
+        for _ in range(points):
+            self.live.track(self.tracked, "m", context={"x": 1})
+            self.tracked += 1
+
+    def is_locked(self) -> bool:
+        """Return whether another process finds the run's marker locked."""
+        pid = os.fork()
+        if pid == 0:
+            code = 2
+            with contextlib.suppress(BaseException):
+                fd = os.open(self.paths.marker("r"), os.O_RDWR)
+                code = int(aimwatch.try_lock(fd) is not False)
+            os._exit(code)
+        return os.waitpid(pid, 0)[1] == 0
+
+    def assert_whole(self, values: bool = True) -> None:
+        """Check that whoever reads the log finds everything that the run recorded."""
+        for _ in ("live", "closed"):
+            reader = self.reread("r")
+            (metric,) = reader.metrics()
+            self.assertEqual((metric.count, metric.last, metric.min), (self.tracked, self.tracked - 1, 0.0))
+            self.assertEqual((reader["p"], reader.tags, reader._state.skipped), ({"a": 1}, ["t"], 0))
+            self.assertEqual(reader.creation_time, self.live.creation_time)
+            if values:
+                self.assertEqual(metric.steps, list(range(self.tracked)))
+            self.strict("r")
+            self.live.close()
+        self.assertEqual(os.listdir(self.paths.runs), ["r.jsonl"])
+        (row,) = aimwatch.Repo(self.root).query_runs("run.p.a == 1 and 't' in run.tags").rows
+        self.assertEqual((row.hash, row.state), ("r", "finished"))
+        live = self.run_object("r")  # and goes on as if nothing had been
+        live.track(1, "m", context={"x": 1})
+        self.assertEqual(live.metrics()[0].last_step, self.tracked)
+
+    def test_log_that_was_removed_is_there_again_with_every_point(self) -> None:
+        with self.assertLogs("aimwatch") as logs:
+            os.unlink(self.paths.run_log("r"))
+            self.track(5)
+        path = self.paths.run_log("r")
+        self.assertEqual(
+            logs.output,
+            [f"WARNING:aimwatch:{path} is gone; records wait in memory until its folder is there again",
+             f"WARNING:aimwatch:{path} is there again (0 records lost)"],
+        )  # fmt: skip
+        self.track(5)
+        self.assert_whole()
+
+    def test_own_folder_that_was_removed_is_made_again_and_the_run_is_locked_again(self) -> None:
+        shutil.rmtree(self.paths.own)
+        self.track(3)
+        self.assertTrue(self.is_locked())
+        with self.assertRaises(aimwatch.RunBusyError):
+            Run("r", repo=self.root)
+        self.assert_whole()
+
+    def test_marker_alone_is_made_and_locked_again(self) -> None:
+        os.unlink(self.paths.marker("r"))
+        self.track(1)
+        self.assertTrue(self.is_locked())
+        os.unlink(self.paths.marker("r"))
+        with open(self.paths.marker("r"), "x"):
+            pass
+        self.track(1)
+        self.assertTrue(self.is_locked())
+        self.assert_whole()
+
+    def test_repository_that_is_gone_is_waited_for_and_not_made(self) -> None:
+        away = self.paths.aim + ".away"
+        os.rename(self.paths.aim, away)
+        for _ in range(5):
+            self.track(4)
+            self.live.report_progress(expect_next_in=600, block=True)
+        self.assertFalse(os.path.exists(self.paths.aim))
+        os.rename(away, self.paths.aim)
+        self.track(1)
+        self.live.report_progress(expect_next_in=600)
+        self.assertEqual(self.flags("r-"), ["check_in"])
+        self.assertEqual([record[2] for record in self.records("r") if isinstance(record, list)],
+                         list(range(self.tracked)))  # fmt: skip
+        self.assert_whole()
+
+    def test_repository_that_comes_back_empty_is_filled_again(self) -> None:
+        for comes_back_as in ("empty", "with what was there a while ago"):
+            shutil.copytree(self.paths.aim, self.paths.aim + ".copy")
+            self.track(5)
+            shutil.rmtree(self.paths.aim)
+            self.track(4)
+            self.live["p", "a"] = 1
+            if comes_back_as == "empty":
+                os.mkdir(self.paths.aim)
+                shutil.rmtree(self.paths.aim + ".copy")
+            else:
+                os.rename(self.paths.aim + ".copy", self.paths.aim)
+            self.track(1)
+            self.live.report_progress(expect_next_in=600)
+            with self.subTest(comes_back_as):
+                self.assertEqual(self.flags("r-")[-1], "check_in")
+                self.assertTrue(self.is_locked())
+                (metric,) = self.reread("r").metrics()
+                self.assertEqual(metric.count, self.tracked)
+                if comes_back_as == "empty":
+                    self.assertEqual(metric.steps, list(range(self.tracked)))
+        self.assert_whole(values=False)
+
+    def test_log_that_cannot_be_read_any_more_is_made_again_from_memory(self) -> None:
+        real = os.pread
+
+        def stale(fd: int, *arguments: int) -> bytes:
+            if os.fstat(fd).st_nlink == 0:
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return real(fd, *arguments)
+
+        os.rename(self.paths.runs, self.paths.runs + ".away")  # to wait for; then it is gone for good
+        with open(self.paths.runs, "x"):
+            self.track(2)
+        shutil.rmtree(self.paths.runs + ".away")
+        os.unlink(self.paths.runs)
+        with mock.patch("os.pread", stale):
+            self.track(3)
+        self.assertEqual(list(self.records("r")[0])[:2], ["format", "hash"])
+        (metric,) = self.reread("r").metrics()
+        self.assertEqual(metric.steps, [10, 11, 12, 13, 14])
+        self.assert_whole(values=False)
+
+    def test_handle_that_went_stale_is_opened_again(self) -> None:
+        stale = self.live._log._fd
+        real_write, real_stat = os.write, os.fstat
+
+        def refuse(real: Any) -> Any:
+            def call(fd: int, *arguments: Any) -> Any:
+                if fd == stale:
+                    raise OSError(errno.ESTALE, "Stale file handle")
+                return real(fd, *arguments)
+
+            return call
+
+        with mock.patch("os.write", refuse(real_write)), mock.patch("os.fstat", refuse(real_stat)):
+            self.track(3)
+            with mock.patch("os.lstat", side_effect=OSError(errno.EIO, "I/O error")):
+                self.track(3)  # nobody can tell: wait
+            self.track(1)
+        self.assert_whole()
+
+    def test_disk_that_fills_up_while_the_log_is_copied_back_is_tried_again(self) -> None:
+        real = os.write
+        room = [300]
+
+        def write(fd: int, data: Any) -> int:
+            if room[0] <= 0:
+                no_space()
+            written = real(fd, data[: room[0]])
+            room[0] -= written
+            return written
+
+        os.unlink(self.paths.run_log("r"))
+        with mock.patch("os.write", write):
+            self.track(3)
+            self.assertLess(room[0], 1)
+        self.track(1)
+        self.live._log.flush(now=True)
+        self.assert_whole(values=False)
+
+    def test_end_is_no_exception_where_the_folder_stays_away(self) -> None:
+        shutil.rmtree(self.paths.aim)
+        self.track(2)
+        with mock.patch.object(aimwatch, "END_RETRY_S", 0), self.assertLogs(
+            "aimwatch", logging.ERROR
+        ) as logs:
+            self.live.close()
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("r.jsonl: 4 records could not be written", logs.output[0])
+        self.assertFalse(os.path.exists(self.paths.aim))
+
+    def test_run_looks_once_a_second_and_not_more_often(self) -> None:
+        looked: List[float] = []
+        clock = Clock(2e9)
+        with mock.patch.object(aimwatch, "LOOK_S", 1.0), mock.patch.object(
+            Run, "_look", lambda run, now_s: (looked.append(now_s), setattr(run, "_look_at_s", now_s + 1))
+        ), mock.patch("time.time", clock):
+            for _ in range(100):
+                self.track(1)
+                self.live["n"] = 1
+                clock.pass_(0.1)
+            self.assertEqual(len(looked), 10)
+            clock.now = 1e9  # a clock that was set back
+            self.track(aimwatch.CHECKPOINT_LINES + 1)
+            self.assertEqual(len(looked), 11)
+
+    def test_outbox_that_was_removed_says_again_what_waits_and_what_was_told(self) -> None:
+        facts = {"event": "failed", "run.hash": "r"}
+        events = [aimwatch.Event(f"r-{n}-failed", "failed", facts) for n in range(4)]
+        outbox = aimwatch.Outbox(self.paths.outbox)
+        outbox.add([(events[0], ["a"]), (events[1], ["a", "b"])])
+        outbox.sent([events[0].id], "a")
+        with open(self.paths.outbox, "rb") as file:
+            old = file.read()
+        for how in ("file", "folder", "replaced", "unreadable"):
+            if how == "folder":
+                shutil.rmtree(self.paths.own)
+            else:
+                os.unlink(self.paths.outbox)
+            if how == "replaced":
+                with open(self.paths.outbox, "wb") as file:
+                    file.write(old)
+            with contextlib.ExitStack() as stack:
+                if how == "unreadable":
+                    stack.enter_context(mock.patch("os.pread", side_effect=OSError(errno.ESTALE, "")))
+                    stack.enter_context(mock.patch.object(aimwatch.LogWriter, "_copy_back", lambda *_: False))
+                outbox.flush()
+                outbox.sent([events[1].id], "a")
+            again = aimwatch.Outbox(self.paths.outbox)
+            with self.subTest(how):
+                self.assertTrue(again.knows(events[0].id) and again.knows(events[1].id))
+                self.assertEqual([event.id for event in again.waiting_for("a")], [])
+                self.assertEqual([event.id for event in again.waiting_for("b")], [events[1].id])
+            again.close()
+        os.rename(self.paths.aim, self.paths.aim + ".away")
+        outbox.add([(events[2], ["a"])])
+        self.assertFalse(os.path.exists(self.paths.aim))
+        os.rename(self.paths.aim + ".away", self.paths.aim)
+        outbox.flush()
+        outbox.close()
+        again = aimwatch.Outbox(self.paths.outbox)
+        self.assertEqual([event.id for event in again.waiting_for("a")], [events[2].id])
+        again.close()
+
+
+# ------------------------------------------------------------------------------ the index's file
+
+
+def index_content(path: str) -> Dict[str, List[Any]]:
+    """Return every row of an index, with hashes in place of row numbers, so that two can be compared."""
+    queries = {
+        "runs": f"SELECT {aimwatch._RUN_COLUMNS}, params FROM runs",
+        "params": "SELECT hash, path, value FROM params JOIN runs ON id = run",
+        "tags": "SELECT hash, tag FROM tags JOIN runs ON id = run",
+        "metrics": "SELECT hash, m.* FROM metrics m JOIN runs ON id = run",
+        "contexts": "SELECT * FROM contexts WHERE context IN (SELECT context FROM metrics)",
+        "orphans": "SELECT run FROM params WHERE run NOT IN (SELECT id FROM runs) UNION ALL SELECT run FROM"
+        " tags WHERE run NOT IN (SELECT id FROM runs) UNION ALL SELECT run FROM metrics WHERE run NOT IN"
+        " (SELECT id FROM runs)",
+    }
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        found = {name: sorted(map(repr, db.execute(query))) for name, query in queries.items()}
+        # The row's number stands in `metrics` too.
+        ids = dict(db.execute("SELECT id, hash FROM runs"))
+        found["metrics"] = sorted(
+            repr((ids[row[0]], *row[1:]))
+            for row in db.execute("SELECT * FROM metrics WHERE run IN (SELECT id FROM runs)")
+        )
+        return found
+
+
+class StoredCase(RecordingCase):
+    """A repository with runs of every kind, and what is asked of it."""
+
+    RUNS = ("", "run.n > 2", "run.text == 'x'", "'even' in run.tags", "run.archived", "run.active",
+            "run.experiment == 'two' and not run.n == 3", "run.metrics['m', {'s': 't'}].last >= 3",
+            "run.nested.a.b == [1, None] or run.hash == 'live'", "run.end_time is None")  # fmt: skip
+    METRICS = ("", "metric.name == 'm' and metric.last > 3", "metric.context.s == 't'", "run.n < 4")
+
+    def fill(self) -> None:
+        for n in range(8):
+            with Run(f"r{n}", repo=self.root, experiment="one" if n < 4 else "two") as run:
+                run[...] = {"n": n, "text": "xyz"[n % 3], "nested": {"a": {"b": [1, None]}}, "nan": NAN}
+                for step in range(n):
+                    run.track(
+                        {"m": step, "k": NAN}, step=step, epoch=NAN if n == 5 else n, context={"s": "t"}
+                    )
+                    run.track(True, "m")
+                if not n % 2:
+                    run.add_tag("even")
+                run.archived = n == 6
+        self.die("dead", "run.track(5, 'm')")
+        self.live = self.run_object("live")
+        self.live.track(4, "m")
+
+    def die(self, run_hash: str, code: str = "") -> None:
+        """Leave a run whose process was killed."""
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                run = Run(run_hash, repo=self.root)
+                exec(code, {"run": run})
+                os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(1)
+        self.assertEqual(os.waitpid(pid, 0)[1], signal.SIGKILL)
+
+    def answers(self, repo: Optional[aimwatch.Repo] = None) -> Any:
+        repo = repo or aimwatch.Repo(self.root)
+        rows = [[row[:14] for row in repo.query_runs(text).rows] for text in self.RUNS]
+        series = [[repr(row[:-1]) for row in repo.metric_rows(text)] for text in self.METRICS]
+        return rows, series
+
+    def reindexed(self) -> Dict[str, List[Any]]:
+        self.assertEqual(aimwatch.Repo(self.root).reindex(), [])
+        return index_content(self.paths.index)
+
+    def rebuilt(self) -> Dict[str, List[Any]]:
+        self.assertEqual(aimwatch.Repo(self.root).reindex(rebuild=True), [])
+        return index_content(self.paths.index)
+
+    def pending(self) -> List[str]:
+        return sorted(os.listdir(self.paths.pending))
+
+
+class IndexFile(StoredCase):
+    def test_runs_index_themselves_as_a_rebuild_would(self) -> None:
+        self.fill()
+        self.assertEqual(self.pending(), ["dead", "live"])
+        self.assertEqual(len(index_content(self.paths.index)["runs"]), 8)
+        incremental = self.reindexed()
+        self.assertEqual(self.pending(), ["live"])
+        self.assertEqual(len(incremental["runs"]), 10)
+        self.assertEqual(incremental["orphans"], [])
+        self.assertEqual(incremental, self.rebuilt())
+        for n in (0, 3, 6):  # resumed, changed, closed again
+            with Run(f"r{n}", repo=self.root) as run:
+                run[...] = {"other": n}
+                run.track(9, "m")
+        self.live.track(1, "new")
+        self.assertEqual(aimwatch.Repo(self.root).delete_run("r1"), True)
+        incremental = self.reindexed()
+        self.assertEqual(len(incremental["runs"]), 9)
+        self.assertEqual(incremental, self.rebuilt())
+
+    def test_answers_are_the_same_whatever_is_wrong_with_the_index(self) -> None:
+        self.fill()
+        self.reindexed()
+        self.live["n"] = 9  # the index does not know it yet
+        expected = self.answers()
+        with open(self.paths.index, "rb") as file:
+            whole = file.read()
+        noise = bytes(random.Random(2).choices(range(128, 256), k=4096))
+        db = sqlite3.connect(self.paths.index)
+        (page,) = db.execute("PRAGMA page_size").fetchone()
+        db.close()
+        states: Dict[str, Optional[bytes]] = {
+            "missing": None, "empty": b"", "one byte": b"S", "header alone": whole[:100],
+            "all noise": noise * 9, "noise after its end": whole + noise, "text": b"hello\n",
+            "another version": whole[:60] + b"\0\0\0\7" + whole[64:],
+        }  # fmt: skip
+        for cut in (page, len(whole) // 2, len(whole) - page, len(whole) - 100):
+            states[f"cut at {cut}"] = whole[:cut]
+        for at in range(0, len(whole), page):
+            states[f"noise at {at}"] = whole[:at] + noise[:page] + whole[at + page :]
+        for what, data in states.items():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.paths.index)
+            if data is not None:
+                with open(self.paths.index, "wb") as file:
+                    file.write(data)
+            with self.subTest(what):
+                self.assertEqual(self.answers(), expected)
+                found = self.reindexed()
+                self.assertEqual(found["runs"], self.rebuilt()["runs"])
+        with self.subTest("a folder"):
+            os.unlink(self.paths.index)
+            os.mkdir(self.paths.index)
+            self.assertEqual(self.answers(), expected)
+            code, out, err = self.run_cli("reindex")
+            self.assertEqual((code, out), (1, ""))
+            self.assertIn(f"cannot write {self.paths.index}: ", err)
+
+    def test_journal_of_a_process_that_was_killed_is_not_mixed_into_a_new_index(self) -> None:
+        self.fill()
+        expected = self.answers(), self.reindexed()
+        with open(self.paths.index, "rb") as file:
+            header = file.read(100)
+        for journal in (b"", b"noise" * 1000, b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + header + b"\xff" * 2000):
+            with open(self.paths.index + "-journal", "wb") as file:
+                file.write(journal)
+            with self.subTest(journal=journal[:10]):
+                self.rebuilt()
+                self.assertEqual((self.answers(), self.reindexed())[1], expected[1])
+
+    def test_index_that_goes_away_while_it_is_asked_changes_no_answer(self) -> None:
+        self.fill()
+        self.reindexed()
+        with open(self.paths.index, "rb") as file:
+            whole = file.read()
+        expected = self.answers()
+        stopping = threading.Event()
+
+        def spoil() -> None:
+            chance = random.Random(4)
+            while not stopping.wait(chance.random() * 0.02):
+                with contextlib.suppress(OSError):
+                    if chance.random() < 0.5:
+                        os.unlink(self.paths.index)
+                    else:
+                        aimwatch.replace_file(self.paths.index, whole[: chance.randrange(len(whole))])
+
+        thread = threading.Thread(target=spoil)
+        thread.start()
+        try:
+            repo = aimwatch.Repo(self.root)
+            for _ in range(8):
+                self.assertEqual(self.answers(repo), expected)
+        finally:
+            stopping.set()
+            thread.join()
+        self.assertEqual(self.reindexed()["runs"], self.rebuilt()["runs"])
+
+    def test_repository_that_may_only_be_read_gives_the_same_answers(self) -> None:
+        self.fill()
+        self.reindexed()
+        self.live.track(7, "m")
+        expected = repr(self.answers())
+        for index in ("present", "missing"):
+            if index == "missing":
+                os.unlink(self.paths.index)
+            folders = [folder for folder, _, _ in os.walk(self.root)]
+            for folder in folders:
+                os.chmod(folder, 0o555)
+            read_end, write_end = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    os.close(read_end)
+                    if os.getuid() == 0:
+                        os.setuid(65534)
+                    answer = repr(self.answers())
+                    code, out, err = self.run_cli("reindex")
+                    with os.fdopen(write_end, "w") as pipe:
+                        pipe.write(json.dumps([answer, code, out, err]))
+                finally:
+                    os._exit(0)
+            os.close(write_end)
+            with os.fdopen(read_end) as pipe:
+                told = pipe.read()
+            os.waitpid(pid, 0)
+            for folder in folders:
+                os.chmod(folder, 0o755)
+            with self.subTest(index):
+                answer, code, out, err = json.loads(told)
+                self.assertEqual(answer, expected)
+                self.assertEqual((code, out), (1, ""))
+                self.assertIn("Permission denied", err)
+
+    def test_rebuild_that_is_killed_leaves_the_old_index_and_no_rubbish(self) -> None:
+        self.fill()
+        self.reindexed()
+        expected = self.answers()
+        content = index_content(self.paths.index)
+        for at in (0, 1, 5, 9):
+            pid = os.fork()
+            if pid == 0:
+                with contextlib.suppress(BaseException):
+
+                    def progress(done: int, of: int, at: int = at) -> None:
+                        if done == at:
+                            os.kill(os.getpid(), signal.SIGKILL)
+
+                    aimwatch.Reindexer(self.paths).run_all(True, progress=progress)
+                os._exit(1)
+            self.assertEqual(os.waitpid(pid, 0)[1], signal.SIGKILL)
+            self.assertEqual(index_content(self.paths.index), content)
+            self.assertEqual(self.answers(), expected)
+        self.assertTrue([name for name in os.listdir(self.paths.own) if name.endswith(".tmp")])
+        self.assertEqual(self.rebuilt(), content)
+        self.assertEqual([name for name in os.listdir(self.paths.own) if name.endswith(".tmp")], [])
+
+    def test_indexer_that_is_killed_loses_no_run_from_view(self) -> None:
+        for n in range(30):
+            self.die(f"d{n:02}", f"run['n'] = {n}")
+        for at in (1, 4, 9, 15):
+            pid = os.fork()
+            if pid == 0:
+                real = aimwatch.index_run
+
+                def killed(*arguments: Any, calls: List[int] = [at]) -> None:  # noqa: B006
+                    calls[0] -= 1
+                    if not calls[0]:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    real(*arguments)
+
+                with contextlib.suppress(BaseException):
+                    aimwatch.index_run = killed
+                    reindexer = aimwatch.Reindexer(self.paths)
+                    reindexer.run(reindexer.pending(), batch_s=0.0)
+                os._exit(1)
+            self.assertEqual(os.waitpid(pid, 0)[1], signal.SIGKILL)
+            self.assertEqual(len(aimwatch.Repo(self.root).query_runs("run.n >= 0")), 30)
+        self.assertEqual(self.reindexed(), self.rebuilt())
+        self.assertEqual(self.pending(), [])
+
+    def test_changes_of_runs_that_cannot_be_read_are_no_matter_of_the_index_either(self) -> None:
+        self.fill()
+        self.reindexed()
+        path = self.paths.run_log("r2")
+        with open(path, "rb") as file:
+            log_bytes = file.read()
+        for what, data in (
+            ("noise", b"\x80\xff\n" * 50),
+            ("empty", b""),
+            ("newer", b'{"format":2,"created_at":5}\n'),
+        ):
+            with open(self.paths.marker("r2"), "a"), open(path, "wb") as file:
+                file.write(data)
+            with self.subTest(what):
+                before = [row.hash for row in aimwatch.Repo(self.root).query_runs("").rows]
+                self.assertNotIn("r2", before)
+                problems = aimwatch.Repo(self.root).reindex()
+                self.assertEqual(bool(problems), bool(data), problems)
+                self.assertEqual([row.hash for row in aimwatch.Repo(self.root).query_runs("").rows], before)
+                rebuilt = aimwatch.Repo(self.root).reindex(rebuild=True)
+                self.assertEqual(rebuilt, problems)
+            with open(path, "wb") as file:
+                file.write(log_bytes)
+            with open(self.paths.marker("r2"), "a"):
+                pass
+            self.assertEqual(self.reindexed(), self.rebuilt())
+
+    def test_run_that_closes_waits_for_the_index_a_moment_and_then_leaves_it(self) -> None:
+        run = self.run_object("r")
+        self.reindexed()
+        held = self.process(
+            "import sys, aimwatch\nwith aimwatch.Index(aimwatch.find_repo()).locked(9):\n"
+            "    print('held'); sys.stdin.read() or __import__('time').sleep(600)"
+        )
+        self.assertEqual(held.stdout.readline(), "held\n")
+        begun = time.monotonic()
+        with mock.patch.object(aimwatch, "INDEX_ITSELF_S", 0.2):
+            run.close()
+        self.assertLess(time.monotonic() - begun, 5)
+        self.assertEqual(self.pending(), ["r"])
+        self.assertEqual(self.flags("r-"), ["finished"])
+        rows = aimwatch.Repo(self.root).query_runs("run.hash == 'r'").rows
+        self.assertEqual([row.state for row in rows], ["finished"])
+        code, out, err = self.run_cli_waiting(0.1, "reindex")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn(f"{self.paths.index} is being written by another process: try again later", err)
+        held.kill()
+        held.wait()
+        self.assertEqual(self.run_cli("reindex"), (0, "", ""))
+        self.assertEqual(self.pending(), [])
+
+    def run_cli_waiting(self, wait_s: float, *argv: str) -> Tuple[int, str, str]:
+        with mock.patch.object(aimwatch, "REINDEX_WAIT_S", wait_s):
+            return self.run_cli(*argv)
+
+    def test_run_that_is_terminated_indexes_itself(self) -> None:
+        process = self.process(
+            "import time\nfrom aimwatch import Run\nrun = Run('r')\nrun.track(3, 'm')\nrun['p'] = 1\n"
+            "run.report_progress(expect_next_in=600)\nprint('ready')\ntime.sleep(600)"
+        )
+        self.assertEqual(process.stdout.readline(), "ready\n")
+        process.terminate()
+        self.assertEqual(process.wait(), -signal.SIGTERM)
+        self.assertEqual(self.pending(), [])
+        with contextlib.closing(aimwatch.open_index(self.paths.index)) as db:
+            query = aimwatch.compile_query("run.p == 1 and run.metrics.m.last == 3 and not run.active")
+            (row,) = select_runs([db], query)
+        self.assertEqual((row.state, row.reason), ("failed", "terminated by SIGTERM"))
+
+
+class DeadRuns(StoredCase):
+    def test_dead_run_ends_at_its_last_sign_of_life(self) -> None:
+        self.die("tracked", "run.track(1, 'm')")
+        self.die("reported", "run.report_progress(expect_next_in=60)")
+        self.die("silent")
+        (name,) = self.check_ins("reported-")
+        idx, utc = name.split("-")[1], time.time() + 1000
+        os.rename(
+            os.path.join(self.paths.check_ins, name),
+            os.path.join(
+                self.paths.check_ins, aimwatch.check_in_name("reported", int(idx), "check_in", utc, 66)
+            ),
+        )
+        repo = aimwatch.Repo(self.root)
+        self.assertEqual(len(repo.query_runs("run.active")), 3)
+        self.assertEqual(repo.reindex(), [])
+        self.assertEqual(len(repo.query_runs("run.active")), 0)
+        rows = {row.hash: row for row in repo.query_runs("not run.active").rows}
+        self.assertEqual({row.state for row in rows.values()}, {"failed"})
+        self.assertEqual({row.reason for row in rows.values()}, {"its process ended without saying so"})
+        tracked = self.reread("tracked")
+        self.assertAlmostEqual(tracked.end_time or 0, tracked.metrics()[0].times[0], delta=0.1)
+        self.assertAlmostEqual(rows["reported"].end_time or 0, utc, delta=0.1)
+        self.assertAlmostEqual(rows["silent"].end_time or 0, rows["silent"].created_at, delta=5)
+        self.assertEqual(self.pending(), [])
+        sizes = {name: os.path.getsize(self.paths.run_log(name)) for name in rows}
+        for name in rows:
+            with open(self.paths.marker(name), "x"):
+                pass
+        self.assertEqual(self.reindexed(), self.rebuilt())
+        self.assertEqual({name: os.path.getsize(self.paths.run_log(name)) for name in rows}, sizes)
+        self.assertEqual(self.pending(), [])
+
+    def test_run_that_lives_is_indexed_and_never_ended(self) -> None:
+        run = self.run_object("mine")
+        other = self.process(
+            "from aimwatch import Run\nrun = Run('other')\nrun.track(1, 'm')\nprint('ready')\ninput()\n",
+        )
+        self.assertEqual(other.stdout.readline(), "ready\n")
+        run.track(1, "m")
+        # The other process ended at once: its standard input is empty. What lives is ours.
+        other.wait()
+        self.assertEqual(self.reindexed(), self.rebuilt())
+        with contextlib.closing(sqlite3.connect(self.paths.index)) as db:
+            found = dict(db.execute("SELECT hash, state FROM runs"))
+        self.assertEqual(found, {"mine": "running", "other": "failed"})
+        self.assertEqual(self.pending(), ["mine"])
+        self.assertEqual([name for name in self.records("mine") if "end" in name], [])
+        run.track(2, "m")
+        self.assertEqual(len(aimwatch.Repo(self.root).query_runs("run.metrics.m.last == 2")), 1)
+
+    def test_marker_says_what_is_to_be_done(self) -> None:
+        self.fill()
+        self.reindexed()
+        for name in ("no-hash", ".hidden", "x" * 65, "gone", "empty"):
+            with open(os.path.join(self.paths.pending, name), "x"):
+                pass
+        with open(self.paths.run_log("empty"), "x"):
+            pass
+        os.unlink(self.paths.run_log("r4"))
+        with open(self.paths.marker("r4"), "x"):
+            pass
+        os.mkdir(self.paths.marker("folder"))
+        os.symlink("/nowhere", self.paths.marker("link"))
+        shutil.copy(self.paths.run_log("r1"), self.paths.run_log("folder"))
+        self.assertNotIn("r4", [run.hash for run in aimwatch.Repo(self.root).query_runs("")])
+        problems = sorted(aimwatch.Repo(self.root).reindex())
+        self.assertEqual(
+            problems,
+            [f"{self.paths.marker('folder')}: Is a directory",
+             f"{self.paths.marker('link')}: Too many levels of symbolic links"],
+        )  # fmt: skip
+        self.assertEqual(self.pending(), sorted(["no-hash", ".hidden", "x" * 65, "folder", "link", "live"]))
+        self.assertFalse([row for row in index_content(self.paths.index)["runs"] if "'r4'" in row])
+
+    def test_end_that_cannot_be_written_keeps_the_marker(self) -> None:
+        self.die("d")
+        with mock.patch.object(aimwatch, "LogWriter", side_effect=OSError(errno.ENOSPC, "No space left")):
+            self.assertEqual(aimwatch.Repo(self.root).reindex(), [])
+        self.assertEqual(self.pending(), ["d"])
+        self.assertEqual(self.reindexed(), self.rebuilt())
+        self.assertEqual(self.pending(), [])
+        self.assertEqual(self.reread("d")._state.end["reason"], aimwatch.DIED)  # type: ignore[index]
+
+
+#: Lines as another program, or an enemy, could write them into a run's log.
+HOSTILE = (
+    '{"format":1,"created_at":1e999}', '{"format":1,"created_at":"inf"}', '{"format":1,"created_at":1e300}',
+    '{"format":1,"created_at":-5,"argv":5,"pid":{}}', '{"format":1,"created_at":7,"argv":5,"host":["h"]}',
+    '{"format":1,"created_at":"nan"}', '{"format":{"a":1},"created_at":5}', '{"resume":"inf"}',
+    '{"series":1,"name":"m","context":{"x":1e999}}', '{"series":2,"name":"\\ud800","context":{"x":[{}]}}',
+    '{"series":1e300,"name":"m","context":{}}', '{"series":-1,"name":"m","context":{"a":{"$float":"x"}}}',
+    "[1,2,3,4]", "[1,1e300,1,5]", '[1,2,"inf","inf"]', '[1,2,"nan","nan","nan"]', "[1,2,1e999,5]",
+    '[1,"x",2,3]', '[1,2,3,4,"x"]', "[[],1,2,3]", "[2,-9e18,-1e308,5,6]", "[2,9e18,1e308,5,6]", '[true,1,1,1]',
+    '{"props":{"name":5,"tags":5,"archived":[],"description":{"a":1},"experiment":[1]}}',
+    '{"props":{"tags":[5,null,{"a":[1]},"\\u0000"]}}', '{"props":{"tags":{"a":1},"experiment":1e999}}',
+    '{"props":{"name":"\\u001b[31m\\ud800\\n"}}', '{"set":"abc","value":1}', '{"set":[],"value":5}',
+    '{"set":[1,2],"value":1}', '{"set":["a",null],"value":1}', '{"set":["a"],"value":1e999}',
+    '{"set":["deep"],"value":' + "[" * 400 + "]" * 400 + "}", '{"set":["n"],"value":' + "9" * 400 + "}",
+    '{"set":["$float"],"value":"nan"}', '{"del":["x","y"]}', '{"del":5}', '{"log":40,"time":"inf","message":"m"}',
+    '{"log":1e999,"time":5}', '{"log":"x","time":5,"message":5}', '{"log":40,"time":5,"message":{"a":1},"params":5}',
+    '{"log":40,"time":1e300,"message":"x"}', '{"log":35,"time":9,"message":"\\u001b]0;x\\u0007","params":[1]}',
+    '{"end":"failed","time":"inf","idx":5}', '{"end":5,"time":5,"idx":5,"reason":{"a":1},"frames":5}',
+    '{"end":"finished","time":9,"idx":3,"frames":[1,{}],"reason":7}', '{"end":{"a":1},"time":5,"idx":5}',
+    '{"checkpoint":1,"header":{"created_at":"inf"},"params":{},"props":{},"series":[],"logs":{},"errors":[],'
+    '"end":null,"next_idx":1,"last_time":5}',
+    '{"checkpoint":1,"header":{"created_at":5,"argv":{"a":1}},"params":{"a":1},"props":{"tags":3},"series":'
+    '[[1,"m",{},2,"nan","inf","-inf",5,6,"nan","inf"]],"logs":{"x":[]},"errors":[{}],"end":{"end":[],"time":5},'
+    '"next_idx":1,"last_time":5}',
+)  # fmt: skip
+
+
+class HostileLogs(StoredCase):
+    def test_no_log_stops_a_command_or_hides_another_run(self) -> None:
+        with Run("good", repo=self.root) as run:
+            run.track(1, "m")
+        header = '{"format":1,"hash":"x","created_at":5.5,"host":"h"}'
+        names = [f"h{seed}" for seed in range(int(os.environ.get("HOSTILE_LOGS", "40")))]
+        for seed, name in enumerate(names):
+            chance = random.Random(seed)
+            lines = [*([header] if seed % 4 else []), *chance.choices(HOSTILE, k=chance.randrange(1, 30))]
+            with open(self.paths.run_log(name), "w") as file:
+                file.write("\n".join(lines if seed != 1 else [header, *HOSTILE]) + "\n" * (seed % 2))
+            with open(self.paths.marker(name), "x"):
+                pass
+        repo = aimwatch.Repo(self.root)
+        for text, good in (
+            ("", True),
+            ("run.a == 1", False),
+            ("run.tags", False),
+            ("run.duration >= 0", True),
+        ):
+            self.assertEqual("good" in [row.hash for row in repo.query_runs(text).rows], good, text)
+        self.assertIn("good", [row.run for row in repo.metric_rows("")])
+        repo.query_metrics("metric.context.x == 1 or metric.last > 5")
+        problems = repo.reindex()
+        for problem in problems:
+            self.assertRegex(problem, "no run description|written in format")
+        columns = "hash,name,tags,reason,n,deep,metric:m,pid,argv,created,duration,ended"
+        out = self.fine("runs", "--limit", "0", "--columns", columns)
+        self.assertEqual(out.count("\n"), 1 + 1 + len(names) - len(problems))
+        self.assertNotIn("\x1b", out)
+        self.fine("runs", "--csv")
+        self.fine("metrics")
+        self.fine("metrics", "--csv", "--sort", "context")
+        for text in (
+            self.fine("metrics", "--json"),
+            self.fine("runs", "--json", "--sort=-n", "--columns", "n,tags,name"),
+        ):
+            json.loads(text, parse_constant=self.fail)
+        unreadable = [name for name in names if any(f"{name}.jsonl: " in problem for problem in problems)]
+        for name in names:
+            if name in unreadable:
+                code, out, err = self.run_cli("show", name)
+                self.assertEqual((code, out), (1, ""))
+                self.assertIn(f"cannot read {self.paths.run_log(name)}: ", err)
+                continue
+            self.assertNotIn("\x1b", self.fine("show", name))
+            json.loads(self.fine("show", name, "--json"), parse_constant=self.fail)
+            code, out, err = self.run_cli("plot", name, "m")
+            self.assertTrue(code == 0 or "has no metric 'm'" in err, err)
+        self.assertEqual(self.content(), self.content(rebuild=True))
+        for name in names:
+            if name not in unreadable:
+                with Run(name, repo=self.root) as run:
+                    run.track(1, "m")
+        self.assertEqual(self.content(), self.content(rebuild=True))
+
+    def fine(self, *argv: str) -> str:
+        code, out, err = self.run_cli(*argv)
+        self.assertEqual(code, 0, (argv, err))
+        return out
+
+    def content(self, rebuild: bool = False) -> Any:
+        aimwatch.Repo(self.root).reindex(rebuild)
+        return index_content(self.paths.index)
+
+
+class Torture(StoredCase):
+    """Every process at once that ever touches the index, and some that are killed."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.children: List[int] = []
+        self.addCleanup(self.kill_children)
+        for name, value in (("CHECKPOINT_LINES", 20), ("INDEX_ITSELF_S", 0.2)):
+            patch = mock.patch.object(aimwatch, name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def kill_children(self) -> None:
+        for pid in self.children:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    def forked(self, work: Callable[[int], None], number: int) -> int:
+        """Do some work in a child process, which exits with 0 unless it raised."""
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                work(number)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        self.children.append(pid)
+        return pid
+
+    def ended(self, pid: int) -> int:
+        status = os.waitpid(pid, 0)[1]
+        self.children.remove(pid)
+        return status
+
+    def write(self, number: int) -> None:
+        chance = random.Random(number)
+        for n in range(4):
+            run = Run(f"w{number}_{n}", repo=self.root, experiment=f"e{n % 3}")
+            run["p"] = {"number": number, "list": [1, {"a": None}], "nan": NAN}
+            for step in range(chance.randrange(60)):
+                value = chance.choice((step, -step, 0.1, INF, NAN, True))
+                run.track(value, "m", epoch=chance.choice((None, NAN, 2)), context={"s": step % 3})
+                run.report_progress(expect_next_in=chance.choice((0, 60)))
+                if step % 10 == 9:
+                    run.add_tag(f"t{step}")
+                    run["p", "step"] = step
+            if chance.random() < 0.3:
+                run.close()
+                run = Run(run.hash, repo=self.root)
+                run.track(99, "again")
+            if chance.random() < 0.8:
+                run.close()
+            else:
+                kept = run  # noqa: F841 - dies with the process
+
+    def until_told(self, work: Callable[[], None]) -> None:
+        told: List[int] = []
+        signal.signal(signal.SIGTERM, lambda signum, frame: told.append(signum))
+        while not told:
+            work()
+
+    def index(self, number: int) -> None:
+        chance = random.Random(number)
+
+        def work() -> None:
+            with contextlib.suppress(aimwatch.IndexBusy):
+                aimwatch.Repo(self.root).reindex(rebuild=chance.random() < 0.3)
+
+        self.until_told(work)
+
+    def ask(self, number: int) -> None:
+        repo = aimwatch.Repo(self.root)
+        seen: Set[str] = set()
+
+        def work() -> None:
+            found = {row.hash for row in repo.query_runs("run.p.number >= 0").rows}
+            self.assertLessEqual(seen, found, "a run that was there is not to be found any more")
+            seen.update(found)
+            for row in repo.metric_rows("metric.name == 'm'"):
+                self.assertLessEqual(row.count, 20)
+
+        self.until_told(work)
+
+    def test_many_write_some_are_killed_two_reindex_and_others_ask(self) -> None:
+        chance = random.Random(8)
+        count = int(os.environ.get("TORTURE_WRITERS", "20"))
+        others = [self.forked(work, number) for number in range(2) for work in (self.index, self.ask)]
+        writers = [self.forked(self.write, number) for number in range(count)]
+        for pid in chance.sample(writers, count // 4):
+            time.sleep(chance.random() * 0.05)
+            os.kill(pid, signal.SIGKILL)
+        self.assertLessEqual({self.ended(pid) for pid in writers}, {0, signal.SIGKILL})
+        for pid in others:
+            os.kill(pid, signal.SIGTERM)
+        self.assertEqual([self.ended(pid) for pid in others], [0] * 4)
+        incremental = self.reindexed()
+        self.assertEqual(self.pending(), [])
+        rebuilt = self.rebuilt()
+        for table, rows in rebuilt.items():
+            self.assertEqual(incremental[table], rows, table)
+        self.assertGreater(len(rebuilt["metrics"]), count)
+        # A writer may be killed before the first line of its log.
+        self.assertLessEqual(len(os.listdir(self.paths.runs)) - len(rebuilt["runs"]), count // 4)
+        self.assertEqual(len(aimwatch.Repo(self.root).query_runs("run.active")), 0)
+
+
 # ======================================================================================
 # Notifiers and outbox
 #
@@ -3089,7 +4593,7 @@ class DamagedConfig(NotifierCase):
         for raw, problem in (
             ("text", "is not an object"),
             ([], "is not an object"),
-            ({}, "type 'None' is not one of slack, workplace, logger"),
+            ({}, "type 'None' is not one of slack, workplace, logger, webhook, email, command"),
             ({"type": "pager", "arguments": {}}, "type 'pager' is not one of slack, work"),
             ({"type": ["slack"], "arguments": {}}, "is not one of slack"),
             ({"type": "slack"}, "has no 'arguments' object"),
@@ -3226,7 +4730,7 @@ class CheckedValues(unittest.TestCase):
                 self.assertNotIn("SECR", said)
 
     def test_group_is_letters_and_digits(self) -> None:
-        for value in ("123", "a_b.C9", "x" * 64):
+        for value in (123, "a_b.C9", "x" * 64):
             self.assertEqual(aimwatch.checked_group(f" {value} "), value)
         for value in ("", "1/2", "1 2", "../x", "x" * 65, "é", "1\n2"):
             with self.subTest(value):
@@ -3415,7 +4919,7 @@ class Messages(unittest.TestCase):
             (facts_of("recovered", run_reason="silent for 5 min"), "✅ Run 'n1' recovered: silent for 5 min"),
             (facts_of("started"), "Run 'n1' started"),
             (facts_of("finished"), "✅ Run 'n1' finished"),
-            (facts_of("log", run_reason="ERROR: x"), "Run 'n1' log: ERROR: x"),
+            (facts_of("log", run_reason="2 messages"), "📝 Run 'n1' logged 2 messages"),
             (facts_of("failed", run_name=""), "❌ Run '000000000000000000000001' failed"),
         ):  # fmt: skip
             with self.subTest(first):
@@ -3533,7 +5037,9 @@ class Messages(unittest.TestCase):
             self.assertNotIn("&", re.sub("&(amp|lt|gt);", "", body), limit)
 
     def test_slack_escape_leaves_nothing_with_a_meaning(self) -> None:
-        self.assertEqual(aimwatch.slack_escape("<!channel> & <@U1>"), "&lt;!channel&gt; &amp; &lt;@U1&gt;")
+        self.assertEqual(
+            aimwatch.slack_escape("<!channel> & <@U1>"), "&lt;!channel&gt; &amp; &lt;@\u200bU1&gt;"
+        )
         self.assertEqual(aimwatch.slack_escape("&lt;"), "&amp;lt;")
 
 
@@ -3563,7 +5069,7 @@ class Judgements(unittest.TestCase):
             (200, "", "retry", "without 'ok'"),
             (200, "<html>log\n in</html>".replace("\n ", " "), "retry", portal),
             (204, "", "retry", "HTTP 204 without 'ok'"),
-            (400, "invalid_payload", "retry", "HTTP 400: invalid_payload"),
+            (400, "invalid_payload", "refused", "HTTP 400: invalid_payload"),
             (403, "invalid_token", "broken", "HTTP 403: invalid_token"),
             (200, "invalid_token", "broken", "HTTP 200: invalid_token"),
             (400, "invalid_token", "broken", "HTTP 400: invalid_token"),
@@ -3607,7 +5113,7 @@ class Judgements(unittest.TestCase):
             (401, error(None), "broken", "Graph error None: said"),
             (400, error([1]), "broken", "Graph error [1]: said"),
             (500, error(190), "retry", "HTTP 500: "),
-            (400, '{"error": "text"}', "retry", "HTTP 400: "),
+            (400, '{"error": "text"}', "refused", "HTTP 400: "),
             (401, "", "broken", "HTTP 401"),
             (404, "", "broken", "HTTP 404"),
             (301, "", "broken", "HTTP 301: redirected; give the final URL"),
@@ -4276,7 +5782,7 @@ class Telling(NotifierCase):
             self.logged.lines,
             [
                 "WARNING notifier slack abcdefgh: HTTP 500: a; trying again",
-                "WARNING notifier slack abcdefgh: HTTP 404: c; mend it with 'notifiers'; what waits is kept",
+                "WARNING notifier slack abcdefgh: HTTP 404: c; what waits is kept until it is mended; see 'notifiers list'",
                 "INFO notifier slack abcdefgh is reached again",
             ],
         )
@@ -4348,7 +5854,9 @@ class Telling(NotifierCase):
         self.configure(bad=hook("ftp://x/SECRETSECRET"), good=hook(server.url))
         dispatcher = self.dispatcher()
         self.assertEqual(dispatcher.describe(), "slack good")
-        self.assertRegex(self.logged.lines[0], "ERROR notifier bad the URL must start .*; it is not used")
+        self.assertRegex(
+            self.logged.lines[0], "ERROR notifier bad argument 'url': the URL must start .*; it is not used"
+        )
         self.assert_hidden(self.logged.lines[0])
         dispatcher.tell([event_of(1)])
         self.wait_sent("good", 1)
@@ -4544,8 +6052,8 @@ class NotifiersAdd(NotifierCase):
         entry = self.only_entry()
         self.assertEqual(entry["arguments"], {"url": GOOD_URL, "message": "lost {run.hash}"})
         for said in (
-            "Select notifier type to add (slack, workplace, logger): ",
-            "'foo' is not one of slack, workplace, logger.",
+            "Select notifier type to add (slack, workplace, logger, webhook, email, command): ",
+            "'foo' is not one of slack, workplace, logger, webhook, email, command.",
             "Webhook URL: Error: the URL must start with https:// or http://, and this one has ftp:",
             "Webhook URL: This is needed.",
             "Error: the message names {oops}, which does not exist: use {event}",
@@ -4607,7 +6115,7 @@ class NotifiersAdd(NotifierCase):
         here = self.path(GOOD_URL)
         url, group = ("--webhook-url", GOOD_URL), ("workplace", "--group-id", "1")
         for argv, stdin, message in (
-            ((), "", "with --yes the type must be given: slack, workplace, logger$"),
+            ((), "", "with --yes the type must be given: slack, workplace, logger, webhook, email, command$"),
             (("slack",), "", "notifiers add slack --yes needs --webhook-url or --webhook-url-file$"),
             (("workplace", "--access-token", "t"), "", "workplace --yes needs --group-id$"),
             (group, "", "workplace --yes needs --access-token or --access-token-file$"),
@@ -4804,7 +6312,7 @@ class OnATerminal(NotifierCase):
 
     def test_secret_is_not_echoed(self) -> None:
         code, seen = self.converse(
-            ("(slack, workplace, logger): ", "slack\n"),
+            ("(slack, workplace, logger, webhook, email, command): ", "slack\n"),
             ("Webhook URL (not shown): ", f"{GOOD_URL}\n"),
             ("(empty for the default): ", "hello\n"),
             ("[Y/n]: ", "y\n"),
@@ -4817,7 +6325,7 @@ class OnATerminal(NotifierCase):
 
     def test_token_is_not_echoed_and_ctrl_c_saves_nothing(self) -> None:
         code, seen = self.converse(
-            ("(slack, workplace, logger): ", "workplace\n"),
+            ("(slack, workplace, logger, webhook, email, command): ", "workplace\n"),
             ("Group ID: ", "1\n"),
             ("Access token (not shown): ", f"{TOKEN} x\n"),
             ("Access token (not shown): ", "\x03"),
@@ -4854,12 +6362,12 @@ class NotifiersCommands(NotifierCase):
         expected = [
             {
                 "id": "a", "type": "slack", "status": "enabled", "events": ["log"], "problem": None,
-                "arguments": {"url": "https://hooks.example.com/***", "message": ""},
+                "broken_since": None, "waiting": 0, "arguments": {"url": "https://hooks.example.com/***", "message": ""},
             },
             {
                 "id": "b", "type": "pager", "status": "enabled", "arguments": {"k": "***"},
-                "events": ["stalled", "failed", "recovered"],
-                "problem": "type 'pager' is not one of slack, workplace, logger",
+                "events": ["stalled", "failed", "recovered"], "broken_since": None, "waiting": 0,
+                "problem": "type 'pager' is not one of slack, workplace, logger, webhook, email, command",
             },
         ]  # fmt: skip
         self.assertEqual(json.loads(out), expected)
@@ -5521,7 +7029,7 @@ class TestWatcher(WatchCase):
         real = os.listdir
 
         def slow(path: str) -> List[str]:
-            self.clock.pass_(300.0)
+            self.clock.pass_(300.0 if path == self.paths.check_ins else 0.0)
             return real(path)
 
         with mock.patch.object(aimwatch.os, "listdir", slow):
@@ -6042,7 +7550,7 @@ class TestStart(WatcherProcessCase):
         for number in (signal.SIGINT, signal.SIGTERM):
             self.addCleanup(signal.signal, number, signal.getsignal(number))
         error = OSError(5, "Input/output error", self.paths.check_ins)
-        with mock.patch.object(aimwatch.os, "listdir", side_effect=error):
+        with mock.patch.object(aimwatch.os, "scandir", side_effect=error):
             code, _, err = self.run_cli("start", "--once")
         self.assertIn(f"cannot list {self.paths.check_ins}: Input/output error", err)
         self.assertEqual(code, 1)
@@ -6287,7 +7795,7 @@ class TestDemo(Case):
 
 
 #: Commands that README.md does not name yet.
-NOT_IN_README = {"runs", "metrics", "show", "plot", "rm", "close", "reindex"}
+NOT_IN_README = {"runs", "metrics", "show", "plot", "rm", "close"}
 
 #: What stands before a block of Python in README.md.
 TRAINING_STUB = """\
@@ -6330,16 +7838,16 @@ class TestReadme(WatcherProcessCase):
     LINES = (
         (r"python3 -m unittest|python3 aimwatch\.py demo|pip install \.", "is_tested_elsewhere"),
         (r"python3 test_aimwatch\.py bench", "begins_to_measure"),
-        (r"python3 aimwatch\.py .*\bstart", "watches"),
+        (r"python3 aimwatch\.py (--repo \S+ )?start(?!.*--once)( .*)?", "watches"),
         (r"python3 aimwatch\.py .*notifiers add", "adds_by_answers"),
         (r"python3 aimwatch\.py .*notifiers test", "sends_samples"),
         (r"python3 -c .*hashlib.*", "prints_the_hash"),
         (r"tmux new-session -d -s \w+ .*", "watches_in_tmux"),
-        (r"python3 .*|rm [a-z]+\.txt", "runs"),
+        (r"python3 .*|rm [a-z]+\.txt|cat > [a-z]+\.json <<'EOF'\n(?s:.*)\nEOF", "runs"),
     )
     BLOCKS = {
         "sh": "run_lines", "python": "run_python", "ini": "run_unit", "cron": "run_cron", "bash": "run_script",
-        "json": "read_json",
+        "json": "read_json", "text": "read_message",
     }  # fmt: skip
     #: Commands of others, and what needs the rights of the administrator.
     NOT_OURS = r"aim init|systemctl enable --now aimwatch|\.ci/run"
@@ -6359,8 +7867,6 @@ class TestReadme(WatcherProcessCase):
         os.chmod(python, 0o755)
         self.slack = self.webhook()
         self.workplace = self.webhook((200, '{"id": "1"}'))
-        self.write("webhook.txt", f"{self.slack.url}\n")
-        self.write("token.txt", "TOKENTOKENTOKEN\n")
         self.write("train.py", TRAIN_PY)
         self.paths = aimwatch.RepoPaths(os.path.join(self.folder, "shared", "experiments"))
         os.environ.update(
@@ -6381,10 +7887,11 @@ class TestReadme(WatcherProcessCase):
         text = re.sub(r"(?<![\w/])/(shared|opt|tmp)/", rf"{self.folder}/\1/", text)
         text = text.replace("/usr/bin/python3", "python3")
         text = re.sub(r"https://[\w.]*\bexample\.(org|com)", f"http://127.0.0.1:{self.workplace.port}", text)
+        text = re.sub(r"\b(?<!@)\w+\.example\.org\b", "127.0.0.1", text)
+        text = re.sub(r"-url URL\b", f"-url {self.slack.url}", text)
         self.assertNotRegex(text, r"https?://(?!127\.0\.0\.1:)", "a test talks to this machine alone")
-        if re.search(r"\b(show|plot|rm|close) [0-9a-f]{4,24}\b", text):
-            runs = [name[:-6] for name in os.listdir(self.paths.runs)]
-            text = re.sub(r"\b(show|plot|rm|close) [0-9a-f]{4,24}\b", rf"\1 {runs[0]}", text)
+        if "HASH" in text:
+            text = re.sub(r"\$?\bHASH\b", os.listdir(self.paths.runs)[0][:-6], text)
         return text
 
     def shell(self, line: str, stdin: str = "", env: Optional[Dict[str, str]] = None) -> str:
@@ -6403,8 +7910,10 @@ class TestReadme(WatcherProcessCase):
         self.assertTrue(TestDemo and TestPackaging)
 
     def begins_to_measure(self, line: str) -> None:
-        bench = self.command("bash", "-c", f"exec {line}", cwd=self.folder)
+        bench = self.command("bash", "-c", f"exec {line}", cwd=self.folder, start_new_session=True)
         self.assertRegex(bench.stdout.readline(), r"^figure +aimwatch +baseline +ratio ")
+        os.killpg(bench.pid, signal.SIGKILL)
+        bench.communicate(timeout=30)  # until those that it started are gone too
 
     def runs(self, line: str) -> None:
         self.shell(line)
@@ -6434,17 +7943,19 @@ class TestReadme(WatcherProcessCase):
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
         )  # fmt: skip
         self.addCleanup(self._end, self.watching)
+        seen = ""
         for _ in range(3):  # what it says before that it watches
             said = self.watching.stderr.readline()
             if f" watching {self.paths.root}: " in said:
                 return
-        self.fail(f"{line}\n{said}")
+            seen += said
+        self.fail(f"{line}\n{seen}")
 
     def stop_watching(self) -> None:
         if self.watching is not None:
-            self.assertRegex(self.end(self.watching), r"INFO +stopped\n$")
-            self.assertEqual(self.watching.returncode, 0)
-            self.watching = None
+            watching, self.watching = self.watching, None
+            self.assertRegex(self.end(watching), r"INFO +stopped\n$")
+            self.assertEqual(watching.returncode, 0)
 
     def watches_in_tmux(self, line: str) -> None:
         self.stop_watching()
@@ -6464,7 +7975,7 @@ class TestReadme(WatcherProcessCase):
     # ---- how each kind of block is run
 
     def run_lines(self, block: str) -> None:
-        for line in block.replace("\\\n", " ").splitlines():
+        for line in re.findall(r"(?ms)^cat > \S+ <<'EOF'\n.*?^EOF$|^[^\n]+$", block.replace("\\\n", " ")):
             line = line.partition("  # ")[0].rstrip()
             if line and not line.startswith("#"):
                 self.run_line(line)
@@ -6473,6 +7984,9 @@ class TestReadme(WatcherProcessCase):
         method = next((name for rule, name in self.LINES if re.fullmatch(rule, line)), None)
         if method is None:
             self.fail(f"README.md: nothing here knows how to try: {line}")
+        self.write("webhook.txt", f"{self.slack.url}\n")
+        self.write("token.txt", "TOKENTOKENTOKEN\n")
+        self.write("headers.txt", "X-Token: TOKENTOKENTOKEN\n")
         getattr(self, method)(self.placed(line))
 
     def run_python(self, block: str) -> None:
@@ -6504,6 +8018,19 @@ class TestReadme(WatcherProcessCase):
     def read_json(self, block: str) -> None:
         json.loads(block)
 
+    def read_message(self, block: str) -> None:
+        """Compare a message with what would be sent."""
+        run = {
+            "name": "baseline", "hash": "3f786850e387550fdab836ed", "experiment": "resnet", "host": "node7",
+            "pid": "4711", "job": "slurm 99", "user": "ann", "silent": "2 min 46 s", "promised": "66 s",
+            "last_seen": "2026-11-23 01:41:27 UTC", "process": "alive",
+            "metrics": "loss=0.12 (step 400, subset=train)",
+            "frames": "  /home/ann/train.py:41 in main\n  /home/ann/data.py:17 in next_batch",
+        }  # fmt: skip
+        facts = {"event": "stalled", "repo": "/shared/experiments"}
+        facts.update((f"run.{name}", value) for name, value in run.items())
+        self.assertEqual(aimwatch.default_message(facts), block.rstrip("\n"))
+
     def test_every_block_and_command_does_what_it_says(self) -> None:
         blocks = re.findall(r"^```(\w*)\n(.*?)^```$", self.readme, re.M | re.S)
         self.assertEqual(2 * len(blocks), len(re.findall("^ *```", self.readme, re.M)))
@@ -6514,16 +8041,15 @@ class TestReadme(WatcherProcessCase):
         self.stop_watching()
         # A command in running text: a program of ours or a command of ours, with its arguments.
         commands = {" ".join(path) for path in parser_commands()}
-        first = {command.split()[0] for command in commands}
         prose = re.sub(r"^```.*?^```$", "", self.readme, flags=re.M | re.S)
         for text in dict.fromkeys(re.findall(r"`([^`\n]+)`", prose)):
-            word = text.split()[0]
+            ours = any(text.startswith(f"{command} ") for command in commands)
             programs = ("python3", "pip", "systemctl", ".ci/run", "aim", "aimwatch", "aim-watcher", "tmux")
-            if (word not in first and word not in programs) or len(text.split()) == 1 or text in commands:
+            if (not ours and text.split()[0] not in programs) or len(text.split()) == 1:
                 continue
             with self.subTest(text=text):
                 if not re.fullmatch(self.NOT_OURS, text):
-                    if word in first:
+                    if ours:
                         text = f"python3 aimwatch.py --repo /shared/experiments {text}"
                     self.run_line("python3 -m aimwatch --version" if text == "python3 -m aimwatch" else text)
 
@@ -6544,7 +8070,7 @@ class TestReadme(WatcherProcessCase):
         listed = {path: self.run_cli(*path, "--help")[1] for path in groups}
         for path, parser in commands.items():
             with self.subTest(path=path):
-                self.assertRegex(parser.description, r"^[A-Z].{10,}\.$")
+                self.assertRegex(parser.description, r"(?s)^[A-Z].{10,}\.$")
                 self.assertRegex(listed[path[:-1]], rf"\n    {path[-1]}\s+[a-z].{{10,}}")
                 for action in parser._actions:
                     self.assertTrue(action.help, action)
@@ -6774,27 +8300,55 @@ class Bench:
         count: int = 1, turns: int = 9,
     ) -> None:  # fmt: skip
         """Time two functions in turn; each does its thing `count` times."""
-        mine, theirs, ratios = [], [], []
-        for _ in range(turns):
-            times = []
-            for function in (base, ours):
-                begun = time.perf_counter()
-                function()
-                times.append((time.perf_counter() - begun) / count)
-            theirs.append(times[0])
-            mine.append(times[1])
-            ratios.append(times[1] / times[0])
-        scale = {"ns": 1e9, "us": 1e6, "ms": 1e3, "s": 1.0}[unit]
-        ratio = statistics.median(ratios)
+        mine, theirs, ratio = _in_turn(ours, base, turns)
+        scale = {"ns": 1e9, "us": 1e6, "ms": 1e3, "s": 1.0}[unit] / count
         self.line(
-            what, f"{statistics.median(mine) * scale:.3g} {unit}",
-            f"{base_name} {statistics.median(theirs) * scale:.3g} {unit}", ratio,
-            f"<= {limit:g}", ratio <= limit,
+            what, f"{mine * scale:.3g} {unit}", f"{base_name} {theirs * scale:.3g} {unit}", ratio,
+            f"<= {limit:.3g}", ratio <= limit,
+        )  # fmt: skip
+
+    def within(
+        self, what: str, ours: Any, base_name: str, base: Any, limit: float, unit: str = "ms",
+        count: int = 1, turns: int = 15,
+    ) -> None:  # fmt: skip
+        """Time two functions in turn, where the limit is a time and not a ratio."""
+        mine, theirs, ratio = _in_turn(ours, base, turns)
+        scale = {"us": 1e6, "ms": 1e3}[unit] / count
+        self.line(
+            what, f"{mine * scale:.3g} {unit}", f"{base_name} {theirs * scale:.3g} {unit}", ratio,
+            f"<= {limit:g} {unit}", mine * scale <= limit,
+        )  # fmt: skip
+
+    def rate(
+        self, what: str, ours: Any, base_name: str, base: Any, limit: float, count: int, turns: int = 5
+    ) -> None:
+        """Time two functions in turn that each do `count` things; at least `limit` a second are due."""
+        mine, theirs, ratio = _in_turn(ours, base, turns)
+        self.line(
+            what, f"{count / mine:.4g} /s", f"{base_name} {count / theirs:.4g} /s", ratio,
+            f">= {limit:g} /s", count / mine >= limit,
         )  # fmt: skip
 
     def at_most(self, what: str, value: float, unit: str, limit: float) -> None:
         """Print a figure that has a limit of its own and no baseline."""
         self.line(what, f"{value:.3g} {unit}", "its limit", value / limit, f"<= {limit:g}", value <= limit)
+
+
+def _in_turn(ours: Any, base: Any, turns: int) -> Tuple[float, float, float]:
+    """Return the medians of the seconds that each took, and of their ratios. What a function must
+    not be timed for it does in its `prepare`."""
+    mine, theirs, ratios = [], [], []
+    for _ in range(turns):
+        times = []
+        for function in (base, ours):
+            getattr(function, "prepare", lambda: None)()
+            begun = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - begun)
+        theirs.append(times[0])
+        mine.append(times[1])
+        ratios.append(times[1] / times[0])
+    return statistics.median(mine), statistics.median(theirs), statistics.median(ratios)
 
 
 def _repeat(function: Callable[[], Any], count: int) -> Callable[[], None]:
@@ -6952,12 +8506,254 @@ def bench_import(bench: Bench, root: str) -> None:
                   start("import json, logging, threading"), 2, "ms", 1, 15)  # fmt: skip
 
 
-def bench_aim_progress(bench: Bench, root: str) -> None:
+def bench_track(bench: Bench, root: str) -> None:
+    run = Run(repo=root)
+    context = {"subset": "train"}
+    fd = os.open(os.path.join(root, "plain"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    count, at = 5_000, [0]
+
+    def track() -> None:
+        for step in range(at[0], at[0] + count):
+            run.track(0.123456789 + step, name="loss", step=step, context=context)
+
+    def bare() -> None:
+        for step in range(at[0], at[0] + count):
+            os.write(fd, f"[1,{step},{0.123456789 + step!r},{time.time():.3f}]\n".encode("ascii"))
+        at[0] += count
+
+    bench.compare("track", track, "a formatted os.write", bare, 3, "us", count, 15)
+    os.close(fd)
+    run.close()
+
+
+def bench_aim_track(bench: Bench, root: str) -> None:
+    theirs, ours = _both(root)
+    count, at = 500, [0]
+
+    def track(run: Any) -> Callable[[], None]:
+        def loop() -> None:
+            for step in range(at[0], at[0] + count):
+                run.track(0.5 + step, name="loss", step=step, context={"subset": "train"})
+            at[0] += count
+
+        return loop
+
+    bench.compare("track against Aim's", track(ours), "aim", track(theirs), 1 / 40, "us", count)
+    ours.close()
+    theirs.close()
+
+
+def _put_run(paths: aimwatch.RepoPaths, number: int, points: int, created_at: float = 0.0) -> str:
+    """Write the log of a closed run as `Run` does, and its marker; return its hash."""
+    state = aimwatch.RunState(f"{number:024x}")
+    created_at = created_at or 1775000000.0 + number
+    records: List[Any] = [
+        {"format": 1, "hash": state.hash, "created_at": created_at, "host": "node", "pid": 4711,
+         "user": "ada", "argv": ["train.py", "--lr", "0.1"], "python": "3.11.7", "cwd": "/home/ada"},
+        {"props": {"experiment": f"e{number % 50}", "name": f"run {number}", "tags": ["night"]}},
+        {"set": ["hparams"], "value": {"lr": number % 1000 / 1000, "bs": 32, "opt": "Adam",
+                                       "half": bool(number % 2), "seed": number}},
+        {"series": 1, "name": "loss", "context": {"subset": "train"}},
+        {"series": 2, "name": "loss", "context": {"subset": "val"}},
+    ]  # fmt: skip
+    records += [[1 + step % 2, step // 2, number / 7 + step, created_at + step] for step in range(points)]
+    records.append({"end": "finished", "time": created_at + points, "idx": 2})
+    for record in records:
+        assert state.apply(record)
+    records.append(state.to_checkpoint())
+    with open(paths.run_log(state.hash), "w", encoding="ascii") as file:
+        file.writelines(aimwatch.to_json(record) + "\n" for record in records)
+    open(paths.marker(state.hash), "w").close()
+    return state.hash
+
+
+_INDEX_TABLES = ("runs", "params", "tags", "contexts", "metrics")
+
+
+def bench_index(bench: Bench, root: str) -> None:
+    paths = aimwatch.find_repo(root, create=True)
+    long, short = _put_run(paths, 1, 50_000), _put_run(paths, 2, 100)
+    db = aimwatch.open_index(os.path.join(root, "scratch.sqlite"))
+    db.execute("BEGIN")
+
+    def index(run_hash: str) -> Callable[[], None]:
+        def indexed() -> None:
+            for _ in range(20):
+                state, size, _ = aimwatch.load_run(paths, run_hash)
+                assert state is not None
+                aimwatch.index_run(db, state, size)
+
+        return indexed
+
+    bench.compare("index a closed run of 50,000 points", index(long), "of 100 points", index(short),
+                  2.5, "us", 20, 15)  # fmt: skip
+    db.close()
+    shutil.rmtree(root)
+    paths = aimwatch.find_repo(root, create=True)
+    count = 1500
+    hashes = [_put_run(paths, number, 20) for number in range(count)]
+    rows: Dict[str, List[Any]] = {}
+
+    def reindex() -> None:
+        assert aimwatch.Reindexer(paths).run(hashes) == count
+
+    def prepare() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(paths.index)
+        for run_hash in hashes:
+            open(paths.marker(run_hash), "w").close()
+        aimwatch.open_index(paths.index).close()
+
+    def inserts() -> None:
+        with contextlib.closing(aimwatch.open_index(plain)) as db:
+            db.execute("BEGIN")
+            for table, found in rows.items():
+                db.executemany(f"INSERT INTO {table} VALUES ({','.join('?' * len(found[0]))})", found)
+            db.execute("COMMIT")
+
+    def prepare_plain() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(plain)
+
+    plain = os.path.join(root, "plain.sqlite")
+    for function, its in ((reindex, prepare), (inserts, prepare_plain)):
+        function.prepare = its  # type: ignore[attr-defined]
+    prepare()
+    reindex()
+    with contextlib.closing(aimwatch.open_index(paths.index)) as db:
+        rows.update({table: db.execute(f"SELECT * FROM {table}").fetchall() for table in _INDEX_TABLES})
+    bench.rate("reindex of pending runs", reindex, "bare inserts of the rows", inserts, 1500, count)
+
+    def rebuild() -> None:
+        assert aimwatch.Index(paths).rebuild() == []
+
+    bench.rate("reindex --rebuild", rebuild, "bare inserts of the rows", inserts, 1500, count)
+
+
+def bench_close(bench: Bench, root: str) -> None:
+    paths = aimwatch.find_repo(root, create=True)
+    plain = sqlite3.connect(os.path.join(root, "plain.sqlite"), isolation_level=None)
+    plain.execute("CREATE TABLE runs (id INTEGER PRIMARY KEY, params)")
+    runs: List[Run] = []
+
+    def prepare() -> None:
+        runs.append(Run(repo=root))
+        runs[0]["hparams"] = {"lr": 0.1, "bs": 32}
+        for step in range(20):
+            runs[0].track(step, name="loss", step=step)
+
+    def close() -> None:
+        runs.pop().close()
+
+    def insert() -> None:
+        plain.execute("INSERT INTO runs (params) VALUES ('{}')")
+
+    prepare()
+    close()
+    close.prepare = prepare  # type: ignore[attr-defined]
+    bench.within("close, the run indexing itself", close, "one INSERT, on the disk", insert, 2000)
+    plain.close()
+    assert not os.listdir(paths.pending)
+    long, short = _put_run(paths, 1, 100_000), _put_run(paths, 2, 100)
+
+    def resume(run_hash: str) -> Callable[[], None]:
+        def resumed() -> None:
+            runs.append(Run(run_hash, repo=root))
+
+        resumed.prepare = lambda: [run.close() for run in runs] and runs.clear()  # type: ignore[attr-defined]
+        return resumed
+
+    bench.compare("resume a run of 100,000 points", resume(long), "of 100 points", resume(short), 2.5, "ms")
+    runs.pop().close()
+
+
+def bench_query(bench: Bench, root: str) -> None:
+    paths = aimwatch.find_repo(root, create=True)
+    count = 10_000
+    for number in range(count):
+        _put_run(paths, number, 4)
+    repo = aimwatch.Repo(root)
+    assert repo.reindex(rebuild=True) == []
+    db = aimwatch.open_index(paths.index)
+    columns = ", ".join(f"r.{name}" for name in aimwatch.RunRow._fields)
+    by_param = "FROM runs r WHERE r.id IN (SELECT run FROM params WHERE path = ? AND value = ?)"
+    by_metric = "FROM runs r WHERE r.id IN (SELECT run FROM metrics WHERE name = ? AND last > ?)"
+
+    def bare(source: str, *args: Any) -> Callable[[], List[Any]]:
+        order = "ORDER BY r.created_at DESC, r.hash DESC"
+        return lambda: db.execute(f"SELECT {columns} {source} {order}", args).fetchall()
+
+    loss = "run.metrics['loss', {'subset': 'train'}].last"
+    cases = (
+        ("lr == 0.25", "run.hparams.lr == 0.25", bare(by_param, '"hparams","lr"', 0.25), 10),
+        ("experiment, param", "run.experiment == 'e7' and run.hparams.lr > 0.9",
+         bare(f"{by_param.replace('=', '>', 2).replace('>', '=', 1)} AND r.experiment = ?", '"hparams","lr"', 0.9, "e7"), 20),
+        ("metric", f"{loss} > 1428 and run.hparams.bs == 32", bare(by_metric, "loss", 1430), 9),
+        ("half", "run.hparams.half == True", bare(by_param, '"hparams","half"', 1), count // 2),
+        ("half, by metric", f"{loss} > {count / 14}", bare(by_metric, "loss", count / 14 + 2), count // 2),
+    )  # fmt: skip
+    for state in ("indexed", "20 pending"):
+        if state != "indexed":
+            for number in range(20):
+                _put_run(paths, number * 400 + 1, 6)
+        for name, query, sql, found in cases:
+            hits = len(repo.query_runs(query))
+            assert abs(hits - found) <= 40 and abs(len(sql()) - hits) <= 40, (query, hits, len(sql()))
+            ours = _repeat(lambda query=query: repo.query_runs(query), 1)  # type: ignore[misc]
+            what = f"query, 10,000 runs {state}: {name}"
+            if found < 1000:
+                bench.within(what, ours, f"bare SQL, {hits} runs", sql, 3)
+            else:
+                bench.within(what, ours, f"bare SQL, {hits} runs, each", sql, 8, "us", hits)
+    db.close()
+
+
+def _both(root: str) -> Tuple[Any, Run]:
     import aim  # type: ignore[import-not-found]
 
     aim.Repo.from_path(root, init=True)
-    theirs = aim.Run(repo=root, system_tracking_interval=None, capture_terminal_logs=False)
-    ours = Run(repo=root)
+    return aim.Run(repo=root, system_tracking_interval=None, capture_terminal_logs=False), Run(repo=root)
+
+
+def bench_aim_query(bench: Bench, root: str) -> None:
+    import aim
+    from aim.sdk.types import QueryReportMode  # type: ignore[import-not-found]
+
+    count = 100
+    repo = aim.Repo.from_path(root, init=True)
+    for number in range(count):
+        run = aim.Run(repo=root, system_tracking_interval=None, capture_terminal_logs=False)
+        run["hparams"] = {"lr": number % 10 / 10, "bs": 32, "half": bool(number % 2)}
+        run.track(number, name="loss", context={"subset": "train"})
+        run.close()
+    paths = aimwatch.find_repo(root, create=True)
+    for number in range(count):
+        _put_run(paths, number, 20)
+    ours = aimwatch.Repo(root)
+
+    def quiet(function: Callable[[], Any]) -> Callable[[], None]:
+        def silent() -> None:
+            with contextlib.redirect_stderr(io.StringIO()):
+                function()
+
+        return silent
+
+    bench.compare("reindex of 100 runs against Aim's", lambda: ours.reindex(rebuild=True), "aim",
+                  quiet(repo._recreate_index), 1, "us", count, 3)  # fmt: skip
+    query = "run.hparams.half == True"
+
+    def theirs() -> None:
+        found = repo.query_runs(query, report_mode=QueryReportMode.DISABLED).iter_runs()
+        assert len(list(found)) == count // 2
+
+    def mine() -> None:
+        assert len(ours.query_runs(query)) == count // 2
+
+    bench.compare("query_runs over 100 runs against Aim's", mine, "aim", theirs, 1, "us", count)
+
+
+def bench_aim_progress(bench: Bench, root: str) -> None:
+    theirs, ours = _both(root)
     count = 20_000
 
     def progress(run: Any) -> Callable[[], None]:
@@ -6976,9 +8772,9 @@ def run_bench() -> int:
     """Run every part in a repository of its own; 1 where a figure is over its limit."""
     bench = Bench()
     print(f"{'figure':<44} {'aimwatch':>12}  {'baseline':<44} {'ratio':>8}  limit")
-    parts = [bench_import, bench_progress, bench_poll]
+    parts = [bench_import, bench_progress, bench_poll, bench_track, bench_index, bench_close, bench_query]
     if importlib.util.find_spec("aim") is not None:
-        parts += [bench_aim_progress]
+        parts += [bench_aim_progress, bench_aim_track, bench_aim_query]
     for part in parts:
         root = tempfile.mkdtemp(prefix="aimwatch-bench-")
         try:
