@@ -7735,6 +7735,33 @@ class TestCommandLine(Case):
                     self.assertTrue(err.endswith(f": no repository at {root}: {text}\n"), err)
         self.assertFalse(os.path.exists(missing))
 
+    def test_commands_to_type_are_named_as_this_one_was_called(self) -> None:
+        script = os.path.join(self.root, "train.py")
+        with open(script, "w") as file:
+            file.write("import sys, aimwatch\nsys.exit(aimwatch.main(['--repo', '/no/repo s', 'status']))")
+        for argv, called in (
+            ((MODULE, "--repo", "/no/repo s", "status"), "python3 aimwatch.py"),
+            (("-m", "aimwatch", "--repo", "/no/repo s", "status"), "python3 -m aimwatch"),
+            ((script,), "aim-watcher"),
+        ):
+            with self.subTest(called=called):
+                process = self.command(sys.executable, *argv)
+                err = process.communicate(timeout=30)[1]
+                self.assertTrue(err.startswith(f"{called}: no repository at /no/repo s: "), err)
+                self.assertIn(f"run '{called} --repo '/no/repo s' init' or start a run there", err)
+
+    def test_empty_repo_is_refused_by_init_too(self) -> None:
+        self.addCleanup(os.chdir, os.getcwd())
+        below = os.path.join(self.root, "below")
+        os.mkdir(below)
+        os.chdir(below)
+        for argv in (["--repo", "", "init"], ["--repo", "", "status"]):
+            with self.subTest(argv=argv):
+                code, _, err = aimwatch_main(*argv)
+                self.assertEqual(code, 1)
+                self.assertIn("the repository's path is empty: give the folder that holds .aim", err)
+        self.assertEqual(os.listdir(below), [])
+
     def test_wrong_usage_returns_2(self) -> None:
         for argv, message in (
             ([], "the following arguments are required: COMMAND"),
