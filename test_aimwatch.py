@@ -13,6 +13,7 @@ import ast
 import builtins
 import configparser
 import contextlib
+import csv
 import decimal
 import errno
 import fractions
@@ -2151,7 +2152,7 @@ class QueryTableTest(IndexCase):
             "nan": NAN,
             "inf": INF,
         }
-        params.update(nans=[NAN], pair={"q": 2, "p": {"z": 1, "y": [1.0]}})
+        params.update(nans=[NAN], pair={"q": 2, "p": {"z": 1, "y": [1.0]}}, words=["lr", 5], none={"k": None})
         metrics = [
             a_series(1, "loss", {"subset": "train"}, [3.0, 1.0, 2.0]),
             a_series(2, "loss", {"subset": "val"}, [4.0, 2.5]),
@@ -2187,6 +2188,13 @@ class QueryTableTest(IndexCase):
             ("run.pair in [{'p': 1}, {'p': {'y': [1], 'z': 1}, 'q': 2}]", "a"),
             ("64 in run.hparams.layers", "a"),
             ("'lr' in run.hparams", "a b"),
+            ("'lr' not in run.hparams or 'x' not in run.hparams.deep", "b"),
+            ("'x' in run.hparams.deep and 'units' in run.hparams.layers[2]", "a"),
+            ("'y' in run.hparams.deep or 'hparams' in run.n or 'N' in run.nan", ""),
+            ("'k' in run.none", "a"),  # a key whose value is None is there
+            ("'lr' in run.words and 'l' not in run.words and '5' not in run.words", "a"),
+            ("'uto' in run.hparams.lr", "b"),
+            ("'dam' in run.hparams.opt and 'adam' not in run.hparams.opt", "a"),
             ("run.hparams == {'lr': 'auto'}", "b"),
             ("run.hparams.layers < [65]", "a"),
             # None and types
@@ -2311,6 +2319,7 @@ class QueryTableTest(IndexCase):
             ("metric.context == {}", [acc]),
             ("not metric.context", [acc]),
             ("'subset' in metric.context", [train, val]),
+            ("'train' in metric.context.subset and 'rain' not in metric.context", [train]),
             ("metric.context.subset is None", [acc]),
             ("metric.context.subset != 'val'", [acc, train]),
             ("metric.context.subset.startswith('t')", [train]),
@@ -2325,6 +2334,50 @@ class QueryTableTest(IndexCase):
                 self.assertEqual(self.ask_metrics(text), expected)
         row = select_metrics([self.db], aimwatch.compile_query("metric.name == 'acc'", "metric"))[0]
         self.assertTrue(math.isnan(row.to_series().last))
+
+
+class QueryPlanTest(IndexCase):
+    def setUp(self) -> None:
+        super().setUp()
+        for number in range(12):
+            params = {"all": 1, "seed": number, "third": number % 3, "d": {"k": number}}
+            series = [a_series(1, "loss", {}, [float(number)])]
+            props = {"tags": ["night"], "experiment": f"e{number % 2}"}
+            self.put(a_run(f"{number:02}", params=params, series=series, props=props))
+
+    def test_any_plan_gives_the_same_answer(self) -> None:
+        for text, expected in (
+            ("run.all == 1 and run.third == 2 and run.metrics['loss'].last > 5", "08 11"),
+            ("run.metrics['loss'].last > 9 and 'night' in run.tags", "10 11"),
+            ("'k' in run.d and run.seed == 5 and not run.seed == 4", "05"),
+            ("run.experiment == 'e1' and run.seed < 5 and run.third", "01"),
+            ("run.all == 1 and (run.seed == 3 or run.seed == 4) and run.archived == False", "03 04"),
+            ("run.all == 2 and run.seed == 1", ""),
+            ("0 < run.seed < 3 and run.d.k + 1 == 3", "02"),
+            ("run.seed is None and run.all == 1", ""),
+            ("True and run.seed == 1", "01"),
+        ):
+            for many in (0, 1, 5, 2000):
+                with self.subTest(text, many=many), mock.patch.object(aimwatch, "_MANY", many):
+                    self.assertEqual(self.ask(text), expected.split())
+
+    def test_runs_are_gathered_by_the_condition_that_leaves_the_fewest(self) -> None:
+        texts = ["run.all == 1", "run.seed == 7", "'night' in run.tags", "run.metrics['loss'].last >= 0"]
+        for order in (texts, texts[::-1]):
+            query = aimwatch.compile_query(" and ".join(order), "run")
+            sql = query.planned(self.db)
+            self.assertEqual((sql.count("r.id IN ("), sql.count("EXISTS (")), (1, 3), sql)
+            seed = next(name for name, value in query.args.items() if value == 7)
+            self.assertRegex(
+                sql, rf"r\.id IN \(SELECT run FROM params WHERE path = :v\d+ AND value = :{seed}\)"
+            )
+            with mock.patch.object(aimwatch, "_MANY", 1):
+                self.assertEqual(query.planned(self.db).count("r.id IN ("), 4)
+
+    def test_many_conditions_are_not_planned(self) -> None:
+        text = " and ".join(f"run.seed != {number}" for number in range(9))
+        self.assertFalse(aimwatch.compile_query(text, "run").conjuncts)
+        self.assertEqual(self.ask(text), ["09", "10", "11"])
 
 
 class RefusalTest(IndexCase):
@@ -2376,6 +2429,7 @@ class RefusalTest(IndexCase):
             ("'abc'.x == 1", 7, "only run and metric have attributes"),
             ("run.metrics['loss'].first == 1", 21, "a metric has no 'first' here, but last, min"),
             ("run.metrics['loss']", 1, "write run.metrics['loss', {'subset': 'val'}].last"),
+            ("run.metrics['loss', {'a': 1}]", 1, "write run.metrics['loss', {'subset': 'val'}].last"),
             ("run.metrics", 5, "write run.metrics['loss', {'subset': 'val'}].last"),
             ("run.created_at.week == 1", 16, "run.created_at has no 'week' here"),
             ("run.name.x == 1", 10, "run.name has no 'x' here"),
@@ -3322,6 +3376,36 @@ class FullDiskForReal(RecordingCase):
         self.assertLess(len(metric.values), 20)
         self.assertEqual(run._log.dropped + len(metric.values), 101 + 1)  # the declaration, too
 
+    def test_signal_that_comes_while_the_log_catches_up_loses_nothing_and_raises_nothing(self) -> None:
+        for interrupted in range(1, 5):
+            run = self.run_object()
+            with mock.patch("os.write", no_space):
+                for n in range(3):
+                    run.log_error(f"waits {n}")
+            calls: List[int] = []
+
+            def write(
+                fd: int, data: Any, run: Run = run, calls: List[int] = calls, at: int = interrupted
+            ) -> int:
+                written = os_write(fd, data)
+                calls.append(fd)
+                if len(calls) == at:  # as a signal's handler does, on top of the loop that writes
+                    run.log_error("from the handler")
+                    run._log.flush(now=True)
+                return written
+
+            os_write = os.write
+            with mock.patch("os.write", write):
+                run._log.flush(now=True)
+                run.log_error("after")
+            found = [item["message"] for item in aimwatch.read_messages(self.paths.run_log(run.hash))]
+            with self.subTest(interrupted=interrupted):
+                # A line may be there twice, and never not at all.
+                expected = {"waits 0", "waits 1", "waits 2", "from the handler", "after"}
+                self.assertEqual(set(found), expected)
+                self.assertLessEqual(len(found), 6)
+                self.assertEqual(run._log._backlog_bytes, 0)
+
     def test_run_whose_end_is_not_on_disk_is_not_indexed_as_if_it_were(self) -> None:
         run = self.run_object("r")
         run.track(1, "m")
@@ -3329,7 +3413,10 @@ class FullDiskForReal(RecordingCase):
             "aimwatch", logging.ERROR
         ):
             run.close()
-        self.assertEqual(os.listdir(self.paths.pending), ["r"])
+        other = self.run_object("o")
+        with mock.patch.object(other._log, "_write", return_value=False):  # there is room for the index
+            other.close()
+        self.assertEqual(sorted(os.listdir(self.paths.pending)), ["o", "r"])
         self.assertEqual(aimwatch.Repo(self.root).reindex(), [])
         self.assertEqual(os.listdir(self.paths.pending), [])
         self.assertEqual(self.reread("r")._state.end["reason"], aimwatch.DIED)  # type: ignore[index]
@@ -3492,6 +3579,24 @@ class VanishedFolder(RecordingCase):
             with mock.patch("os.lstat", side_effect=OSError(errno.EIO, "I/O error")):
                 self.track(3)  # nobody can tell: wait
             self.track(1)
+        self.assert_whole()
+
+    def test_descriptors_that_somebody_closed_are_opened_again_and_not_closed_twice(self) -> None:
+        fds = (self.live._log._fd, self.live._marker_fd)
+        for fd in fds:
+            os.close(fd)
+        path = os.path.join(self.root, "another program's")
+        others = [os.open(path, os.O_RDWR | os.O_CREAT) for _ in fds]
+        self.assertEqual(sorted(others), sorted(fds))  # the numbers are taken again
+        self.track(3)
+        self.assertTrue(self.is_locked())
+        for fd in others:
+            os.write(fd, b"x")
+            os.close(fd)
+        self.assertEqual(os.path.getsize(path), 1)
+        for fd in (self.live._log._fd, self.live._marker_fd):
+            os.close(fd)
+        self.track(3)
         self.assert_whole()
 
     def test_disk_that_fills_up_while_the_log_is_copied_back_is_tried_again(self) -> None:
@@ -3727,6 +3832,45 @@ class IndexFile(StoredCase):
                 self.rebuilt()
                 self.assertEqual((self.answers(), self.reindexed())[1], expected[1])
 
+    def leave_a_hot_journal(self) -> None:
+        """Kill a process that has written half a transaction into the index."""
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                db = aimwatch.open_index(self.paths.index)
+                db.execute("PRAGMA cache_size = 1")
+                db.execute("BEGIN IMMEDIATE")
+                for table in ("params", "metrics", "tags", "runs"):
+                    db.execute(f"DELETE FROM {table}")
+                db.execute("CREATE TABLE more AS SELECT zeroblob(100000)")
+                os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(1)
+        self.assertEqual(os.waitpid(pid, 0)[1], signal.SIGKILL)
+        self.assertGreater(os.path.getsize(self.paths.index + "-journal"), 512)
+
+    def test_transaction_that_was_killed_is_rolled_back_by_whoever_comes(self) -> None:
+        self.fill()
+        content, expected = self.reindexed(), self.answers()
+        self.leave_a_hot_journal()
+        self.assertEqual(self.answers(), expected)
+        self.assertEqual(index_content(self.paths.index), content)
+        self.leave_a_hot_journal()
+        self.assertEqual(self.reindexed(), content)
+        self.leave_a_hot_journal()
+        self.assertEqual(self.rebuilt(), content)
+
+    def test_reader_of_a_file_that_was_replaced_leaves_the_new_journal_alone(self) -> None:
+        self.fill()
+        self.reindexed()
+        repo = aimwatch.Repo(self.root)
+        index = repo._open_index()
+        assert index is not None
+        self.rebuilt()
+        self.leave_a_hot_journal()
+        with contextlib.closing(index), contextlib.suppress(sqlite3.OperationalError):
+            index.execute("SELECT count(*) FROM runs").fetchall()
+        self.assertGreater(os.path.getsize(self.paths.index + "-journal"), 512)
+
     def test_index_that_goes_away_while_it_is_asked_changes_no_answer(self) -> None:
         self.fill()
         self.reindexed()
@@ -3754,6 +3898,34 @@ class IndexFile(StoredCase):
             stopping.set()
             thread.join()
         self.assertEqual(self.reindexed()["runs"], self.rebuilt()["runs"])
+
+    def test_index_that_is_replaced_between_two_looks_hides_no_run(self) -> None:
+        self.fill()
+        self.reindexed()
+        self.die("new")
+        real = aimwatch.Repo._read_news
+        others = [aimwatch.Repo(self.root)]
+
+        def read_news(repo: aimwatch.Repo, index: Any) -> Any:
+            # The old file is open; the run comes into the new one, and its marker goes.
+            while others:
+                self.assertEqual(others.pop().reindex(rebuild=True), [])
+            return real(repo, index)
+
+        with mock.patch.object(aimwatch.Repo, "_read_news", read_news):
+            found = aimwatch.Repo(self.root).query_runs("run.hash == 'new'")
+        self.assertEqual((len(found), self.pending()), (1, ["live"]))
+
+    def test_index_that_is_missing_is_not_made_by_a_look_at_it(self) -> None:
+        for data in (None, b"", b"S"):
+            if data is not None:
+                with open(self.paths.index, "wb") as file:
+                    file.write(data)
+            with self.subTest(data=data):
+                with self.assertRaises((sqlite3.Error, aimwatch.IndexUnusable)):
+                    aimwatch.open_index(self.paths.index, make=False)
+                self.assertEqual(os.path.exists(self.paths.index), data is not None)
+                self.assertFalse(aimwatch.Index(self.paths).is_usable())
 
     def test_repository_that_may_only_be_read_gives_the_same_answers(self) -> None:
         self.fill()
@@ -4193,6 +4365,518 @@ class Torture(StoredCase):
         # A writer may be killed before the first line of its log.
         self.assertLessEqual(len(os.listdir(self.paths.runs)) - len(rebuilt["runs"]), count // 4)
         self.assertEqual(len(aimwatch.Repo(self.root).query_runs("run.active")), 0)
+
+
+# ------------------------------------------------------------------------------ Repo, reindexing, commands
+
+
+class Reading(StoredCase):
+    def test_live_dead_and_finished_runs_are_read_alike(self) -> None:
+        recorded = (
+            "run['p'] = {'a': 1}\nfor n in range(5):\n    run.track(n / 2, 'm', 2 * n, n, context={'s': 't'})"
+        )
+        self.die("dead", recorded)
+        for run_hash in ("finished", "live"):
+            run = self.run_object(run_hash)
+            exec(recorded, {"run": run})
+            if run_hash == "finished":
+                run.close()
+        repo = aimwatch.Repo(self.root)
+        for reindexed in (False, True):
+            for run_hash in ("live", "dead", "finished"):
+                got = repo.get_run(run_hash)
+                assert got is not None
+                found = repo.query_runs(f"run.hash == {run_hash!r}")
+                self.assertEqual(len(found), 1)
+                (metric_found,) = repo.query_metrics(f"run.hash == {run_hash!r} and metric.context.s == 't'")
+                for how, run in (("Run", self.reread(run_hash)), ("get_run", got), ("query", found[0]),
+                                 ("metric", metric_found.run), ("iter", next(found.iter_runs()).run)):  # fmt: skip
+                    with self.subTest(run_hash, how=how, reindexed=reindexed):
+                        (metric,) = run.metrics()
+                        again = run.get_metric("m", {"s": "t"})
+                        assert again is not None
+                        for item in (metric, again, metric_found):
+                            self.assertEqual(item.values, [0.0, 0.5, 1.0, 1.5, 2.0])
+                            self.assertEqual(item.steps, [0, 2, 4, 6, 8])
+                            self.assertEqual(item.epochs, [0.0, 1.0, 2.0, 3.0, 4.0])
+                            self.assertEqual(len(item.times), 5)
+                            self.assertEqual((item.first_step, item.last_step, item.count), (0, 8, 5))
+                            self.assertEqual((item.min, item.max, item.last), (0.0, 2.0, 2.0))
+                            self.assertEqual((item.name, item.context), ("m", {"s": "t"}))
+                        self.assertEqual((run.hash, run["p", "a"], run.read_only), (run_hash, 1, True))
+                        ended = run_hash == "finished" or (reindexed and run_hash == "dead")
+                        fresh = self.reread(run_hash)
+                        self.assertEqual((fresh.active, fresh.end_time is None), (not ended, not ended))
+            self.assertEqual(repo.reindex(), [])
+
+    def test_log_that_is_of_no_use_is_named_with_the_reason(self) -> None:
+        path = self.paths.run_log("r")
+        for what, data, reason in (
+            ("empty", b"", "no run description in it: it is empty, or no run's log"),
+            ("noise", bytes(range(256)) * 20, "no run description in it: it is empty, or no run's log"),
+            ("newer", b'{"format":2,"hash":"r","created_at":5}\n',
+             "written in format 2, and this aimwatch knows 1: use the newer aimwatch"),
+            ("folder", None, "not a regular file"),
+        ):  # fmt: skip
+            if data is None:
+                os.unlink(path)
+                os.mkdir(path)
+            else:
+                with open(path, "wb") as file:
+                    file.write(data)
+            run = aimwatch.Repo(self.root).get_run("r")
+            assert run is not None
+            for look in (lambda: self.reread("r"), lambda run=run: run.name, lambda run=run: run.metrics()):
+                with self.subTest(what), self.assertRaises(aimwatch.RepoError) as caught:
+                    look()
+                self.assertEqual(str(caught.exception).lower(), f"cannot read {path}: {reason}".lower())
+            with open(self.paths.marker("r"), "a"):
+                pass
+            with self.subTest(what):
+                problems = aimwatch.Repo(self.root).reindex()
+                self.assertEqual([item.lower() for item in problems],
+                                 [f"{path}: {reason}".lower()] if data != b"" else [])  # fmt: skip
+                self.assertEqual(aimwatch.Repo(self.root).reindex(rebuild=True), problems)
+
+    def test_unreadable_log_is_listed_and_the_others_are_indexed_all_the_same(self) -> None:
+        self.fill()
+        os.mkdir(self.paths.run_log("bad"))
+        with open(self.paths.marker("bad"), "x"):
+            pass
+        for argv in (["reindex"], ["reindex"], ["reindex", "--rebuild"]):
+            code, out, err = self.run_cli(*argv)
+            self.assertEqual((code, out), (1, ""))
+            self.assertEqual(
+                err, f"{aimwatch.command_line()}: {self.paths.run_log('bad')}: not a regular file\n"
+            )
+            self.assertEqual(len(index_content(self.paths.index)["runs"]), 10)
+        self.assertEqual(self.pending(), ["bad", "live"])
+        code, out, err = self.run_cli("runs", "--json")
+        self.assertEqual((code, len(json.loads(out))), (0, 9))  # one is archived
+        os.unlink(self.paths.run_log("r3"))  # by hand, and nobody was told
+        code, out, err = self.run_cli("runs", "--csv", "--columns", "hash,n", "run.experiment == 'one'")
+        self.assertEqual((code, out.splitlines()[1:]), (0, ["r3,", "r2,2", "r1,1", "r0,0"]))
+
+
+class RepoMethods(StoredCase):
+    def test_repository_is_found_like_a_run_finds_it(self) -> None:
+        for repo in (aimwatch.Repo(self.root), aimwatch.Repo.from_path(os.path.join(self.root, ".aim")),
+                     aimwatch.Repo(self.root, read_only=True)):  # fmt: skip
+            self.assertEqual(repo.path, self.root)
+        with mock.patch.dict(os.environ, AIMWATCH_REPO=self.root):
+            self.assertEqual(aimwatch.Repo.default_repo().path, self.root)
+        new = os.path.join(self.root, "new")
+        with self.assertRaisesRegex(aimwatch.RepoError, f"no repository at {new}: run 'aim-watcher"):
+            aimwatch.Repo(new)
+        self.assertEqual(aimwatch.Repo.from_path(new, init=True).total_runs_count(), 0)
+        self.assertEqual(len(aimwatch.Repo(new).query_runs()), 0)
+
+    def test_runs_are_listed_newest_first_with_those_that_are_archived(self) -> None:
+        self.fill()
+        repo = aimwatch.Repo(self.root)
+        hashes = ["live", "dead", *(f"r{n}" for n in range(7, -1, -1))]
+        self.assertEqual([run.hash for run in repo.iter_runs()], hashes)
+        self.assertEqual(repo.total_runs_count(), 10)
+        found = repo.query_runs("", report_mode=0)
+        self.assertEqual([run.hash for run in found], [name for name in hashes if name != "r6"])
+        self.assertEqual(([run.hash for run in found[1:3]], found[-1].hash), (["dead", "r7"], "r0"))
+        self.assertEqual([result.run.hash for result in found.iter_runs()][:2], ["live", "dead"])
+        for missing in ("no", "r", "../r0", "", "r0\n"):
+            self.assertIsNone(repo.get_run(missing))
+
+    def test_deleted_run_leaves_nothing_anywhere(self) -> None:
+        self.fill()
+        repo = aimwatch.Repo(self.root)
+        repo.query_runs("")
+        self.assertTrue(repo.delete_run("r3"))
+        self.assertTrue(repo.delete_run("dead"))
+        self.assertFalse(repo.delete_run("r3"))
+        self.assertEqual([name for name in self.check_ins() if name.startswith(("r3-", "dead-"))], [])
+        self.assertEqual(self.pending(), ["live"])
+        self.assertEqual(len(repo.query_runs("")), 7)
+        self.assertIsNone(repo.get_run("r3"))
+        with self.assertRaisesRegex(aimwatch.RunBusyError, "run live is being written by a process"):
+            repo.delete_run("live")
+        with self.assertRaises(aimwatch.ArgumentError):
+            repo.delete_run("../x")
+        with mock.patch.object(aimwatch.Reindexer, "run", side_effect=aimwatch.IndexBusy("busy")):
+            self.assertTrue(repo.delete_run("r2"))  # the index hears of it later, the user at once
+        self.assertEqual(len(repo.query_runs("")), 6)
+        self.assertEqual(self.reindexed(), self.rebuilt())
+
+    def test_closed_run_counts_as_stalled_no_more(self) -> None:
+        self.fill()
+        repo = aimwatch.Repo(self.root)
+        self.assertTrue(repo.close_run("dead"))
+        self.assertEqual(self.flags("dead-"), ["finished"])
+        self.assertFalse(repo.close_run("dead"))
+        self.assertFalse(repo.close_run("r1"))
+        with self.assertRaisesRegex(aimwatch.RunBusyError, "run live is being written"):
+            repo.close_run("live")
+        with self.assertRaisesRegex(aimwatch.RepoError, "no run nothing in "):
+            repo.close_run("nothing")
+        self.assertEqual(self.pending(), ["live"])
+        self.assertEqual(self.reindexed(), self.rebuilt())
+
+
+class ReindexThreads(StoredCase):
+    def thread(self) -> aimwatch.ReindexThread:
+        for name, value in (("REINDEX_REST_FACTOR", 0.0), ("PROBE_S", 0.0)):
+            patch = mock.patch.object(aimwatch, name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+        thread = aimwatch.ReindexThread(self.paths, 0.01)
+        thread.start()
+        self.addCleanup(thread.stop, 10)
+        return thread
+
+    def state(self, run_hash: str) -> Any:
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(self.paths.index)) as db:
+            return db.execute("SELECT state, log_size FROM runs WHERE hash = ?", (run_hash,)).fetchone()
+        return None
+
+    def test_thread_indexes_what_is_recorded_and_ends_what_died(self) -> None:
+        live = self.run_object("live")
+        other = self.process(
+            "import time\nfrom aimwatch import Run\nrun = Run('other')\nrun.track(1, 'm')\nprint('ready')\ntime.sleep(600)"
+        )
+        self.assertEqual(other.stdout.readline(), "ready\n")
+        thread = self.thread()
+        self.wait_for(lambda: self.state("live") and self.state("other"))
+        self.assertEqual((self.state("live")[0], self.state("other")[0]), ("running", "running"))
+        live.track(1, "m")
+        size = os.path.getsize(self.paths.run_log("live"))
+        self.wait_for(lambda: self.state("live") == ("running", size))
+        other.kill()
+        other.wait()
+        self.wait_for(lambda: self.state("other")[0] == "failed" and self.pending() == ["live"])
+        with open(self.paths.index, "r+b") as file:
+            file.truncate(5000)
+        live.close()
+        self.wait_for(lambda: self.pending() == [])
+        self.wait_for(lambda: (self.state("live") or "?")[0] == "finished" and self.state("other"))
+        thread.stop(10)
+        self.assertEqual(self.reindexed(), self.rebuilt())
+
+    def test_thread_gives_way_and_its_troubles_are_logged_once(self) -> None:
+        self.fill()
+        self.reindexed()
+        self.die("new")
+        with aimwatch.Index(self.paths).locked(5):
+            thread = self.thread()
+            time.sleep(0.1)
+            self.assertEqual(self.state("new"), None)
+            begun = time.monotonic()
+            thread.stop(10)
+            self.assertLess(time.monotonic() - begun, 5)
+        self.assertFalse(thread.is_alive())
+        self.die("another")
+        self.die("fine")
+        os.mkdir(self.paths.run_log("bad"))
+        with open(self.paths.marker("bad"), "x"):
+            pass
+        real = aimwatch.index_run
+
+        def index(db: Any, state: aimwatch.RunState, size: int) -> None:
+            if state.hash == "another":
+                raise RuntimeError("no idea")
+            real(db, state, size)
+
+        with mock.patch.object(aimwatch, "index_run", index), self.assertLogs("aimwatch") as logs:
+            thread = self.thread()
+            self.wait_for(lambda: self.pending() == ["another", "bad", "live"])
+            self.wait_for(lambda: len(logs.output) >= 2)
+            time.sleep(0.1)
+            thread.stop(10)
+        self.assertEqual(
+            sorted(logs.output),
+            [f"WARNING:aimwatch:{self.paths.run_log('another')}: RuntimeError: no idea",
+             f"WARNING:aimwatch:{self.paths.run_log('bad')}: not a regular file"],
+        )  # fmt: skip
+        self.assertEqual(
+            aimwatch.Repo(self.root).reindex(), [f"{self.paths.run_log('bad')}: not a regular file"]
+        )
+
+    def test_trouble_with_the_folder_itself_is_logged_once_and_passes(self) -> None:
+        self.die("dead")
+        os.rename(self.paths.pending, self.paths.pending + ".away")
+        with open(self.paths.pending, "x"), self.assertLogs("aimwatch") as logs:
+            self.thread()
+            self.wait_for(lambda: logs.output)
+            time.sleep(0.1)
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("reindexing: NotADirectoryError: ", logs.output[0])
+        os.unlink(self.paths.pending)
+        os.rename(self.paths.pending + ".away", self.paths.pending)
+        self.wait_for(lambda: (self.state("dead") or "?")[0] == "failed")
+
+
+class RunCommands(StoredCase):
+    def setUp(self) -> None:
+        super().setUp()
+        for n, (name, params) in enumerate(
+            (("first, \"quoted\"", {"lr": 0.1, "opt": {"name": "adam"}}), ("second\nline\x1b[31m", {"lr": NAN}),
+             ("\u043f\u043e\u0442\u0435\u0440\u044f", {"lr": "auto", "opt": [1, None]}), (None, {})),
+        ):  # fmt: skip
+            with Run(f"{n}abc", repo=self.root, experiment="exp" if n < 3 else None) as run:
+                if name is not None:
+                    run.name = name
+                run[...] = params
+                if n != 2:
+                    for step in range(n + 1):
+                        run.track(INF if n == 3 else step + n, "loss", step, context={"s": "t"})
+                run.add_tag("a,b")
+
+    def fine(self, *argv: str) -> Tuple[str, str]:
+        code, out, err = self.run_cli(*argv)
+        self.assertEqual(code, 0, err)
+        return out, err
+
+    def column(self, *argv: str) -> List[str]:
+        return [line.split()[0] for line in self.fine(*argv)[0].splitlines()[1:]]
+
+    def test_runs_are_a_table_for_people(self) -> None:
+        out, err = self.fine("runs")
+        lines = out.splitlines()
+        self.assertEqual(
+            lines[0].split(), ["HASH", "NAME", "EXPERIMENT", "STATE", "CREATED", "DURATION", "HOST"]
+        )
+        at = lines[0].index("EXPERIMENT")
+        self.assertEqual([line[at:].split()[0] for line in lines[1:]], ["default", "exp", "exp", "exp"])
+        self.assertEqual([line.split()[0] for line in lines[1:]], ["3abc", "2abc", "1abc", "0abc"])
+        self.assertIn("second\\x0aline\\x1b[31m", out)
+        self.assertEqual(err, "4 runs\n")
+        self.assertEqual(self.fine("runs", "run.lr == 'auto'")[1], "1 run\n")
+        self.assertEqual(self.fine("runs", "run.lr == 5"), ("", "0 runs\n"))
+        out, err = self.fine("runs", "--limit", "1", "--columns", "hash")
+        self.assertEqual((out, err), ("HASH\n3abc\n", "1 runs, 3 more with --limit 0\n"))
+
+    def test_sort_limit_and_columns(self) -> None:
+        for argv, expected in (
+            (["--sort", "hash"], "0abc 1abc 2abc 3abc"),
+            (["--sort=-hash", "--limit", "2"], "3abc 2abc"),
+            (["--columns", "hash,lr", "--sort", "lr"], "1abc 0abc 2abc 3abc"),
+            (["--sort=-lr"], "2abc 0abc 1abc 3abc"),
+            (["--sort", "metric:loss"], "0abc 1abc 3abc 2abc"),
+            (["--limit", "0"], "3abc 2abc 1abc 0abc"),
+        ):
+            with self.subTest(argv=argv):
+                self.assertEqual(self.column("runs", *argv), expected.split())
+        rows = json.loads(
+            self.fine("runs", "--json", "--columns", "hash, lr ,opt.name,opt,metric:loss,tags,no.such")[0]
+        )
+        self.assertEqual(
+            rows,
+            [{"hash": "3abc", "lr": None, "opt.name": None, "opt": None, "metric:loss": "inf", "tags": ["a,b"],
+              "no.such": None},
+             {"hash": "2abc", "lr": "auto", "opt.name": None, "opt": [1, None], "metric:loss": None,
+              "tags": ["a,b"], "no.such": None},
+             {"hash": "1abc", "lr": "nan", "opt.name": None, "opt": None, "metric:loss": 2.0, "tags": ["a,b"],
+              "no.such": None},
+             {"hash": "0abc", "lr": 0.1, "opt.name": "adam", "opt": {"name": "adam"}, "metric:loss": 0.0,
+              "tags": ["a,b"], "no.such": None}],
+        )  # fmt: skip
+        rows = list(csv.reader(io.StringIO(self.fine("runs", "--csv", "--columns", "hash,name,tags,lr")[0])))
+        self.assertEqual(rows[0], ["hash", "name", "tags", "lr"])
+        self.assertEqual(rows[4], ["0abc", 'first, "quoted"', '["a,b"]', "0.1"])
+        self.assertEqual(
+            [row[1] for row in rows[1:4]],
+            ["", "\u043f\u043e\u0442\u0435\u0440\u044f", "second\nline\x1b[31m"],
+        )
+
+    def test_metrics_are_listed(self) -> None:
+        out, err = self.fine("metrics")
+        self.assertEqual(out.splitlines()[0].split(), "RUN METRIC CONTEXT LAST STEP MIN MAX COUNT".split())
+        self.assertEqual(out.splitlines()[-1].split(), ["0abc", "loss", "s=t", "0", "0", "0", "0", "1"])
+        self.assertEqual(err, "3 series\n")
+        rows = json.loads(self.fine("metrics", "--json", "--sort", "step")[0])
+        self.assertEqual([(row["run"], row["last"], row["step"]) for row in rows],
+                         [("0abc", 0.0, 0), ("1abc", 2.0, 1), ("3abc", "inf", 3)])  # fmt: skip
+        self.assertEqual(
+            self.column("metrics", "metric.last > 1", "--columns", "run,count"), ["3abc", "1abc"]
+        )
+        self.assertEqual(self.fine("metrics", "--csv", "--columns", "run,context", "run.lr == 0.1")[0],
+                         'run,context\n0abc,"{""s"": ""t""}"\n')  # fmt: skip
+
+    def test_everything_known_of_a_run_is_shown(self) -> None:
+        with Run("0abc", repo=self.root) as run:
+            run.description = "what it is\nabout"
+            run.archived = True
+            run.log_warning("careful\x1b[31m", n=1)
+            run.report_progress(expect_next_in=5)
+            with contextlib.suppress(ZeroDivisionError), run:
+                1 / 0  # noqa: B018
+        out, _ = self.fine("show", "0")
+        for part in ("run:         0abc\n", 'name:        first, "quoted"\n', "experiment:  exp\n",
+                     "description: what it is\\x0aabout\n", "tags:        a,b\n", "archived:    yes\n",
+                     " (failed)\n", "reason:      ZeroDivisionError: division by zero\n",
+                     f"process:     {os.getpid()}\n", "  lr = 0.1\n  opt.name = \"adam\"\n",
+                     "  METRIC  CONTEXT  LAST  STEP  MIN  MAX  COUNT\n", "\nlog messages\n",
+                     'WARNING careful\\x1b[31m {"n": 1}\n'):  # fmt: skip
+            self.assertIn(part, out)
+        shown = json.loads(self.fine("show", "0abc", "--json")[0])
+        self.assertEqual((shown["hash"], shown["params"]["lr"]), ("0abc", 0.1))
+        self.assertEqual((shown["end"]["end"], shown["messages"][0]["log"]), ("failed", 30))
+        self.assertEqual(shown["series"], [
+            {"metric": "loss", "context": {"s": "t"}, "last": 0.0, "step": 0, "min": 0.0, "max": 0.0, "count": 1}
+        ])  # fmt: skip
+
+    def test_hash_is_found_by_its_beginning_or_refused(self) -> None:
+        with Run("0abd", repo=self.root):
+            pass
+        for command in (["show"], ["plot"], ["rm", "--yes"], ["close"]):
+            more = ["loss"] if command == ["plot"] else []
+            for given, message in (
+                ("0ab", "run '0ab' is ambiguous: 0abc, 0abd"), ("", "run '' is ambiguous: "),
+                ("x", f"no run 'x' in {self.root}: "), ("../0abc", "no run '../0abc' in "),
+                ("%", "no run '%' in "), ("0abc' OR '1'='1", "no run \"0abc' OR '1'='1\" in "),
+                ("\x1b[31m", "no run '\\x1b[31m' in "),
+            ):  # fmt: skip
+                code, out, err = self.run_cli(*command, given, *more)
+                with self.subTest(command=command, given=given):
+                    self.assertEqual((code, out), (1, ""))
+                    self.assertIn(message, err)
+                    self.assertEqual(err.count("\n"), 1)
+        self.assertEqual(aimwatch.Repo(self.root).total_runs_count(), 5)
+
+    def test_plot_draws_what_is_finite(self) -> None:
+        with Run("p", repo=self.root) as run:
+            for step in range(200):
+                run.track(math.sin(step / 20), "sine", step)
+                run.track(NAN if step else 1e308, "one", step)
+                run.track((-1) ** step * 1.7e308, "huge", step - 2**62)
+            run.track(NAN, "none")
+        for name, argv, lines in (("sine", ["--width", "40", "--height", "8"], 10), ("one", [], 18),
+                                  ("huge", ["--height", "5"], 7), ("none", [], 2)):  # fmt: skip
+            with mock.patch.dict(os.environ, COLUMNS="100", LINES="30"):
+                out = self.fine("plot", "p", name, *argv)[0].splitlines()
+            with self.subTest(name):
+                self.assertEqual((out[0], len(out)), (name, lines))
+                self.assertLessEqual(max(map(len, out)), 100)
+        self.assertEqual(out[1], "no finite values")
+        out = self.fine("plot", "p", "sine", "--width", "40", "--height", "8")[0].splitlines()
+        self.assertTrue(out[1].startswith("         1 ") and out[8].startswith("   -0.9999 "), out)
+        self.assertEqual(out[9].split(), ["0", "199"])
+        self.assertTrue(all(len(line) <= 51 for line in out))
+        self.assertGreater(sum("\u2800" < char <= "\u28ff" for char in "".join(out)), 35)
+        code, _, err = self.run_cli("plot", "p", "x\x1b")
+        self.assertEqual(code, 1)
+        self.assertRegex(err, r"run p has no metric 'x[^\x1b]+': it has huge, none, one, sine\n")
+
+    def test_runs_are_removed_when_confirmed(self) -> None:
+        for answer in ("n\n", "\n", ""):
+            code, out, err = self.run_cli("rm", "0abc", "1abc", stdin=answer)
+            self.assertEqual(code, 1, answer)
+            self.assertIn("aborted: nothing was", err)
+        self.assertEqual(aimwatch.Repo(self.root).total_runs_count(), 4)
+        code, out, err = self.run_cli("rm", "0abc", "1abc", stdin="y\n")
+        self.assertEqual(code, 0, err)
+        self.assertIn("Remove 2 runs for good?", out + err)
+        self.assertIn("removed run 0abc\nremoved run 1abc\n", out)
+        self.assertEqual(self.fine("rm", "--yes", "2abc")[0], "removed run 2abc\n")
+        self.assertEqual(self.column("runs"), ["3abc"])
+        self.assertEqual([name.split("-")[0] for name in self.check_ins()], ["3abc"])
+        live = self.run_object("live")
+        for command in (["rm", "--yes", "live"], ["close", "live"]):
+            code, out, err = self.run_cli(*command)
+            self.assertEqual((code, out), (1, ""))
+            self.assertIn("run live is being written by a process: end that first", err)
+        live.track(1, "still")
+        self.die("dead")
+        self.assertEqual(self.fine("close", "dead", "3abc")[0], "closed run dead\nalready closed: 3abc\n")
+
+    def test_reindex_is_silent_and_shows_progress_on_a_terminal_alone(self) -> None:
+        self.die("dead")
+        for argv in (["reindex"], ["reindex"], ["reindex", "--rebuild"]):
+            self.assertEqual(self.run_cli(*argv), (0, "", ""))
+        os.unlink(self.paths.index)
+        self.assertEqual(self.run_cli("reindex"), (0, "", ""))
+        self.assertEqual(len(index_content(self.paths.index)["runs"]), 5)
+
+        class Terminal(io.StringIO):
+            def isatty(self) -> bool:
+                return True
+
+        stream, clock = Terminal(), Clock()
+        with mock.patch("time.monotonic", clock):
+            progress = aimwatch.Progress(stream)
+            for done in (0, 250, 500):
+                clock.pass_(5)
+                progress(done, 1000)
+            progress.clear()
+        self.assertEqual(
+            stream.getvalue().split("\r")[1:],
+            [f"[{'':<30}] 0/1000 runs, 0/s, ? left\x1b[K", f"[{'#' * 7:<30}] 250/1000 runs, 25/s, 30 s left\x1b[K",
+             f"[{'#' * 15:<30}] 500/1000 runs, 33/s, 15 s left\x1b[K", "\x1b[K"],
+        )  # fmt: skip
+        with mock.patch.object(aimwatch.sys, "stderr", Terminal()) as stderr, mock.patch(
+            "time.monotonic",
+            lambda: clock.pass_(0.2) or clock.now,  # type: ignore[func-returns-value]
+        ):
+            self.assertEqual(aimwatch.main(["--repo", self.root, "reindex", "--rebuild"]), 0)
+        self.assertIn("/5 runs, ", stderr.getvalue())
+        self.assertTrue(stderr.getvalue().endswith("\r\x1b[K"))
+
+    def test_two_reindex_at_a_time_do_not_hurt_each_other(self) -> None:
+        for n in range(25):
+            self.die(f"d{n}")
+        module = os.path.join(HERE, "aimwatch.py")
+        argvs = (["reindex"], ["reindex", "--rebuild"], ["reindex"])
+        processes = [self.command(sys.executable, module, "--repo", self.root, *argv) for argv in argvs]
+        for process in processes:
+            out, err = process.communicate(timeout=60)
+            self.assertEqual((process.returncode, out, err), (0, "", ""))
+        self.assertEqual(self.pending(), [])
+        self.assertEqual(self.reindexed(), self.rebuilt())
+
+    def test_bad_queries_and_columns_are_one_line_and_change_nothing(self) -> None:
+        self.reindexed()
+        before = index_content(self.paths.index)
+        attacks = (
+            "'; DROP TABLE runs; --", "1); DROP TABLE runs; --", "run.x == 1; ATTACH '/tmp/x' AS x",
+            "run.n == 1 UNION SELECT * FROM params", "load_extension('x')", "run.__class__.__mro__",
+            "__import__('os').system('x')", "().__class__", "run['a'] == \"\\\") OR 1=1 --\"",
+            "run.name == 'x' or randomblob(1e9)", "writefile('x', 'y')", "(lambda: 1)()", "run.name.format(run)",
+            "'%s' % run.name == 1", "'a' * 10 ** 9 == run.name", "10 ** 10 ** 10 > run.n", "\0", "run.\ud800",
+            "(" * 1000 + "run.n" + ")" * 1000, "not " * 1000 + "run.n", "run" + ".a" * 5000, "[" * 1000,
+            "-" * 5000 + "1 == run.n", " or ".join(f"run.n == {n}" for n in range(10_000)),
+            " and ".join("run.name != 'x'" for n in range(10_000)), "run.n in " + str(list(range(10_000))),
+            "run.name == '" + "x" * 1_000_000 + "'", "run.n == " + "9" * 10_000,
+        )  # fmt: skip
+        for text in attacks:
+            for command in ("runs", "metrics") if len(text) < 10_000 else ("runs",):
+                begun = time.monotonic()
+                code, out, err = self.run_cli(command, "--", text)
+                with self.subTest(command, text=text[:60]):
+                    self.assertIn(code, (0, 1, 2), err)
+                    self.assertLess(time.monotonic() - begun, 20)
+                    self.assertLessEqual(err.count("\n"), 1, err)
+                    self.assertNotIn("Traceback", err)
+                    if code:
+                        self.assertRegex(err, r"query, (line \d+, )?column \d+: ")
+        for argv in (["runs", "--columns", "hash,'; DROP TABLE runs"], ["runs", "--sort", "1;DROP TABLE runs"],
+                     ["runs", "--columns", "metric:'; DROP TABLE"], ["runs", "--sort=-metric:loss"]):  # fmt: skip
+            self.assertEqual(self.run_cli(*argv)[0], 0, argv)
+        for argv, message in (
+            (["metrics", "--columns", "run,x;y"], "cannot sort by 'x;y': the columns are run, metric"),
+            (["metrics", "--sort", "x"], "cannot sort by 'x': the columns are run, metric"),
+            (["runs", "--limit", "-1"], "'-1' is not a whole number"),
+            (["runs", "--limit", "x"], "'x' is not a whole number"),
+            (["runs", "--json", "--csv"], "not allowed with"),
+        ):
+            code, out, err = self.run_cli(*argv)
+            self.assertIn(code, (1, 2), argv)
+            self.assertIn(message, err)
+        with Run("TABLE", repo=self.root) as run:
+            run["'; DROP TABLE runs; --"] = "'); DROP TABLE params; --"
+            run.track(1, "'; DROP TABLE metrics; --", context={"'": '"'})
+        self.assertEqual(
+            len(aimwatch.Repo(self.root).query_runs('run["\'; DROP TABLE runs; --"] != None')), 1
+        )
+        aimwatch.Repo(self.root).delete_run("TABLE")
+        after = self.reindexed()
+        self.assertEqual({name: after[name] for name in ("runs", "params", "tags")},
+                         {name: before[name] for name in ("runs", "params", "tags")})  # fmt: skip
 
 
 # ======================================================================================
@@ -7784,6 +8468,31 @@ class TestCommandLine(Case):
                 self.assertIn(message, err)
 
 
+class TestReadmeOfRecording(Case):
+    def test_recording_and_finding_runs_as_it_stands(self) -> None:
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            section = file.read().partition("## Recording and finding\n")[2].partition("\n## ")[0]
+        section = section.replace("/shared/experiments", self.root)
+        outputs = []
+        for kind, block in re.findall(r"^```(python|sh)\n(.*?)^```", section, re.DOTALL | re.MULTILINE):
+            block = block.replace("python3 aimwatch.py", f"{sys.executable} {HERE}/aimwatch.py")
+            command = ("sh", "-ec", block) if kind == "sh" else (sys.executable, "-c", block)
+            process = self.command(*command)
+            out, err = process.communicate(timeout=60)
+            counts = re.compile(r"\d+ (runs?|series)\n")  # told beside every table
+            self.assertEqual((process.returncode, counts.sub("", err)), (0, ""))
+            outputs.append(out)
+        self.assertEqual(len(outputs), 4)
+        self.assertIn("baseline 0.1 0.023", outputs[1])
+        self.assertRegex(outputs[2], r"(?s)baseline.*removed run [0-9a-f]{24}\n$")
+        code = section.partition("| what | for example |\n")[2].partition("\n\n")[0]
+        examples = re.findall(r"`([^`]*\b(?:run|metric)[.\[][^`]*)`", code)
+        self.assertGreater(len(examples), 30)
+        for text in examples:
+            with self.subTest(text):
+                aimwatch.compile_query(text, "metric")
+
+
 class TestDemo(Case):
     def test_demo_is_right_and_keeps_its_repository_where_told(self) -> None:
         os.environ["TMPDIR"] = self.root
@@ -7824,7 +8533,7 @@ class TestDemo(Case):
 
 
 #: Commands that README.md does not name yet.
-NOT_IN_README = {"runs", "metrics", "show", "plot", "rm", "close"}
+NOT_IN_README: Set[str] = set()
 
 #: What stands before a block of Python in README.md.
 TRAINING_STUB = """\
