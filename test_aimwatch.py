@@ -8580,6 +8580,7 @@ class TestReadme(WatcherProcessCase):
         (r"python3 aimwatch\.py .*notifiers add", "adds_by_answers"),
         (r"python3 aimwatch\.py .*notifiers test", "sends_samples"),
         (r"python3 -c .*hashlib.*", "prints_the_hash"),
+        (r"HASH=\$\((python3 .*)\)", "names_a_run"),
         (r"tmux new-session -d -s \w+ .*", "watches_in_tmux"),
         (r"python3 .*|rm [a-z]+\.txt|cat > [a-z]+\.json <<'EOF'\n(?s:.*)\nEOF", "runs"),
     )
@@ -8614,6 +8615,7 @@ class TestReadme(WatcherProcessCase):
         for name in ("PYTHONPATH", "TMUX"):
             os.environ.pop(name, None)
         self.watching: Any = None
+        self.hash = ""
 
     def write(self, name: str, text: str) -> str:
         with open(os.path.join(self.folder, name), "w", encoding="utf-8") as file:
@@ -8628,9 +8630,10 @@ class TestReadme(WatcherProcessCase):
         text = re.sub(r"\b(?<!@)\w+\.example\.org\b", "127.0.0.1", text)
         text = re.sub(r"-url URL\b", f"-url {self.slack.url}", text)
         self.assertNotRegex(text, r"https?://(?!127\.0\.0\.1:)", "a test talks to this machine alone")
-        if "HASH" in text:
-            text = re.sub(r"\$?\bHASH\b", os.listdir(self.paths.runs)[0][:-6], text)
-        return text
+        return re.sub(r"\$?\bHASH\b(?!=)", lambda _: self.hash or self.run_hashes()[0], text)
+
+    def run_hashes(self) -> List[str]:
+        return sorted(name[:-6] for name in os.listdir(self.paths.runs))
 
     def shell(self, line: str, stdin: str = "", env: Optional[Dict[str, str]] = None) -> str:
         """Run a line that must exit 0 and return what it wrote to standard output."""
@@ -8655,6 +8658,10 @@ class TestReadme(WatcherProcessCase):
 
     def runs(self, line: str) -> None:
         self.shell(line)
+
+    def names_a_run(self, line: str) -> None:
+        self.hash = self.shell(f'{line}; echo "$HASH"').rstrip("\n")
+        self.assertIn(self.hash, self.run_hashes())
 
     def adds_by_answers(self, line: str) -> None:
         out = self.shell(line, stdin="logger\nseen: {message}\ny\nn\n")
