@@ -226,6 +226,25 @@ def read_bounded(path: str, limit: int, follow: bool = True) -> bytes:
         return file.read(limit)
 
 
+def command_line(repo: Optional[str] = None) -> str:
+    """Return how this program is called here, for messages that name a command to type.
+
+    Arguments:
+        repo: what was given with --repo, without which the command would look elsewhere.
+    """
+    import shlex
+
+    main_module = sys.modules.get("__main__")
+    called = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if getattr(getattr(main_module, "__spec__", None), "name", "") == "aimwatch":
+        called = "python3 -m aimwatch"
+    elif called == "aimwatch.py":
+        called = "python3 aimwatch.py"
+    elif called != "aimwatch":
+        called = "aim-watcher"  # this is a training script, and calling it again would train again
+    return called if repo is None else f"{called} --repo {shlex.quote(repo)}"
+
+
 def open_regular(path: str, how: int = os.O_NOFOLLOW) -> int:
     """Return a descriptor to read a regular file with. Raises OSError, also for anything else: of a
     folder, `os.fdopen` would leave the descriptor open."""
@@ -388,7 +407,7 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
     if create:
         paths.create()
     elif not os.path.isdir(paths.aim):
-        raise RepoError(f"no repository at {root}: run 'aim-watcher --repo {root} init' or start a run there")
+        raise RepoError(f"no repository at {root}: run '{command_line(root)} init' or start a run there")
     return paths
 
 
@@ -4745,7 +4764,7 @@ class NotifierConfig:
             return found[0]
         shown = printable(prefix, 60)
         if not found:
-            raise ConfigError(f"no notifier {shown!r}: 'aim-watcher notifiers list' shows them")
+            raise ConfigError(f"no notifier {shown!r}: '{command_line()} notifiers list' shows them")
         raise ConfigError(f"notifier {shown!r} is ambiguous: {', '.join(found)}")
 
     @contextlib.contextmanager
@@ -4854,7 +4873,7 @@ def default_message(facts: Facts) -> str:
 
 def look_further(facts: Facts) -> str:
     """Return the line that says which command shows more."""
-    return f"look further: aim-watcher --repo {facts.get('repo', '')} status"
+    return f"look further: {command_line(facts.get('repo', ''))} status"
 
 
 _PROCESS_TEXT = {
@@ -7136,19 +7155,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
 
 
-def command_line(repo: Optional[str] = None) -> str:
-    """Return how this program was called, for messages that name a command to type.
-
-    Arguments:
-        repo: what was given with --repo, without which the command would look elsewhere.
-    """
-    import shlex
-
-    called = os.path.basename(sys.argv[0]) if sys.argv else ""
-    program = f"python3 {called}" if called.endswith(".py") else called or "aimwatch"
-    return program if repo is None else f"{program} --repo {shlex.quote(repo)}"
-
-
 class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes log lines to stderr, above a status line that it keeps at the bottom."""
 
@@ -7294,7 +7300,7 @@ def _offer_notifier(paths: RepoPaths, args: Any) -> None:
 
 def cmd_init(args: Any) -> int:
     """Create a repository."""
-    given = args.repo or os.environ.get("AIMWATCH_REPO") or os.getcwd()
+    given = args.repo if args.repo is not None else os.environ.get("AIMWATCH_REPO") or os.getcwd()
     try:
         print(f"repository already at {find_repo(given).root}")
     except RepoError:
@@ -8366,7 +8372,9 @@ def _seconds(least: float) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not least <= value <= MAX_EXPECT_S:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from {least:g} up")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number of seconds from {least:g} up to {MAX_EXPECT_S}"
+            )
         return value
 
     return seconds
