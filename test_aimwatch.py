@@ -6713,6 +6713,179 @@ class Telling(NotifierCase):
         self.assertEqual(self.numbers(server), [1])
 
 
+class KilledTeller(NotifierCase):
+    """A watcher that is killed at any line between seeing an event and having told it, and started
+    again: everybody hears of everything, and twice only of what was on its way at a kill.
+
+    WATCHER_KILLS=5000 in the environment kills it more often than the few times of an ordinary run.
+    """
+
+    #: Forks a watcher for every line that it is given, from a process without threads.
+    NURSERY = """\
+import itertools, json, os, signal, sys, threading
+import email.utils, http.client, json.decoder, ssl, urllib.error, urllib.request
+import aimwatch
+
+aimwatch.MIN_POST_GAP_S, aimwatch.COMPACT_BYTES = 0.0, 0
+aimwatch.back_off_s = lambda failures, random: 0.01
+os.fsync = lambda fd: None  # nobody pulls a plug here
+
+def live(root, now, kill_at):
+    lines = itertools.count(1)
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename != aimwatch.__file__:
+            return None
+        if event == "line" and next(lines) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    clock = [now]
+    threading.settrace(trace)
+    sys.settrace(trace)
+    paths = aimwatch.find_repo(root)
+    watcher = aimwatch.Watcher(paths, 2.0, 86400.0, clock=lambda: clock[0])
+    for _ in range(3):
+        watcher.poll()
+        clock[0] += 100.0
+    watcher.dispatcher.drain(10.0)
+    watcher.close()
+    sys.settrace(None)
+    return next(lines)
+
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        try:
+            print(live(*json.loads(line)), flush=True)
+        finally:
+            os._exit(0)
+    if os.waitpid(pid, 0)[1]:
+        print("killed", flush=True)
+"""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.nursery = subprocess.Popen(
+            [sys.executable, "-c", self.NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.addCleanup(self._end_nursery)
+        self.servers = {name: self.webhook((204, "")) for name in "ab"}
+        self.threads = threading.active_count()
+        self.template = os.path.join(self.root, "template")
+        self.at_rest()
+
+    def _end_nursery(self) -> None:
+        assert self.nursery.stdin and self.nursery.stdout
+        self.nursery.stdin.close()
+        self.nursery.wait()
+        self.nursery.stdout.close()
+
+    def at_rest(self) -> None:
+        """Leave a repository as a watcher left it, with all that happened since."""
+        clock = Clock()
+        for name in ("fails0", "fails1", "fails2", "ends", "stalls"):
+            self.check_in(name, 1, expect=3000 if name == "stalls" else 0)
+        self.check_in("comes", 1, expect=3)
+        writer = self.run_object("logs")
+        watcher = aimwatch.Watcher(self.paths, 2.0, 86400.0, clock=clock)
+        self.configure(old={"type": "logger", "events": list(aimwatch.EVENTS)})
+        for _ in range(2):
+            watcher.poll()
+            clock.pass_(100.0)
+        watcher.close()
+        with self.config.edit() as raw:
+            del raw["notifications"]["notifiers"]["old"]
+        for name, server in self.servers.items():
+            arguments = {"url": server.url}
+            self.configure(
+                **{name: {"type": "webhook", "arguments": arguments, "events": list(aimwatch.EVENTS)}}
+            )
+        for name in ("fails0", "fails1", "fails2"):
+            self.check_in(name, 2, "failed")
+        self.check_in("ends", 2, "finished")
+        self.check_in("stalls", 2, expect=3)
+        self.check_in("comes", 2)
+        self.check_in("begins", 1, "starting")
+        writer.log_error("out of memory")
+        os.mkdir(self.template)
+        shutil.copytree(self.paths.aim, os.path.join(self.template, ".aim"))
+
+    EXPECTED = {
+        ("fails0", "failed"), ("fails1", "failed"), ("fails2", "failed"), ("ends", "finished"),
+        ("stalls", "stalled"), ("comes", "recovered"), ("begins", "started"), ("logs", "log"),
+    }  # fmt: skip
+
+    def live(self, root: str, now: float, kill_at: int) -> str:
+        """Let a watcher live once; return how many lines it ran, or that it was killed."""
+        assert self.nursery.stdin and self.nursery.stdout
+        self.nursery.stdin.write(json.dumps([root, now, kill_at]) + "\n")
+        self.nursery.stdin.flush()
+        said = self.nursery.stdout.readline().strip()
+        self.wait_for(lambda: threading.active_count() <= self.threads)
+        return said
+
+    def received(self, name: str) -> List[Tuple[str, str]]:
+        """Return the (run, event) that a server was sent, and forget them."""
+        found: List[Tuple[str, str]] = []
+        requests, self.servers[name].requests = self.servers[name].requests, []
+        for request in requests:
+            with contextlib.suppress(ValueError):  # torn by a kill: no server would take it
+                for event in json.loads(request[3])["events"]:
+                    found.append((event["run"]["hash"], event["event"]))
+        return found
+
+    def state(self, root: str) -> aimwatch.OutboxState:
+        state = aimwatch.OutboxState()
+        state.load(os.path.join(root, ".aim", "aimwatch", "outbox.jsonl"))
+        return state
+
+    def told(self, root: str, name: str) -> Any:
+        """Return the (run, event) of which the outbox says that a notifier was told."""
+        state = self.state(root)
+        waiting = {event.id for event in state.waiting_for(name)}
+        done = set(state.known) - waiting
+        return {(event_id.partition("-")[0], event_id.rpartition("-")[2]) for event_id in done}
+
+    def chain(self, number: int, kills: Sequence[int]) -> int:
+        """Live once for each of `kills`, and once in peace; check who heard of what."""
+        root = os.path.join(self.root, f"chain{number}")
+        shutil.copytree(self.template, root)
+        heard: Dict[str, List[Tuple[str, str]]] = {name: [] for name in self.servers}
+        for server in self.servers.values():
+            server.requests = []
+        told: Dict[str, Any] = {name: set() for name in self.servers}
+        for life, kill_at in enumerate([*kills, 0]):
+            said = self.live(root, 2000.0 + 1000.0 * life, kill_at)
+            for name in self.servers:
+                new = self.received(name)
+                self.assertEqual(len(set(new)), len(new), (kills, life, name))
+                self.assertFalse(set(new) & told[name], (kills, life, name))
+                heard[name] += new
+                told[name] |= self.told(root, name) & self.EXPECTED
+            if life == 0:  # what has come back goes on
+                moved = aimwatch.check_in_name("comes", 3, "check_in", UTC, 0)
+                folder = os.path.join(root, ".aim", "check_ins")
+                for old in [old for old in os.listdir(folder) if old.startswith("comes-")]:
+                    os.rename(os.path.join(folder, old), os.path.join(folder, moved))
+        for name in self.servers:
+            self.assertEqual(set(heard[name]), self.EXPECTED, (kills, name))
+            self.assertEqual(self.state(root).waiting_for(name), [], (kills, name))
+        left = [item for item in os.listdir(os.path.join(root, ".aim", "aimwatch")) if item.endswith(".tmp")]
+        self.assertEqual(left, [], kills)
+        shutil.rmtree(root)
+        return int(said)
+
+    def test_kill_at_any_line_loses_nothing_and_repeats_only_what_was_on_its_way(self) -> None:
+        lines = self.chain(0, [])
+        self.assertGreater(lines, 1000)
+        count = int(os.environ.get("WATCHER_KILLS", "30"))
+        for number in range(1, count + 1):
+            first = (2 * number - 1) * lines // (2 * count)
+            with self.subTest(first=first):
+                self.chain(number, [first, (first * 7919) % lines] if number % 2 else [first])
+
+
 # ======================================================================== Command line
 
 
