@@ -1293,6 +1293,7 @@ class _Stacks:
         #: When the timer that was set here fires, and the thread that waits for that.
         self._due = -math.inf
         self._thread = ""
+        self._turn = 0
 
     def _load(self) -> bool:
         """Have `faulthandler` at hand, and notice when the user sets its timer."""
@@ -1367,22 +1368,30 @@ class _Stacks:
     def close(self, run: Run) -> None:
         """Remove what was written for a run that has ended."""
         with self._lock:
-            self.disarm(run)
-            # Under the lock: a timer must never fire into a descriptor that is somebody else's by then.
+            self._forget(run)
             fd, run._stacks_fd = run._stacks_fd, -1
+            if fd >= 0:
+                # A timer must never fire into a descriptor that is somebody else's by then. Set anew in
+                # any case: a signal's handler that raises may have left it without a note of it.
+                self._set()
         if fd >= 0:
             os.close(fd)
             with contextlib.suppress(OSError):
                 os.unlink(run._paths.stack(run.hash))
 
     def _set(self) -> None:
+        self._turn += 1
+        turn = self._turn
+        self._set_once()
+        if self._turn != turn:
+            self._set()  # a signal's handler came between, and what was set may be over
+
+    def _set_once(self) -> None:
         now = _monotonic()
         if now < self._due and self._thread and not os.path.exists(f"/proc/self/task/{self._thread}"):
             # It waits no more though it should: somebody has the functions from before they were
             # replaced. What they set must not be taken from them.
-            self._due = -math.inf
-            if _may_have_timer():
-                self._theirs_until = math.inf
+            self._due, self._theirs_until = -math.inf, math.inf
         if now < self._theirs_until:
             return
         ahead = [item for item in self._armed.values() if item[0] > now]

@@ -40,6 +40,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -1454,6 +1455,449 @@ class SecondWriter(ProcessCase):
             run = self.run_object("r")
         self.assertEqual(len(calls), 2)
         self.assertTrue(os.path.samestat(os.stat(self.paths.marker("r")), os.fstat(run._marker_fd)))
+
+
+# --------------------------------------------------------------------------- stacks of hung runs
+
+#: Forks a process for every row, which makes a run of that name, promises to go on, and hangs.
+HANGS = """
+import faulthandler, json, re, select
+aimwatch.promise_margin_s = lambda expect_s: 0.0
+def inner(what):
+    exec(compile(what, "<hang>", "exec"), globals())
+def outer(what):
+    inner(what)
+for name, what, options in json.loads(sys.argv[2]):
+    if os.fork() == 0:
+        run = Run(name, **options)
+        run.report_progress(expect_next_in=0.1)
+        outer(what)
+        os._exit(0)
+print("started")
+time.sleep(600)
+"""
+THREADS = "for _ in range(%d): threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+HANG_ROWS = (
+    ("sleep", "time.sleep(600)", {}),
+    ("sums", "sum(range(10**13))", {}),
+    ("backtracks", "re.match('(a+)+b', 'a' * 64)", {}),
+    ("some_threads", THREADS % 20 + "time.sleep(600)", {}),
+    ("many_threads", THREADS % 120 + "time.sleep(600)", {}),
+    ("in_thread", "t = threading.Thread(target=time.sleep, args=(600,)); t.start(); t.join()", {}),
+    ("stopped", "os.kill(os.getpid(), signal.SIGSTOP)", {}),
+    ("off", "time.sleep(600)", {"stacks": False}),
+)
+
+
+class StacksOfRealProcesses(ProcessCase):
+    def start(self, code: str, *argv: str, **options: Any) -> Any:
+        """Start a process whose children are killed with the test, too."""
+        process = self.process(BEGIN + code, "r", *argv, start_new_session=True, **options)
+        self.addCleanup(self.end_group, process.pid)
+        return process
+
+    def end_group(self, leader: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGKILL)
+
+    def test_process_that_hangs_says_where(self) -> None:
+        process = self.start(HANGS, json.dumps(HANG_ROWS))
+        self.assertEqual(process.stdout.readline(), "started\n")
+        names = {name for name, _, _ in HANG_ROWS}
+        hung = names - {"stopped", "off", "many_threads"}
+        found: Dict[str, str] = {}
+
+        def is_there(name: str) -> bool:
+            found[name] = aimwatch.hanging_frames(self.paths, name)
+            return " in outer\n" in found[name]
+
+        self.wait_for(lambda: all(map(is_there, hung)))
+        for name in hung:
+            with self.subTest(name=name):
+                frames = found[name].splitlines()
+                self.assertLessEqual(len(frames), 6)
+                self.assertRegex(
+                    frames[-1], r"threading\.py" if name == "in_thread" else r"<hang>|re/|re\.py|sre"
+                )
+                self.assertRegex("\n".join(frames), r"<string>:\d+ in inner\n")
+                self.assertRegex("\n".join(frames), r"<string>:\d+ in outer\n")
+        # Of more threads than `faulthandler` shows, the main one is not among them.
+        with open(self.paths.stack("many_threads")) as file:
+            self.wait_for(lambda: file.seek(0) or "\n...\n" in file.read())
+        self.assertEqual(aimwatch.hanging_frames(self.paths, "many_threads"), "")
+        self.assertEqual(aimwatch.hanging_frames(self.paths, "stopped"), "")
+        self.assertEqual(
+            sorted(os.listdir(self.paths.stacks)), sorted(f"{name}.txt" for name in names - {"off"})
+        )
+
+    def test_what_a_user_set_is_never_taken(self) -> None:
+        code = """
+import faulthandler
+def timed(set_timer, cancels=False):
+    "Return how often the user's file was written to, with check-ins that follow each other."
+    path = os.path.join(os.environ["AIMWATCH_REPO"], "theirs%d" % os.getpid())
+    with open(path, "w") as file:
+        set_timer(file)
+        deadline = time.monotonic() + 10
+        while open(path).read().count("Timeout") < 3 and time.monotonic() < deadline:
+            stacks._due = 0.0  # as if a second had passed
+            run.report_progress(expect_next_in=60, block=True)
+            time.sleep(0.02)
+        return open(path).read().count("Timeout")
+stacks = aimwatch._process.stacks
+later, cancel = faulthandler.dump_traceback_later, faulthandler.cancel_dump_traceback_later
+def before():
+    global run
+    def set_timer(file):
+        global run
+        later(0.2, True, file)
+        run = Run("before")
+    assert timed(set_timer) == 3
+    assert stacks._theirs_until == float("inf")
+    faulthandler.cancel_dump_traceback_later()
+    assert stacks._due > time.monotonic()
+def after():
+    global run
+    run = Run("after")
+    run.report_progress(expect_next_in=60)
+    assert stacks._due > time.monotonic()
+    assert timed(lambda file: faulthandler.dump_traceback_later(0.2, repeat=True, file=file)) == 3
+    assert stacks._due < time.monotonic()
+    faulthandler.cancel_dump_traceback_later()
+    assert stacks._due > time.monotonic()
+def once():
+    global run
+    run = Run("once")
+    run.report_progress(expect_next_in=60)
+    with open(os.path.join(os.environ["AIMWATCH_REPO"], "once"), "w") as file:
+        faulthandler.dump_traceback_later(0.2, file=file)
+        for _ in range(30):
+            run.report_progress(expect_next_in=60, block=True)
+            time.sleep(0.01)
+        time.sleep(0.5)
+        assert open(file.name).read().count("Timeout") == 1
+        assert stacks._due < time.monotonic()
+        stacks._theirs_until -= 3600
+        run.report_progress(expect_next_in=60, block=True)
+        assert stacks._due > time.monotonic()
+def kept():  # the functions as they were before the first run
+    global run
+    run = Run("kept")
+    run.report_progress(expect_next_in=60)
+    assert stacks._thread or not os.path.isdir("/proc/self/task")
+    if not stacks._thread:
+        return
+    with open(os.path.join(os.environ["AIMWATCH_REPO"], "kept"), "w") as file:
+        later(30, True, file)
+        gone = "/proc/self/task/" + stacks._thread
+        while os.path.exists(gone):
+            pass
+        for _ in range(3):
+            stacks._armed["kept"] = (0.0, run._stacks_fd)
+            run.report_progress(expect_next_in=60, block=True)
+        assert stacks._theirs_until == float("inf")
+for case in before, after, once, kept:
+    if os.fork() == 0:
+        signal.alarm(30)
+        case()
+        print(case.__name__, flush=True)
+        os._exit(0)
+for _ in range(4):
+    assert os.wait()[1] == 0
+"""
+        process = self.start(code)
+        out, err = process.communicate(timeout=60)
+        self.assertEqual((sorted(out.split()), err), (["after", "before", "kept", "once"], ""))
+
+    def test_children_leave_without_hanging_and_the_parent_stays_armed(self) -> None:
+        code = """
+import multiprocessing, subprocess, warnings
+warnings.simplefilter("error")
+signal.alarm(60)
+run.report_progress(expect_next_in=60)
+def armed():
+    assert aimwatch._process.stacks._due > time.monotonic()
+    assert not os.path.isdir("/proc/self/task") or len(os.listdir("/proc/self/task")) == 2
+for turn in range(40):
+    pid = os.fork()
+    if pid == 0:
+        if turn % 2:
+            run.report_progress(expect_next_in=60, block=True)
+        elif turn == 10:
+            own = Run()
+            own.report_progress(expect_next_in=60)
+            own.close()
+        aimwatch.log.disabled = True
+        sys.exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    armed()
+for method in "fork", "spawn":
+    if method in multiprocessing.get_all_start_methods():
+        worker = multiprocessing.get_context(method).Process(target=print, args=(method,))
+        worker.start()
+        worker.join()
+        assert worker.exitcode == 0
+        armed() if method == "fork" else None
+subprocess.run([sys.executable, "-c", ""], check=True)
+subprocess.run(["true"], check=True, preexec_fn=os.getpid) if sys.version_info < (3, 12) else None
+run.close()
+assert os.listdir(run._paths.stacks) == []
+assert not os.path.isdir("/proc/self/task") or len(os.listdir("/proc/self/task")) == 1
+"""
+        status, out, err = self.finished_process(f"if __name__ == '__main__':\n{textwrap.indent(code, ' ')}")
+        self.assertEqual(
+            (status, [line for line in err.splitlines() if "is ignored: run" not in line]), (0, [])
+        )
+        self.assertEqual(out, ["fork", "spawn"])
+
+    def test_sigterm_while_a_timer_is_set_ends_the_run_and_leaves_none(self) -> None:
+        code = """
+def handler(*_):
+    told.append(flags())
+told, sent = [], []
+signal.signal(signal.SIGTERM, handler)
+run2 = Run("r2")
+run2.report_progress(expect_next_in=90)
+run = Run("r")
+stacks = aimwatch._process.stacks
+real = stacks._later
+def later(*args, **options):
+    if not sent:
+        sent.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not told:
+            pass
+        run._close_files()
+    real(*args, **options)
+stacks._later = later
+run.report_progress(expect_next_in=60)
+with open(os.devnull) as reused:
+    assert told == ["check_in failed"], told
+    assert list(stacks._armed) == [], stacks._armed
+    assert os.listdir(run._paths.stacks) == ["r2.txt"], os.listdir(run._paths.stacks)
+assert stacks._due < 0
+assert not os.path.isdir("/proc/self/task") or len(os.listdir("/proc/self/task")) == 1
+"""
+        self.assertEqual(self.finished_process(code, "")[2], "")
+
+
+class FakeFaulthandler:
+    """Has the one timer of `faulthandler`, without its thread."""
+
+    def __init__(self) -> None:
+        self.timer: Any = None
+        self.calls = 0
+
+    def dump_traceback_later(self, timeout: float, repeat: bool = False, file: Any = None) -> None:
+        self.calls += 1
+        self.timer = (round(timeout, 3), file)
+
+    def cancel_dump_traceback_later(self) -> None:
+        self.timer = None
+
+
+class StacksByHand(HandDriven):
+    def setUp(self) -> None:
+        super().setUp()
+        self.fake = FakeFaulthandler()
+        for patch in (
+            mock.patch.dict(sys.modules, faulthandler=self.fake),
+            mock.patch.object(aimwatch._process, "stacks", aimwatch._Stacks()),
+            mock.patch.object(aimwatch, "_may_have_timer", lambda: False),
+            mock.patch.object(aimwatch, "_tasks", set),
+        ):
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def fire(self, run: Run) -> None:
+        """Let time pass until the timer fires into the file of that run."""
+        timeout, file = self.fake.timer
+        self.assertEqual(file, run._stacks_fd)
+        self.clock.pass_(timeout)
+        self.fake.timer = None
+        os.write(file, b"Timeout!\n")
+
+    def size(self, run: Run) -> int:
+        return os.path.getsize(self.paths.stack(run.hash))
+
+    def test_timer_is_set_for_the_written_promise_and_not_without_one(self) -> None:
+        run = self.run_object()
+        self.assertEqual((self.fake.timer, os.listdir(self.paths.stacks)), (None, []))
+        run.report_progress(expect_next_in=60)
+        self.assertEqual(self.fake.timer, (66.5, run._stacks_fd))
+        run.report_progress(expect_next_in=0)
+        self.assertIsNone(self.fake.timer)
+        run.report_progress(expect_next_in=0.5)
+        self.assertEqual(self.fake.timer, (2.5, run._stacks_fd))
+        run.close()
+        self.assertEqual((self.fake.timer, os.listdir(self.paths.stacks)), (None, []))
+
+    def test_timer_is_set_anew_once_a_second_at_most_and_never_late(self) -> None:
+        run = self.run_object()
+        run.report_progress(expect_next_in=60)
+        first = self.fake.calls
+        for _ in range(100):
+            self.clock.pass_(0.1)
+            run.report_progress(expect_next_in=60, block=True)
+            fires = self.clock.now - self.clock.now % 0.1
+            self.assertLessEqual(self.fake.timer[0], 66.5, fires)
+        self.assertIn(self.fake.calls - first, range(9, 12))
+        calls = self.fake.calls
+        self.clock.pass_(50)
+        self.assertEqual(self.fake.calls, calls)
+        run.report_progress(expect_next_in=5)  # a stricter promise at once
+        self.assertEqual(self.fake.timer[0], 6.5)
+
+    def test_call_that_does_not_write_leaves_the_timer_alone(self) -> None:
+        run = self.run_object()
+        run.report_progress(expect_next_in=600)
+        with mock.patch.object(aimwatch._Stacks, "arm", self.fail), mock.patch.object(
+            aimwatch._Stacks, "disarm", self.fail
+        ):
+            for _ in range(20):
+                self.clock.pass_(1)
+                run.report_progress(expect_next_in=600)
+
+    def test_what_was_left_is_emptied_when_the_run_goes_on(self) -> None:
+        for goes_on in (60, 0):
+            with self.subTest(expect_next_in=goes_on):
+                run = self.run_object()
+                run.report_progress(expect_next_in=5)
+                self.fire(run)
+                self.assertTrue(self.size(run))
+                run.report_progress(expect_next_in=goes_on)
+                self.assertEqual(self.size(run), 0)
+                run.report_progress(expect_next_in=7)
+                self.assertEqual(self.fake.timer, (8.5, run._stacks_fd))
+                run.close()
+
+    def test_process_that_resumes_a_run_removes_what_the_last_one_left(self) -> None:
+        for options in ({}, {"stacks": False}):
+            with self.subTest(options=options):
+                with open(self.paths.stack("again"), "w") as file:
+                    file.write("Timeout!")
+                self.run_object("again", **options).report_progress()
+                self.assertEqual(os.listdir(self.paths.stacks), [])
+                self.doCleanups_of("again")
+
+    def doCleanups_of(self, run_hash: str) -> None:
+        for run in list(aimwatch._process.runs):
+            if run.hash == run_hash:
+                run.close()
+
+    def test_earliest_promise_of_several_runs_comes_first(self) -> None:
+        slow, quick = self.run_object(), self.run_object()
+        slow.report_progress(expect_next_in=100)
+        quick.report_progress(expect_next_in=10)
+        self.assertEqual(self.fake.timer[1], quick._stacks_fd)
+        self.fire(quick)
+        quick.close()
+        self.assertEqual(self.fake.timer, (110.5 - 11.5, slow._stacks_fd))
+        self.fire(slow)
+
+    def test_turned_off_it_sets_nothing_and_writes_nothing(self) -> None:
+        cases: List[Tuple[Dict[str, Any], str]] = [({"stacks": False}, "")]
+        cases += [({}, text) for text in ("0", "no", "OFF", "False")]
+        for options, text in cases:
+            with self.subTest(options=options, text=text), mock.patch.dict(os.environ, AIMWATCH_STACKS=text):
+                self.run_object(**options).report_progress(expect_next_in=60)
+                self.assertEqual((self.fake.calls, os.listdir(self.paths.stacks)), (0, []))
+        with mock.patch.dict(os.environ, AIMWATCH_STACKS="1"):
+            self.run_object().report_progress(expect_next_in=60)
+        self.assertEqual(self.fake.calls, 1)
+
+    def test_run_that_another_thread_closes_meanwhile_closes_nothing_of_others(self) -> None:
+        for opened_before in (False, True):
+            with self.subTest(opened_before=opened_before):
+                run = self.run_object()
+                if opened_before:
+                    run.report_progress(expect_next_in=60)
+                others: List[int] = []
+
+                def stack(run_hash: str, real: Any = self.paths.stack) -> str:
+                    if not others:
+                        others.append(-1)
+                        run.close()
+                        others[0] = os.open(os.devnull, os.O_RDONLY)
+                    return str(real(run_hash))
+
+                with mock.patch.object(run._paths, "stack", stack):
+                    aimwatch._process.stacks.arm(run, self.clock.now + 30)
+                os.fstat(others[0])
+                os.close(others[0])
+                self.assertEqual((self.fake.timer, os.listdir(self.paths.stacks)), (None, []))
+
+    def test_no_failure_reaches_the_training(self) -> None:
+        run, other = self.run_object(), self.run_object()
+        other.report_progress(expect_next_in=600)
+        for error in (RuntimeError("unable to start watchdog thread"), OverflowError(), ValueError()):
+            with mock.patch.object(aimwatch._process.stacks, "_later", side_effect=error):
+                run.report_progress(expect_next_in=60, block=True)
+                aimwatch._process.stacks.before_fork()
+                aimwatch._process.stacks.after_fork_in_parent()
+                run.report_progress(expect_next_in=0)
+            self.assertEqual(len(self.check_ins(run.hash)), 1)
+        run.report_progress(expect_next_in=60)
+        self.assertEqual(self.fake.timer, (66.5, run._stacks_fd))
+        with mock.patch.object(aimwatch, "open_regular", no_space), mock.patch("os.open", no_space):
+            third = mock.patch.object(other, "_stacks_fd", -1)
+            with third:
+                other._arm_stacks(self.clock.now + 5)
+        self.assertFalse(other._stacks_on)
+
+    def test_planted_file_is_not_written_through(self) -> None:
+        victim = os.path.join(self.root, "victim")
+        with open(victim, "w") as file:
+            file.write("precious")
+        run = self.run_object()
+        os.symlink(victim, self.paths.stack(run.hash))
+        run.report_progress(expect_next_in=60)
+        self.assertEqual((self.fake.calls, self.flags(run.hash)), (0, ["check_in"]))
+        run.close()
+        with open(victim) as file:
+            self.assertEqual(file.read(), "precious")
+
+
+class HangingFrames(Case):
+    def frames(self, text: str) -> List[str]:
+        with open(self.paths.stack("r"), "w") as file:
+            file.write(text)
+        return aimwatch.hanging_frames(self.paths, "r").splitlines()
+
+    def test_innermost_frames_of_the_main_thread_are_last(self) -> None:
+        thread = 'Thread 0x1 (most recent call first):\n  File "t.py", line 1 in run\n\n'
+        main = "Thread 0x2 (most recent call first):\n" + "".join(
+            f'  File "/a b/m.py", line {line} in f{line}\n' for line in range(9)
+        )
+        self.assertEqual(
+            self.frames(f"Timeout (0:00:02)!\n{thread}{main}"),
+            [f"  /a b/m.py:{line} in f{line}" for line in (5, 4, 3, 2, 1, 0)],
+        )
+        self.assertEqual(self.frames(f"Timeout!\n{main}Timeout!\n{thread}"), ["  t.py:1 in run"])
+
+    def test_anything_else_says_nothing_or_is_defused(self) -> None:
+        for text in ("", "noise", "x (most recent call first):\n  <no Python frame>\n", "\0" * 100):
+            with self.subTest(text=text):
+                self.assertEqual(self.frames(text), [])
+        lines = self.frames(
+            ' (most recent call first):\n  File "\x1b[2J@all", line 1 in ' + "x" * 5000 + "\n"
+        )
+        self.assertEqual((len(lines), len(lines[0])), (1, 202))
+        self.assertIn("\\x1b[2J@all:1", lines[0])
+        begun = time.monotonic()
+        self.frames(' (most recent call first):\n  File "' + '", line ' * 200_000)
+        self.frames(" (most recent call first):\n" + '  File "", line 1 in x\n' * 50_000)
+        self.assertLess(time.monotonic() - begun, 5)
+
+    def test_no_file_of_ours_is_not_read(self) -> None:
+        path, before = self.paths.stack("r"), open_fds()
+        with open(os.path.join(self.root, "x"), "w") as file:
+            file.write(' (most recent call first):\n  File "x", line 1 in x\n')
+        for make in (lambda: os.symlink(file.name, path), lambda: os.mkfifo(path), lambda: os.mkdir(path)):
+            make()
+            self.assertEqual(aimwatch.hanging_frames(self.paths, "r"), "")
+            os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
+        self.assertEqual(open_fds(), before)
 
 
 class RunArguments(Case):
