@@ -3942,7 +3942,9 @@ class Repo:
     def find_run(self, prefix: str) -> str:
         """Return the hash that starts with `prefix`. Raises RepoError for none or several."""
         hashes = list_runs(self._paths)
-        found = [prefix] if prefix in hashes else [item for item in hashes if item.startswith(prefix)]
+        # Everything starts with "", which is what a script gives whose variable is not set.
+        starting = [item for item in hashes if prefix and item.startswith(prefix)]
+        found = [prefix] if prefix in hashes else starting
         if len(found) == 1:
             return found[0]
         shown = printable(repr(prefix), 80)
@@ -6106,12 +6108,15 @@ def process_state(pid: str) -> str:
 FLAP_STALLS, FLAP_WINDOW_S, FLAP_STEADY_S = 3, 3600.0, 1800.0
 #: A stall of a flapping run is told after all when it has lasted so long.
 FLAP_PATIENCE_S = 900.0
+STILL = "-still"
 #: How often at most a stalled run is told again.
 MAX_REMINDERS = 10
 
 
 class Flaps:
     """Tells apart a run that stalls from one that goes on stalling and coming back."""
+
+    # A stall that was told as flapping is told again when it lasts: STILL makes that another event.
 
     def __init__(self) -> None:
         #: By run, the moments (looking clock) of its last stalls, the newest last.
@@ -6169,7 +6174,7 @@ class Flaps:
                 del self.stalls[run]
             elif seen.state == STALLED and now_s - last_s >= FLAP_PATIENCE_S:
                 note = "it has flapped before"
-                changes.append(Change(STALLED, seen, now_s - seen.since_s, RUNNING, note))
+                changes.append(Change(STALLED, seen, now_s - seen.since_s, RUNNING, note, STILL))
             elif seen.state == RUNNING and now_s - last_s >= FLAP_STEADY_S:
                 note = f"steady again: no stall for {human_s(FLAP_STEADY_S)}"
                 changes.append(Change(RECOVERED, seen, 0.0, STALLED, note))
@@ -6625,8 +6630,9 @@ class Watcher:
 
     def _may_remind(self, seen: Seen) -> bool:
         # Of a run that flaps, only when its stall was told.
-        known = self.outbox.knows(Change(STALLED, seen, 0, None).id)
-        return seen.state == STALLED and (known or not self.flaps.is_flapping(seen.run))
+        stall = Change(STALLED, seen, 0, None).id
+        told = self.outbox.knows(stall) or self.outbox.knows(stall + STILL)
+        return seen.state == STALLED and (told or not self.flaps.is_flapping(seen.run))
 
     def _find_news(self, muted: Set[str]) -> List[Event]:
         """Return an event for every run that logged something worth telling."""

@@ -7178,6 +7178,592 @@ class TestSweep(WatchCase):
         self.assertEqual(self.told(), [(run_hash, "failed")])
 
 
+# --------------------------------------------------------------- what is told, and what is not
+
+
+class NaiveFlaps:
+    """What is to be told of one run's stalls, from its whole history."""
+
+    def __init__(self) -> None:
+        self.stalls: List[float] = []
+        self.flaps = False
+        self.trouble_s = 0.0
+
+    def stall(self, now_s: float) -> Tuple[str, ...]:
+        quiet, self.trouble_s = self.flaps, now_s
+        self.stalls.append(now_s)
+        self.flaps = self.flaps or len([at for at in self.stalls if now_s - at < 3600]) >= 3
+        if quiet:
+            return ()
+        return ("flaps",) if self.flaps else ("stalled",)
+
+    def recover(self, now_s: float, ends: bool) -> Tuple[str, ...]:
+        quiet = self.flaps and not ends and now_s - self.trouble_s < 900
+        self.trouble_s = now_s
+        return () if quiet else ("recovered",)
+
+    def end(self, failed: bool, was_running: bool) -> Tuple[str, ...]:
+        closing = self.flaps and not failed and was_running
+        self.__init__()  # type: ignore[misc]
+        return ("recovered",) if closing else ()
+
+    def time(self, state: str, now_s: float) -> Tuple[str, ...]:
+        if not self.flaps:
+            return ()
+        if state == "stalled" and now_s - self.trouble_s >= 900:
+            return ("still",)
+        if state == "running" and now_s - self.trouble_s >= 1800:
+            self.__init__()  # type: ignore[misc]
+            return ("steady",)
+        return ()
+
+
+class FlapLife:
+    """One run's random life, seen by the table and by what chooses the messages."""
+
+    GRACE_S, PROMISE_S = 2.0, 10
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.now_s, self.idx, self.state = 0.0, 1, "running"
+        self.name = named("r", 1, expect=self.PROMISE_S)
+        self.table, self.flaps, self.naive = aimwatch.RunTable(self.GRACE_S), aimwatch.Flaps(), NaiveFlaps()
+        self.table.take([self.name], 0.0, UTC)
+        self.told: List[Tuple[str, int]] = []
+        self.expected: List[Tuple[str, int]] = []
+        self.known: set[str] = set()
+
+    def look(self, seconds: float, flag: str = "") -> None:
+        """Let time pass; the run checks in with `flag`, or is silent."""
+        self.now_s += seconds
+        old = self.state
+        if flag:
+            self.idx += 1
+            self.name = named("r", self.idx, flag, self.PROMISE_S)
+        changes = self.table.take([self.name], self.now_s, UTC) + self.table.overdue(self.now_s)
+        self.state = self.table.runs["r"].state
+        expected: Tuple[str, ...] = ()
+        if flag in ("check_in", "finished") and old in ("stalled", "failed"):
+            expected += (
+                self.naive.recover(self.now_s, flag == "finished") if old == "stalled" else ("recovered",)
+            )
+        if self.state in ("finished", "failed") and flag:
+            expected += self.naive.end(self.state == "failed", old == "running") + (self.state,)
+        if old == "finished" and flag == "check_in":
+            expected += ("started",)
+        if self.state == "stalled" != old:
+            expected += self.naive.stall(self.now_s)
+        expected += self.naive.time(self.state, self.now_s)
+        told = self.flaps.judge(changes, self.now_s)
+        told += self.flaps.due(self.table.runs, self.now_s)
+        self.flaps.forget_old(self.now_s)
+        for change in told:
+            if change.id not in self.known:
+                self.known.add(change.id)
+                kind = change.kind
+                for note, what in (("it flaps", "flaps"), ("it has flapped", "still"), ("steady", "steady")):
+                    kind = what if change.note.startswith(note) else kind
+                self.told.append((kind, self.idx))
+        for kind in expected:
+            if kind != "still" or ("still", self.idx) not in self.expected:
+                self.expected.append((kind, self.idx))
+        if self.random.random() < 0.02:  # the watcher is started anew
+            saved, self.flaps = json.loads(aimwatch.to_json(self.flaps.stalls)), aimwatch.Flaps()
+            self.flaps.restore(saved, self.now_s)
+
+    def live(self) -> None:
+        for _ in range(self.random.randrange(1, 40)):
+            kind = self.random.random()
+            if kind < 0.55:  # a stall, mostly a short one
+                silent_s = self.random.choice((13, 20, 60, 300, 890, 1000, 4000))
+                for _ in range(min(silent_s, 10)):
+                    self.look(max(1.0, silent_s / 10))
+                self.look(1.0, "check_in")
+            elif kind < 0.95:
+                for _ in range(self.random.choice((1, 5, 30, 200, 400))):
+                    self.look(9.0, "check_in")
+            else:
+                self.look(1.0, self.random.choice(("finished", "failed")))
+                self.look(1.0, "check_in")
+
+
+class TestFlaps(unittest.TestCase):
+    def test_whatever_happens_before_a_run_that_is_dead_is_told(self) -> None:
+        for seed in range(150):
+            with self.subTest(seed=seed):
+                life = FlapLife(seed)
+                life.live()
+                for _ in range(110):
+                    life.look(10.0)
+                self.assertEqual(life.state, "stalled")
+                self.assertIn(life.told[-1], [(kind, life.idx) for kind in ("stalled", "flaps", "still")])
+                self.assertEqual(life.told, life.expected)
+
+    def test_third_stall_is_told_as_flapping_and_then_there_is_quiet(self) -> None:
+        life = FlapLife(1)
+        for _ in range(10):
+            for _ in range(13):
+                life.look(1.0)
+            life.look(1.0, "check_in")
+        told = [kind for kind, _ in life.told]
+        self.assertEqual(told, ["stalled", "recovered", "stalled", "recovered", "flaps"])
+        for _ in range(1790 // 5):
+            life.look(5.0, "check_in")
+        self.assertEqual(len(life.told), 5)
+        for _ in range(5):
+            life.look(5.0, "check_in")
+        self.assertEqual([kind for kind, _ in life.told[5:]], ["steady"])
+        for _ in range(13):
+            life.look(1.0)
+        self.assertEqual([kind for kind, _ in life.told[6:]], ["stalled"])
+
+    def test_long_stall_of_a_flapping_run_and_its_end_are_told(self) -> None:
+        life = FlapLife(1)
+        for _ in range(3):
+            for _ in range(13):
+                life.look(1.0)
+            life.look(1.0, "check_in")
+        del life.told[:]
+        for _ in range(905):
+            life.look(1.0)
+        self.assertEqual(life.told, [])
+        for _ in range(3000):
+            life.look(1.0)
+        life.look(1.0, "check_in")
+        self.assertEqual([kind for kind, _ in life.told], ["still", "recovered"])
+        life.look(1.0, "check_in")
+        self.assertEqual(len(life.told), 2)  # nobody calls it steady yet
+        life.look(1.0, "finished")
+        self.assertEqual([kind for kind, _ in life.told[2:]], ["recovered", "finished"])
+
+    def test_stalls_that_lie_far_apart_are_no_flapping(self) -> None:
+        life = FlapLife(1)
+        for _ in range(5):
+            for _ in range(13):
+                life.look(1.0)
+            for _ in range(180):
+                life.look(10.0, "check_in")
+        self.assertEqual([kind for kind, _ in life.told], ["stalled", "recovered"] * 5)
+        self.assertLess(len(life.flaps.stalls.get("r", [])), 4)
+
+
+class TestFlappingAndReminders(WatchCase):
+    def stall(self, watcher: aimwatch.Watcher, times: int) -> None:
+        for _ in range(times):
+            self.idx = getattr(self, "idx", 0) + 1
+            self.check_in("a", self.idx, expect=3)
+            self.look(watcher, 6)
+
+    def watch_far(self, **options: Any) -> aimwatch.Watcher:
+        """Return a watcher whose looks may lie minutes apart without being a gap."""
+        return self.watch(poll_interval_s=600.0, **options)
+
+    def notes(self) -> List[str]:
+        return [item["facts"].get("run.reason", "") for item in self.events()]
+
+    def test_restarts_change_nothing(self) -> None:
+        watcher = self.watch_far()
+        for _ in range(5):
+            self.stall(watcher, 1)
+            self.stop(watcher)
+            watcher = self.watch_far()
+        self.assertEqual([kind for _, kind in self.told()], ["stalled", "recovered"] * 2 + ["stalled"])
+        self.assertRegex(
+            self.notes()[-1], r"it flaps: 3 stalls in 1[0-9] s; told again when it stays silent for 15 min"
+        )
+        for _ in range(4):
+            self.clock.pass_(300)
+            watcher.poll()
+            self.stop(watcher)
+            watcher = self.watch_far()
+            self.look(watcher, 40)
+        self.assertEqual([kind for _, kind in self.told()][5:], ["stalled"])
+        self.assertEqual(self.notes()[-1], "it has flapped before")
+
+    def test_stalled_run_is_told_again_so_often_and_so_many_times(self) -> None:
+        watcher = self.watch_far(remind_every_s=600.0)
+        self.stall(watcher, 1)
+        for turn in range(40):
+            self.clock.pass_(300)
+            watcher.poll()
+            if turn % 7 == 3:
+                self.stop(watcher)
+                watcher = self.watch_far(remind_every_s=600.0)
+                self.look(watcher, 40)
+        told = [f"reminder {number} of at most 10" for number in range(1, 11)]
+        self.assertEqual(self.notes(), ["", *told])
+        self.assertEqual({kind for _, kind in self.told()}, {"stalled"})
+        self.assertEqual(self.events()[1]["facts"]["run.silent"], "10 min 5 s")
+        self.stall(watcher, 1)
+        for _ in range(2):
+            self.clock.pass_(350)
+            watcher.poll()
+        self.assertEqual([kind for _, kind in self.told()][11:], ["recovered", "stalled", "stalled"])
+
+    def test_nobody_is_reminded_of_what_was_not_told(self) -> None:
+        watcher = self.watch_far(remind_every_s=120.0)
+        self.stall(watcher, 4)
+        told = len(self.told())
+        for _ in range(13):
+            self.clock.pass_(60)
+            watcher.poll()
+        self.assertEqual(len(self.told()), told)
+        for _ in range(4):
+            self.clock.pass_(60)
+            watcher.poll()
+        self.assertEqual(self.notes()[told], "it has flapped before")
+        self.assertRegex(self.notes()[-1], "reminder [78] of")
+
+
+class TestMutes(WatchCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.utc = Clock(time.time())
+
+    def watch(self, **options: Any) -> aimwatch.Watcher:
+        return super().watch(utc=self.utc, **options)
+
+    def look(self, watcher: aimwatch.Watcher, seconds: int) -> None:
+        for _ in range(seconds):
+            self.utc.pass_(1.0)
+            super().look(watcher, 1)
+
+    def mute(self, run_hash: str, length: str = "60s", code: int = 0) -> str:
+        found, out, err = self.run_cli("mute", run_hash, "--for", length)
+        self.assertEqual(found, code, err)
+        return out + err
+
+    def test_muted_run_is_watched_and_told_at_the_end_if_it_needs_somebody(self) -> None:
+        for run in ("stalls", "fails", "recovers", "ends"):
+            self.check_in(run, 1, expect=3)
+        watcher = self.watch(remind_every_s=5.0)
+        for run in ("stalls", "fails", "recovers", "ends"):
+            self.mute(run)
+        self.look(watcher, 10)
+        self.check_in("fails", 2, "failed")
+        self.check_in("recovers", 2)
+        self.check_in("ends", 2, "finished")
+        self.look(watcher, 20)
+        self.assertEqual(self.told(), [])
+        self.assertEqual({r: s.state for r, s in watcher.table.runs.items()},
+                         {"stalls": "stalled", "fails": "failed", "recovers": "running", "ends": "finished"})  # fmt: skip
+        code, out, _ = self.run_cli("status", "--json")
+        self.assertEqual(code, 1)
+        rows = {row["hash"]: row for row in json.loads(out)["runs"]}
+        self.assertEqual((rows["stalls"]["state"], rows["fails"]["state"]), ("stalled", "failed"))
+        self.assertAlmostEqual(rows["stalls"]["muted_until"], time.time() + 60, delta=30)
+        self.assertIn("muted for", self.run_cli("status")[1])
+        self.stop(watcher)
+        watcher = self.watch()
+        self.look(watcher, 40)
+        self.assertEqual(sorted(self.told()), [("fails", "failed"), ("stalls", "stalled")])
+        self.assertEqual(os.listdir(self.paths.mutes), [])
+        self.look(watcher, 20)
+        self.assertEqual(len(self.told()), 2)
+
+    def test_run_that_was_told_before_is_told_again_at_the_end_once(self) -> None:
+        self.check_in("a", 1, expect=3)
+        watcher = self.watch()
+        self.look(watcher, 10)
+        for turn in (2, 3):
+            self.mute("a")
+            self.look(watcher, 5)
+            self.run_cli("unmute", "a")
+            with mock.patch("os.unlink", no_space):  # as where the folder may not be written
+                self.look(watcher, 3)
+            self.look(watcher, 3)
+            self.assertEqual(self.told(), [("a", "stalled")] * turn)
+            self.assertEqual(os.listdir(self.paths.mutes), [])
+        self.assertEqual(self.events()[-1]["facts"]["run.reason"], "it was muted until now")
+
+    def test_longest_of_several_files_counts_and_garbage_is_left_alone(self) -> None:
+        self.check_in("a", 1, expect=3)
+        watcher = self.watch()
+        now = int(self.utc.now)
+        garbage = ["a", "a-", "a-x", "-5", f"a-{now + 50}-1", "a-" + "9" * 30, "\udcff-1", " a-1"]
+        for name in [f"a-{now + 20}", f"a-{now + 40}", "a-7", *garbage]:
+            with open(
+                os.path.join(self.paths.mutes, os.fsencode(name).decode("utf-8", "surrogateescape")), "x"
+            ):
+                pass
+        self.look(watcher, 35)
+        self.assertEqual(self.told(), [])
+        self.look(watcher, 6)
+        self.assertEqual(self.told(), [("a", "stalled")])
+        self.assertEqual(sorted(os.listdir(self.paths.mutes)), sorted(garbage))
+
+    def test_mute_always_ends(self) -> None:
+        self.check_in("a", 1, expect=3)
+        watcher = self.watch()
+        self.assertIn("a mute ends after 30 d at the latest", self.mute("a", "31d", 1))
+        with open(os.path.join(self.paths.mutes, "a-999999999999"), "x"):
+            pass
+        self.look(watcher, 6)
+        self.assertEqual((self.told(), os.listdir(self.paths.mutes)), ([("a", "stalled")], []))
+        self.mute("a", "30d")
+        self.look(watcher, 1)
+        self.assertEqual(len(os.listdir(self.paths.mutes)), 1)
+
+    def test_prefix_is_enough_and_what_is_not_there_is_named(self) -> None:
+        ours = self.run_object()
+        self.check_in("aimrun1", 1)
+        self.check_in("aimrun2", 1)
+        self.assertIn(f"muted run {ours.hash} until ", self.mute(ours.hash[:7]))
+        self.assertIn("muted run aimrun1 until ", self.mute("aimrun1"))
+        for prefix in ("aimrun", "nothing", ""):
+            self.assertIn(f"no run '{prefix}' in {self.root}: ", self.mute(prefix, code=1))
+        self.mute("aimrun1", "2h")
+        self.assertEqual(len(os.listdir(self.paths.mutes)), 2)
+        self.assertIn("unmuted run aimrun1", self.run_cli("unmute", "aimrun1")[1])
+        code, _, err = self.run_cli("unmute", "aimrun2")
+        self.assertEqual(code, 1)
+        self.assertIn("run aimrun2 is not muted", err)
+        with contextlib.redirect_stderr(io.StringIO()):
+            code = aimwatch.main(["--repo", os.path.join(self.root, "none"), "mute", "a"])
+        self.assertEqual(code, 1)
+        self.assertFalse(os.path.exists(os.path.join(self.root, "none")))
+
+    def test_very_many_files_do_not_stop_the_watch(self) -> None:
+        self.check_in("a", 1, expect=3)
+        watcher = self.watch()
+        with mock.patch.object(aimwatch, "MAX_MUTES", 10):
+            for number in range(30):
+                with open(os.path.join(self.paths.mutes, f"x{number}-{int(self.utc.now) + 900}"), "x"):
+                    pass
+            self.look(watcher, 8)
+        self.assertEqual(self.told(), [("a", "stalled")])
+
+
+class TestNews(WatchCase):
+    """Log messages that are told."""
+
+    LEVELS = {"type": "logger", "events": ["log"], "arguments": {"message": "{run.messages}"}}
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.configure(n=self.LEVELS)
+
+    def messages(self) -> List[str]:
+        """Return the texts that were told, in order."""
+        lines = [line for item in self.events() for line in item["facts"]["run.messages"].splitlines()]
+        return [line.split(": ", 1)[1] for line in lines]
+
+    def test_messages_from_the_level_up_are_told_once_to_those_who_want_them(self) -> None:
+        self.configure(other={"type": "logger"})
+        run, old = self.run_object(), self.run_object()
+        old.log_error("before the watcher came")
+        watcher = self.watch()
+        run.log_info("too low")
+        run.log_warning("first")
+        run.log_error("second", at=5)
+        self.look(watcher, 1)
+        self.assertEqual(self.told(), [(run.hash, "log")])
+        self.assertEqual(self.messages(), ["first", "second"])
+        self.assertEqual(self.events()[0]["to"], ["n"])
+        self.assertIn("logged 2 messages", aimwatch.default_message(self.facts("log")))
+        self.look(watcher, 3)
+        old.log_warning("after")
+        run.log_info("too low again")
+        self.look(watcher, 3)
+        self.assertEqual(self.messages(), ["first", "second", "after"])
+        self.assertEqual(self.run_cli("notifiers", "set-log-level", "INFO")[0], 0)
+        run.log_info("now it counts")
+        run.log_debug("this does not")
+        run.report_progress(block=True)
+        self.look(watcher, 1)
+        self.assertEqual(self.messages()[-1], "now it counts")
+
+    def test_kills_at_any_point_lose_nothing_and_repeat_nothing(self) -> None:
+        run = self.run_object()
+        watcher = self.watch()
+        said = []
+        points: List[Tuple[Any, str]] = [
+            (aimwatch.Outbox, "add"), (aimwatch.Courier, "submit"), (aimwatch.Watcher, "_sweep"),
+            (aimwatch, "replace_file"), (aimwatch, "new_messages"), (aimwatch.Dispatcher, "tell"),
+        ]  # fmt: skip
+        for turn in range(24):
+            owner, name = points[turn % len(points)]
+            real = getattr(owner, name)
+            after = turn % 4 > 1
+
+            def die(*args: Any, **options: Any) -> Any:
+                if after:
+                    real(*args, **options)
+                raise KeyboardInterrupt
+
+            said.append(f"message {turn}")
+            run.log_error(said[-1])
+            self.clock.pass_(1.0)
+            with mock.patch.object(owner, name, die):
+                with self.assertRaises(KeyboardInterrupt):
+                    watcher.poll()
+            # What a killed process leaves: no last word in watcher.json.
+            with mock.patch.object(aimwatch.Watcher, "_save"):
+                self.stop(watcher)
+            watcher = self.watch()
+            self.look(watcher, 1)
+            self.assertEqual(self.messages(), said)
+
+    def test_names_that_a_listing_misses_or_that_are_swept_make_nothing_new(self) -> None:
+        run = self.run_object("again")
+        watcher = self.watch()
+        run.log_error("one")
+        self.look(watcher, 1)
+        with mock.patch.object(aimwatch, "list_some", lambda *_: []):
+            self.look(watcher, 3)
+        run.log_error("two")
+        self.look(watcher, 1)
+        self.assertEqual(self.messages(), ["one", "two"])
+        run.close()
+        self.look(watcher, 1)
+        for name in self.check_ins() + os.listdir(self.paths.news):
+            for folder in (self.paths.check_ins, self.paths.news):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(folder, name))
+        self.look(watcher, 10)
+        self.assertEqual(watcher.table.runs, {})
+        self.stop(watcher)
+        watcher = self.watch()
+        run = self.run_object("again")
+        run.log_error("three")
+        self.look(watcher, 2)
+        self.assertEqual(self.messages(), ["one", "two", "three"])
+        run.close()
+        aimwatch.Repo(self.root).delete_run("again")
+        for name in os.listdir(self.paths.news):
+            os.unlink(os.path.join(self.paths.news, name))
+        run = self.run_object("again")
+        run.log_error("another life")
+        self.look(watcher, 2)
+        self.assertEqual(self.messages()[3:], ["another life"])
+
+    def test_log_that_cannot_be_read_for_a_while_is_read_then(self) -> None:
+        run = self.run_object()
+        watcher = self.watch()
+        run.log_error("there")
+        with mock.patch.object(aimwatch, "new_messages", side_effect=OSError(errno.ESTALE, "stale")):
+            self.look(watcher, 3)
+        self.assertEqual(self.told(), [])
+        self.look(watcher, 1)
+        self.assertEqual(self.messages(), ["there"])
+
+    def test_what_is_logged_while_nobody_wants_to_know_is_old_later(self) -> None:
+        run = self.run_object()
+        watcher = self.watch()
+        self.assertEqual(self.run_cli("notifiers", "disable", "n")[0], 0)
+        self.look(watcher, 1)
+        run.log_error("unheard")
+        self.look(watcher, 2)
+        self.assertEqual(self.run_cli("notifiers", "enable", "n")[0], 0)
+        self.look(watcher, 2)
+        run.log_error("heard")
+        self.look(watcher, 2)
+        self.assertEqual(self.messages(), ["heard"])
+
+    def test_only_the_end_of_a_long_log_is_looked_at(self) -> None:
+        run = self.run_object()
+        watcher = self.watch()
+        with mock.patch.object(aimwatch, "NEWS_BYTES", 5000):
+            for number in range(200):
+                run.log_error(f"message {number}")
+            self.look(watcher, 1)
+        self.assertEqual(self.messages(), [f"message {number}" for number in range(190, 200)])
+        self.assertRegex(self.facts("log")["run.reason"], r"^[5-9][0-9] messages, of which the last 10 are$")
+
+    def test_ids_of_old_events_are_forgotten_when_the_outbox_is_compacted(self) -> None:
+        run = self.run_object()
+        watcher = self.watch()
+        for number in range(50):
+            run.log_error(f"message {number}")
+            self.look(watcher, 1)
+        self.wait_for(lambda: not watcher.outbox.waiting_for("n"))
+        with mock.patch.object(aimwatch, "COMPACT_BYTES", 1):
+            watcher._compact()
+        self.assertEqual(
+            [item for item in watcher.outbox.known_ids() if item.endswith("-log")], [self.told_ids(watcher)]
+        )
+        with mock.patch.object(aimwatch.Watcher, "_save"):
+            self.stop(watcher)
+        os.unlink(self.paths.watcher)
+        watcher = self.watch()
+        watcher.news.restore({}, watcher.outbox.known_ids())
+        self.look(watcher, 2)
+        self.assertEqual([item for item in self.outbox() if "facts" in item], [])
+
+    def told_ids(self, watcher: aimwatch.Watcher) -> str:
+        (run,) = watcher.table.runs
+        assert watcher.news.read is not None
+        return next(i for i in watcher.outbox.known_ids() if i.endswith(f"-{watcher.news.read[run][1]}-log"))
+
+
+class NewsOfARun(HandDriven):
+    def news(self) -> List[str]:
+        return sorted(os.listdir(self.paths.news))
+
+    def test_warnings_are_announced_at_once_and_less_within_a_second(self) -> None:
+        run = self.run_object("r")
+        run.report_progress(expect_next_in=3600)
+        run.log_warning("w")
+        self.assertEqual(self.news(), ["r-1-30"])
+        run.log_debug("d")
+        self.assertEqual(self.news(), ["r-1-30"])
+        self.clock.pass_(0.5)
+        run.report_progress(expect_next_in=3600)
+        self.assertEqual(self.news(), ["r-1-30"])
+        self.clock.pass_(0.6)
+        run.report_progress(expect_next_in=3600)
+        self.assertEqual(self.news(), ["r-2-30"])
+        with mock.patch.object(Run, "_report", self.fail):
+            run.report_progress(expect_next_in=3600)  # costs nothing again
+        run.log_info("i")
+        run.report_progress(expect_next_in=3600, block=True)
+        self.assertEqual(self.news(), ["r-3-30"])
+        run.log_info("j")
+        run.close()
+        self.assertEqual(self.news(), ["r-4-30"])
+        run = self.run_object("r")
+        run.log_error("resumed")
+        self.assertEqual(self.news(), ["r-5-40"])
+
+    def test_message_on_a_full_disk_is_announced_when_the_log_has_it(self) -> None:
+        for ends_by in ("report_progress", "close"):
+            with self.subTest(ends_by=ends_by):
+                run = self.run_object()
+                run.report_progress(expect_next_in=3600)
+                with mock.patch("os.write", no_space):
+                    run.log_error("e")
+                self.assertEqual([n for n in self.news() if n.startswith(run.hash)], [])
+                if ends_by == "close":
+                    run.close()
+                else:
+                    self.clock.pass_(1.1)
+                    run.report_progress(expect_next_in=3600)
+                self.assertEqual([n for n in self.news() if n.startswith(run.hash)], [f"{run.hash}-1-40"])
+
+    def test_name_that_cannot_be_moved_leaves_no_other_behind(self) -> None:
+        run = self.run_object("r")
+        run.log_error("1")
+        with mock.patch("os.rename", no_space):
+            run.log_error("2")
+        self.assertEqual(self.news(), ["r-1-40"])
+        run.log_error("3")
+        self.assertEqual(self.news(), ["r-3-40"])
+
+    def test_threads_leave_one_name_and_every_message_once(self) -> None:
+        run = self.run_object("r")
+
+        def work() -> None:
+            for _ in range(50):
+                run.log_error("x")
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(self.news(), ["r-200-40"])
+
+
 BEATING = """\
 import time
 from aimwatch import Run
