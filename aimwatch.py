@@ -1362,6 +1362,7 @@ class _Stacks:
         #: When the timer that was set here fires, and the thread that waits for that.
         self._due = -math.inf
         self._thread = ""
+        self._turn = 0
 
     def _load(self) -> bool:
         """Have `faulthandler` at hand, and notice when the user sets its timer."""
@@ -1436,22 +1437,30 @@ class _Stacks:
     def close(self, run: Run) -> None:
         """Remove what was written for a run that has ended."""
         with self._lock:
-            self.disarm(run)
-            # Under the lock: a timer must never fire into a descriptor that is somebody else's by then.
+            self._forget(run)
             fd, run._stacks_fd = run._stacks_fd, -1
+            if fd >= 0:
+                # A timer must never fire into a descriptor that is somebody else's by then. Set anew in
+                # any case: a signal's handler that raises may have left it without a note of it.
+                self._set()
         if fd >= 0:
             os.close(fd)
             with contextlib.suppress(OSError):
                 os.unlink(run._paths.stack(run.hash))
 
     def _set(self) -> None:
+        self._turn += 1
+        turn = self._turn
+        self._set_once()
+        if self._turn != turn:
+            self._set()  # a signal's handler came between, and what was set may be over
+
+    def _set_once(self) -> None:
         now = _monotonic()
         if now < self._due and self._thread and not os.path.exists(f"/proc/self/task/{self._thread}"):
             # It waits no more though it should: somebody has the functions from before they were
             # replaced. What they set must not be taken from them.
-            self._due = -math.inf
-            if _may_have_timer():
-                self._theirs_until = math.inf
+            self._due, self._theirs_until = -math.inf, math.inf
         if now < self._theirs_until:
             return
         ahead = [item for item in self._armed.values() if item[0] > now]
@@ -4142,7 +4151,9 @@ class Repo:
     def find_run(self, prefix: str) -> str:
         """Return the hash that starts with `prefix`. Raises RepoError for none or several."""
         hashes = list_runs(self._paths)
-        found = [prefix] if prefix in hashes else [item for item in hashes if item.startswith(prefix)]
+        # Everything starts with "", which is what a script gives whose variable is not set.
+        starting = [item for item in hashes if prefix and item.startswith(prefix)]
+        found = [prefix] if prefix in hashes else starting
         if len(found) == 1:
             return found[0]
         shown = printable(repr(prefix), 80)
@@ -6337,12 +6348,15 @@ def process_state(pid: str) -> str:
 FLAP_STALLS, FLAP_WINDOW_S, FLAP_STEADY_S = 3, 3600.0, 1800.0
 #: A stall of a flapping run is told after all when it has lasted so long.
 FLAP_PATIENCE_S = 900.0
+STILL = "-still"
 #: How often at most a stalled run is told again.
 MAX_REMINDERS = 10
 
 
 class Flaps:
     """Tells apart a run that stalls from one that goes on stalling and coming back."""
+
+    # A stall that was told as flapping is told again when it lasts: STILL makes that another event.
 
     def __init__(self) -> None:
         #: By run, the moments (looking clock) of its last stalls, the newest last.
@@ -6400,7 +6414,7 @@ class Flaps:
                 del self.stalls[run]
             elif seen.state == STALLED and now_s - last_s >= FLAP_PATIENCE_S:
                 note = "it has flapped before"
-                changes.append(Change(STALLED, seen, now_s - seen.since_s, RUNNING, note))
+                changes.append(Change(STALLED, seen, now_s - seen.since_s, RUNNING, note, STILL))
             elif seen.state == RUNNING and now_s - last_s >= FLAP_STEADY_S:
                 note = f"steady again: no stall for {human_s(FLAP_STEADY_S)}"
                 changes.append(Change(RECOVERED, seen, 0.0, STALLED, note))
@@ -6884,8 +6898,9 @@ class Watcher:
 
     def _may_remind(self, seen: Seen) -> bool:
         # Of a run that flaps, only when its stall was told.
-        known = self.outbox.knows(Change(STALLED, seen, 0, None).id)
-        return seen.state == STALLED and (known or not self.flaps.is_flapping(seen.run))
+        stall = Change(STALLED, seen, 0, None).id
+        told = self.outbox.knows(stall) or self.outbox.knows(stall + STILL)
+        return seen.state == STALLED and (told or not self.flaps.is_flapping(seen.run))
 
     def _find_news(self, muted: Set[str]) -> List[Event]:
         """Return an event for every run that logged something worth telling."""
