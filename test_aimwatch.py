@@ -4860,7 +4860,7 @@ class Reading(StoredCase):
             ("noise", bytes(range(256)) * 20, "no run description in it: it is empty, or no run's log"),
             ("newer", b'{"format":2,"hash":"r","created_at":5}\n',
              "written in format 2, and this aimwatch knows 1: use the newer aimwatch"),
-            ("folder", None, "not a regular file"),
+            ("folder", None, "is a directory"),
         ):  # fmt: skip
             if data is None:
                 os.unlink(path)
@@ -4891,7 +4891,7 @@ class Reading(StoredCase):
             code, out, err = self.run_cli(*argv)
             self.assertEqual((code, out), (1, ""))
             self.assertEqual(
-                err, f"{aimwatch.command_line()}: {self.paths.run_log('bad')}: not a regular file\n"
+                err, f"{aimwatch.command_line()}: {self.paths.run_log('bad')}: Is a directory\n"
             )
             self.assertEqual(len(index_content(self.paths.index)["runs"]), 10)
         self.assertEqual(self.pending(), ["bad", "live"])
@@ -5035,10 +5035,10 @@ class ReindexThreads(StoredCase):
         self.assertEqual(
             sorted(logs.output),
             [f"WARNING:aimwatch:{self.paths.run_log('another')}: RuntimeError: no idea",
-             f"WARNING:aimwatch:{self.paths.run_log('bad')}: not a regular file"],
+             f"WARNING:aimwatch:{self.paths.run_log('bad')}: Is a directory"],
         )  # fmt: skip
         self.assertEqual(
-            aimwatch.Repo(self.root).reindex(), [f"{self.paths.run_log('bad')}: not a regular file"]
+            aimwatch.Repo(self.root).reindex(), [f"{self.paths.run_log('bad')}: Is a directory"]
         )
 
     def test_trouble_with_the_folder_itself_is_logged_once_and_passes(self) -> None:
@@ -5171,7 +5171,7 @@ class RunCommands(StoredCase):
         for command in (["show"], ["plot"], ["rm", "--yes"], ["close"]):
             more = ["loss"] if command == ["plot"] else []
             for given, message in (
-                ("0ab", "run '0ab' is ambiguous: 0abc, 0abd"), ("", "run '' is ambiguous: "),
+                ("0ab", "run '0ab' is ambiguous: 0abc, 0abd"), ("", "no run '' in "),
                 ("x", f"no run 'x' in {self.root}: "), ("../0abc", "no run '../0abc' in "),
                 ("%", "no run '%' in "), ("0abc' OR '1'='1", "no run \"0abc' OR '1'='1\" in "),
                 ("\x1b[31m", "no run '\\x1b[31m' in "),
