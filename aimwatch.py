@@ -5903,6 +5903,11 @@ class Dispatcher:
         for notifier_id, courier in self._couriers.items():
             courier.submit([event for event, to in entries if notifier_id in to])
 
+    def tell_unrecorded(self, event: Event) -> None:
+        """Tell an event that cannot be put into the outbox, since the disk does not answer."""
+        for courier in list(self._couriers.values()):
+            courier.submit([event])
+
     def tell_of_broken(self) -> None:
         """Tell the others, once, of every notifier that does not work."""
         for notifier_id, (reason, since) in self._outbox.broken().items():
@@ -6700,6 +6705,8 @@ class Watcher:
         self._told_blind = False
         self._saved_mono, self._save_cost_s = -math.inf, 0.0
         self._swept_s = 0.0
+        #: When the look that is under way began, on the real clock; None between two looks.
+        self.looking_since: Optional[float] = None
         try:
             paths.refuse_planted_links()
         except OSError as error:
@@ -6807,6 +6814,13 @@ class Watcher:
 
     def poll(self) -> List[Change]:
         """Look once, and tell what changed. Never raises for a repository that cannot be read."""
+        self.looking_since = time.monotonic()
+        try:
+            return self._poll()
+        finally:
+            self.looking_since = None
+
+    def _poll(self) -> List[Change]:
         before = self._clock()
         try:
             self.paths.refuse_planted_links()
@@ -7086,7 +7100,8 @@ def describe_watcher(paths: RepoPaths) -> str:
 # Who watches the watcher
 #
 # Signs of life for those who would notice if the watcher itself died: systemd, and a dead-man's
-# switch somewhere on the network. Neither can delay a poll, and neither is needed.
+# switch somewhere on the network; and an alarm for a look that does not come back. None of them can
+# delay a poll, and none is needed.
 # ======================================================================================
 
 
@@ -7099,6 +7114,40 @@ def sd_notify(text: str) -> None:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
             link.setblocking(False)
             link.sendto(text.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
+
+
+class HangAlarm(threading.Thread):
+    """Tells when a look does not come back, as on a share whose server is gone, where the watcher's
+    own thread hangs in a system call. What it tells is in no outbox: that lies on the share."""
+
+    def __init__(self, watcher: Watcher, limit_s: float = HOLD_S) -> None:
+        super().__init__(name="aimwatch-hang", daemon=True)
+        self._watcher = watcher
+        self._limit_s = limit_s
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        told_of: Optional[float] = None
+        while not self._stopping.wait(self._limit_s / 20):
+            since = self._watcher.looking_since
+            if since is not None and since != told_of and time.monotonic() - since > self._limit_s:
+                told_of = since
+                self._tell(
+                    f"a look at the repository has not come back for {human_s(self._limit_s)}: the file "
+                    "system hangs, or is very slow; no run in it is watched until it answers"
+                )
+            elif told_of is not None and since != told_of:
+                told_of = None
+                self._tell("the repository answers again; its runs are watched")
+
+    def _tell(self, reason: str) -> None:
+        log.error("%s: %s", self._watcher.paths.root, reason)
+        facts = {"event": TROUBLE, "run.reason": reason, "repo": self._watcher.paths.root}
+        self._watcher.dispatcher.tell_unrecorded(Event(f"hangs-{time.time():.2f}", TROUBLE, facts))
+
+    def stop(self) -> None:
+        """End at once."""
+        self._stopping.set()
 
 
 class Pinger(threading.Thread):
@@ -7277,6 +7326,8 @@ def cmd_start(args: Any) -> int:
         return _one_pass(watcher, stop, pinger)
     reindexing = ReindexThread(paths)
     reindexing.start()
+    alarm = HangAlarm(watcher)
+    alarm.start()
     if pinger is not None:
         pinger.start()
     terminal = sys.stderr.isatty()
@@ -7305,6 +7356,7 @@ def cmd_start(args: Any) -> int:
     finally:
         handler.show("")
         sd_notify("STOPPING=1")
+        alarm.stop()
         if pinger is not None:
             pinger.stop()
         watcher.close()

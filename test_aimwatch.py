@@ -4890,9 +4890,7 @@ class Reading(StoredCase):
         for argv in (["reindex"], ["reindex"], ["reindex", "--rebuild"]):
             code, out, err = self.run_cli(*argv)
             self.assertEqual((code, out), (1, ""))
-            self.assertEqual(
-                err, f"{aimwatch.command_line()}: {self.paths.run_log('bad')}: Is a directory\n"
-            )
+            self.assertEqual(err, f"{aimwatch.command_line()}: {self.paths.run_log('bad')}: Is a directory\n")
             self.assertEqual(len(index_content(self.paths.index)["runs"]), 10)
         self.assertEqual(self.pending(), ["bad", "live"])
         code, out, err = self.run_cli("runs", "--json")
@@ -5037,9 +5035,7 @@ class ReindexThreads(StoredCase):
             [f"WARNING:aimwatch:{self.paths.run_log('another')}: RuntimeError: no idea",
              f"WARNING:aimwatch:{self.paths.run_log('bad')}: Is a directory"],
         )  # fmt: skip
-        self.assertEqual(
-            aimwatch.Repo(self.root).reindex(), [f"{self.paths.run_log('bad')}: Is a directory"]
-        )
+        self.assertEqual(aimwatch.Repo(self.root).reindex(), [f"{self.paths.run_log('bad')}: Is a directory"])
 
     def test_trouble_with_the_folder_itself_is_logged_once_and_passes(self) -> None:
         self.die("dead")
@@ -8604,6 +8600,42 @@ class TestUnreachableRepository(WatchCase):
         self.assertEqual(self.told(), [])
         self.look(watcher, 2)
         self.assertEqual(self.told(), [("a", "stalled")])
+
+
+class TestHangAlarm(NotifierCase):
+    def test_look_that_does_not_come_back_is_told_and_its_return_too(self) -> None:
+        server = self.webhook()
+        self.configure(a=hook(server.url))
+        watcher, gate, real = self.watcher(), self.gate(), os.scandir
+
+        def hang(path: str) -> Any:
+            gate.wait()
+            return real(path)
+
+        alarm = aimwatch.HangAlarm(watcher, limit_s=0.1)
+        self.addCleanup(alarm.stop)
+        with mock.patch.object(aimwatch, "MIN_POST_GAP_S", 0.0), mock.patch.object(os, "scandir", hang):
+            alarm.start()
+            look = threading.Thread(target=watcher.poll)
+            look.start()
+            self.wait_for(lambda: server.requests)
+            self.assertIn("a look at the repository has not come back for 100 ms", server.texts()[0])
+            time.sleep(0.3)  # however long it hangs, it is told once
+            gate.set()
+            look.join()
+            self.wait_for(lambda: len(server.requests) > 1)
+        self.assertIn("the repository answers again; its runs are watched", server.texts()[1])
+        self.assertEqual(len(server.requests), 2)
+
+    def test_look_that_is_over_leaves_nothing_to_be_alarmed_about(self) -> None:
+        watcher = self.watcher()
+        watcher.poll()
+        self.assertIsNone(watcher.looking_since)
+        with mock.patch.object(watcher, "_list", side_effect=ZeroDivisionError), self.assertRaises(
+            ZeroDivisionError
+        ):
+            watcher.poll()
+        self.assertIsNone(watcher.looking_since)
 
 
 class TestSweep(WatchCase):
