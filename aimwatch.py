@@ -5525,8 +5525,10 @@ class OutboxState:
 class Outbox:
     """The events of a repository and who was told of them. Safe for use by several threads."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, guard: Callable[[], None] = lambda: None) -> None:
         self.path = path
+        #: Raises OSError where nothing may be made below the repository.
+        self._guard = guard
         self._lock = threading.Lock()
         self._state = OutboxState()
         self._state.load(path)
@@ -5582,8 +5584,9 @@ class Outbox:
             return
         self._writer.leave()
         with contextlib.suppress(OSError):
-            os.mkdir(os.path.dirname(self.path))
-        with contextlib.suppress(OSError):
+            self._guard()
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(os.path.dirname(self.path))
             self._writer.open_again([], self._lines())
 
     def _lines(self) -> List[bytes]:
@@ -6604,7 +6607,7 @@ def saved_runs(saved: Dict[str, Any]) -> List[Seen]:
 
 
 #: A folder of more names is listed name by name, and only the newest of each run is kept.
-MAX_NAMES = 200_000
+MAX_NAMES = 50_000
 #: No watcher has looked for so long: 300 years.
 MAX_LOOKED_S = 1e10
 #: Nor has one that looks after MAX_NAMES runs written so much.
@@ -6717,7 +6720,7 @@ class Watcher:
         try:
             for path in (paths.outbox, paths.watcher):
                 remove_leftovers(path)
-            self.outbox = Outbox(paths.outbox)
+            self.outbox = Outbox(paths.outbox, paths.refuse_planted_links)
             self.dispatcher = Dispatcher(paths, self.outbox, NotifierConfig(paths))
             self._restore()
             self.dispatcher.load()
@@ -7050,6 +7053,7 @@ class Watcher:
             "runs": [seen.to_list() for seen in self.table.runs.values()],
         }
         try:
+            self.paths.refuse_planted_links()
             replace_file(self.paths.watcher, to_json(content).encode("ascii"))
         except OSError as error:
             if self._save_cost_s != MAX_SAVE_INTERVAL_S:

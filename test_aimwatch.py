@@ -9477,6 +9477,437 @@ class TestStart(WatcherProcessCase):
         self.assertEqual(code, 1)
 
 
+# ----------------------------------------------------------------- who watches the watcher
+
+
+class NotifySocket:
+    """What systemd listens on; `next` returns what comes."""
+
+    def __init__(self, case: Case, address: Any) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        case.addCleanup(self.socket.close)
+        self.socket.bind(address)
+        self.socket.settimeout(15)
+
+    def next(self) -> str:
+        return self.socket.recv(4096).decode()
+
+    def skip(self, text: str) -> str:
+        """Return the first message that is not `text`."""
+        while True:
+            found = self.next()
+            if found != text:
+                return found
+
+
+class TestSigns(WatcherProcessCase):
+    def test_systemd_is_told_at_a_path_or_an_abstract_address(self) -> None:
+        path, name = os.path.join(self.root, "notify"), f"aimwatch-test-{os.getpid()}"
+        addresses = [(path, path)]
+        if sys.platform == "linux":
+            addresses.append((f"@{name}", f"\0{name}"))
+        for address, bound in addresses:
+            with self.subTest(address=address), mock.patch.dict(os.environ, NOTIFY_SOCKET=address):
+                server = NotifySocket(self, bound)
+                aimwatch.sd_notify("READY=1")
+                self.assertEqual(server.next(), "READY=1")
+                server.socket.settimeout(0)
+                for _ in range(10_000):  # nobody reads: nobody waits
+                    aimwatch.sd_notify("WATCHDOG=1")
+        for address in ("", "nonsense", "/none/here", "@", "/" + "x" * 300, "vsock:2:1"):
+            with self.subTest(address=address), mock.patch.dict(os.environ, NOTIFY_SOCKET=address):
+                aimwatch.sd_notify("READY=1")
+
+    def test_watcher_gives_signs_of_life_while_it_sees_and_no_server_delays_it(self) -> None:
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+
+        def hang(handler: Any) -> None:
+            gate.wait(60)
+            handler.send_error(404, "/services/T000/B000/SECRETSECRET")
+
+        server = self.webhook(hang, (204, ""))
+        notify = NotifySocket(self, os.path.join(self.root, "notify"))
+        os.environ.update(NOTIFY_SOCKET=os.path.join(self.root, "notify"), AIMWATCH_PING_URL=server.url)
+        self.configure(n={"type": "logger"})
+        self.check_in("a", 1, expect=1)
+        watcher = self.start_watcher("--poll-interval", "0.05", "--grace", "0")
+        self.assertEqual(notify.next(), f"READY=1\nSTATUS=watching {self.root}")
+        self.assertEqual(notify.next(), "WATCHDOG=1")
+        # While the server hangs: the run is told of, and there is one request.
+        self.wait_sent(("a", "stalled"))
+        self.assertEqual(
+            [request[:2] for request in server.requests], [("GET", "/services/T000/B000/SECRETSECRET")]
+        )
+        gate.set()
+        self.wait_for(lambda: len(server.requests) > 5)
+        os.rename(self.paths.check_ins, self.paths.check_ins + "-away")
+        lines = []
+        while "cannot list" not in "".join(lines):
+            lines.append(watcher.stderr.readline())
+        asked = len(server.requests)
+        for _ in range(8):
+            self.assertEqual(notify.next(), "WATCHDOG=1")
+        for _ in range(8):
+            time.sleep(0.05)
+        self.assertLessEqual(len(server.requests), asked + 2)
+        watcher.send_signal(signal.SIGTERM)
+        self.assertEqual(notify.skip("WATCHDOG=1"), "STOPPING=1")
+        log_text = watcher.first_line + "".join(lines) + watcher.communicate(timeout=20)[1]
+        self.assertIn("the ping URL cannot be reached: HTTP 404", log_text)
+        self.assertIn("the ping URL is reached again: HTTP 204", log_text)
+        for secret in ("SECRETSECRET", "T000"):
+            self.assertNotIn(secret, log_text)
+        self.assertEqual(watcher.returncode, 0)
+
+    def test_signal_ends_a_watcher_whose_ping_hangs(self) -> None:
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        server = self.webhook(lambda handler: gate.wait(60))
+        watcher = self.start_watcher("--ping-url", server.url)
+        self.wait_for(lambda: server.requests)
+        begun = time.monotonic()
+        self.end(watcher)
+        self.assertLess(time.monotonic() - begun, 5)
+        gate.set()
+
+    def test_wrong_ping_url_is_refused_and_not_shown(self) -> None:
+        for url in (
+            "ftp://host/SECRETSECRET",
+            "http:///SECRETSECRET",
+            "http://u:SECRETSECRET@host/",
+            "SECRETSECRET",
+        ):
+            for argv in (["--ping-url", url], []):
+                with self.subTest(url=url, argv=argv), mock.patch.dict(os.environ, AIMWATCH_PING_URL=url):
+                    code, out, err = self.run_cli("start", *argv)
+                    self.assertEqual((code, out), (2, ""))
+                    self.assertIn("ping-url", err)
+                    self.assertNotIn("SECRETSECRET", err)
+
+
+STANDBY = """\
+import sys, aimwatch
+aimwatch.STANDBY_INTERVAL_S = aimwatch.PROBE_WAIT_S = 0.05
+sys.exit(aimwatch.main(["start", "--standby", "--poll-interval", "0.1", "--grace", "0.5"]))
+"""
+
+
+class TestStandby(WatcherProcessCase):
+    def test_second_watcher_takes_over_when_the_first_is_killed_and_tells_once(self) -> None:
+        self.configure(n={"type": "logger"})
+        self.check_in("a", 1, expect=1)
+        first = self.start_watcher("--grace", "0.5")
+        self.wait_sent(("a", "stalled"))
+        notify = NotifySocket(self, os.path.join(self.root, "notify"))
+        with mock.patch.dict(os.environ, NOTIFY_SOCKET=os.path.join(self.root, "notify")):
+            second, third = self.process(STANDBY), self.process(STANDBY)
+        for process in (second, third):
+            self.assertRegex(
+                process.stderr.readline(),
+                rf"INFO +standing by: process {first.pid} on {aimwatch.this_host()} \(since .*\) "
+                rf"already watches {self.root}\n$",
+            )
+        self.assertEqual(notify.next(), f"READY=1\nSTATUS=standing by for {self.root}")
+        third.send_signal(signal.SIGTERM)
+        self.assertEqual(third.communicate(timeout=20)[1], "")
+        self.assertEqual(third.returncode, 0)
+        self.assertEqual(self.saved()["pid"], first.pid)
+        first.kill()
+        self.assertIn(f"watching {self.root}: 1 live run (1 stalled)", second.stderr.readline())
+        self.check_in("b", 1, expect=1)
+        self.wait_sent(("a", "stalled"), ("b", "stalled"))
+        self.assertEqual(self.saved()["pid"], second.pid)
+        self.assertEqual(self.call("status")[0], 1)
+        self.end(second)
+        self.assertEqual(sorted(self.sent()), [("a", "stalled"), ("b", "stalled")])
+
+    def test_standing_by_outlasts_a_repository_that_is_away(self) -> None:
+        args = types.SimpleNamespace(grace=1, poll_interval=1, once=False, remind_every=0, standby=True)
+        stop = mock.Mock(is_set=False)
+        away, busy = aimwatch.RepoError("away"), aimwatch.WatcherBusyError("busy")
+        with mock.patch.object(aimwatch, "Watcher", side_effect=[busy, away, away, busy, "watcher"]):
+            with self.assertLogs(aimwatch.log, "INFO") as logged:
+                self.assertEqual(aimwatch._take_watch(self.paths, args, stop), "watcher")
+        said = [record.getMessage() for record in logged.records]
+        self.assertEqual(said, ["standing by: busy", "standing by: away", "standing by: busy"])
+        for first in (away, busy):
+            args.standby = first is away
+            with mock.patch.object(aimwatch, "Watcher", side_effect=first), self.assertRaises(
+                aimwatch.RepoError
+            ):
+                aimwatch._take_watch(self.paths, args, stop)
+
+
+# --------------------------------------------------------------------------------- closed doors
+
+
+class TestClosedDoors(WatchCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.outside = os.path.join(self.root, "outside")
+        os.mkdir(self.outside)
+
+    def belonging_to(self, uid: int) -> Any:
+        """Return a patch in which every symbolic link belongs to that user."""
+
+        def lstat(path: Any, real: Any = os.lstat, **options: Any) -> Any:
+            info = real(path, **options)
+            fields = list(info)
+            fields[stat.ST_UID] = uid if stat.S_ISLNK(info.st_mode) else info.st_uid
+            return os.stat_result(fields)
+
+        return mock.patch("os.lstat", lstat)
+
+    def plant(self, folder: str) -> None:
+        """Put a link to `outside` in the place of a folder, with what would be removed there."""
+        shutil.rmtree(folder)
+        os.symlink(self.outside, folder)
+        for name in (named("a", 1, "finished"), "a-1", "a-5-40", "a.txt", "a.jsonl", "a"):
+            with open(os.path.join(self.outside, name), "w") as file:
+                file.write("precious")
+
+    def content(self) -> Dict[str, str]:
+        found = {}
+        for name in os.listdir(self.outside):
+            with open(os.path.join(self.outside, name)) as file:
+                found[name] = file.read()
+        return found
+
+    def test_link_in_the_place_of_a_folder_that_another_user_made_is_refused(self) -> None:
+        another = os.geteuid() + 4242
+        above = [self.paths.aim, os.path.dirname(self.paths.notifications)]
+        for folder in [*self.paths.folders(), *above]:
+            with self.subTest(folder=folder), self.belonging_to(another):
+                watcher = self.watch()
+                self.plant(folder)
+                before = self.content()
+                self.look(watcher, 70)
+                self.assertTrue(watcher.is_blind)
+                self.assertEqual(self.content(), before)
+                with self.assertRaises(aimwatch.RepoError) as caught:
+                    aimwatch.Watcher(self.paths)
+                self.assertEqual(
+                    str(caught.exception),
+                    f"cannot use {folder}: it is a symbolic link that belongs to user {another}: remove it",
+                )
+                self.assertEqual(self.content(), before)
+                self.stop(watcher)
+                self.assertEqual(self.content(), before)
+            shutil.rmtree(self.root)
+            self.paths = aimwatch.find_repo(self.root, create=True)
+            os.mkdir(self.outside)
+
+    def test_link_that_is_ones_own_or_roots_is_followed(self) -> None:
+        for uid in (os.geteuid(), 0):
+            with self.subTest(uid=uid):
+                self.plant(self.paths.check_ins)
+                with self.belonging_to(uid):
+                    watcher = self.watch()
+                    self.assertFalse(watcher.is_blind)
+                    self.stop(watcher)
+                os.unlink(self.paths.check_ins)
+                os.mkdir(self.paths.check_ins)
+
+    def test_index_is_not_written_through_a_link(self) -> None:
+        os.symlink(os.path.join(self.outside, "made"), self.paths.index)
+        with self.belonging_to(os.geteuid() + 4242), self.assertRaises(aimwatch.RepoError):
+            aimwatch.Watcher(self.paths)
+        thread = aimwatch.ReindexThread(self.paths)
+        open(self.paths.marker("a"), "w").close()
+        with self.belonging_to(os.geteuid() + 4242), self.assertLogs(aimwatch.log, "WARNING") as logged:
+            thread._pass()
+        self.assertIn("symbolic link", logged.output[0])
+        self.assertEqual(os.listdir(self.outside), [])
+
+    def test_no_file_is_written_or_removed_through_a_link_whosever_it_is(self) -> None:
+        victim, made = os.path.join(self.outside, "victim"), os.path.join(self.outside, "made")
+        with open(victim, "w") as file:
+            file.write("precious\n")
+
+        def run() -> None:
+            with Run("r", repo=self.root) as run:
+                run.report_progress(expect_next_in=60)
+                run.log_error("x")
+
+        def watch() -> None:
+            watcher = self.watch()
+            self.look(watcher, 3)
+            self.stop(watcher)
+
+        paths = self.paths
+        until = int(time.time()) + 3600
+        for path, act in (
+            (paths.run_log("r"), run), (paths.marker("r"), run), (paths.stack("r"), run),
+            (os.path.join(paths.news, "r-1-40"), run), (paths.index_lock, run),
+            (paths.watcher_lock, watch), (paths.outbox, watch), (paths.watcher, watch),
+            (paths.config_lock, lambda: self.configure(n={"type": "logger"})),
+            (paths.config, lambda: self.configure(n={"type": "logger"})),
+            (os.path.join(paths.mutes, f"r-{until}"), lambda: aimwatch._write_mute(paths, "r", until)),
+        ):  # fmt: skip
+            for target in (victim, made):
+                with self.subTest(path=path, target=target):
+                    if path == paths.config and target == victim:
+                        continue  # its content is read, and refused as no JSON
+                    os.symlink(target, path)
+                    with contextlib.suppress(aimwatch.AimwatchError):
+                        act()
+                    self.assertEqual(self.content(), {"victim": "precious\n"})
+                    shutil.rmtree(paths.aim)
+                    paths.create()
+
+    def test_files_have_no_more_rights_than_they_need(self) -> None:
+        umask = os.umask(0o022)
+        self.addCleanup(os.umask, umask)
+        self.configure(n={"type": "logger"})
+        run = self.run_object()
+        run.report_progress(expect_next_in=60)
+        run.log_error("x")
+        watcher = self.watch()
+        self.run_cli("mute", run.hash)
+        self.stop(watcher)
+        for folder, _, names in os.walk(self.paths.aim):
+            for name in names:
+                mode = stat.S_IMODE(os.stat(os.path.join(folder, name)).st_mode)
+                self.assertEqual(mode, 0o600 if name.startswith("config") else 0o644, name)
+
+    def test_hostile_state_of_a_watcher_hides_no_dead_run(self) -> None:
+        runs = [
+            [named("a", 1, expect=3), 1e300, -1e308, "running"],
+            [named("a", 1, expect=3), 0, 0, "running"],
+        ]
+        for content in (
+            b"\0" * 1000, b"[" * 100_000, b"[]", b'{"looked_s":1e300,"hold_until_s":1e300}',
+            b'{"looked_s":5,"hold_until_s":1e300,"mono":-1e308}', b'{"looked_s":true,"hold_until_s":-1e300}',
+            *(json.dumps({"looked_s": looked, "hold_until_s": looked, "runs": [row], "mono": -1e308,
+                          "boot": aimwatch.boot_id()}).encode()
+              for row in runs for looked in (0, 7.5, -4, 1e300)),
+            json.dumps({"looked_s": 1.0, "hold_until_s": 1.0, "flaps": {"a": [1e300] * 3, "b": [], "c": 5, "d": ["x"]},
+                        "runs": [[], [1, 2, 3, 4], "x", None, {}, ["a", "b", "c", "d"]], "news": {"a": [-5, 10**30]},
+                        "pid": "\x1b[2J", "host": ["x" * 10_000], "started_at": 1e308}).encode(),
+            json.dumps({"flaps": [1], "runs": {"a": 1}, "news": {"a": ["x", {}]}, "looked_s": [], "boot": {}}).encode(),
+        ):  # fmt: skip
+            with self.subTest(content=content[:200]):
+                self.check_in("a", 1, expect=3)
+                with open(self.paths.watcher, "wb") as file:
+                    file.write(content)
+                said = "".join(map(str, self.run_cli("status")))
+                self.assertNotIn("\x1b", said + aimwatch.describe_watcher(self.paths))
+                watcher = self.watch(poll_interval_s=60.0)
+                for _ in range(50):
+                    self.clock.pass_(20.0)
+                    watcher.poll()
+                self.assertEqual(self.told(), [("a", "stalled")])
+                self.stop(watcher)
+                for path in (self.paths.outbox, self.paths.watcher):
+                    os.unlink(path)
+
+    def test_hostile_outbox_stops_nothing(self) -> None:
+        facts = {"run.hash": "x"}
+        lines = [
+            {"event": 5, "kind": "stalled", "to": ["n"], "facts": facts},
+            {"event": {}, "kind": "stalled", "to": ["n"], "facts": facts},
+            {"event": ["a"], "kind": "stalled", "to": ["n"], "facts": facts},
+            {"event": None, "kind": "stalled", "to": [], "facts": {}},
+            {"event": "a", "kind": 5, "to": ["n"], "facts": facts},
+            {"event": "b", "kind": "stalled", "to": [5, {}], "facts": facts},
+            {"event": "c", "kind": "stalled", "to": 5, "facts": facts},
+            {"event": "d", "kind": "stalled", "to": ["n"], "facts": [1]},
+            {"event": "e", "kind": "stalled", "to": ["n"], "facts": {"event": 5}},
+            {"event": "x" * 100_000 + "-1-log", "kind": "\x1b[2J", "to": ["n"], "facts": {"event": "\x1b[2J"}},
+            {"sent": 5, "to": "n"}, {"sent": [{}], "to": "n"}, {"sent": ["a"], "to": {}},
+            {"broken": 5, "reason": "x", "time": 1}, {"broken": {}, "reason": "x", "time": 1},
+            {"broken": "n", "reason": {"a": 1}, "time": "x"}, {"broken": "n", "reason": "\x1b", "time": 1e308},
+            {"mended": {}}, {"mended": 5}, {}, {"event": "z"},
+        ]  # fmt: skip
+        with open(self.paths.outbox, "wb") as file:
+            file.write(b'{"event": "torn\n\xff\xfe\n[[[[[\nnull\n5\n' + b"[" * 50_000 + b"\n")
+            for line in lines:
+                file.write(json.dumps(line).encode() + b"\n")
+        self.configure(n={"type": "logger", "events": list(aimwatch.EVENTS)})
+        self.check_in("a", 1, expect=3)
+        self.assertIn(self.run_cli("notifiers", "list")[0], (0, 1))
+        watcher = self.watch()
+        with mock.patch.object(aimwatch, "COMPACT_BYTES", 1):
+            watcher._compact()
+        self.look(watcher, 8)
+        self.assertTrue(
+            watcher.outbox.knows(next(i for i in watcher.outbox.known_ids() if i.startswith("a-1-")))
+        )
+        self.stop(watcher)
+
+    def test_log_of_any_size_is_read_in_little_time_and_memory(self) -> None:
+        header = json.dumps({"format": 1, "hash": "r", "created_at": 1775000000.0, "host": "node7"})
+        series = '{"series":%d,"name":"s%d","context":{}}\n[%d,1,0.5,1775000000.0]\n'
+        many = "".join(series % (n, n, n) for n in range(150_000))
+        for what, text, size in (("a line of 1 TB", "", 1 << 40), ("no end of series", many, 0),
+                                 ("empty lines", "\n" * (9 << 20), 0)):  # fmt: skip
+            with self.subTest(what=what):
+                with open(self.paths.run_log("r"), "w") as file:
+                    file.write(f"{header}\n{text}")
+                if size:
+                    try:
+                        os.truncate(self.paths.run_log("r"), size)
+                    except OSError as error:
+                        self.skipTest(f"no sparse files of 1 TB: {error}")
+                begun = time.process_time()
+                facts = aimwatch.run_facts(self.paths, "r")
+                aimwatch.new_messages(self.paths.run_log("r"), 0, 0)
+                self.assertLess(time.process_time() - begun, 10)
+                self.assertEqual((facts["run.hash"], facts["run.host"]), ("r", "node7"))
+        os.truncate(self.paths.run_log("r"), 0)
+        with contextlib.suppress(OSError):
+            os.truncate(self.paths.run_log("r"), 1 << 40)
+        begun = time.process_time()
+        self.assertEqual(aimwatch.run_facts(self.paths, "r")["run.name"], "r")
+        self.assertLess(time.process_time() - begun, 10)
+
+    def test_crowded_folder_is_looked_at_in_little_memory(self) -> None:
+        import tracemalloc
+
+        for number in range(300):
+            for idx in range(1, 11):
+                self.place(named(f"r{number}", idx, expect=3))
+        with mock.patch.object(aimwatch, "MAX_NAMES", 500):
+            names, whole = aimwatch.list_bounded(self.paths.check_ins, 500)
+            self.assertEqual((len(names), whole), (300, False))
+            self.assertTrue(all(name.split("-")[1].endswith("10") for name in names))
+            watcher = self.watch()
+            self.look(watcher, 6)
+            told = self.told()
+            self.assertEqual(told[0], ("", "trouble"))
+            self.assertEqual(len(told), 301)
+            self.look(watcher, 3)
+            self.assertEqual(len(self.told()), 301)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        self.assertEqual(len(aimwatch.list_bounded(self.paths.check_ins, 20)[0]), 20)
+        self.assertEqual(len(aimwatch.list_some(self.paths.check_ins, 20)), 20)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 100_000)
+
+    def test_nothing_that_was_read_can_be_executed(self) -> None:
+        with open(MODULE, encoding="utf-8") as file:
+            tree = ast.parse(file.read())
+        imported = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module))
+            elif isinstance(node, ast.Call):
+                name = node.func.id if isinstance(node.func, ast.Name) else ""
+                self.assertNotIn(name, ("eval", "exec", "compile", "__import__", "getattr_static"))
+                called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+                self.assertNotIn(
+                    called, ("system", "popen", "format_map", "execv", "load_module"), ast.dump(node)
+                )
+                for keyword in node.keywords:
+                    self.assertNotEqual(keyword.arg, "shell")
+        self.assertEqual(
+            imported & {"pickle", "marshal", "shelve", "dbm", "importlib", "runpy", "ctypes", "code"}, set()
+        )
+
+
 class _Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
