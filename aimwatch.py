@@ -227,13 +227,18 @@ def remove_leftovers(path: str) -> None:
 
 def read_bounded(path: str, limit: int, follow: bool = True) -> bytes:
     """Return at most `limit` bytes of a regular file; anything else is refused unread, and a
-    symbolic link too unless it is to be followed.
+    symbolic link too unless it is to be followed."""
+    return read_with_stat(path, limit, follow)[0]
+
+
+def read_with_stat(path: str, limit: int, follow: bool = True) -> Tuple[bytes, os.stat_result]:
+    """Do as `read_bounded`, and return also what the file was that was read.
 
     O_NONBLOCK keeps a FIFO that somebody planted from hanging the reader in `open`.
     """
     fd = open_regular(path, 0 if follow else os.O_NOFOLLOW)
     with os.fdopen(fd, "rb") as file:
-        return file.read(limit)
+        return file.read(limit), os.fstat(fd)
 
 
 def command_line(repo: Optional[str] = None) -> str:
@@ -4437,6 +4442,9 @@ class Notifier(NamedTuple):
             if field is not None and field.secret:
                 for text in _texts(value):
                     found.add(text)
+                    if name == "password":  # as a login writes it, which a server may quote
+                        user = self.arguments.get("user", "")
+                        found.update(map(_base64, (text, f"\0{user}\0{text}")))
                     # The request line and library errors show the path without the host.
                     path = text.partition("://")[2].partition("/")[2]
                     found.add(path)
@@ -4448,6 +4456,12 @@ class Notifier(NamedTuple):
         for secret in self.secrets():
             text = text.replace(secret, "***")
         return text
+
+
+def _base64(text: str) -> str:
+    import base64
+
+    return base64.b64encode(text.encode("utf-8", "replace")).decode()
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -4570,6 +4584,13 @@ def checked_port(value: Any) -> int:
     return int(value)
 
 
+def checked_login(value: Any) -> str:
+    """Return a user name or a password. Raises ConfigError, not showing it."""
+    if not isinstance(value, str) or not re.fullmatch(r"[ -~]+", value):
+        raise ConfigError("must be printable ASCII, which is all that a login to a mail server can carry")
+    return value
+
+
 def checked_address(value: Any) -> str:
     """Return a mail address. Raises ConfigError."""
     if not isinstance(value, str) or not re.fullmatch(r"[!-~]+", value.strip()):
@@ -4645,8 +4666,8 @@ NOTIFIER_FIELDS: Dict[str, Tuple[Field, ...]] = {
             "security", "security", "starttls, tls or none (empty: starttls)", checked_security, asked=True
         ),
         Field("port", "port", "Port (empty: 587, with tls 465, with none 25)", checked_port, asked=True),
-        Field("user", "user", "User name to log in (empty: no login)", checked_text, asked=True),
-        Field("password", "password", "Password", checked_text, secret=True, asked=True),
+        Field("user", "user", "User name to log in (empty: no login)", checked_login, asked=True),
+        Field("password", "password", "Password", checked_login, secret=True, asked=True),
         Field("sender", "from", "From", checked_address, required=True),
         Field("to", "to", "To, with commas between several", checked_addresses, required=True),
         _MESSAGE,
@@ -4727,10 +4748,15 @@ class NotifierConfig:
 
         Raises ConfigError where the file is damaged, of another shape or unreadable.
         """
+        return self._read()[0]
+
+    def _read(self) -> Tuple[Dict[str, Any], Optional[os.stat_result]]:
+        """Do as `read`, and return also what the file was that was read."""
         try:
-            raw = json.loads(read_bounded(self.path, MAX_LINE_BYTES).decode("utf-8"))
+            data, info = read_with_stat(self.path, MAX_LINE_BYTES)
+            raw = json.loads(data.decode("utf-8"))
         except FileNotFoundError:
-            return {"notifications": {"version": "1.0", "log_level": 30, "notifiers": {}}}
+            return {"notifications": {"version": "1.0", "log_level": 30, "notifiers": {}}}, None
         except OSError as error:
             raise ConfigError(f"cannot read {self.path}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
@@ -4746,26 +4772,29 @@ class NotifierConfig:
                 "notifiers again"
             )
         top.setdefault("notifiers", {})
-        return raw  # type: ignore[no-any-return]
+        return raw, info
 
     def notifiers(self) -> List[Notifier]:
         """Return every notifier, usable or not. Raises ConfigError like `read`."""
-        entries = self.read()["notifications"]["notifiers"]
+        content, info = self._read()
+        entries = content["notifications"]["notifiers"]
         found = [read_notifier(notifier_id, raw) for notifier_id, raw in entries.items()]
-        distrust = self._distrust() if any(item.type == "command" for item in found) else None
+        distrust = self._distrust(info) if any(item.type == "command" for item in found) else None
         return [
             item._replace(problem=item.problem or distrust) if item.type == "command" else item
             for item in found
         ]
 
-    def _distrust(self) -> Optional[str]:
+    def _distrust(self, info: Optional[os.stat_result]) -> Optional[str]:
         """Return why programs that the file names are not run, or None: whoever may write to the
-        repository must not thereby run programs as the one who watches it."""
-        try:
-            info = os.stat(self.path, follow_symlinks=False)
-        except OSError as error:
-            return f"is not run: {error.strerror}"
-        if info.st_uid not in (0, os.geteuid()) or not stat.S_ISREG(info.st_mode) or info.st_mode & 0o022:
+        repository must not thereby run programs as the one who watches it. `info` is of what was
+        read, since another file may stand at the path by now."""
+        if (
+            info is None
+            or info.st_uid not in (0, os.geteuid())
+            or info.st_mode & 0o022
+            or os.path.islink(self.path)
+        ):
             return (
                 f"is not run: {self.path} must be a file that belongs to you (or root) and that nobody "
                 "else can write: chmod 600"
@@ -4834,6 +4863,8 @@ _ICONS = {STALLED: "❗", FAILED: "❌", RECOVERED: "✅", FINISHED: "✅", TROU
 FULL_EVENTS = 5
 #: How much of a digest's line about one run is shown.
 DIGEST_LINE = 160
+#: How much of a name is shown there.
+DIGEST_NAME = 60
 
 
 def fill_template(template: str, facts: Facts) -> str:
@@ -4941,24 +4972,26 @@ def digest(template: Optional[str], batch: Sequence[Facts], limit: int = MAX_MES
     ):
         values = {facts.get(field, "") for facts in batch}
         if len(values) == 1 and "" not in values:
-            lines.append(f"all of {label} {values.pop()}")
-    last = look_further(batch[0])
+            lines.append(f"all of {label} {shorten(values.pop(), 2 * DIGEST_NAME, '...')}")
+    last = shorten(look_further(batch[0]), limit // 4, "...")
     whole = [message_for(template, facts).replace(f"\n{last}", "") for facts in batch[: FULL_EVENTS + 1]]
     if len(whole) <= FULL_EVENTS and sum(map(len, [*lines, *whole, last])) + 20 < limit:
         return "\n\n".join(["\n".join(lines), *whole, last])
-    room = limit - sum(map(len, lines)) - len(last) - 40
-    shown = 0
-    for facts in batch[:DIGEST_LINES]:
-        host = _with(" on {}", facts, "run.host")
-        line = f"{shorten(summary(facts), DIGEST_LINE, ' ...')} ({facts.get('run.hash', '')[:8]}{host})"
-        room -= len(line) + 1
-        if room < 0:
-            break
-        lines.append(line)
-        shown += 1
-    if len(batch) > shown:
-        lines.append(f"and {len(batch) - shown} more")
-    return "\n".join([*lines, last])
+    named = batch[:DIGEST_LINES]
+    room = limit - len("\n".join([*lines, "and 1000000 more", last])) - 1
+    about = [_digest_line(facts, DIGEST_LINE, _with(" on {}", facts, "run.host")) for facts in named]
+    if len("\n".join(about)) > room:
+        about = [_digest_line(facts, room // len(named) - 1, "") for facts in named]
+    if len(batch) > len(named):
+        about.append(f"and {len(batch) - len(named)} more")
+    return "\n".join([*lines, *about, last])
+
+
+def _digest_line(facts: Facts, limit: int, where: str) -> str:
+    """Return what a digest says of one event: whatever the run is called, also what happened."""
+    name = shorten(facts.get("run.name", ""), DIGEST_NAME, "...")
+    tail = f" ({facts.get('run.hash', '')[:8]}{shorten(where, DIGEST_NAME, '...')})"
+    return shorten(summary({**facts, "run.name": name}), limit - len(tail), " ...") + tail
 
 
 def plain_facts(facts: Facts) -> Facts:
@@ -5032,8 +5065,39 @@ class Answer(NamedTuple):
     body: str
 
 
-#: An attempt leaves here how to break it off from another thread.
-Closers = List[Callable[[], Any]]
+class Closers:
+    """What breaks an attempt off from another thread. Once it was broken off, what it still opens is
+    closed at once: an attempt that was given up and will be made again must not succeed later."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._closers: List[Callable[[], Any]] = []
+        self._given_up = False
+
+    def append(self, close: Callable[[], Any]) -> None:
+        """Have `close` called when the attempt is given up. Raises TimeoutError where it was."""
+        with self._lock:
+            self._closers.append(close)
+            given_up = self._given_up
+        if given_up:
+            close()
+            raise TimeoutError("given up")
+
+    def give_up(self) -> None:
+        """Break the attempt off."""
+        with self._lock:
+            self._given_up = True
+        for close in self._closers:
+            with contextlib.suppress(Exception):
+                close()
+
+
+def cut(link: Any) -> None:
+    """End a connection under the thread that uses it. A TLS socket's own `shutdown` would let what
+    is written meanwhile through as plain text."""
+    import socket
+
+    socket.socket.shutdown(link, socket.SHUT_RDWR)
 
 
 def attempt(deliver: Callable[[Closers], Outcome], limit_s: float = ATTEMPT_S) -> Outcome:
@@ -5042,7 +5106,7 @@ def attempt(deliver: Callable[[Closers], Outcome], limit_s: float = ATTEMPT_S) -
     Socket time-outs bound one operation; a name server that is silent and a server that sends one
     byte a second are only bounded by leaving the thread behind and closing what it reads from.
     """
-    closers: Closers = []
+    closers = Closers()
     found: List[Outcome] = []
 
     def work() -> None:
@@ -5056,19 +5120,21 @@ def attempt(deliver: Callable[[Closers], Outcome], limit_s: float = ATTEMPT_S) -
     thread.join(limit_s)
     if found:
         return found[0]
-    for close in closers:
-        with contextlib.suppress(Exception):
-            close()
+    closers.give_up()
     return Outcome(RETRY, f"no complete answer within {limit_s:g} s")
 
 
 def judge_error(error: BaseException) -> Outcome:
-    """Judge an attempt that ended in an exception: it is tried again, since networks heal."""
+    """Judge an attempt that ended in an exception: it is tried again, since networks heal; but
+    where it is our own making, in fewer words, since the next time would end the same."""
+    import http.client
+
     reason = getattr(error, "reason", None)
     if isinstance(reason, BaseException):
         error = reason
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return Outcome(RETRY, printable(f"{type(error).__name__}: {text}", 200))
+    heals = isinstance(error, (OSError, http.client.HTTPException, MemoryError))
+    return Outcome(RETRY if heals else REFUSED, printable(f"{type(error).__name__}: {text}", 200))
 
 
 def http_request(
@@ -5095,10 +5161,10 @@ def http_request(
                 really_connect()
                 # urllib takes `sock` away from the connection once it has the headers.
                 found = connection.sock
-                closers.append(lambda: found.shutdown(2))
+                closers.append(lambda: cut(found))
 
             connection.connect = note_socket
-            closers.append(lambda: connection.sock.shutdown(2))
+            closers.append(lambda: cut(connection.sock))
             return connection
 
         return make
@@ -5110,7 +5176,7 @@ def http_request(
     class Secure(urllib.request.HTTPSHandler):
         def https_open(self, request: Any) -> Any:
             factory = connect(http.client.HTTPSConnection)
-            return self.do_open(factory, request, context=tls_context())
+            return self.do_open(factory, request, context=tls_context(closers))
 
     data = None if payload is None else json.dumps(payload).encode()
     request = urllib.request.Request(url, data, method="GET" if data is None else "POST")
@@ -5130,12 +5196,19 @@ def http_request(
         return Answer(response.status, found, body)
 
 
-def tls_context() -> Any:
+def tls_context(closers: Closers) -> Any:
     """Return a TLS context that trusts the system's certificates, or those of the usual variables."""
     import ssl
 
+    class Link(ssl.SSLSocket):
+        def do_handshake(self, block: bool = False) -> None:
+            closers.append(lambda: cut(self))  # nobody else can reach the socket by now
+            super().do_handshake(block)
+
     bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-    return ssl.create_default_context(cafile=bundle or None)
+    context = ssl.create_default_context(cafile=bundle or None)
+    context.sslsocket_class = Link
+    return context
 
 
 def retry_after_s(value: str, now_s: float) -> float:
@@ -5226,7 +5299,8 @@ def judge_webhook(answer: Answer, now_s: float) -> Outcome:
     wrong = judge_status(answer, now_s)
     if wrong is not None:
         return wrong
-    if "html" in answer.headers.get("content-type", "") or answer.body.lstrip()[:1] == "<":
+    # Not by its type alone: small servers call everything they answer HTML.
+    if re.match(r"\s*(<\?xml[^>]*>\s*)?<(!doctype|html|head|body|title)\b", answer.body, re.IGNORECASE):
         said = printable(" ".join(answer.body.split()), 80)
         return Outcome(RETRY, f"HTTP {answer.status} with a page (a proxy's or a portal's?): {said}")
     return Outcome(SENT, f"HTTP {answer.status}")
@@ -5318,17 +5392,32 @@ def send_command(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -
         process = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
         )
-    except (OSError, ValueError) as error:
-        return Outcome(BROKEN, f"{argv[0]}: {getattr(error, 'strerror', None) or error}")
+    except OSError as error:
+        # A machine that is out of processes or memory will have some again.
+        kind = RETRY if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.ETXTBSY) else BROKEN
+        return Outcome(kind, f"{argv[0]}: {error.strerror}")
     closers.append(lambda: os.killpg(process.pid, signal.SIGKILL))
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
-        stdin.write(data)
+    _feed(process, data)
     status = process.wait()
     if status == 0:
         return Outcome(SENT, f"{argv[0]} exited with status 0")
     how = f"exited with status {status}" if status > 0 else f"was killed by signal {-status}"
     return Outcome(RETRY, f"{argv[0]} {how}")
+
+
+def _feed(process: Any, data: bytes) -> None:
+    """Write `data` to a program's standard input, for as long as it runs: it need not read it, nor
+    need what it leaves behind."""
+    import select
+
+    view = memoryview(data)
+    with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+        os.set_blocking(stdin.fileno(), False)
+        room = select.poll()
+        room.register(stdin, select.POLLOUT)
+        while view and process.poll() is None:
+            if room.poll(50):
+                view = view[os.write(stdin.fileno(), view) :]
 
 
 def mail_message(notifier: Notifier, batch: Sequence[Facts]) -> Any:
@@ -5346,7 +5435,7 @@ def mail_message(notifier: Notifier, batch: Sequence[Facts]) -> Any:
     message["Message-ID"] = email.utils.make_msgid(domain=this_host())
     # Says that a program wrote this, so that no absence notice answers (RFC 3834).
     message["Auto-Submitted"] = "auto-generated"
-    message.set_content(text)
+    message.set_content(text.encode("utf-8", "replace").decode())  # a template may hold half a character
     return message
 
 
@@ -5376,19 +5465,21 @@ def send_email(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> 
 
     class Server(base):  # type: ignore[misc]
         def connect(self, *args: Any, **options: Any) -> Any:
-            closers.append(lambda: self.sock.shutdown(2))
-            return super().connect(*args, **options)
+            closers.append(lambda: cut(self.sock))
+            greeting = super().connect(*args, **options)
+            closers.append(lambda: cut(self.sock))
+            return greeting
 
     # Without a name of ours, it would ask the name server for one, which an air-gapped host lacks.
     ours = this_host() if "." in this_host() else "[127.0.0.1]"
     options: Dict[str, Any] = {"timeout": ATTEMPT_S, "local_hostname": ours}
     if security == "tls":
-        options["context"] = tls_context()
+        options["context"] = tls_context(closers)
     try:
         port = arguments.get("port") or MAIL_PORTS[security]
         with contextlib.closing(Server(arguments["host"], port, **options)) as server:
             if security == "starttls":
-                server.starttls(context=tls_context())
+                server.starttls(context=tls_context(closers))
             if arguments.get("user"):
                 server.login(arguments["user"], arguments.get("password") or "")
             refused = server.send_message(message)
@@ -5398,7 +5489,10 @@ def send_email(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> 
     except smtplib.SMTPException as error:
         return judge_mail(error)
     if refused:
-        return Outcome(SENT, printable(f"accepted, except for {', '.join(refused)}", 200))
+        # Told again, it would reach the others twice.
+        text = printable(f"accepted, except for {', '.join(refused)}", 200)
+        log.warning("notifier %s %s: the mail was %s", notifier.type, notifier.id[:8], text)
+        return Outcome(SENT, text)
     return Outcome(SENT, f"accepted by {arguments['host']}")
 
 

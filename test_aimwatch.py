@@ -6285,7 +6285,7 @@ class Judgements(unittest.TestCase):
             (urllib.error.URLError("no\nhost"), "URLError: <urlopen error no\\x0ahost>"),
             (socket.timeout("timed out"), ": timed out"),
             (http.client.BadStatusLine("X\r"), "BadStatusLine: "),
-            (ValueError(), "ValueError: ValueError"),
+            (MemoryError(), "MemoryError: MemoryError"),
             (OSError("x" * 500), "..."),
         ):
             with self.subTest(error=error):
@@ -7324,6 +7324,63 @@ for line in sys.stdin:
             first = (2 * number - 1) * lines // (2 * count)
             with self.subTest(first=first):
                 self.chain(number, [first, (first * 7919) % lines] if number % 2 else [first])
+
+    @unittest.skipUnless("WATCHER_KILLS" in os.environ, "takes its time")
+    def test_kill_at_random_moments_while_servers_are_slow(self) -> None:
+        kills = int(os.environ["WATCHER_KILLS"]) // 25 + 1
+        random_ = random.Random(kills)
+        failing, stalling = [f"dies{n}" for n in range(25)], [f"hangs{n}" for n in range(15)]
+        for name in failing:
+            self.check_in(name, 1)
+
+        def slowly(handler: Any) -> None:
+            gate.wait(random_.uniform(0.05, 0.3))
+            handler.send_response(204)
+            handler.end_headers()
+
+        gate = self.gate()
+        with self.config.edit() as raw:
+            raw["notifications"]["notifiers"].clear()
+        for name, server in self.servers.items():
+            server.answers = [slowly]
+            self.configure(**{name: {"type": "webhook", "arguments": {"url": server.url}}})
+        self.start_watcher("--grace", "0.5").kill()
+        for name in stalling:
+            self.check_in(name, 1, expect=1)
+        heard: Dict[str, List[Tuple[str, str]]] = {name: [] for name in self.servers}
+        told: Dict[str, Any] = {name: set() for name in self.servers}
+        pending = list(failing)
+        watcher: Any = None
+        for _ in range(kills):
+            watcher = self.start_watcher("--grace", "0.5")
+            for _ in range(random_.randrange(10)):
+                gate.wait(random_.uniform(0.0, 0.1))
+                if pending:
+                    self.check_in(pending.pop(), 2, "failed")
+            watcher.kill()
+            watcher.wait()
+            self.take(heard, told)
+        while pending:
+            self.check_in(pending.pop(), 2, "failed")
+        watcher = self.start_watcher("--grace", "0.5")
+        expected = {(name, "failed") for name in failing} | {(name, "stalled") for name in stalling}
+        self.wait_for(lambda: all(self.told(self.root, name) >= expected for name in self.servers), 60)
+        watcher.terminate()
+        watcher.wait()
+        self.take(heard, told)
+        for name in self.servers:
+            ours = {pair for pair in heard[name] if pair[0].startswith(("dies", "hangs"))}
+            self.assertEqual(ours, expected)
+
+    def take(self, heard: Dict[str, List[Tuple[str, str]]], told: Dict[str, Any]) -> None:
+        """Note what the servers heard in one life, and check that it was news to them."""
+        self.wait_for(lambda: threading.active_count() <= self.threads)
+        for name in self.servers:
+            new = self.received(name)
+            self.assertEqual(len(set(new)), len(new), name)
+            self.assertFalse(set(new) & told[name], name)
+            heard[name] += new
+            told[name] |= self.told(self.root, name)
 
 
 # ======================================================================== Command line
