@@ -8688,13 +8688,14 @@ class TestReadme(WatcherProcessCase):
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
         )  # fmt: skip
         self.addCleanup(self._end, self.watching)
-        seen = ""
-        for _ in range(3):  # what it says before that it watches
-            said = self.watching.stderr.readline()
-            if f" watching {self.paths.root}: " in said:
-                return
-            seen += said
-        self.fail(f"{line}\n{seen}")
+        silent = threading.Timer(20, self.watching.kill)
+        silent.start()
+        said = iter(self.watching.stderr.readline, "")
+        self.assertIn(
+            f" watching {self.paths.root}: ", next((seen for seen in said if " watching " in seen), "")
+        )
+        silent.cancel()
+        silent.join()
 
     def stop_watching(self) -> None:
         if self.watching is not None:
