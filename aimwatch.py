@@ -215,6 +215,16 @@ def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
         raise
 
 
+def remove_leftovers(path: str) -> None:
+    """Remove what `replace_file` left beside `path` where it was killed. For the only one who may
+    replace that file just now."""
+    folder, name = os.path.split(path)
+    with contextlib.suppress(OSError):
+        for found in os.listdir(folder):
+            if re.fullmatch(re.escape(name) + r"\.[0-9a-f]{12}\.tmp", found):
+                os.unlink(os.path.join(folder, found))
+
+
 def read_bounded(path: str, limit: int, follow: bool = True) -> bytes:
     """Return at most `limit` bytes of a regular file; anything else is refused unread, and a
     symbolic link too unless it is to be followed.
@@ -1352,6 +1362,7 @@ class _Stacks:
         #: When the timer that was set here fires, and the thread that waits for that.
         self._due = -math.inf
         self._thread = ""
+        self._turn = 0
 
     def _load(self) -> bool:
         """Have `faulthandler` at hand, and notice when the user sets its timer."""
@@ -1426,22 +1437,30 @@ class _Stacks:
     def close(self, run: Run) -> None:
         """Remove what was written for a run that has ended."""
         with self._lock:
-            self.disarm(run)
-            # Under the lock: a timer must never fire into a descriptor that is somebody else's by then.
+            self._forget(run)
             fd, run._stacks_fd = run._stacks_fd, -1
+            if fd >= 0:
+                # A timer must never fire into a descriptor that is somebody else's by then. Set anew in
+                # any case: a signal's handler that raises may have left it without a note of it.
+                self._set()
         if fd >= 0:
             os.close(fd)
             with contextlib.suppress(OSError):
                 os.unlink(run._paths.stack(run.hash))
 
     def _set(self) -> None:
+        self._turn += 1
+        turn = self._turn
+        self._set_once()
+        if self._turn != turn:
+            self._set()  # a signal's handler came between, and what was set may be over
+
+    def _set_once(self) -> None:
         now = _monotonic()
         if now < self._due and self._thread and not os.path.exists(f"/proc/self/task/{self._thread}"):
             # It waits no more though it should: somebody has the functions from before they were
             # replaced. What they set must not be taken from them.
-            self._due = -math.inf
-            if _may_have_timer():
-                self._theirs_until = math.inf
+            self._due, self._theirs_until = -math.inf, math.inf
         if now < self._theirs_until:
             return
         ahead = [item for item in self._armed.values() if item[0] > now]
@@ -4132,7 +4151,9 @@ class Repo:
     def find_run(self, prefix: str) -> str:
         """Return the hash that starts with `prefix`. Raises RepoError for none or several."""
         hashes = list_runs(self._paths)
-        found = [prefix] if prefix in hashes else [item for item in hashes if item.startswith(prefix)]
+        # Everything starts with "", which is what a script gives whose variable is not set.
+        starting = [item for item in hashes if prefix and item.startswith(prefix)]
+        found = [prefix] if prefix in hashes else starting
         if len(found) == 1:
             return found[0]
         shown = printable(repr(prefix), 80)
@@ -4775,6 +4796,7 @@ class NotifierConfig:
             fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             try:
                 self._wait_for_lock(fd)
+                remove_leftovers(self.path)
                 raw = self.read()
                 yield raw
                 replace_file(self.path, (json.dumps(raw, indent=4) + "\n").encode(), 0o600)
@@ -5431,6 +5453,8 @@ def back_off_s(failures: int, random: float) -> float:
 
 #: Above this size, and when it has doubled, the outbox is rewritten without what nobody can ask for.
 COMPACT_BYTES = 1 << 20
+#: How many deliveries one line records.
+MAX_SENT_IDS = 10_000
 
 
 class Event(NamedTuple):
@@ -5518,6 +5542,11 @@ class Outbox:
         """Return the ids of all events that were put here."""
         return list(self._state.known)
 
+    @property
+    def newest_id(self) -> str:
+        """The id of the last event that was put here, or ""."""
+        return next(reversed(self._state.known), "")
+
     def add(self, events: Sequence[Tuple[Event, List[str]]]) -> None:
         """Record events with the ids of the notifiers to tell, in one write that reaches the disk.
 
@@ -5570,7 +5599,8 @@ class Outbox:
 
     def sent(self, event_ids: Sequence[str], notifier_id: str) -> None:
         """Record that a notifier was told of events."""
-        self._note({"sent": list(event_ids), "to": notifier_id})
+        for start in range(0, len(event_ids), MAX_SENT_IDS):  # a line too long is not read
+            self._note({"sent": list(event_ids[start : start + MAX_SENT_IDS]), "to": notifier_id})
 
     def note_broken(self, notifier_id: str, reason: str) -> None:
         """Record that a notifier does not work, unless that is known."""
@@ -5626,8 +5656,10 @@ class Outbox:
                 }
                 data = b"".join(self._lines())
                 replace_file(self.path, data)
-                self._writer.close()
-                self._writer = LogWriter(self.path)
+                # The new one first: where it cannot be opened, the old one is found to be gone, and
+                # no descriptor that was closed is written to.
+                old, self._writer = self._writer, LogWriter(self.path)
+                old.close()
             except OSError as error:
                 self._compact_at = 2 * max(COMPACT_BYTES, self._compact_at)
                 log.warning("cannot shorten %s: %s", self.path, error.strerror)
@@ -6006,6 +6038,8 @@ class Seen:
 
 _FLAG_STATES = {STARTING: RUNNING, CHECK_IN: RUNNING, FINISHED: FINISHED, FAILED: FAILED}
 _STATES = {RUNNING, STALLED, FINISHED, FAILED}
+#: The state in which a run is that was told of last as this.
+_TOLD_STATES = {STALLED: STALLED, FAILED: FAILED, FINISHED: FINISHED, RECOVERED: RUNNING, STARTED: RUNNING}
 #: What is to be told when a run's state changes; any other change says nothing.
 _CHANGES = {
     (None, RUNNING): (STARTED,),
@@ -6314,12 +6348,15 @@ def process_state(pid: str) -> str:
 FLAP_STALLS, FLAP_WINDOW_S, FLAP_STEADY_S = 3, 3600.0, 1800.0
 #: A stall of a flapping run is told after all when it has lasted so long.
 FLAP_PATIENCE_S = 900.0
+STILL = "-still"
 #: How often at most a stalled run is told again.
 MAX_REMINDERS = 10
 
 
 class Flaps:
     """Tells apart a run that stalls from one that goes on stalling and coming back."""
+
+    # A stall that was told as flapping is told again when it lasts: STILL makes that another event.
 
     def __init__(self) -> None:
         #: By run, the moments (looking clock) of its last stalls, the newest last.
@@ -6377,7 +6414,7 @@ class Flaps:
                 del self.stalls[run]
             elif seen.state == STALLED and now_s - last_s >= FLAP_PATIENCE_S:
                 note = "it has flapped before"
-                changes.append(Change(STALLED, seen, now_s - seen.since_s, RUNNING, note))
+                changes.append(Change(STALLED, seen, now_s - seen.since_s, RUNNING, note, STILL))
             elif seen.state == RUNNING and now_s - last_s >= FLAP_STEADY_S:
                 note = f"steady again: no stall for {human_s(FLAP_STEADY_S)}"
                 changes.append(Change(RECOVERED, seen, 0.0, STALLED, note))
@@ -6657,6 +6694,8 @@ class Watcher:
         self._clock, self._utc = clock, utc
         self._started_utc = utc()
         self._reported: Set[str] = set()
+        #: Runs whose start the last watcher told and did not live to note.
+        self._begun: Set[str] = set()
         self._blind_since: Optional[float] = None
         self._told_blind = False
         self._saved_mono, self._save_cost_s = -math.inf, 0.0
@@ -6669,6 +6708,8 @@ class Watcher:
         paths.create()
         self._lock_fd = self._take_lock()
         try:
+            for path in (paths.outbox, paths.watcher):
+                remove_leftovers(path)
             self.outbox = Outbox(paths.outbox)
             self.dispatcher = Dispatcher(paths, self.outbox, NotifierConfig(paths))
             self._restore()
@@ -6720,19 +6761,42 @@ class Watcher:
             if seen.state == RUNNING and self.outbox.knows(Change(STALLED, seen, 0, None).id):
                 seen.state = STALLED
             self.table.restore(seen)
+        for event_id in self._told_since(saved):
+            run, _, rest = event_id.partition("-")
+            kind = rest.split("-")[2:3]
+            if run in self.table.runs and kind and kind[0] in _TOLD_STATES:
+                self.table.runs[run].state = _TOLD_STATES[kind[0]]
+            elif kind == [STARTED]:
+                self._begun.add(run)
         self.flaps.restore(saved.get("flaps"), self.looking.total_s)
         self.news.restore(saved.get("news"), self.outbox.known_ids())
-        if saved:
-            self._compact()
+
+    def _told_since(self, saved: Dict[str, Any]) -> List[str]:
+        """Return the ids of events that were told after watcher.json was written: what became of a
+        run by then must not be told again under the number of a later check-in."""
+        ids, last = self.outbox.known_ids(), saved.get("last_event")
+        if last == "":
+            return ids
+        return ids[ids.index(last) + 1 :] if last in ids else []
 
     def _compact(self) -> None:
-        runs, broken = self.table.runs, self.outbox.broken()
-        self.outbox.compact(
-            lambda event_id: (
-                (event_id.partition("-")[0] in runs and self.news.is_needed(event_id))
-                or bool(broken and event_id.startswith(f"{BROKEN}-"))
-            )
-        )
+        """Shorten the outbox to what may be asked for again: of a run that goes on for months, what
+        its newest check-in led to, and up to where its messages were told."""
+        self._save(now=True)  # what goes now is told by watcher.json from here on
+        runs, broken, newest = self.table.runs, self.outbox.broken(), self.outbox.newest_id
+
+        def keep(event_id: str) -> bool:
+            run, _, rest = event_id.partition("-")
+            idx = rest.partition("-")[0]
+            if event_id == newest:
+                return True
+            if run not in runs:
+                return bool(broken) and run == BROKEN
+            if _NEWS_ID.fullmatch(event_id):
+                return self.news.is_needed(event_id)
+            return idx.isdigit() and int(idx) >= runs[run].idx
+
+        self.outbox.compact(keep)
 
     def _time_since(self, saved: Dict[str, Any]) -> Optional[float]:
         """Return the seconds since watcher.json was written, None where no clock can tell."""
@@ -6817,6 +6881,7 @@ class Watcher:
             Event(change.id, change.kind, self._dated(change_facts(self.paths, change)))
             for change in told
             if change.seen.run not in muted
+            and not (change.old_state is None and change.kind == STARTED and change.seen.run in self._begun)
             and self.dispatcher.wanted(change.kind)
             and not self.outbox.knows(change.id)
         ]
@@ -6833,8 +6898,9 @@ class Watcher:
 
     def _may_remind(self, seen: Seen) -> bool:
         # Of a run that flaps, only when its stall was told.
-        known = self.outbox.knows(Change(STALLED, seen, 0, None).id)
-        return seen.state == STALLED and (known or not self.flaps.is_flapping(seen.run))
+        stall = Change(STALLED, seen, 0, None).id
+        told = self.outbox.knows(stall) or self.outbox.knows(stall + STILL)
+        return seen.state == STALLED and (told or not self.flaps.is_flapping(seen.run))
 
     def _find_news(self, muted: Set[str]) -> List[Event]:
         """Return an event for every run that logged something worth telling."""
@@ -6963,6 +7029,7 @@ class Watcher:
             "poll_interval_s": self.poll_interval_s,
             "once": self._once,
             "looked_s": round(self.looking.total_s, 3),
+            "last_event": self.outbox.newest_id,
             "hold_until_s": round(self.looking.hold_until_s, 3),
             "flaps": self.flaps.stalls,
             "news": self.news.read,
