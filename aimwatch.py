@@ -8357,7 +8357,8 @@ def cmd_reindex(args: Any) -> int:
     try:
         problems = reindexer.run_all(args.rebuild, REINDEX_WAIT_S, progress)
     except (OSError, sqlite_error()) as error:
-        raise AimwatchError(f"cannot write {paths.index}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise AimwatchError(f"cannot write {paths.index}: {why}") from None
     finally:
         progress.clear()
     for problem in problems:
