@@ -4900,9 +4900,7 @@ class Reading(StoredCase):
         for argv in (["reindex"], ["reindex"], ["reindex", "--rebuild"]):
             code, out, err = self.run_cli(*argv)
             self.assertEqual((code, out), (1, ""))
-            self.assertEqual(
-                err, f"{aimwatch.command_line()}: {self.paths.run_log('bad')}: Is a directory\n"
-            )
+            self.assertEqual(err, f"{aimwatch.command_line()}: {self.paths.run_log('bad')}: Is a directory\n")
             self.assertEqual(len(index_content(self.paths.index)["runs"]), 10)
         self.assertEqual(self.pending(), ["bad", "live"])
         code, out, err = self.run_cli("runs", "--json")
@@ -5047,9 +5045,7 @@ class ReindexThreads(StoredCase):
             [f"WARNING:aimwatch:{self.paths.run_log('another')}: RuntimeError: no idea",
              f"WARNING:aimwatch:{self.paths.run_log('bad')}: Is a directory"],
         )  # fmt: skip
-        self.assertEqual(
-            aimwatch.Repo(self.root).reindex(), [f"{self.paths.run_log('bad')}: Is a directory"]
-        )
+        self.assertEqual(aimwatch.Repo(self.root).reindex(), [f"{self.paths.run_log('bad')}: Is a directory"])
 
     def test_trouble_with_the_folder_itself_is_logged_once_and_passes(self) -> None:
         self.die("dead")
