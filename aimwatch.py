@@ -543,6 +543,8 @@ RETRY_S = 1.0
 #: What a log says beside its points, since its last checkpoint, counts up to this size: a run that
 #: declares series without end must not fill the memory of who reads it.
 MAX_STATE_BYTES = 2 * MAX_LINE_BYTES
+#: More torn checkpoints than this, and lines that are no records, are in no log of ours.
+MAX_TORN_CHECKPOINTS, MAX_NOISE_LINES = 100, 10_000
 #: Errors that mean "the file that was here is not any more", as opposed to "it cannot be seen now".
 GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EBADF}
 _CHECKPOINT_START = b'{"checkpoint"'
@@ -1048,7 +1050,9 @@ def read_log(path: str, run_hash: str, most_bytes: float = math.inf) -> RunState
         if start or least:
             # Not to the end of the line: somebody may have made one that fills the disk.
             _apply_line(state, file.readline(MAX_LINE_BYTES))
-        while start:
+        tries = 0
+        while start and tries < MAX_TORN_CHECKPOINTS:
+            tries += 1
             file.seek(start)
             if _apply_line(state, next(lines, (b"", True))[0]):
                 break
@@ -1060,10 +1064,14 @@ def read_log(path: str, run_hash: str, most_bytes: float = math.inf) -> RunState
             else:
                 state = RunState(run_hash)
                 file.seek(0)
+        empty = 0
         for line, whole in lines:
             # A last line without its end is being written, or was torn; not counted as damage.
             if not _apply_line(state, line) and whole:
                 state.skipped += 1
+            empty += line == b"\n"
+            if state.skipped + empty > MAX_NOISE_LINES and most_bytes < math.inf:
+                break  # who asks for a part has no time for megabytes of it
     return state
 
 
@@ -6304,18 +6312,18 @@ def new_messages(path: str, start: int, level: int) -> Tuple[int, int, List[Dict
     with os.fdopen(fd, "rb"):
         size = os.fstat(fd).st_size
         begin = max(min(start, size), size - NEWS_BYTES, 0)
-        data = os.pread(fd, size - begin, begin)
-    count, last, at = 0, deque(maxlen=NEWS_LINES), 0  # type: int, Deque[Dict[str, Any]], int
-    while True:
-        # One after the other: a log of empty lines must not become a list of millions.
-        end = data.find(b"\n", at)
-        if end < 0:
-            return begin + at, count, list(last)
-        message = parse_message(data[at:end])
+        data = b"\n" + os.pread(fd, size - begin, begin)
+    count, end, needle = 0, data.rfind(b"\n"), b'\n{"log"'
+    last: Deque[Dict[str, Any]] = deque(maxlen=NEWS_LINES)
+    at = data.find(needle, 0, end)
+    while at >= 0:
+        line_end = data.index(b"\n", at + 1)
+        message = parse_message(data[at + 1 : line_end])
         if message is not None and message["log"] >= level:
             count += 1
             last.append(message)
-        at = end + 1
+        at = data.find(needle, line_end, end)
+    return begin + end, count, list(last)
 
 
 def log_facts(paths: RepoPaths, run_hash: str, count: int, last: Sequence[Dict[str, Any]]) -> Facts:
