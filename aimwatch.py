@@ -1193,6 +1193,8 @@ _monotonic = time.monotonic
 STACKS_AFTER_S = 0.5
 #: A promise that is renewed sooner than this leaves the timer as it is.
 STACKS_AGAIN_S = 1.0
+#: How long a thread may take to be there, with its signals blocked, or to be gone.
+THREAD_END_S = 0.02
 #: The user's own timer is thought to be set for so much longer.
 THEIR_TIMER_LATE_S = 2.0
 #: What $AIMWATCH_STACKS may say to turn them off.
@@ -1424,6 +1426,11 @@ class _Stacks:
         if self._armed and _monotonic() >= self._theirs_until:
             self._cancel()
             self._due = -math.inf
+            # Python 3.12 warns of a fork with threads, and one that has ended is seen for a moment.
+            deadline = _monotonic() + THREAD_END_S
+            while self._thread and os.path.exists(f"/proc/self/task/{self._thread}"):
+                if _monotonic() > deadline:
+                    break
 
     def after_fork_in_parent(self) -> None:
         try:
@@ -1458,6 +1465,8 @@ def _blocks_all_signals(task: str) -> bool:
 
 def _may_have_timer() -> bool:
     """True unless it is plain that nobody has set the timer of `faulthandler`."""
+    if len(_tasks()) > threading.active_count():
+        time.sleep(THREAD_END_S)  # a timer that was set just now has not blocked its signals yet
     tasks = _tasks()
     return not tasks or any(map(_blocks_all_signals, tasks))
 

@@ -1551,6 +1551,8 @@ def before():
     def set_timer(file):
         global run
         later(0.2, True, file)
+        while not aimwatch._may_have_timer():
+            pass
         run = Run("before")
     assert timed(set_timer) == 3
     assert stacks._theirs_until == float("inf")
@@ -1617,7 +1619,8 @@ signal.alarm(60)
 run.report_progress(expect_next_in=60)
 def armed():
     assert aimwatch._process.stacks._due > time.monotonic()
-    assert not os.path.isdir("/proc/self/task") or len(os.listdir("/proc/self/task")) == 2
+    while os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 2:
+        pass
 for turn in range(16):
     pid = os.fork()
     if pid == 0:
@@ -1642,7 +1645,8 @@ subprocess.run([sys.executable, "-c", ""], check=True)
 subprocess.run(["true"], check=True, preexec_fn=os.getpid) if sys.version_info < (3, 12) else None
 run.close()
 assert os.listdir(run._paths.stacks) == []
-assert not os.path.isdir("/proc/self/task") or len(os.listdir("/proc/self/task")) == 1
+while os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 1:
+    pass  # a thread that has ended is seen for a moment
 """
         status, out, err = self.finished_process(f"if __name__ == '__main__':\n{textwrap.indent(code, ' ')}")
         self.assertEqual(
@@ -1676,7 +1680,9 @@ with open(os.devnull) as reused:
     assert list(stacks._armed) == [], stacks._armed
     assert os.listdir(run._paths.stacks) == ["r2.txt"], os.listdir(run._paths.stacks)
 assert stacks._due < 0
-assert not os.path.isdir("/proc/self/task") or len(os.listdir("/proc/self/task")) == 1
+signal.alarm(20)
+while os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 1:
+    pass  # a thread that has ended is seen for a moment
 """
         self.assertEqual(self.finished_process(code, "")[2], "")
 
@@ -1826,6 +1832,13 @@ class StacksByHand(HandDriven):
                 os.fstat(others[0])
                 os.close(others[0])
                 self.assertEqual((self.fake.timer, os.listdir(self.paths.stacks)), (None, []))
+
+    def test_timer_that_a_handler_left_without_a_note_goes_with_the_file(self) -> None:
+        run = self.run_object()
+        run.report_progress(expect_next_in=60)
+        aimwatch._process.stacks._armed.clear()
+        run.close()
+        self.assertIsNone(self.fake.timer)
 
     def test_no_failure_reaches_the_training(self) -> None:
         run, other = self.run_object(), self.run_object()
@@ -7511,6 +7524,7 @@ class TestMutes(WatchCase):
             pass
         self.look(watcher, 6)
         self.assertEqual((self.told(), os.listdir(self.paths.mutes)), ([("a", "stalled")], []))
+        self.utc.pass_(-600.0)  # clocks differ
         self.mute("a", "30d")
         self.look(watcher, 1)
         self.assertEqual(len(os.listdir(self.paths.mutes)), 1)
@@ -8015,7 +8029,9 @@ class TestSigns(WatcherProcessCase):
 
         def hang(handler: Any) -> None:
             gate.wait(60)
-            handler.send_error(404, "/services/T000/B000/SECRETSECRET")
+            handler.send_response(404)
+            handler.end_headers()
+            handler.wfile.write(handler.path.encode())
 
         server = self.webhook(hang, (204, ""))
         notify = NotifySocket(self, os.path.join(self.root, "notify"))
@@ -8109,7 +8125,7 @@ class TestStandby(WatcherProcessCase):
         self.check_in("b", 1, expect=1)
         self.wait_sent(("a", "stalled"), ("b", "stalled"))
         self.assertEqual(self.saved()["pid"], second.pid)
-        self.assertEqual(self.call("status")[0], 1)
+        self.assertEqual(self.run_cli("status")[0], 1)
         self.end(second)
         self.assertEqual(sorted(self.sent()), [("a", "stalled"), ("b", "stalled")])
 
@@ -8270,6 +8286,9 @@ class TestClosedDoors(WatchCase):
         ]
         for content in (
             b"\0" * 1000, b"[" * 100_000, b"[]", b'{"looked_s":1e300,"hold_until_s":1e300}',
+            json.dumps({"looked_s": 5.0, "hold_until_s": 1e300, "mono": "NOW", "boot": aimwatch.boot_id()}).encode(),
+            json.dumps({"looked_s": 5.0, "hold_until_s": 0.0, "flaps": {"a": [1e300] * 3},
+                        "runs": [[named("a", 1, expect=3), 0, 0, "stalled"]]}).encode(),
             b'{"looked_s":5,"hold_until_s":1e300,"mono":-1e308}', b'{"looked_s":true,"hold_until_s":-1e300}',
             *(json.dumps({"looked_s": looked, "hold_until_s": looked, "runs": [row], "mono": -1e308,
                           "boot": aimwatch.boot_id()}).encode()
@@ -8282,10 +8301,13 @@ class TestClosedDoors(WatchCase):
             with self.subTest(content=content[:200]):
                 self.check_in("a", 1, expect=3)
                 with open(self.paths.watcher, "wb") as file:
-                    file.write(content)
+                    file.write(content.replace(b'"NOW"', str(self.clock.now).encode()))
                 said = "".join(map(str, self.run_cli("status")))
                 self.assertNotIn("\x1b", said + aimwatch.describe_watcher(self.paths))
                 watcher = self.watch(poll_interval_s=60.0)
+                self.look(watcher, 2)
+                if b"runs" not in content:
+                    self.assertEqual(self.told(), [])
                 for _ in range(50):
                     self.clock.pass_(20.0)
                     watcher.poll()
