@@ -577,6 +577,8 @@ RETRY_S = 1.0
 #: What a log says beside its points, since its last checkpoint, counts up to this size: a run that
 #: declares series without end must not fill the memory of who reads it.
 MAX_STATE_BYTES = 2 * MAX_LINE_BYTES
+#: More torn checkpoints than this, and lines that are no records, are in no log of ours.
+MAX_TORN_CHECKPOINTS, MAX_NOISE_LINES = 100, 10_000
 #: Errors that mean "the file that was here is not any more", as opposed to "it cannot be seen now".
 GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EBADF}
 _CHECKPOINT_START = b'{"checkpoint"'
@@ -1120,7 +1122,9 @@ def read_log(path: str, run_hash: str, most_bytes: float = math.inf) -> RunState
         if start or least:
             # Not to the end of the line: somebody may have made one that fills the disk.
             _apply_line(state, file.readline(MAX_LINE_BYTES))
-        while start:
+        tries = 0
+        while start and tries < MAX_TORN_CHECKPOINTS:
+            tries += 1
             file.seek(start)
             if _apply_line(state, next(lines, (b"", True))[0]):
                 break
@@ -1132,10 +1136,14 @@ def read_log(path: str, run_hash: str, most_bytes: float = math.inf) -> RunState
             else:
                 state = RunState(run_hash)
                 file.seek(0)
+        empty = 0
         for line, whole in lines:
             # A last line without its end is being written, or was torn; not counted as damage.
             if not _apply_line(state, line) and whole:
                 state.skipped += 1
+            empty += line == b"\n"
+            if state.skipped + empty > MAX_NOISE_LINES and most_bytes < math.inf:
+                break  # who asks for a part has no time for megabytes of it
     return state
 
 
@@ -1258,6 +1266,8 @@ _monotonic = time.monotonic
 STACKS_AFTER_S = 0.5
 #: A promise that is renewed sooner than this leaves the timer as it is.
 STACKS_AGAIN_S = 1.0
+#: How long a thread may take to be there, with its signals blocked, or to be gone.
+THREAD_END_S = 0.02
 #: The user's own timer is thought to be set for so much longer.
 THEIR_TIMER_LATE_S = 2.0
 #: What $AIMWATCH_STACKS may say to turn them off.
@@ -1490,6 +1500,11 @@ class _Stacks:
         if self._armed and _monotonic() >= self._theirs_until:
             self._cancel()
             self._due = -math.inf
+            # Python 3.12 warns of a fork with threads, and one that has ended is seen for a moment.
+            deadline = _monotonic() + THREAD_END_S
+            while self._thread and os.path.exists(f"/proc/self/task/{self._thread}"):
+                if _monotonic() > deadline:
+                    break
 
     def after_fork_in_parent(self) -> None:
         try:
@@ -1524,6 +1539,8 @@ def _blocks_all_signals(task: str) -> bool:
 
 def _may_have_timer() -> bool:
     """True unless it is plain that nobody has set the timer of `faulthandler`."""
+    if len(_tasks()) > threading.active_count():
+        time.sleep(THREAD_END_S)  # a timer that was set just now has not blocked its signals yet
     tasks = _tasks()
     return not tasks or any(map(_blocks_all_signals, tasks))
 
@@ -6643,18 +6660,18 @@ def new_messages(path: str, start: int, level: int) -> Tuple[int, int, List[Dict
     with os.fdopen(fd, "rb"):
         size = os.fstat(fd).st_size
         begin = max(min(start, size), size - NEWS_BYTES, 0)
-        data = os.pread(fd, size - begin, begin)
-    count, last, at = 0, deque(maxlen=NEWS_LINES), 0  # type: int, Deque[Dict[str, Any]], int
-    while True:
-        # One after the other: a log of empty lines must not become a list of millions.
-        end = data.find(b"\n", at)
-        if end < 0:
-            return begin + at, count, list(last)
-        message = parse_message(data[at:end])
+        data = b"\n" + os.pread(fd, size - begin, begin)
+    count, end, needle = 0, data.rfind(b"\n"), b'\n{"log"'
+    last: Deque[Dict[str, Any]] = deque(maxlen=NEWS_LINES)
+    at = data.find(needle, 0, end)
+    while at >= 0:
+        line_end = data.index(b"\n", at + 1)
+        message = parse_message(data[at + 1 : line_end])
         if message is not None and message["log"] >= level:
             count += 1
             last.append(message)
-        at = end + 1
+        at = data.find(needle, line_end, end)
+    return begin + end, count, list(last)
 
 
 def log_facts(paths: RepoPaths, run_hash: str, count: int, last: Sequence[Dict[str, Any]]) -> Facts:

@@ -1567,6 +1567,8 @@ def before():
     def set_timer(file):
         global run
         later(0.2, True, file)
+        while not aimwatch._may_have_timer():
+            pass
         run = Run("before")
     assert timed(set_timer) == 3
     assert stacks._theirs_until == float("inf")
@@ -1633,8 +1635,9 @@ signal.alarm(60)
 run.report_progress(expect_next_in=60)
 def armed():
     assert aimwatch._process.stacks._due > time.monotonic()
-    assert not os.path.isdir("/proc/self/task") or len(os.listdir("/proc/self/task")) == 2
-for turn in range(40):
+    while os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 2:
+        pass
+for turn in range(16):
     pid = os.fork()
     if pid == 0:
         if turn % 2:
@@ -1658,7 +1661,8 @@ subprocess.run([sys.executable, "-c", ""], check=True)
 subprocess.run(["true"], check=True, preexec_fn=os.getpid) if sys.version_info < (3, 12) else None
 run.close()
 assert os.listdir(run._paths.stacks) == []
-assert not os.path.isdir("/proc/self/task") or len(os.listdir("/proc/self/task")) == 1
+while os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 1:
+    pass  # a thread that has ended is seen for a moment
 """
         status, out, err = self.finished_process(f"if __name__ == '__main__':\n{textwrap.indent(code, ' ')}")
         self.assertEqual(
@@ -1692,7 +1696,9 @@ with open(os.devnull) as reused:
     assert list(stacks._armed) == [], stacks._armed
     assert os.listdir(run._paths.stacks) == ["r2.txt"], os.listdir(run._paths.stacks)
 assert stacks._due < 0
-assert not os.path.isdir("/proc/self/task") or len(os.listdir("/proc/self/task")) == 1
+signal.alarm(20)
+while os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 1:
+    pass  # a thread that has ended is seen for a moment
 """
         self.assertEqual(self.finished_process(code, "")[2], "")
 
@@ -1842,6 +1848,13 @@ class StacksByHand(HandDriven):
                 os.fstat(others[0])
                 os.close(others[0])
                 self.assertEqual((self.fake.timer, os.listdir(self.paths.stacks)), (None, []))
+
+    def test_timer_that_a_handler_left_without_a_note_goes_with_the_file(self) -> None:
+        run = self.run_object()
+        run.report_progress(expect_next_in=60)
+        aimwatch._process.stacks._armed.clear()
+        run.close()
+        self.assertIsNone(self.fake.timer)
 
     def test_no_failure_reaches_the_training(self) -> None:
         run, other = self.run_object(), self.run_object()
@@ -8234,6 +8247,12 @@ class WatchCase(Case):
     def stop(self, watcher: aimwatch.Watcher) -> None:
         watcher.close()
 
+    def without_sync(self) -> None:
+        """Wait for no disk: nothing pulls a plug here."""
+        no_sync = mock.patch("os.fsync")
+        no_sync.start()
+        self.addCleanup(no_sync.stop)
+
     def look(self, watcher: aimwatch.Watcher, seconds: int) -> None:
         for _ in range(seconds):
             self.clock.pass_(1.0)
@@ -8877,7 +8896,7 @@ class FlapLife:
 
 class TestFlaps(unittest.TestCase):
     def test_whatever_happens_before_a_run_that_is_dead_is_told(self) -> None:
-        for seed in range(150):
+        for seed in range(80):
             with self.subTest(seed=seed):
                 life = FlapLife(seed)
                 life.live()
@@ -8936,6 +8955,10 @@ class TestFlaps(unittest.TestCase):
 
 
 class TestFlappingAndReminders(WatchCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.without_sync()
+
     def stall(self, watcher: aimwatch.Watcher, times: int) -> None:
         for _ in range(times):
             self.idx = getattr(self, "idx", 0) + 1
@@ -9006,6 +9029,7 @@ class TestFlappingAndReminders(WatchCase):
 class TestMutes(WatchCase):
     def setUp(self) -> None:
         super().setUp()
+        self.without_sync()
         self.utc = Clock(time.time())
 
     def watch(self, **options: Any) -> aimwatch.Watcher:
@@ -9088,6 +9112,7 @@ class TestMutes(WatchCase):
             pass
         self.look(watcher, 6)
         self.assertEqual((self.told(), os.listdir(self.paths.mutes)), ([("a", "stalled")], []))
+        self.utc.pass_(-600.0)  # clocks differ
         self.mute("a", "30d")
         self.look(watcher, 1)
         self.assertEqual(len(os.listdir(self.paths.mutes)), 1)
@@ -9129,6 +9154,7 @@ class TestNews(WatchCase):
 
     def setUp(self) -> None:
         super().setUp()
+        self.without_sync()
         self.configure(n=self.LEVELS)
 
     def messages(self) -> List[str]:
@@ -9591,7 +9617,9 @@ class TestSigns(WatcherProcessCase):
 
         def hang(handler: Any) -> None:
             gate.wait(60)
-            handler.send_error(404, "/services/T000/B000/SECRETSECRET")
+            handler.send_response(404)
+            handler.end_headers()
+            handler.wfile.write(handler.path.encode())
 
         server = self.webhook(hang, (204, ""))
         notify = NotifySocket(self, os.path.join(self.root, "notify"))
@@ -9685,7 +9713,7 @@ class TestStandby(WatcherProcessCase):
         self.check_in("b", 1, expect=1)
         self.wait_sent(("a", "stalled"), ("b", "stalled"))
         self.assertEqual(self.saved()["pid"], second.pid)
-        self.assertEqual(self.call("status")[0], 1)
+        self.assertEqual(self.run_cli("status")[0], 1)
         self.end(second)
         self.assertEqual(sorted(self.sent()), [("a", "stalled"), ("b", "stalled")])
 
@@ -9712,6 +9740,7 @@ class TestStandby(WatcherProcessCase):
 class TestClosedDoors(WatchCase):
     def setUp(self) -> None:
         super().setUp()
+        self.without_sync()
         self.outside = os.path.join(self.root, "outside")
         os.mkdir(self.outside)
 
@@ -9845,6 +9874,9 @@ class TestClosedDoors(WatchCase):
         ]
         for content in (
             b"\0" * 1000, b"[" * 100_000, b"[]", b'{"looked_s":1e300,"hold_until_s":1e300}',
+            json.dumps({"looked_s": 5.0, "hold_until_s": 1e300, "mono": "NOW", "boot": aimwatch.boot_id()}).encode(),
+            json.dumps({"looked_s": 5.0, "hold_until_s": 0.0, "flaps": {"a": [1e300] * 3},
+                        "runs": [[named("a", 1, expect=3), 0, 0, "stalled"]]}).encode(),
             b'{"looked_s":5,"hold_until_s":1e300,"mono":-1e308}', b'{"looked_s":true,"hold_until_s":-1e300}',
             *(json.dumps({"looked_s": looked, "hold_until_s": looked, "runs": [row], "mono": -1e308,
                           "boot": aimwatch.boot_id()}).encode()
@@ -9857,10 +9889,13 @@ class TestClosedDoors(WatchCase):
             with self.subTest(content=content[:200]):
                 self.check_in("a", 1, expect=3)
                 with open(self.paths.watcher, "wb") as file:
-                    file.write(content)
+                    file.write(content.replace(b'"NOW"', str(self.clock.now).encode()))
                 said = "".join(map(str, self.run_cli("status")))
                 self.assertNotIn("\x1b", said + aimwatch.describe_watcher(self.paths))
                 watcher = self.watch(poll_interval_s=60.0)
+                self.look(watcher, 2)
+                if b"runs" not in content:
+                    self.assertEqual(self.told(), [])
                 for _ in range(50):
                     self.clock.pass_(20.0)
                     watcher.poll()
@@ -9908,7 +9943,8 @@ class TestClosedDoors(WatchCase):
         series = '{"series":%d,"name":"s%d","context":{}}\n[%d,1,0.5,1775000000.0]\n'
         many = "".join(series % (n, n, n) for n in range(150_000))
         for what, text, size in (("a line of 1 TB", "", 1 << 40), ("no end of series", many, 0),
-                                 ("empty lines", "\n" * (9 << 20), 0)):  # fmt: skip
+                                 ("empty lines", "\n" * (9 << 20), 0), ("noise", "x\n" * (5 << 20), 0),
+                                 ("torn checkpoints", '{"checkpoint"\n' * 700_000, 0)):  # fmt: skip
             with self.subTest(what=what):
                 with open(self.paths.run_log("r"), "w") as file:
                     file.write(f"{header}\n{text}")
@@ -9932,20 +9968,20 @@ class TestClosedDoors(WatchCase):
     def test_crowded_folder_is_looked_at_in_little_memory(self) -> None:
         import tracemalloc
 
-        for number in range(300):
+        for number in range(100):
             for idx in range(1, 11):
                 self.place(named(f"r{number}", idx, expect=3))
-        with mock.patch.object(aimwatch, "MAX_NAMES", 500):
-            names, whole = aimwatch.list_bounded(self.paths.check_ins, 500)
-            self.assertEqual((len(names), whole), (300, False))
+        with mock.patch.object(aimwatch, "MAX_NAMES", 300):
+            names, whole = aimwatch.list_bounded(self.paths.check_ins, 300)
+            self.assertEqual((len(names), whole), (100, False))
             self.assertTrue(all(name.split("-")[1].endswith("10") for name in names))
             watcher = self.watch()
             self.look(watcher, 6)
             told = self.told()
             self.assertEqual(told[0], ("", "trouble"))
-            self.assertEqual(len(told), 301)
+            self.assertEqual(len(told), 101)
             self.look(watcher, 3)
-            self.assertEqual(len(self.told()), 301)
+            self.assertEqual(len(self.told()), 101)
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
         self.assertEqual(len(aimwatch.list_bounded(self.paths.check_ins, 20)[0]), 20)
