@@ -4565,22 +4565,24 @@ def checked_headers(value: Any) -> Dict[str, str]:
         raise ConfigError(f"must be an object of names and values, not {type(value).__name__}")
     for name, text in value.items():
         if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
-            raise ConfigError(f"{printable(repr(name), 40)} is no header name: write 'Name: value'")
+            raise ConfigError("a header has no name that can be one: write 'Name: value'")
         if not isinstance(text, str) or not re.fullmatch(r"[\t -~]+", text):
             raise ConfigError(f"header {name} must have a value of printable ASCII")
     return value
 
 
 def checked_body(value: Any) -> Any:
-    """Return a JSON value whose texts are templates. Raises ConfigError."""
-    if isinstance(value, str):
+    """Return a JSON value whose texts are templates. Raises ConfigError, and where it is typed in,
+    also for an unknown field, which is otherwise sent as it stands."""
+    typed = isinstance(value, str)
+    if typed:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise ConfigError('the body must be JSON, such as {"content": "{message}"}') from None
     if not isinstance(value, (dict, list)):
         raise ConfigError("the body must be a JSON object or list")
-    for text in _texts(value):
+    for text in _texts(value) if typed else ():
         checked_template(text)
     return value
 
@@ -4613,7 +4615,7 @@ def checked_address(value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[!-~]+", value.strip()):
         raise ConfigError(f"{printable(repr(value), 60)} is no mail address: write name@host")
     value = value.strip()
-    if not re.fullmatch(r"[^@,;<>\"()\[\]\\]+(@[A-Za-z0-9.-]+)?", value):
+    if not re.fullmatch(r"[^@,;:<>\"()\[\]\\]+(@[A-Za-z0-9.-]+)?", value):
         raise ConfigError(f"{printable(repr(value), 60)} is no mail address: write name@host")
     return str(value)
 
@@ -4989,7 +4991,7 @@ def digest(template: Optional[str], batch: Sequence[Facts], limit: int = MAX_MES
     ):
         values = {facts.get(field, "") for facts in batch}
         if len(values) == 1 and "" not in values:
-            lines.append(f"all of {label} {shorten(values.pop(), 2 * DIGEST_NAME, '...')}")
+            lines.append(f"all of {label} {shorten(printable(values.pop(), 5000), 2 * DIGEST_NAME, '...')}")
     last = shorten(look_further(batch[0]), limit // 4, "...")
     whole = [message_for(template, facts).replace(f"\n{last}", "") for facts in batch[: FULL_EVENTS + 1]]
     if len(whole) <= FULL_EVENTS and sum(map(len, [*lines, *whole, last])) + 20 < limit:
@@ -5007,8 +5009,9 @@ def digest(template: Optional[str], batch: Sequence[Facts], limit: int = MAX_MES
 def _digest_line(facts: Facts, limit: int, where: str) -> str:
     """Return what a digest says of one event: whatever the run is called, also what happened."""
     name = shorten(facts.get("run.name", ""), DIGEST_NAME, "...")
-    tail = f" ({facts.get('run.hash', '')[:8]}{shorten(where, DIGEST_NAME, '...')})"
-    return shorten(summary({**facts, "run.name": name}), limit - len(tail), " ...") + tail
+    tail = f" ({facts.get('run.hash', '')[:8]}{shorten(printable(where, 5000), DIGEST_NAME, '...')})"
+    line = printable(summary({**facts, "run.name": name}), 5000)
+    return shorten(line, limit - len(tail), " ...") + tail
 
 
 def plain_facts(facts: Facts) -> Facts:
@@ -5452,7 +5455,8 @@ def mail_message(notifier: Notifier, batch: Sequence[Facts]) -> Any:
     message["Message-ID"] = email.utils.make_msgid(domain=this_host())
     # Says that a program wrote this, so that no absence notice answers (RFC 3834).
     message["Auto-Submitted"] = "auto-generated"
-    message.set_content(text.encode("utf-8", "replace").decode())  # a template may hold half a character
+    text = text.encode("utf-8", "replace").decode()  # a template may hold half a character
+    message.set_content(text, cte="quoted-printable")  # not every relay takes 8 bits
     return message
 
 
@@ -5564,6 +5568,8 @@ def back_off_s(failures: int, random: float) -> float:
 
 #: Above this size, and when it has doubled, the outbox is rewritten without what nobody can ask for.
 COMPACT_BYTES = 1 << 20
+#: So many events are kept for a notifier that is not reached, when the outbox is shortened.
+MAX_WAITING = 10_000
 #: How many deliveries one line records.
 MAX_SENT_IDS = 10_000
 
@@ -5615,8 +5621,10 @@ class OutboxState:
             elif "sent" in record:
                 for event_id in record["sent"]:
                     self.settle(event_id, record["to"])
+                self.broken.pop(record["to"], None)
             elif isinstance(record.get("broken"), str):
-                self.broken[record["broken"]] = (str(record["reason"]), float(record["time"]))
+                since = float(record.get("since", record["time"]))
+                self.broken[record["broken"]] = (str(record["reason"]), since)
             elif "mended" in record:
                 self.broken.pop(record["mended"], None)
 
@@ -5717,9 +5725,12 @@ class Outbox:
             self._note({"sent": list(event_ids[start : start + MAX_SENT_IDS]), "to": notifier_id})
 
     def note_broken(self, notifier_id: str, reason: str) -> None:
-        """Record that a notifier does not work, unless that is known."""
-        if notifier_id not in self._state.broken:
+        """Record that a notifier does not work, and why now, unless that is known."""
+        known = self.broken().get(notifier_id)
+        if known is None:
             self._note({"broken": notifier_id, "reason": reason})
+        elif known[0] != reason:
+            self._note({"broken": notifier_id, "reason": reason, "since": known[1]})
 
     def note_mended(self, notifier_id: str) -> None:
         """Record that a notifier works, where it did not."""
@@ -5741,6 +5752,11 @@ class Outbox:
         """Return what a notifier is still to be told, the oldest first."""
         with self._lock:
             return self._state.waiting_for(notifier_id)
+
+    def waits_for(self, notifier_id: str, event_id: str) -> bool:
+        """True where a notifier is still to be told of an event."""
+        with self._lock:
+            return event_id in self._state.waiting and notifier_id in self._state.waiting[event_id][1]
 
     def is_waiting(self, event_id: str) -> bool:
         """True where somebody is still to be told of the event."""
@@ -5765,6 +5781,7 @@ class Outbox:
                     return
                 if os.path.getsize(self.path) < max(COMPACT_BYTES, self._compact_at):
                     return
+                self._give_up_old()
                 state.known = {
                     item: to for item, to in state.known.items() if item in state.waiting or keep_id(item)
                 }
@@ -5779,6 +5796,17 @@ class Outbox:
                 log.warning("cannot shorten %s: %s", self.path, error.strerror)
                 return
             self._compact_at = 2 * len(data)
+
+    def _give_up_old(self) -> None:
+        """Keep of what waits for somebody who has not been reached for months the newest alone."""
+        for notifier_id in {one for _, ids in self._state.waiting.values() for one in ids}:
+            old = self._state.waiting_for(notifier_id)[:-MAX_WAITING]
+            if old:
+                log.error(
+                    "notifier %s: %s given up: too many wait", notifier_id[:8], plural(len(old), "event")
+                )
+            for event in old:
+                self._state.settle(event.id, notifier_id)
 
     def flush(self) -> None:
         """Try again to write what the disk refused, or what lost its file."""
@@ -5807,6 +5835,7 @@ class Courier(threading.Thread):
         self._stopping = False
         self._failures = 0
         self._broken = self._hurry = self._plain = False
+        self._before_mono = -math.inf
         self._gap_s, self._posted_mono = MIN_POST_GAP_S, -math.inf
         self._tried = not self._queue
 
@@ -5838,18 +5867,19 @@ class Courier(threading.Thread):
         if self._before is not None:
             # What its predecessor has in flight must not be sent again beside it.
             self._before.join()
-            self._before = None
+            self._before_mono, self._before = self._before._posted_mono, None
             with self._changed:
-                still = {event.id for event in self._outbox.waiting_for(self.notifier.id)}
-                self._queue = deque(event for event in self._queue if event.id in still)
-                self._tried = not self._queue
-                self._changed.notify_all()
+                self._drop_told()
+            self._rest(self._before_mono + MIN_POST_GAP_S - time.monotonic())
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or self._queue)
                 if self._stopping:
                     return
+                self._drop_told()
                 batch = list(self._queue)
+            if not batch:
+                continue
             try:
                 rest_s = self._deliver(batch)
             except Exception as error:
@@ -5857,6 +5887,13 @@ class Courier(threading.Thread):
                 log.error("notifier %s: %s: %s", self.notifier.id[:8], type(error).__name__, "trying again")
                 rest_s = MAX_BACK_OFF_S
             self._rest(rest_s)
+
+    def _drop_told(self) -> None:
+        """Take out of the queue what a predecessor told, or what was given up."""
+        waits_for, me = self._outbox.waits_for, self.notifier.id
+        self._queue = deque(event for event in self._queue if waits_for(me, event.id))
+        self._tried = self._tried or not self._queue
+        self._changed.notify_all()
 
     def _deliver(self, batch: List[Event]) -> float:
         """Tell `batch` in one message and return how long to rest."""
@@ -5883,7 +5920,6 @@ class Courier(threading.Thread):
         name = f"{self.notifier.type} {self.notifier.id[:8]}"
         if outcome.kind == SENT:
             self._outbox.sent([event.id for event in batch], self.notifier.id)
-            self._outbox.note_mended(self.notifier.id)
             if self._failures:
                 log.info("notifier %s is reached again", name)
             return self._gap()
@@ -5900,7 +5936,7 @@ class Courier(threading.Thread):
             return BROKEN_RETRY_S
         if outcome.kind == REFUSED:
             return MIN_POST_GAP_S
-        return max(back_off_s(self._failures + 1, _random()), outcome.wait_s)
+        return max(back_off_s(self._failures + 1, _random()), outcome.wait_s, MIN_POST_GAP_S)
 
     def _gap(self) -> float:
         """Return the pause after a post; it grows while there is more to tell each time, so that a
@@ -5938,6 +5974,8 @@ class Dispatcher:
         self._config = config
         self._stamp: Any = None
         self._couriers: Dict[str, Courier] = {}
+        #: Enabled notifiers whose configuration is wrong: what they are to tell waits.
+        self._unusable: Dict[str, Notifier] = {}
         self._retired: List[Courier] = []
         #: From which level on log messages are told.
         self.log_level = logging.WARNING
@@ -5963,8 +6001,13 @@ class Dispatcher:
         self._retired = [courier for courier in self._retired if courier.is_alive()]
         self._outbox.forget_notifiers({item.id for item in notifiers} | set(usable))
         for notifier_id, notifier in usable.items():
+            if not self._outbox.waiting_for(notifier_id):
+                self._outbox.note_mended(notifier_id)
             if notifier_id not in self._couriers:
                 self._start(notifier)
+        self._unusable = {item.id: item for item in notifiers if item.enabled and item.problem}
+        for item in self._unusable.values():
+            self._outbox.note_broken(item.id, printable(item.problem or "", 300))
 
     def _start(self, notifier: Notifier) -> None:
         before = [item for item in self._retired if item.notifier.id == notifier.id]
@@ -5981,7 +6024,12 @@ class Dispatcher:
 
     def reload_if_changed(self) -> None:
         """Take up a changed configuration; a broken one is reported and the last good one kept."""
-        if self._stat() != self._stamp:
+        stamp = self._stat()
+        if stamp is None and self._stamp is not None:
+            # What waits is kept for those that are in it: an editor may be about to write it anew.
+            log.error("%s is gone; the last good configuration stays in force", self._config.path)
+            self._stamp = None
+        elif stamp != self._stamp:
             try:
                 self.load()
                 log.info("notifiers reloaded: %s", self.describe())
@@ -6000,17 +6048,19 @@ class Dispatcher:
 
     def wanted(self, kind: str) -> bool:
         """True where some notifier wants events of this kind."""
-        return kind == TROUBLE or any(kind in item.notifier.events for item in self._couriers.values())
+        items = [*self._unusable.values(), *(courier.notifier for courier in self._couriers.values())]
+        return kind == TROUBLE or any(kind in item.events for item in items)
 
     def tell(self, events: Sequence[Event], but: Optional[str] = None) -> None:
         """Put new events into the outbox, for good, and then hand them to their couriers; to all
         that want them `but` one."""
+        told = [courier.notifier for courier in self._couriers.values()]
         entries = []
-        for event in events:
+        for event in {event.id: event for event in events}.values():
             to = [
-                notifier_id
-                for notifier_id, courier in self._couriers.items()
-                if (event.kind == TROUBLE or event.kind in courier.notifier.events) and notifier_id != but
+                item.id
+                for item in (*told, *self._unusable.values())
+                if (event.kind == TROUBLE or event.kind in item.events) and item.id != but
             ]
             entries.append((event, to))
         self._outbox.add(entries)
@@ -6024,11 +6074,13 @@ class Dispatcher:
 
     def tell_of_broken(self) -> None:
         """Tell the others, once, of every notifier that does not work."""
+        used = {notifier_id: courier.notifier for notifier_id, courier in self._couriers.items()}
         for notifier_id, (reason, since) in self._outbox.broken().items():
             event_id = f"{BROKEN}-{notifier_id}-{since:.3f}"
-            courier = self._couriers.get(notifier_id)
-            if courier is not None and not self._outbox.knows(event_id):
-                what = f"notifier {courier.notifier.type} {notifier_id[:8]} does not work: {reason}"
+            notifier = used.get(notifier_id) or self._unusable.get(notifier_id)
+            others = set(used) - {notifier_id}
+            if notifier is not None and others and not self._outbox.knows(event_id):
+                what = f"notifier {notifier.type} {notifier_id[:8]} does not work: {reason}"
                 facts = {"event": TROUBLE, "repo": self._paths.root}
                 facts["run.reason"] = printable(f"{what}; what it is to tell is kept until it is mended")
                 self.tell([Event(event_id, TROUBLE, facts)], but=notifier_id)
@@ -6902,7 +6954,7 @@ class Watcher:
 
     def _compact(self) -> None:
         """Shorten the outbox to what may be asked for again: of a run that goes on for months, what
-        its newest check-in led to, and up to where its messages were told."""
+        its newest check-in led to."""
         self._save(now=True)  # what goes now is told by watcher.json from here on
         runs, broken, newest = self.table.runs, self.outbox.broken(), self.outbox.newest_id
 
@@ -6910,7 +6962,7 @@ class Watcher:
             run, _, rest = event_id.partition("-")
             idx = rest.partition("-")[0]
             if event_id == newest:
-                return True
+                return True  # watcher.json names it
             if run not in runs:
                 return bool(broken) and run == BROKEN
             if _NEWS_ID.fullmatch(event_id):
@@ -7006,7 +7058,7 @@ class Watcher:
                 told.append(Change(seen.state, seen, silent_s, None, note, suffix))
         muted = set(mutes).difference(ended)
         events = [
-            Event(change.id, change.kind, self._dated(change_facts(self.paths, change)))
+            Event(change.id, change.kind, self._dated(self._facts(change)))
             for change in told
             if change.seen.run not in muted
             and not (change.old_state is None and change.kind == STARTED and change.seen.run in self._begun)
@@ -7020,6 +7072,13 @@ class Watcher:
             for name in mutes[run][1]:
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(self.paths.mutes, name))
+
+    def _facts(self, change: Change) -> Facts:
+        try:
+            return change_facts(self.paths, change)
+        except Exception as error:  # whatever the run wrote, that it failed must be told
+            log.error("run %s: %s: its alert says little", change.seen.run, type(error).__name__)
+            return {"event": change.kind, "run.hash": change.seen.run, "repo": self.paths.root}
 
     def _dated(self, facts: Facts) -> Facts:
         return {**facts, "time": utc_datetime(self._utc()).isoformat(" ", "seconds") + " UTC"}

@@ -10,6 +10,7 @@ measures instead, each figure beside its baseline from the same run.
 from __future__ import annotations
 
 import ast
+import base64
 import builtins
 import configparser
 import contextlib
@@ -6183,6 +6184,57 @@ class Messages(unittest.TestCase):
             body = cut[: -len("\n...")]
             self.assertNotIn("&", re.sub("&(amp|lt|gt);", "", body), limit)
 
+    def test_digest_of_200_names_twenty_whatever_they_are_called(self) -> None:
+        names = {
+            "short": "n", "long": "x" * 500, "escaped": "<&>" * 100, "mentions": "@channel " * 50,
+            "wide": "\u4e2d" * 300, "lines": "a\nb" * 50, "control": "\x1b[2J\u202e" * 40, "emoji": "\U0001f600" * 99,
+        }  # fmt: skip
+        for limit in (3000, 2000):
+            for case, name in names.items():
+                for kind, reason in (("failed", "OSError: " + name), ("recovered", name), ("stalled", "")):
+                    with self.subTest(case, kind=kind, limit=limit):
+                        facts = aimwatch.clean_facts(
+                            facts_of(
+                                kind, run_name=name, run_reason=reason, run_host=name, run_experiment=name
+                            )
+                        )
+                        facts = {key: aimwatch.slack_escape(value) for key, value in facts.items()}
+                        batch = [{**facts, "run.hash": f"{number:08d}aaaa"} for number in range(200)]
+                        text = aimwatch.digest(None, batch, limit)
+                        self.assertLessEqual(len(text), limit)
+                        lines = text.split("\n")
+                        self.assertEqual(lines[0], f"200 events: 200 {kind}")
+                        self.assertEqual([line[:7] for line in lines[1:4]], ["all of "] * 3)
+                        self.assertEqual(len(lines), 4 + 20 + 2)
+                        for number in range(20):
+                            self.assertRegex(lines[4 + number], rf"\({number:08d}( on .*)?\)$")
+                        self.assertEqual(lines[-2], "and 180 more")
+                        self.assertIn("status", lines[-1])
+                        self.assertNotIn("&", re.sub("&(amp|lt|gt);", "", text))
+
+    def test_digest_of_long_names_still_says_what_happened(self) -> None:
+        batch = [facts_of(number=number, run_name="x" * 400) for number in range(20)]
+        for line in aimwatch.digest(None, batch).split("\n")[4:-1]:
+            self.assertIn("' stalled: silent for 3 min", line)
+
+    def test_mentions_of_every_chat_are_parted(self) -> None:
+        for text in (
+            "@everyone",
+            "x @here",
+            "@channel!",
+            "<@U1>",
+            "<@&7>",
+            "<@!7>",
+            "@[123]",
+            "<users/all>",
+            "@all",
+        ):
+            with self.subTest(text):
+                safe = aimwatch.without_mentions(text)
+                self.assertNotIn(text.strip("!x "), safe)
+                self.assertEqual(safe.replace("\u200b", ""), text)
+        self.assertEqual(aimwatch.without_mentions("ann@host, a @ b, <b>"), "ann@host, a @ b, <b>")
+
     def test_slack_escape_leaves_nothing_with_a_meaning(self) -> None:
         self.assertEqual(
             aimwatch.slack_escape("<!channel> & <@U1>"), "&lt;!channel&gt; &amp; &lt;@\u200bU1&gt;"
@@ -6575,6 +6627,580 @@ class Transports(NotifierCase):
         self.assertEqual(self.logged.lines, ["WARNING failed a\\x1b[2J\n  b", "INFO finished "])
 
 
+#: What a body for a chat looks like, by the chat.
+BODIES = {
+    "Discord": {"content": "{message}", "allowed_mentions": {"parse": []}},
+    "Teams": {
+        "type": "message",
+        "attachments": [
+            {
+                "contentType": "application/vnd.microsoft.card.adaptive",
+                "content": {
+                    "type": "AdaptiveCard",
+                    "version": "1.4",
+                    "body": [{"type": "TextBlock", "text": "{message}", "wrap": True}],
+                },
+            }
+        ],
+    },
+    "ntfy": {"topic": "runs", "title": "{run.name} {event}", "message": "{message}", "priority": 4},
+    "Google Chat": {"text": "{message}"},
+    "of many kinds": {"a": [1, 2.5, None, True, ["{run.name}", {"b": "{oops} {event}"}]], "{event}": ""},
+}
+#: What a run may hold against whoever fills something in.
+NASTY = (
+    '"}, "x": "', "\\", "\\u0022", "{message}", "{run.hash.__class__}", "{0}", "%s", "${HOME}", "$(id)", "`id`",
+    "\n\r\t\0\x1b[31m", "\u2028\u202e\ud800", "@everyone <@&1> <users/all>", "'; DROP TABLE runs; --", "x" * 9000,
+)  # fmt: skip
+
+
+class Webhooks(NotifierCase):
+    """The notifier that posts JSON to any URL."""
+
+    def test_answers_are_judged(self) -> None:
+        page = "<!DOCTYPE html><html>log in</html>"
+        for status, body, kind_of_body, kind in (
+            (200, "ok", "text/html; charset=utf-8", "sent"),
+            (200, "", "", "sent"),
+            (201, '{"id": 1}', "application/json", "sent"),
+            (202, "1", "text/plain", "sent"),
+            (204, "", "", "sent"),
+            (200, "<response>ok</response>", "text/xml", "sent"),
+            (200, page, "text/html", "retry"),
+            (200, f"\n <?xml version='1.0'?>\n{page.lower()}", "", "retry"),
+            (400, "", "", "refused"),
+            (413, "", "", "refused"),
+            (422, "", "", "refused"),
+            (401, "", "", "broken"),
+            (404, "", "", "broken"),
+            (410, "", "", "broken"),
+            (307, "", "", "broken"),
+            (429, "", "", "retry"),
+            (502, page, "text/html", "retry"),
+        ):
+            with self.subTest(status, body=body):
+                answer = aimwatch.Answer(status, {"content-type": kind_of_body}, body)
+                self.assertEqual(aimwatch.judge_webhook(answer, NOW_S).kind, kind)
+
+    def test_document_has_its_shape_and_headers_are_sent(self) -> None:
+        server = self.webhook((204, ""))
+        notifier = notifier_of("webhook", url=server.url, headers={"Authorization": "Bearer PASSWORD"})
+        batch = [{**facts_of("failed", n, run_reason="E: x"), "id": f"id{n}", "time": "t"} for n in (1, 2)]
+        self.assertEqual(aimwatch.deliver(notifier, batch), ("sent", "HTTP 204", 0.0))
+        ((method, _, headers, body, _),) = server.requests
+        self.assertEqual((method, headers["authorization"]), ("POST", "Bearer PASSWORD"))
+        found = json.loads(body)
+        self.assertEqual(sorted(found), ["events", "events_left_out", "source", "text", "version"])
+        self.assertEqual((found["version"], found["events_left_out"], len(found["events"])), (1, 0, 2))
+        event = found["events"][0]
+        self.assertEqual(
+            {key: event[key] for key in event if key != "run"},
+            {"id": "id1", "event": "failed", "time": "t", "repo": "/data/x"},
+        )
+        self.assertEqual((event["run"]["hash"], event["run"]["reason"]), (f"{1:024x}", "E: x"))
+        self.assertTrue(found["text"].startswith("2 events: 2 failed"))
+
+    def test_body_of_a_chat_keeps_its_shape_whatever_the_data(self) -> None:
+        server = self.webhook((204, ""))
+        for chat, body in BODIES.items():
+            for nasty in NASTY:
+                with self.subTest(chat, nasty=nasty[:20]):
+                    notifier = notifier_of("webhook", url=server.url, body=body)
+                    self.assertIsNone(notifier.problem)
+                    facts = facts_of(run_name=nasty, run_reason=nasty, run_frames=nasty, run_host=nasty)
+                    self.assertEqual(aimwatch.deliver(notifier, [facts] * 3).kind, "sent")
+                    raw = server.requests.pop()[3]
+                    self.assertEqual(self.shape(json.loads(raw)), self.shape(body))
+                    for bad in ("\\u001b", "\\u0000", "\\ud800", "\\u202e", "@everyone", "<@&", "<users/"):
+                        self.assertNotIn(bad, raw)
+                    for text in aimwatch._texts(json.loads(raw)):
+                        self.assertLessEqual(len(text), 2000)
+
+    def shape(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self.shape(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.shape(item) for item in value]
+        return "text" if isinstance(value, str) else value
+
+    def test_body_is_filled_by_look_up_alone(self) -> None:
+        server = self.webhook((204, ""))
+        notifier = notifier_of(
+            "webhook", url=server.url, body={"{event}": ["{run.name}|{oops}|{run.name.upper}"]}
+        )
+        aimwatch.deliver(notifier, [facts_of(run_name="{event}{run.hash}")])
+        self.assertEqual(
+            json.loads(server.requests[0][3]), {"{event}": ["{event}{run.hash}|{oops}|{run.name.upper}"]}
+        )
+
+    def test_tls_through_a_proxy(self) -> None:
+        server, path = Transports.tls_server(self)  # type: ignore[arg-type]
+        tunnels: List[bytes] = []
+
+        def tunnel(connection: socket.socket) -> None:
+            tunnels.append(read_request(connection).split(b"\r\n")[0])
+            with socket.create_connection(("127.0.0.1", server.port)) as far:
+                connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                back = threading.Thread(target=self.pipe, args=(far, connection))
+                back.start()
+                self.pipe(connection, far)
+                back.join()
+
+        os.environ["https_proxy"] = self.raw_server(tunnel).url.partition("/services")[0]
+        for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"):
+            os.environ.pop(name, None)
+        notifier = notifier_of("webhook", url=f"https://127.0.0.1:{server.port}/SECRETSECRET")
+        outcome = aimwatch.deliver(notifier, [facts_of()])
+        self.assertEqual(outcome.kind, "retry")
+        self.assertIn("certificate", outcome.detail)
+        os.environ["SSL_CERT_FILE"] = path
+        self.assertEqual(aimwatch.deliver(notifier, [facts_of()]).kind, "sent")
+        target = f"CONNECT 127.0.0.1:{server.port} HTTP/1.".encode()
+        self.assertEqual([line[: len(target)] for line in tunnels], [target] * 2)
+        self.assertEqual(len(server.requests), 1)
+
+    @staticmethod
+    def pipe(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(65536)
+                if not data:
+                    break
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+
+class GivenUp(NotifierCase):
+    """What an attempt that was given up must not do any more."""
+
+    def post(self, url: str, limit_s: float = 0.2) -> aimwatch.Outcome:
+        notifier = notifier_of("slack", url=url)
+        return aimwatch.attempt(lambda closers: aimwatch.send_slack(notifier, [facts_of()], closers), limit_s)
+
+    def test_name_server_that_answers_too_late_sends_nothing_twice(self) -> None:
+        gate, real = self.gate(), socket.getaddrinfo
+
+        def late(*args: Any, **options: Any) -> Any:
+            gate.wait(30)
+            return real(*args, **options)
+
+        server, mail = self.webhook(), MailServer()
+        self.addCleanup(mail.close)
+        by_mail = mail.notifier()
+        with mock.patch("socket.getaddrinfo", late):
+            given_up = ("retry", "no complete answer within 0.2 s", 0.0)
+            self.assertEqual(self.post(server.url), given_up)
+            send = aimwatch.attempt(lambda closers: aimwatch.send_email(by_mail, [facts_of()], closers), 0.2)
+            self.assertEqual(send, given_up)
+            gate.set()
+            self.wait_for(self._no_threads)
+        self.assertEqual((server.requests, mail.mails), ([], []))
+
+    def test_tls_handshake_that_hangs_is_cut(self) -> None:
+        for kind in ("slack", "email"):
+            closed = threading.Event()
+
+            def hang(connection: socket.socket, closed: threading.Event = closed) -> None:
+                connection.settimeout(10)
+                while connection.recv(4096):
+                    pass
+                closed.set()
+
+            server = self.raw_server(hang)
+            with self.subTest(kind):
+                if kind == "slack":
+                    outcome = self.post(server.url.replace("http:", "https:"))
+                else:
+                    notifier = notifier_of(
+                        "email", host="127.0.0.1", port=server.port, security="tls", sender="a@b", to=["c@d"]
+                    )
+                    outcome = aimwatch.attempt(
+                        lambda closers, item=notifier: aimwatch.send_email(item, [facts_of()], closers), 0.2
+                    )
+                self.assertEqual(outcome.detail, "no complete answer within 0.2 s")
+                self.wait_for(closed.is_set, 5)
+                self.wait_for(self._no_threads, 5)
+
+    def test_name_that_does_not_exist_is_tried_again(self) -> None:
+        unknown = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        mail = notifier_of("email", host="mail.invalid", sender="a@b", to=["c@d"])
+        with mock.patch("socket.getaddrinfo", side_effect=unknown):
+            for notifier in (notifier_of("slack", url="https://hooks.invalid/SECRETSECRET"), mail):
+                outcome = aimwatch.deliver(notifier, [facts_of()])
+                self.assertEqual(outcome, ("retry", "gaierror: Name or service not known", 0.0))
+
+    def test_what_is_no_fault_of_the_network_is_told_in_fewer_words(self) -> None:
+        with mock.patch("aimwatch.digest", side_effect=KeyError("x")):
+            outcome = aimwatch.deliver(notifier_of("slack", url="http://127.0.0.1:9/x"), [facts_of()])
+        self.assertEqual(outcome, ("refused", "KeyError: 'x'", 0.0))
+
+
+class MailServer(RawServer):
+    """A mail server that answers as told: by stage, in `answers`, a reply, bytes to send and close,
+    or a function of the connection."""
+
+    def __init__(self, certificate: str = "", tls: bool = False, **answers: Any) -> None:
+        self.answers = answers
+        self.certificate, self.tls = certificate, tls
+        self.mails: List[Tuple[str, List[str], bytes, bool]] = []
+        self.said: List[str] = []
+        super().__init__(self.talk)
+
+    def notifier(self, **more: Any) -> aimwatch.Notifier:
+        arguments = {
+            "host": "127.0.0.1",
+            "port": self.port,
+            "security": "none",
+            "sender": "watch@hpc.example",
+        }
+        return notifier_of("email", **{**arguments, "to": ["ann@hpc.example"], **more})
+
+    def wrap(self, connection: socket.socket) -> Any:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate)
+        return context.wrap_socket(connection, server_side=True)
+
+    def talk(self, connection: Any) -> None:
+        connection.settimeout(10)
+        secure = self.tls
+        if secure:
+            connection = self.wrap(connection)
+        with contextlib.ExitStack() as files:
+            reader = files.enter_context(connection.makefile("rb"))
+            sender, to = "", []
+
+            def say(stage: str, default: str) -> bool:
+                answer = self.answers.get(stage, default)
+                if callable(answer):
+                    answer(connection)
+                    return False
+                connection.sendall(answer if isinstance(answer, bytes) else f"{answer}\r\n".encode())
+                return not isinstance(answer, bytes)
+
+            if not say("connect", "220 here"):
+                return
+            while True:
+                line = reader.readline().decode().rstrip("\r\n")
+                self.said.append(line)
+                word = line.split(" ")[0].split(":")[0].upper()
+                offers = "250-here\r\n" + ("250-STARTTLS\r\n" if self.certificate and not secure else "")
+                if word in ("EHLO", "HELO"):
+                    going = say(word, f"{offers}250 AUTH PLAIN LOGIN")
+                elif word == "STARTTLS":
+                    going = say(word, "220 go ahead")
+                    if going and self.answers.get(word, "220").startswith("220"):
+                        connection = self.wrap(connection)
+                        secure, reader = True, files.enter_context(connection.makefile("rb"))
+                elif word == "AUTH":
+                    going = say(word, "235 welcome")
+                elif word == "MAIL":
+                    sender, to = line, []
+                    going = say(word, "250 ok")
+                elif word == "RCPT":
+                    to.append(line.partition("<")[2].partition(">")[0])
+                    going = say(f"RCPT{len(to)}" if f"RCPT{len(to)}" in self.answers else word, "250 ok")
+                elif word == "DATA":
+                    going = say(word, "354 go on")
+                    if going and self.answers.get(word, "354").startswith("354"):
+                        lines = [item[item[:1] == b"." :] for item in iter(reader.readline, b".\r\n")]
+                        self.mails.append((sender, to, b"".join(lines), secure))
+                        going = say("END", "250 queued")
+                elif word == "QUIT" or not line:
+                    return
+                else:
+                    going = say(word, "250 ok")
+                if not going:
+                    return
+
+
+class Mail(NotifierCase):
+    def server(self, tls: Any = None, **answers: Any) -> MailServer:
+        path = ""
+        if tls is not None:
+            path = os.path.join(self.root, "certificate.pem")
+            with open(path, "w") as file:
+                file.write(CERTIFICATE)
+            for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+                os.environ.pop(name, None)
+            os.environ["SSL_CERT_FILE"] = path
+        server = MailServer(path, tls is True, **answers)
+        self.addCleanup(server.close)
+        return server
+
+    def send(self, server: MailServer, *facts: Dict[str, str], limit_s: float = 10.0, **more: Any) -> Any:
+        notifier = server.notifier(**more)
+        self.assertIsNone(notifier.problem)
+        batch = [aimwatch.clean_facts(item) for item in facts or (facts_of(),)]
+        return aimwatch.attempt(lambda closers: aimwatch.send_email(notifier, batch, closers), limit_s)
+
+    def parsed(self, server: MailServer) -> Any:
+        import email
+        import email.policy
+
+        data = server.mails[-1][2]
+        self.assertTrue(data.isascii(), "not every relay takes 8 bits")
+        return email.message_from_bytes(data, policy=email.policy.default)
+
+    def test_mail_is_handed_over_plain_by_starttls_and_by_tls(self) -> None:
+        for tls, security in ((None, "none"), (False, "starttls"), (True, "tls")):
+            with self.subTest(security):
+                server = self.server(tls)
+                outcome = self.send(
+                    server, security=security, user="ann", password="PASS WORD", to=["a@x", "b@y"]
+                )
+                self.assertEqual(outcome, ("sent", "accepted by 127.0.0.1", 0.0))
+                ((sender, to, _, secure),) = server.mails
+                self.assertIn("<watch@hpc.example>", sender)
+                self.assertEqual((to, secure), (["a@x", "b@y"], tls is not None))
+                mail = self.parsed(server)
+                self.assertEqual((mail["from"], mail["to"]), ("watch@hpc.example", "a@x, b@y"))
+                self.assertTrue(mail["subject"].startswith("❗ Run 'n1' stalled: silent for"))
+                self.assertEqual(mail["auto-submitted"], "auto-generated")
+                self.assertEqual(
+                    mail.get_content().replace("\r\n", "\n").rstrip("\n"),
+                    aimwatch.default_message(facts_of()),
+                )
+                login = base64.b64encode(b"\0ann\0PASS WORD").decode()
+                self.assertIn(f"AUTH PLAIN {login}", server.said)
+
+    def test_password_is_not_sent_to_whom_it_is_not_for(self) -> None:
+        more = {"user": "ann", "password": "PASSWORD"}
+        for tls, security, detail in (
+            (False, "starttls", "certificate"),
+            (True, "tls", "certificate"),
+            (None, "starttls", "SMTPNotSupportedError: STARTTLS extension not supported by server."),
+        ):
+            with self.subTest(security, tls=tls):
+                server = self.server(tls)
+                os.environ.pop("SSL_CERT_FILE", None)
+                outcome = self.send(server, security=security, **more)
+                self.assertEqual(outcome.kind, "broken" if tls is None else "retry")
+                self.assertIn(detail, outcome.detail)
+                self.assertFalse([line for line in server.said if "AUTH" in line])
+
+    def test_answers_at_every_stage_are_judged(self) -> None:
+        for stage, code, kind in (
+            ("connect", 421, "retry"), ("connect", 554, "broken"),
+            ("MAIL", 451, "retry"), ("MAIL", 550, "broken"),
+            ("RCPT", 450, "retry"), ("RCPT", 550, "broken"),
+            ("DATA", 451, "retry"), ("DATA", 554, "refused"),
+            ("END", 452, "retry"), ("END", 552, "refused"), ("END", 550, "refused"),
+            ("AUTH", 454, "retry"), ("AUTH", 535, "broken"), ("STARTTLS", 454, "retry"),
+        ):  # fmt: skip
+            with self.subTest(stage, code=code):
+                tls = stage == "STARTTLS"
+                server = self.server(False if tls else None, **{stage: f"{code} no, for a reason"})
+                outcome = self.send(
+                    server, user="ann", password="PASSWORD", security="starttls" if tls else "none"
+                )
+                self.assertEqual(outcome.kind, kind, outcome)
+                self.assertIn(str(code), outcome.detail)
+
+    def test_some_recipients_refused_is_said_and_the_others_have_it_once(self) -> None:
+        server = self.server(RCPT2="550 unknown")
+        outcome = self.send(server, to=["a@x", "b@y", "c@z"])
+        self.assertEqual(outcome, ("sent", "accepted, except for b@y", 0.0))
+        self.assertEqual(len(server.mails), 1)
+        self.assertEqual(
+            self.logged.lines, ["WARNING notifier email n: the mail was accepted, except for b@y"]
+        )
+        mixed = self.server(RCPT1="550 unknown", RCPT2="450 later")
+        self.assertEqual(self.send(mixed, to=["a@x", "b@y"]).kind, "retry")
+
+    def test_server_that_breaks_off_or_speaks_no_smtp_is_tried_again(self) -> None:
+        for stage in ("connect", "EHLO", "MAIL", "RCPT", "DATA", "END"):
+            for answer in (b"", b"250", b"\xff\xfe\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n"):
+                with self.subTest(stage, answer=answer):
+                    kind = "sent" if (stage, answer) == ("END", b"250") else "retry"
+                    self.assertEqual(self.send(self.server(**{stage: answer})).kind, kind)
+
+    def test_mail_that_was_accepted_is_not_sent_again_whatever_comes_then(self) -> None:
+        for stage in ("QUIT",):
+            server = self.server(**{stage: b"\xff"})
+            self.assertEqual(self.send(server).kind, "sent")
+
+    def test_server_that_hangs_or_drips_is_given_up(self) -> None:
+        closed = threading.Event()
+
+        def hang(connection: socket.socket) -> None:
+            while connection.recv(4096):
+                pass
+            closed.set()
+
+        def drip(connection: socket.socket) -> None:
+            try:
+                while not closed.wait(0.01):
+                    connection.sendall(b"2")
+            finally:
+                closed.set()
+
+        for stage in ("connect", "EHLO", "END"):
+            for how in (hang, drip):
+                with self.subTest(stage, how=how.__name__):
+                    closed.clear()
+                    outcome = self.send(self.server(**{stage: how}), limit_s=0.2)
+                    self.assertEqual(outcome.detail, "no complete answer within 0.2 s")
+                    self.wait_for(closed.is_set, 5)
+                    self.wait_for(self._no_threads, 5)
+
+    def test_no_data_gets_into_the_headers_or_ends_the_mail(self) -> None:
+        name = "x\r\nBcc: eve@evil.example\r\n\r\n.\r\nRCPT TO:<eve@evil.example>\n\x1b[2J\u202e é"
+        for template in ("", "{run.name}\n{run.name}", "\ud800{run.name}"):
+            with self.subTest(template=template):
+                server = self.server()
+                facts = facts_of(run_name=name, run_reason=name, run_host=name)
+                self.assertEqual(self.send(server, facts, message=template).kind, "sent")
+                to = server.mails[0][1]
+                mail = self.parsed(server)
+                self.assertEqual(to, ["ann@hpc.example"])
+                self.assertIsNone(mail["bcc"])
+                self.assertEqual(mail.get_all("to"), ["ann@hpc.example"])
+                self.assertEqual(mail.defects, [])
+                self.assertNotIn("\x1b", mail.get_content() + mail["subject"])
+                self.assertEqual([line for line in server.said if "evil" in line], [])
+
+    def test_long_lines_and_lines_of_dots_arrive_whole(self) -> None:
+        server = self.server()
+        self.send(server, facts_of(run_reason="é" * 990), facts_of(run_name="."), message=".\n{run.reason}")
+        self.assertTrue(all(len(line) < 999 for line in server.mails[0][2].split(b"\r\n")))
+        self.assertIn("\n.\n" + "é" * 990, self.parsed(server).get_content().replace("\r\n", "\n"))
+
+    def test_secrets_are_not_in_what_is_said_of_a_login(self) -> None:
+        for text in ("PASSWORD", base64.b64encode(b"\0ann\0PASSWORD").decode()):
+            server = self.server(AUTH=f"535 wrong: {text} is not it")
+            outcome = aimwatch.deliver(server.notifier(user="ann", password="PASSWORD"), [facts_of()])
+            self.assertEqual(outcome.kind, "broken")
+            self.assertIn("wrong: *** is not it", outcome.detail)
+
+
+class Commands(NotifierCase):
+    """The notifier that runs a program."""
+
+    def script(self, text: str, mode: int = 0o755) -> str:
+        path = os.path.join(self.root, f"tell{len(os.listdir(self.root))}.sh")
+        with open(path, "w") as file:
+            file.write(f"#!/bin/sh\n{text}\n")
+        os.chmod(path, mode)
+        return path
+
+    def tell(self, *command: str, limit_s: float = 10.0, batch: Any = None) -> aimwatch.Outcome:
+        notifier = notifier_of("command", command=list(command))
+        self.assertIsNone(notifier.problem)
+        return aimwatch.attempt(
+            lambda closers: aimwatch.send_command(notifier, batch or [facts_of()], closers), limit_s
+        )
+
+    def test_document_comes_on_standard_input_and_nothing_through_a_shell(self) -> None:
+        path = os.path.join(self.root, "seen")
+        facts = facts_of(run_name="$(touch evil); `touch evil` '\" {run.hash}")
+        outcome = self.tell(self.script('cat > "$1"; echo "$#" >> "$1"'), path, "$HOME", batch=[facts])
+        self.assertEqual(outcome.kind, "sent")
+        with open(path) as file:
+            document, count = file.read().splitlines()
+        found = json.loads(document)
+        self.assertEqual((found["version"], found["source"], count), (1, "aimwatch", "2"))
+        self.assertEqual(found["events"][0]["run"]["name"], facts["run.name"])
+        self.assertIn("stalled: silent for 3 min", found["text"])
+
+    def test_how_a_program_ends_is_judged(self) -> None:
+        for text, kind, detail in (
+            ("exit 0", "sent", "exited with status 0"),
+            ("exit 3", "retry", "exited with status 3"),
+            ("kill -9 $$", "retry", "was killed by signal 9"),
+            ("exec < /dev/null", "sent", "exited with status 0"),
+        ):
+            with self.subTest(text):
+                outcome = self.tell(self.script(text), batch=[facts_of(run_reason="x" * 900)] * 100)
+                self.assertEqual(outcome.kind, kind)
+                self.assertTrue(outcome.detail.endswith(detail), outcome)
+
+    def test_program_that_cannot_be_run_is_broken_and_one_that_may_be_later_is_not(self) -> None:
+        for path, detail in (
+            (os.path.join(self.root, "missing"), "No such file or directory"),
+            (self.script("exit 0", 0o644), "Permission denied"),
+            (self.root, "Permission denied"),
+        ):
+            self.assertEqual(self.tell(path), ("broken", f"{path}: {detail}", 0.0))
+        full = OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        with mock.patch("subprocess.Popen", side_effect=full):
+            self.assertEqual(self.tell("/bin/true").kind, "retry")
+
+    def test_program_that_hangs_is_killed_with_its_children(self) -> None:
+        path = os.path.join(self.root, "pids")
+        script = self.script('sleep 60 & echo $! $$ > "$1.new"; mv "$1.new" "$1"; cat > /dev/null; wait')
+        outcome = self.tell(script, path, limit_s=0.5)
+        self.assertEqual(outcome.detail, "no complete answer within 0.5 s")
+        with open(path) as file:
+            pids = [int(pid) for pid in file.read().split()]
+        self.wait_for(self._no_threads)
+        self.assertEqual(len(pids), 2)
+        for pid in pids:
+            self.wait_for(lambda pid=pid: not self.runs(pid))
+
+    @staticmethod
+    def runs(pid: int) -> bool:
+        """True where a process lives, or is not waited for by whoever inherited it."""
+        status = subprocess.run(
+            ["ps", "-o", "stat=", "-p", str(pid)], stdout=subprocess.PIPE, text=True
+        ).stdout
+        return bool(status.strip()) and not status.startswith("Z")
+
+    def test_child_that_stays_behind_and_input_that_nobody_reads_hold_nobody_up(self) -> None:
+        path = os.path.join(self.root, "pid")
+        # exec: in a list of its own, the shell would give the child /dev/null to read.
+        script = self.script('exec 3<&0; sleep 60 <&3 & echo $! > "$1"; exit 0')
+        batch = [facts_of(run_reason="x" * 900, run_frames="y" * 900)] * 100
+        begun = time.monotonic()
+        outcome = self.tell(script, path, batch=batch)
+        self.assertEqual(outcome.kind, "sent")
+        self.assertLess(time.monotonic() - begun, 5)
+        with open(path) as file:
+            os.kill(int(file.read()), signal.SIGKILL)
+
+    def test_document_of_very_many_events_is_read_whole(self) -> None:
+        path = os.path.join(self.root, "seen")
+        batch = [facts_of(number=number, run_reason="x" * 900) for number in range(300)]
+        self.assertEqual(self.tell(self.script('cat > "$1"'), path, batch=batch).kind, "sent")
+        with open(path) as file:
+            found = json.load(file)
+        self.assertEqual((len(found["events"]), found["events_left_out"]), (100, 200))
+        self.assertLessEqual(len(found["text"]), 3000)
+
+    def test_file_that_others_can_write_runs_nothing(self) -> None:
+        script = self.script("exit 0")
+        self.configure(a={"type": "command", "arguments": {"command": [script]}})
+        self.assertIsNone(self.config.notifiers()[0].problem)
+        for mode in (0o620, 0o602, 0o666):
+            os.chmod(self.paths.config, mode)
+            self.assertRegex(str(self.config.notifiers()[0].problem), "is not run: .* chmod 600$")
+        os.chmod(self.paths.config, 0o600)
+        with mock.patch("os.geteuid", return_value=os.geteuid() + 1 or 1):
+            owner = os.stat(self.paths.config).st_uid
+            self.assertEqual(self.config.notifiers()[0].problem is None, owner == 0)
+        real = self.paths.config + ".real"
+        os.rename(self.paths.config, real)
+        os.symlink(real, self.paths.config)
+        self.assertRegex(str(self.config.notifiers()[0].problem), "is not run")
+
+    def test_file_that_is_swapped_while_it_is_read_runs_nothing(self) -> None:
+        script = self.script("exit 0")
+        self.configure(a={"type": "command", "arguments": {"command": [script]}})
+        good, bad = self.paths.config + ".good", self.paths.config + ".bad"
+        shutil.copy(self.paths.config, bad)
+        os.chmod(bad, 0o666)
+        os.rename(self.paths.config, good)
+        os.rename(bad, self.paths.config)
+        real = json.loads
+
+        def swap(text: Any, **options: Any) -> Any:
+            os.replace(good, self.paths.config)  # once it has been read
+            return real(text, **options)
+
+        with mock.patch("json.loads", swap):
+            self.assertRegex(str(self.config.notifiers()[0].problem), "is not run")
+
+
 # ============================================================================== Outbox
 
 
@@ -6759,6 +7385,53 @@ class OutboxFile(NotifierCase):
         self.assertEqual(self.waiting(outbox, "a"), ["n2", "n5"])
         self.assertEqual(self.waiting(self.open_outbox(), "a"), ["n2", "n5"])
 
+    def test_compaction_that_cannot_open_the_new_file_writes_to_no_closed_descriptor(self) -> None:
+        outbox = self.filled()
+        error = OSError(errno.EMFILE, "Too many open files")
+        with mock.patch("aimwatch.COMPACT_BYTES", 0), mock.patch("aimwatch.LogWriter", side_effect=error):
+            outbox.compact(lambda event_id: False)
+        path = os.path.join(self.root, "somebody else's")
+        with contextlib.ExitStack() as files:
+            for _ in range(20):
+                files.enter_context(open(path, "a"))
+            outbox.add([(event_of(5), ["a"])])
+        self.assertEqual(os.stat(path).st_size, 0)
+        self.assertEqual(self.waiting(self.open_outbox(), "a"), ["n2", "n5"])
+
+    def test_file_that_is_removed_while_it_is_written_is_made_again(self) -> None:
+        for folder_too in (False, True):
+            with self.subTest(folder_too=folder_too):
+                outbox = self.filled()
+                outbox.note_broken("b", "HTTP 404")
+                if folder_too:
+                    shutil.rmtree(self.paths.own)
+                else:
+                    os.unlink(self.paths.outbox)
+                outbox.add([(event_of(5), ["a"])])
+                outbox.sent([event_of(2).id], "a")
+                outbox.close()
+                again = self.open_outbox()
+                self.assertEqual(self.waiting(again, "a"), ["n5"])
+                self.assertEqual(again.known_ids(), [event_of(n).id for n in (1, 2, 3, 4, 5)])
+                self.assertEqual(again.broken()["b"][0], "HTTP 404")
+                again.close()
+                os.unlink(self.paths.outbox)
+
+    def test_delivery_of_very_many_events_is_read_again(self) -> None:
+        outbox = self.open_outbox()
+        events = [aimwatch.Event(f"{n:060d}", "failed", {"event": "failed"}) for n in range(25)]
+        outbox.add([(event, ["a"]) for event in events])
+        with mock.patch("aimwatch.MAX_SENT_IDS", 10), mock.patch("aimwatch.MAX_LINE_BYTES", 1000):
+            outbox.sent([event.id for event in events], "a")
+            self.assertEqual(self.open_outbox().waiting_for("a"), [])
+
+    def test_delivery_proves_that_the_notifier_works(self) -> None:
+        outbox = self.filled()
+        outbox.note_broken("a", "HTTP 404")
+        outbox.sent([event_of(2).id], "a")
+        outbox.close()  # killed here, nothing else would ever say so
+        self.assertEqual(self.open_outbox().broken(), {})
+
     def test_removed_notifier_is_waited_for_no_more(self) -> None:
         outbox = self.open_outbox()
         outbox.add([(event_of(1), ["a", "b"]), (event_of(2), ["b"])])
@@ -6770,8 +7443,8 @@ class OutboxFile(NotifierCase):
         self.assertTrue(outbox.knows(event_of(2).id))
 
 
-class Telling(NotifierCase):
-    """Couriers and their dispatcher, with real threads and servers."""
+class TellingCase(NotifierCase):
+    """A test of couriers and their dispatcher, with real threads and servers."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -6820,6 +7493,8 @@ class Telling(NotifierCase):
         """Return the runs that a server was told of, in order."""
         return [int(name) for text in server.texts() for name in re.findall(r"Run 'n(\d+)'", text)]
 
+
+class Telling(TellingCase):
     def test_event_is_on_disk_before_it_is_sent_and_its_delivery_after(self) -> None:
         seen: List[Any] = []
 
@@ -7176,6 +7851,334 @@ class Telling(NotifierCase):
         self.assertEqual(self.numbers(server), [1])
 
 
+class Mending(TellingCase):
+    """Notifiers that do not work: told of once, kept for, and told of again."""
+
+    def dispatcher(self) -> aimwatch.Dispatcher:
+        dispatcher = super().dispatcher()
+        dispatcher.tell_of_broken()
+        return dispatcher
+
+    def restart(self, dispatcher: aimwatch.Dispatcher) -> aimwatch.Dispatcher:
+        dispatcher.stop(5.0)
+        self.box.close()
+        return self.dispatcher()
+
+    def troubles(self, server: Webhook) -> List[str]:
+        """Return what a server was told of notifiers, each on its line."""
+        return [line for text in server.texts() for line in text.split("\n") if "does not work" in line]
+
+    def listed(self, notifier_id: str = "bad") -> Dict[str, Any]:
+        (found,) = [
+            x for x in json.loads(self.run_cli("notifiers", "list", "--json")[1]) if x["id"] == notifier_id
+        ]
+        return found  # type: ignore[no-any-return]
+
+    def break_(self, *answers: Any) -> Tuple[aimwatch.Dispatcher, Webhook, Webhook]:
+        """Return a dispatcher one of whose notifiers does not work, its server, and a good one."""
+        bad, good = self.webhook(*(answers or ((404, "no_service"),))), self.webhook()
+        self.configure(bad=hook(bad.url), good=hook(good.url))
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        self.wait_for(self.box.broken)
+        return dispatcher, bad, good
+
+    def test_it_is_told_through_the_others_once_over_restarts(self) -> None:
+        dispatcher, _, good = self.break_()
+        for _ in range(3):
+            dispatcher.tell_of_broken()
+            dispatcher = self.restart(dispatcher)
+        self.wait_for(lambda: not self.box.waiting_for("good"))
+        expected = (
+            "❗ aimwatch: notifier slack bad does not work: HTTP 404: no_service; what it is to tell is kept "
+            "until it is mended"
+        )
+        self.assertEqual(self.troubles(good), [expected])
+        self.assertEqual([event.kind for event in self.box.waiting_for("bad")], ["stalled"])
+
+    def test_it_is_told_to_a_notifier_that_comes_later(self) -> None:
+        bad = self.webhook((410, ""))
+        self.configure(bad=hook(bad.url))
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        self.wait_for(self.box.broken)
+        dispatcher.tell_of_broken()
+        good = self.webhook()
+        self.configure(good=hook(good.url))
+        dispatcher.reload_if_changed()
+        dispatcher.tell_of_broken()
+        self.wait_for(lambda: good.requests)
+        self.assertEqual(len(self.troubles(good)), 1)
+
+    def test_list_says_why_since_when_and_how_much_waits(self) -> None:
+        before = time.time()
+        dispatcher, _, _ = self.break_()
+        dispatcher.tell([event_of(2), event_of(3)])
+        found = self.listed()
+        self.assertEqual((found["problem"], found["waiting"]), ("HTTP 404: no_service", 3))
+        self.assertTrue(before - 0.01 <= found["broken_since"] <= time.time(), found)
+        row = [line for line in self.run_cli("notifiers", "list")[1].split("\n") if line.startswith("bad ")][
+            0
+        ]
+        since = aimwatch.local_time(found["broken_since"])
+        self.assertRegex(
+            row, f"enabled, broken since {re.escape(since)} .* HTTP 404: no_service \\(3 events waiting\\)$"
+        )
+
+    def mended(self, dispatcher: aimwatch.Dispatcher, server: Webhook, *numbers: int) -> None:
+        """Check that what waited is delivered, and that the notifier works again."""
+        dispatcher.reload_if_changed()
+        self.wait_sent("bad", *numbers)
+        self.assertEqual(self.numbers(server)[-len(numbers) :], list(numbers))
+        self.wait_for(lambda: not self.box.broken())
+        found = self.listed()
+        self.assertEqual((found["problem"], found["broken_since"], found["waiting"]), (None, None, 0))
+
+    def test_what_waits_is_delivered_when_the_address_is_changed(self) -> None:
+        dispatcher, _, _ = self.break_()
+        dispatcher.tell([event_of(2)])
+        server = self.webhook()
+        self.configure(bad=hook(server.url))
+        self.mended(dispatcher, server, 1, 2)
+
+    def test_what_waits_is_delivered_when_a_test_succeeds(self) -> None:
+        dispatcher, bad, _ = self.break_()
+        self.assertEqual(self.run_cli("notifiers", "test", "bad")[0], 1)
+        dispatcher.reload_if_changed()
+        self.assertTrue(self.box.broken())
+        bad.answers = [(200, "ok")]
+        self.assertEqual(self.run_cli("notifiers", "test", "bad")[0], 0)
+        self.mended(dispatcher, bad, 1)
+
+    def test_what_waits_is_delivered_when_it_is_enabled(self) -> None:
+        for off_first in (False, True):
+            with self.subTest(off_first=off_first):
+                dispatcher, bad, _ = self.break_()
+                if off_first:
+                    self.run_cli("notifiers", "disable", "bad")
+                    dispatcher.reload_if_changed()
+                bad.answers = [(200, "ok")]
+                self.assertEqual(self.run_cli("notifiers", "enable", "bad")[0], 0)
+                self.mended(dispatcher, bad, 1)
+                dispatcher.stop(5.0)
+                self.box.close()
+                os.unlink(self.paths.outbox)
+
+    def test_it_is_told_again_when_it_breaks_again(self) -> None:
+        dispatcher, bad, good = self.break_()
+        dispatcher.tell_of_broken()
+        self.wait_for(lambda: self.troubles(good))
+        bad.answers = [(200, "ok")]
+        self.run_cli("notifiers", "enable", "bad")
+        self.mended(dispatcher, bad, 1)
+        bad.answers = [(403, "invalid_token")]
+        dispatcher.tell([event_of(2)])
+        self.wait_for(self.box.broken)
+        dispatcher.tell_of_broken()
+        self.wait_for(lambda: len(self.troubles(good)) == 2)
+        self.assertIn("invalid_token", self.troubles(good)[1])
+
+    def test_another_reason_is_shown_and_not_told_again(self) -> None:
+        dispatcher, bad, good = self.break_()
+        dispatcher.tell_of_broken()
+        since = self.listed()["broken_since"]
+        bad.answers = [(410, "gone for good")]
+        self.run_cli("notifiers", "enable", "bad")
+        dispatcher.reload_if_changed()
+        self.wait_for(lambda: self.listed()["problem"] == "HTTP 410: gone for good")
+        dispatcher.tell_of_broken()
+        dispatcher = self.restart(dispatcher)
+        self.assertEqual(self.listed()["broken_since"], since)
+        self.wait_for(lambda: not self.box.waiting_for("good"))
+        self.assertEqual(len(self.troubles(good)), 1)
+
+    def test_removed_one_is_forgotten(self) -> None:
+        dispatcher, _, _ = self.break_()
+        self.run_cli("notifiers", "remove", "bad", "--yes")
+        dispatcher.reload_if_changed()
+        self.assertEqual((self.box.broken(), self.box.waiting_for("bad")), ({}, []))
+        dispatcher.stop(5.0)
+        self.box.close()
+        self.assertEqual(aimwatch.Outbox(self.paths.outbox).broken(), {})
+
+    def test_mistake_in_the_configuration_is_told_and_what_comes_then_is_kept(self) -> None:
+        good = self.webhook()
+        self.configure(bad=hook("ftp://hooks.example.com/SECRETSECRET"), good=hook(good.url))
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        self.wait_sent("good", 1)
+        dispatcher = self.restart(dispatcher)
+        self.assertEqual(len(self.troubles(good)), 1)
+        self.assertIn("argument 'url': the URL must start", self.troubles(good)[0])
+        self.assert_hidden("\n".join(good.texts()))
+        self.assertEqual(self.listed()["waiting"], 1)
+        server = self.webhook()
+        self.configure(bad=hook(server.url))
+        self.mended(dispatcher, server, 1)
+
+    def test_configuration_that_is_gone_takes_nothing_with_it(self) -> None:
+        dispatcher, _, good = self.break_()
+        os.unlink(self.paths.config)
+        for _ in range(3):
+            dispatcher.reload_if_changed()
+        gone = [line for line in self.logged.lines if "config.json is gone" in line]
+        self.assertEqual(len(gone), 1)
+        self.assertEqual(dispatcher.describe(), "slack bad, slack good")
+        server = self.webhook()
+        self.configure(bad=hook(server.url), good=hook(good.url))
+        self.mended(dispatcher, server, 1)
+
+
+class HangingNotifiers(TellingCase):
+    def test_whatever_hangs_makes_neither_the_others_nor_the_end_late(self) -> None:
+        gate, reached = self.gate(), []
+
+        def hang(connection: socket.socket) -> None:
+            reached.append(connection)
+            gate.wait(30)
+
+        ports = [self.raw_server(hang).port for _ in range(4)]
+        program = os.path.join(self.root, "hang.sh")
+        with open(program, "w") as file:
+            file.write("#!/bin/sh\ntouch hanging\nexec sleep 5\n".replace("hanging", f"{program}.reached"))
+        os.chmod(program, 0o755)
+        good = self.webhook()
+        mail = {"host": "127.0.0.1", "sender": "a@b", "to": ["c@d"], "security": "none"}
+        self.configure(
+            slack=hook(f"http://127.0.0.1:{ports[0]}/x"),
+            tls=hook(f"https://127.0.0.1:{ports[1]}/x"),
+            webhook={"type": "webhook", "arguments": {"url": f"http://127.0.0.1:{ports[2]}/x"}},
+            email={"type": "email", "arguments": {**mail, "port": ports[3]}},
+            command={"type": "command", "arguments": {"command": [program]}},
+            good=hook(good.url),
+        )
+        with mock.patch.object(aimwatch.attempt, "__defaults__", (1.5,)):
+            dispatcher = self.dispatcher()
+            for number in (1, 2, 3):
+                dispatcher.tell([event_of(number)])
+                self.wait_sent("good", number)
+            self.wait_for(lambda: len(reached) == 4 and os.path.exists(f"{program}.reached"))
+            self.assertEqual(self.numbers(good), [1, 2, 3])
+            self.assertEqual(
+                [self.sent(name) for name in ("slack", "tls", "webhook", "email", "command")], [[]] * 5
+            )
+            begun = time.monotonic()
+            dispatcher.stop(0.1)
+            self.assertLess(time.monotonic() - begun, 2.0)
+            gate.set()
+            self.wait_for(self._no_threads)
+
+
+class Poison(TellingCase):
+    """A message that the other side does not take."""
+
+    def server(self, status: int, bad: str) -> Webhook:
+        server = self.webhook()
+
+        def answer(handler: Any) -> None:
+            refused = bad in server.requests[-1][3]
+            text = b"invalid_payload" if refused else b"ok"
+            handler.send_response(status if refused else 200)
+            handler.send_header("Content-Length", str(len(text)))
+            handler.end_headers()
+            handler.wfile.write(text)
+
+        server.answers = [answer]
+        return server
+
+    def test_it_is_told_in_few_words_and_blocks_nothing(self) -> None:
+        for status in (400, 413, 422):
+            with self.subTest(status):
+                server = self.server(status, "poison")
+                self.configure(a=hook(server.url))
+                dispatcher = self.dispatcher()
+                bad = aimwatch.Event(f"bad{status}", "failed", facts_of("failed", 1, run_name="poison"))
+                dispatcher.tell([bad])
+                self.wait_for(lambda: "bad" in "".join(self.sent("a")))
+                dispatcher.tell([event_of(2)])
+                self.wait_sent("a", 2)
+                texts = server.texts()
+                self.assertIn("Run 'poison' failed", texts[0])
+                self.assertTrue(texts[1].startswith("❌ Run '000000000000000000000001' failed\n"), texts[1])
+                self.assertIn("Run 'n2' stalled", texts[2])
+                self.assertEqual((len(texts), self.box.broken()), (3, {}))
+                dispatcher.stop(5.0)
+                self.box.close()
+                os.unlink(self.paths.outbox)
+
+    def test_template_that_is_refused_is_left_out(self) -> None:
+        server = self.server(400, "poison")
+        self.configure(a={"type": "slack", "arguments": {"url": server.url, "message": "poison {run.name}"}})
+        self.dispatcher().tell([event_of(1)])
+        self.wait_sent("a", 1)
+        self.assertEqual(len(server.requests), 2)
+
+    def test_notifier_that_refuses_even_few_words_is_broken(self) -> None:
+        server, good = self.server(400, ""), self.webhook()
+        self.configure(a=hook(server.url), b=hook(good.url))
+        dispatcher = self.dispatcher()
+        dispatcher.tell([event_of(1)])
+        self.wait_for(self.box.broken)
+        self.assertEqual(self.box.broken()["a"][0], "HTTP 400: invalid_payload")
+        self.assertEqual(len(server.requests), 2)
+        self.assertEqual(len(self.box.waiting_for("a")), 1)
+
+
+class Pacing(TellingCase):
+    def courier(self) -> aimwatch.Courier:
+        box = aimwatch.Outbox(self.paths.outbox)
+        self.addCleanup(box.close)
+        return aimwatch.Courier(notifier_of("slack", url=GOOD_URL), box)
+
+    def test_gap_grows_in_a_storm_and_goes_back(self) -> None:
+        courier, clock = self.courier(), Clock(5000.0)
+        with mock.patch.object(aimwatch, "MIN_POST_GAP_S", 1.0), mock.patch("time.monotonic", clock):
+            courier._gap_s = 1.0
+            gaps = []
+            for _ in range(8):
+                gaps.append(courier._gap())
+                clock.pass_(gaps[-1] + 0.2)
+            self.assertEqual(gaps, [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0])
+            clock.pass_(60.0)
+            self.assertEqual(courier._gap(), 1.0)
+            clock.pass_(2.0)
+            self.assertEqual(courier._gap(), 1.0)
+
+    def test_a_second_at_least_lies_between_two_posts_whatever_came_of_the_first(self) -> None:
+        courier = self.courier()
+        event = event_of(1)
+        with mock.patch.object(aimwatch, "MIN_POST_GAP_S", 1.0):
+            for kind in ("sent", "retry", "refused", "broken"):
+                with self.subTest(kind):
+                    rest_s = courier._settle([event], aimwatch.Outcome(kind, "x"))
+                    self.assertGreaterEqual(rest_s, 1.0)
+
+    def test_notifier_that_was_changed_keeps_the_pace(self) -> None:
+        server = self.webhook()
+        self.configure(a=hook(server.url))
+        with mock.patch.object(aimwatch, "MIN_POST_GAP_S", 0.4):
+            dispatcher = self.dispatcher()
+            dispatcher.tell([event_of(1)])
+            self.wait_sent("a", 1)
+            self.configure(a=hook(server.url, events=["stalled"]))
+            dispatcher.reload_if_changed()
+            dispatcher.tell([event_of(2)])
+            self.wait_sent("a", 2)
+        first, second = (request[4] for request in server.requests)
+        self.assertGreater(second - first, 0.39)
+
+    def test_nobody_reached_for_months_costs_a_bounded_outbox(self) -> None:
+        self.configure(a=hook(self.webhook((500, "")).url))
+        dispatcher = self.dispatcher()
+        with mock.patch.object(aimwatch, "MAX_WAITING", 10), mock.patch.object(aimwatch, "COMPACT_BYTES", 0):
+            dispatcher.tell([event_of(number) for number in range(100)])
+            self.box.compact(lambda event_id: False)
+        self.assertEqual([event.facts["run.name"] for event in self.box.waiting_for("a")][0], "n90")
+        self.assertIn("ERROR notifier a: 90 events given up: too many wait", self.logged.lines)
+        courier = dispatcher._couriers["a"]
+        self.wait_for(lambda: len(courier._queue) == 10)
+
+
 class KilledTeller(NotifierCase):
     """A watcher that is killed at any line between seeing an event and having told it, and started
     again: everybody hears of everything, and twice only of what was on its way at a kill.
@@ -7327,10 +8330,11 @@ for line in sys.stdin:
                 heard[name] += new
                 told[name] |= self.told(root, name) & self.EXPECTED
             if life == 0:  # what has come back goes on
-                moved = aimwatch.check_in_name("comes", 3, "check_in", UTC, 0)
                 folder = os.path.join(root, ".aim", "check_ins")
-                for old in [old for old in os.listdir(folder) if old.startswith("comes-")]:
-                    os.rename(os.path.join(folder, old), os.path.join(folder, moved))
+                for old in os.listdir(folder):
+                    if old.startswith(("comes-", "begins-")):
+                        moved = aimwatch.check_in_name(old.partition("-")[0], 3, "check_in", UTC, 0)
+                        os.rename(os.path.join(folder, old), os.path.join(folder, moved))
         for name in self.servers:
             self.assertEqual(set(heard[name]), self.EXPECTED, (kills, name))
             self.assertEqual(self.state(root).waiting_for(name), [], (kills, name))
@@ -7409,7 +8413,7 @@ for line in sys.stdin:
 # ======================================================================== Command line
 
 
-class NotifiersAdd(NotifierCase):
+class AddCase(NotifierCase):
     def add(self, *argv: str, stdin: str = "") -> Tuple[int, str, str]:
         return self.run_cli("notifiers", "add", *argv, stdin=stdin)
 
@@ -7422,6 +8426,8 @@ class NotifiersAdd(NotifierCase):
     def assert_nothing_saved(self) -> None:
         self.assertFalse(os.path.exists(self.paths.config))
 
+
+class NotifiersAdd(AddCase):
     def test_questions_lead_to_a_notifier(self) -> None:
         stdin = f"foo\nslack\nftp://x\n\n{GOOD_URL}\n{{oops}}\nlost {{run.hash}}\nmaybe\ny\nn\n"
         code, out, err = self.add(stdin=stdin)
@@ -7643,6 +8649,101 @@ class NotifiersAdd(NotifierCase):
         self.assert_one_line(code[2], "no repository at .*/no: run 'aim-watcher --repo .*/no init'")
 
 
+class NotifiersAddMore(AddCase):
+    """The types that Aim does not have."""
+
+    def test_webhook_by_flags(self) -> None:
+        headers = self.path("X-Key: PASSWORD\nAuthorization: Bearer PASSWORD two\n")
+        code, out, err = self.add(
+            "webhook", "--webhook-url", GOOD_URL, "--header-file", headers, "--body",
+            '{"content": "{message}"}', "--yes",
+        )  # fmt: skip
+        self.assertEqual((code, err), (0, ""))
+        expected = {
+            "url": GOOD_URL, "headers": {"X-Key": "PASSWORD", "Authorization": "Bearer PASSWORD two"},
+            "body": {"content": "{message}"}, "message": aimwatch.AIM_DEFAULT_MESSAGE,
+        }  # fmt: skip
+        self.assertEqual(self.only_entry()["arguments"], expected)
+        for argv in (("list",), ("list", "--json"), ("dump",)):
+            out += "".join(self.run_cli("notifiers", *argv)[1:])
+        self.assert_hidden(out)
+        code, out, _ = self.run_cli("notifiers", "remove", self.only_entry()["id"], "--yes")
+        self.assertEqual(code, 0)
+
+    def test_email_by_flags_and_by_questions(self) -> None:
+        arguments = {
+            "host": "relay.example", "security": "tls", "port": 465, "user": "ann", "password": "PASS WORD",
+            "sender": "watch@hpc.example", "to": ["ann@x.example", "bob"], "message": aimwatch.AIM_DEFAULT_MESSAGE,
+        }  # fmt: skip
+        flags = (
+            "email", "--smtp-host", "relay.example", "--security", "tls", "--port", "465", "--user", "ann",
+            "--password-file", self.path("PASS WORD\n"), "--from", "watch@hpc.example", "--to", "ann@x.example,bob", "--yes",
+        )  # fmt: skip
+        answers = (
+            "email\n\nrelay.example\nssl\ntls\n99999\n465\nann\npässword\nPASS WORD\nno mail\nwatch@hpc.example\n"
+            "a@b@c\nann@x.example, bob\n\ny\nn\n"
+        )
+        for argv, stdin in ((flags, ""), ((), answers)):
+            with self.subTest(argv):
+                code, out, err = self.add(*argv, stdin=stdin)
+                self.assertEqual((code, err), (0, ""), out)
+                self.assertEqual(self.only_entry()["arguments"], arguments)
+                self.assertIsNone(self.config.notifiers()[0].problem)
+                for command in (("list", "--json"), ("dump",)):
+                    out += "".join(self.run_cli("notifiers", *command)[1:])
+                self.assertNotIn("PASS WORD", out)
+                os.unlink(self.paths.config)
+
+    def test_email_needs_little(self) -> None:
+        code, _, err = self.add("email", "--smtp-host", "relay", "--from", "a", "--to", "b", "--yes")
+        self.assertEqual((code, err), (0, ""))
+        self.assertEqual(sorted(self.only_entry()["arguments"]), ["host", "message", "sender", "to"])
+
+    def test_command_by_flags_and_by_questions(self) -> None:
+        for argv, stdin in (
+            (("command", "--command", "/bin/tell --to 'the team'", "--yes"), ""),
+            ((), "command\ntell\n'\n/bin/tell --to 'the team'\n\ny\nn\n"),
+        ):
+            with self.subTest(argv):
+                code, out, err = self.add(*argv, stdin=stdin)
+                self.assertEqual((code, err), (0, ""), out)
+                self.assertEqual(self.only_entry()["arguments"]["command"], ["/bin/tell", "--to", "the team"])
+                self.assertEqual(os.stat(self.paths.config).st_mode & 0o777, 0o600)
+                os.unlink(self.paths.config)
+
+    def test_refusals_say_why_and_save_nothing(self) -> None:
+        url, mail = ("webhook", "--webhook-url", GOOD_URL), ("email", "--smtp-host", "h", "--from", "a@b")
+        for argv, message in (
+            (("webhook",), "notifiers add webhook --yes needs --webhook-url or --webhook-url-file$"),
+            ((*url, "--header", "no colon SECRET"), "a header has no name that can be one: write 'Name: value'$"),
+            ((*url, "--header", "X-K: PASSWORD\u00e9"), "header X-K must have a value of printable ASCII$"),
+            ((*url, "--header", "a b: PASSWORD"), "a header has no name that can be one: write 'Name: value'$"),
+            ((*url, "--body", "{"), "the body must be JSON, such as"),
+            ((*url, "--body", '"text"'), "the body must be a JSON object or list$"),
+            ((*url, "--body", '{"a": "{run.oops}"}'), "the message names {run.oops}, which does not exist"),
+            (mail, "notifiers add email --yes needs --to$"),
+            (("email", "--from", "a@b", "--to", "c@d"), "email --yes needs --smtp-host$"),
+            ((*mail, "--to", "a@b\nBcc: x@y"), "'Bcc:' is no mail address: write name@host$"),
+            ((*mail, "--to", "<a@b>"), "is no mail address: write name@host$"),
+            ((*mail, "--to", ","), "must be mail addresses with commas between them$"),
+            ((*mail, "--to", "a@b", "--port", "0"), "port 0 is not a number from 1 to 65535$"),
+            ((*mail, "--to", "a@b", "--security", "ssl"), "'ssl' is not one of starttls, tls, none$"),
+            ((*mail, "--to", "a@b", "--user", "u", "--password", "PASSW\u00d6RD"), "--password must be printable ASCII"),
+            (("email", "--smtp-host", "a\nb", "--from", "a", "--to", "b"), "--smtp-host must be on one line"),
+            (("command",), "notifiers add command --yes needs --command$"),
+            (("command", "--command", "tell"), "must be given with its whole path, not 'tell'$"),
+            (("command", "--command", "/bin/tell '"), "the command cannot be taken apart: No closing quotation$"),
+            (("command", "--command", ""), "the command must be a program and its arguments$"),
+            (("slack", "--webhook-url", GOOD_URL, "--body", "{}"), "--body has no meaning for type slack$"),
+        ):  # fmt: skip
+            with self.subTest(argv):
+                code, out, err = self.add(*argv, "--yes")
+                self.assertEqual((code, out), (1, ""))
+                self.assert_one_line(err, message)
+                self.assert_hidden(err)
+                self.assert_nothing_saved()
+
+
 def aimwatch_main(*argv: str) -> Tuple[int, str, str]:
     """Run the command line as given."""
     out, err = io.StringIO(), io.StringIO()
@@ -7699,6 +8800,25 @@ class OnATerminal(NotifierCase):
         self.assertIn("hello", seen)
         self.assert_hidden(seen)
         self.assertEqual(self.only_entry()["arguments"]["url"], GOOD_URL)
+
+    def test_password_of_a_mail_server_is_not_echoed(self) -> None:
+        code, seen = self.converse(
+            ("(slack, workplace, logger, webhook, email, command): ", "email\n"),
+            ("Mail server: ", "relay\n"),
+            ("(empty: starttls): ", "none\n"),
+            ("with none 25): ", "\n"),
+            ("(empty: no login): ", "ann\n"),
+            ("Password (not shown): ", "PASSWORD\n"),
+            ("From: ", "a@b\n"),
+            ("To, with commas between several: ", "c@d,e\n"),
+            ("(empty for the default): ", "\n"),
+            ("[Y/n]: ", "y\n"),
+            ("[y/N]: ", "n\n"),
+        )
+        self.assertEqual(code, 0, seen)
+        self.assertIn("To: ['c@d', 'e']", seen)
+        self.assert_hidden(seen)
+        self.assertEqual(self.only_entry()["arguments"]["password"], "PASSWORD")
 
     def test_token_is_not_echoed_and_ctrl_c_saves_nothing(self) -> None:
         code, seen = self.converse(
@@ -8773,6 +9893,26 @@ class TestSweep(WatchCase):
         watcher.outbox.sent([self.events()[0]["event"]], "s")
         self.pass_time(watcher, 2000.0)
         self.assertEqual(self.flags(run_hash), [])
+
+    def test_outbox_of_runs_that_go_on_for_ever_stays_small_and_repeats_nothing(self) -> None:
+        self.configure(a={"type": "logger", "events": list(aimwatch.EVENTS)})
+        writer = self.run_object("speaks")
+        watcher = self.watch(once=True)
+        with mock.patch.object(aimwatch, "COMPACT_BYTES", 5_000), mock.patch("os.fsync"):
+            for number in range(1, 120):
+                self.check_in("a", number, "failed" if number % 2 else "check_in")
+                writer.log_error(f"number {number}")
+                watcher.poll()
+                if number % 40 == 0:
+                    self.stop(watcher)
+                    watcher = self.watch(once=True)
+                self.assertLess(os.stat(self.paths.outbox).st_size, 25_000)
+        self.assertLess(len(watcher.outbox.known_ids()), 60)
+        self.wait_for(lambda: not watcher.outbox.waiting_for("a"))
+        self.stop(watcher)
+        last = self.outbox()[-1]
+        self.watch(once=True)
+        self.assertEqual(self.outbox()[-1], last)
 
     def test_run_that_is_resumed_after_the_removal_is_watched(self) -> None:
         run_hash = self.our_run()
