@@ -5836,13 +5836,15 @@ class Courier(threading.Thread):
         self._failures = 0
         self._broken = self._hurry = self._plain = False
         self._before_mono = -math.inf
+        self._unrecorded: Set[str] = set()
         self._gap_s, self._posted_mono = MIN_POST_GAP_S, -math.inf
         self._tried = not self._queue
 
-    def submit(self, events: Sequence[Event]) -> None:
-        """Queue events that the outbox already holds."""
+    def submit(self, events: Sequence[Event], recorded: bool = True) -> None:
+        """Queue events, which the outbox already holds where they are `recorded`."""
         with self._changed:
             self._queue.extend(events)
+            self._unrecorded.update(event.id for event in events if not recorded)
             self._tried = not self._queue
             self._changed.notify_all()
 
@@ -5891,7 +5893,9 @@ class Courier(threading.Thread):
     def _drop_told(self) -> None:
         """Take out of the queue what a predecessor told, or what was given up."""
         waits_for, me = self._outbox.waits_for, self.notifier.id
-        self._queue = deque(event for event in self._queue if waits_for(me, event.id))
+        self._queue = deque(
+            event for event in self._queue if event.id in self._unrecorded or waits_for(me, event.id)
+        )
         self._tried = self._tried or not self._queue
         self._changed.notify_all()
 
@@ -5906,7 +5910,7 @@ class Courier(threading.Thread):
         with self._changed:
             if outcome.kind == SENT:
                 for _ in batch:
-                    self._queue.popleft()
+                    self._unrecorded.discard(self._queue.popleft().id)
                 self._failures = 0
             else:
                 self._failures += 1
@@ -6070,7 +6074,7 @@ class Dispatcher:
     def tell_unrecorded(self, event: Event) -> None:
         """Tell an event that cannot be put into the outbox, since the disk does not answer."""
         for courier in list(self._couriers.values()):
-            courier.submit([event])
+            courier.submit([event], recorded=False)
 
     def tell_of_broken(self) -> None:
         """Tell the others, once, of every notifier that does not work."""
