@@ -5755,8 +5755,9 @@ class Outbox:
 
     def waits_for(self, notifier_id: str, event_id: str) -> bool:
         """True where a notifier is still to be told of an event."""
-        with self._lock:
-            return event_id in self._state.waiting and notifier_id in self._state.waiting[event_id][1]
+        # Without the lock, which a write to a share that hangs holds for as long.
+        waiting = self._state.waiting.get(event_id)
+        return waiting is not None and notifier_id in waiting[1]
 
     def is_waiting(self, event_id: str) -> bool:
         """True where somebody is still to be told of the event."""
