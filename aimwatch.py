@@ -236,12 +236,41 @@ def read_with_stat(path: str, limit: int, follow: bool = True) -> Tuple[bytes, o
 
     O_NONBLOCK keeps a FIFO that somebody planted from hanging the reader in `open`.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+    fd = open_regular(path, 0 if follow else os.O_NOFOLLOW)
     with os.fdopen(fd, "rb") as file:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", path)
-        return file.read(limit), info
+        return file.read(limit), os.fstat(fd)
+
+
+def command_line(repo: Optional[str] = None) -> str:
+    """Return how this program is called here, for messages that name a command to type.
+
+    Arguments:
+        repo: what was given with --repo, without which the command would look elsewhere.
+    """
+    import shlex
+
+    main_module = sys.modules.get("__main__")
+    called = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if getattr(getattr(main_module, "__spec__", None), "name", "") == "aimwatch":
+        called = "python3 -m aimwatch"
+    elif called == "aimwatch.py":
+        called = "python3 aimwatch.py"
+    elif called != "aimwatch":
+        called = "aim-watcher"  # this is a training script, and calling it again would train again
+    return called if repo is None else f"{called} --repo {shlex.quote(repo)}"
+
+
+def open_regular(path: str, how: int = os.O_NOFOLLOW) -> int:
+    """Return a descriptor to read a regular file with. Raises OSError, also for anything else: of a
+    folder, `os.fdopen` would leave the descriptor open."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | how)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return fd
 
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
@@ -346,14 +375,16 @@ class RepoPaths:
         return [self.check_ins, self.notifications, *own]
 
     def refuse_planted_links(self) -> None:
-        """Raise OSError where a folder is a symbolic link that somebody else made: what is written
-        and removed here must stay here."""
-        for folder in self.folders():
+        """Raise OSError where a folder, or the index, is a symbolic link that somebody else made: what
+        is written and removed here must stay here."""
+        above = [self.aim, os.path.dirname(self.notifications)]
+        # SQLite follows links; every other file is opened without.
+        for path in [*above, *self.folders(), self.index, f"{self.index}-journal"]:
             with contextlib.suppress(FileNotFoundError):
-                info = os.lstat(folder)
+                info = os.lstat(path)
                 if stat.S_ISLNK(info.st_mode) and info.st_uid not in (0, os.geteuid()):
                     why = f"it is a symbolic link that belongs to user {info.st_uid}"
-                    raise OSError(errno.ELOOP, why, folder)
+                    raise OSError(errno.ELOOP, why, path)
 
     def create(self) -> None:
         """Make the folders that are missing. Raises RepoError where that is impossible."""
@@ -391,7 +422,7 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
     if create:
         paths.create()
     elif not os.path.isdir(paths.aim):
-        raise RepoError(f"no repository at {root}: run 'aim-watcher --repo {root} init' or start a run there")
+        raise RepoError(f"no repository at {root}: run '{command_line(root)} init' or start a run there")
     return paths
 
 
@@ -546,6 +577,8 @@ RETRY_S = 1.0
 #: What a log says beside its points, since its last checkpoint, counts up to this size: a run that
 #: declares series without end must not fill the memory of who reads it.
 MAX_STATE_BYTES = 2 * MAX_LINE_BYTES
+#: More torn checkpoints than this, and lines that are no records, are in no log of ours.
+MAX_TORN_CHECKPOINTS, MAX_NOISE_LINES = 100, 10_000
 #: Errors that mean "the file that was here is not any more", as opposed to "it cannot be seen now".
 GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EBADF}
 _CHECKPOINT_START = b'{"checkpoint"'
@@ -894,6 +927,16 @@ class RunState:
     }
 
 
+def is_still(fd: int, identity: Tuple[int, int]) -> bool:
+    """False where somebody else closed the descriptor, as who becomes a daemon closes all: its number
+    may by now be that of another file, which must be neither read nor closed."""
+    try:
+        info = os.fstat(fd)
+    except OSError as error:
+        return error.errno != errno.EBADF
+    return (info.st_dev, info.st_ino) == identity
+
+
 class LogWriter:
     """Appends records to one run log, which the caller holds as its only writer.
 
@@ -925,6 +968,7 @@ class LogWriter:
             os.close(fd)
             raise
         self._fd, self.size, self._torn = fd, info.st_size, torn
+        self._identity = info.st_dev, info.st_ino
 
     def is_there(self) -> bool:
         """True where the path leads to the file that is written, also again, or nobody can tell."""
@@ -949,19 +993,20 @@ class LogWriter:
         begin an empty file, and `last`, which must say as much as all those that are lost, follow
         what waits.
         """
-        old = self._fd
+        old, ours = self._fd, is_still(self._fd, self._identity)
         try:
             size = os.lstat(self.path).st_size
         except FileNotFoundError:
             size = 0
-        if size or not self._copy_back(old):
+        if size or not (ours and self._copy_back(old)):
             self._open(self.path, os.O_CREAT)
             if not self.size:
                 self._backlog.extendleft(reversed(first))
             self._backlog.extend(last)
             self._backlog_bytes = sum(map(len, self._backlog))
-        with contextlib.suppress(OSError):
-            os.close(old)
+        if ours:
+            with contextlib.suppress(OSError):
+                os.close(old)
         self._lost = False
         if self.flush(now=True, again=True):
             log.warning("%s is there again (%d records lost)", self.path, self.dropped)
@@ -982,8 +1027,8 @@ class LogWriter:
                 at += len(data)
                 while data:
                     data = data[os.write(self._fd, data) :]
-            self._torn = at > 0 and os.pread(self._fd, 1, at - 1) != b"\n"
             if at:
+                self._torn = os.pread(self._fd, 1, at - 1) != b"\n"
                 os.rename(temporary, self.path)
                 self.size = at
                 return True
@@ -1068,18 +1113,18 @@ def read_log(path: str, run_hash: str, most_bytes: float = math.inf) -> RunState
     the cost, not what it ever recorded. With `most_bytes`, what lies further back is left out.
     """
     state = RunState(run_hash)
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file", path)
+    fd = open_regular(path)
+    size = os.fstat(fd).st_size
     with os.fdopen(fd, "rb") as file:
         lines = read_lines(file)
-        least = int(max(0, info.st_size - most_bytes))
-        start = _last_checkpoint(fd, info.st_size, least)
+        least = int(max(0, size - most_bytes))
+        start = _last_checkpoint(fd, size, least)
         if start or least:
-            _apply_line(state, next(lines, (b"", True))[0])
-        while start:
+            # Not to the end of the line: somebody may have made one that fills the disk.
+            _apply_line(state, file.readline(MAX_LINE_BYTES))
+        tries = 0
+        while start and tries < MAX_TORN_CHECKPOINTS:
+            tries += 1
             file.seek(start)
             if _apply_line(state, next(lines, (b"", True))[0]):
                 break
@@ -1091,10 +1136,14 @@ def read_log(path: str, run_hash: str, most_bytes: float = math.inf) -> RunState
             else:
                 state = RunState(run_hash)
                 file.seek(0)
+        empty = 0
         for line, whole in lines:
             # A last line without its end is being written, or was torn; not counted as damage.
             if not _apply_line(state, line) and whole:
                 state.skipped += 1
+            empty += line == b"\n"
+            if state.skipped + empty > MAX_NOISE_LINES and most_bytes < math.inf:
+                break  # who asks for a part has no time for megabytes of it
     return state
 
 
@@ -1215,10 +1264,17 @@ _INF, _MINUS_INF = math.inf, -math.inf
 _monotonic = time.monotonic
 #: How long after a missed promise the stacks are written.
 STACKS_AFTER_S = 0.5
+#: A promise that is renewed sooner than this leaves the timer as it is.
+STACKS_AGAIN_S = 1.0
+#: How long a thread may take to be there, with its signals blocked, or to be gone.
+THREAD_END_S = 0.02
+#: The user's own timer is thought to be set for so much longer.
+THEIR_TIMER_LATE_S = 2.0
 #: What $AIMWATCH_STACKS may say to turn them off.
 _OFF = ("0", "no", "off", "false")
 #: A message below this level may wait this long before the watcher is told that it is there.
 NEWS_LEVEL, NEWS_INTERVAL_S = logging.WARNING, 1.0
+_getpid = os.getpid
 
 
 #: The experiment of a run that was given none, as in Aim.
@@ -1318,6 +1374,10 @@ class _Stacks:
         self._armed: Dict[str, Tuple[float, int]] = {}
         self._faulthandler: Any = None
         self._theirs_until = -math.inf
+        #: When the timer that was set here fires, and the thread that waits for that.
+        self._due = -math.inf
+        self._thread = ""
+        self._turn = 0
 
     def _load(self) -> bool:
         """Have `faulthandler` at hand, and notice when the user sets its timer."""
@@ -1342,87 +1402,152 @@ class _Stacks:
         """Set the timer for the user, in whose place `dump_traceback_later` this stands."""
         with self._lock:
             self._later(timeout, repeat, *args, **options)
-            self._theirs_until = math.inf if repeat else _monotonic() + timeout
+            # A while longer, since its thread may be late, and who sets it anew would break it off.
+            self._theirs_until = math.inf if repeat else _monotonic() + timeout + THEIR_TIMER_LATE_S
+            self._due = -math.inf
 
     def _on_cancel(self) -> None:
         with self._lock:
             self._cancel()
-            self._theirs_until = -math.inf
+            self._theirs_until = self._due = -math.inf
             self._set()
 
     def arm(self, run: Run, deadline_mono: float) -> None:
         """Have all stacks written at a moment of the monotonic clock, unless armed anew before.
         Raises OSError where the run's file cannot be opened."""
-        fd = run._stacks_fd
-        if fd < 0:
+        armed = self._armed.get(run.hash, (math.inf, -1))[0]
+        if 0 <= deadline_mono - armed < STACKS_AGAIN_S and _monotonic() < self._due <= armed:
+            return  # near enough: setting the timer starts a thread
+        path, opened = run._paths.stack(run.hash), -1
+        if run._stacks_fd < 0:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
-            fd = os.open(run._paths.stack(run.hash), flags, 0o666)
+            opened = os.open(path, flags, 0o666)
         with self._lock:
-            if run._stacks_fd < 0 and not run._closed:
-                run._stacks_fd = fd
-            if run._stacks_fd != fd:
-                os.close(fd)  # another thread closed the run, or was quicker to open the file
-            elif self._load():
-                if self._armed.get(run.hash, (math.inf, fd))[0] <= _monotonic():
-                    os.ftruncate(fd, 0)  # the run goes on: where it hung is no news any more
-                self._armed[run.hash] = (deadline_mono, fd)
+            closed = run._closed
+            if run._stacks_fd < 0 and not closed:
+                run._stacks_fd, opened = opened, -1
+            if run._stacks_fd >= 0 and self._load():
+                self._forget(run)
+                self._armed[run.hash] = (deadline_mono, run._stacks_fd)
                 self._set()
+        if opened >= 0:  # another thread closed the run, or was quicker to open the file
+            os.close(opened)
+            if closed:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
 
     def disarm(self, run: Run) -> None:
         """Write nothing for a run, until it is armed again."""
         with self._lock:
-            if self._armed.pop(run.hash, None) is not None:
+            if run.hash in self._armed:
+                self._forget(run)
                 self._set()
+
+    def _forget(self, run: Run) -> None:
+        deadline, fd = self._armed.pop(run.hash, (math.inf, -1))
+        if deadline <= _monotonic():
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)  # the run goes on: where it hung is no news any more
 
     def close(self, run: Run) -> None:
         """Remove what was written for a run that has ended."""
         with self._lock:
-            self.disarm(run)
-            # Under the lock: a timer must never fire into a descriptor that is somebody else's by then.
+            self._forget(run)
             fd, run._stacks_fd = run._stacks_fd, -1
+            if fd >= 0:
+                # A timer must never fire into a descriptor that is somebody else's by then. Set anew in
+                # any case: a signal's handler that raises may have left it without a note of it.
+                self._set()
         if fd >= 0:
             os.close(fd)
             with contextlib.suppress(OSError):
                 os.unlink(run._paths.stack(run.hash))
 
     def _set(self) -> None:
+        self._turn += 1
+        turn = self._turn
+        self._set_once()
+        if self._turn != turn:
+            self._set()  # a signal's handler came between, and what was set may be over
+
+    def _set_once(self) -> None:
         now = _monotonic()
+        if now < self._due and self._thread and not os.path.exists(f"/proc/self/task/{self._thread}"):
+            # It waits no more though it should: somebody has the functions from before they were
+            # replaced. What they set must not be taken from them.
+            self._due, self._theirs_until = -math.inf, math.inf
+        if now < self._theirs_until:
+            return
         ahead = [item for item in self._armed.values() if item[0] > now]
-        if now >= self._theirs_until:
+        try:
             if ahead:
                 deadline, fd = min(ahead)
+                before = _tasks()
                 self._later(deadline - now, file=fd)
+                self._due = deadline
+                new = _tasks() - before
+                self._thread = new.pop() if len(new) == 1 else ""
             elif self._faulthandler is not None:
                 self._cancel()
+                self._due = -math.inf
+        except (OverflowError, RuntimeError, ValueError) as error:  # no thread can be started
+            self._due = -math.inf
+            log.debug("no stacks will be written: %s", error)
 
     def before_fork(self) -> None:
         # A child that inherits a set timer waits at its exit for a thread that it does not have.
         self._lock.acquire()
         if self._armed and _monotonic() >= self._theirs_until:
             self._cancel()
+            self._due = -math.inf
+            # Python 3.12 warns of a fork with threads, and one that has ended is seen for a moment.
+            deadline = _monotonic() + THREAD_END_S
+            while self._thread and os.path.exists(f"/proc/self/task/{self._thread}"):
+                if _monotonic() > deadline:
+                    break
 
     def after_fork_in_parent(self) -> None:
-        if self._armed:
-            self._set()
-        self._lock.release()
+        try:
+            if self._armed:
+                self._set()
+        finally:
+            self._lock.release()
 
     def after_fork_in_child(self) -> None:
         self._lock = threading.RLock()
         self._armed = {}
+        self._due = -math.inf
+
+
+def _tasks() -> Set[str]:
+    """Return the threads of this process, on Linux."""
+    try:
+        return set(os.listdir("/proc/self/task"))
+    except OSError:
+        return set()
+
+
+def _blocks_all_signals(task: str) -> bool:
+    """True for a thread that blocks every signal, as that of the timer of `faulthandler` does."""
+    try:
+        with open(f"/proc/self/task/{task}/status", encoding="ascii", errors="replace") as file:
+            blocked = re.search(r"^SigBlk:\s*([0-9a-f]+)", file.read(), re.MULTILINE)
+    except OSError:
+        return False  # it has ended
+    return blocked is None or bin(int(blocked[1], 16)).count("1") > 50
 
 
 def _may_have_timer() -> bool:
-    """True unless it is plain that nobody has set the timer of `faulthandler`, whose thread is the
-    one that blocks every signal."""
-    try:
-        for thread in os.listdir("/proc/self/task"):
-            with open(f"/proc/self/task/{thread}/status", encoding="ascii", errors="replace") as file:
-                blocked = re.search(r"^SigBlk:\s*([0-9a-f]+)", file.read(), re.MULTILINE)
-            if blocked is None or bin(int(blocked[1], 16)).count("1") > 50:
-                return True
-    except OSError:
-        return True
-    return False
+    """True unless it is plain that nobody has set the timer of `faulthandler`."""
+    if len(_tasks()) > threading.active_count():
+        time.sleep(THREAD_END_S)  # a timer that was set just now has not blocked its signals yet
+    tasks = _tasks()
+    return not tasks or any(map(_blocks_all_signals, tasks))
+
+
+def real_marker(marker: str) -> str:
+    """Return a marker's path in the folder that it is really in; a link in its own place stays."""
+    return os.path.join(os.path.realpath(os.path.dirname(marker)), os.path.basename(marker))
 
 
 class _Process:
@@ -1448,7 +1573,7 @@ class _Process:
 
     def writes(self, marker: str) -> bool:
         """True where this process writes the run of that marker, which then must not be opened."""
-        run = self.writers.get(os.path.realpath(marker))
+        run = self.writers.get(real_marker(marker))
         return run is not None and run._is_mine()
 
     def add(self, run: Run) -> None:
@@ -1621,7 +1746,7 @@ class Run:
         self._closed = False
         #: An exception that was being handled when the run began is none of the run's.
         self._outer_error = sys.exc_info()[1]
-        marker = os.path.realpath(self._paths.marker(self.hash))
+        marker = self._marker_path()
         if _process.writes(marker):
             raise RunBusyError(
                 f"run {self.hash} is already open in this process: use that object, or close it first"
@@ -1674,6 +1799,7 @@ class Run:
             except FileNotFoundError:
                 current = None  # an indexer that held the lock removed it meanwhile
             if current is not None and os.path.samestat(current, os.fstat(fd)):
+                self._marker_identity = current.st_dev, current.st_ino
                 break
             os.close(fd)
         if locked is None:
@@ -1703,6 +1829,8 @@ class Run:
             if problem:
                 raise RepoError(f"cannot go on with run {self.hash}: {problem}")
             self._news = self._news_name()
+        with contextlib.suppress(OSError):  # where an earlier process hung is no news any more
+            os.unlink(self._paths.stack(self.hash))
         names = []
         for name in os.listdir(self._paths.check_ins):
             parsed = parse_check_in(name) if name.startswith(self.hash) else None
@@ -1742,7 +1870,10 @@ class Run:
             # By how much the deadline on disk exceeds the one promised now; NaN: both are "none".
             over_s = self._deadline - (now + expect_s if expect_s else math.inf)
             if not block and self._ended is None and 0 <= over_s <= margin_s + 1:
-                self._window = (expect_next_in, self._deadline - expect_s)
+                if self._news_waits and now >= self._news_mono:
+                    self._write_news()
+                until = self._deadline - expect_s
+                self._window = (expect_next_in, min(until, self._news_mono) if self._news_waits else until)
                 return
         if self._ended is not None:
             self._reopen()
@@ -1794,7 +1925,7 @@ class Run:
                 _process.stacks.arm(self, deadline_mono)
             else:
                 _process.stacks.disarm(self)
-        except (OSError, OverflowError, RuntimeError, ValueError) as error:
+        except OSError as error:
             self._stacks_on = False
             log.debug("run %s leaves no stacks: %s", self.hash, error)
 
@@ -1834,7 +1965,8 @@ class Run:
             # All are checked before the first is recorded.
             points = [(_checked_name(key), _number(item, key)) for key, item in value.items()]
         else:
-            points = [(_checked_name(name), value if type(value) is float else _number(value, name))]
+            metric = name if type(name) is str else _checked_name(name)
+            points = [(metric, value if type(value) is float else _number(value, name))]
         if step is not None and type(step) is not int:
             step = _checked_step(step)
         if step is not None and not -MAX_STEP <= step < MAX_STEP:
@@ -1842,7 +1974,8 @@ class Run:
             raise ArgumentError(f"step {brief(step)} of metric {named} does not fit in 64 bits")
         if epoch is not None:
             epoch = _checked_epoch(epoch)
-        if not self._may_write("track"):
+        # What _is_mine asks, without its calls: this is a training loop's innermost business.
+        if (self._pid != _getpid() or self._closed) and not self._may_write("track"):
             return
         now = time.time()
         held = self._lock.acquire(True, LOCK_WAIT_S)
@@ -2084,28 +2217,34 @@ class Run:
             self._news_waits = True
             if level >= NEWS_LEVEL or _monotonic() >= self._news_mono:
                 self._write_news()
+            if self._news_waits:  # for the next message, or the next report_progress that is late enough
+                covered, until = self._window
+                self._window = (covered, min(until, self._news_mono))
 
     def _news_name(self) -> str:
         logs = dict(self._state.logs)
         return f"{self.hash}-{sum(logs.values())}-{max(map(int, logs), default=0)}"
 
-    def _write_news(self) -> None:
-        """Move the file forward whose name tells the watcher that there are messages."""
-        if not self._log.flush():
-            self._news_waits = True  # the watcher would look, and find nothing
-            return
-        self._news_waits, self._news_mono = False, _monotonic() + NEWS_INTERVAL_S
-        old, self._news = self._news, self._news_name()
-        name = self._news
+    def _write_news(self, last: bool = False) -> None:
+        """Move the file forward whose name tells the watcher that there are messages, once these are
+        in the log, where it would look for them."""
+        held = self._lock.acquire(timeout=LOCK_WAIT_S)
         try:
-            try:
-                os.rename(os.path.join(self._paths.news, old or name), os.path.join(self._paths.news, name))
-            except FileNotFoundError:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-                os.close(os.open(os.path.join(self._paths.news, name), flags, 0o666))
-        except OSError as error:
+            self._news_mono = _monotonic() + NEWS_INTERVAL_S
             self._news_waits = True
+            if held and self._log.flush(now=last):
+                name, folder = self._news_name(), self._paths.news
+                try:
+                    os.rename(os.path.join(folder, self._news or name), os.path.join(folder, name))
+                except FileNotFoundError:
+                    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+                    os.close(os.open(os.path.join(folder, name), flags, 0o666))
+                self._news, self._news_waits = name, False
+        except OSError as error:
             log.debug("cannot announce messages of run %s: %s", self.hash, error)
+        finally:
+            if held:
+                self._lock.release()
 
     # ---------------------------------------------------------------- records
 
@@ -2165,9 +2304,11 @@ class Run:
                 self._paths.create()
                 if not marker_there:
                     # First, since it says that no other process writes the run meanwhile.
-                    old, self._marker_fd = self._marker_fd, self._take_marker(self._marker_path())
-                    with contextlib.suppress(OSError):
-                        os.close(old)
+                    old, ours = self._marker_fd, is_still(self._marker_fd, self._marker_identity)
+                    self._marker_fd = self._take_marker(self._marker_path())
+                    if ours:
+                        with contextlib.suppress(OSError):
+                            os.close(old)
                 if not log_there:
                     records = self._state.header, self._state.to_checkpoint()
                     header, checkpoint = ([to_json(record).encode("ascii") + b"\n"] for record in records)
@@ -2182,7 +2323,7 @@ class Run:
             self._checkpoint()
 
     def _marker_path(self) -> str:
-        return os.path.realpath(self._paths.marker(self.hash))
+        return real_marker(self._paths.marker(self.hash))
 
     def _marker_is_there(self) -> bool:
         try:
@@ -2279,9 +2420,9 @@ class Run:
             if self._is_mine():
                 self._closed = True
                 _process.stacks.close(self)
-                if self._news_waits:
-                    self._write_news()
                 self._look(time.time())
+                if self._news_waits:
+                    self._write_news(last=True)
                 self._checkpoint()
                 size = self._log.close()
                 if size >= 0:
@@ -2826,6 +2967,9 @@ class Index:
         """
         for leftover in self._leftovers():
             os.unlink(leftover)
+        with contextlib.suppress(sqlite_error(), IndexUnusable, OSError):
+            # Rolls back what a killed writer began: until the new file is there, this one counts.
+            open_index(self.paths.index, make=False).close()
         temporary = f"{self.paths.index}.{os.urandom(6).hex()}.tmp"
         try:
             db = open_index(temporary)
@@ -2839,7 +2983,7 @@ class Index:
                     progress(done, len(hashes))
                     state, size, problem = load_run(self.paths, run_hash)
                     if state is not None:
-                        index_run(db, state, size)
+                        problem = index_or_say(db, self.paths, state, size)
                     if problem:
                         self.problems.append(problem)
                 db.execute("COMMIT")
@@ -2899,6 +3043,19 @@ def load_run(paths: RepoPaths, run_hash: str) -> Tuple[Optional[RunState], int, 
     return state, size, ""
 
 
+def index_or_say(db: sqlite3.Connection, paths: RepoPaths, state: RunState, size: int) -> str:
+    """Write one run into an index, and return what kept it out or "". One log, whatever somebody
+    wrote into it, must not keep all the others out. Raises sqlite3.Error."""
+    try:
+        index_run(db, state, size)
+    except sqlite_error():
+        raise
+    except Exception as error:
+        delete_run(db, state.hash)
+        return f"{paths.run_log(state.hash)}: {type(error).__name__}: {error}"
+    return ""
+
+
 class Reindexer:
     """Brings the index up to date with the runs that have a marker in `pending`."""
 
@@ -2908,6 +3065,7 @@ class Reindexer:
         self.problems = self.index.problems
         #: Size of the log when a run that still lives was indexed last, so that it is not read in vain.
         self._sizes: Dict[str, int] = {}
+        self._probe_mono = 0.0
 
     def pending(self) -> List[str]:
         """Return the hashes that have a marker."""
@@ -3010,29 +3168,49 @@ class Reindexer:
             return gone and not problem
         if gone and state.end is None:
             size = finalize_dead(self.paths, state, self.signs.get(run_hash, 0.0))
-        index_run(db, state, size)
-        return gone and size >= 0
+        problem = index_or_say(db, self.paths, state, size)
+        if problem:
+            self.problems.append(problem)
+        return gone and size >= 0 and not problem
 
     def forget_sizes(self) -> None:
         """Let `changed` return every pending run again."""
         self._sizes.clear()
 
     def changed(self) -> List[str]:
-        """Return the pending runs whose log has grown since this object saw it last."""
+        """Return the pending runs whose log has grown since this object saw it last and, now and
+        then, those whose writer is gone: a process that is killed leaves its log as it was."""
         found = []
+        probe = _monotonic() >= self._probe_mono
+        if probe:
+            self._probe_mono = _monotonic() + PROBE_S
         for run_hash in self.pending():
             try:
                 size = os.stat(self.paths.run_log(run_hash)).st_size
             except OSError:
                 size = -1
-            if self._sizes.get(run_hash) != size:
+            if self._sizes.get(run_hash) != size or (probe and self._is_free(run_hash)):
                 self._sizes[run_hash] = size
                 found.append(run_hash)
         return found
 
+    def _is_free(self, run_hash: str) -> bool:
+        marker = self.paths.marker(run_hash)
+        if _process.writes(marker):
+            return False
+        with contextlib.suppress(OSError), _process.markers:
+            fd = os.open(marker, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                return try_lock(fd, fcntl.LOCK_SH) is True
+            finally:
+                os.close(fd)
+        return False
+
 
 #: The size of the log that the index covers, of a run whose end it knows.
 _INDEXED_TO = "SELECT log_size FROM runs WHERE hash = ? AND end_time IS NOT NULL"
+#: How often the pending runs that record nothing are looked at.
+PROBE_S = 30.0
 #: A transaction holds at most this many markers open.
 MAX_BATCH = 200
 DIED = "its process ended without saying so"
@@ -3214,14 +3392,55 @@ def _utc_seconds(moment: datetime.datetime) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
 
 
+class Conjunct(NamedTuple):
+    """One of the conditions that `and` joins: as SQL that gathers the runs for which it is true, as
+    SQL that asks of a run at a time, and the query that gathers ("" where nothing does it quickly)."""
+
+    gathering: str
+    asking: str
+    source: str
+
+
 class CompiledQuery(NamedTuple):
-    """An SQL condition over `runs r` (and `metrics m`) with the values of its named parameters."""
+    """An SQL condition over `runs r` (and `metrics m`) with the values of its named parameters.
+
+    Where it is `conjuncts` joined by `and`, `sql` is one way to ask, and `planned` may know a better.
+    """
 
     sql: str
     args: dict[str, Any]
     over: str
     speaks_of_archived: bool
+    conjuncts: Sequence[Conjunct] = ()
 
+    def planned(self, db: sqlite3.Connection) -> str:
+        """Return the condition so that it begins with the conjunct that leaves the fewest runs.
+
+        The others are then asked of these alone. SQLite cannot tell which that is: whether 10 runs
+        or all have `lr == 0.1` is nothing that it keeps. When many are left, gathering is faster.
+        """
+        counts = []
+        for nth, conjunct in enumerate(self.conjuncts):
+            if conjunct.source:
+                counted = f"SELECT count(*) FROM ({conjunct.source} LIMIT {_MANY})"
+                counts.append((db.execute(counted, self.args).fetchone()[0], nth))
+        if not counts:
+            return self.sql
+        fewest, best = min(counts)
+        parts = [
+            part.gathering if nth == best or fewest == _MANY else part.asking
+            for nth, part in enumerate(self.conjuncts)
+        ]
+        return f"({_joined(parts, ast.And())}{'' if self.speaks_of_archived else ' AND r.archived = 0'})"
+
+
+#: So many runs are too many to be asked one by one.
+_MANY = 2000
+#: With more conditions than these joined by `and`, planning would take longer than it saves.
+_MOST_PLANNED = 8
+_INDEXED_COLUMNS = tuple(
+    f"(r.{name} IS NOT NULL AND " for name in ("hash", "name", "experiment", "created_at")
+)
 
 #: In the place of a value that is known only in SQL.
 _UNKNOWN = object()
@@ -3232,13 +3451,14 @@ class _Value(NamedTuple):
 
     A `column` (NULL where the value is None) can be tested as it stands in `within + test + ")"`, which
     is true or false, never NULL, and lets SQLite search an index instead of asking run by run.
+    `members` makes the SQL of `text in value`, where an index can answer.
     """
 
     sql: str = ""
     const: Any = _UNKNOWN
     column: str = ""
     within: str = ""
-    members: str = ""
+    members: Callable[[_Compiler, str], str] | None = None
     is_condition: bool = False
     is_time: bool = False
 
@@ -3246,10 +3466,17 @@ class _Value(NamedTuple):
 def compile_query(text: str, over: str = "run", now_utc_s: float | None = None) -> CompiledQuery:
     """Compile a query over "run" or "metric"; an empty one is true for all. Raises QueryError."""
     compiler = _Compiler(text, over, time.time() if now_utc_s is None else now_utc_s)
-    sql = compiler.condition(_parse(text)) if text.strip() else "1"
+    conjuncts: List[Conjunct] = []
+    sql = "1"
+    if text.strip():
+        node = _parse(text)
+        sql = compiler.condition(node)
+        terms = node.values if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And) else []
+        if over == "run" and len(terms) <= _MOST_PLANNED:
+            conjuncts = [compiler.conjunct(term) for term in terms]
     if not compiler.speaks_of_archived:
         sql = f"({sql} AND r.archived = 0)"
-    return CompiledQuery(sql, compiler.args, over, compiler.speaks_of_archived)
+    return CompiledQuery(sql, compiler.args, over, compiler.speaks_of_archived, conjuncts)
 
 
 def _parse(text: str) -> ast.expr:
@@ -3366,7 +3593,12 @@ _RUN_FIELDS: dict[str, _Value] = {
     )
 }
 _RUN_FIELDS["active"] = _Value(sql="(r.end_time IS NULL)", is_condition=True)
-_RUN_FIELDS["tags"] = _Value(sql="r.tags", members="r.id IN (SELECT run FROM tags WHERE tag = ")
+_RUN_FIELDS["tags"] = _Value(
+    sql="r.tags",
+    members=lambda compiler, text: (
+        compiler.within("tags", "run", "r.id", f"tag = {compiler.bind(sql_value(text))}") + "1)"
+    ),
+)
 _METRIC_FIELDS = (
     "last",
     "min",
@@ -3377,6 +3609,7 @@ _METRIC_FIELDS = (
     "last_epoch",
     "last_time",
 )
+_TEXT_OR_LIST = "(typeof(value) = 'text' OR value >= x'5b' AND value < x'5c')"
 _FALSE_VALUES = "(0, '', x'7b7d', x'5b5d')"  # as in Python: no number, no text, {} and []
 
 
@@ -3422,7 +3655,20 @@ class _Compiler:
             self.run_by_run = outer or (pinned and not _is_equality(value))
             parts.append(self.condition(value))
         self.run_by_run = outer
-        return _joined(parts, node.op)
+        # A generated query repeats itself, and SQLite takes seconds for thousands of equal terms.
+        return _joined(list(dict.fromkeys(parts)), node.op)
+
+    def conjunct(self, node: ast.expr) -> Conjunct:
+        gathering = self.condition(node)
+        self.run_by_run = True
+        asking = self.condition(node)
+        self.run_by_run = False
+        source = ""
+        if gathering.startswith("r.id IN (SELECT "):
+            source = gathering[len("r.id IN (") : -1]
+        elif gathering.startswith(_INDEXED_COLUMNS):
+            source = f"SELECT id FROM runs r WHERE {gathering}"
+        return Conjunct(gathering, asking, source)
 
     def truth(self, value: _Value) -> str:
         if value.const is not _UNKNOWN:
@@ -3456,7 +3702,7 @@ class _Compiler:
                 f"(NOT {left.within}{left.column} IS NOT NULL))" if left.column else f"({left.sql} IS NULL)"
             )
         if sign == "in" and right.members and isinstance(left.const, str):
-            return f"{right.members}{self.bind(sql_value(left.const))})"
+            return right.members(self, left.const)
         if sign == "in" and isinstance(right.const, list) and None in right.const:
             rest = _Value(const=[item for item in right.const if item is not None])
             return _joined([self.pair(node, "==", left, _NONE), self.pair(node, "in", left, rest)], ast.Or())
@@ -3645,7 +3891,8 @@ class _Compiler:
 
     def summary(self, node: ast.expr, names: list[Any]) -> _Value:
         context = names[1] if len(names) == 3 else {}
-        if len(names) not in (2, 3) or not isinstance(names[0], str) or not isinstance(context, dict):
+        texts = bool(names) and isinstance(names[0], str) and isinstance(names[-1], str)
+        if len(names) not in (2, 3) or not texts or not isinstance(context, dict):
             self.refuse(node, "write run.metrics['loss', {'subset': 'val'}].last")
         if names[-1] not in _METRIC_FIELDS:
             self.refuse(node, f"a metric has no '{names[-1]}' here, but {', '.join(_METRIC_FIELDS)}")
@@ -3660,7 +3907,12 @@ class _Compiler:
         names = [name for name, _ in steps]
         whole = "(SELECT value FROM contexts WHERE context = m.context AND path = '')"
         if names == ["context"]:
-            return _Value(sql=whole, column="m.context", within="(m.context IS NOT NULL AND ")
+            return _Value(
+                sql=whole,
+                column="m.context",
+                within="(m.context IS NOT NULL AND ",
+                members=lambda compiler, text: compiler.has_path("contexts", "context", "m.context", [text]),
+            )
         if names[0] == "context":
             return self.document(names[1:], "contexts", "context", "m.context", whole)
         if len(names) > 1 or names[0] not in ("name", *_METRIC_FIELDS):
@@ -3683,11 +3935,23 @@ class _Compiler:
         looked_up = (
             f"CASE typeof(value) WHEN 'blob' THEN py_at({whole}, {self.bind(_path(names))}) ELSE value END"
         )
+
+        def members(compiler: _Compiler, text: str) -> str:
+            # What has a child of that name is a dict. Only a text or a list is left for Python to look into.
+            child = compiler.has_path(table, key, owner, [*names, text])
+            by_python = f"py_op('in', {compiler.bind(sql_value(text))}, {looked_up})"
+            return f"({child} OR EXISTS (SELECT 1 {one} AND {_TEXT_OR_LIST} AND {by_python}))"
+
         return _Value(
             sql=f"(SELECT {looked_up} {one})",
             column="value",
             within=self.within(table, key, owner, of),
+            members=members,
         )
+
+    def has_path(self, table: str, key: str, owner: str, names: list[Any]) -> str:
+        """Return SQL that is true where a dict has that key, whatever stands there."""
+        return f"{self.within(table, key, owner, f'path = {self.bind(_path(names))}')}1)"
 
     def within(self, table: str, key: str, owner: str, of: str) -> str:
         if self.run_by_run:
@@ -3813,7 +4077,7 @@ def _select(
     for nth, db in enumerate(dbs, 1):
         try:
             # All rows at once: a cursor left open would keep writers from committing.
-            found = db.execute(f"{source} WHERE {query.sql}", query.args).fetchall()
+            found = db.execute(f"{source} WHERE {query.planned(db)}", query.args).fetchall()
         except sqlite3.OperationalError as error:
             if not re.search("too (large|many|big|complex)|stack overflow", str(error)):
                 raise
@@ -3909,7 +4173,9 @@ class Repo:
     def find_run(self, prefix: str) -> str:
         """Return the hash that starts with `prefix`. Raises RepoError for none or several."""
         hashes = list_runs(self._paths)
-        found = [prefix] if prefix in hashes else [item for item in hashes if item.startswith(prefix)]
+        # Everything starts with "", which is what a script gives whose variable is not set.
+        starting = [item for item in hashes if prefix and item.startswith(prefix)]
+        found = [prefix] if prefix in hashes else starting
         if len(found) == 1:
             return found[0]
         shown = printable(repr(prefix), 80)
@@ -4018,6 +4284,8 @@ class Repo:
                     return found
                 # Replaced meanwhile: what the new file has got, and lost its marker, was not in this one.
             except sqlite_error() as error:
+                if attempt < 4 and (self._index_file() != file or "readonly" in str(error)):
+                    continue  # replaced meanwhile, or to be rolled back after a writer was killed
                 if attempt or not _is_damage(error):
                     log.warning("%s: %s; reading the run logs", self._paths.index, error)
                     break
@@ -4041,7 +4309,9 @@ class Repo:
                 if build:
                     with self._index.writing(1.0):
                         pass
-                return open_index(self._paths.index, make=False)
+                # Never to write: SQLite would take the journal of a writer of a new file for one left
+                # beside the old file, and remove it under that writer.
+                return open_index(self._paths.index, read_only=True, make=False)
         return None
 
     def _read_news(self, index: Optional[sqlite3.Connection]) -> Set[str]:
@@ -4062,8 +4332,7 @@ class Repo:
                 state, _, problem = load_run(self._paths, run_hash)
                 if problem:
                     log.warning("%s", problem)
-                if state is not None:
-                    index_run(self._overlay, state, size)
+                if state is not None and not index_or_say(self._overlay, self._paths, state, size):
                     self._overlay_sizes[run_hash] = size
                 else:
                     hidden.add(run_hash)
@@ -4564,7 +4833,7 @@ class NotifierConfig:
             return found[0]
         shown = printable(prefix, 60)
         if not found:
-            raise ConfigError(f"no notifier {shown!r}: 'aim-watcher notifiers list' shows them")
+            raise ConfigError(f"no notifier {shown!r}: '{command_line()} notifiers list' shows them")
         raise ConfigError(f"notifier {shown!r} is ambiguous: {', '.join(found)}")
 
     @contextlib.contextmanager
@@ -4676,7 +4945,7 @@ def default_message(facts: Facts) -> str:
 
 def look_further(facts: Facts) -> str:
     """Return the line that says which command shows more."""
-    return f"look further: aim-watcher --repo {facts.get('repo', '')} status"
+    return f"look further: {command_line(facts.get('repo', ''))} status"
 
 
 _PROCESS_TEXT = {
@@ -5333,7 +5602,7 @@ class OutboxState:
     def load(self, path: str) -> None:
         """Take in the file at `path`, if there is one. Raises OSError."""
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            fd = open_regular(path)
         except FileNotFoundError:
             return
         with os.fdopen(fd, "rb") as file:
@@ -5348,6 +5617,8 @@ class OutboxState:
                 if not all(isinstance(value, str) for value in facts.values()):
                     return
                 event = Event(record["event"], record["kind"], facts)
+                if not all(isinstance(text, str) for text in [event.id, event.kind, *record["to"]]):
+                    return
                 self.known[event.id] = list(record["to"])
                 self.waiting.pop(event.id, None)
                 if event.facts and record["to"]:
@@ -5356,7 +5627,7 @@ class OutboxState:
                 for event_id in record["sent"]:
                     self.settle(event_id, record["to"])
                 self.broken.pop(record["to"], None)
-            elif "broken" in record:
+            elif isinstance(record.get("broken"), str):
                 since = float(record.get("since", record["time"]))
                 self.broken[record["broken"]] = (str(record["reason"]), since)
             elif "mended" in record:
@@ -5378,8 +5649,10 @@ class OutboxState:
 class Outbox:
     """The events of a repository and who was told of them. Safe for use by several threads."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, guard: Callable[[], None] = lambda: None) -> None:
         self.path = path
+        #: Raises OSError where nothing may be made below the repository.
+        self._guard = guard
         self._lock = threading.Lock()
         self._state = OutboxState()
         self._state.load(path)
@@ -5435,8 +5708,9 @@ class Outbox:
             return
         self._writer.leave()
         with contextlib.suppress(OSError):
-            os.mkdir(os.path.dirname(self.path))
-        with contextlib.suppress(OSError):
+            self._guard()
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(os.path.dirname(self.path))
             self._writer.open_again([], self._lines())
 
     def _lines(self) -> List[bytes]:
@@ -5486,8 +5760,9 @@ class Outbox:
 
     def waits_for(self, notifier_id: str, event_id: str) -> bool:
         """True where a notifier is still to be told of an event."""
-        with self._lock:
-            return event_id in self._state.waiting and notifier_id in self._state.waiting[event_id][1]
+        # Without the lock, which a write to a share that hangs holds for as long.
+        waiting = self._state.waiting.get(event_id)
+        return waiting is not None and notifier_id in waiting[1]
 
     def is_waiting(self, event_id: str) -> bool:
         """True where somebody is still to be told of the event."""
@@ -5567,13 +5842,15 @@ class Courier(threading.Thread):
         self._failures = 0
         self._broken = self._hurry = self._plain = False
         self._before_mono = -math.inf
+        self._unrecorded: Set[str] = set()
         self._gap_s, self._posted_mono = MIN_POST_GAP_S, -math.inf
         self._tried = not self._queue
 
-    def submit(self, events: Sequence[Event]) -> None:
-        """Queue events that the outbox already holds."""
+    def submit(self, events: Sequence[Event], recorded: bool = True) -> None:
+        """Queue events, which the outbox already holds where they are `recorded`."""
         with self._changed:
             self._queue.extend(events)
+            self._unrecorded.update(event.id for event in events if not recorded)
             self._tried = not self._queue
             self._changed.notify_all()
 
@@ -5622,7 +5899,9 @@ class Courier(threading.Thread):
     def _drop_told(self) -> None:
         """Take out of the queue what a predecessor told, or what was given up."""
         waits_for, me = self._outbox.waits_for, self.notifier.id
-        self._queue = deque(event for event in self._queue if waits_for(me, event.id))
+        self._queue = deque(
+            event for event in self._queue if event.id in self._unrecorded or waits_for(me, event.id)
+        )
         self._tried = self._tried or not self._queue
         self._changed.notify_all()
 
@@ -5637,7 +5916,7 @@ class Courier(threading.Thread):
         with self._changed:
             if outcome.kind == SENT:
                 for _ in batch:
-                    self._queue.popleft()
+                    self._unrecorded.discard(self._queue.popleft().id)
                 self._failures = 0
             else:
                 self._failures += 1
@@ -5797,6 +6076,11 @@ class Dispatcher:
         self._outbox.add(entries)
         for notifier_id, courier in self._couriers.items():
             courier.submit([event for event, to in entries if notifier_id in to])
+
+    def tell_unrecorded(self, event: Event) -> None:
+        """Tell an event that cannot be put into the outbox, since the disk does not answer."""
+        for courier in list(self._couriers.values()):
+            courier.submit([event], recorded=False)
 
     def tell_of_broken(self) -> None:
         """Tell the others, once, of every notifier that does not work."""
@@ -6245,6 +6529,7 @@ def process_state(pid: str) -> str:
 FLAP_STALLS, FLAP_WINDOW_S, FLAP_STEADY_S = 3, 3600.0, 1800.0
 #: A stall of a flapping run is told after all when it has lasted so long.
 FLAP_PATIENCE_S = 900.0
+STILL = "-still"
 #: How often at most a stalled run is told again.
 MAX_REMINDERS = 10
 
@@ -6252,16 +6537,18 @@ MAX_REMINDERS = 10
 class Flaps:
     """Tells apart a run that stalls from one that goes on stalling and coming back."""
 
+    # A stall that was told as flapping is told again when it lasts: STILL makes that another event.
+
     def __init__(self) -> None:
         #: By run, the moments (looking clock) of its last stalls, the newest last.
         self.stalls: Dict[str, List[float]] = {}
 
-    def restore(self, saved: Any) -> None:
+    def restore(self, saved: Any, now_s: float) -> None:
         """Go on where the last watcher stopped; the moments are on the looking clock, as it was saved."""
         if isinstance(saved, dict):
             for run, stalls in saved.items():
                 if isinstance(stalls, list) and stalls and all(type(at) is float for at in stalls):
-                    self.stalls[run] = stalls[-FLAP_STALLS:]
+                    self.stalls[run] = [min(at, now_s) for at in stalls[-FLAP_STALLS:]]
 
     def is_flapping(self, run: str) -> bool:
         """True from the third stall within the window until the run is steady."""
@@ -6269,28 +6556,34 @@ class Flaps:
 
     def judge(self, changes: Sequence[Change], now_s: float) -> List[Change]:
         """Return of `changes` what is to be told now."""
-        return [change for change in (self._judge(change, now_s) for change in changes) if change is not None]
+        return [told for change in changes for told in self._judge(change, now_s)]
 
-    def _judge(self, change: Change, now_s: float) -> Optional[Change]:
-        run = change.seen.run
+    def _judge(self, change: Change, now_s: float) -> List[Change]:
+        seen, was_flapping = change.seen, self.is_flapping(change.seen.run)
+        stalls = self.stalls.get(seen.run, [])
         if change.kind == STALLED:
-            was_flapping = self.is_flapping(run)
-            recent = [at for at in self.stalls.get(run, ()) if was_flapping or now_s - at < FLAP_WINDOW_S]
-            self.stalls[run] = [*recent, now_s][-FLAP_STALLS:]
+            recent = [at for at in stalls if was_flapping or now_s - at < FLAP_WINDOW_S]
+            stalls = self.stalls[seen.run] = [*recent, now_s][-FLAP_STALLS:]
             if was_flapping:
-                return None
-            if self.is_flapping(run):
-                since = human_s(now_s - self.stalls[run][0])
+                return []
+            if self.is_flapping(seen.run):
+                since = human_s(now_s - stalls[0])
                 note = (
                     f"it flaps: {FLAP_STALLS} stalls in {since}; told again when it stays silent for "
                     f"{human_s(FLAP_PATIENCE_S)} more, or is steady for {human_s(FLAP_STEADY_S)}"
                 )
-                return change._replace(note=note)
-        elif change.kind == RECOVERED and change.old_state == STALLED and self.is_flapping(run):
-            return None
-        elif change.kind in (FAILED, FINISHED, STARTED):
-            self.stalls.pop(run, None)
-        return change
+                return [change._replace(note=note)]
+        elif change.kind == RECOVERED and was_flapping and seen.state == RUNNING:
+            # A stall that was told is told to be over; from here on it must be steady.
+            short = change.old_state == STALLED and now_s - stalls[-1] < FLAP_PATIENCE_S
+            stalls[-1] = now_s
+            return [] if short else [change]
+        elif change.kind in (FAILED, FINISHED):
+            self.stalls.pop(seen.run, None)
+            if was_flapping and change.kind == FINISHED and change.old_state == RUNNING:
+                # The last that was told of it is that it flaps.
+                return [change._replace(kind=RECOVERED, note="finished, having flapped before"), change]
+        return [change]
 
     def due(self, runs: Dict[str, Seen], now_s: float) -> List[Change]:
         """Return what time alone makes worth telling: a flapping run that stays silent, or is
@@ -6302,7 +6595,7 @@ class Flaps:
                 del self.stalls[run]
             elif seen.state == STALLED and now_s - last_s >= FLAP_PATIENCE_S:
                 note = "it has flapped before"
-                changes.append(Change(STALLED, seen, now_s - seen.since_s, RUNNING, note))
+                changes.append(Change(STALLED, seen, now_s - seen.since_s, RUNNING, note, STILL))
             elif seen.state == RUNNING and now_s - last_s >= FLAP_STEADY_S:
                 note = f"steady again: no stall for {human_s(FLAP_STEADY_S)}"
                 changes.append(Change(RECOVERED, seen, 0.0, STALLED, note))
@@ -6316,15 +6609,14 @@ class Flaps:
                 del self.stalls[run]
 
 
-def reminders(runs: Iterable[Seen], stalled_s: Callable[[Seen], float], every_s: float) -> List[Change]:
-    """Return the reminder that each stalled run is due, the newest alone; `stalled_s` says for how
-    long it has been stalled."""
+def reminders(runs: Iterable[Seen], now_s: float, grace_s: float, every_s: float) -> List[Change]:
+    """Return the reminder that each stalled run is due, the newest alone."""
     found = []
     for seen in runs:
         if seen.state == STALLED:
-            number = min(int(stalled_s(seen) / every_s), MAX_REMINDERS)
+            silent_s = now_s - seen.since_s
+            number = min(int((silent_s - seen.promise_s - grace_s) / every_s), MAX_REMINDERS)
             if number > 0:
-                silent_s = stalled_s(seen) + seen.promise_s
                 note = f"reminder {number} of at most {MAX_REMINDERS}"
                 found.append(Change(STALLED, seen, silent_s, STALLED, note, f"-reminder-{number}"))
     return found
@@ -6333,13 +6625,22 @@ def reminders(runs: Iterable[Seen], stalled_s: Callable[[Seen], float], every_s:
 _MUTE = re.compile(r"([A-Za-z0-9_]{1,64})-([0-9]{1,12})")
 #: A mute always ends.
 MAX_MUTE_S = 30 * 86400.0
+#: The clock of who mutes may differ so much from the watcher's.
+MUTE_CLOCK_S = 3600.0
+#: More names in the folder are not looked at.
+MAX_MUTES = 10_000
+
+
+def mute_holds(until_utc: float, now_utc: float) -> bool:
+    """True while a mute lasts; False also for one that nobody could have asked for."""
+    return 0 < until_utc - now_utc <= MAX_MUTE_S + MUTE_CLOCK_S
 
 
 def read_mutes(paths: RepoPaths) -> Dict[str, Tuple[int, List[str]]]:
     """Return by run until when (UTC seconds) it is muted, and the files that say so."""
     mutes: Dict[str, Tuple[int, List[str]]] = {}
     try:
-        names = os.listdir(paths.mutes)
+        names = list_some(paths.mutes, MAX_MUTES)
     except OSError:
         return mutes
     for name in names:
@@ -6386,42 +6687,67 @@ class News:
             match = _NEWS.fullmatch(name)
             if match is not None:
                 newest[match[1]] = max(newest.get(match[1], (0, 0)), (int(match[2]), int(match[3])))
+        # A listing may miss a name that is just being moved forward, and a run that has ended, whose
+        # name was removed, may be resumed: neither makes old messages new.
+        self.read = {run: item for run, item in known.items() if run not in newest}
+        for run in list(self.read)[: max(0, len(self.read) - MAX_NEWS_KEPT)]:
+            del self.read[run]
         found = []
         for run, (count, highest) in newest.items():
-            if not first and count > known.get(run, [0])[0] and highest >= level:
+            known_count, start = known.get(run, (0, 0))
+            if count < known_count:
+                start = 0  # another run of that hash
+            if not first and count != known_count and highest >= level:
                 found.append(run)
-        self.read = {run: [count, known.get(run, [0, 0])[1]] for run, (count, _) in newest.items()}
+            self.read[run] = [count, start]
         return found
 
+    def is_needed(self, event_id: str) -> bool:
+        """True unless a later event about messages of that run says as much."""
+        match = _NEWS_ID.fullmatch(event_id)
+        known = match and (self.read or {}).get(match[1])
+        return not match or not known or int(match[2]) >= known[1]
 
+
+#: Of so many runs whose names are gone it is known what was told.
+MAX_NEWS_KEPT = 1000
 _NEWS_ID = re.compile(r"([A-Za-z0-9_]{1,64})-[0-9]+-([0-9]+)-log")
 
 
-def new_messages(path: str, start: int) -> Tuple[int, List[Dict[str, Any]]]:
-    """Return up to where the log at `path` could be read, and the messages from offset `start` on,
-    which are looked for in its last NEWS_BYTES. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+def new_messages(path: str, start: int, level: int) -> Tuple[int, int, List[Dict[str, Any]]]:
+    """Return up to where the log at `path` could be read, how many messages at `level` or above
+    follow offset `start`, and the last of them. They are looked for in the last NEWS_BYTES. Raises
+    OSError."""
+    fd = open_regular(path)
     with os.fdopen(fd, "rb"):
         size = os.fstat(fd).st_size
         begin = max(min(start, size), size - NEWS_BYTES, 0)
-        data = os.pread(fd, size - begin, begin)
-    end = begin + data.rfind(b"\n") + 1
-    lines = data[: end - begin].split(b"\n")
-    return end, [message for message in map(parse_message, lines) if message is not None]
+        data = b"\n" + os.pread(fd, size - begin, begin)
+    count, end, needle = 0, data.rfind(b"\n"), b'\n{"log"'
+    last: Deque[Dict[str, Any]] = deque(maxlen=NEWS_LINES)
+    at = data.find(needle, 0, end)
+    while at >= 0:
+        line_end = data.index(b"\n", at + 1)
+        message = parse_message(data[at + 1 : line_end])
+        if message is not None and message["log"] >= level:
+            count += 1
+            last.append(message)
+        at = data.find(needle, line_end, end)
+    return begin + end, count, list(last)
 
 
-def log_facts(paths: RepoPaths, run_hash: str, messages: Sequence[Dict[str, Any]]) -> Facts:
-    """Return the message fields for an event about log messages."""
+def log_facts(paths: RepoPaths, run_hash: str, count: int, last: Sequence[Dict[str, Any]]) -> Facts:
+    """Return the message fields for an event about `count` log messages, of which the `last` are given."""
     names = {number: name for name, number in LOG_LEVELS.items()}
     lines = []
-    for item in messages[-NEWS_LINES:]:
+    for item in last:
         level = names.get(item["log"], item["log"])
         lines.append(f"  {local_time(item['time'])} {level}: {printable(item['message'], 300)}")
     facts = run_facts(paths, run_hash)
     facts["event"] = LOG
-    facts["run.reason"] = plural(len(messages), "message")
-    if len(messages) > NEWS_LINES:
-        facts["run.reason"] += f", of which the last {NEWS_LINES} are"
+    facts["run.reason"] = plural(count, "message")
+    if count > len(last):
+        facts["run.reason"] += f", of which the last {len(last)} are"
     facts["run.messages"] = "\n".join(lines)
     for field in ("run.frames", "run.errors"):
         facts.pop(field, None)
@@ -6440,7 +6766,8 @@ def boot_id() -> str:
 def read_watcher_file(paths: RepoPaths) -> Dict[str, Any]:
     """Return the content of watcher.json; {} where it is missing or damaged."""
     try:
-        return json_object(read_bounded(paths.watcher, 1 << 30).decode("utf-8", "replace")) or {}
+        data = read_bounded(paths.watcher, MAX_WATCHER_BYTES, follow=False)
+        return json_object(data.decode("utf-8", "replace")) or {}
     except OSError:
         return {}
 
@@ -6453,9 +6780,19 @@ def saved_runs(saved: Dict[str, Any]) -> List[Seen]:
 
 
 #: A folder of more names is listed name by name, and only the newest of each run is kept.
-MAX_NAMES = 200_000
+MAX_NAMES = 50_000
+#: No watcher has looked for so long: 300 years.
+MAX_LOOKED_S = 1e10
+#: Nor has one that looks after MAX_NAMES runs written so much.
+MAX_WATCHER_BYTES = 64 << 20
 #: How often flapping runs and reminders are looked at.
 DUE_INTERVAL_S = 5.0
+
+
+def list_some(folder: str, most: int) -> List[str]:
+    """Return the names in a folder, at most so many. Raises OSError."""
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in itertools.islice(entries, most)]
 
 
 def list_bounded(folder: str, most: int) -> Tuple[List[str], bool]:
@@ -6545,16 +6882,19 @@ class Watcher:
         self._untold = False
         self._saved_mono, self._save_cost_s = -math.inf, 0.0
         self._swept_s = 0.0
-        paths.create()
+        #: When the look that is under way began, on the real clock; None between two looks.
+        self.looking_since: Optional[float] = None
         try:
             paths.refuse_planted_links()
         except OSError as error:
-            raise RepoError(f"cannot use {error.filename}: {error.strerror}: remove it") from None
+            way_out = ": remove it" if error.errno == errno.ELOOP else ""
+            raise RepoError(f"cannot use {error.filename}: {error.strerror}{way_out}") from None
+        paths.create()
         self._lock_fd = self._take_lock()
         try:
             for path in (paths.outbox, paths.watcher):
                 remove_leftovers(path)
-            self.outbox = Outbox(paths.outbox)
+            self.outbox = Outbox(paths.outbox, paths.refuse_planted_links)
             self.dispatcher = Dispatcher(paths, self.outbox, NotifierConfig(paths))
             self._restore()
             self.dispatcher.load()
@@ -6591,7 +6931,9 @@ class Watcher:
         self._first = not saved and not self.outbox.known_ids()
         looked_s, hold_s = saved.get("looked_s"), saved.get("hold_until_s")
         if isinstance(looked_s, (int, float)) and isinstance(hold_s, (int, float)):
-            self.looking.total_s, self.looking.hold_until_s = float(looked_s), float(hold_s)
+            # Not from a file that somebody made up: a clock of 1e300 stands still, and never accuses.
+            self.looking.total_s = float(looked_s) if 0 <= looked_s < MAX_LOOKED_S else 0.0
+            self.looking.hold_until_s = min(float(hold_s), self.looking.total_s + HOLD_S)
         between_s = self._time_since(saved)
         if self._once and between_s is not None:
             self.looking.total_s += between_s
@@ -6599,6 +6941,7 @@ class Watcher:
             self.looking.gap(GAP_S + 1 if between_s is None else between_s)
         for seen in saved_runs(saved):
             # The outbox is written first, so it may know of a stall that watcher.json missed.
+            seen.since_s = min(seen.since_s, self.looking.total_s)
             if seen.state == RUNNING and self.outbox.knows(Change(STALLED, seen, 0, None).id):
                 seen.state = STALLED
             self.table.restore(seen)
@@ -6609,7 +6952,7 @@ class Watcher:
                 self.table.runs[run].state = _TOLD_STATES[kind[0]]
             elif kind == [STARTED]:
                 self._begun.add(run)
-        self.flaps.restore(saved.get("flaps"))
+        self.flaps.restore(saved.get("flaps"), self.looking.total_s)
         self.news.restore(saved.get("news"), self.outbox.known_ids())
 
     def _told_since(self, saved: Dict[str, Any]) -> List[str]:
@@ -6631,9 +6974,11 @@ class Watcher:
             idx = rest.partition("-")[0]
             if event_id == newest:
                 return True  # watcher.json names it
-            if run in runs and not event_id.endswith(f"-{LOG}"):
-                return idx.isdigit() and int(idx) >= runs[run].idx
-            return bool(broken) and run == BROKEN
+            if run not in runs:
+                return bool(broken) and run == BROKEN
+            if _NEWS_ID.fullmatch(event_id):
+                return self.news.is_needed(event_id)
+            return idx.isdigit() and int(idx) >= runs[run].idx
 
         self.outbox.compact(keep)
 
@@ -6642,10 +6987,17 @@ class Watcher:
         mono = saved.get("mono")
         if saved.get("boot") != boot_id() or not isinstance(mono, (int, float)):
             return None
-        return max(0.0, self._clock() - mono)
+        return min(max(0.0, self._clock() - mono), MAX_LOOKED_S / 1000)
 
     def poll(self) -> List[Change]:
         """Look once, and tell what changed. Never raises for a repository that cannot be read."""
+        self.looking_since = time.monotonic()
+        try:
+            return self._poll()
+        finally:
+            self.looking_since = None
+
+    def _poll(self) -> List[Change]:
         before = self._clock()
         try:
             self.paths.refuse_planted_links()
@@ -6706,14 +7058,17 @@ class Watcher:
             told += self.flaps.due(self.table.runs, now_s)
             self.flaps.forget_old(now_s)
             if self._remind_every_s:
-                told += reminders(self.table.runs.values(), self._stalled_s, self._remind_every_s)
+                stalled = [seen for seen in self.table.runs.values() if self._may_remind(seen)]
+                told += reminders(stalled, now_s, self.table.grace_s, self._remind_every_s)
         mutes = read_mutes(self.paths)
-        ended = [run for run, (until, _) in mutes.items() if not 0 < until - self._utc() <= MAX_MUTE_S]
+        ended = [run for run, (until, _) in mutes.items() if not mute_holds(until, self._utc())]
         for run in ended:
             seen = self.table.runs.get(run)
             if seen is not None and seen.state in (STALLED, FAILED):
                 silent_s = now_s - seen.since_s
-                told.append(Change(seen.state, seen, silent_s, None, "it was muted until now"))
+                # An id of its own: it may have been told before it was muted.
+                note, suffix = "it was muted until now", f"-muted-{mutes[run][0]}"
+                told.append(Change(seen.state, seen, silent_s, None, note, suffix))
         muted = set(mutes).difference(ended)
         events = [
             Event(change.id, change.kind, self._dated(self._facts(change)))
@@ -6741,30 +7096,39 @@ class Watcher:
     def _dated(self, facts: Facts) -> Facts:
         return {**facts, "time": utc_datetime(self._utc()).isoformat(" ", "seconds") + " UTC"}
 
-    def _stalled_s(self, seen: Seen) -> float:
-        return self.looking.total_s - seen.since_s - seen.promise_s - self.table.grace_s
+    def _may_remind(self, seen: Seen) -> bool:
+        # Of a run that flaps, only when its stall was told.
+        stall = Change(STALLED, seen, 0, None).id
+        told = self.outbox.knows(stall) or self.outbox.knows(stall + STILL)
+        return seen.state == STALLED and (told or not self.flaps.is_flapping(seen.run))
 
     def _find_news(self, muted: Set[str]) -> List[Event]:
         """Return an event for every run that logged something worth telling."""
         if not self.dispatcher.wanted(LOG):
+            self.news.read = None  # what is logged now will be old when somebody wants to know
             return []
         level, first, events = self.dispatcher.log_level, self.news.read is None, []
         try:
-            runs = self.news.take(os.listdir(self.paths.news), level)
+            runs = self.news.take(list_some(self.paths.news, MAX_NAMES), level)
         except OSError:
             return []
         assert self.news.read is not None
         for run in list(self.news.read) if first else runs:
-            start = self.news.read[run][1]
+            known, path = self.news.read[run], self.paths.run_log(run)
+            start = known[1]
             try:
-                end, messages = new_messages(self.paths.run_log(run), start)
-            except OSError:
+                if first:
+                    known[1] = os.stat(path).st_size
+                    continue
+                known[1], count, last = new_messages(path, start, level)
+            except FileNotFoundError:
                 continue
-            self.news.read[run][1] = end
-            chosen = [message for message in messages if message["log"] >= level]
-            event_id = f"{run}-{start}-{end}-{LOG}"
-            if chosen and not first and run not in muted and not self.outbox.knows(event_id):
-                events.append(Event(event_id, LOG, self._dated(log_facts(self.paths, run, chosen))))
+            except OSError:
+                known[0] = -1  # whatever the number is, look again
+                continue
+            event_id = f"{run}-{start}-{known[1]}-{LOG}"
+            if count and run not in muted and not self.outbox.knows(event_id):
+                events.append(Event(event_id, LOG, self._dated(log_facts(self.paths, run, count, last))))
         return events
 
     def _tell_trouble(self, what: str, reason: str) -> None:
@@ -6874,6 +7238,7 @@ class Watcher:
             "runs": [seen.to_list() for seen in self.table.runs.values()],
         }
         try:
+            self.paths.refuse_planted_links()
             replace_file(self.paths.watcher, to_json(content).encode("ascii"))
         except OSError as error:
             if self._save_cost_s != MAX_SAVE_INTERVAL_S:
@@ -6916,14 +7281,16 @@ def describe_watcher(paths: RepoPaths) -> str:
     if not saved.get("pid"):
         return "another watcher"
     since = local_time(float(saved["started_at"])) if isinstance(saved.get("started_at"), float) else "?"
-    return f"process {saved['pid']} on {printable(str(saved.get('host')), 100)} (since {since})"
+    pid, host = printable(str(saved["pid"]), 20), printable(str(saved.get("host")), 100)
+    return f"process {pid} on {host} (since {since})"
 
 
 # ======================================================================================
 # Who watches the watcher
 #
 # Signs of life for those who would notice if the watcher itself died: systemd, and a dead-man's
-# switch somewhere on the network. Neither can delay a poll, and neither is needed.
+# switch somewhere on the network; and an alarm for a look that does not come back. None of them can
+# delay a poll, and none is needed.
 # ======================================================================================
 
 
@@ -6936,6 +7303,40 @@ def sd_notify(text: str) -> None:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
             link.setblocking(False)
             link.sendto(text.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
+
+
+class HangAlarm(threading.Thread):
+    """Tells when a look does not come back, as on a share whose server is gone, where the watcher's
+    own thread hangs in a system call. What it tells is in no outbox: that lies on the share."""
+
+    def __init__(self, watcher: Watcher, limit_s: float = HOLD_S) -> None:
+        super().__init__(name="aimwatch-hang", daemon=True)
+        self._watcher = watcher
+        self._limit_s = limit_s
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        told_of: Optional[float] = None
+        while not self._stopping.wait(self._limit_s / 20):
+            since = self._watcher.looking_since
+            if since is not None and since != told_of and time.monotonic() - since > self._limit_s:
+                told_of = since
+                self._tell(
+                    f"a look at the repository has not come back for {human_s(self._limit_s)}: the file "
+                    "system hangs, or is very slow; no run in it is watched until it answers"
+                )
+            elif told_of is not None and since != told_of:
+                told_of = None
+                self._tell("the repository answers again; its runs are watched")
+
+    def _tell(self, reason: str) -> None:
+        log.error("%s: %s", self._watcher.paths.root, reason)
+        facts = {"event": TROUBLE, "run.reason": reason, "repo": self._watcher.paths.root}
+        self._watcher.dispatcher.tell_unrecorded(Event(f"hangs-{time.time():.2f}", TROUBLE, facts))
+
+    def stop(self) -> None:
+        """End at once."""
+        self._stopping.set()
 
 
 class Pinger(threading.Thread):
@@ -6996,6 +7397,7 @@ class ReindexThread(threading.Thread):
 
     def __init__(self, paths: RepoPaths, interval_s: float = REINDEX_INTERVAL_S) -> None:
         super().__init__(name="aimwatch-reindex", daemon=True)
+        self._paths = paths
         self._reindexer = Reindexer(paths)
         self._interval_s = interval_s
         self._stopping = threading.Event()
@@ -7010,6 +7412,7 @@ class ReindexThread(threading.Thread):
 
     def _pass(self) -> None:
         try:
+            self._paths.refuse_planted_links()
             for run_hash in self._reindexer.changed():
                 if self._stopping.is_set():
                     return
@@ -7055,12 +7458,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
     cells = [list(header)] + [[printable(cell, 60) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
-
-
-def command_line() -> str:
-    """Return how this program was called, for messages that name a command to type."""
-    called = os.path.basename(sys.argv[0]) if sys.argv else ""
-    return f"python3 {called}" if called.endswith(".py") else called or "aimwatch"
 
 
 class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
@@ -7118,6 +7515,8 @@ def cmd_start(args: Any) -> int:
         return _one_pass(watcher, stop, pinger)
     reindexing = ReindexThread(paths)
     reindexing.start()
+    alarm = HangAlarm(watcher)
+    alarm.start()
     if pinger is not None:
         pinger.start()
     terminal = sys.stderr.isatty()
@@ -7146,6 +7545,7 @@ def cmd_start(args: Any) -> int:
     finally:
         handler.show("")
         sd_notify("STOPPING=1")
+        alarm.stop()
         if pinger is not None:
             pinger.stop()
         watcher.close()
@@ -7164,8 +7564,9 @@ def _take_watch(paths: RepoPaths, args: Any, stop: StopSignal) -> Optional[Watch
     while not stop.is_set:
         try:
             return Watcher(paths, args.grace, args.poll_interval, args.once, args.remind_every)
-        except WatcherBusyError as error:
-            if not args.standby:
+        except RepoError as error:
+            # Who stands by is there for the bad day: a share that is away ends nobody's standing by.
+            if not args.standby or not (held_by or isinstance(error, WatcherBusyError)):
                 raise
             if str(error) != held_by:
                 held_by = str(error)
@@ -7201,13 +7602,13 @@ def _offer_notifier(paths: RepoPaths, args: Any) -> None:
             return
     log.info(
         "no notifiers are enabled, so events are only written here; '%s notifiers add' sets one up",
-        command_line(),
+        command_line(args.repo),
     )
 
 
 def cmd_init(args: Any) -> int:
     """Create a repository."""
-    given = args.repo or os.environ.get("AIMWATCH_REPO") or os.getcwd()
+    given = args.repo if args.repo is not None else os.environ.get("AIMWATCH_REPO") or os.getcwd()
     try:
         print(f"repository already at {find_repo(given).root}")
     except RepoError:
@@ -7277,7 +7678,7 @@ def status_rows(paths: RepoPaths, saved: Dict[str, Any]) -> List[Dict[str, Any]]
     runs.take(listing, 0, 0)
     known = {seen.name: seen for seen in saved_runs(saved)}
     now = time.time()
-    mutes = {run: until for run, (until, _) in read_mutes(paths).items() if 0 < until - now <= MAX_MUTE_S}
+    mutes = {run: until for run, (until, _) in read_mutes(paths).items() if mute_holds(until, now)}
     rows = []
     for seen in runs.runs.values():
         watched = known.get(seen.name)
@@ -7377,8 +7778,9 @@ def cmd_unmute(args: Any) -> int:
     run_hash = _find_live(paths, args.hash)
     if run_hash not in read_mutes(paths):
         raise AimwatchError(f"run {run_hash} is not muted")
-    # A mute that is over, which the watcher takes away when it has told what is to be told.
-    _write_mute(paths, run_hash, 0)
+    # A mute that is over, which the watcher takes away when it has told what is to be told; in 1970,
+    # since clocks differ, and at a moment of its own, since each is told.
+    _write_mute(paths, run_hash, int.from_bytes(os.urandom(3), "big"))
     print(f"unmuted run {run_hash}")
     return 0
 
@@ -7424,37 +7826,37 @@ def _default_add_args(repo: Optional[str]) -> Any:
 
 def cmd_notifiers_add(args: Any) -> int:
     """Add a notifier, by questions or wholly by flags."""
-    paths = find_repo(args.repo)
-    config = NotifierConfig(paths)
+    config = NotifierConfig(find_repo(args.repo))
     config.read()
-    while True:
-        kind = args.type or _ask_type(args)
-        notifier: Dict[str, Any] = {
-            "id": _new_id(),
-            "type": kind,
-            "arguments": _arguments(kind, args),
-            "status": "enabled",
-        }
-        if args.events is not None:
-            notifier["events"] = args.events
-        _show(notifier)
-        _warn_about(notifier)
-        if not args.yes and not _confirm("Save notifier configuration above?", True):
-            raise AimwatchError("aborted: nothing was saved")
-        with config.edit() as raw:
-            raw["notifications"]["notifiers"][notifier["id"]] = notifier
-        print(
-            f"added {kind} notifier {notifier['id']}; try it: {command_line()} notifiers test "
-            f"{notifier['id'][:8]}"
-        )
-        if args.yes or args.type:
-            return 0
-        try:
-            if not _confirm("Would you like to add another notifier?", False):
-                return 0
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return 0
+    _add_notifier(config, args)
+    try:
+        while not args.yes and not args.type and _confirm("Would you like to add another notifier?", False):
+            _add_notifier(config, args)
+    except (EOFError, KeyboardInterrupt):
+        print("\nno other notifier was added")  # `main` would say that nothing was changed
+    return 0
+
+
+def _add_notifier(config: NotifierConfig, args: Any) -> None:
+    kind = args.type or _ask_type(args)
+    notifier: Dict[str, Any] = {
+        "id": _new_id(),
+        "type": kind,
+        "arguments": _arguments(kind, args),
+        "status": "enabled",
+    }
+    if args.events is not None:
+        notifier["events"] = args.events
+    _show(notifier)
+    _warn_about(notifier)
+    if not args.yes and not _confirm("Save notifier configuration above?", True):
+        raise AimwatchError("aborted: nothing was saved")
+    with config.edit() as raw:
+        raw["notifications"]["notifiers"][notifier["id"]] = notifier
+    print(
+        f"added {kind} notifier {notifier['id']}; try it: {command_line(args.repo)} notifiers test "
+        f"{notifier['id'][:8]}"
+    )
 
 
 def _new_id() -> str:
@@ -7658,7 +8060,7 @@ def cmd_notifiers_list(args: Any) -> int:
         rows.append((*cells, ",".join(entry["events"]), f"{entry['problem'] or ''}{waiting}".strip()))
     print("\n".join(table(("NOTIFIER ID", "TYPE", "STATUS", "EVENTS", "PROBLEM"), rows)))
     if not rows:
-        print(f"none yet: '{command_line()} notifiers add' sets one up", file=sys.stderr)
+        print(f"none yet: '{command_line(args.repo)} notifiers add' sets one up", file=sys.stderr)
     return 0
 
 
@@ -7758,6 +8160,17 @@ def run_cell(run: Run, row: RunRow, column: str) -> Any:
     return run.get(tuple(column.split(".")))
 
 
+def _run_cells(run: Run, row: RunRow, columns: Sequence[str]) -> List[Any]:
+    cells: List[Any] = []
+    for column in columns:
+        try:
+            cells.append(run_cell(run, row, column))
+        except RepoError as error:  # its log cannot be read; the others are listed all the same
+            log.debug("%s", error)
+            cells.append(None)
+    return cells
+
+
 def metric_cell(row: MetricRow, series: SeriesState, column: str) -> Any:
     """Return what a column of `metrics` shows of a series."""
     fields = {"run": row.run, "metric": row.name, "context": row.context, "step": row.last_step}
@@ -7843,7 +8256,7 @@ def cmd_runs(args: Any) -> int:
     # Without --sort, cells are only made of what is shown.
     rows = result.rows if args.sort or args.json or args.csv or not limit else result.rows[:limit]
     cells = [
-        [run_cell(run, row, column) for column in columns]
+        _run_cells(run, row, columns)
         for run, row in ((unread_run(repo._paths, row.hash), row) for row in rows)
     ]
     cells += [[None] * len(columns)] * (len(result.rows) - len(rows))
@@ -8035,7 +8448,8 @@ def cmd_reindex(args: Any) -> int:
     try:
         problems = reindexer.run_all(args.rebuild, REINDEX_WAIT_S, progress)
     except (OSError, sqlite_error()) as error:
-        raise AimwatchError(f"cannot write {paths.index}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise AimwatchError(f"cannot write {paths.index}: {why}") from None
     finally:
         progress.clear()
     for problem in problems:
@@ -8267,7 +8681,9 @@ def _seconds(least: float) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not least <= value <= MAX_EXPECT_S:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from {least:g} up")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number of seconds from {least:g} up to {MAX_EXPECT_S}"
+            )
         return value
 
     return seconds
