@@ -3089,6 +3089,8 @@ class Reindexer:
         try:
             return self._run(hashes, batch_s, wait_s, progress)
         except sqlite_error() as error:
+            if re.search("locked|busy", str(error)):  # by somebody who asks, for longer than we wait
+                raise IndexBusy(f"{self.paths.index} is in use: try again later") from None
             if not _is_damage(error):
                 raise
             # Found in the middle of the file; without it, it is built anew.

@@ -4454,6 +4454,24 @@ class IndexFile(StoredCase):
         self.assertEqual(self.rebuilt(), content)
         self.assertEqual([name for name in os.listdir(self.paths.own) if name.endswith(".tmp")], [])
 
+    def test_question_that_takes_long_makes_an_indexer_give_way(self) -> None:
+        for name in "ab":
+            with mock.patch.object(Run, "_index_itself"), Run(name, repo=self.root):
+                pass
+            if name == "a":
+                self.reindexed()
+        asking = sqlite3.connect(self.paths.index, isolation_level=None)
+        self.addCleanup(asking.close)
+        asking.execute("BEGIN")
+        asking.execute("SELECT * FROM runs").fetchone()
+        hasty = {**aimwatch.open_index.__kwdefaults__, "busy_timeout_s": 0.05}
+        with mock.patch.object(aimwatch.open_index, "__kwdefaults__", hasty):
+            with self.assertRaisesRegex(aimwatch.IndexBusy, "index.sqlite is in use: try again later"):
+                aimwatch.Repo(self.root).reindex()
+        self.assertEqual(self.pending(), ["b"])
+        asking.execute("ROLLBACK")
+        self.assertEqual((aimwatch.Repo(self.root).reindex(), self.pending()), ([], []))
+
     def test_indexer_that_is_killed_loses_no_run_from_view(self) -> None:
         for n in range(30):
             self.die(f"d{n:02}", f"run['n'] = {n}")
