@@ -5201,6 +5201,10 @@ def http_request(
             return self.do_open(connect(http.client.HTTPConnection), request)
 
     class Secure(urllib.request.HTTPSHandler):
+        def __init__(self) -> None:
+            # Its own would read all certificates of the system, for every post, even over http.
+            urllib.request.AbstractHTTPHandler.__init__(self)
+
         def https_open(self, request: Any) -> Any:
             factory = connect(http.client.HTTPSConnection)
             return self.do_open(factory, request, context=tls_context(closers))
