@@ -419,10 +419,17 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
     for path in (root, paths.aim):
         if os.path.exists(path) and not os.path.isdir(path):
             raise RepoError(f"no repository at {root}: {path} is a file, not a folder")
+    if not create and not os.path.isdir(paths.aim):
+        raise RepoError(f"no repository at {root}: run '{command_line(root)} init' or start a run there")
+    try:
+        paths.refuse_planted_links()
+    except NotADirectoryError:
+        pass  # said below, with the way out
+    except OSError as error:
+        way_out = ": remove it, or have its owner or root replace it" if error.errno == errno.ELOOP else ""
+        raise RepoError(f"cannot use {error.filename}: {error.strerror}{way_out}") from None
     if create:
         paths.create()
-    elif not os.path.isdir(paths.aim):
-        raise RepoError(f"no repository at {root}: run '{command_line(root)} init' or start a run there")
     return paths
 
 
@@ -1361,6 +1368,9 @@ def last_frames(error: BaseException) -> List[str]:
     return [f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in found]
 
 
+_IMPORTED_BY = os.getpid()
+
+
 class _Stacks:
     """Leaves the stacks of all threads in a file when a run misses its promise.
 
@@ -1378,6 +1388,22 @@ class _Stacks:
         self._due = -math.inf
         self._thread = ""
         self._turn = 0
+        #: The process that forked this one while somebody's timer was set.
+        self._timer_of = 0
+        os.register_at_fork(before=self._note_timer)
+
+    def _note_timer(self) -> None:
+        # Registered first, so that it runs when ours was cancelled.
+        self._timer_of = os.getpid() if "faulthandler" in sys.modules and _may_have_timer() else 0
+
+    def _inherits_timer(self) -> bool:
+        """True in a child of a process that may have set the timer: who sets or cancels it there waits
+        for ever for a thread that was not forked with it."""
+        if self._timer_of not in (0, os.getpid()):
+            return True
+        # Imported after the fork, nothing here saw it.
+        parent = getattr(sys.modules.get("multiprocessing"), "parent_process", lambda: None)
+        return parent() is not None and os.getpid() == _IMPORTED_BY
 
     def _load(self) -> bool:
         """Have `faulthandler` at hand, and notice when the user sets its timer."""
@@ -1387,7 +1413,7 @@ class _Stacks:
                 import faulthandler
             except ImportError:
                 return False
-            if was_loaded and _may_have_timer():
+            if was_loaded and (_may_have_timer() or self._inherits_timer()):
                 self._theirs_until = math.inf
             self._later, self._cancel = (
                 faulthandler.dump_traceback_later,
@@ -1517,6 +1543,8 @@ class _Stacks:
         self._lock = threading.RLock()
         self._armed = {}
         self._due = -math.inf
+        if _monotonic() < self._theirs_until:
+            self._theirs_until = math.inf  # touched here, it would wait for a thread that is not there
 
 
 def _tasks() -> Set[str]:
@@ -4467,7 +4495,7 @@ class Notifier(NamedTuple):
                     # The request line and library errors show the path without the host.
                     path = text.partition("://")[2].partition("/")[2]
                     found.add(path)
-                    found.update(part for part in re.split(r"[/?&= ]", path or text) if len(part) >= 12)
+                    found.update(part for part in re.split(r"[/?&= ]", path or text) if len(part) >= 6)
         return sorted((secret for secret in found if len(secret) > 3), key=len, reverse=True)
 
     def scrub(self, text: str) -> str:
@@ -4881,7 +4909,7 @@ MAX_MESSAGE = 3000
 DIGEST_LINES = 20
 _ICONS = {STALLED: "❗", FAILED: "❌", RECOVERED: "✅", FINISHED: "✅", TROUBLE: "❗", LOG: "📝"}
 #: So many events are told in full, where there is room.
-FULL_EVENTS = 5
+FULL_EVENTS = 10
 #: How much of a digest's line about one run is shown.
 DIGEST_LINE = 160
 #: How much of a name is shown there.
@@ -4981,6 +5009,7 @@ def digest(template: Optional[str], batch: Sequence[Facts], limit: int = MAX_MES
     far as that depends on their number, of at most `limit` characters."""
     if len(batch) == 1:
         return message_for(template, batch[0])
+    batch = sorted(batch, key=_importance)
     counts: Dict[str, int] = {}
     for facts in batch:
         counts[facts.get("event", "")] = counts.get(facts.get("event", ""), 0) + 1
@@ -4993,7 +5022,7 @@ def digest(template: Optional[str], batch: Sequence[Facts], limit: int = MAX_MES
     ):
         values = {facts.get(field, "") for facts in batch}
         if len(values) == 1 and "" not in values:
-            lines.append(f"all of {label} {shorten(printable(values.pop(), 5000), 2 * DIGEST_NAME, '...')}")
+            lines.append(f"all of {label} {shorten(_one_line(values.pop()), 2 * DIGEST_NAME, '...')}")
     last = shorten(look_further(batch[0]), limit // 4, "...")
     whole = [message_for(template, facts).replace(f"\n{last}", "") for facts in batch[: FULL_EVENTS + 1]]
     if len(whole) <= FULL_EVENTS and sum(map(len, [*lines, *whole, last])) + 20 < limit:
@@ -5011,14 +5040,32 @@ def digest(template: Optional[str], batch: Sequence[Facts], limit: int = MAX_MES
 def _digest_line(facts: Facts, limit: int, where: str) -> str:
     """Return what a digest says of one event: whatever the run is called, also what happened."""
     name = shorten(facts.get("run.name", ""), DIGEST_NAME, "...")
-    tail = f" ({facts.get('run.hash', '')[:8]}{shorten(printable(where, 5000), DIGEST_NAME, '...')})"
-    line = printable(summary({**facts, "run.name": name}), 5000)
+    if "run.hash" not in facts:
+        return shorten(_one_line(summary(facts)), limit, " ...")
+    tail = f" ({facts.get('run.hash', '')[:8]}{shorten(_one_line(where), DIGEST_NAME, '...')})"
+    line = _one_line(summary({**facts, "run.name": name}))
+    if facts.get("event") == LOG:
+        line += f": {facts.get('run.messages', '').rpartition(chr(10))[2].strip()}"
     return shorten(line, limit - len(tail), " ...") + tail
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split("\n"))
+
+
+_BY_IMPORTANCE = (FAILED, STALLED, TROUBLE, LOG, RECOVERED, STARTED, FINISHED)
+
+
+def _importance(facts: Facts) -> int:
+    event = facts.get("event", "")
+    return _BY_IMPORTANCE.index(event) if event in _BY_IMPORTANCE else len(_BY_IMPORTANCE)
 
 
 def plain_facts(facts: Facts) -> Facts:
     """Return of `facts` what no server can take offence at: the hash, what happened, and numbers."""
-    kept = ("event", "run.hash", "run.silent", "run.promised", "time", "repo")
+    kept = ["event", "id", "run.hash", "run.silent", "run.promised", "time", "repo"]
+    if facts.get("event") == TROUBLE:
+        kept.append("run.reason")  # our own words, and all that there is
     return {name: facts[name].encode("ascii", "replace").decode() for name in kept if name in facts}
 
 
@@ -5417,38 +5464,68 @@ def send_command(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -
 
     argv = notifier.arguments["command"]
     data = json.dumps(document(notifier.arguments.get("message"), batch)).encode() + b"\n"
+    secret = ("AIMWATCH_PING_URL", "NOTIFY_SOCKET")
+    environ = {name: value for name, value in os.environ.items() if name not in secret}
     try:
-        # A session of its own, so that what it starts is ended with it. What it says on stderr joins
-        # the watcher's log; read from a pipe, a child that it leaves behind would hold that open.
+        # A session of its own, so that what it starts is ended with it.
         process = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env=environ,
         )
     except OSError as error:
         # A machine that is out of processes or memory will have some again.
         kind = RETRY if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.ETXTBSY) else BROKEN
         return Outcome(kind, f"{argv[0]}: {error.strerror}")
     closers.append(lambda: os.killpg(process.pid, signal.SIGKILL))
-    _feed(process, data)
-    status = process.wait()
+    _running.add(process.pid)
+    try:
+        said = _feed(process, data)
+        status = process.wait()
+    finally:
+        _running.discard(process.pid)
     if status == 0:
         return Outcome(SENT, f"{argv[0]} exited with status 0")
     how = f"exited with status {status}" if status > 0 else f"was killed by signal {-status}"
-    return Outcome(RETRY, f"{argv[0]} {how}")
+    text = printable(" ".join(said.decode("utf-8", "replace").split()), 120)
+    return Outcome(RETRY, f"{argv[0]} {how}" + (f": {text}" if text else ""))
 
 
-def _feed(process: Any, data: bytes) -> None:
-    """Write `data` to a program's standard input, for as long as it runs: it need not read it, nor
-    need what it leaves behind."""
+#: The programs that run just now, by their process group.
+_running: Set[int] = set()
+
+
+def _feed(process: Any, data: bytes) -> bytes:
+    """Write `data` to a program's standard input, for as long as it runs, and return the beginning
+    of what it says on stderr. It need not read, and what it leaves behind may hold both open."""
     import select
 
-    view = memoryview(data)
-    with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
-        os.set_blocking(stdin.fileno(), False)
+    view, said, running = memoryview(data), b"", True
+    with process.stdin as stdin, process.stderr as stderr:
         room = select.poll()
-        room.register(stdin, select.POLLOUT)
-        while view and process.poll() is None:
-            if room.poll(50):
-                view = view[os.write(stdin.fileno(), view) :]
+        for pipe, event in ((stdin, select.POLLOUT), (stderr, select.POLLIN)):
+            os.set_blocking(pipe.fileno(), False)
+            room.register(pipe, event)
+        while running:
+            running = process.poll() is None  # what it said last is read once more
+            for fd, _ in room.poll(50 if running else 0):
+                try:
+                    if fd == stderr.fileno():
+                        piece = os.read(fd, MAX_ANSWER_BYTES)
+                        said, over = (said + piece)[:1000], not piece
+                    else:
+                        view = view[os.write(fd, view) :]
+                        over = not view
+                except BrokenPipeError:
+                    over = True
+                if over:
+                    room.unregister(fd)
+                    if not stdin.closed and fd == stdin.fileno():
+                        stdin.close()
+    return said
 
 
 def mail_message(notifier: Notifier, batch: Sequence[Facts]) -> Any:
@@ -5849,6 +5926,8 @@ class Courier(threading.Thread):
         self._broken = self._hurry = self._plain = False
         self._before_mono = -math.inf
         self._unrecorded: Set[str] = set()
+        #: So many events go out together; fewer while it is sought which one a server refuses.
+        self._most = MAX_BATCH_EVENTS
         self._gap_s, self._posted_mono = MIN_POST_GAP_S, -math.inf
         self._tried = not self._queue
 
@@ -5913,11 +5992,18 @@ class Courier(threading.Thread):
 
     def _deliver(self, batch: List[Event]) -> float:
         """Tell `batch` in one message and return how long to rest."""
+        del batch[self._most :]
         facts = [{**event.facts, "id": event.id} for event in batch]
         outcome = deliver(self.notifier, facts, self._plain)
         if outcome.kind == REFUSED and self._plain:
             outcome = outcome._replace(kind=BROKEN)
-        self._plain = outcome.kind == REFUSED or (self._plain and outcome.kind != SENT)
+        if outcome.kind == REFUSED and len(batch) > 1:
+            # It may be for one of them that the server refuses all.
+            self._most = (len(batch) + 1) // 2
+        else:
+            self._plain = outcome.kind == REFUSED or (self._plain and outcome.kind != SENT)
+        if outcome.kind == SENT:
+            self._most = min(2 * self._most, MAX_BATCH_EVENTS)
         rest_s = self._settle(batch, outcome)
         with self._changed:
             if outcome.kind == SENT:
@@ -5943,7 +6029,7 @@ class Courier(threading.Thread):
             self._outbox.note_broken(self.notifier.id, outcome.detail)
             then = "what waits is kept until it is mended; see 'notifiers list'"
         elif outcome.kind == REFUSED:
-            then = "trying again in fewer words"
+            then = "trying again in fewer words" if self._plain else "trying again in parts"
         else:
             then = "trying again"
         if not self._failures or (outcome.kind == BROKEN) != self._broken:
@@ -5971,8 +6057,10 @@ class Courier(threading.Thread):
             self._hurry = False
 
 
+#: More events than can wait for a notifier.
+MAX_BATCH_EVENTS = 1 << 30
 #: At least this long between two posts to one notifier, and at most so long while there is much to tell.
-MIN_POST_GAP_S, MAX_POST_GAP_S = 1.0, 30.0
+MIN_POST_GAP_S, MAX_POST_GAP_S = 1.0, 5.0
 #: A notifier whose address or token is refused is tried again this often, and when it is changed.
 BROKEN_RETRY_S = 3600.0
 
@@ -6114,6 +6202,9 @@ class Dispatcher:
             courier.stop()
         for courier in self._couriers.values():
             courier.join(max(0.0, deadline - time.monotonic()))
+        for group in list(_running):
+            with contextlib.suppress(OSError):
+                os.killpg(group, signal.SIGKILL)  # nobody would end it after its time any more
 
 
 # ======================================================================================
@@ -6900,6 +6991,7 @@ class Watcher:
         try:
             for path in (paths.outbox, paths.watcher):
                 remove_leftovers(path)
+            self._first = not os.path.exists(paths.watcher) and not os.path.exists(paths.outbox)
             self.outbox = Outbox(paths.outbox, paths.refuse_planted_links)
             self.dispatcher = Dispatcher(paths, self.outbox, NotifierConfig(paths))
             self._restore()
@@ -6934,7 +7026,13 @@ class Watcher:
     def _restore(self) -> None:
         """Go on where the last watcher stopped; its looking counts, the time between does not."""
         saved = read_watcher_file(self.paths)
-        self._first = not saved and not self.outbox.known_ids()
+        if not saved and not self._first:
+            log.warning(
+                "%s is missing or damaged: every run counts as seen for the first time, and what ended is "
+                "told unless %s says that it was",
+                self.paths.watcher,
+                self.paths.outbox,
+            )
         looked_s, hold_s = saved.get("looked_s"), saved.get("hold_until_s")
         if isinstance(looked_s, (int, float)) and isinstance(hold_s, (int, float)):
             # Not from a file that somebody made up: a clock of 1e300 stands still, and never accuses.
@@ -7146,7 +7244,7 @@ class Watcher:
         now = self._clock()
         if self._blind_since is None:
             self._blind_since = now
-            log.error("cannot list %s: %s", self.paths.check_ins, error.strerror)
+            log.error("cannot list %s: %s", error.filename or self.paths.check_ins, error.strerror)
         self.looking.look(now, 0.0)
         if not self._told_blind and now - self._blind_since > HOLD_S:
             self._told_blind = True
@@ -8747,7 +8845,7 @@ def _parser() -> Any:
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
             # A webhook in the wrong place must not be repeated in somebody's cron mail.
-            super().error(re.sub(r"(://[^/\s'\"]*)[^\s'\"]*", r"\1/***", message))
+            super().error(re.sub(r"(://[^/?#\s'\"]+)[/?#][^\s'\"]+", r"\1/***", message))
 
     repo = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     repo.add_argument(

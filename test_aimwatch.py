@@ -6257,10 +6257,11 @@ class Messages(unittest.TestCase):
     def test_digest_of_many_counts_them_and_names_the_first(self) -> None:
         batch = [facts_of("stalled", number) for number in range(199)] + [facts_of("failed", 999)]
         lines = aimwatch.digest("t {run.name}", batch).split("\n")
-        self.assertEqual(lines[0], "200 events: 199 stalled, 1 failed")
+        self.assertEqual(lines[0], "200 events: 1 failed, 199 stalled")
         self.assertEqual(lines[1:4], ["all of host node7", "all of experiment resnet", "all of job Slurm 99"])
+        self.assertEqual(lines[4], "❌ Run 'n999' failed (00000000 on node7)", "what is worst comes first")
         self.assertEqual(
-            lines[4],
+            lines[5],
             "❗ Run 'n0' stalled: silent for 3 min, promised a check-in within 60 s (00000000 on node7)",
         )
         self.assertEqual(len(lines), 4 + aimwatch.DIGEST_LINES + 2)
@@ -8262,7 +8263,7 @@ class Pacing(TellingCase):
             for _ in range(8):
                 gaps.append(courier._gap())
                 clock.pass_(gaps[-1] + 0.2)
-            self.assertEqual(gaps, [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0])
+            self.assertEqual(gaps, [1.0, 2.0, 4.0, 5.0, 5.0, 5.0, 5.0, 5.0])
             clock.pass_(60.0)
             self.assertEqual(courier._gap(), 1.0)
             clock.pass_(2.0)
@@ -8301,6 +8302,36 @@ class Pacing(TellingCase):
         self.assertIn("ERROR notifier a: 90 events given up: too many wait", self.logged.lines)
         courier = dispatcher._couriers["a"]
         self.wait_for(lambda: len(courier._queue) == 10)
+
+
+class RefusedBatch(NotifierCase):
+    def test_one_that_is_refused_costs_the_others_no_word(self) -> None:
+        def answer(handler: Any) -> None:
+            poisoned = "n13" in server.requests[-1][3]
+            body = b"invalid_payload" if poisoned else b"ok"
+            handler.send_response(400 if poisoned else 200)
+            handler.send_header("Content-Length", str(len(body)))
+            handler.end_headers()
+            handler.wfile.write(body)
+
+        server = self.webhook(answer)
+        self.configure(a=hook(server.url))
+        paths = self.paths
+        outbox = aimwatch.Outbox(paths.outbox)
+        dispatcher = aimwatch.Dispatcher(paths, outbox, self.config)
+        self.addCleanup(outbox.close)
+        self.addCleanup(dispatcher.stop, 1.0)
+        with mock.patch.object(aimwatch, "MIN_POST_GAP_S", 0.0), mock.patch.object(
+            aimwatch, "MAX_POST_GAP_S", 0.0
+        ):
+            dispatcher.load()
+            dispatcher.tell([event_of(number, "failed") for number in range(10, 16)])
+            self.wait_for(lambda: not outbox.waiting_for("a"))
+        accepted = [text for text in server.texts() if "n13" not in text]
+        for number in (10, 11, 12, 14, 15):
+            self.assertEqual(sum(f"Run 'n{number}' failed" in text for text in accepted), 1)
+        self.assertEqual(sum(f"{13:024x}" in text for text in accepted), 1, "in the fewest words")
+        self.assertEqual(outbox.broken(), {})
 
 
 class KilledTeller(NotifierCase):
@@ -11020,6 +11051,14 @@ class TestStandby(WatcherProcessCase):
 # --------------------------------------------------------------------------------- closed doors
 
 
+def _of_user(info: os.stat_result, uid: int) -> Any:
+    """Return a stat result as if a link were another user's."""
+    fields = list(info)
+    if stat.S_ISLNK(info.st_mode):
+        fields[4] = uid
+    return os.stat_result(fields)
+
+
 class TestClosedDoors(WatchCase):
     def setUp(self) -> None:
         super().setUp()
@@ -11270,6 +11309,37 @@ class TestClosedDoors(WatchCase):
         self.assertEqual(len(aimwatch.list_bounded(self.paths.check_ins, 20)[0]), 20)
         self.assertEqual(len(aimwatch.list_some(self.paths.check_ins, 20)), 20)
         self.assertLess(tracemalloc.get_traced_memory()[1], 100_000)
+
+    def test_no_command_and_no_run_follows_a_folder_that_another_user_linked(self) -> None:
+        self.run_object("r").close()
+        elsewhere = os.path.join(self.root, "elsewhere")
+        os.mkdir(elsewhere)
+        victim = os.path.join(elsewhere, "id_rsa")
+        for folder in (self.paths.pending, self.paths.mutes, self.paths.check_ins, self.paths.notifications):
+            with open(victim, "w"):
+                pass
+            shutil.move(folder, f"{folder}.away")
+            os.symlink(elsewhere, folder)
+            with mock.patch.object(os, "geteuid", return_value=os.geteuid() + 1), mock.patch.object(
+                os, "lstat", lambda path, real=os.lstat: _of_user(real(path), 4711)
+            ):
+                for argv in (
+                    ["reindex"],
+                    ["mute", "r"],
+                    ["notifiers", "add", "logger", "--yes"],
+                    ["rm", "--yes", "r"],
+                ):
+                    with self.subTest(folder=folder, argv=argv):
+                        code, _, err = self.run_cli(*argv)
+                        self.assertEqual(code, 1)
+                        self.assertIn(
+                            f"cannot use {folder}: it is a symbolic link that belongs to user 4711", err
+                        )
+                with self.assertRaisesRegex(aimwatch.RepoError, "symbolic link"):
+                    Run(repo=self.root)
+            self.assertEqual(os.listdir(elsewhere), ["id_rsa"])
+            os.unlink(folder)
+            shutil.move(f"{folder}.away", folder)
 
     def test_nothing_that_was_read_can_be_executed(self) -> None:
         with open(MODULE, encoding="utf-8") as file:
