@@ -1632,6 +1632,27 @@ class StacksOfRealProcesses(ProcessCase):
             sorted(os.listdir(self.paths.stacks)), sorted(f"{name}.txt" for name in names - {"off"})
         )
 
+    def test_child_of_who_set_a_timer_reports_progress_all_the_same(self) -> None:
+        code = """
+import faulthandler, multiprocessing, sys
+if sys.argv[1] == "early":
+    from aimwatch import Run
+def train():
+    from aimwatch import Run
+    with Run() as run:
+        run.report_progress(expect_next_in=60)
+faulthandler.dump_traceback_later(600)
+child = multiprocessing.get_context("fork").Process(target=train)
+child.start()
+child.join(20)
+print(child.exitcode)
+child.kill()
+"""
+        for when in ("early", "late"):
+            with self.subTest(when):
+                out, _ = self.process(code, when).communicate(timeout=60)
+                self.assertEqual(out, "0\n")
+
     def test_what_a_user_set_is_never_taken(self) -> None:
         code = """
 import faulthandler
@@ -1704,7 +1725,7 @@ for case in before, after, once, kept:
     if os.fork() == 0:
         signal.alarm(30)
         case()
-        print(case.__name__, flush=True)
+        os.write(1, case.__name__.encode() + b"\\n")
         os._exit(0)
 for _ in range(4):
     assert os.wait()[1] == 0
@@ -7225,6 +7246,31 @@ class Commands(NotifierCase):
         self.assertEqual(found["events"][0]["run"]["name"], facts["run.name"])
         self.assertIn("stalled: silent for 3 min", found["text"])
 
+    def test_what_a_program_says_is_bounded_and_it_inherits_no_secret(self) -> None:
+        os.environ["AIMWATCH_PING_URL"] = "https://ping.example/SECRET"
+        outcome = self.tell(
+            self.script('echo "[$AIMWATCH_PING_URL]\033" >&2; head -c 300000 /dev/zero >&2; exit 3')
+        )
+        self.assertEqual(outcome.kind, "retry")
+        self.assertIn("exited with status 3: []\\x1b", outcome.detail)
+        self.assertLess(len(outcome.detail), 300)
+
+    def test_program_that_runs_when_the_watch_ends_is_ended(self) -> None:
+        started = os.path.join(self.root, "started")
+        self.configure(
+            a={
+                "type": "command",
+                "arguments": {"command": [self.script('echo $$ > "$1"; sleep 60'), started]},
+            }
+        )
+        watcher = self.watcher()
+        watcher.dispatcher.tell([event_of(1)])
+        self.wait_for(lambda: os.path.exists(started) and os.path.getsize(started))
+        with open(started) as file:
+            pid = int(file.read())
+        watcher.dispatcher.stop(0.0)
+        self.wait_for(lambda: aimwatch.process_state(str(pid)) == "gone")
+
     def test_how_a_program_ends_is_judged(self) -> None:
         for text, kind, detail in (
             ("exit 0", "sent", "exited with status 0"),
@@ -9776,6 +9822,18 @@ class TestWatcher(WatchCase):
 
 
 class TestWatcherRestarted(WatchCase):
+    def test_failure_is_told_although_watcher_json_is_lost_or_damaged(self) -> None:
+        for name, content in (("a", None), ("b", b"[["), ("c", b'{"runs": 5}')):
+            with self.subTest(content=content):
+                self.stop(self.watch())
+                self.check_in(name, 1, "failed")
+                os.unlink(self.paths.watcher)
+                if content is not None:
+                    with open(self.paths.watcher, "wb") as file:
+                        file.write(content)
+                self.look(self.watch(), 1)
+                self.assertEqual(self.told()[-1:], [(name, "failed")])
+
     def test_silence_is_counted_on_over_restarts(self) -> None:
         self.check_in("a", 1, expect=10)
         for life in range(1, 5):
