@@ -8489,6 +8489,12 @@ for line in sys.stdin:
         self.nursery.stdin.write(json.dumps([root, now, kill_at]) + "\n")
         self.nursery.stdin.flush()
         said = self.nursery.stdout.readline().strip()
+        for server in self.servers.values():
+            # Once this is answered, the server has begun with all that the dead one had under way.
+            with socket.create_connection(("127.0.0.1", server.port)) as link:
+                link.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                while link.recv(100):
+                    pass
         self.wait_for(lambda: threading.active_count() <= self.threads)
         return said
 
