@@ -1509,7 +1509,12 @@ class _Stacks:
             if ahead:
                 deadline, fd = min(ahead)
                 before = _tasks()
-                self._later(deadline - now, file=fd)
+                # A thread that was never scheduled yet has not blocked its signals, and must not get ours.
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+                try:
+                    self._later(deadline - now, file=fd)
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 self._due = deadline
                 new = _tasks() - before
                 self._thread = new.pop() if len(new) == 1 else ""
