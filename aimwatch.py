@@ -39,12 +39,14 @@ Stable names are those in ``__all__``, the command line, and the files above.
 
 from __future__ import annotations
 
+import _thread
 import ast
 import atexit
 import contextlib
 import datetime
 import errno
 import fcntl
+import gc
 import heapq
 import itertools
 import json
@@ -81,6 +83,7 @@ from typing import (
 
 if TYPE_CHECKING:
     import sqlite3
+    from types import FrameType
 
 # ======================================================================================
 # Constants, errors, small helpers
@@ -1271,12 +1274,17 @@ _INF, _MINUS_INF = math.inf, -math.inf
 _monotonic = time.monotonic
 #: How long after a missed promise the stacks are written.
 STACKS_AFTER_S = 0.5
+#: And how much later by the timer of `faulthandler`, which reads the frames of threads that go on: that
+#: ends a process at times. By then C code has held the GIL for so long, and none can.
+STACKS_HELD_S = 2.0
 #: A promise that is renewed sooner than this leaves the timer as it is.
 STACKS_AGAIN_S = 1.0
 #: How long a thread may take to be there, with its signals blocked, or to be gone.
 THREAD_END_S = 0.02
 #: The user's own timer is thought to be set for so much longer.
 THEIR_TIMER_LATE_S = 2.0
+#: Of so many threads and frames at most, as in `faulthandler`.
+MAX_STACKS, MAX_STACKS_BYTES = 100, 1 << 19
 #: What $AIMWATCH_STACKS may say to turn them off.
 _OFF = ("0", "no", "off", "false")
 #: A message below this level may wait this long before the watcher is told that it is there.
@@ -1371,17 +1379,71 @@ def last_frames(error: BaseException) -> List[str]:
 _IMPORTED_BY = os.getpid()
 
 
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Let a thread start so that no signal is ever delivered to it: the main thread would sleep on."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+class _Alarm:
+    """A thread that calls a function, which returns in how many seconds to call it again; None ends it.
+
+    `threading` knows nothing of it: it counts for nobody, and delays no exit.
+    """
+
+    def __init__(self, ring: Callable[[], Optional[float]]) -> None:
+        """Raises RuntimeError where no thread can be started."""
+        self._ring = ring
+        self._stopped = False
+        self._task: Optional[str] = None
+        self._bell = _thread.allocate_lock()
+        self._bell.acquire()
+        with _signals_blocked():
+            _thread.start_new_thread(self._run, ())
+
+    def _run(self) -> None:
+        self._task = str(threading.get_native_id())
+        while not self._stopped:
+            wait_s = self._ring()
+            if wait_s is None:
+                break
+            self._bell.acquire(timeout=min(wait_s, threading.TIMEOUT_MAX))
+
+    def ring(self) -> None:
+        """Have the function called at once. May be called by a signal's handler at any moment."""
+        with contextlib.suppress(RuntimeError):  # it was about to be
+            self._bell.release()
+
+    def stop(self) -> None:
+        """End the thread, and wait for it a moment."""
+        self._stopped = True
+        self.ring()
+        deadline = _monotonic() + THREAD_END_S
+        while self._task is None and _monotonic() < deadline:
+            time.sleep(0)
+        _wait_for_end(self._task or "")
+
+
 class _Stacks:
     """Leaves the stacks of all threads in a file when a run misses its promise.
 
-    `faulthandler` has one timer, a C thread that works while the GIL is held; it is set to the
-    earliest promise of all runs, and left alone while it is the user's.
+    A thread writes them that has the GIL, so that all others stand still. It gets none while C code
+    holds it; so the timer of `faulthandler`, a C thread, does the same a while later. That is one for
+    all runs, and left alone while it is the user's.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         #: Run hash to its deadline (monotonic) and the descriptor of its file.
         self._armed: Dict[str, Tuple[float, int]] = {}
+        #: Those of them whose deadline was missed, and whose stacks are written.
+        self._written: Set[str] = set()
+        self._alarm: Optional[_Alarm] = None
+        self._rings = math.inf
         self._faulthandler: Any = None
         self._theirs_until = -math.inf
         #: When the timer that was set here fires, and the thread that waits for that.
@@ -1405,14 +1467,14 @@ class _Stacks:
         parent = getattr(sys.modules.get("multiprocessing"), "parent_process", lambda: None)
         return parent() is not None and os.getpid() == _IMPORTED_BY
 
-    def _load(self) -> bool:
+    def _load(self) -> None:
         """Have `faulthandler` at hand, and notice when the user sets its timer."""
         if self._faulthandler is None:
             was_loaded = "faulthandler" in sys.modules
             try:
                 import faulthandler
             except ImportError:
-                return False
+                return
             if was_loaded and (_may_have_timer() or self._inherits_timer()):
                 self._theirs_until = math.inf
             self._later, self._cancel = (
@@ -1422,7 +1484,6 @@ class _Stacks:
             self._faulthandler = faulthandler
             faulthandler.dump_traceback_later = self._on_later
             faulthandler.cancel_dump_traceback_later = self._on_cancel
-        return True
 
     def _on_later(self, timeout: float, repeat: bool = False, *args: Any, **options: Any) -> None:
         """Set the timer for the user, in whose place `dump_traceback_later` this stands."""
@@ -1442,7 +1503,7 @@ class _Stacks:
         """Have all stacks written at a moment of the monotonic clock, unless armed anew before.
         Raises OSError where the run's file cannot be opened."""
         armed = self._armed.get(run.hash, (math.inf, -1))[0]
-        if 0 <= deadline_mono - armed < STACKS_AGAIN_S and _monotonic() < self._due <= armed:
+        if 0 <= deadline_mono - armed < STACKS_AGAIN_S and self._is_set(armed):
             return  # near enough: setting the timer starts a thread
         path, opened = run._paths.stack(run.hash), -1
         if run._stacks_fd < 0:
@@ -1452,7 +1513,8 @@ class _Stacks:
             closed = run._closed
             if run._stacks_fd < 0 and not closed:
                 run._stacks_fd, opened = opened, -1
-            if run._stacks_fd >= 0 and self._load():
+            if run._stacks_fd >= 0:
+                self._load()
                 self._forget(run)
                 self._armed[run.hash] = (deadline_mono, run._stacks_fd)
                 self._set()
@@ -1471,6 +1533,7 @@ class _Stacks:
 
     def _forget(self, run: Run) -> None:
         deadline, fd = self._armed.pop(run.hash, (math.inf, -1))
+        self._written.discard(run.hash)
         if deadline <= _monotonic():
             with contextlib.suppress(OSError):
                 os.ftruncate(fd, 0)  # the run goes on: where it hung is no news any more
@@ -1496,46 +1559,102 @@ class _Stacks:
         if self._turn != turn:
             self._set()  # a signal's handler came between, and what was set may be over
 
+    def _is_set(self, deadline: float) -> bool:
+        """True where the stacks will be written at that moment, which is to come, whatever happens."""
+        now = _monotonic()
+        return now < self._rings <= deadline and (
+            now < self._due <= deadline + STACKS_HELD_S or not self._may_set()
+        )
+
+    def _may_set(self) -> bool:
+        """True where there is a timer, which is not the user's."""
+        return self._faulthandler is not None and _monotonic() >= self._theirs_until
+
     def _set_once(self) -> None:
         now = _monotonic()
         if now < self._due and self._thread and not os.path.exists(f"/proc/self/task/{self._thread}"):
             # It waits no more though it should: somebody has the functions from before they were
             # replaced. What they set must not be taken from them.
             self._due, self._theirs_until = -math.inf, math.inf
-        if now < self._theirs_until:
-            return
-        ahead = [item for item in self._armed.values() if item[0] > now]
+        ahead = [item for name, item in self._armed.items() if name not in self._written]
         try:
             if ahead:
                 deadline, fd = min(ahead)
-                before = _tasks()
-                # A thread that was never scheduled yet has not blocked its signals, and must not get ours.
-                mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-                try:
-                    self._later(deadline - now, file=fd)
-                finally:
-                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-                self._due = deadline
-                new = _tasks() - before
-                self._thread = new.pop() if len(new) == 1 else ""
-            elif self._faulthandler is not None:
-                self._cancel()
-                self._due = -math.inf
+                self._set_alarm(deadline)
+                if self._may_set():
+                    self._set_timer(max(deadline - now, 0.0) + STACKS_HELD_S, fd)
+            else:
+                self._rings = math.inf
+                if self._alarm is not None:
+                    self._alarm.ring()  # which ends it
+                if self._may_set():
+                    self._cancel_timer()
         except (OverflowError, RuntimeError, ValueError) as error:  # no thread can be started
             self._due = -math.inf
             log.debug("no stacks will be written: %s", error)
 
+    def _set_alarm(self, deadline: float) -> None:
+        if self._alarm is None:
+            self._alarm = _Alarm(self._on_alarm)
+            self._rings = deadline
+        elif deadline < self._rings:
+            self._rings = deadline
+            self._alarm.ring()
+
+    def _set_timer(self, after_s: float, fd: int) -> None:
+        before = _tasks()
+        with _signals_blocked():  # it blocks them all, but not before it was scheduled
+            self._later(after_s, file=fd)
+        self._due = _monotonic() + after_s
+        new = _tasks() - before
+        self._thread = new.pop() if len(new) == 1 else ""
+
+    def _cancel_timer(self) -> None:
+        self._cancel()
+        self._due = -math.inf
+
+    def _on_alarm(self) -> Optional[float]:
+        """Write the stacks for every run that has missed its promise by now; return in how many seconds
+        the next one may."""
+        missed: Dict[str, int] = {}
+        with self._lock:
+            now, self._rings = _monotonic(), math.inf
+            for run_hash, (deadline, fd) in self._armed.items():
+                if run_hash in self._written:
+                    continue
+                if deadline > now:
+                    self._rings = min(self._rings, deadline)
+                    continue
+                self._written.add(run_hash)
+                with contextlib.suppress(OSError):
+                    missed[run_hash] = os.dup(fd)
+            if missed:
+                self._set()
+            elif self._rings == math.inf:
+                self._alarm = None
+                return None
+        text = _all_stacks() if missed else b""
+        for run_hash, fd in missed.items():
+            try:
+                os.write(fd, text)
+                with self._lock:
+                    if run_hash not in self._written:
+                        os.ftruncate(fd, 0)  # it went on meanwhile
+            except OSError as error:
+                log.debug("run %s leaves no stacks: %s", run_hash, error)
+            os.close(fd)
+        return 0 if missed else self._rings - now
+
     def before_fork(self) -> None:
         # A child that inherits a set timer waits at its exit for a thread that it does not have.
+        if self._alarm is not None:
+            self._alarm.stop()
         self._lock.acquire()
-        if self._armed and _monotonic() >= self._theirs_until:
-            self._cancel()
-            self._due = -math.inf
+        self._alarm, self._rings = None, math.inf
+        if self._armed and self._may_set():
+            self._cancel_timer()
             # Python 3.12 warns of a fork with threads, and one that has ended is seen for a moment.
-            deadline = _monotonic() + THREAD_END_S
-            while self._thread and os.path.exists(f"/proc/self/task/{self._thread}"):
-                if _monotonic() > deadline:
-                    break
+            _wait_for_end(self._thread)
 
     def after_fork_in_parent(self) -> None:
         try:
@@ -1546,10 +1665,46 @@ class _Stacks:
 
     def after_fork_in_child(self) -> None:
         self._lock = threading.RLock()
-        self._armed = {}
+        self._armed, self._written = {}, set()
         self._due = -math.inf
         if _monotonic() < self._theirs_until:
             self._theirs_until = math.inf  # touched here, it would wait for a thread that is not there
+
+    def at_exit(self) -> None:
+        """End the thread, since the interpreter does not wait for it."""
+        if self._alarm is not None:
+            self._alarm.stop()
+
+
+def _all_stacks() -> bytes:
+    """Return the stacks of all threads but this one as `faulthandler` writes them, the main one last."""
+    collects = gc.isenabled()
+    gc.disable()  # up to 3.12 a collection at this place can deadlock
+    try:
+        frames = sys._current_frames()
+    finally:
+        if collects:
+            gc.enable()
+    main = threading.main_thread().ident
+    frames.pop(threading.get_ident(), None)
+    parts = ["Missed its promise\n"]
+    for ident in sorted(frames, key=lambda ident: ident == main)[-MAX_STACKS:]:
+        parts.append(f"Thread {ident:#018x} (most recent call first):\n")
+        frame: Optional[FrameType] = frames[ident]
+        for _ in range(MAX_STACKS):
+            if frame is None:
+                break
+            code = frame.f_code
+            parts.append(f'  File "{code.co_filename}", line {frame.f_lineno or "?"} in {code.co_name}\n')
+            frame = frame.f_back
+    return "".join(parts).encode("utf-8", "backslashreplace")[-MAX_STACKS_BYTES:]
+
+
+def _wait_for_end(task: str) -> None:
+    """Wait a moment for a thread of this process to be gone, on Linux."""
+    deadline = _monotonic() + THREAD_END_S
+    while task and os.path.exists(f"/proc/self/task/{task}") and _monotonic() < deadline:
+        pass
 
 
 def _tasks() -> Set[str]:
@@ -1669,6 +1824,7 @@ class _Process:
         error = None if _interactive() else getattr(sys, "last_value", None)
         for run in list(self.runs):
             run._at_exit(error if sys.excepthook != self._on_uncaught else None)
+        self.stacks.at_exit()
 
 
 def _interactive() -> bool:
@@ -5581,7 +5737,11 @@ def send_email(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> 
         def connect(self, *args: Any, **options: Any) -> Any:
             closers.append(lambda: cut(self.sock))
             greeting = super().connect(*args, **options)
-            closers.append(lambda: cut(self.sock))
+            try:
+                closers.append(lambda: cut(self.sock))
+            except TimeoutError:
+                self.close()
+                raise
             return greeting
 
     # Without a name of ours, it would ask the name server for one, which an air-gapped host lacks.

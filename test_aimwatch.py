@@ -1147,7 +1147,7 @@ class HowARunEnds(ProcessCase):
     def test_sigterm_from_outside_ends_a_waiting_process(self) -> None:
         process = self.process(
             BEGIN + "run = Run('r')\nrun.report_progress(expect_next_in=60)\n"
-            "def train():\n print('ready')\n time.sleep(600)\ntrain()", "r"
+            "def train():\n print('ready')\n while True: time.sleep(0.1)\ntrain()", "r"
         )  # fmt: skip
         self.assertEqual(process.stdout.readline(), "ready\n")
         process.terminate()
@@ -1585,7 +1585,9 @@ HANG_ROWS = (
     ("backtracks", "re.match('(a+)+b', 'a' * 64)", {}),
     ("some_threads", THREADS % 20 + "time.sleep(600)", {}),
     ("many_threads", THREADS % 120 + "time.sleep(600)", {}),
+    ("many_held_up", THREADS % 120 + "re.match('(a+)+b', 'a' * 64)", {}),
     ("in_thread", "t = threading.Thread(target=time.sleep, args=(600,)); t.start(); t.join()", {}),
+    ("users_timer", "faulthandler.dump_traceback_later(600)\ntime.sleep(600)", {}),
     ("stopped", "os.kill(os.getpid(), signal.SIGSTOP)", {}),
     ("off", "time.sleep(600)", {"stacks": False}),
 )
@@ -1606,7 +1608,7 @@ class StacksOfRealProcesses(ProcessCase):
         process = self.start(HANGS, json.dumps(HANG_ROWS))
         self.assertEqual(process.stdout.readline(), "started\n")
         names = {name for name, _, _ in HANG_ROWS}
-        hung = names - {"stopped", "off", "many_threads"}
+        hung = names - {"stopped", "off", "many_held_up"}
         found: Dict[str, str] = {}
 
         def is_there(name: str) -> bool:
@@ -1624,9 +1626,9 @@ class StacksOfRealProcesses(ProcessCase):
                 self.assertRegex("\n".join(frames), r"<string>:\d+ in inner\n")
                 self.assertRegex("\n".join(frames), r"<string>:\d+ in outer\n")
         # Of more threads than `faulthandler` shows, the main one is not among them.
-        with open(self.paths.stack("many_threads")) as file:
+        with open(self.paths.stack("many_held_up")) as file:
             self.wait_for(lambda: file.seek(0) or "\n...\n" in file.read())
-        self.assertEqual(aimwatch.hanging_frames(self.paths, "many_threads"), "")
+        self.assertEqual(aimwatch.hanging_frames(self.paths, "many_held_up"), "")
         self.assertEqual(aimwatch.hanging_frames(self.paths, "stopped"), "")
         self.assertEqual(
             sorted(os.listdir(self.paths.stacks)), sorted(f"{name}.txt" for name in names - {"off"})
@@ -1653,40 +1655,75 @@ child.kill()
                 out, _ = self.process(code, when).communicate(timeout=60)
                 self.assertEqual(out, "0\n")
 
+    def test_process_that_goes_on_is_not_harmed_by_what_is_written_of_it(self) -> None:
+        code = """
+import json, zlib
+def even(n):
+    return n if n <= 0 else odd(n - 1)
+def odd(n):
+    return [even(n - 1) for _ in range(1)][0]
+def busy():
+    class Gone:
+        def __del__(self):
+            even(2)
+    even(20)
+    exec("def f(x):\\n return [x for x in range(x)]\\nf(5)")
+    json.dumps(zlib.compress(bytes(20000))[0])
+def other():
+    while True:
+        busy()
+threading.Thread(target=other, daemon=True).start()
+run = Run("r")
+run.report_progress(expect_next_in=60)
+stacks, written = aimwatch._process.stacks, 0
+for _ in range(400):
+    stacks.arm(run, time.monotonic() + 0.001)
+    for _ in range(30):
+        busy()
+    written += "r" in stacks._written and os.fstat(run._stacks_fd).st_size > 0
+assert written > 200, written
+os.write(1, b"alive")
+os._exit(0)
+"""
+        self.assertEqual(self.start(code).communicate(timeout=60), ("alive", ""))
+
     def test_what_a_user_set_is_never_taken(self) -> None:
         code = """
 import faulthandler
-def timed(set_timer, cancels=False):
-    "Return how often the user's file was written to, with check-ins that follow each other."
-    path = os.path.join(os.environ["AIMWATCH_REPO"], "theirs%d" % os.getpid())
-    with open(path, "w") as file:
-        set_timer(file)
-        deadline = time.monotonic() + 10
-        while open(path).read().count("Timeout") < 3 and time.monotonic() < deadline:
-            stacks._due = 0.0  # as if a second had passed
-            run.report_progress(expect_next_in=60, block=True)
-            time.sleep(0.02)
-        return open(path).read().count("Timeout")
+calls = []
+def note(name):
+    real = getattr(faulthandler, name)
+    def noted(*args, **options):
+        calls.append(name)
+        return real(*args, **options)
+    setattr(faulthandler, name, noted)
+    return real
+later, cancel = note("dump_traceback_later"), note("cancel_dump_traceback_later")
+theirs = open(os.devnull, "w")
+def calls_of_check_ins():
+    calls.clear()
+    for _ in range(10):
+        stacks._armed.clear()  # as if a second had passed
+        run.report_progress(expect_next_in=60, block=True)
+    return calls
 stacks = aimwatch._process.stacks
-later, cancel = faulthandler.dump_traceback_later, faulthandler.cancel_dump_traceback_later
 def before():
     global run
-    def set_timer(file):
-        global run
-        later(0.2, True, file)
-        while not aimwatch._may_have_timer():
-            pass
-        run = Run("before")
-    assert timed(set_timer) == 3
+    later(600, True, theirs)
+    while not aimwatch._may_have_timer():
+        pass
+    run = Run("before")
+    assert calls_of_check_ins() == []
     assert stacks._theirs_until == float("inf")
     faulthandler.cancel_dump_traceback_later()
     assert stacks._due > time.monotonic()
 def after():
     global run
     run = Run("after")
-    run.report_progress(expect_next_in=60)
+    assert len(calls_of_check_ins()) == 10
     assert stacks._due > time.monotonic()
-    assert timed(lambda file: faulthandler.dump_traceback_later(0.2, repeat=True, file=file)) == 3
+    faulthandler.dump_traceback_later(600, repeat=True, file=theirs)
+    assert calls_of_check_ins() == []
     assert stacks._due < time.monotonic()
     faulthandler.cancel_dump_traceback_later()
     assert stacks._due > time.monotonic()
@@ -1694,17 +1731,12 @@ def once():
     global run
     run = Run("once")
     run.report_progress(expect_next_in=60)
-    with open(os.path.join(os.environ["AIMWATCH_REPO"], "once"), "w") as file:
-        faulthandler.dump_traceback_later(0.2, file=file)
-        for _ in range(30):
-            run.report_progress(expect_next_in=60, block=True)
-            time.sleep(0.01)
-        time.sleep(0.5)
-        assert open(file.name).read().count("Timeout") == 1
-        assert stacks._due < time.monotonic()
-        stacks._theirs_until -= 3600
-        run.report_progress(expect_next_in=60, block=True)
-        assert stacks._due > time.monotonic()
+    faulthandler.dump_traceback_later(600, file=theirs)
+    assert calls_of_check_ins() == []
+    assert stacks._due < time.monotonic()
+    stacks._theirs_until -= 3600
+    run.report_progress(expect_next_in=60, block=True)
+    assert stacks._due > time.monotonic()
 def kept():  # the functions as they were before the first run
     global run
     run = Run("kept")
@@ -1742,7 +1774,7 @@ signal.alarm(60)
 run.report_progress(expect_next_in=60)
 def armed():
     assert aimwatch._process.stacks._due > time.monotonic()
-    while os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 2:
+    while os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 3:
         pass
 for turn in range(16):
     pid = os.fork()
@@ -1787,16 +1819,16 @@ run2 = Run("r2")
 run2.report_progress(expect_next_in=90)
 run = Run("r")
 stacks = aimwatch._process.stacks
-real = stacks._later
-def later(*args, **options):
+real = stacks._set_timer
+def set_timer(*args):
     if not sent:
         sent.append(1)
         os.kill(os.getpid(), signal.SIGTERM)
         while not told:
             pass
         run._close_files()
-    real(*args, **options)
-stacks._later = later
+    real(*args)
+stacks._set_timer = set_timer
 run.report_progress(expect_next_in=60)
 with open(os.devnull) as reused:
     assert told == ["check_in failed"], told
@@ -1829,22 +1861,26 @@ class StacksByHand(HandDriven):
     def setUp(self) -> None:
         super().setUp()
         self.fake = FakeFaulthandler()
+        self.stacks = aimwatch._Stacks()
         for patch in (
             mock.patch.dict(sys.modules, faulthandler=self.fake),
-            mock.patch.object(aimwatch._process, "stacks", aimwatch._Stacks()),
+            mock.patch.object(aimwatch._process, "stacks", self.stacks),
+            mock.patch.object(aimwatch, "_Alarm", mock.Mock()),
             mock.patch.object(aimwatch, "_may_have_timer", lambda: False),
             mock.patch.object(aimwatch, "_tasks", set),
         ):
             patch.start()
             self.addCleanup(patch.stop)
 
-    def fire(self, run: Run) -> None:
-        """Let time pass until the timer fires into the file of that run."""
-        timeout, file = self.fake.timer
-        self.assertEqual(file, run._stacks_fd)
-        self.clock.pass_(timeout)
-        self.fake.timer = None
-        os.write(file, b"Timeout!\n")
+    def due(self) -> Tuple[float, float, int]:
+        """Return in how many seconds the alarm rings, and what the timer is set to."""
+        return (round(self.stacks._rings - self.clock.now, 3), *self.fake.timer)
+
+    def miss(self, run: Run) -> None:
+        """Let time pass until the stacks are written for that run."""
+        self.assertEqual(self.fake.timer[1], run._stacks_fd)
+        self.clock.pass_(self.stacks._rings - self.clock.now)
+        self.stacks._on_alarm()
 
     def size(self, run: Run) -> int:
         return os.path.getsize(self.paths.stack(run.hash))
@@ -1853,11 +1889,11 @@ class StacksByHand(HandDriven):
         run = self.run_object()
         self.assertEqual((self.fake.timer, os.listdir(self.paths.stacks)), (None, []))
         run.report_progress(expect_next_in=60)
-        self.assertEqual(self.fake.timer, (66.5, run._stacks_fd))
+        self.assertEqual(self.due(), (66.5, 68.5, run._stacks_fd))
         run.report_progress(expect_next_in=0)
-        self.assertIsNone(self.fake.timer)
+        self.assertEqual((self.fake.timer, self.stacks._on_alarm()), (None, None))
         run.report_progress(expect_next_in=0.5)
-        self.assertEqual(self.fake.timer, (2.5, run._stacks_fd))
+        self.assertEqual(self.due(), (2.5, 4.5, run._stacks_fd))
         run.close()
         self.assertEqual((self.fake.timer, os.listdir(self.paths.stacks)), (None, []))
 
@@ -1868,14 +1904,29 @@ class StacksByHand(HandDriven):
         for _ in range(100):
             self.clock.pass_(0.1)
             run.report_progress(expect_next_in=60, block=True)
-            fires = self.clock.now - self.clock.now % 0.1
-            self.assertLessEqual(self.fake.timer[0], 66.5, fires)
+            self.assertLessEqual(self.stacks._rings, self.clock.now + 66.5)
+            self.assertLessEqual(self.stacks._due, self.clock.now + 68.5)
+            self.stacks._on_alarm()  # too early
+        self.assertEqual(self.size(run), 0)
         self.assertIn(self.fake.calls - first, range(9, 12))
         calls = self.fake.calls
         self.clock.pass_(50)
         self.assertEqual(self.fake.calls, calls)
         run.report_progress(expect_next_in=5)  # a stricter promise at once
-        self.assertEqual(self.fake.timer[0], 6.5)
+        self.assertEqual(self.due(), (6.5, 8.5, run._stacks_fd))
+
+    def test_thread_that_writes_is_woken_for_an_earlier_promise_only(self) -> None:
+        run = self.run_object()
+        run.report_progress(expect_next_in=60)
+        ring = self.stacks._alarm.ring
+        for _ in range(100):
+            self.clock.pass_(1)
+            run.report_progress(expect_next_in=60, block=True)
+        self.assertEqual(ring.call_count, 0)
+        self.assertEqual(round(self.stacks._on_alarm()), 66)
+        run.report_progress(expect_next_in=5)
+        self.assertEqual(ring.call_count, 1)
+        self.assertEqual(aimwatch._Alarm.call_count, 1)
 
     def test_call_that_does_not_write_leaves_the_timer_alone(self) -> None:
         run = self.run_object()
@@ -1887,18 +1938,40 @@ class StacksByHand(HandDriven):
                 self.clock.pass_(1)
                 run.report_progress(expect_next_in=600)
 
+    def test_stacks_are_written_once_and_the_timer_does_not_write_them_again(self) -> None:
+        run = self.run_object()
+        run.report_progress(expect_next_in=5)
+        self.miss(run)
+        size = self.size(run)
+        self.assertTrue(size)
+        self.assertEqual((self.fake.timer, self.stacks._on_alarm()), (None, None))
+        self.assertEqual(self.size(run), size)
+
     def test_what_was_left_is_emptied_when_the_run_goes_on(self) -> None:
         for goes_on in (60, 0):
             with self.subTest(expect_next_in=goes_on):
                 run = self.run_object()
                 run.report_progress(expect_next_in=5)
-                self.fire(run)
+                self.miss(run)
                 self.assertTrue(self.size(run))
                 run.report_progress(expect_next_in=goes_on)
                 self.assertEqual(self.size(run), 0)
                 run.report_progress(expect_next_in=7)
-                self.assertEqual(self.fake.timer, (8.5, run._stacks_fd))
+                self.assertEqual(self.due(), (8.5, 10.5, run._stacks_fd))
                 run.close()
+
+    def test_run_that_goes_on_while_its_stacks_are_written_leaves_none(self) -> None:
+        run = self.run_object()
+        run.report_progress(expect_next_in=5)
+
+        def all_stacks() -> bytes:
+            run.report_progress(expect_next_in=5)
+            return b"late\n"
+
+        with mock.patch.object(aimwatch, "_all_stacks", all_stacks):
+            self.miss(run)
+        self.assertEqual(self.size(run), 0)
+        self.assertEqual(self.due(), (6.5, 8.5, run._stacks_fd))
 
     def test_process_that_resumes_a_run_removes_what_the_last_one_left(self) -> None:
         for options in ({}, {"stacks": False}):
@@ -1915,14 +1988,32 @@ class StacksByHand(HandDriven):
                 run.close()
 
     def test_earliest_promise_of_several_runs_comes_first(self) -> None:
-        slow, quick = self.run_object(), self.run_object()
+        slow, quick, same = (self.run_object() for _ in range(3))
         slow.report_progress(expect_next_in=100)
         quick.report_progress(expect_next_in=10)
-        self.assertEqual(self.fake.timer[1], quick._stacks_fd)
-        self.fire(quick)
+        same.report_progress(expect_next_in=10)
+        self.miss(quick)
+        self.assertTrue(self.size(quick) and self.size(same))
         quick.close()
-        self.assertEqual(self.fake.timer, (110.5 - 11.5, slow._stacks_fd))
-        self.fire(slow)
+        self.assertEqual(self.due(), (110.5 - 11.5, 112.5 - 11.5, slow._stacks_fd))
+        self.miss(slow)
+        self.assertTrue(self.size(slow))
+
+    def test_of_threads_that_never_got_the_gil_the_timer_writes(self) -> None:
+        run = self.run_object()
+        run.report_progress(expect_next_in=5)
+        self.clock.pass_(8)
+        self.run_object().report_progress(expect_next_in=60)  # sets the timer anew, and must not forget
+        self.assertEqual(self.fake.timer, (2.0, run._stacks_fd))
+
+    def test_without_a_thread_no_timer_is_set_either(self) -> None:
+        run = self.run_object()
+        with mock.patch.object(aimwatch, "_Alarm", side_effect=RuntimeError("can't start new thread")):
+            run.report_progress(expect_next_in=60)
+        self.assertEqual(self.fake.calls, 0)
+        self.clock.pass_(10)
+        run.report_progress(expect_next_in=60, block=True)
+        self.assertEqual(self.due(), (66.5, 68.5, run._stacks_fd))
 
     def test_turned_off_it_sets_nothing_and_writes_nothing(self) -> None:
         cases: List[Tuple[Dict[str, Any], str]] = [({"stacks": False}, "")]
@@ -1931,6 +2022,7 @@ class StacksByHand(HandDriven):
             with self.subTest(options=options, text=text), mock.patch.dict(os.environ, AIMWATCH_STACKS=text):
                 self.run_object(**options).report_progress(expect_next_in=60)
                 self.assertEqual((self.fake.calls, os.listdir(self.paths.stacks)), (0, []))
+                self.assertIsNone(self.stacks._alarm)
         with mock.patch.dict(os.environ, AIMWATCH_STACKS="1"):
             self.run_object().report_progress(expect_next_in=60)
         self.assertEqual(self.fake.calls, 1)
@@ -1974,7 +2066,7 @@ class StacksByHand(HandDriven):
                 run.report_progress(expect_next_in=0)
             self.assertEqual(len(self.check_ins(run.hash)), 1)
         run.report_progress(expect_next_in=60)
-        self.assertEqual(self.fake.timer, (66.5, run._stacks_fd))
+        self.assertEqual(self.due(), (66.5, 68.5, run._stacks_fd))
         with mock.patch.object(aimwatch, "open_regular", no_space), mock.patch("os.open", no_space):
             third = mock.patch.object(other, "_stacks_fd", -1)
             with third:
@@ -7000,9 +7092,9 @@ class MailServer(RawServer):
     def talk(self, connection: Any) -> None:
         connection.settimeout(10)
         secure = self.tls
-        if secure:
-            connection = self.wrap(connection)
         with contextlib.ExitStack() as files:
+            if secure:
+                connection = files.enter_context(self.wrap(connection))
             reader = files.enter_context(connection.makefile("rb"))
             sender, to = "", []
 
@@ -7026,7 +7118,7 @@ class MailServer(RawServer):
                 elif word == "STARTTLS":
                     going = say(word, "220 go ahead")
                     if going and self.answers.get(word, "220").startswith("220"):
-                        connection = self.wrap(connection)
+                        connection = files.enter_context(self.wrap(connection))
                         secure, reader = True, files.enter_context(connection.makefile("rb"))
                 elif word == "AUTH":
                     going = say(word, "235 welcome")
