@@ -6189,6 +6189,8 @@ class Courier(threading.Thread):
             self._outbox.sent([event.id for event in batch], self.notifier.id)
             if self._failures:
                 log.info("notifier %s is reached again", name)
+            if self.notifier.type != "logger":  # whose messages say it themselves
+                log.info("notifier %s was told of %s", name, plural(len(batch), "event"))
             return self._gap()
         if outcome.kind == BROKEN:
             self._outbox.note_broken(self.notifier.id, outcome.detail)
@@ -8010,8 +8012,12 @@ def _print_status(paths: RepoPaths, state: WatcherState, rows: Sequence[Dict[str
             f"{human_s(now - row['last_check_in'])} ago",
             human_s(row["promise_s"]) if row["promise_s"] else "none",
             row["host"] or "",
-            (f"muted for {human_s(row['muted_until'] - now)}; " if row["muted_until"] else "")
-            + (row["reason"] or ""),
+            "; ".join(
+                filter(
+                    None,
+                    (row["muted_until"] and f"muted for {human_s(row['muted_until'] - now)}", row["reason"]),
+                )
+            ),
         )
         for row in live
     ]
@@ -8255,6 +8261,8 @@ def _warn_about(notifier: Dict[str, Any]) -> None:
                 f"Warning: {host} is another machine, and over http:// everybody between reads "
                 "what is sent, the address included: use https:// where you can."
             )
+    if notifier["arguments"].get("security") == "none" and notifier["arguments"].get("password"):
+        print("Warning: with --security none, everybody between reads the password and the mails.")
     if notifier["type"] == "workplace" and "base_url" not in notifier["arguments"]:
         print(
             "Note: Meta closed Workplace on 2026-06-01. This notifier reaches only a server that "
@@ -9028,8 +9036,8 @@ def _parser() -> Any:
     parser.add_argument("--version", action="version", version=f"aimwatch {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="verb")
 
-    def add(group: Any, name: str, do: Callable[[Any], int], **options: Any) -> Any:
-        summary = (do.__doc__ or "").strip().partition("\n\n")[0].replace("\n    ", " ")
+    def add(group: Any, name: str, do: Callable[[Any], int], summary: str = "", **options: Any) -> Any:
+        summary = summary or (do.__doc__ or "").strip().partition("\n\n")[0].replace("\n    ", " ")
         command = group.add_parser(
             name,
             parents=[repo],
@@ -9213,8 +9221,11 @@ def _add_notifier_commands(group: Any, add: Callable[..., Any]) -> None:
     remove = add(group, "remove", cmd_notifiers_remove)
     remove.add_argument("id", metavar="ID", help=one_id)
     remove.add_argument("--yes", action="store_true", help="ask nothing")
-    for name, status in (("enable", "enabled"), ("disable", "disabled")):
-        switch = add(group, name, cmd_notifiers_switch)
+    for name, status, summary in (
+        ("enable", "enabled", "Have a notifier tell what happens again."),
+        ("disable", "disabled", "Have a notifier tell nothing more, and keep its configuration."),
+    ):
+        switch = add(group, name, cmd_notifiers_switch, summary)
         switch.add_argument("id", metavar="ID", help=one_id)
         switch.set_defaults(status=status)
     add(group, "dump", cmd_notifiers_dump)
