@@ -1637,9 +1637,8 @@ class _Stacks:
         for run_hash, fd in missed.items():
             try:
                 os.write(fd, text)
-                with self._lock:
-                    if run_hash not in self._written:
-                        os.ftruncate(fd, 0)  # it went on meanwhile
+                if run_hash not in self._written:
+                    os.ftruncate(fd, 0)  # it went on meanwhile
             except OSError as error:
                 log.debug("run %s leaves no stacks: %s", run_hash, error)
             os.close(fd)
