@@ -1582,7 +1582,8 @@ class _Stacks:
                 deadline, fd = min(ahead)
                 self._set_alarm(deadline)
                 if self._may_set():
-                    self._set_timer(max(deadline - now, 0.0) + STACKS_HELD_S, fd)
+                    self._set_timer(max(deadline, now) + STACKS_HELD_S - now, fd)
+                    self._due = max(deadline, now) + STACKS_HELD_S
             else:
                 self._rings = math.inf
                 if self._alarm is not None:
@@ -1605,7 +1606,6 @@ class _Stacks:
         before = _tasks()
         with _signals_blocked():  # it blocks them all, but not before it was scheduled
             self._later(after_s, file=fd)
-        self._due = _monotonic() + after_s
         new = _tasks() - before
         self._thread = new.pop() if len(new) == 1 else ""
 

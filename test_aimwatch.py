@@ -1848,9 +1848,11 @@ class FakeFaulthandler:
     def __init__(self) -> None:
         self.timer: Any = None
         self.calls = 0
+        self.takes: Callable[[], Any] = lambda: None
 
     def dump_traceback_later(self, timeout: float, repeat: bool = False, file: Any = None) -> None:
         self.calls += 1
+        self.takes()
         self.timer = (round(timeout, 3), file)
 
     def cancel_dump_traceback_later(self) -> None:
@@ -1899,6 +1901,7 @@ class StacksByHand(HandDriven):
 
     def test_timer_is_set_anew_once_a_second_at_most_and_never_late(self) -> None:
         run = self.run_object()
+        self.fake.takes = lambda: self.clock.pass_(0.001)
         run.report_progress(expect_next_in=60)
         first = self.fake.calls
         for _ in range(100):
@@ -1912,6 +1915,7 @@ class StacksByHand(HandDriven):
         calls = self.fake.calls
         self.clock.pass_(50)
         self.assertEqual(self.fake.calls, calls)
+        self.fake.takes = lambda: None
         run.report_progress(expect_next_in=5)  # a stricter promise at once
         self.assertEqual(self.due(), (6.5, 8.5, run._stacks_fd))
 
