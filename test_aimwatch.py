@@ -8064,7 +8064,9 @@ class Telling(TellingCase):
             dispatcher.tell([event_of(1)])
             dispatcher.drain(60.0)
         self.assertEqual((self.sent("a"), self.sent("b")), ([], [event_of(1).id]))
-        self.assertEqual(len(self.logged.lines), 1)
+        refused = [line for line in self.logged.lines if line.startswith("WARNING notifier slack a: ")]
+        told = "INFO notifier slack b was told of 1 event"
+        self.assertEqual((len(refused), sorted(self.logged.lines)), (1, [told, *refused]))
 
     def test_stop_does_not_wait_for_a_post_that_hangs(self) -> None:
         gate, held = self.gate(), threading.Event()
