@@ -1809,6 +1809,21 @@ while os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 
         )
         self.assertEqual(out, ["fork", "spawn"])
 
+    @unittest.skipUnless(os.path.isdir("/proc/self/task"), "the threads of a process are not listed")
+    def test_threads_that_wait_take_no_signal_from_the_main_one(self) -> None:
+        code = """
+run.report_progress(expect_next_in=60)
+for task in os.listdir("/proc/self/task"):
+    with open(f"/proc/self/task/{task}/status") as file:
+        blocked = int(next(line for line in file if line.startswith("SigBlk:")).split()[1], 16)
+    print(int(task) == os.getpid(), bool(blocked >> signal.SIGTERM - 1 & 1))
+print(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+run.close()
+"""
+        self.assertEqual(
+            sorted(self.finished_process(code)[1]), ["False True", "False True", "True False", "set()"]
+        )
+
     def test_sigterm_while_a_timer_is_set_ends_the_run_and_leaves_none(self) -> None:
         code = """
 def handler(*_):
