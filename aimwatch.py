@@ -532,10 +532,16 @@ class CheckInFile:
         older = sorted(self._names, key=_idx_of)
         if older and idx < _idx_of(older[-1]) < MAX_IDX:
             return  # another thread has said more since this one took its number
-        if flag == FAILED and self._create_beside(target):
-            older = []
-        elif not (older and self._rename(older.pop(), target)):
-            self._create(target)
+        try:
+            if flag == FAILED and self._create_beside(target):
+                older = []
+            elif not (older and self._rename(older.pop(), target)):
+                self._create(target)
+        except OSError:
+            raise
+        except BaseException:
+            self._names.add(target)  # a signal's handler raised, and the file may be there
+            raise
         self._names.add(target)
         for name in older:
             self._remove(name)
@@ -941,10 +947,15 @@ def is_still(fd: int, identity: Tuple[int, int]) -> bool:
     """False where somebody else closed the descriptor, as who becomes a daemon closes all: its number
     may by now be that of another file, which must be neither read nor closed."""
     try:
-        info = os.fstat(fd)
+        return identity_of(fd) == identity
     except OSError as error:
         return error.errno != errno.EBADF
-    return (info.st_dev, info.st_ino) == identity
+
+
+def identity_of(fd: int) -> Tuple[int, int]:
+    """Return what tells the file of a descriptor from every other."""
+    info = os.fstat(fd)
+    return info.st_dev, info.st_ino
 
 
 class LogWriter:
@@ -1259,6 +1270,8 @@ IDLE_CHECK_IN_S = 30.0
 #: How long a run that ends goes on trying to say so on a disk that refuses.
 END_RETRIES, END_RETRY_S = 4, 0.5
 MAX_STEP = 2**63
+#: And how long all the runs of a process may, together with their waiting for the index.
+END_PATIENCE_S = 3.0
 #: A longer log message is cut.
 MAX_LOG_MESSAGE = 1 << 20
 #: How long a run that closes waits for the index.
@@ -1382,8 +1395,10 @@ _IMPORTED_BY = os.getpid()
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
     """Let a thread start so that no signal is ever delivered to it: the main thread would sleep on."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        # Calls the handlers of signals that came before, and these may raise.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -1438,12 +1453,13 @@ class _Stacks:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        #: Run hash to its deadline (monotonic) and the descriptor of its file.
-        self._armed: Dict[str, Tuple[float, int]] = {}
+        #: Run hash to its deadline (monotonic), and the descriptor and identity of its file.
+        self._armed: Dict[str, Tuple[float, int, Tuple[int, int]]] = {}
         #: Those of them whose deadline was missed, and whose stacks are written.
         self._written: Set[str] = set()
         self._alarm: Optional[_Alarm] = None
         self._rings = math.inf
+        self._filter: Any = None
         self._faulthandler: Any = None
         self._theirs_until = -math.inf
         #: When the timer that was set here fires, and the thread that waits for that.
@@ -1502,21 +1518,23 @@ class _Stacks:
     def arm(self, run: Run, deadline_mono: float) -> None:
         """Have all stacks written at a moment of the monotonic clock, unless armed anew before.
         Raises OSError where the run's file cannot be opened."""
-        armed = self._armed.get(run.hash, (math.inf, -1))[0]
+        armed = self._armed[run.hash][0] if run.hash in self._armed else math.inf
         if 0 <= deadline_mono - armed < STACKS_AGAIN_S and self._is_set(armed):
             return  # near enough: setting the timer starts a thread
         path, opened = run._paths.stack(run.hash), -1
+        if run._stacks_fd >= 0 and not is_still(run._stacks_fd, run._stacks_identity):
+            run._stacks_fd = -1
         if run._stacks_fd < 0:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
             opened = os.open(path, flags, 0o666)
         with self._lock:
             closed = run._closed
             if run._stacks_fd < 0 and not closed:
-                run._stacks_fd, opened = opened, -1
+                run._stacks_identity, run._stacks_fd, opened = identity_of(opened), opened, -1
             if run._stacks_fd >= 0:
                 self._load()
                 self._forget(run)
-                self._armed[run.hash] = (deadline_mono, run._stacks_fd)
+                self._armed[run.hash] = (deadline_mono, run._stacks_fd, run._stacks_identity)
                 self._set()
         if opened >= 0:  # another thread closed the run, or was quicker to open the file
             os.close(opened)
@@ -1532,9 +1550,11 @@ class _Stacks:
                 self._set()
 
     def _forget(self, run: Run) -> None:
-        deadline, fd = self._armed.pop(run.hash, (math.inf, -1))
+        if run.hash not in self._armed:
+            return
+        deadline, fd, identity = self._armed.pop(run.hash)
         self._written.discard(run.hash)
-        if deadline <= _monotonic():
+        if deadline <= _monotonic() and is_still(fd, identity):
             with contextlib.suppress(OSError):
                 os.ftruncate(fd, 0)  # the run goes on: where it hung is no news any more
 
@@ -1548,8 +1568,9 @@ class _Stacks:
                 # any case: a signal's handler that raises may have left it without a note of it.
                 self._set()
         if fd >= 0:
-            os.close(fd)
             with contextlib.suppress(OSError):
+                if is_still(fd, run._stacks_identity):
+                    os.close(fd)
                 os.unlink(run._paths.stack(run.hash))
 
     def _set(self) -> None:
@@ -1579,7 +1600,7 @@ class _Stacks:
         ahead = [item for name, item in self._armed.items() if name not in self._written]
         try:
             if ahead:
-                deadline, fd = min(ahead)
+                deadline, fd, _ = min(ahead)
                 self._set_alarm(deadline)
                 if self._may_set():
                     self._set_timer(max(deadline, now) + STACKS_HELD_S - now, fd)
@@ -1619,7 +1640,7 @@ class _Stacks:
         missed: Dict[str, int] = {}
         with self._lock:
             now, self._rings = _monotonic(), math.inf
-            for run_hash, (deadline, fd) in self._armed.items():
+            for run_hash, (deadline, fd, identity) in self._armed.items():
                 if run_hash in self._written:
                     continue
                 if deadline > now:
@@ -1627,7 +1648,8 @@ class _Stacks:
                     continue
                 self._written.add(run_hash)
                 with contextlib.suppress(OSError):
-                    missed[run_hash] = os.dup(fd)
+                    if is_still(fd, identity):
+                        missed[run_hash] = os.dup(fd)
             if missed:
                 self._set()
             elif self._rings == math.inf:
@@ -1654,6 +1676,20 @@ class _Stacks:
             self._cancel_timer()
             # Python 3.12 warns of a fork with threads, and one that has ended is seen for a moment.
             _wait_for_end(self._thread)
+        if self._armed and sys.version_info >= (3, 12):
+            self._expect_warning(len(_tasks()) == 1)
+
+    def _expect_warning(self, alone: bool) -> None:
+        """Have no warning of a fork with threads where those are the two that are set anew in the parent:
+        from 3.13 on they are counted only then."""
+        import warnings
+
+        with contextlib.suppress(ValueError):
+            warnings.filters.remove(self._filter)  # type: ignore[attr-defined]
+        if alone:
+            text = r"This process \(pid=\d+\) is multi-threaded, use of fork"
+            warnings.filterwarnings("ignore", text, DeprecationWarning)
+            self._filter = warnings.filters[0]
 
     def after_fork_in_parent(self) -> None:
         try:
@@ -1757,6 +1793,9 @@ class _Process:
         self._sigterm: Any = None
         self._masks: List[Any] = []
         self._watches_exit = False
+        self._terminating = False
+        #: Until when all the runs of a process that ends may wait for a disk or the index.
+        self._patience_mono = math.inf
 
     def writes(self, marker: str) -> bool:
         """True where this process writes the run of that marker, which then must not be opened."""
@@ -1783,13 +1822,21 @@ class _Process:
                 signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _before_fork(self) -> None:
-        # A signal that reaches the child before it runs Python is lost to a Python handler.
-        self._masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}))
-        self.stacks.before_fork()
+        # A signal that reaches the child before it runs Python is lost to a Python handler. One that
+        # came before is handled here, where what its handler raises goes nowhere.
+        blocked: Set[int] = set()
+        try:
+            blocked = set(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        finally:
+            self._masks.append(blocked)
+            self.stacks.before_fork()
 
     def _after_fork_in_parent(self) -> None:
-        self.stacks.after_fork_in_parent()
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop())
+        try:
+            self.stacks.after_fork_in_parent()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop())
 
     def _after_fork_in_child(self) -> None:
         self.stacks.after_fork_in_child()
@@ -1806,21 +1853,35 @@ class _Process:
         if self._excepthook is not None:
             self._excepthook(kind, error, trace)
 
+    def patience_s(self, most_s: float) -> float:
+        """Return how long a run that ends may wait now, at most `most_s`."""
+        return max(0.0, min(most_s, self._patience_mono - _monotonic()))
+
     def _on_sigterm(self, signum: int, frame: Any) -> None:
         # Runs first, then the user's handler: it may never return, and people must be told.
-        for run in list(self.runs):
-            run._end(FAILED, "terminated by SIGTERM", _stack(frame))
+        if self._terminating:
+            return  # sent to the process and to its group, say: what is under way must not be cut short
+        self._terminating = True
+        self._patience_mono = _monotonic() + END_PATIENCE_S
+        try:
+            for run in list(self.runs):
+                run._end(FAILED, "terminated by SIGTERM", _stack(frame))
+            if not callable(self._sigterm):
+                for run in list(self.runs):
+                    run._close_files()
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGTERM)
+                if os.getpid() == 1:  # to which, in a container, the kernel does not deliver it
+                    os._exit(128 + signum)
+        finally:
+            self._terminating, self._patience_mono = False, math.inf
         if callable(self._sigterm):
             self._sigterm(signum, frame)
-        else:
-            for run in list(self.runs):
-                run._close_files()
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
 
     def _at_exit(self) -> None:
         # Set even where somebody replaced our excepthook without calling it.
         error = None if _interactive() else getattr(sys, "last_value", None)
+        self._patience_mono = _monotonic() + END_PATIENCE_S
         for run in list(self.runs):
             run._at_exit(error if sys.excepthook != self._on_uncaught else None)
         self.stacks.at_exit()
@@ -1883,7 +1944,7 @@ class Run:
         self._warned_odd = False
         self._lines = 0
         self._stacks_on = stacks and os.environ.get("AIMWATCH_STACKS", "").lower() not in _OFF
-        self._stacks_fd = -1
+        self._stacks_fd, self._stacks_identity = -1, (0, 0)
         self._news = ""
         self._news_waits, self._news_mono = False, -math.inf
         self._look_at_s = 0.0
@@ -2567,6 +2628,8 @@ class Run:
         self._close_files()
 
     def _end_by_exception(self, error: BaseException) -> None:
+        if isinstance(error, GeneratorExit):
+            return  # who iterated over a generator that holds the run has enough
         if isinstance(error, SystemExit):
             if error.code is None or error.code == 0:
                 return
@@ -2579,7 +2642,14 @@ class Run:
         if not self._is_mine() or self._ended is not None:
             return
         self._ended = flag
+        try:
+            self._record_end(flag, reason, frames)
+        except BaseException:
+            self._ended = None  # a second Ctrl-C, say: what ends the process then must say so
+            raise
         self._promised = False
+
+    def _record_end(self, flag: str, reason: Optional[str], frames: List[str]) -> None:
         _process.stacks.disarm(self)
         idx = self._file.next_idx()
         self._disk_idx, self._deadline, self._window = idx, 0.0, (math.nan, 0.0)
@@ -2595,7 +2665,7 @@ class Run:
             except OSError as error:
                 if not retry:
                     log.warning("cannot report %s below %s: %s", flag, self._file.folder, error.strerror)
-            time.sleep(END_RETRY_S if retry + 1 < END_RETRIES else 0)
+            time.sleep(_process.patience_s(END_RETRY_S) if retry + 1 < END_RETRIES else 0)
 
     def _reopen(self) -> None:
         """Take a reported end back: the process lived through its SIGTERM, or goes on training."""
@@ -2624,7 +2694,8 @@ class Run:
     def _index_itself(self, size: int) -> None:
         """Put the closed run into the index if that is quick; its marker asks others to otherwise."""
         try:
-            with Index(self._paths).writing(INDEX_ITSELF_S, most_runs=MAX_NEWS) as db:
+            wait_s = _process.patience_s(INDEX_ITSELF_S)
+            with Index(self._paths).writing(wait_s, most_runs=MAX_NEWS) as db:
                 db.execute("BEGIN IMMEDIATE")
                 index_run(db, self._state, size)
                 db.execute("COMMIT")
@@ -8205,7 +8276,9 @@ def _flag_value(flag: str, args: Any) -> Optional[str]:
         raise AimwatchError(f"--{flag} and --{flag}-file exclude each other")
     try:
         if path == "-":
-            whole = flag in _MANY_LINES and args.yes  # without --yes, what follows answers questions
+            # Without --yes, what follows answers questions.
+            alone = [value for key, value in vars(args).items() if key.endswith("_file")].count("-") == 1
+            whole = args.yes and (alone or flag in _MANY_LINES)
             return (sys.stdin.read(MAX_ANSWER_BYTES) if whole else sys.stdin.readline()).rstrip("\n")
         with open(path, encoding="utf-8") as file:
             return file.read(MAX_ANSWER_BYTES).strip("\n")
@@ -8791,7 +8864,7 @@ with Run(experiment="demo") as run:
                 time.sleep(5)
             elif fate != "finishes":
                 print("waiting", flush=True)
-                time.sleep(3600)
+                time.sleep(60)
 """
 DEMO_GRACE_S, DEMO_POLL_S = 1.0, 0.2
 #: How late a demo event may be told: some polls, and a busy machine.
@@ -8824,6 +8897,7 @@ def cmd_demo(args: Any) -> int:
 
     root = tempfile.mkdtemp(prefix="aimwatch-demo-")
     begun = time.monotonic()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with contextlib.ExitStack() as processes:
             _demo_run(find_repo(root, create=True), processes)
@@ -8833,6 +8907,7 @@ def cmd_demo(args: Any) -> int:
             print(f"\nThe repository is kept: {command_line()} --repo {root} status")
         else:
             shutil.rmtree(root, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
     return 0 if ok else 1
 
 
@@ -8873,6 +8948,7 @@ def _demo_run(paths: RepoPaths, processes: contextlib.ExitStack) -> None:
         str(DEMO_POLL_S),
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.alarm(60),  # in case this process is killed
     )
     reader = threading.Thread(target=_demo_print, args=(watcher.stderr,), daemon=True)
     reader.start()
@@ -8895,7 +8971,8 @@ def _demo_run(paths: RepoPaths, processes: contextlib.ExitStack) -> None:
 def _demo_print(stream: Any) -> None:
     with stream:
         for line in stream:
-            print(f"  {line}", end="", flush=True)
+            with contextlib.suppress(OSError):  # `main` says so, when the table cannot be printed either
+                print(f"  {line}", end="", flush=True)
 
 
 def _demo_wait(paths: RepoPaths, done: Callable[[List[Any]], bool]) -> None:
@@ -9241,8 +9318,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Arguments:
         argv: the arguments after the program's name; None: those of this process.
     """
-    if sys.stdin is None:
-        sys.stdin = open(os.devnull)  # noqa: SIM115 - for as long as the process lives
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -9256,16 +9334,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     _log_to_stderr(timed=False)
     try:
         code: int = args.do(args)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code
     except AimwatchError as error:
         print(f"{command_line()}: {error}", file=sys.stderr)
     except (KeyboardInterrupt, EOFError):
         print(f"\n{command_line()}: aborted: nothing was changed", file=sys.stderr)
-    except BrokenPipeError:
-        # The reader has seen enough; what is still buffered must not complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:
+        # The reader of a pipe has seen enough; what is still buffered must not complain at exit.
+        if not isinstance(error, BrokenPipeError):
+            print(f"{command_line()}: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 1
 
 

@@ -1155,6 +1155,70 @@ class HowARunEnds(ProcessCase):
         self.assertIn(" in train: ", self.end_of("r")["frames"][-1])
         self.assertEqual(self.flags("r-"), ["check_in", "failed"])
 
+    def test_second_sigterm_does_not_cut_the_first_short(self) -> None:
+        code = """
+real = run._file.write
+def write(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0)
+    real(*args)
+run._file.write = write
+run._promised = True
+term()
+"""
+        self.assertEqual(self.finished_process(code)[0], -signal.SIGTERM)
+        self.assertEqual(self.flags("r-"), ["starting", "failed"])
+
+    def test_second_interrupt_leaves_a_run_that_failed(self) -> None:
+        code = """
+run.report_progress(expect_next_in=60)
+real = run._file.write
+def write(*args):
+    run._file.write = real
+    raise KeyboardInterrupt
+run._file.write = write
+raise KeyboardInterrupt
+"""
+        self.assertIn("KeyboardInterrupt", self.finished_process(code)[2])
+        self.assertEqual(self.flags("r-"), ["check_in", "failed"])
+
+    def test_many_runs_do_not_wait_one_after_the_other_when_a_process_ends(self) -> None:
+        code = """
+import errno
+runs = [Run() for _ in range(30)]
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+aimwatch.CheckInFile.write = full
+aimwatch.log.disabled = True
+aimwatch.END_PATIENCE_S = 0.2
+signal.alarm(20)
+"""
+        for how, status in (("term()", -signal.SIGTERM), ("sys.exit(3)", 3)):
+            with self.subTest(how):
+                self.assertEqual(self.finished_process(code + how, "")[0], status)
+
+    def test_sigterm_ends_the_first_process_of_a_container(self) -> None:
+        unshare = shutil.which("unshare")
+        if not unshare or subprocess.run([unshare, "--pid", "--fork", "true"], stderr=-3).returncode:
+            self.skipTest("needs a process namespace of its own")
+        code = f"{BEGIN}run = Run('r')\nrun.report_progress(expect_next_in=60)\nterm()\nprint('goes on')"
+        process = self.command(unshare, "--pid", "--fork", sys.executable, "-c", code, "r")
+        self.assertEqual((*process.communicate(timeout=60), process.returncode), ("", "", 143))
+        self.assertEqual(self.flags("r-"), ["check_in", "failed"])
+
+    def test_generator_that_is_left_early_ends_its_run_well(self) -> None:
+        code = """
+def steps():
+    with Run("g") as run:
+        for step in range(9):
+            run.report_progress(expect_next_in=60)
+            yield step
+for step in steps():
+    break
+print(flags("g"))
+"""
+        self.assertEqual(self.finished_process(code, "")[1], ["finished"])
+
     def test_sigterm_handler_of_the_user_is_called_after_ours(self) -> None:
         begin = (
             "def handler(number, frame): print(number, flags(), frame is not None); sys.exit(7)\n"
@@ -1750,7 +1814,7 @@ def kept():  # the functions as they were before the first run
         while os.path.exists(gone):
             pass
         for _ in range(3):
-            stacks._armed["kept"] = (0.0, run._stacks_fd)
+            stacks._armed.clear()
             run.report_progress(expect_next_in=60, block=True)
         assert stacks._theirs_until == float("inf")
 for case in before, after, once, kept:
@@ -1765,6 +1829,65 @@ for _ in range(4):
         process = self.start(code)
         out, err = process.communicate(timeout=60)
         self.assertEqual((sorted(out.split()), err), (["after", "before", "kept", "once"], ""))
+
+    def test_descriptor_that_is_somebody_elses_by_now_is_left_alone(self) -> None:
+        code = """
+aimwatch.promise_margin_s = lambda expect_s: 0.0
+run.report_progress(expect_next_in=60)
+fd, of_the_log = run._stacks_fd, run._log._fd  # that one is looked at once a second
+os.closerange(3, 64)  # as who becomes a daemon does
+theirs = [open(os.path.join(os.environ["AIMWATCH_REPO"], str(number)), "w") for number in range(12)]
+assert fd in [file.fileno() for file in theirs]
+for file in theirs:
+    print("weights", file=file, flush=True)
+stacks = aimwatch._process.stacks
+stacks._armed["r"] = (time.monotonic(), *stacks._armed["r"][1:])
+stacks._alarm.ring()
+while "r" not in stacks._written:
+    time.sleep(0.01)
+run.report_progress(expect_next_in=70)  # which empties the file of a run that goes on
+assert run._stacks_fd not in (-1, fd)
+run._stacks_fd = fd
+run.close()
+for file in theirs:
+    assert os.fstat(file.fileno()).st_size == 8 or file.fileno() == of_the_log, file.name
+"""
+        status, _, err = self.finished_process(code)
+        self.assertEqual((status, "Error" in err), (0, False), err)
+
+    def test_handler_that_raises_leaves_no_signal_blocked(self) -> None:
+        code = """
+class Late(Exception):
+    pass
+def late(*_):
+    raise Late
+def blocked():
+    while True:  # until the handler of none was called in here
+        try:
+            return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        except Late:
+            pass
+signal.signal(signal.SIGALRM, late)
+sys.unraisablehook = lambda *_: None  # what a handler raises in a hook of fork or of a weak reference
+names = []
+for turn in range(3000):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-5 + turn % 300 * 1e-6)
+        aimwatch._process.stacks._armed.clear()
+        run.report_progress(expect_next_in=50 + turn % 7, block=True)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except Late:
+        names.append(turn)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert not blocked(), (turn, blocked())
+assert names
+run.report_progress(block=True)
+run.report_progress(block=True)
+left = [name for name in os.listdir(folder)]
+assert len(left) < 20, left
+"""
+        status, _, err = self.finished_process(code)
+        self.assertEqual((status, err), (0, ""))
 
     def test_children_leave_without_hanging_and_the_parent_stays_armed(self) -> None:
         code = """
