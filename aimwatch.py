@@ -415,6 +415,11 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
             raise RepoError(f"the current folder cannot be told: {error.strerror}") from None
     elif not str(given):
         raise RepoError("the repository's path is empty: give the folder that holds .aim")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", given):
+        raise RepoError(
+            f"{printable(given, 200)} is no folder, and only folders are taken: give the one that holds "
+            ".aim, on a disk or a share that every machine sees"
+        )
     root = os.path.abspath(os.path.expanduser(given))
     if os.path.basename(root) == ".aim":
         root = os.path.dirname(root)
@@ -690,43 +695,108 @@ def json_float(value: float) -> Union[float, str]:
 MAX_PARAM_DEPTH = 50
 #: Longer ints too: Python refuses to turn more than 4,300 digits into text or back.
 MAX_INT_BITS = 8192
+#: One value holds at most so many, itself counted; every 16 characters of text count as another. A
+#: list that holds one list twice, and that again, would else never end.
+MAX_PARAM_ITEMS = 1 << 20
 
 
-def encode_value(value: Any, odd: List[str], depth: int = 0) -> Any:
+def encode_value(value: Any, odd: List[str], what: str = "a value") -> Any:
     """Return a param or a context value as strict JSON can hold it.
 
-    None, bool, int, float, text, lists, tuples and dicts keep their kind, NumPy scalars become the
-    number that they hold, and anything else becomes text; its type is then added to `odd`.
+    None, bool, int, float, text, lists, tuples and dicts keep their kind, also those of a class derived
+    from these; NumPy scalars become the number that they hold, and anything else becomes text, as does
+    a container inside itself; its type is then added to `odd`. Raises ArgumentError, which names
+    `what`, for a value that is too large.
     """
-    kind = type(value)
-    if value is None or kind in (bool, str):
-        return value
-    if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
-        odd.append(f"an int of {value.bit_length()} bits")
-        return hex(value)
-    if kind is int:
-        return value
-    if isinstance(value, float):
-        value = float(value)
-        return value if math.isfinite(value) else {"$float": repr(value)}
-    if depth < MAX_PARAM_DEPTH:
-        if isinstance(value, dict):
-            return {_text_key(key): encode_value(item, odd, depth + 1) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [encode_value(item, odd, depth + 1) for item in value]
-        if callable(getattr(value, "item", None)) and getattr(value, "shape", None) == ():
-            return encode_value(value.item(), odd, MAX_PARAM_DEPTH)
-    if isinstance(value, (int, str)):
-        return int(value) if isinstance(value, int) else str(value)
-    odd.append(kind.__name__)
+    return _Encoder(odd, what).encode(value, 0)
+
+
+class _Encoder:
+    def __init__(self, odd: List[str], what: str) -> None:
+        self.odd = odd
+        self.what = what
+        self.left = MAX_PARAM_ITEMS
+        #: The containers around what is encoded just now.
+        self.around: Set[int] = set()
+
+    def encode(self, value: Any, depth: int) -> Any:
+        kind = type(value)
+        self.count(value)
+        if value is None or kind in (bool, str):
+            return value
+        if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
+            self.odd.append(f"an int of {value.bit_length()} bits")
+            return hex(value)
+        if kind is int:
+            return value
+        if isinstance(value, float):
+            value = float(value)
+            return value if math.isfinite(value) else {"$float": repr(value)}
+        if isinstance(value, (dict, list, tuple)):
+            if id(value) in self.around:
+                self.odd.append(f"a {kind.__name__} inside itself")
+                return f"<{kind.__name__} inside itself>"
+            if depth < MAX_PARAM_DEPTH:
+                self.around.add(id(value))
+                encoded = self.container(value, depth)
+                self.around.discard(id(value))
+                return encoded
+            self.count_all(value)
+        elif depth < MAX_PARAM_DEPTH and _is_scalar(value):
+            return self.encode(value.item(), MAX_PARAM_DEPTH)
+        if isinstance(value, (int, str)):
+            # Not str(), which is `Color.RED` of an enum's member whose value is "red".
+            return int(value) if isinstance(value, int) else str.__str__(value)
+        self.odd.append(kind.__name__)
+        return _text(value)
+
+    def container(self, value: Any, depth: int) -> Any:
+        if not isinstance(value, dict):
+            return [self.encode(item, depth + 1) for item in value]
+        encoded: Dict[str, Any] = {}
+        for key, item in value.items():
+            name = _text_key(key)
+            self.count(name)
+            if name in encoded:
+                self.odd.append(f"two keys {brief(name)}")
+            encoded[name] = self.encode(item, depth + 1)
+        return encoded
+
+    def count(self, value: Any) -> None:
+        self.left -= 1 + (len(value) // 16 if isinstance(value, str) else 0)
+        if self.left < 0:
+            raise ArgumentError(
+                f"{printable(self.what, 80)} holds more than {MAX_PARAM_ITEMS} values (16 characters of "
+                "text count as one): store it in a file, and its path here"
+            )
+
+    def count_all(self, value: Any) -> None:
+        """Count what becomes one text, which takes as long to make as it is."""
+        todo = [value]
+        while todo:
+            item = todo.pop()
+            if isinstance(item, (dict, list, tuple)):
+                todo += item.values() if isinstance(item, dict) else item
+            self.count(item)
+
+
+def _is_scalar(value: Any) -> bool:
+    return callable(getattr(value, "item", None)) and getattr(value, "shape", None) == ()
+
+
+def _text(value: Any) -> str:
     try:
         return str(value)
     except Exception:
-        return f"<{kind.__name__} without a text>"
+        return f"<{type(value).__name__} without a text>"
 
 
 def _text_key(key: Any) -> str:
-    return key if type(key) is str else str(key)
+    if isinstance(key, str):
+        return str.__str__(key)
+    if isinstance(key, int) and not isinstance(key, bool):
+        return _text(int(key))  # of an enum's member, too, the number
+    return _text(key)
 
 
 def decode_value(value: Any) -> Any:
@@ -905,13 +975,14 @@ class RunState:
             self._seen(end["time"])
             if not isinstance(end["end"], str):
                 raise TypeError("an end is finished or failed")
+        logs = {str(int(level)): int(count) for level, count in record["logs"].items()}
         self._seen(record["last_time"])
         created_at = self._seen(record["header"].get("created_at", self.created_at))
         self.next_idx = max(self.next_idx, next_idx)
         self.header, self.params, self.props = record["header"], record["params"], props
         self.created_at = created_at
         self.series = {item.id: item for item in series}
-        self.logs = record["logs"]
+        self.logs = logs
         self.errors = deque(errors, maxlen=5)
         self.end = end if isinstance(end, dict) else None
 
@@ -1166,19 +1237,28 @@ def log_problem(state: RunState) -> str:
     return "" if state.created_at else "no run description in it: it is empty, or no run's log"
 
 
+#: What a line that is no point of ours comes to.
+_NO_POINT = (IndexError, OverflowError, RecursionError, TypeError, ValueError)
+
+
+def _parse_point(point: Any) -> Tuple[int, float, Optional[float], float]:
+    # A last line without its end is one, if it parses: only its line break was torn off.
+    epoch, when = float(point[4]) if len(point) > 4 else None, float(point[3])
+    if not 0 <= when < MAX_TIME_S:
+        raise ValueError(f"{when} is no time")
+    return int(point[1]), float(point[2]), epoch, when
+
+
 def read_points(path: str, series_id: int) -> List[Tuple[int, float, Optional[float], float]]:
     """Return the points of one series as (step, value, epoch, time), sorted by step, those of one
-    step as recorded. Raises OSError."""
+    step as recorded; those that `read_log` counts and no others. Raises OSError."""
     start = b"[%d," % series_id
     points = []
     with open(path, "rb") as file:
-        for line, whole in read_lines(file):
-            if whole and line.startswith(start):
-                with contextlib.suppress(ValueError, TypeError, IndexError, OverflowError):
-                    point = from_json(line)
-                    epoch = point[4] if len(point) > 4 else None
-                    epoch = None if epoch is None else float(epoch)
-                    points.append((int(point[1]), float(point[2]), epoch, float(point[3])))
+        for line, _ in read_lines(file):
+            if line.startswith(start):
+                with contextlib.suppress(*_NO_POINT):
+                    points.append(_parse_point(from_json(line)))
     points.sort(key=lambda point: point[0])
     return points
 
@@ -1198,8 +1278,8 @@ def parse_message(line: bytes) -> Optional[Dict[str, Any]]:
 def read_messages(path: str) -> Iterator[Dict[str, Any]]:
     """Yield the log messages of a run as recorded. Raises OSError."""
     with open(path, "rb") as file:
-        for line, whole in read_lines(file):
-            message = parse_message(line) if whole else None
+        for line, _ in read_lines(file):
+            message = parse_message(line)
             if message is not None:
                 yield message
 
@@ -1846,7 +1926,8 @@ class Run:
 
     Arguments:
         run_hash: the run to resume (1 to 64 letters, digits, underscores), or None for a new one.
-        repo: the folder that holds `.aim`, or `.aim` itself; None: see `find_repo`.
+        repo: the folder that holds `.aim`, or `.aim` itself, as text, a path or a `Repo`; None: see
+            `find_repo`.
         read_only: look at a run without writing; the run must exist.
         experiment: the experiment that the run belongs to.
         stacks: whether a process that misses its promise leaves the stacks of its threads for the
@@ -1862,7 +1943,7 @@ class Run:
         self,
         run_hash: Optional[str] = None,
         *,
-        repo: Optional[str] = None,
+        repo: Union[None, str, os.PathLike[str]] = None,
         read_only: bool = False,
         experiment: Optional[str] = None,
         system_tracking_interval: Optional[Union[int, float]] = None,
@@ -1876,7 +1957,11 @@ class Run:
         self.read_only = read_only
         if experiment is not None:
             _checked_text("experiment", experiment)
-        self._paths = find_repo(None if repo is None else os.fspath(repo), create=not read_only)
+        if repo is not None and not isinstance(repo, (str, os.PathLike)):
+            raise ArgumentTypeError(
+                f"repo must be the path of a folder, or a Repo, not {type(repo).__name__} ({brief(repo)})"
+            )
+        self._paths = find_repo(None if repo is None else os.fsdecode(repo), create=not read_only)
         self._state = RunState(self.hash)
         self._window: Tuple[Any, float] = (math.nan, 0.0)
         self._complained = False
@@ -2210,7 +2295,7 @@ class Run:
                 f"context of metric {brief(name)} must be a dict, not {type(context).__name__}"
             )
         odd: List[str] = []
-        encoded = encode_value(context or {}, odd)
+        encoded = encode_value(context or {}, odd, f"context of metric {brief(name)}")
         key = (name, context_key(encoded))
         if key not in self._by_key:
             series_id = max(self._state.series, default=0) + 1
@@ -2251,7 +2336,7 @@ class Run:
         """
         path = _param_path(key)
         odd: List[str] = []
-        encoded = encode_value(value, odd)
+        encoded = encode_value(value, odd, f"param {'.'.join(path)!r}")
         if not path and not isinstance(encoded, dict):
             raise ArgumentTypeError(f"run[...] takes a dict, not {type(value).__name__}")
         if self._may_write("setting a param"):
@@ -2400,7 +2485,7 @@ class Run:
             record: Dict[str, Any] = {"log": level, "message": str(msg)[:MAX_LOG_MESSAGE]}
             record["time"] = round(time.time(), 3)
             if params:
-                record["params"] = encode_value(params, [])
+                record["params"] = encode_value(params, [], "what comes with a log message")
             self._record(record)
             self._news_waits = True
             if level >= NEWS_LEVEL or _monotonic() >= self._news_mono:
@@ -2772,10 +2857,9 @@ def _param_path(key: Any) -> List[str]:
     for part in parts:
         if isinstance(part, bool) or not isinstance(part, (str, int)):
             raise ArgumentTypeError(
-                f"a param's key must be a string, an int, a tuple of these or ..., "
-                f"not {printable(repr(part), 60)}"
+                f"a param's key must be a string, an int, a tuple of these or ..., not {brief(part)}"
             )
-    return [str(part) for part in parts]
+    return [_text_key(part) for part in parts]
 
 
 def utc_datetime(epoch_s: float) -> datetime.datetime:
@@ -4336,6 +4420,10 @@ class Repo:
         self._overlay: Any = None
         #: Size of the log of every run in the overlay; -1 for one whose log is gone.
         self._overlay_sizes: Dict[str, int] = {}
+
+    def __fspath__(self) -> str:
+        # So that Run(repo=...) takes it, as in Aim.
+        return self.path
 
     def __del__(self) -> None:
         overlay = self.__dict__.get("_overlay")

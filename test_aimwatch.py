@@ -16,6 +16,7 @@ import configparser
 import contextlib
 import csv
 import decimal
+import enum
 import errno
 import fractions
 import gc
@@ -30,6 +31,7 @@ import logging
 import math
 import mmap
 import os
+import pathlib
 import pty
 import random
 import re
@@ -2163,6 +2165,29 @@ class RunArguments(Case):
                         setattr(run, name, value)
                     self.assertEqual(str(caught.exception), f"{name} must be a string, not {kind}")
 
+    def test_repository_is_given_as_text_as_a_path_or_as_a_repo(self) -> None:
+        repo = aimwatch.Repo(self.root)
+        for given in (self.root, pathlib.Path(self.root), pathlib.Path(self.root, ".aim"), repo):
+            with self.subTest(given=given):
+                run = Run(repo=given)
+                self.addCleanup(run.close)
+                self.assertTrue(os.path.exists(self.paths.run_log(run.hash)))
+        for wrong in (5, b"x", ["x"]):
+            with self.assertRaisesRegex(
+                aimwatch.ArgumentTypeError, "repo must be the path of a folder, or a Repo"
+            ):
+                Run(repo=wrong)  # type: ignore[arg-type]
+
+    def test_address_of_a_server_is_no_folder(self) -> None:
+        os.chdir(self.root)
+        self.addCleanup(os.chdir, HERE)
+        for url in ("aim://host:53800", "s3://bucket/x", "https://x"):
+            for call in (lambda: Run(repo=url), lambda: aimwatch.Repo(url, init=True)):
+                with self.assertRaises(aimwatch.RepoError) as caught:
+                    call()
+                self.assertIn(f"{url} is no folder, and only folders are taken", str(caught.exception))
+        self.assertEqual(os.listdir(self.root), [".aim"])
+
     def test_wrong_experiment_leaves_no_run_behind(self) -> None:
         with self.assertRaises(aimwatch.ArgumentTypeError):
             Run(repo=self.root, experiment=5)  # type: ignore[arg-type]
@@ -2522,6 +2547,28 @@ class LogReader(Case):
     def test_last_line_without_its_end_is_read_where_it_is_whole(self) -> None:
         self.assertEqual(self.read(self.HEADER, b'{"props":{"a":1}}').props, {"a": 1})
 
+    def test_points_are_those_that_the_summary_counts(self) -> None:
+        series = b'{"series":1,"name":"m","context":{}}\n'
+        whole = [b"[1,%d,0.5,6]\n" % step for step in range(3)]
+        message = b'{"log":20,"time":6,"message":"last"}'
+        odd = (
+            b"[1,7,0.5,-6]",
+            b"[1,7,0.5,1e13]",
+            b"[1,7,0.5,6,null]",
+            b"[1,7," + b"[" * 100_000,
+            b"[1,7,0.5]",
+        )
+        for last in (b"", b"[1,3,0.5,6]", b"[1,3,0.5,6", b"[1,3,0.", *odd):
+            for end in (b"", b"\n"):
+                state = self.read(self.HEADER, series, *whole, last + end)
+                with self.subTest(last=last[:20], end=end):
+                    points = aimwatch.read_points(self.paths.run_log("r"), 1)
+                    self.assertEqual(len(points), state.series[1].count)
+                    self.assertEqual(len(points), 4 if last == b"[1,3,0.5,6]" else 3)
+        self.assertEqual(self.read(self.HEADER, message).logs, {"20": 1})
+        messages = aimwatch.read_messages(self.paths.run_log("r"))
+        self.assertEqual([item["message"] for item in messages], ["last"])
+
     def test_empty_log_says_nothing(self) -> None:
         state = self.read()
         self.assertEqual((state.header, state.skipped, state.end), ({}, 0, None))
@@ -2600,13 +2647,21 @@ class LogReader(Case):
         lines = [b'{"props":{"b":2}}\n', b'{"end":"failed","time":9,"idx":4}\n']
         for damaged in (
             checkpoint[:20], checkpoint[:-2], checkpoint[:-2] + b"\n", b'{"checkpoint":2}\n',
-            b'{"checkpoint"\n',
+            b'{"checkpoint"\n', checkpoint.replace(b'"logs":{}', b'"logs":{"x":"y"}'),
+            checkpoint.replace(b'"logs":{}', b'"logs":{"20":"y"}'),
         ):  # fmt: skip
             for first in ([], [checkpoint]):
                 with self.subTest(damaged=damaged[-30:], first=len(first)):
                     state = self.read(self.HEADER, *first, *lines, damaged)
                     self.assertEqual(state.props, {"a": 1, "b": 2} if first else {"b": 2})
                     self.assertEqual((state.header["pid"], state.next_idx), (7, 5))
+
+    def test_run_whose_checkpoint_is_damaged_is_resumed(self) -> None:
+        checkpoint = self.checkpoint(a=1).replace(b'"logs":{}', b'"logs":{"x":"y"}')
+        self.read(self.HEADER, b'{"props":{"name":"n"}}\n', checkpoint)
+        run = self.run_object("r")
+        run.log_info("m")
+        self.assertEqual((run.name, run._state.logs), ("n", {"20": 1}))
 
     def test_log_that_is_no_file_is_refused_and_no_descriptor_is_lost(self) -> None:
         path = self.paths.run_log("r")
@@ -3831,6 +3886,71 @@ class Params(RecordingCase):
         )
         run.close()
         self.assertEqual(repr(self.reread("r")[...]), repr(reader[...]))
+
+    def test_value_inside_itself_or_shared_without_end_is_told_at_once(self) -> None:
+        run = self.run_object("r")
+        ring: Dict[str, Any] = {}
+        ring["a"] = ring["b"] = ring
+        run["ring"] = {"in": [ring, ring]}
+        inside = {"a": "<dict inside itself>", "b": "<dict inside itself>"}
+        self.assertEqual(self.reread("r")["ring"], {"in": [inside, inside]})
+        shared: Any = [1]
+        for _ in range(aimwatch.MAX_PARAM_DEPTH - 5):
+            shared = [shared, shared]
+        deep: Any = shared
+        for _ in range(aimwatch.MAX_PARAM_DEPTH):
+            deep = (deep,)
+        texts = ["x" * 1000] * 1000
+        with mock.patch.object(aimwatch, "MAX_PARAM_ITEMS", 10_000):
+            for value in (shared, deep, texts, {"k" * 200_000: 1}):
+                with self.assertRaisesRegex(
+                    aimwatch.ArgumentError, "^param 'x' holds more than 10000 values .*: store it in a file"
+                ):
+                    run["x"] = value
+            with self.assertRaisesRegex(aimwatch.ArgumentError, "comes with a log message holds more than"):
+                run.log_info("m", x=shared)
+            with self.assertRaisesRegex(aimwatch.ArgumentError, "context of metric 'm' holds more than"):
+                run.track(1, "m", context={"x": shared})
+            run["fits"] = list(range(9_999))
+        self.assertEqual(sorted(self.reread("r")[...]), ["fits", "ring"])
+
+    def test_members_of_enums_and_other_derived_kinds_are_their_plain_value(self) -> None:
+        class Text(str, enum.Enum):
+            RED = "red"
+
+        class Number(int, enum.Enum):
+            TWO = 2
+
+        class Real(float, enum.Enum):
+            HALF = 0.5
+
+        class Loud(str):
+            def __str__(self) -> str:
+                return "LOUD"
+
+        run = self.run_object("r")
+        with mock.patch.object(aimwatch.log, "warning") as warning:
+            run["c"] = [Text.RED, Number.TWO, Real.HALF, Loud("quiet")]
+            run["d"] = {Text.RED: 1, Number.TWO: 2, Loud("quiet"): 3}
+            run["k", Text.RED] = 4
+            run["k", Number.TWO] = 5
+        warning.assert_not_called()
+        for who in (run, self.reread("r")):
+            self.assertEqual(who["c"], ["red", 2, 0.5, "quiet"])
+            self.assertEqual(who["d"], {"red": 1, "2": 2, "quiet": 3})
+            self.assertEqual(who["k"], {"red": 4, "2": 5})
+        self.assertEqual(len(aimwatch.Repo(self.root).query_runs("run.d.red == 1 and run.k.red == 4")), 1)
+
+    def test_key_without_a_text_is_no_exception_and_two_of_one_text_are_told(self) -> None:
+        run = self.run_object("r")
+        run["x"] = {Grumpy(): 1}
+        with self.assertRaisesRegex(aimwatch.ArgumentTypeError, "or ..., not unprintable Grumpy"):
+            run[Grumpy()] = 1
+        self.assertEqual(self.reread("r")["x"], {"<Grumpy without a text>": 1})
+        other = self.run_object("o")
+        with self.assertLogs("aimwatch", logging.WARNING) as logs:
+            other["x"] = {1: "a", "1": "b"}
+        self.assertIn("param 'x' holds two keys '1', ", logs.output[0])
 
     def test_numbers_that_are_none_come_back_and_nothing_is_taken_for_them(self) -> None:
         run = self.run_object("r")
