@@ -1967,6 +1967,9 @@ class Run:
         self._complained = False
         self._warned_odd = False
         self._lines = 0
+        #: How many records are in the state and perhaps not in the log: 1 while one is added, seen by a
+        #: signal's handler, and for good where an exception, such as Ctrl-C, came in between.
+        self._adding = 0
         self._stacks_on = stacks and os.environ.get("AIMWATCH_STACKS", "").lower() not in _OFF
         self._stacks_fd = -1
         self._news = ""
@@ -2285,9 +2288,14 @@ class Run:
             line = f"[{series.id},{step},{json_text(value)},{now:.3f}]\n"
         else:
             line = f"[{series.id},{step},{json_text(value)},{now:.3f},{json_text(epoch)}]\n"
+        self._adding += 1  # not in a `finally`: what an exception leaves behind is to be remembered
         series.add(step, value, now, epoch)
         self._state.last_time = now
-        self._append(line.encode("ascii"))
+        self._log.append_line(line.encode("ascii"))
+        self._adding -= 1
+        self._lines += 1
+        if self._lines >= CHECKPOINT_LINES:
+            self._checkpoint()
 
     def _declare(self, name: str, context: Optional[Dict[str, Any]]) -> SeriesState:
         if context is not None and not isinstance(context, dict):
@@ -2540,27 +2548,30 @@ class Run:
             now = time.time()
             if self._pid and now >= self._look_at_s:
                 self._look(now)
+            self._adding += 1
             # From the line, so that the state shares nothing with what the caller holds.
-            if not self._state.apply(from_json(line)):
-                return False
-            self._append(line)
-            return True
+            applied = self._state.apply(from_json(line))
+            if applied:
+                self._log.append_line(line)
+            self._adding -= 1
+            if applied:
+                # A long line counts as many, so that what is read from a checkpoint on stays small.
+                self._lines += 1 + len(line) // 1000
+                if self._lines >= CHECKPOINT_LINES:
+                    self._checkpoint()
+            return applied
         finally:
             if held:
                 self._lock.release()
 
-    def _append(self, line: bytes) -> None:
-        self._log.append_line(line)
-        # A long line counts as many, so that what is read from a checkpoint on stays small.
-        self._lines += 1 + len(line) // 1000
-        if self._lines >= CHECKPOINT_LINES:
-            self._checkpoint()
-
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, anyway: bool = False) -> None:
+        """Write the whole state, unless it may count a record that was never written: then the records
+        themselves have to do."""
         self._lines = 0
         self._look_at_s = 0.0  # also where the clock was set back
-        with contextlib.suppress(RecursionError):  # params that somebody else nested too deeply
-            self._log.append(self._state.to_checkpoint())
+        if anyway or not self._adding:
+            with contextlib.suppress(RecursionError):  # params that somebody else nested too deeply
+                self._log.append(self._state.to_checkpoint())
 
     def _look(self, now_s: float) -> None:
         """See whether the run's files are still where they were, and make them again where not.
@@ -2593,7 +2604,7 @@ class Run:
         if self._log.dropped > self._dropped and self._log.flush():
             # What was given up may have declared a series; from here on the log is whole again.
             self._dropped = self._log.dropped
-            self._checkpoint()
+            self._checkpoint(anyway=True)
 
     def _marker_path(self) -> str:
         return real_marker(self._paths.marker(self.hash))
@@ -2698,7 +2709,7 @@ class Run:
                     self._write_news(last=True)
                 self._checkpoint()
                 size = self._log.close()
-                if size >= 0:
+                if size >= 0 and not self._adding:
                     self._index_itself(size)
                 with contextlib.suppress(OSError):
                     os.close(self._marker_fd)

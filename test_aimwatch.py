@@ -4099,6 +4099,68 @@ class KilledWriters(RecordingCase):
         self.assertEqual(repr(self.summary(from_tail)), repr(self.summary(whole)))
 
 
+class InterruptedWriters(RecordingCase):
+    """A signal comes when a point is counted and not yet written."""
+
+    LIFE = """if 1:
+        import os, signal, sys
+        import aimwatch
+        what, number = sys.argv[1], getattr(signal, sys.argv[2])
+        def handler(signum, frame):
+            if what == "tracks":
+                run.track(100, "other")
+            if what == "leaves":
+                raise SystemExit(3)
+        if what != "plain":
+            signal.signal(signal.SIGTERM, handler)  # the user's, and first: it is called
+        run = aimwatch.Run("r")
+        real = aimwatch.SeriesState.add
+        def add(series, *point):
+            real(series, *point)
+            if series.count == 6:
+                os.kill(os.getpid(), number)
+        aimwatch.SeriesState.add = add
+        try:
+            for n in range(20):
+                run.track(n, "m")
+        except KeyboardInterrupt:
+            for n in range(20, 25):
+                run.track(n, "m")
+            run["p"] = 1
+            aimwatch.CHECKPOINT_LINES = 3
+            run.track(25, "m")
+            run.close()
+        if what == "tracks":
+            run.report_successful_finish()
+            run.close()
+    """
+
+    def test_summary_counts_the_points_that_were_written(self) -> None:
+        for what, number, values, state in (
+            ("plain", "SIGTERM", [0, 1, 2, 3, 4], "failed"),
+            ("leaves", "SIGTERM", [0, 1, 2, 3, 4], "failed"),
+            ("tracks", "SIGTERM", list(range(20)), "finished"),
+            ("plain", "SIGINT", [0, 1, 2, 3, 4, *range(20, 26)], "failed"),
+        ):
+            with self.subTest(what=what, number=number):
+                for folder in (self.paths.runs, self.paths.pending):
+                    for name in os.listdir(folder):
+                        os.unlink(os.path.join(folder, name))
+                process = self.process(self.LIFE, what, number)
+                process.wait()
+                for indexed in (False, True):
+                    (row,) = aimwatch.Repo(self.root).metric_rows("metric.name == 'm'")
+                    metric = self.reread("r").get_metric("m")
+                    assert metric is not None
+                    self.assertEqual(metric.values, [float(value) for value in values])
+                    self.assertEqual((metric.count, metric.last), (len(values), values[-1]))
+                    self.assertEqual((row.count, row.last), (len(values), values[-1]))
+                    self.assertEqual(self.reread("r")._state.end["end"], state)  # type: ignore[index]
+                    if not indexed:
+                        aimwatch.Repo(self.root).reindex()
+                self.assertEqual(os.listdir(self.paths.pending), [])
+
+
 class FullDiskForReal(RecordingCase):
     """A limit on the size of files, which the kernel keeps, stands for a disk without room."""
 
