@@ -1349,6 +1349,8 @@ LOCK_WAIT_S = 2.0
 LOOK_S = 1.0
 #: How long a lock on a run may be somebody's look at whether it is held.
 PROBE_WAIT_S = 0.3
+#: How long a new run waits for a thread of its own process that indexes: as long as that waits at most.
+MARKERS_WAIT_S = 10.0
 _MAX_FRAMES = 6
 _INF, _MINUS_INF = math.inf, -math.inf
 _monotonic = time.monotonic
@@ -1828,6 +1830,8 @@ class _Process:
         self.runs: weakref.WeakSet[Run] = weakref.WeakSet()
         #: Marker path to the writing run, since a record lock does not exclude one's own process.
         self.writers: weakref.WeakValueDictionary[str, Run] = weakref.WeakValueDictionary()
+        #: Markers of runs that are about to be among them.
+        self.opening: Set[str] = set()
         #: Held while markers, or the index's lock, are open: a record lock does not keep two threads
         #: of one process apart, and one of them would lose its lock when the other closes the file.
         self.markers = threading.Lock()
@@ -1840,8 +1844,9 @@ class _Process:
 
     def writes(self, marker: str) -> bool:
         """True where this process writes the run of that marker, which then must not be opened."""
-        run = self.writers.get(real_marker(marker))
-        return run is not None and run._is_mine()
+        marker = real_marker(marker)
+        run = self.writers.get(marker)
+        return marker in self.opening or (run is not None and run._is_mine())
 
     def add(self, run: Run) -> None:
         """Watch over one more run."""
@@ -1872,6 +1877,9 @@ class _Process:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop())
 
     def _after_fork_in_child(self) -> None:
+        # Whoever held them, or was opening a run, is not here.
+        self.markers, self.index = threading.Lock(), threading.Lock()
+        self.opening.clear()
         self.stacks.after_fork_in_child()
         if self._sigterm is not None and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
             with contextlib.suppress(ValueError):
@@ -1967,6 +1975,8 @@ class Run:
         self._complained = False
         self._warned_odd = False
         self._lines = 0
+        #: How often in a row somebody else was found to hold the marker.
+        self._lock_lost = 0
         #: How many records are in the state and perhaps not in the log: 1 while one is added, seen by a
         #: signal's handler, and for good where an exception, such as Ctrl-C, came in between.
         self._adding = 0
@@ -2027,9 +2037,16 @@ class Run:
             raise RunBusyError(
                 f"run {self.hash} is already open in this process: use that object, or close it first"
             )
+        _process.opening.add(marker)
+        try:
+            self._open_files(marker, may_exist)
+        finally:
+            _process.opening.discard(marker)
+
+    def _open_files(self, marker: str, may_exist: bool) -> None:
         try:
             with contextlib.ExitStack() as undo:
-                self._marker_fd = self._take_marker(marker)
+                self._marker_fd = self._take_marker(marker, MARKERS_WAIT_S)
                 undo.callback(os.close, self._marker_fd)
                 self._log = LogWriter(self._paths.run_log(self.hash))
                 undo.callback(self._log.close)
@@ -2058,26 +2075,26 @@ class Run:
             return {"resume": now, **describe_session()}
         return {"format": LOG_FORMAT, "hash": self.hash, "created_at": now, **describe_session()}
 
-    def _take_marker(self, marker: str) -> int:
+    def _take_marker(self, marker: str, wait_s: float) -> int:
         """Lock `pending/<hash>`, which says that this process writes the run."""
         deadline = _monotonic() + PROBE_WAIT_S
         while True:
-            fd = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            locked = try_lock(fd)
-            if locked is False:
-                os.close(fd)
-                if _monotonic() > deadline:
-                    raise RunBusyError(self._busy_message())
-                time.sleep(0.02)
-                continue
+            # Another thread that indexes may have the marker open: to close it would drop this lock. The
+            # wait is bounded, since a signal's handler may come here on top of who holds it.
+            if not _process.markers.acquire(timeout=wait_s):
+                raise RunBusyError(
+                    f"run {self.hash}: another thread of this process indexes runs and does not come to an "
+                    "end: try again later"
+                )
             try:
-                current = os.stat(marker)
-            except FileNotFoundError:
-                current = None  # an indexer that held the lock removed it meanwhile
-            if current is not None and os.path.samestat(current, os.fstat(fd)):
-                self._marker_identity = current.st_dev, current.st_ino
+                fd, locked = self._try_marker(marker)
+            finally:
+                _process.markers.release()
+            if locked is not False:
                 break
-            os.close(fd)
+            if _monotonic() > deadline:
+                raise RunBusyError(self._busy_message())
+            time.sleep(0.02)
         if locked is None:
             log.warning(
                 "%s: this file system has no record locks: a second writer of run %s would not be noticed",
@@ -2085,6 +2102,21 @@ class Run:
                 self.hash,
             )
         return fd
+
+    def _try_marker(self, marker: str) -> Tuple[int, Optional[bool]]:
+        """Return a descriptor of the marker and what `try_lock` says of it; -1 with False."""
+        while True:
+            fd = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            locked = try_lock(fd)
+            if locked is False:
+                os.close(fd)
+                return -1, False
+            with contextlib.suppress(FileNotFoundError):  # an indexer that held the lock removed it meanwhile
+                current = os.stat(marker)
+                if os.path.samestat(current, os.fstat(fd)):
+                    self._marker_identity = current.st_dev, current.st_ino
+                    return fd, locked
+            os.close(fd)
 
     def _busy_message(self) -> str:
         try:
@@ -2584,15 +2616,21 @@ class Run:
             log_there, marker_there = self._log.is_there(), self._marker_is_there()
             if not log_there:
                 self._log.leave()
+            if marker_there:
+                with contextlib.suppress(OSError):
+                    self._hold_marker()
             if not (log_there and marker_there) and os.path.isdir(self._paths.aim):
                 self._paths.create()
                 if not marker_there:
                     # First, since it says that no other process writes the run meanwhile.
                     old, ours = self._marker_fd, is_still(self._marker_fd, self._marker_identity)
-                    self._marker_fd = self._take_marker(self._marker_path())
+                    self._marker_fd = self._take_marker(self._marker_path(), PROBE_WAIT_S)
                     if ours:
                         with contextlib.suppress(OSError):
                             os.close(old)
+                    if log_there and self._ended is None:
+                        # Who removes a marker is an indexer that found it free, and wrote that the run died.
+                        self._record({"resume": round(now_s, 3)})
                 if not log_there:
                     records = self._state.header, self._state.to_checkpoint()
                     header, checkpoint = ([to_json(record).encode("ascii") + b"\n"] for record in records)
@@ -2605,6 +2643,21 @@ class Run:
             # What was given up may have declared a series; from here on the log is whole again.
             self._dropped = self._log.dropped
             self._checkpoint(anyway=True)
+
+    def _hold_marker(self) -> None:
+        """Take the marker's lock again, which changes nothing for who has it. It is lost where this
+        process itself opened the file and closed it, as a script does that copies the folder."""
+        if try_lock(self._marker_fd) is not False:
+            self._lock_lost = 0
+            return
+        self._lock_lost += 1
+        if self._lock_lost == 2:  # at one look, it may be somebody's look at whether it is held
+            log.error(
+                "run %s has lost its lock, and another process holds %s: this process opened and closed "
+                "that file, as to copy the repository does; if both write the run, end one of them",
+                self.hash,
+                self._paths.marker(self.hash),
+            )
 
     def _marker_path(self) -> str:
         return real_marker(self._paths.marker(self.hash))

@@ -1546,6 +1546,99 @@ class SecondWriter(ProcessCase):
         )  # fmt: skip
         self.assertEqual(self.flags("r-"), ["check_in"])
 
+    def is_free(self) -> bool:
+        """Return whether another process could lock the run's marker."""
+        pid = os.fork()
+        if pid == 0:
+            code = 2
+            with contextlib.suppress(BaseException):
+                code = int(aimwatch.try_lock(os.open(self.paths.marker("r"), os.O_RDWR)) is True)
+            os._exit(code)
+        return os.waitpid(pid, 0)[1] != 0
+
+    def test_lock_is_not_lost_to_a_thread_of_the_same_process_that_indexes(self) -> None:
+        self.run_object("r").close()
+        with open(self.paths.marker("r"), "x"):
+            pass
+        runs: List[Run] = []
+        thread = threading.Thread(target=lambda: runs.append(self.run_object("r")))
+        with aimwatch._process.markers:
+            fd = os.open(self.paths.marker("r"), os.O_RDWR)
+            self.assertTrue(aimwatch.try_lock(fd))
+            thread.start()
+            thread.join(0.1)
+            os.close(fd)  # lets go of what the process has locked
+        thread.join()
+        self.assertEqual((len(runs), self.is_free()), (1, False))
+
+    def test_run_that_is_being_opened_is_not_taken_for_dead(self) -> None:
+        self.run_object("r").close()
+        repo, adopt = aimwatch.Repo(self.root), Run._adopt
+
+        def index(run: Run) -> List[str]:
+            repo.reindex()  # as another thread does
+            with self.assertRaises(aimwatch.RunBusyError):
+                Run("r", repo=self.root)
+            return adopt(run)
+
+        with mock.patch.object(Run, "_adopt", index):
+            run = self.run_object("r")
+        self.assertFalse(self.is_free())
+        run.close()
+        self.assertNotIn("reason", self.records("r")[-2])
+        self.assertEqual(aimwatch._process.opening, set())
+
+    def test_signal_that_comes_while_markers_are_held_does_not_wait_for_ever(self) -> None:
+        run = self.run_object("r")
+        with mock.patch.object(aimwatch, "LOOK_S", 0), mock.patch.object(aimwatch, "MARKERS_WAIT_S", 0.01):
+            with aimwatch._process.markers:  # by the main thread, which the handler runs on top of
+                os.unlink(self.paths.marker("r"))
+                run.track(1, "m")
+                with self.assertRaisesRegex(aimwatch.RunBusyError, "another thread of this process indexes"):
+                    Run("o", repo=self.root)
+            run.track(2, "m")
+        self.assertFalse(self.is_free())
+
+    def test_lock_that_the_process_dropped_itself_is_taken_again(self) -> None:
+        run = self.run_object("r")
+        open(self.paths.marker("r")).close()
+        self.assertTrue(self.is_free())
+        run._look_at_s = 0.0  # a second has passed
+        run.track(1, "m")
+        self.assertFalse(self.is_free())
+
+    def test_run_that_an_indexer_took_for_dead_meanwhile_goes_on(self) -> None:
+        run = self.run_object("r")
+        open(self.paths.marker("r")).close()
+        self.assertEqual(self.command(sys.executable, "-m", "aimwatch", "reindex").wait(), 0)
+        self.assertFalse(Run("r", repo=self.root, read_only=True).active)
+        run._look_at_s = 0.0
+        run.track(1, "m")
+        self.assertTrue(Run("r", repo=self.root, read_only=True).active)
+        self.assertEqual(len(aimwatch.Repo(self.root).query_runs("run.active")), 1)
+        self.assertFalse(self.is_free())
+
+    def test_lock_that_somebody_else_took_meanwhile_is_told_once(self) -> None:
+        run = self.run_object("r")
+        other = self.process(
+            "import os, sys, time\nimport aimwatch\nfd = os.open(sys.argv[1], os.O_RDWR)\n"
+            "while aimwatch.try_lock(fd) is not True: time.sleep(0.01)\nprint('has it')\ntime.sleep(600)",
+            self.paths.marker("r"),
+        )
+        open(self.paths.marker("r")).close()
+        self.assertEqual(other.stdout.readline(), "has it\n")
+        with mock.patch.object(aimwatch, "LOOK_S", 0), self.assertLogs("aimwatch") as logs:
+            for n in range(5):
+                run.track(n, "m")
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn(f"ERROR:aimwatch:run r has lost its lock, and another process holds {self.paths.marker('r')}: ",
+                      logs.output[0])  # fmt: skip
+        other.kill()
+        other.wait()
+        run._look_at_s = 0.0
+        run.track(5, "m")
+        self.assertFalse(self.is_free())
+
     def test_marker_that_an_indexer_removed_meanwhile_is_taken_anew(self) -> None:
         real, calls = aimwatch.try_lock, []
 
