@@ -415,6 +415,11 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
             raise RepoError(f"the current folder cannot be told: {error.strerror}") from None
     elif not str(given):
         raise RepoError("the repository's path is empty: give the folder that holds .aim")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", given):
+        raise RepoError(
+            f"{printable(given, 200)} is no folder, and only folders are taken: give the one that holds "
+            ".aim, on a disk or a share that every machine sees"
+        )
     root = os.path.abspath(os.path.expanduser(given))
     if os.path.basename(root) == ".aim":
         root = os.path.dirname(root)
@@ -696,43 +701,108 @@ def json_float(value: float) -> Union[float, str]:
 MAX_PARAM_DEPTH = 50
 #: Longer ints too: Python refuses to turn more than 4,300 digits into text or back.
 MAX_INT_BITS = 8192
+#: One value holds at most so many, itself counted; every 16 characters of text count as another. A
+#: list that holds one list twice, and that again, would else never end.
+MAX_PARAM_ITEMS = 1 << 20
 
 
-def encode_value(value: Any, odd: List[str], depth: int = 0) -> Any:
+def encode_value(value: Any, odd: List[str], what: str = "a value") -> Any:
     """Return a param or a context value as strict JSON can hold it.
 
-    None, bool, int, float, text, lists, tuples and dicts keep their kind, NumPy scalars become the
-    number that they hold, and anything else becomes text; its type is then added to `odd`.
+    None, bool, int, float, text, lists, tuples and dicts keep their kind, also those of a class derived
+    from these; NumPy scalars become the number that they hold, and anything else becomes text, as does
+    a container inside itself; its type is then added to `odd`. Raises ArgumentError, which names
+    `what`, for a value that is too large.
     """
-    kind = type(value)
-    if value is None or kind in (bool, str):
-        return value
-    if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
-        odd.append(f"an int of {value.bit_length()} bits")
-        return hex(value)
-    if kind is int:
-        return value
-    if isinstance(value, float):
-        value = float(value)
-        return value if math.isfinite(value) else {"$float": repr(value)}
-    if depth < MAX_PARAM_DEPTH:
-        if isinstance(value, dict):
-            return {_text_key(key): encode_value(item, odd, depth + 1) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [encode_value(item, odd, depth + 1) for item in value]
-        if callable(getattr(value, "item", None)) and getattr(value, "shape", None) == ():
-            return encode_value(value.item(), odd, MAX_PARAM_DEPTH)
-    if isinstance(value, (int, str)):
-        return int(value) if isinstance(value, int) else str(value)
-    odd.append(kind.__name__)
+    return _Encoder(odd, what).encode(value, 0)
+
+
+class _Encoder:
+    def __init__(self, odd: List[str], what: str) -> None:
+        self.odd = odd
+        self.what = what
+        self.left = MAX_PARAM_ITEMS
+        #: The containers around what is encoded just now.
+        self.around: Set[int] = set()
+
+    def encode(self, value: Any, depth: int) -> Any:
+        kind = type(value)
+        self.count(value)
+        if value is None or kind in (bool, str):
+            return value
+        if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
+            self.odd.append(f"an int of {value.bit_length()} bits")
+            return hex(value)
+        if kind is int:
+            return value
+        if isinstance(value, float):
+            value = float(value)
+            return value if math.isfinite(value) else {"$float": repr(value)}
+        if isinstance(value, (dict, list, tuple)):
+            if id(value) in self.around:
+                self.odd.append(f"a {kind.__name__} inside itself")
+                return f"<{kind.__name__} inside itself>"
+            if depth < MAX_PARAM_DEPTH:
+                self.around.add(id(value))
+                encoded = self.container(value, depth)
+                self.around.discard(id(value))
+                return encoded
+            self.count_all(value)
+        elif depth < MAX_PARAM_DEPTH and _is_scalar(value):
+            return self.encode(value.item(), MAX_PARAM_DEPTH)
+        if isinstance(value, (int, str)):
+            # Not str(), which is `Color.RED` of an enum's member whose value is "red".
+            return int(value) if isinstance(value, int) else str.__str__(value)
+        self.odd.append(kind.__name__)
+        return _text(value)
+
+    def container(self, value: Any, depth: int) -> Any:
+        if not isinstance(value, dict):
+            return [self.encode(item, depth + 1) for item in value]
+        encoded: Dict[str, Any] = {}
+        for key, item in value.items():
+            name = _text_key(key)
+            self.count(name)
+            if name in encoded:
+                self.odd.append(f"two keys {brief(name)}")
+            encoded[name] = self.encode(item, depth + 1)
+        return encoded
+
+    def count(self, value: Any) -> None:
+        self.left -= 1 + (len(value) // 16 if isinstance(value, str) else 0)
+        if self.left < 0:
+            raise ArgumentError(
+                f"{printable(self.what, 80)} holds more than {MAX_PARAM_ITEMS} values (16 characters of "
+                "text count as one): store it in a file, and its path here"
+            )
+
+    def count_all(self, value: Any) -> None:
+        """Count what becomes one text, which takes as long to make as it is."""
+        todo = [value]
+        while todo:
+            item = todo.pop()
+            if isinstance(item, (dict, list, tuple)):
+                todo += item.values() if isinstance(item, dict) else item
+            self.count(item)
+
+
+def _is_scalar(value: Any) -> bool:
+    return callable(getattr(value, "item", None)) and getattr(value, "shape", None) == ()
+
+
+def _text(value: Any) -> str:
     try:
         return str(value)
     except Exception:
-        return f"<{kind.__name__} without a text>"
+        return f"<{type(value).__name__} without a text>"
 
 
 def _text_key(key: Any) -> str:
-    return key if type(key) is str else str(key)
+    if isinstance(key, str):
+        return str.__str__(key)
+    if isinstance(key, int) and not isinstance(key, bool):
+        return _text(int(key))  # of an enum's member, too, the number
+    return _text(key)
 
 
 def decode_value(value: Any) -> Any:
@@ -911,13 +981,14 @@ class RunState:
             self._seen(end["time"])
             if not isinstance(end["end"], str):
                 raise TypeError("an end is finished or failed")
+        logs = {str(int(level)): int(count) for level, count in record["logs"].items()}
         self._seen(record["last_time"])
         created_at = self._seen(record["header"].get("created_at", self.created_at))
         self.next_idx = max(self.next_idx, next_idx)
         self.header, self.params, self.props = record["header"], record["params"], props
         self.created_at = created_at
         self.series = {item.id: item for item in series}
-        self.logs = record["logs"]
+        self.logs = logs
         self.errors = deque(errors, maxlen=5)
         self.end = end if isinstance(end, dict) else None
 
@@ -1177,19 +1248,28 @@ def log_problem(state: RunState) -> str:
     return "" if state.created_at else "no run description in it: it is empty, or no run's log"
 
 
+#: What a line that is no point of ours comes to.
+_NO_POINT = (IndexError, OverflowError, RecursionError, TypeError, ValueError)
+
+
+def _parse_point(point: Any) -> Tuple[int, float, Optional[float], float]:
+    # A last line without its end is one, if it parses: only its line break was torn off.
+    epoch, when = float(point[4]) if len(point) > 4 else None, float(point[3])
+    if not 0 <= when < MAX_TIME_S:
+        raise ValueError(f"{when} is no time")
+    return int(point[1]), float(point[2]), epoch, when
+
+
 def read_points(path: str, series_id: int) -> List[Tuple[int, float, Optional[float], float]]:
     """Return the points of one series as (step, value, epoch, time), sorted by step, those of one
-    step as recorded. Raises OSError."""
+    step as recorded; those that `read_log` counts and no others. Raises OSError."""
     start = b"[%d," % series_id
     points = []
     with open(path, "rb") as file:
-        for line, whole in read_lines(file):
-            if whole and line.startswith(start):
-                with contextlib.suppress(ValueError, TypeError, IndexError, OverflowError):
-                    point = from_json(line)
-                    epoch = point[4] if len(point) > 4 else None
-                    epoch = None if epoch is None else float(epoch)
-                    points.append((int(point[1]), float(point[2]), epoch, float(point[3])))
+        for line, _ in read_lines(file):
+            if line.startswith(start):
+                with contextlib.suppress(*_NO_POINT):
+                    points.append(_parse_point(from_json(line)))
     points.sort(key=lambda point: point[0])
     return points
 
@@ -1209,8 +1289,8 @@ def parse_message(line: bytes) -> Optional[Dict[str, Any]]:
 def read_messages(path: str) -> Iterator[Dict[str, Any]]:
     """Yield the log messages of a run as recorded. Raises OSError."""
     with open(path, "rb") as file:
-        for line, whole in read_lines(file):
-            message = parse_message(line) if whole else None
+        for line, _ in read_lines(file):
+            message = parse_message(line)
             if message is not None:
                 yield message
 
@@ -1282,6 +1362,8 @@ LOCK_WAIT_S = 2.0
 LOOK_S = 1.0
 #: How long a lock on a run may be somebody's look at whether it is held.
 PROBE_WAIT_S = 0.3
+#: How long a new run waits for a thread of its own process that indexes: as long as that waits at most.
+MARKERS_WAIT_S = 10.0
 _MAX_FRAMES = 6
 _INF, _MINUS_INF = math.inf, -math.inf
 _monotonic = time.monotonic
@@ -1784,6 +1866,8 @@ class _Process:
         self.runs: weakref.WeakSet[Run] = weakref.WeakSet()
         #: Marker path to the writing run, since a record lock does not exclude one's own process.
         self.writers: weakref.WeakValueDictionary[str, Run] = weakref.WeakValueDictionary()
+        #: Markers of runs that are about to be among them.
+        self.opening: Set[str] = set()
         #: Held while markers, or the index's lock, are open: a record lock does not keep two threads
         #: of one process apart, and one of them would lose its lock when the other closes the file.
         self.markers = threading.Lock()
@@ -1799,8 +1883,9 @@ class _Process:
 
     def writes(self, marker: str) -> bool:
         """True where this process writes the run of that marker, which then must not be opened."""
-        run = self.writers.get(real_marker(marker))
-        return run is not None and run._is_mine()
+        marker = real_marker(marker)
+        run = self.writers.get(marker)
+        return marker in self.opening or (run is not None and run._is_mine())
 
     def add(self, run: Run) -> None:
         """Watch over one more run."""
@@ -1839,6 +1924,9 @@ class _Process:
             signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop())
 
     def _after_fork_in_child(self) -> None:
+        # Whoever held them, or was opening a run, is not here.
+        self.markers, self.index = threading.Lock(), threading.Lock()
+        self.opening.clear()
         self.stacks.after_fork_in_child()
         if self._sigterm is not None and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
             with contextlib.suppress(ValueError):
@@ -1907,7 +1995,8 @@ class Run:
 
     Arguments:
         run_hash: the run to resume (1 to 64 letters, digits, underscores), or None for a new one.
-        repo: the folder that holds `.aim`, or `.aim` itself; None: see `find_repo`.
+        repo: the folder that holds `.aim`, or `.aim` itself, as text, a path or a `Repo`; None: see
+            `find_repo`.
         read_only: look at a run without writing; the run must exist.
         experiment: the experiment that the run belongs to.
         stacks: whether a process that misses its promise leaves the stacks of its threads for the
@@ -1923,7 +2012,7 @@ class Run:
         self,
         run_hash: Optional[str] = None,
         *,
-        repo: Optional[str] = None,
+        repo: Union[None, str, os.PathLike[str]] = None,
         read_only: bool = False,
         experiment: Optional[str] = None,
         system_tracking_interval: Optional[Union[int, float]] = None,
@@ -1937,12 +2026,21 @@ class Run:
         self.read_only = read_only
         if experiment is not None:
             _checked_text("experiment", experiment)
-        self._paths = find_repo(None if repo is None else os.fspath(repo), create=not read_only)
+        if repo is not None and not isinstance(repo, (str, os.PathLike)):
+            raise ArgumentTypeError(
+                f"repo must be the path of a folder, or a Repo, not {type(repo).__name__} ({brief(repo)})"
+            )
+        self._paths = find_repo(None if repo is None else os.fsdecode(repo), create=not read_only)
         self._state = RunState(self.hash)
         self._window: Tuple[Any, float] = (math.nan, 0.0)
         self._complained = False
         self._warned_odd = False
         self._lines = 0
+        #: How often in a row somebody else was found to hold the marker.
+        self._lock_lost = 0
+        #: How many records are in the state and perhaps not in the log: 1 while one is added, seen by a
+        #: signal's handler, and for good where an exception, such as Ctrl-C, came in between.
+        self._adding = 0
         self._stacks_on = stacks and os.environ.get("AIMWATCH_STACKS", "").lower() not in _OFF
         self._stacks_fd, self._stacks_identity = -1, (0, 0)
         self._news = ""
@@ -2000,9 +2098,16 @@ class Run:
             raise RunBusyError(
                 f"run {self.hash} is already open in this process: use that object, or close it first"
             )
+        _process.opening.add(marker)
+        try:
+            self._open_files(marker, may_exist)
+        finally:
+            _process.opening.discard(marker)
+
+    def _open_files(self, marker: str, may_exist: bool) -> None:
         try:
             with contextlib.ExitStack() as undo:
-                self._marker_fd = self._take_marker(marker)
+                self._marker_fd = self._take_marker(marker, MARKERS_WAIT_S)
                 undo.callback(os.close, self._marker_fd)
                 self._log = LogWriter(self._paths.run_log(self.hash))
                 undo.callback(self._log.close)
@@ -2031,26 +2136,26 @@ class Run:
             return {"resume": now, **describe_session()}
         return {"format": LOG_FORMAT, "hash": self.hash, "created_at": now, **describe_session()}
 
-    def _take_marker(self, marker: str) -> int:
+    def _take_marker(self, marker: str, wait_s: float) -> int:
         """Lock `pending/<hash>`, which says that this process writes the run."""
         deadline = _monotonic() + PROBE_WAIT_S
         while True:
-            fd = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            locked = try_lock(fd)
-            if locked is False:
-                os.close(fd)
-                if _monotonic() > deadline:
-                    raise RunBusyError(self._busy_message())
-                time.sleep(0.02)
-                continue
+            # Another thread that indexes may have the marker open: to close it would drop this lock. The
+            # wait is bounded, since a signal's handler may come here on top of who holds it.
+            if not _process.markers.acquire(timeout=wait_s):
+                raise RunBusyError(
+                    f"run {self.hash}: another thread of this process indexes runs and does not come to an "
+                    "end: try again later"
+                )
             try:
-                current = os.stat(marker)
-            except FileNotFoundError:
-                current = None  # an indexer that held the lock removed it meanwhile
-            if current is not None and os.path.samestat(current, os.fstat(fd)):
-                self._marker_identity = current.st_dev, current.st_ino
+                fd, locked = self._try_marker(marker)
+            finally:
+                _process.markers.release()
+            if locked is not False:
                 break
-            os.close(fd)
+            if _monotonic() > deadline:
+                raise RunBusyError(self._busy_message())
+            time.sleep(0.02)
         if locked is None:
             log.warning(
                 "%s: this file system has no record locks: a second writer of run %s would not be noticed",
@@ -2058,6 +2163,21 @@ class Run:
                 self.hash,
             )
         return fd
+
+    def _try_marker(self, marker: str) -> Tuple[int, Optional[bool]]:
+        """Return a descriptor of the marker and what `try_lock` says of it; -1 with False."""
+        while True:
+            fd = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            locked = try_lock(fd)
+            if locked is False:
+                os.close(fd)
+                return -1, False
+            with contextlib.suppress(FileNotFoundError):  # an indexer that held the lock removed it meanwhile
+                current = os.stat(marker)
+                if os.path.samestat(current, os.fstat(fd)):
+                    self._marker_identity = current.st_dev, current.st_ino
+                    return fd, locked
+            os.close(fd)
 
     def _busy_message(self) -> str:
         try:
@@ -2261,9 +2381,14 @@ class Run:
             line = f"[{series.id},{step},{json_text(value)},{now:.3f}]\n"
         else:
             line = f"[{series.id},{step},{json_text(value)},{now:.3f},{json_text(epoch)}]\n"
+        self._adding += 1  # not in a `finally`: what an exception leaves behind is to be remembered
         series.add(step, value, now, epoch)
         self._state.last_time = now
-        self._append(line.encode("ascii"))
+        self._log.append_line(line.encode("ascii"))
+        self._adding -= 1
+        self._lines += 1
+        if self._lines >= CHECKPOINT_LINES:
+            self._checkpoint()
 
     def _declare(self, name: str, context: Optional[Dict[str, Any]]) -> SeriesState:
         if context is not None and not isinstance(context, dict):
@@ -2271,7 +2396,7 @@ class Run:
                 f"context of metric {brief(name)} must be a dict, not {type(context).__name__}"
             )
         odd: List[str] = []
-        encoded = encode_value(context or {}, odd)
+        encoded = encode_value(context or {}, odd, f"context of metric {brief(name)}")
         key = (name, context_key(encoded))
         if key not in self._by_key:
             series_id = max(self._state.series, default=0) + 1
@@ -2312,7 +2437,7 @@ class Run:
         """
         path = _param_path(key)
         odd: List[str] = []
-        encoded = encode_value(value, odd)
+        encoded = encode_value(value, odd, f"param {'.'.join(path)!r}")
         if not path and not isinstance(encoded, dict):
             raise ArgumentTypeError(f"run[...] takes a dict, not {type(value).__name__}")
         if self._may_write("setting a param"):
@@ -2461,7 +2586,7 @@ class Run:
             record: Dict[str, Any] = {"log": level, "message": str(msg)[:MAX_LOG_MESSAGE]}
             record["time"] = round(time.time(), 3)
             if params:
-                record["params"] = encode_value(params, [])
+                record["params"] = encode_value(params, [], "what comes with a log message")
             self._record(record)
             self._news_waits = True
             if level >= NEWS_LEVEL or _monotonic() >= self._news_mono:
@@ -2516,27 +2641,30 @@ class Run:
             now = time.time()
             if self._pid and now >= self._look_at_s:
                 self._look(now)
+            self._adding += 1
             # From the line, so that the state shares nothing with what the caller holds.
-            if not self._state.apply(from_json(line)):
-                return False
-            self._append(line)
-            return True
+            applied = self._state.apply(from_json(line))
+            if applied:
+                self._log.append_line(line)
+            self._adding -= 1
+            if applied:
+                # A long line counts as many, so that what is read from a checkpoint on stays small.
+                self._lines += 1 + len(line) // 1000
+                if self._lines >= CHECKPOINT_LINES:
+                    self._checkpoint()
+            return applied
         finally:
             if held:
                 self._lock.release()
 
-    def _append(self, line: bytes) -> None:
-        self._log.append_line(line)
-        # A long line counts as many, so that what is read from a checkpoint on stays small.
-        self._lines += 1 + len(line) // 1000
-        if self._lines >= CHECKPOINT_LINES:
-            self._checkpoint()
-
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, anyway: bool = False) -> None:
+        """Write the whole state, unless it may count a record that was never written: then the records
+        themselves have to do."""
         self._lines = 0
         self._look_at_s = 0.0  # also where the clock was set back
-        with contextlib.suppress(RecursionError):  # params that somebody else nested too deeply
-            self._log.append(self._state.to_checkpoint())
+        if anyway or not self._adding:
+            with contextlib.suppress(RecursionError):  # params that somebody else nested too deeply
+                self._log.append(self._state.to_checkpoint())
 
     def _look(self, now_s: float) -> None:
         """See whether the run's files are still where they were, and make them again where not.
@@ -2549,15 +2677,21 @@ class Run:
             log_there, marker_there = self._log.is_there(), self._marker_is_there()
             if not log_there:
                 self._log.leave()
+            if marker_there:
+                with contextlib.suppress(OSError):
+                    self._hold_marker()
             if not (log_there and marker_there) and os.path.isdir(self._paths.aim):
                 self._paths.create()
                 if not marker_there:
                     # First, since it says that no other process writes the run meanwhile.
                     old, ours = self._marker_fd, is_still(self._marker_fd, self._marker_identity)
-                    self._marker_fd = self._take_marker(self._marker_path())
+                    self._marker_fd = self._take_marker(self._marker_path(), PROBE_WAIT_S)
                     if ours:
                         with contextlib.suppress(OSError):
                             os.close(old)
+                    if log_there and self._ended is None:
+                        # Who removes a marker is an indexer that found it free, and wrote that the run died.
+                        self._record({"resume": round(now_s, 3)})
                 if not log_there:
                     records = self._state.header, self._state.to_checkpoint()
                     header, checkpoint = ([to_json(record).encode("ascii") + b"\n"] for record in records)
@@ -2569,7 +2703,22 @@ class Run:
         if self._log.dropped > self._dropped and self._log.flush():
             # What was given up may have declared a series; from here on the log is whole again.
             self._dropped = self._log.dropped
-            self._checkpoint()
+            self._checkpoint(anyway=True)
+
+    def _hold_marker(self) -> None:
+        """Take the marker's lock again, which changes nothing for who has it. It is lost where this
+        process itself opened the file and closed it, as a script does that copies the folder."""
+        if try_lock(self._marker_fd) is not False:
+            self._lock_lost = 0
+            return
+        self._lock_lost += 1
+        if self._lock_lost == 2:  # at one look, it may be somebody's look at whether it is held
+            log.error(
+                "run %s has lost its lock, and another process holds %s: this process opened and closed "
+                "that file, as to copy the repository does; if both write the run, end one of them",
+                self.hash,
+                self._paths.marker(self.hash),
+            )
 
     def _marker_path(self) -> str:
         return real_marker(self._paths.marker(self.hash))
@@ -2683,7 +2832,7 @@ class Run:
                     self._write_news(last=True)
                 self._checkpoint()
                 size = self._log.close()
-                if size >= 0:
+                if size >= 0 and not self._adding:
                     self._index_itself(size)
                 with contextlib.suppress(OSError):
                     os.close(self._marker_fd)
@@ -2843,10 +2992,9 @@ def _param_path(key: Any) -> List[str]:
     for part in parts:
         if isinstance(part, bool) or not isinstance(part, (str, int)):
             raise ArgumentTypeError(
-                f"a param's key must be a string, an int, a tuple of these or ..., "
-                f"not {printable(repr(part), 60)}"
+                f"a param's key must be a string, an int, a tuple of these or ..., not {brief(part)}"
             )
-    return [str(part) for part in parts]
+    return [_text_key(part) for part in parts]
 
 
 def utc_datetime(epoch_s: float) -> datetime.datetime:
@@ -4407,6 +4555,10 @@ class Repo:
         self._overlay: Any = None
         #: Size of the log of every run in the overlay; -1 for one whose log is gone.
         self._overlay_sizes: Dict[str, int] = {}
+
+    def __fspath__(self) -> str:
+        # So that Run(repo=...) takes it, as in Aim.
+        return self.path
 
     def __del__(self) -> None:
         overlay = self.__dict__.get("_overlay")

@@ -16,6 +16,7 @@ import configparser
 import contextlib
 import csv
 import decimal
+import enum
 import errno
 import fractions
 import gc
@@ -30,6 +31,7 @@ import logging
 import math
 import mmap
 import os
+import pathlib
 import pty
 import random
 import re
@@ -1608,6 +1610,99 @@ class SecondWriter(ProcessCase):
         )  # fmt: skip
         self.assertEqual(self.flags("r-"), ["check_in"])
 
+    def is_free(self) -> bool:
+        """Return whether another process could lock the run's marker."""
+        pid = os.fork()
+        if pid == 0:
+            code = 2
+            with contextlib.suppress(BaseException):
+                code = int(aimwatch.try_lock(os.open(self.paths.marker("r"), os.O_RDWR)) is True)
+            os._exit(code)
+        return os.waitpid(pid, 0)[1] != 0
+
+    def test_lock_is_not_lost_to_a_thread_of_the_same_process_that_indexes(self) -> None:
+        self.run_object("r").close()
+        with open(self.paths.marker("r"), "x"):
+            pass
+        runs: List[Run] = []
+        thread = threading.Thread(target=lambda: runs.append(self.run_object("r")))
+        with aimwatch._process.markers:
+            fd = os.open(self.paths.marker("r"), os.O_RDWR)
+            self.assertTrue(aimwatch.try_lock(fd))
+            thread.start()
+            thread.join(0.1)
+            os.close(fd)  # lets go of what the process has locked
+        thread.join()
+        self.assertEqual((len(runs), self.is_free()), (1, False))
+
+    def test_run_that_is_being_opened_is_not_taken_for_dead(self) -> None:
+        self.run_object("r").close()
+        repo, adopt = aimwatch.Repo(self.root), Run._adopt
+
+        def index(run: Run) -> List[str]:
+            repo.reindex()  # as another thread does
+            with self.assertRaises(aimwatch.RunBusyError):
+                Run("r", repo=self.root)
+            return adopt(run)
+
+        with mock.patch.object(Run, "_adopt", index):
+            run = self.run_object("r")
+        self.assertFalse(self.is_free())
+        run.close()
+        self.assertNotIn("reason", self.records("r")[-2])
+        self.assertEqual(aimwatch._process.opening, set())
+
+    def test_signal_that_comes_while_markers_are_held_does_not_wait_for_ever(self) -> None:
+        run = self.run_object("r")
+        with mock.patch.object(aimwatch, "LOOK_S", 0), mock.patch.object(aimwatch, "MARKERS_WAIT_S", 0.01):
+            with aimwatch._process.markers:  # by the main thread, which the handler runs on top of
+                os.unlink(self.paths.marker("r"))
+                run.track(1, "m")
+                with self.assertRaisesRegex(aimwatch.RunBusyError, "another thread of this process indexes"):
+                    Run("o", repo=self.root)
+            run.track(2, "m")
+        self.assertFalse(self.is_free())
+
+    def test_lock_that_the_process_dropped_itself_is_taken_again(self) -> None:
+        run = self.run_object("r")
+        open(self.paths.marker("r")).close()
+        self.assertTrue(self.is_free())
+        run._look_at_s = 0.0  # a second has passed
+        run.track(1, "m")
+        self.assertFalse(self.is_free())
+
+    def test_run_that_an_indexer_took_for_dead_meanwhile_goes_on(self) -> None:
+        run = self.run_object("r")
+        open(self.paths.marker("r")).close()
+        self.assertEqual(self.command(sys.executable, "-m", "aimwatch", "reindex").wait(), 0)
+        self.assertFalse(Run("r", repo=self.root, read_only=True).active)
+        run._look_at_s = 0.0
+        run.track(1, "m")
+        self.assertTrue(Run("r", repo=self.root, read_only=True).active)
+        self.assertEqual(len(aimwatch.Repo(self.root).query_runs("run.active")), 1)
+        self.assertFalse(self.is_free())
+
+    def test_lock_that_somebody_else_took_meanwhile_is_told_once(self) -> None:
+        run = self.run_object("r")
+        other = self.process(
+            "import os, sys, time\nimport aimwatch\nfd = os.open(sys.argv[1], os.O_RDWR)\n"
+            "while aimwatch.try_lock(fd) is not True: time.sleep(0.01)\nprint('has it')\ntime.sleep(600)",
+            self.paths.marker("r"),
+        )
+        open(self.paths.marker("r")).close()
+        self.assertEqual(other.stdout.readline(), "has it\n")
+        with mock.patch.object(aimwatch, "LOOK_S", 0), self.assertLogs("aimwatch") as logs:
+            for n in range(5):
+                run.track(n, "m")
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn(f"ERROR:aimwatch:run r has lost its lock, and another process holds {self.paths.marker('r')}: ",
+                      logs.output[0])  # fmt: skip
+        other.kill()
+        other.wait()
+        run._look_at_s = 0.0
+        run.track(5, "m")
+        self.assertFalse(self.is_free())
+
     def test_marker_that_an_indexer_removed_meanwhile_is_taken_anew(self) -> None:
         real, calls = aimwatch.try_lock, []
 
@@ -2301,6 +2396,29 @@ class RunArguments(Case):
                         setattr(run, name, value)
                     self.assertEqual(str(caught.exception), f"{name} must be a string, not {kind}")
 
+    def test_repository_is_given_as_text_as_a_path_or_as_a_repo(self) -> None:
+        repo = aimwatch.Repo(self.root)
+        for given in (self.root, pathlib.Path(self.root), pathlib.Path(self.root, ".aim"), repo):
+            with self.subTest(given=given):
+                run = Run(repo=given)
+                self.addCleanup(run.close)
+                self.assertTrue(os.path.exists(self.paths.run_log(run.hash)))
+        for wrong in (5, b"x", ["x"]):
+            with self.assertRaisesRegex(
+                aimwatch.ArgumentTypeError, "repo must be the path of a folder, or a Repo"
+            ):
+                Run(repo=wrong)  # type: ignore[arg-type]
+
+    def test_address_of_a_server_is_no_folder(self) -> None:
+        os.chdir(self.root)
+        self.addCleanup(os.chdir, HERE)
+        for url in ("aim://host:53800", "s3://bucket/x", "https://x"):
+            for call in (lambda: Run(repo=url), lambda: aimwatch.Repo(url, init=True)):
+                with self.assertRaises(aimwatch.RepoError) as caught:
+                    call()
+                self.assertIn(f"{url} is no folder, and only folders are taken", str(caught.exception))
+        self.assertEqual(os.listdir(self.root), [".aim"])
+
     def test_wrong_experiment_leaves_no_run_behind(self) -> None:
         with self.assertRaises(aimwatch.ArgumentTypeError):
             Run(repo=self.root, experiment=5)  # type: ignore[arg-type]
@@ -2660,6 +2778,28 @@ class LogReader(Case):
     def test_last_line_without_its_end_is_read_where_it_is_whole(self) -> None:
         self.assertEqual(self.read(self.HEADER, b'{"props":{"a":1}}').props, {"a": 1})
 
+    def test_points_are_those_that_the_summary_counts(self) -> None:
+        series = b'{"series":1,"name":"m","context":{}}\n'
+        whole = [b"[1,%d,0.5,6]\n" % step for step in range(3)]
+        message = b'{"log":20,"time":6,"message":"last"}'
+        odd = (
+            b"[1,7,0.5,-6]",
+            b"[1,7,0.5,1e13]",
+            b"[1,7,0.5,6,null]",
+            b"[1,7," + b"[" * 100_000,
+            b"[1,7,0.5]",
+        )
+        for last in (b"", b"[1,3,0.5,6]", b"[1,3,0.5,6", b"[1,3,0.", *odd):
+            for end in (b"", b"\n"):
+                state = self.read(self.HEADER, series, *whole, last + end)
+                with self.subTest(last=last[:20], end=end):
+                    points = aimwatch.read_points(self.paths.run_log("r"), 1)
+                    self.assertEqual(len(points), state.series[1].count)
+                    self.assertEqual(len(points), 4 if last == b"[1,3,0.5,6]" else 3)
+        self.assertEqual(self.read(self.HEADER, message).logs, {"20": 1})
+        messages = aimwatch.read_messages(self.paths.run_log("r"))
+        self.assertEqual([item["message"] for item in messages], ["last"])
+
     def test_empty_log_says_nothing(self) -> None:
         state = self.read()
         self.assertEqual((state.header, state.skipped, state.end), ({}, 0, None))
@@ -2738,13 +2878,21 @@ class LogReader(Case):
         lines = [b'{"props":{"b":2}}\n', b'{"end":"failed","time":9,"idx":4}\n']
         for damaged in (
             checkpoint[:20], checkpoint[:-2], checkpoint[:-2] + b"\n", b'{"checkpoint":2}\n',
-            b'{"checkpoint"\n',
+            b'{"checkpoint"\n', checkpoint.replace(b'"logs":{}', b'"logs":{"x":"y"}'),
+            checkpoint.replace(b'"logs":{}', b'"logs":{"20":"y"}'),
         ):  # fmt: skip
             for first in ([], [checkpoint]):
                 with self.subTest(damaged=damaged[-30:], first=len(first)):
                     state = self.read(self.HEADER, *first, *lines, damaged)
                     self.assertEqual(state.props, {"a": 1, "b": 2} if first else {"b": 2})
                     self.assertEqual((state.header["pid"], state.next_idx), (7, 5))
+
+    def test_run_whose_checkpoint_is_damaged_is_resumed(self) -> None:
+        checkpoint = self.checkpoint(a=1).replace(b'"logs":{}', b'"logs":{"x":"y"}')
+        self.read(self.HEADER, b'{"props":{"name":"n"}}\n', checkpoint)
+        run = self.run_object("r")
+        run.log_info("m")
+        self.assertEqual((run.name, run._state.logs), ("n", {"20": 1}))
 
     def test_log_that_is_no_file_is_refused_and_no_descriptor_is_lost(self) -> None:
         path = self.paths.run_log("r")
@@ -3970,6 +4118,71 @@ class Params(RecordingCase):
         run.close()
         self.assertEqual(repr(self.reread("r")[...]), repr(reader[...]))
 
+    def test_value_inside_itself_or_shared_without_end_is_told_at_once(self) -> None:
+        run = self.run_object("r")
+        ring: Dict[str, Any] = {}
+        ring["a"] = ring["b"] = ring
+        run["ring"] = {"in": [ring, ring]}
+        inside = {"a": "<dict inside itself>", "b": "<dict inside itself>"}
+        self.assertEqual(self.reread("r")["ring"], {"in": [inside, inside]})
+        shared: Any = [1]
+        for _ in range(aimwatch.MAX_PARAM_DEPTH - 5):
+            shared = [shared, shared]
+        deep: Any = shared
+        for _ in range(aimwatch.MAX_PARAM_DEPTH):
+            deep = (deep,)
+        texts = ["x" * 1000] * 1000
+        with mock.patch.object(aimwatch, "MAX_PARAM_ITEMS", 10_000):
+            for value in (shared, deep, texts, {"k" * 200_000: 1}):
+                with self.assertRaisesRegex(
+                    aimwatch.ArgumentError, "^param 'x' holds more than 10000 values .*: store it in a file"
+                ):
+                    run["x"] = value
+            with self.assertRaisesRegex(aimwatch.ArgumentError, "comes with a log message holds more than"):
+                run.log_info("m", x=shared)
+            with self.assertRaisesRegex(aimwatch.ArgumentError, "context of metric 'm' holds more than"):
+                run.track(1, "m", context={"x": shared})
+            run["fits"] = list(range(9_999))
+        self.assertEqual(sorted(self.reread("r")[...]), ["fits", "ring"])
+
+    def test_members_of_enums_and_other_derived_kinds_are_their_plain_value(self) -> None:
+        class Text(str, enum.Enum):
+            RED = "red"
+
+        class Number(int, enum.Enum):
+            TWO = 2
+
+        class Real(float, enum.Enum):
+            HALF = 0.5
+
+        class Loud(str):
+            def __str__(self) -> str:
+                return "LOUD"
+
+        run = self.run_object("r")
+        with mock.patch.object(aimwatch.log, "warning") as warning:
+            run["c"] = [Text.RED, Number.TWO, Real.HALF, Loud("quiet")]
+            run["d"] = {Text.RED: 1, Number.TWO: 2, Loud("quiet"): 3}
+            run["k", Text.RED] = 4
+            run["k", Number.TWO] = 5
+        warning.assert_not_called()
+        for who in (run, self.reread("r")):
+            self.assertEqual(who["c"], ["red", 2, 0.5, "quiet"])
+            self.assertEqual(who["d"], {"red": 1, "2": 2, "quiet": 3})
+            self.assertEqual(who["k"], {"red": 4, "2": 5})
+        self.assertEqual(len(aimwatch.Repo(self.root).query_runs("run.d.red == 1 and run.k.red == 4")), 1)
+
+    def test_key_without_a_text_is_no_exception_and_two_of_one_text_are_told(self) -> None:
+        run = self.run_object("r")
+        run["x"] = {Grumpy(): 1}
+        with self.assertRaisesRegex(aimwatch.ArgumentTypeError, "or ..., not unprintable Grumpy"):
+            run[Grumpy()] = 1
+        self.assertEqual(self.reread("r")["x"], {"<Grumpy without a text>": 1})
+        other = self.run_object("o")
+        with self.assertLogs("aimwatch", logging.WARNING) as logs:
+            other["x"] = {1: "a", "1": "b"}
+        self.assertIn("param 'x' holds two keys '1', ", logs.output[0])
+
     def test_numbers_that_are_none_come_back_and_nothing_is_taken_for_them(self) -> None:
         run = self.run_object("r")
         params = {"nan": NAN, "inf": [INF, -INF], "like": {"$float": "5"}, "two": {"$float": "nan", "x": 1}}
@@ -4115,6 +4328,68 @@ class KilledWriters(RecordingCase):
         from_tail, whole = self.states("r")
         from_tail.skipped = whole.skipped = 0
         self.assertEqual(repr(self.summary(from_tail)), repr(self.summary(whole)))
+
+
+class InterruptedWriters(RecordingCase):
+    """A signal comes when a point is counted and not yet written."""
+
+    LIFE = """if 1:
+        import os, signal, sys
+        import aimwatch
+        what, number = sys.argv[1], getattr(signal, sys.argv[2])
+        def handler(signum, frame):
+            if what == "tracks":
+                run.track(100, "other")
+            if what == "leaves":
+                raise SystemExit(3)
+        if what != "plain":
+            signal.signal(signal.SIGTERM, handler)  # the user's, and first: it is called
+        run = aimwatch.Run("r")
+        real = aimwatch.SeriesState.add
+        def add(series, *point):
+            real(series, *point)
+            if series.count == 6:
+                os.kill(os.getpid(), number)
+        aimwatch.SeriesState.add = add
+        try:
+            for n in range(20):
+                run.track(n, "m")
+        except KeyboardInterrupt:
+            for n in range(20, 25):
+                run.track(n, "m")
+            run["p"] = 1
+            aimwatch.CHECKPOINT_LINES = 3
+            run.track(25, "m")
+            run.close()
+        if what == "tracks":
+            run.report_successful_finish()
+            run.close()
+    """
+
+    def test_summary_counts_the_points_that_were_written(self) -> None:
+        for what, number, values, state in (
+            ("plain", "SIGTERM", [0, 1, 2, 3, 4], "failed"),
+            ("leaves", "SIGTERM", [0, 1, 2, 3, 4], "failed"),
+            ("tracks", "SIGTERM", list(range(20)), "finished"),
+            ("plain", "SIGINT", [0, 1, 2, 3, 4, *range(20, 26)], "failed"),
+        ):
+            with self.subTest(what=what, number=number):
+                for folder in (self.paths.runs, self.paths.pending):
+                    for name in os.listdir(folder):
+                        os.unlink(os.path.join(folder, name))
+                process = self.process(self.LIFE, what, number)
+                process.wait()
+                for indexed in (False, True):
+                    (row,) = aimwatch.Repo(self.root).metric_rows("metric.name == 'm'")
+                    metric = self.reread("r").get_metric("m")
+                    assert metric is not None
+                    self.assertEqual(metric.values, [float(value) for value in values])
+                    self.assertEqual((metric.count, metric.last), (len(values), values[-1]))
+                    self.assertEqual((row.count, row.last), (len(values), values[-1]))
+                    self.assertEqual(self.reread("r")._state.end["end"], state)  # type: ignore[index]
+                    if not indexed:
+                        aimwatch.Repo(self.root).reindex()
+                self.assertEqual(os.listdir(self.paths.pending), [])
 
 
 class FullDiskForReal(RecordingCase):
