@@ -8428,9 +8428,7 @@ def _flag_value(flag: str, args: Any) -> Optional[str]:
         raise AimwatchError(f"--{flag} and --{flag}-file exclude each other")
     try:
         if path == "-":
-            # Without --yes, what follows answers questions.
-            alone = [value for key, value in vars(args).items() if key.endswith("_file")].count("-") == 1
-            whole = args.yes and (alone or flag in _MANY_LINES)
+            whole = flag in _MANY_LINES and args.yes  # without --yes, what follows answers questions
             return (sys.stdin.read(MAX_ANSWER_BYTES) if whole else sys.stdin.readline()).rstrip("\n")
         with open(path, encoding="utf-8") as file:
             return file.read(MAX_ANSWER_BYTES).strip("\n")
