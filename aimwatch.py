@@ -1360,8 +1360,10 @@ INDEX_ITSELF_S = 2.0
 LOCK_WAIT_S = 2.0
 #: How often a run looks whether its files are still there.
 LOOK_S = 1.0
-#: How long a lock on a run may be somebody's look at whether it is held.
-PROBE_WAIT_S = 0.3
+#: How long SQLite waits for those who read or write the index.
+BUSY_S = 2.0
+#: How long a lock may be that of somebody who looks whether it is held, and on a run, who indexes it.
+PROBE_WAIT_S, INDEXER_WAIT_S = 0.3, BUSY_S + 1.0
 #: How long a new run waits for a thread of its own process that indexes: as long as that waits at most.
 MARKERS_WAIT_S = 10.0
 _MAX_FRAMES = 6
@@ -2138,7 +2140,7 @@ class Run:
 
     def _take_marker(self, marker: str, wait_s: float) -> int:
         """Lock `pending/<hash>`, which says that this process writes the run."""
-        deadline = _monotonic() + PROBE_WAIT_S
+        deadline = _monotonic() + min(wait_s, INDEXER_WAIT_S)
         while True:
             # Another thread that indexes may have the marker open: to close it would drop this lock. The
             # wait is bounded, since a signal's handler may come here on top of who holds it.
@@ -3110,7 +3112,7 @@ class MetricRow(NamedTuple):
 
 
 def open_index(
-    path: str, *, busy_timeout_s: float = 5.0, read_only: bool = False, make: bool = True
+    path: str, *, busy_timeout_s: float = BUSY_S, read_only: bool = False, make: bool = True
 ) -> sqlite3.Connection:
     """Open the index at `path` (':memory:' for an overlay), making its tables in an empty file.
 
@@ -3323,8 +3325,12 @@ class Index:
         Raises IndexBusy after `wait_s`, or where the index must be built of more than `most_runs`
         first, and OSError or sqlite3.Error where it cannot be written.
         """
-        with self.locked(wait_s), contextlib.closing(self._open_or_rebuild(most_runs)) as db:
-            yield db
+        deadline = _monotonic() + wait_s
+        with self.locked(wait_s):
+            # Whoever waits here may hold markers, and must let go before those who want them give up.
+            busy_s = max(0.05, min(deadline - _monotonic(), BUSY_S))
+            with contextlib.closing(self._open_or_rebuild(most_runs, busy_s)) as db:
+                yield db
 
     @contextlib.contextmanager
     def locked(self, wait_s: float) -> Iterator[None]:
@@ -3343,16 +3349,16 @@ class Index:
                 time.sleep(0.01)
             yield
 
-    def _open_or_rebuild(self, most_runs: float) -> sqlite3.Connection:
+    def _open_or_rebuild(self, most_runs: float, busy_s: float) -> sqlite3.Connection:
         try:
-            return open_index(self.paths.index, make=False)
+            return open_index(self.paths.index, busy_timeout_s=busy_s, make=False)
         except Exception as error:
             if not _is_damage(error):
                 raise
         if most_runs < math.inf and len(list_runs(self.paths)) > most_runs:
             raise IndexBusy(f"{self.paths.index} has to be built first")
         self.rebuild()
-        return open_index(self.paths.index, make=False)
+        return open_index(self.paths.index, busy_timeout_s=busy_s, make=False)
 
     def is_usable(self) -> bool:
         """True where there is an index of this version; damage further in is found by its use."""
@@ -3374,7 +3380,7 @@ class Index:
         """
         for leftover in self._leftovers():
             os.unlink(leftover)
-        with contextlib.suppress(sqlite_error(), IndexUnusable, OSError):
+        with contextlib.suppress(*sqlite_error(), IndexUnusable, OSError):
             # Rolls back what a killed writer began: until the new file is there, this one counts.
             open_index(self.paths.index, make=False).close()
         temporary = f"{self.paths.index}.{os.urandom(6).hex()}.tmp"
@@ -3423,7 +3429,7 @@ def _is_damage(error: Exception) -> bool:
         return True
     if isinstance(error, sqlite3.OperationalError):
         return not re.search("locked|busy|full|readonly|disk I/O", str(error))
-    return isinstance(error, (sqlite3.DatabaseError, IndexUnusable))
+    return isinstance(error, (sqlite3.DatabaseError, IndexUnusable, UnicodeDecodeError))
 
 
 def list_runs(paths: RepoPaths) -> List[str]:
@@ -3517,6 +3523,7 @@ class Reindexer:
             with self.index.locked(wait_s):
                 if rebuild or not self.index.is_usable():  # another process may have been quicker
                     self.index.rebuild(progress)
+        self.mark_lost()
         self.run(self.pending(), wait_s=wait_s, progress=progress)
         return list(dict.fromkeys(self.problems))
 
@@ -3581,6 +3588,21 @@ class Reindexer:
         if problem:
             self.problems.append(problem)
         return gone and size >= 0 and not problem
+
+    def mark_lost(self) -> None:
+        """Give a marker to every run that the index does not have, has though it has no log, or thinks
+        alive though it has no marker: an older index was put back, or a log was brought here."""
+        # In this order, a run that comes or ends meanwhile is marked once too often at most.
+        logs, pending = set(list_runs(self.paths)), set(self.pending())
+        with contextlib.suppress(*sqlite_error(), OSError, IndexUnusable):
+            with contextlib.closing(open_index(self.paths.index, read_only=True, make=False)) as db:
+                alive = dict(db.execute("SELECT hash, end_time IS NULL FROM runs"))
+            lost = (logs ^ alive.keys()) | {run_hash for run_hash in alive if alive[run_hash]}
+            for run_hash in lost - pending:
+                with _process.markers:
+                    if not _process.writes(self.paths.marker(run_hash)):
+                        how = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+                        os.close(os.open(self.paths.marker(run_hash), how, 0o666))
 
     def forget_sizes(self) -> None:
         """Let `changed` return every pending run again."""
@@ -4552,6 +4574,8 @@ class Repo:
         self._paths = find_repo(None if path is None else os.fspath(path), create=init)
         self.path = self._paths.root
         self._index = Index(self._paths)
+        #: Threads ask one after the other: the overlay is brought up to date for each question.
+        self._asking = threading.RLock()
         self._overlay: Any = None
         #: Size of the log of every run in the overlay; -1 for one whose log is gone.
         self._overlay_sizes: Dict[str, int] = {}
@@ -4617,7 +4641,7 @@ class Repo:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._paths.run_log(run_hash))
         # The marker stays until the index has forgotten the run, now or when somebody reindexes.
-        with contextlib.suppress(IndexBusy, OSError, sqlite_error()):
+        with contextlib.suppress(IndexBusy, OSError, *sqlite_error()):
             Reindexer(self._paths).run([run_hash], wait_s=2.0)
         return found
 
@@ -4639,7 +4663,7 @@ class Repo:
             open_ended = bool(names) and f"-{FINISHED}-" not in names[-1]
             if open_ended:
                 CheckInFile(self._paths.check_ins, run_hash, idx, names).write(idx, FINISHED, 0)
-        with contextlib.suppress(IndexBusy, OSError, sqlite_error()):
+        with contextlib.suppress(IndexBusy, OSError, *sqlite_error()):
             Reindexer(self._paths).run([run_hash], wait_s=2.0)
         return open_ended
 
@@ -4684,6 +4708,10 @@ class Repo:
         return self._answer(select_metrics, compile_query(q, "metric"))
 
     def _answer(self, select: Callable[..., List[Any]], query: CompiledQuery) -> List[Any]:
+        with self._asking:
+            return self._select(select, query)
+
+    def _select(self, select: Callable[..., List[Any]], query: CompiledQuery) -> List[Any]:
         for attempt in range(5):
             file = self._index_file()
             index = self._open_index()
@@ -4703,7 +4731,7 @@ class Repo:
                     log.warning("%s: %s; reading the run logs", self._paths.index, error)
                     break
                 log.warning("%s: %s; building it anew", self._paths.index, error)
-                with contextlib.suppress(sqlite_error(), IndexBusy, OSError):
+                with contextlib.suppress(*sqlite_error(), IndexBusy, OSError):
                     self._index.mend(1.0)
         hidden = self._read_news(None)
         return select([self._overlay], query, hidden)
@@ -4718,13 +4746,16 @@ class Repo:
     def _open_index(self) -> Optional[sqlite3.Connection]:
         """Return the index to read, built if it must be and can be; None to do without."""
         for build in (False, True):
-            with contextlib.suppress(sqlite_error(), IndexBusy, IndexUnusable, OSError):
+            try:
                 if build:
                     with self._index.writing(1.0):
                         pass
                 # Never to write: SQLite would take the journal of a writer of a new file for one left
                 # beside the old file, and remove it under that writer.
                 return open_index(self._paths.index, read_only=True, make=False)
+            except (*sqlite_error(), IndexBusy, IndexUnusable, OSError) as error:
+                if re.search("locked|busy", str(error)):
+                    break
         return None
 
     def _read_news(self, index: Optional[sqlite3.Connection]) -> Set[str]:
@@ -4732,7 +4763,7 @@ class Repo:
         news, hidden = self._news(index)
         if index is not None and len(news) > MAX_NEWS:
             # Worth a try to keep it for the next who asks; what is not indexed is read below.
-            with contextlib.suppress(sqlite_error(), IndexBusy, OSError):
+            with contextlib.suppress(*sqlite_error(), IndexBusy, OSError):
                 Reindexer(self._paths).run(list(news), wait_s=0.1)
             news, hidden = self._news(index)
         if self._overlay is None:
@@ -4786,10 +4817,10 @@ _LOG_SIZE = "SELECT log_size FROM runs WHERE hash = ?"
 
 
 def sqlite_error() -> Any:
-    """Return SQLite's error class; nothing loads SQLite before it is used."""
+    """Return what SQLite raises; nothing loads it before it is used. A damaged name may be no text."""
     import sqlite3
 
-    return sqlite3.Error
+    return sqlite3.Error, UnicodeDecodeError
 
 
 def own_check_ins(paths: RepoPaths, run_hash: str) -> List[str]:
@@ -8955,7 +8986,7 @@ def cmd_reindex(args: Any) -> int:
     progress = Progress(sys.stderr)
     try:
         problems = reindexer.run_all(args.rebuild, REINDEX_WAIT_S, progress)
-    except (OSError, sqlite_error()) as error:
+    except (OSError, *sqlite_error()) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise AimwatchError(f"cannot write {paths.index}: {why}") from None
     finally:

@@ -1550,7 +1550,7 @@ class ResumedRun(ProcessCase):
 class SecondWriter(ProcessCase):
     def setUp(self) -> None:
         super().setUp()
-        patch = mock.patch.object(aimwatch, "PROBE_WAIT_S", 0.0)
+        patch = mock.patch.object(aimwatch, "INDEXER_WAIT_S", 0.0)
         patch.start()
         self.addCleanup(patch.stop)
 
@@ -1583,7 +1583,7 @@ class SecondWriter(ProcessCase):
         run = self.run_object("r")
         text = "run r is already open in this process: use that object, or close it first"
         self.assertEqual(self.refused(), text)
-        code, _, err = self.finished_process("", begin="aimwatch.PROBE_WAIT_S = 0; Run('r')\n")
+        code, _, err = self.finished_process("", begin="aimwatch.INDEXER_WAIT_S = 0; Run('r')\n")
         self.assertEqual(code, 1)
         self.assertIn(f"run r is being written by process {os.getpid()} on", err)
         link = os.path.join(self.root, "link")
@@ -1596,7 +1596,7 @@ class SecondWriter(ProcessCase):
     def test_reading_a_run_does_not_let_go_of_its_lock(self) -> None:
         self.run_object("r")
         Run("r", repo=self.root, read_only=True)
-        code, _, err = self.finished_process("", begin="aimwatch.PROBE_WAIT_S = 0; Run('r')\n")
+        code, _, err = self.finished_process("", begin="aimwatch.INDEXER_WAIT_S = 0; Run('r')\n")
         self.assertIn("RunBusyError", err)
 
     def test_file_system_without_locks_is_said_once_and_carried_on_with(self) -> None:
