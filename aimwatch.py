@@ -585,6 +585,10 @@ LOG_FORMAT = 1
 MAX_TIME_S = 253_402_300_800
 #: A longer line is not ours, and is skipped without being held in memory.
 MAX_LINE_BYTES = 16 << 20
+#: What a run may hold beside its points and messages; the rest of a line is for how it ended.
+MAX_CHECKPOINT_BYTES = MAX_LINE_BYTES - (1 << 20)
+#: What the numbers of a series take in a checkpoint, and by how much they may grow after it.
+SERIES_ROOM_BYTES, SERIES_GROWTH_BYTES = 150, 50
 #: How much a run keeps in memory while its log cannot be written.
 MAX_BACKLOG_BYTES = 64 << 20
 #: How often an unwritable log is tried again.
@@ -2044,6 +2048,8 @@ class Run:
         self._complained = False
         self._warned_odd = False
         self._lines = 0
+        #: What a checkpoint takes at most, as far as it was counted; measured when the limit is reached.
+        self._state_bytes: float = math.inf
         #: How often in a row somebody else was found to hold the marker.
         self._lock_lost = 0
         #: How many records are in the state and perhaps not in the log: 1 while one is added, seen by a
@@ -2649,6 +2655,7 @@ class Run:
             now = time.time()
             if self._pid and now >= self._look_at_s:
                 self._look(now)
+            self._check_room(record, len(line))
             self._adding += 1
             # From the line, so that the state shares nothing with what the caller holds.
             applied = self._state.apply(from_json(line))
@@ -2664,6 +2671,37 @@ class Run:
         finally:
             if held:
                 self._lock.release()
+
+    def _check_room(self, record: Dict[str, Any], size: int) -> None:
+        """Raise ArgumentError where a checkpoint could not hold the run with this record: it would be
+        too long a line for its readers, who would then miss params and series."""
+        kind = next(iter(record))
+        if kind not in ("set", "series", "props"):
+            return
+        size += SERIES_ROOM_BYTES if kind == "series" else 0
+        if self._state_bytes + size > MAX_CHECKPOINT_BYTES:
+            # What was counted since may have replaced what was there before: measured only now.
+            state, replaced = self._state, 0
+            self._state_bytes = 0.0
+            with contextlib.suppress(KeyError, RecursionError):  # params that somebody else nested too deeply
+                self._state_bytes = (
+                    len(to_json(state.to_checkpoint())) + len(state.series) * SERIES_GROWTH_BYTES
+                )
+                if kind == "set":
+                    replaced = len(to_json(state.param(record["set"])))
+                elif kind == "props":
+                    replaced = sum(len(to_json(state.props[name])) for name in record["props"])
+            if self._state_bytes + size - replaced > MAX_CHECKPOINT_BYTES and size > replaced:
+                what = f"param {'.'.join(record[kind])!r}" if kind == "set" else "what is set"
+                what = f"metric {brief(record['name'])}" if kind == "series" else what
+                way_out = "give fewer contexts: what counts up is a step"
+                raise ArgumentError(
+                    f"{printable(what, 80)}: with it, the run's params, properties and series take "
+                    f"{self._state_bytes + size - replaced} bytes, and a run holds at most "
+                    f"{MAX_CHECKPOINT_BYTES}: "
+                    f"{way_out if kind == 'series' else 'store it in a file, and its path here'}"
+                )
+        self._state_bytes += size
 
     def _checkpoint(self, anyway: bool = False) -> None:
         """Write the whole state, unless it may count a record that was never written: then the records

@@ -4095,6 +4095,51 @@ class Params(RecordingCase):
         self.assertEqual(self.reread("r")[...], {"a": {"b": "y"}})
         self.assertEqual(list(self.reread("r")._state.errors), ["m" * 100])
 
+    def test_run_that_no_checkpoint_could_hold_is_refused_before_anything_is_lost(self) -> None:
+        with mock.patch.object(aimwatch, "MAX_LINE_BYTES", 20_000), mock.patch.object(
+            aimwatch, "MAX_STATE_BYTES", 40_000
+        ), mock.patch.object(aimwatch, "MAX_CHECKPOINT_BYTES", 15_000), mock.patch.object(
+            aimwatch, "CHECKPOINT_LINES", 8
+        ):
+            run = self.run_object("r")
+            for n in range(12):
+                run[f"p{n}"] = "x" * 1000
+            for _ in range(30):  # what is replaced counts no more
+                run["p5"] = "y" * 1000
+            with self.assertRaisesRegex(
+                aimwatch.ArgumentError,
+                "^param 'big': with it, .* take 1[5-7]... bytes, and a run holds at most 15000: store it in a file",
+            ):
+                run["big"] = "x" * 3000
+            self.assertIsNone(run.get("big"))
+            for n in range(4):
+                run.track(n, "loss")
+            refused = 0
+            for n in range(50):
+                try:
+                    run.track(n, "many", context={"n": n})
+                except aimwatch.ArgumentError as error:
+                    refused += 1
+                    self.assertRegex(str(error), "^metric 'many': with it, .*: give fewer contexts")
+            self.assertIn(refused, range(5, 49))
+            with self.assertRaisesRegex(aimwatch.ArgumentError, "^what is set: with it, "):
+                run.add_tag("t" * 3000)
+            run["p0"] = "shorter"  # also where there is no room
+            run.log_error("told")
+            for state in ("live", "closed"):
+                reader = self.reread("r")
+                with self.subTest(state):
+                    self.assertEqual(reader[...], run[...])
+                    self.assertEqual(len(reader.metrics()), 51 - refused)
+                    self.assertEqual((reader.get_metric("loss").count, reader._state.skipped), (4, 0))  # type: ignore[union-attr]
+                run.close()
+            again = self.run_object("r")
+            with self.assertRaisesRegex(aimwatch.ArgumentError, "^param 'big'"):
+                again["big"] = "x" * 5000
+            del again["p1"], again["p2"], again["p3"], again["p4"]
+            again["big"] = "x" * 3000
+            self.assertEqual(len(self.reread("r")["big"]), 3000)
+
     def test_properties_are_kept_over_a_resume(self) -> None:
         run = self.run_object("r", experiment="first")
         self.assertEqual((run.name, run.description, run.tags), ("Run: r", None, []))
