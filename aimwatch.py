@@ -591,10 +591,16 @@ LOG_FORMAT = 1
 MAX_TIME_S = 253_402_300_800
 #: A longer line is not ours, and is skipped without being held in memory.
 MAX_LINE_BYTES = 16 << 20
+#: What a run may hold beside its points and messages; the rest of a line is for how it ended.
+MAX_CHECKPOINT_BYTES = MAX_LINE_BYTES - (1 << 20)
+#: What the numbers of a series take in a checkpoint, and by how much they may grow after it.
+SERIES_ROOM_BYTES, SERIES_GROWTH_BYTES = 150, 50
 #: How much a run keeps in memory while its log cannot be written.
 MAX_BACKLOG_BYTES = 64 << 20
 #: How often an unwritable log is tried again.
 RETRY_S = 1.0
+#: And one second later for so many bytes that were copied in vain.
+COPY_AGAIN_BYTES_S = 8 << 20
 #: What a log says beside its points, since its last checkpoint, counts up to this size: a run that
 #: declares series without end must not fill the memory of who reads it.
 MAX_STATE_BYTES = 2 * MAX_LINE_BYTES
@@ -1035,7 +1041,7 @@ class LogWriter:
     A record that the disk refuses waits in memory, in order, and is tried again with the next
     record at most once a second. When the buffer is full the oldest wait is given up and counted.
 
-    A file that was removed or moved away takes writes all the same, and nobody would find them: the
+    A file that was removed or moved away takes writes all the same, and nobody may find them: the
     owner asks `is_there` now and then, and has the file made again with `open_again`.
     """
 
@@ -1046,6 +1052,10 @@ class LogWriter:
         self._backlog_bytes = 0
         self._retry_mono = 0.0
         self._lost = False
+        #: Of a file that was left: how many of the lines that wait are in it, how many more were in it
+        #: and wait no more, and whether its last line is torn.
+        self._ahead, self._let_go, self._ragged = 0, 0, False
+        self._again_mono = 0.0
         self._open(path, os.O_CREAT)
 
     def _open(self, path: str, how: int) -> None:
@@ -1069,68 +1079,121 @@ class LogWriter:
         except OSError as error:
             return error.errno not in GONE
         if same and self._lost:
-            self._lost, self._retry_mono = False, 0.0
+            self._lost, self._torn, self._retry_mono = False, self._ragged, 0.0
+            self._settle()
+            if not self._backlog:
+                log.warning("%s is there again (%d records lost)", self.path, self.dropped)
         return same
 
     def leave(self) -> None:
-        """Write no more to the file, which is not there any more: what comes waits in memory."""
+        """Note that the file is not there any more: what comes waits in memory, and goes into the file
+        all the same, which may have been moved and come back when this process is no more."""
         if not self._lost:
-            self._lost = self._torn = True  # the second, so that one look at it finds either
+            # `_torn`, so that one look at it finds either.
+            self._ragged, self._lost, self._torn, self._retry_mono = self._torn, True, True, 0.0
             log.warning("%s is gone; records wait in memory until its folder is there again", self.path)
 
     def open_again(self, first: Sequence[bytes], last: Sequence[bytes]) -> None:
         """Make the file again after `leave`, with what it held and what waits. Raises OSError.
 
-        Where what it held cannot be read any more, or another file took the place, the lines `first`
-        begin an empty file, and `last`, which must say as much as all those that are lost, follow
-        what waits.
+        An older copy in its place gets what it lacks. Where what it held cannot be read any more, or
+        another file took the place, the lines `first` begin an empty file, and `last`, which must say
+        as much as all those that are lost, follow what waits.
         """
+        if time.monotonic() < self._again_mono:
+            raise OSError(errno.EAGAIN, "tried a moment ago", self.path)
         old, ours = self._fd, is_still(self._fd, self._identity)
+        self._retry_mono = math.inf  # what a signal's handler records meanwhile waits for the new file
         try:
-            size = os.lstat(self.path).st_size
-        except FileNotFoundError:
-            size = 0
-        if size or not (ours and self._copy_back(old)):
-            self._open(self.path, os.O_CREAT)
-            if not self.size:
-                self._backlog.extendleft(reversed(first))
-            self._backlog.extend(last)
-            self._backlog_bytes = sum(map(len, self._backlog))
+            try:
+                size = os.lstat(self.path).st_size
+            except FileNotFoundError:
+                size = 0
+            if ours and self._carry_over(old, size > 0):
+                self._settle()
+            else:
+                self._open(self.path, os.O_CREAT)
+                if not self.size:
+                    self._backlog.extendleft(reversed(first))
+                self._backlog.extend(last)
+                self._backlog_bytes = sum(map(len, self._backlog))
+                self.dropped += self._let_go
+                log.warning("%s: of what it held before only the summary is there", self.path)
+        finally:
+            self._retry_mono = 0.0
         if ours:
             with contextlib.suppress(OSError):
                 os.close(old)
-        self._lost = False
+        self._ahead, self._let_go, self._lost = 0, 0, False
         if self.flush(now=True, again=True):
             log.warning("%s is there again (%d records lost)", self.path, self.dropped)
 
-    def _copy_back(self, old: int) -> bool:
-        """Put what is still readable of a removed file at its path, in one step; False for none."""
-        temporary = f"{self.path}.{os.urandom(6).hex()}.tmp"
+    def _carry_over(self, old: int, exists: bool) -> bool:
+        """Put at the path, in one step, what the file `old` holds, or append to a copy of its beginning
+        what that lacks; False where another file is there, or nothing can be read. Raises OSError."""
+        before = self._fd, self.size, self._torn, self._identity
+        path = self.path if exists else f"{self.path}.{os.urandom(6).hex()}.tmp"
+        self._open(path, 0 if exists else os.O_CREAT | os.O_EXCL)
+        at, done = 0, False
         try:
-            self._open(temporary, os.O_CREAT | os.O_EXCL)
-        except OSError:
-            return False
-        try:
-            at = 0
             while True:
-                data = os.pread(old, 1 << 20, at)
-                if not data:
+                try:
+                    data = os.pread(old, 1 << 20, at)
+                except OSError as error:
+                    log.debug("%s cannot be copied: %s", self.path, error.strerror)
+                    break
+                if not data and at >= max(self.size, 1):
+                    self._torn = os.pread(self._fd, 1, at - 1) != b"\n"
+                    if not exists:
+                        os.rename(path, self.path)
+                    self.size, done = at, True
+                there = os.pread(self._fd, len(data), at) if at < self.size else b""
+                if not data or data[: len(there)] != there:
                     break
                 at += len(data)
+                data = data[len(there) :]
                 while data:
                     data = data[os.write(self._fd, data) :]
-            if at:
-                self._torn = os.pread(self._fd, 1, at - 1) != b"\n"
-                os.rename(temporary, self.path)
-                self.size = at
-                return True
-        except OSError as error:
-            log.debug("%s cannot be copied: %s", self.path, error.strerror)
-        os.close(self._fd)
-        self._fd = old
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        return False
+            return done
+        finally:
+            if not done:
+                # A long log is not copied every second onto a disk that has no room for it.
+                self._again_mono = time.monotonic() + at // COPY_AGAIN_BYTES_S
+                os.close(self._fd)
+                self._fd, self.size, self._torn, self._identity = before
+                if not exists:
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
+
+    def _is_somewhere(self) -> bool:
+        try:
+            return os.fstat(self._fd).st_nlink > 0
+        except OSError:
+            return False
+
+    def _settle(self) -> None:
+        """Forget those of the lines that wait that are in the file."""
+        while self._ahead and self._backlog:
+            self._ahead -= 1
+            self._backlog_bytes -= len(self._backlog.popleft())
+
+    def _write_ahead(self) -> None:
+        """Write what waits to the file that was left, as long as that takes it."""
+        if time.monotonic() < self._retry_mono:
+            return
+        while self._ahead < len(self._backlog):
+            line, written = self._backlog[self._ahead], 0
+            data = b"\n" + line if self._ragged else line
+            if is_still(self._fd, self._identity):
+                with contextlib.suppress(OSError):
+                    written = os.write(self._fd, data)
+            self._ragged = 0 < written < len(data) or (self._ragged and not written)
+            if written < len(data) - 1:
+                self._retry_mono = time.monotonic() + RETRY_S
+                return
+            # A signal's handler may have written it meanwhile, with what it recorded itself.
+            if self._ahead < len(self._backlog) and self._backlog[self._ahead] is line:
+                self._ahead += 1
 
     def append(self, record: Any) -> None:
         """Write one record as a line; keep it for later where that fails. Never raises OSError."""
@@ -1143,13 +1206,19 @@ class LogWriter:
             self._backlog_bytes += len(line)
             while self._backlog_bytes > MAX_BACKLOG_BYTES:
                 self._backlog_bytes -= len(self._backlog.popleft())
-                self.dropped += 1
+                if self._ahead:
+                    self._ahead -= 1
+                    self._let_go += 1
+                else:
+                    self.dropped += 1
             self.flush()
 
     def flush(self, now: bool = False, again: bool = False) -> bool:
         """Write what waits; True when nothing waits any more."""
         mono = time.monotonic()
-        if self._backlog and (now or mono >= self._retry_mono):
+        if self._lost:
+            self._write_ahead()
+        elif self._backlog and (now or mono >= self._retry_mono):
             self._retry_mono = mono + RETRY_S
             while self._backlog:
                 line = self._backlog[0]
@@ -1190,7 +1259,11 @@ class LogWriter:
         where not everything is in it."""
         size = -1
         if not self.flush(now=True):
-            log.error("%s: %d records could not be written", self.path, len(self._backlog))
+            waiting = len(self._backlog)
+            if self._lost and self._ahead == waiting and self._is_somewhere():
+                log.warning("%s: %d records are in the file that was moved away", self.path, waiting)
+            else:
+                log.error("%s: %d records could not be written", self.path, waiting)
         with contextlib.suppress(OSError):  # of a share that is gone, not even this succeeds
             if not self._backlog and not self.dropped:
                 size = os.fstat(self._fd).st_size
@@ -2038,6 +2111,8 @@ class Run:
         self._complained = False
         self._warned_odd = False
         self._lines = 0
+        #: What a checkpoint takes at most, as far as it was counted; measured when the limit is reached.
+        self._state_bytes: float = math.inf
         #: How often in a row somebody else was found to hold the marker.
         self._lock_lost = 0
         #: How many records are in the state and perhaps not in the log: 1 while one is added, seen by a
@@ -2643,6 +2718,7 @@ class Run:
             now = time.time()
             if self._pid and now >= self._look_at_s:
                 self._look(now)
+            self._check_room(record, len(line))
             self._adding += 1
             # From the line, so that the state shares nothing with what the caller holds.
             applied = self._state.apply(from_json(line))
@@ -2658,6 +2734,37 @@ class Run:
         finally:
             if held:
                 self._lock.release()
+
+    def _check_room(self, record: Dict[str, Any], size: int) -> None:
+        """Raise ArgumentError where a checkpoint could not hold the run with this record: it would be
+        too long a line for its readers, who would then miss params and series."""
+        kind = next(iter(record))
+        if kind not in ("set", "series", "props"):
+            return
+        size += SERIES_ROOM_BYTES if kind == "series" else 0
+        if self._state_bytes + size > MAX_CHECKPOINT_BYTES:
+            # What was counted since may have replaced what was there before: measured only now.
+            state, replaced = self._state, 0
+            self._state_bytes = 0.0
+            with contextlib.suppress(KeyError, RecursionError):  # params that somebody else nested too deeply
+                self._state_bytes = (
+                    len(to_json(state.to_checkpoint())) + len(state.series) * SERIES_GROWTH_BYTES
+                )
+                if kind == "set":
+                    replaced = len(to_json(state.param(record["set"])))
+                elif kind == "props":
+                    replaced = sum(len(to_json(state.props[name])) for name in record["props"])
+            if self._state_bytes + size - replaced > MAX_CHECKPOINT_BYTES and size > replaced:
+                what = f"param {'.'.join(record[kind])!r}" if kind == "set" else "what is set"
+                what = f"metric {brief(record['name'])}" if kind == "series" else what
+                way_out = "give fewer contexts: what counts up is a step"
+                raise ArgumentError(
+                    f"{printable(what, 80)}: with it, the run's params, properties and series take "
+                    f"{self._state_bytes + size - replaced} bytes, and a run holds at most "
+                    f"{MAX_CHECKPOINT_BYTES}: "
+                    f"{way_out if kind == 'series' else 'store it in a file, and its path here'}"
+                )
+        self._state_bytes += size
 
     def _checkpoint(self, anyway: bool = False) -> None:
         """Write the whole state, unless it may count a record that was never written: then the records

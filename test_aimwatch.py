@@ -4233,6 +4233,51 @@ class Params(RecordingCase):
         self.assertEqual(self.reread("r")[...], {"a": {"b": "y"}})
         self.assertEqual(list(self.reread("r")._state.errors), ["m" * 100])
 
+    def test_run_that_no_checkpoint_could_hold_is_refused_before_anything_is_lost(self) -> None:
+        with mock.patch.object(aimwatch, "MAX_LINE_BYTES", 20_000), mock.patch.object(
+            aimwatch, "MAX_STATE_BYTES", 40_000
+        ), mock.patch.object(aimwatch, "MAX_CHECKPOINT_BYTES", 15_000), mock.patch.object(
+            aimwatch, "CHECKPOINT_LINES", 8
+        ):
+            run = self.run_object("r")
+            for n in range(12):
+                run[f"p{n}"] = "x" * 1000
+            for _ in range(30):  # what is replaced counts no more
+                run["p5"] = "y" * 1000
+            with self.assertRaisesRegex(
+                aimwatch.ArgumentError,
+                "^param 'big': with it, .* take 1[5-7]... bytes, and a run holds at most 15000: store it in a file",
+            ):
+                run["big"] = "x" * 3000
+            self.assertIsNone(run.get("big"))
+            for n in range(4):
+                run.track(n, "loss")
+            refused = 0
+            for n in range(50):
+                try:
+                    run.track(n, "many", context={"n": n})
+                except aimwatch.ArgumentError as error:
+                    refused += 1
+                    self.assertRegex(str(error), "^metric 'many': with it, .*: give fewer contexts")
+            self.assertIn(refused, range(5, 49))
+            with self.assertRaisesRegex(aimwatch.ArgumentError, "^what is set: with it, "):
+                run.add_tag("t" * 3000)
+            run["p0"] = "shorter"  # also where there is no room
+            run.log_error("told")
+            for state in ("live", "closed"):
+                reader = self.reread("r")
+                with self.subTest(state):
+                    self.assertEqual(reader[...], run[...])
+                    self.assertEqual(len(reader.metrics()), 51 - refused)
+                    self.assertEqual((reader.get_metric("loss").count, reader._state.skipped), (4, 0))  # type: ignore[union-attr]
+                run.close()
+            again = self.run_object("r")
+            with self.assertRaisesRegex(aimwatch.ArgumentError, "^param 'big'"):
+                again["big"] = "x" * 5000
+            del again["p1"], again["p2"], again["p3"], again["p4"]
+            again["big"] = "x" * 3000
+            self.assertEqual(len(self.reread("r")["big"]), 3000)
+
     def test_properties_are_kept_over_a_resume(self) -> None:
         run = self.run_object("r", experiment="first")
         self.assertEqual((run.name, run.description, run.tags), ("Run: r", None, []))
@@ -4621,8 +4666,139 @@ class VanishedFolder(RecordingCase):
                 self.assertTrue(self.is_locked())
                 (metric,) = self.reread("r").metrics()
                 self.assertEqual(metric.count, self.tracked)
-                if comes_back_as == "empty":
-                    self.assertEqual(metric.steps, list(range(self.tracked)))
+                self.assertEqual(metric.steps, list(range(self.tracked)))
+        self.assert_whole()
+
+    def test_points_tracked_while_the_folder_is_away_survive_a_kill(self) -> None:
+        self.live.close()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    run = Run("killed", repo=self.root)
+                    while True:
+                        for n in range(10):
+                            run.track(n, "m")
+                        theirs.send(b"x")
+                        theirs.recv(1)
+                finally:
+                    os._exit(1)
+            try:
+                ours.settimeout(15)
+                ours.recv(1)
+                os.rename(self.paths.aim, self.paths.aim + ".away")
+                for _ in range(2):
+                    ours.send(b"x")
+                    ours.recv(1)
+            finally:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        self.assertFalse(os.path.exists(self.paths.aim))
+        os.rename(self.paths.aim + ".away", self.paths.aim)
+        self.assertEqual(self.points("killed"), [(n, float(n % 10)) for n in range(30)])
+
+    def test_folder_that_was_moved_away_for_good_holds_everything(self) -> None:
+        away = self.paths.aim + ".away"
+        os.rename(self.paths.aim, away)
+        self.track(5)
+        with mock.patch.object(aimwatch, "END_RETRY_S", 0), self.assertLogs("aimwatch") as logs:
+            self.live.close()
+        self.assertIn("r.jsonl: 7 records are in the file that was moved away", logs.output[-1])
+        os.rename(away, self.paths.aim)
+        self.assert_whole()
+
+    def test_file_that_was_left_and_takes_no_writes_gets_what_waits_when_it_is_back(self) -> None:
+        real, cut = os.write, [0]
+
+        def write(fd: int, data: Any) -> int:
+            if cut[0] < 0:
+                no_space()
+            return real(fd, data[: cut[0]] if fd == self.live._log._fd else data)
+
+        away = self.paths.aim + ".away"
+        for length in (-1, 0, 1, 13, -1):  # no room, or half a line
+            os.rename(self.paths.aim, away)
+            self.track(2)
+            with mock.patch("os.write", write), mock.patch.object(aimwatch, "RETRY_S", 0):
+                cut[0] = length
+                for _ in range(3):
+                    self.track(1)
+            self.track(2)
+            os.rename(away, self.paths.aim)
+            self.track(1)
+            self.assertEqual(self.live._log._backlog_bytes, 0)
+        (metric,) = self.reread("r").metrics()
+        self.assertEqual(metric.steps, list(range(self.tracked)))
+
+    def test_older_copy_of_the_log_gets_what_it_lacks(self) -> None:
+        path = self.paths.run_log("r")
+        for cut in range(0, 60, 7):  # to copy does not stop at the end of a line
+            with open(path, "rb") as file:
+                copy = file.read()
+            self.track(3)
+            os.unlink(path)
+            with open(path, "wb") as file:
+                file.write(copy[: len(copy) - cut])
+            self.track(2)
+            with self.subTest(cut=cut):
+                (metric,) = self.reread("r").metrics()
+                self.assertEqual((metric.steps, metric.count), (list(range(self.tracked)), self.tracked))
+        self.assertFalse([record for record in self.records("r") if "checkpoint" in record])
+        self.assert_whole()
+
+    def test_disk_without_room_for_what_an_older_copy_lacks_is_tried_again(self) -> None:
+        path, real, room = self.paths.run_log("r"), os.write, [40]
+        shutil.copy(path, path + ".copy")
+        self.track(5)
+
+        def write(fd: int, data: Any) -> int:
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                if room[0] <= 0:
+                    no_space()
+                written = real(fd, data[: room[0]])
+                room[0] -= written
+                return written
+            return real(fd, data)
+
+        os.rename(path + ".copy", path)
+        fds = open_fds()
+        with mock.patch("os.write", write):
+            self.track(3)
+        self.assertEqual(open_fds(), fds)
+        self.track(1)
+        self.assert_whole()
+
+    def test_long_log_is_not_copied_every_second_where_there_is_no_room(self) -> None:
+        os.unlink(self.paths.run_log("r"))
+        real, calls = os.write, []
+
+        def write(fd: int, data: Any) -> int:
+            if not os.fstat(fd).st_nlink:
+                return real(fd, data)
+            if calls and calls[-1] > 5:
+                calls.append(0)
+                no_space()
+            calls.append(real(fd, data[:10]))
+            return calls[-1]
+
+        with mock.patch.object(aimwatch, "COPY_AGAIN_BYTES_S", 1), mock.patch("os.write", write):
+            self.track(5)
+        self.assertEqual(len(calls), 2)
+        self.live._log._again_mono = 0.0
+        self.track(1)
+        self.assert_whole()
+
+    def test_another_file_in_the_place_of_the_log_gets_a_summary(self) -> None:
+        path = self.paths.run_log("r")
+        os.unlink(path)
+        with open(path, "xb") as file:
+            file.write(b'{"format":1,"hash":"r","created_at":5.5}\n')
+        with self.assertLogs("aimwatch") as logs:
+            self.track(3)
+        self.assertIn(
+            f"WARNING:aimwatch:{path}: of what it held before only the summary is there", logs.output
+        )
         self.assert_whole(values=False)
 
     def test_log_that_cannot_be_read_any_more_is_made_again_from_memory(self) -> None:
@@ -4746,7 +4922,9 @@ class VanishedFolder(RecordingCase):
             with contextlib.ExitStack() as stack:
                 if how == "unreadable":
                     stack.enter_context(mock.patch("os.pread", side_effect=OSError(errno.ESTALE, "")))
-                    stack.enter_context(mock.patch.object(aimwatch.LogWriter, "_copy_back", lambda *_: False))
+                    stack.enter_context(
+                        mock.patch.object(aimwatch.LogWriter, "_carry_over", lambda *_: False)
+                    )
                 outbox.flush()
                 outbox.sent([events[1].id], "a")
             again = aimwatch.Outbox(self.paths.outbox)
