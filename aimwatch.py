@@ -4040,6 +4040,7 @@ def _syntax_error(text: str, error: SyntaxError) -> QueryError:
             ast.parse(text.strip(), mode="eval")
         except SyntaxError as closer:
             error, shift = closer, len(text) - len(text.lstrip())
+            error.offset = error.offset or len(text.strip())  # 0: at the end, something is missing
     hint = next((hint for mistake, hint in _MISTAKES if re.search(mistake, text)), "")
     line = min(error.lineno or 1, text.count("\n") + 1)
     column = max((error.offset or 1) + (shift if line == 1 else 0), 1)
@@ -4153,6 +4154,7 @@ _FALSE_VALUES = "(0, '', x'7b7d', x'5b5d')"  # as in Python: no number, no text,
 
 _INSTEAD = {
     "BitAnd": "'&' is not in the query language: write and",
+    "MatMult": "'@' is not in the query language",
     "BitOr": "'|' is not in the query language: write or",
     "Invert": "'~' is not in the query language: write not",
     "NamedExpr": "':=' is not in the query language: write ==",
@@ -4520,6 +4522,11 @@ class _Compiler:
 
     def refuse_kind(self, node: ast.expr, what: ast.AST) -> NoReturn:
         kind = type(what).__name__
+        if isinstance(node, ast.BinOp):  # the operator stands behind its left side
+            line, offset = node.left.end_lineno or 1, node.left.end_col_offset or 0
+            rest = f"({self.text}".split("\n")[line - 1].encode("utf-8", "replace")[offset:]
+            offset += len(rest) - len(rest.lstrip(b" \t)"))
+            node = ast.Name("", ast.Load(), lineno=line, col_offset=offset)
         self.refuse(
             node,
             _INSTEAD.get(kind, f"'{kind}' is not in the query language: write it with and, or, not"),

@@ -3363,7 +3363,10 @@ class RefusalTest(IndexCase):
             ("run.a == rb'x'", 10, "leave out the prefix"),
             ("run.a == 1j", 10, "1j is not in the query language"),
             ("run.a == ...", 10, "Ellipsis is not"),
-            ("run.a & 1", 1, "'&' is not in the query language: write and"),
+            ("run.a & 1", 7, "'&' is not in the query language: write and"),
+            ("(run.a) @ 1", 9, "'@' is not in the query language"),
+            (" run.a ==", 9, "not a Python expression"),
+            ("run.a == 5 or", 13, "not a Python expression"),
             ("run.a == 1 and ~run.b", 16, "'~' is not in the query language: write not"),
             ("(x := 5) == 5", 2, "':=' is not"),
             ("run.name[0:4] == 'a'", 5, "a slice [a:b] is not"),
@@ -5080,6 +5083,111 @@ class IndexFile(StoredCase):
             code, out, err = self.run_cli("reindex")
             self.assertEqual((code, out), (1, ""))
             self.assertIn(f"cannot write {self.paths.index}: ", err)
+
+    def test_name_in_a_damaged_index_that_is_no_text_is_damage(self) -> None:
+        self.fill()
+        self.reindexed()
+        expected = self.answers()
+        with open(self.paths.index, "rb") as file:
+            whole = file.read()
+        at = whole.index(b"params_by_value")
+        for ask in (self.answers, self.reindexed, self.rebuilt):
+            with open(self.paths.index, "wb") as file:
+                file.write(whole[:at] + b"\xdf" + whole[at + 1 :])
+            with self.subTest(ask.__name__):
+                ask()
+                self.assertEqual(self.answers(), expected)
+                with contextlib.closing(sqlite3.connect(self.paths.index)) as db:
+                    db.execute("SELECT * FROM runs").fetchall()
+
+    def test_older_index_that_is_put_back_and_logs_that_are_brought_are_noticed_by_reindex(self) -> None:
+        self.fill()
+        self.live.close()
+        expected = self.reindexed()
+        with open(self.paths.index, "rb") as file:
+            older = file.read()
+        for name in ("later", "gone", "went_on"):
+            Run(name, repo=self.root).close()
+        run = Run("open", repo=self.root)
+        repo = aimwatch.Repo(self.root)
+        repo.reindex()
+        with open(self.paths.index, "rb") as file:
+            has_gone = file.read()
+        run.close()
+        for older_one in (older, has_gone):
+            with self.subTest(has_gone=older_one is has_gone):
+                with open(self.paths.index, "wb") as file:
+                    file.write(older_one)
+                if older_one is has_gone:
+                    os.unlink(self.paths.run_log("gone"))
+                self.assertEqual(self.reindexed()["runs"], self.rebuilt()["runs"])
+                self.assertEqual(self.pending(), [])
+        self.assertEqual(len(self.reindexed()["runs"]), len(expected["runs"]) + 3)
+        with mock.patch.object(aimwatch, "load_run", self.fail):
+            self.reindexed()  # nothing is read in vain
+
+    def test_threads_may_share_a_repository(self) -> None:
+        self.fill()
+        repo, wrong, stop = aimwatch.Repo(self.root), [], threading.Event()
+        count = len(repo.query_runs("run.nested.a.b[0] == 1"))
+
+        def ask() -> None:
+            try:
+                while not stop.is_set():
+                    if len(repo.query_runs("run.nested.a.b[0] == 1")) != count:
+                        wrong.append("another number of runs")
+            except Exception as error:
+                wrong.append(repr(error))
+
+        with self.assertLogs("aimwatch") as logs:
+            aimwatch.log.warning("none but this")
+            threads = [threading.Thread(target=ask) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for step in range(300):
+                self.live.track(step, "m")
+            stop.set()
+            for thread in threads:
+                thread.join()
+        self.assertEqual((wrong, len(logs.output)), ([], 1))
+
+    def test_nobody_waits_longer_for_the_index_than_was_said(self) -> None:
+        self.fill()
+        expected = self.answers()
+        with contextlib.closing(sqlite3.connect(self.paths.index, isolation_level=None)) as db:
+            for begin in ("BEGIN EXCLUSIVE", "BEGIN; SELECT * FROM runs"):
+                with self.subTest(begin), mock.patch.object(aimwatch, "INDEX_ITSELF_S", 0.1):
+                    for statement in begin.split("; "):
+                        db.execute(statement).fetchall()
+                    begun = time.monotonic()
+                    Run("late", repo=self.root).close()
+                    self.assertLess(time.monotonic() - begun, 1.5)
+                    self.assertIn("late", self.pending())
+                    db.execute("COMMIT")
+            db.execute("BEGIN EXCLUSIVE")
+            with mock.patch.object(aimwatch.open_index, "__kwdefaults__", {
+                **aimwatch.open_index.__kwdefaults__, "busy_timeout_s": 0.05
+            }):  # fmt: skip
+                begun = time.monotonic()
+                aimwatch.Repo(self.root).delete_run("late")
+                self.assertEqual(self.answers(), expected)
+                self.assertLess(time.monotonic() - begun, 4)
+
+    def test_dead_run_is_resumed_while_somebody_indexes_it(self) -> None:
+        self.fill()
+        with contextlib.closing(sqlite3.connect(self.paths.index, isolation_level=None)) as db:
+            db.execute("BEGIN")
+            db.execute("SELECT * FROM runs").fetchall()
+            indexer = self.process(
+                "import aimwatch\nreal = aimwatch.index_or_say\naimwatch.BUSY_S = 0.8\n"
+                "def index_or_say(db, paths, state, size):\n"
+                "    problem = real(db, paths, state, size)\n    print(state.hash)\n    return problem\n"
+                "aimwatch.index_or_say = index_or_say\naimwatch.Repo().reindex()"
+            )
+            self.assertIn("dead\n", iter(indexer.stdout.readline, ""))
+            with mock.patch.object(aimwatch, "INDEX_ITSELF_S", 0.1):
+                Run("dead", repo=self.root).close()
+        indexer.communicate(timeout=30)
 
     def test_journal_of_a_process_that_was_killed_is_not_mixed_into_a_new_index(self) -> None:
         self.fill()
