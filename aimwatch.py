@@ -1361,7 +1361,7 @@ def parse_message(line: bytes) -> Optional[Dict[str, Any]]:
 
 def read_messages(path: str) -> Iterator[Dict[str, Any]]:
     """Yield the log messages of a run as recorded. Raises OSError."""
-    with open(path, "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         for line, _ in read_lines(file):
             message = parse_message(line)
             if message is not None:
@@ -4769,7 +4769,14 @@ class Repo:
         if not os.path.exists(self._paths.run_log(run_hash)):
             raise RepoError(f"no run {run_hash} in {self.path}: '{command_line()} runs' lists them")
         with self._held(run_hash):
-            state = read_log(self._paths.run_log(run_hash), run_hash)
+            path = self._paths.run_log(run_hash)
+            try:
+                state = read_log(path, run_hash)
+            except OSError as error:
+                raise RepoError(f"cannot read {path}: {error.strerror}") from None
+            problem = log_problem(state)
+            if problem:
+                raise RepoError(f"cannot close {run_hash}: {path}: {problem}")
             if state.end is None:
                 finalize_dead(self._paths, state, last_check_ins(self._paths).get(run_hash, 0.0))
             names = own_check_ins(self._paths, run_hash)
@@ -8934,9 +8941,9 @@ def cmd_show(args: Any) -> int:
     repo = Repo(args.repo)
     run_hash = repo.find_run(args.hash)
     run = unread_run(repo._paths, run_hash)
+    state = run._state.to_checkpoint()  # reads the log first, and says what is wrong with it
     messages = list(read_messages(repo._paths.run_log(run_hash)))
     if args.json:
-        state = run._state.to_checkpoint()
         state.pop("checkpoint")
         state["series"] = [_series_object(metric) for metric in run.metrics()]
         print(json.dumps({"hash": run_hash, **state, "messages": messages}, indent=2))

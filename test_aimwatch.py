@@ -4390,6 +4390,7 @@ class InterruptedWriters(RecordingCase):
                 run.track(100, "other")
             if what == "leaves":
                 raise SystemExit(3)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs in the background ignores it
         if what != "plain":
             signal.signal(signal.SIGTERM, handler)  # the user's, and first: it is called
         run = aimwatch.Run("r")
@@ -6017,6 +6018,30 @@ class RunCommands(StoredCase):
 
     def column(self, *argv: str) -> List[str]:
         return [line.split()[0] for line in self.fine(*argv)[0].splitlines()[1:]]
+
+    def test_log_that_cannot_be_read_is_one_line_and_stays_as_it_is(self) -> None:
+        for name in ("good", "fifo", "folder", "link", "empty", "newer"):
+            with Run(name, repo=self.root) as run:
+                run.log_info("x")
+        target = os.path.join(self.root, "elsewhere")
+        for name in ("fifo", "folder", "link", "empty", "newer"):
+            os.rename(self.paths.run_log(name), target)
+        os.mkfifo(self.paths.run_log("fifo"))
+        os.mkdir(self.paths.run_log("folder"))
+        os.symlink(target, self.paths.run_log("link"))
+        for name, data in (("empty", ""), ("newer", '{"format": 99, "hash": "newer"}\n')):
+            with open(self.paths.run_log(name), "w") as file:
+                file.write(data)
+        for command in ("show", "close", "plot"):
+            for name in ("fifo", "folder", "link", "empty", "newer"):
+                with self.subTest(command=command, name=name):
+                    code, out, err = self.run_cli(command, name, *(["m"] if command == "plot" else []))
+                    self.assertEqual((code, out), (1, ""))
+                    self.assertRegex(err, rf"^[^\n]*cannot (read|close) [^\n]*{name}[^\n]*\n$")
+        with open(self.paths.run_log("newer")) as file:
+            self.assertEqual(file.read(), data)
+        self.assertEqual(os.path.getsize(self.paths.run_log("empty")), 0)
+        self.assertEqual(self.run_cli("close", "good")[0], 0)
 
     def test_runs_are_a_table_for_people(self) -> None:
         out, err = self.fine("runs")
