@@ -8879,7 +8879,8 @@ def _print_cells(args: Any, columns: Sequence[str], rows: List[List[Any]], noun:
         if text:
             print("\n".join(table([column.upper() for column in columns], text)))
         more = f", {len(rows) - len(chosen)} more with --limit 0" if len(chosen) < len(rows) else ""
-        print(f"{len(chosen)} {noun}{more}", file=sys.stderr)
+        counted = "1 run" if (len(chosen), noun) == (1, "runs") else f"{len(chosen)} {noun}"
+        print(counted + more, file=sys.stderr)
 
 
 def _json_cell(value: Any) -> Any:
@@ -8896,7 +8897,9 @@ def _sort_key(value: Any) -> Tuple[int, Any]:
 
 def _column_index(name: str, columns: Sequence[str]) -> int:
     if name not in columns:
-        raise AimwatchError(f"cannot sort by {printable(name, 40)!r}: the columns are {', '.join(columns)}")
+        raise AimwatchError(
+            f"there is no column {printable(name, 40)!r}: the columns are {', '.join(columns)}"
+        )
     return columns.index(name)
 
 
@@ -8920,7 +8923,7 @@ def cmd_runs(args: Any) -> int:
         for run, row in ((unread_run(repo._paths, row.hash), row) for row in rows)
     ]
     cells += [[None] * len(columns)] * (len(result.rows) - len(rows))
-    _print_cells(args, columns, cells, "run" if len(cells) == 1 else "runs")
+    _print_cells(args, columns, cells, "runs")
     return 0
 
 

@@ -6057,7 +6057,7 @@ class RunCommands(StoredCase):
         self.assertEqual(self.fine("runs", "run.lr == 'auto'")[1], "1 run\n")
         self.assertEqual(self.fine("runs", "run.lr == 5"), ("", "0 runs\n"))
         out, err = self.fine("runs", "--limit", "1", "--columns", "hash")
-        self.assertEqual((out, err), ("HASH\n3abc\n", "1 runs, 3 more with --limit 0\n"))
+        self.assertEqual((out, err), ("HASH\n3abc\n", "1 run, 3 more with --limit 0\n"))
 
     def test_sort_limit_and_columns(self) -> None:
         for argv, expected in (
@@ -6266,8 +6266,8 @@ class RunCommands(StoredCase):
                      ["runs", "--columns", "metric:'; DROP TABLE"], ["runs", "--sort=-metric:loss"]):  # fmt: skip
             self.assertEqual(self.run_cli(*argv)[0], 0, argv)
         for argv, message in (
-            (["metrics", "--columns", "run,x;y"], "cannot sort by 'x;y': the columns are run, metric"),
-            (["metrics", "--sort", "x"], "cannot sort by 'x': the columns are run, metric"),
+            (["metrics", "--columns", "run,x;y"], "there is no column 'x;y': the columns are run, metric"),
+            (["metrics", "--sort", "x"], "there is no column 'x': the columns are run, metric"),
             (["runs", "--limit", "-1"], "'-1' is not a whole number"),
             (["runs", "--limit", "x"], "'x' is not a whole number"),
             (["runs", "--json", "--csv"], "not allowed with"),
