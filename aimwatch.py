@@ -167,33 +167,28 @@ def _finite_number(text: str) -> float:
 _from_json = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite_number).decode
 
 
-def from_json(data: bytes) -> Any:
+def from_json(data: Union[bytes, str]) -> Any:
     """Return the value of strict JSON text. Raises ValueError, and RecursionError for a value that
     is nested too deeply."""
-    return _from_json(data.decode("utf-8", "replace"))
+    return _from_json(data if isinstance(data, str) else data.decode("utf-8", "replace"))
 
 
-#: Errors that mean "this file system has no record locks", as opposed to "somebody holds it".
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+def json_object(data: Union[bytes, str]) -> Optional[Dict[str, Any]]:
+    """Return the JSON object that text is, or None for anything else."""
+    try:
+        value = from_json(data)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+#: Added to every `open` below a repository: no link is followed, and a FIFO hangs nobody.
+O_SAFE = os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def try_lock(fd: int, how: int = fcntl.LOCK_EX) -> Optional[bool]:
-    """Take the POSIX record lock on `fd`: True when taken, False when held elsewhere, None when
-    the file system has no locks. With LOCK_SH, two that only look do not see each other.
-
-    Record locks cross machines on NFS and Lustre, and go with the process that held them. They
-    also go when that process closes *any* descriptor of the same file, so a process must never
-    reopen a file that it holds locked.
-    """
-    try:
-        fcntl.lockf(fd, how | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        if error.errno in NO_LOCKS:
-            return None
-        raise
-    return True
+    """Shim until every lock is a FileLock."""
+    return _try_lock(fd, how)
 
 
 def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
@@ -328,6 +323,211 @@ def plural(count: int, noun: str) -> str:
 def this_host() -> str:
     """Return this machine's name as `uname` gives it."""
     return os.uname().nodename
+
+
+# ======================================================================================
+# Locks
+#
+# Who watches, who writes a run, who indexes: each is a lock on a file, which the system lets go when
+# its process dies. One registry in the process knows all that it holds, since a process that opens and
+# closes a locked file a second time loses the lock.
+# ======================================================================================
+
+#: Errors that mean "this file system has no record locks", as opposed to "somebody holds it".
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+#: Errors that mean "the file that was here is not any more", as opposed to "it cannot be seen now".
+GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EBADF}
+#: How long a thread waits for another that is just opening or closing a locked file.
+_REGISTRY_WAIT_S = 2.0
+
+
+def _try_lock(fd: int, how: int) -> Optional[bool]:
+    """Take the POSIX record lock on `fd`: True when taken, False when held elsewhere, None when the file
+    system has no locks. Raises OSError for anything else."""
+    try:
+        fcntl.lockf(fd, how | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+class FileLock:
+    """A lock on a file that other processes see, on other machines too where the file system shares locks.
+
+    A POSIX record lock goes with the process that holds it, and also when that process closes *any*
+    descriptor of the same file. So this class alone opens files that are ever locked, and the process
+    keeps a registry of those it holds: neither a second lock nor a probe opens one of them again.
+    With `flock`, the other kind of lock is taken too, which a program may use that does not see ours.
+    """
+
+    #: By real path, what this process holds. Reentrant, since a signal's handler may end a run.
+    _registry: Dict[str, FileLock] = {}
+    _guard = threading.RLock()
+
+    def __init__(self, path: str, *, flock: bool = False) -> None:
+        self.path = path
+        self._flock = flock
+        self._key = _real_path(path)
+        self._fd, self._pid = -1, 0
+        self._identity = (0, 0)
+
+    def acquire(self, wait_s: float = 0.0, create: bool = True) -> Optional[bool]:
+        """Lock the file at the path, waiting at most `wait_s` seconds for who holds it.
+
+        True: it is held now. False: another process holds it, or another FileLock of this one. None: it
+        is held within this process, and the file system has no locks for others. Raises OSError.
+        """
+        deadline = time.monotonic() + wait_s
+        while True:
+            locked = self._acquire(create)
+            if locked is not False or time.monotonic() >= deadline:
+                return locked
+            time.sleep(0.01)
+
+    def _acquire(self, create: bool) -> Optional[bool]:
+        if not self._guard.acquire(timeout=_REGISTRY_WAIT_S):
+            return False
+        try:
+            while self._key not in self._registry:
+                fd = os.open(self.path, os.O_RDWR | O_SAFE | (os.O_CREAT if create else 0), 0o666)
+                try:
+                    locked = _try_lock(fd, fcntl.LOCK_EX)
+                    if locked is not False and self._flock and not _try_flock(fd):
+                        locked = False
+                    # An indexer that held the lock may have removed the file before it let go.
+                    in_place = locked is False or _is_at(self.path, identity_of(fd))
+                except BaseException:
+                    os.close(fd)
+                    raise
+                if locked is not False and in_place:
+                    self._fd, self._identity, self._pid = fd, identity_of(fd), os.getpid()
+                    self._registry[self._key] = self
+                    return locked
+                os.close(fd)
+                if in_place:
+                    break
+            return False
+        finally:
+            self._guard.release()
+
+    @property
+    def held(self) -> bool:
+        """True from `acquire` to `release`, in the process that called them."""
+        return self._fd >= 0 and self._pid == os.getpid()
+
+    def is_there(self) -> bool:
+        """True where the path leads to the file that is locked, or nobody can tell."""
+        return _is_at(self.path, self._identity)
+
+    def retake(self) -> Optional[bool]:
+        """Lock the open file again, which changes nothing for who holds it: code that copies the
+        repository closes other descriptors of the file, and with them goes the lock."""
+        return _try_lock(self._fd, fcntl.LOCK_EX) if is_still(self._fd, self._identity) else False
+
+    def release(self) -> None:
+        """Let others have the lock. Does nothing where it is not held."""
+        held = self._guard.acquire(timeout=_REGISTRY_WAIT_S)
+        try:
+            fd, self._fd = self._fd, -1
+            if fd >= 0 and self._pid == os.getpid():
+                if self._registry.get(self._key) is self:
+                    del self._registry[self._key]
+                if is_still(fd, self._identity):
+                    with contextlib.suppress(OSError):
+                        os.close(fd)
+        finally:
+            if held:
+                self._guard.release()
+
+    def __enter__(self) -> FileLock:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
+    @classmethod
+    def forget_in_child(cls) -> None:
+        """Start with nothing held: a forked child has none of its parent's record locks, and threads
+        that do not exist in it would never release the guard."""
+        cls._guard, cls._registry = threading.RLock(), {}
+
+
+os.register_at_fork(after_in_child=FileLock.forget_in_child)
+
+
+def _real_path(path: str) -> str:
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+
+
+def _try_flock(fd: int) -> bool:
+    """Take the BSD lock on a file whose record lock is held; False where another program has it.
+
+    NFS makes a record lock of it, which meets the one that we hold ourselves. That case is recognized by
+    the BSD lock being free while ours is let go, and then the record lock alone serves both.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return True  # no such lock here
+        fcntl.lockf(fd, fcntl.LOCK_UN)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        return _try_lock(fd, fcntl.LOCK_EX) is not False
+    return True
+
+
+def lock_state(path: str) -> str:
+    """Return whether somebody, be it this process, holds the lock on a file: `held`, `free`, `absent` for
+    no such file, `unknown` where locks do not work or the file may not be read."""
+    if not FileLock._guard.acquire(timeout=_REGISTRY_WAIT_S):
+        return "unknown"
+    try:
+        if _real_path(path) in FileLock._registry:
+            return "held"
+        fd = os.open(path, os.O_RDONLY | O_SAFE)
+        try:
+            # Shared, so that two that only look do not see each other.
+            return {True: "free", False: "held", None: "unknown"}[_try_lock(fd, fcntl.LOCK_SH)]
+        finally:
+            os.close(fd)
+    except FileNotFoundError:
+        return "absent"
+    except OSError:
+        return "unknown"
+    finally:
+        FileLock._guard.release()
+
+
+def identity_of(fd: int) -> Tuple[int, int]:
+    """Return what tells the file of a descriptor from every other."""
+    info = os.fstat(fd)
+    return info.st_dev, info.st_ino
+
+
+def is_still(fd: int, identity: Tuple[int, int]) -> bool:
+    """False where somebody else closed the descriptor: its number may by now be that of another file,
+    which must be neither written nor closed."""
+    try:
+        return identity_of(fd) == identity
+    except OSError as error:
+        return error.errno != errno.EBADF
+
+
+def _is_at(path: str, identity: Tuple[int, int]) -> bool:
+    """True where a path leads to a file, or nobody can tell."""
+    try:
+        info = os.lstat(path)
+    except OSError as error:
+        return error.errno not in GONE
+    return (info.st_dev, info.st_ino) == identity
 
 
 # ======================================================================================
@@ -595,8 +795,8 @@ MAX_LINE_BYTES = 16 << 20
 MAX_CHECKPOINT_BYTES = MAX_LINE_BYTES - (1 << 20)
 #: What the numbers of a series take in a checkpoint, and by how much they may grow after it.
 SERIES_ROOM_BYTES, SERIES_GROWTH_BYTES = 150, 50
-#: How much a run keeps in memory while its log cannot be written.
-MAX_BACKLOG_BYTES = 64 << 20
+#: How much waits in memory while a file cannot be written.
+MAX_WAITING_BYTES = MAX_BACKLOG_BYTES = 64 << 20
 #: How often an unwritable log is tried again.
 RETRY_S = 1.0
 #: And one second later for so many bytes that were copied in vain.
@@ -606,8 +806,6 @@ COPY_AGAIN_BYTES_S = 8 << 20
 MAX_STATE_BYTES = 2 * MAX_LINE_BYTES
 #: More torn checkpoints than this, and lines that are no records, are in no log of ours.
 MAX_TORN_CHECKPOINTS, MAX_NOISE_LINES = 100, 10_000
-#: Errors that mean "the file that was here is not any more", as opposed to "it cannot be seen now".
-GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EBADF}
 _CHECKPOINT_START = b'{"checkpoint"'
 #: A checkpoint is written every so many lines, and at the end.
 CHECKPOINT_LINES = 10_000
@@ -1020,19 +1218,132 @@ class RunState:
     }
 
 
-def is_still(fd: int, identity: Tuple[int, int]) -> bool:
-    """False where somebody else closed the descriptor, as who becomes a daemon closes all: its number
-    may by now be that of another file, which must be neither read nor closed."""
-    try:
-        return identity_of(fd) == identity
-    except OSError as error:
-        return error.errno != errno.EBADF
+class AppendFile:
+    """Appends lines to one file, whose only writer the caller is: a run's log, or the outbox.
 
+    A line that the disk refuses waits in memory, in order, and is tried again with the next one, at most
+    once a second. When too much waits, the oldest lines are given up and counted in `dropped`.
 
-def identity_of(fd: int) -> Tuple[int, int]:
-    """Return what tells the file of a descriptor from every other."""
-    info = os.fstat(fd)
-    return info.st_dev, info.st_ino
+    Arguments:
+        path: the file; it is made where it is missing, and not its folder.
+        summary: returns lines that say as much as all that was ever appended, with which a file is begun
+            anew where the first was removed or replaced.
+
+    Raises OSError where the file cannot be opened.
+    """
+
+    def __init__(self, path: str, summary: Callable[[], List[bytes]]) -> None:
+        self.path = path
+        self.dropped = 0
+        self._summary = summary
+        self._waiting: Deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._retry_mono = -math.inf
+        #: True while nothing is at the path, and a line that was written would be in no file that is found.
+        self._gone = False
+        self._open()
+
+    def _open(self) -> None:
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | O_SAFE, 0o666)
+        try:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", self.path)
+            # A writer that was killed may have left half a line; the next record must not join it.
+            torn = info.st_size > 0 and os.pread(fd, 1, info.st_size - 1) != b"\n"
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd, self.size, self._torn = fd, info.st_size, torn
+        self._identity = info.st_dev, info.st_ino
+
+    def append(self, line: bytes) -> None:
+        """Write one line with its line break; keep it for later where that fails. Never raises OSError."""
+        if self._waiting or not self._write(line):
+            self._waiting.append(line)
+            self._waiting_bytes += len(line)
+            while self._waiting_bytes > MAX_WAITING_BYTES:
+                self._waiting_bytes -= len(self._waiting.popleft())
+                self.dropped += 1
+            self.flush()
+
+    def flush(self, now: bool = False) -> bool:
+        """Write what waits, if the last try was not a moment ago or `now`; True when nothing waits."""
+        mono = time.monotonic()
+        if self._waiting and not self._gone and (now or mono >= self._retry_mono):
+            self._retry_mono = mono + RETRY_S
+            while self._waiting:
+                line = self._waiting[0]
+                if not self._write(line):
+                    break
+                # A signal's handler that recorded something meanwhile has written this line too.
+                if self._waiting and self._waiting[0] is line:
+                    self._waiting_bytes -= len(self._waiting.popleft())
+            if not self._waiting:
+                log.warning("%s can be written again (%d records lost)", self.path, self.dropped)
+        return not self._waiting
+
+    def _write(self, line: bytes) -> bool:
+        if self._gone:
+            return False
+        try:
+            written = os.write(self._fd, b"\n" + line if self._torn else line)
+        except OSError as error:
+            if not self._waiting:
+                self._retry_mono = time.monotonic() + RETRY_S
+                log.warning("cannot write %s: %s; records wait in memory", self.path, error.strerror)
+            return False
+        missing = len(line) + self._torn - written
+        self._torn = missing > 0 and (written > 0 or self._torn)
+        return missing <= 1  # the next record brings the line break
+
+    def look(self) -> bool:
+        """Return True where the path leads to the file that is written.
+
+        A file that is gone takes writes all the same, and nobody finds them. So where it was removed or
+        replaced it is begun anew, with the first line of the summary, what waits, and the rest of the
+        summary; where only the descriptor went stale, as on a share that went away, it is opened again.
+        """
+        if _is_at(self.path, self._identity) and is_still(self._fd, self._identity):
+            self._gone = False
+            return True
+        old, identity = self._fd, self._identity
+        try:
+            self._open()
+        except OSError as error:
+            if not self._gone:
+                log.warning("%s is gone (%s); records wait in memory", self.path, error.strerror)
+            self._gone = True
+            return False
+        self._gone = False
+        if is_still(old, identity):
+            with contextlib.suppress(OSError):
+                os.close(old)
+        if self._identity != identity:
+            first, *rest = self._summary()
+            self._waiting = deque([first, *self._waiting, *rest])
+            self._waiting_bytes = sum(map(len, self._waiting))
+            log.warning("%s was begun anew: of what it held, only the summary is there", self.path)
+        self.flush(now=True)
+        return True
+
+    def sync(self) -> None:
+        """Wait until what was written has reached the disk, as far as the disk tells."""
+        with contextlib.suppress(OSError):
+            os.fsync(self._fd)
+
+    def close(self) -> int:
+        """Try once more to write what waits, and close the file. Return its size in bytes, or -1 where
+        not everything is in it."""
+        size = -1
+        if not self.flush(now=True):
+            log.error("%s: %d records could not be written", self.path, len(self._waiting))
+        with contextlib.suppress(OSError):  # of a share that is gone, not even this succeeds
+            if is_still(self._fd, self._identity):
+                if not self._waiting and not self.dropped:
+                    size = os.fstat(self._fd).st_size
+                os.close(self._fd)
+        return size
 
 
 class LogWriter:
@@ -1338,7 +1649,7 @@ def read_points(path: str, series_id: int) -> List[Tuple[int, float, Optional[fl
     step as recorded; those that `read_log` counts and no others. Raises OSError."""
     start = b"[%d," % series_id
     points = []
-    with open(path, "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         for line, _ in read_lines(file):
             if line.startswith(start):
                 with contextlib.suppress(*_NO_POINT):
@@ -5856,22 +6167,6 @@ def judge_status(answer: Answer, now_s: float) -> Optional[Outcome]:
     if not 200 <= answer.status < 300:
         return Outcome(RETRY, text)
     return None
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is no JSON")
-    return value
-
-
-def json_object(text: str) -> Optional[Dict[str, Any]]:
-    """Return the JSON object that `text` is, or None."""
-    try:
-        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def judge_slack(answer: Answer, now_s: float) -> Outcome:
