@@ -213,14 +213,22 @@ def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
         raise
 
 
+def names_in(folder: str, pattern: str) -> List[str]:
+    """Return the names in a folder that match a regular expression as a whole; [] where there is no
+    such folder. Raises OSError where it cannot be listed."""
+    try:
+        return list(filter(re.compile(pattern).fullmatch, os.listdir(folder)))
+    except FileNotFoundError:
+        return []
+
+
 def remove_leftovers(path: str) -> None:
     """Remove what `replace_file` left beside `path` where it was killed. For the only one who may
     replace that file just now."""
     folder, name = os.path.split(path)
     with contextlib.suppress(OSError):
-        for found in os.listdir(folder):
-            if re.fullmatch(re.escape(name) + r"\.[0-9a-f]{12}\.tmp", found):
-                os.unlink(os.path.join(folder, found))
+        for found in names_in(folder, re.escape(name) + r"\.[0-9a-f]{12}\.tmp"):
+            os.unlink(os.path.join(folder, found))
 
 
 def read_bounded(path: str, limit: int, follow: bool = True) -> bytes:
@@ -8435,6 +8443,131 @@ def _log_to_stderr(timed: bool) -> _LogHandler:
     return handler
 
 
+# -------------------------------------------------------------------------- commands and arguments
+
+#: Adds an argument to a parser.
+Argument = Callable[[Any], Any]
+
+
+class Command(NamedTuple):
+    """A command: what it does, whose docstring is its help, and the arguments that it takes."""
+
+    do: Callable[[Any], int]
+    arguments: Sequence[Argument]
+    epilog: str
+
+
+#: Every command by the words that call it, in the order of the help.
+_COMMANDS: Dict[str, Command] = {}
+#: What groups of commands are about.
+_GROUPS = {"notifiers": "Say who is told, and how."}
+
+
+def command(name: str, *arguments: Argument, epilog: str = "") -> Callable[[Callable[[Any], int]], Any]:
+    """Make a function the command `name`. It gets the parsed arguments and returns the exit code;
+    the first paragraph of its docstring is its help."""
+
+    def register(do: Callable[[Any], int]) -> Callable[[Any], int]:
+        _COMMANDS[name] = Command(do, arguments, epilog)
+        return do
+
+    return register
+
+
+def argument(
+    *names: str, type: Optional[Callable[[str], Any]] = None, variable: str = "", **options: Any
+) -> Argument:
+    """Return an argument of a command, as `argparse` takes it.
+
+    Arguments:
+        type: turns the text into the value, or raises an AimwatchError that says what is wrong.
+        variable: the environment variable that holds the default.
+    """
+
+    def add_to(parser: Any) -> None:
+        import argparse
+
+        def checked(text: str) -> Any:
+            try:
+                return type(text) if type else text
+            except AimwatchError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+
+        if variable:
+            options["default"] = os.environ.get(variable)
+        parser.add_argument(*names, **options, **({"type": checked} if type else {}))
+
+    return add_to
+
+
+def one_of(*arguments: Argument) -> Argument:
+    """Return arguments of which at most one may be given."""
+
+    def add_to(parser: Any) -> None:
+        group = parser.add_mutually_exclusive_group()
+        for add_to_group in arguments:
+            add_to_group(group)
+
+    return add_to
+
+
+def seconds_from(least: float) -> Callable[[str], float]:
+    """Return what reads a number of seconds that is at least so large."""
+
+    def seconds(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= MAX_EXPECT_S:
+            raise AimwatchError(f"{text!r} is not a number of seconds from {least:g} up to {MAX_EXPECT_S}")
+        return value
+
+    return seconds
+
+
+def duration(text: str) -> float:
+    """Return the seconds of `90`, `30m`, `2h` or `1d`."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*([smhd]?)", text.strip())
+    if match is None or not float(match[1]):
+        raise AimwatchError(f"{text!r} is not a time such as 90, 30m, 2h or 1d")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def whole_number(text: str) -> int:
+    """Return a whole number that is not negative."""
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise AimwatchError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def log_level(text: str) -> int:
+    """Return a level of log messages, given as a name or as a number."""
+    level = LOG_LEVELS.get(text.upper(), int(text) if re.fullmatch("[0-9]{1,4}", text) else -1)
+    if not 0 <= level <= 1000:
+        raise AimwatchError(f"{text!r} is not one of {', '.join(LOG_LEVELS)}")
+    return level
+
+
+def names_from(*known: str) -> Callable[[str], List[str]]:
+    """Return what reads names with commas between them; where some are given, only these."""
+
+    def names(text: str) -> List[str]:
+        found = [item.strip() for item in text.split(",") if item.strip()]
+        for name in found:
+            if known and name not in known:
+                raise AimwatchError(f"{name!r} is not one of {', '.join(known)}")
+        return list(dict.fromkeys(found))
+
+    return names
+
+
+ONE_HASH = argument("hash", metavar="HASH", help="the run's hash, or the first characters of it")
+HASHES = argument("hash", metavar="HASH", nargs="+", help="the run's hash, or the first characters of it")
+NOTIFIER_ID = argument("id", metavar="ID", help="its ID, or the first characters of it")
+AS_JSON = argument("--json", action="store_true", help="print JSON")
+ASK_NOTHING = argument("--yes", action="store_true", help="ask nothing")
+
 # -------------------------------------------------------------------------- start, init, status
 
 
@@ -8446,6 +8579,49 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+@command(
+    "start",
+    argument(
+        "--grace",
+        type=seconds_from(0),
+        default=DEFAULT_GRACE_S,
+        metavar="S",
+        help="seconds of silence beyond the promise before a run counts as stalled (default: %(default)g)",
+    ),
+    argument(
+        "--poll-interval",
+        type=seconds_from(0.05),
+        default=DEFAULT_POLL_INTERVAL_S,
+        metavar="S",
+        help="seconds between two looks (default: %(default)g)",
+    ),
+    argument(
+        "--remind-every",
+        type=duration,
+        default=0.0,
+        metavar="TIME",
+        help="tell again of a run that stays stalled, each time that long after the last, "
+        f"at most {MAX_REMINDERS} times: 30m, 2h (default: never)",
+    ),
+    argument(
+        "--standby",
+        action="store_true",
+        help="where another watcher holds the repository, wait and take over when it is gone",
+    ),
+    argument(
+        "--ping-url",
+        type=checked_url,
+        variable="AIMWATCH_PING_URL",
+        metavar="URL",
+        help="GET this URL after every poll that went well, for a dead-man's switch "
+        "(default: $AIMWATCH_PING_URL, which no process list shows)",
+    ),
+    argument(
+        "--once",
+        action="store_true",
+        help="look once, tell, and exit: 1 when any run is stalled or failed; for cron",
+    ),
+)
 def cmd_start(args: Any) -> int:
     """Watch the repository until told to stop, or once."""
     handler = _log_to_stderr(timed=True)
@@ -8547,7 +8723,7 @@ def _offer_notifier(paths: RepoPaths, args: Any) -> None:
     if sys.stdin.isatty() and sys.stderr.isatty() and not args.once:
         print(f"Nobody is told yet: {paths.root} has no enabled notifiers.")
         if _confirm("Would you like to configure notifiers?", True):
-            cmd_notifiers_add(_default_add_args(args.repo))
+            cmd_notifiers_add(build_parser().parse_args(["--repo", paths.root, "notifiers", "add"]))
             return
     log.info(
         "no notifiers are enabled, so events are only written here; '%s notifiers add' sets one up",
@@ -8555,6 +8731,7 @@ def _offer_notifier(paths: RepoPaths, args: Any) -> None:
     )
 
 
+@command("init")
 def cmd_init(args: Any) -> int:
     """Create a repository."""
     given = args.repo if args.repo is not None else os.environ.get("AIMWATCH_REPO") or os.getcwd()
@@ -8652,6 +8829,7 @@ def status_rows(paths: RepoPaths, saved: Dict[str, Any]) -> List[Dict[str, Any]]
     return sorted(rows, key=lambda row: (order.index(row["state"]), -row["last_check_in"]))
 
 
+@command("status", AS_JSON, epilog="Exits 1 when any run is stalled or failed, or no watcher is alive.")
 def cmd_status(args: Any) -> int:
     """Show every live run, and whether a watcher is alive."""
     paths = find_repo(args.repo)
@@ -8710,6 +8888,13 @@ def _find_live(paths: RepoPaths, prefix: str) -> str:
     return found[0] if len(found) == 1 else Repo(paths.root).find_run(prefix)
 
 
+@command(
+    "mute",
+    ONE_HASH,
+    argument(
+        "--for", type=duration, default=3600.0, metavar="TIME", help="30m, 2h, 1d; at most 30d (default: 1h)"
+    ),
+)
 def cmd_mute(args: Any) -> int:
     """Tell nobody of a run for a while; it is watched all the same, and told of after that while if
     it is stalled or failed then."""
@@ -8725,6 +8910,7 @@ def cmd_mute(args: Any) -> int:
     return 0
 
 
+@command("unmute", ONE_HASH)
 def cmd_unmute(args: Any) -> int:
     """Tell of a muted run again; if it is stalled or failed, it is told now."""
     paths = find_repo(args.repo)
@@ -8771,12 +8957,50 @@ def _confirm(question: str, default: bool) -> bool:
         print("Please answer y or n.")
 
 
-def _default_add_args(repo: Optional[str]) -> Any:
-    args = _parser().parse_args(["notifiers", "add"])
-    args.repo = repo
-    return args
+def _flags() -> Dict[str, List[str]]:
+    """Return the flags that give arguments of notifiers, with the types that have them."""
+    flags: Dict[str, List[str]] = {}
+    for kind, fields in NOTIFIER_FIELDS.items():
+        for field in fields:
+            flags.setdefault(field.flag, []).append(kind)
+    return flags
 
 
+def _add_field_flags(parser: Any) -> None:
+    """Add a flag for every argument that some type of notifier has."""
+    fields = {field.flag: field for type_fields in NOTIFIER_FIELDS.values() for field in type_fields}
+    for flag, kinds in _flags().items():
+        field = fields[flag]
+        about = f"{', '.join(kinds)}: " if len(kinds) < len(NOTIFIER_FIELDS) else ""
+        about += field.prompt[:1].lower() + field.prompt[1:] if field.prompt[1:2].islower() else field.prompt
+        options: Dict[str, Any] = {"action": "append"} if flag == "header" else {}
+        if flag == "message":
+            about += "; it may name " + ", ".join("{%s}" % name for name in TEMPLATE_FIELDS)
+        parser.add_argument(f"--{flag}", metavar="TEXT", help=about, **options)
+        if field.secret:
+            parser.add_argument(f"--{flag}-file", metavar="FILE", help=f"read --{flag} from FILE")
+
+
+@command(
+    "notifiers add",
+    argument(
+        "type",
+        nargs="?",
+        choices=sorted(NOTIFIER_FIELDS),
+        metavar="TYPE",
+        help=", ".join(sorted(NOTIFIER_FIELDS)),
+    ),
+    _add_field_flags,
+    argument(
+        "--events",
+        type=names_from(*EVENTS),
+        metavar="LIST",
+        help=f"what to tell: any of {','.join(EVENTS)} (default: {','.join(DEFAULT_EVENTS)})",
+    ),
+    ASK_NOTHING,
+    epilog="What is not given is asked for. A secret on the command line shows in process lists: use the "
+    "-file flags, where - is standard input.",
+)
 def cmd_notifiers_add(args: Any) -> int:
     """Add a notifier, by questions or wholly by flags."""
     config = NotifierConfig(find_repo(args.repo))
@@ -8848,15 +9072,6 @@ def _arguments(kind: str, args: Any) -> Dict[str, Any]:
         if value:
             arguments[field.name] = value
     return arguments
-
-
-def _flags() -> Dict[str, List[str]]:
-    """Return the flags that give arguments of notifiers, with the types that have them."""
-    flags: Dict[str, List[str]] = {}
-    for kind, fields in NOTIFIER_FIELDS.items():
-        for field in fields:
-            flags.setdefault(field.flag, []).append(kind)
-    return flags
 
 
 #: Flags whose value may have several lines.
@@ -8945,6 +9160,7 @@ def _edit_notifier(args: Any, change: Callable[[Dict[str, Any], str], None]) -> 
         change(raw["notifications"]["notifiers"], config.find(args.id, raw))
 
 
+@command("notifiers remove", NOTIFIER_ID, ASK_NOTHING)
 def cmd_notifiers_remove(args: Any) -> int:
     """Remove a notifier; what waits for it is given up."""
     config = NotifierConfig(find_repo(args.repo))
@@ -8962,16 +9178,26 @@ def cmd_notifiers_remove(args: Any) -> int:
     return 0
 
 
-def cmd_notifiers_switch(args: Any) -> int:
-    """Enable or disable a notifier."""
+@command("notifiers enable", NOTIFIER_ID)
+def cmd_notifiers_enable(args: Any) -> int:
+    """Have a notifier tell what happens again."""
+    return _switch_notifier(args, "enabled")
 
+
+@command("notifiers disable", NOTIFIER_ID)
+def cmd_notifiers_disable(args: Any) -> int:
+    """Have a notifier tell nothing more, and keep its configuration."""
+    return _switch_notifier(args, "disabled")
+
+
+def _switch_notifier(args: Any, status: str) -> int:
     def switch(notifiers: Dict[str, Any], notifier_id: str) -> None:
         if not isinstance(notifiers[notifier_id], dict):
             raise ConfigError(f"notifier {notifier_id} is not an object: remove it and add it again")
-        notifiers[notifier_id]["status"] = args.status
+        notifiers[notifier_id]["status"] = status
 
     _edit_notifier(args, switch)
-    print(f"{args.status} notifier {args.id}")
+    print(f"{status} notifier {args.id}")
     return 0
 
 
@@ -8984,6 +9210,7 @@ def _outbox_state(paths: RepoPaths) -> OutboxState:
     return state
 
 
+@command("notifiers list", AS_JSON)
 def cmd_notifiers_list(args: Any) -> int:
     """List the notifiers, with what is wrong with those that do not work."""
     paths = find_repo(args.repo)
@@ -9019,6 +9246,7 @@ def cmd_notifiers_list(args: Any) -> int:
     return 0
 
 
+@command("notifiers dump")
 def cmd_notifiers_dump(args: Any) -> int:
     """Print the configuration with its secrets masked."""
     raw = NotifierConfig(find_repo(args.repo)).read()
@@ -9032,6 +9260,7 @@ def cmd_notifiers_dump(args: Any) -> int:
     return 0
 
 
+@command("notifiers get-log-level")
 def cmd_get_log_level(args: Any) -> int:
     """Print from which level on log messages of runs are told."""
     level = NotifierConfig(find_repo(args.repo)).read()["notifications"].get("log_level", 30)
@@ -9040,6 +9269,9 @@ def cmd_get_log_level(args: Any) -> int:
     return 0
 
 
+@command(
+    "notifiers set-log-level", argument("level", type=log_level, metavar="LEVEL", help=", ".join(LOG_LEVELS))
+)
 def cmd_set_log_level(args: Any) -> int:
     """Set from which level on log messages of runs are told."""
     with NotifierConfig(find_repo(args.repo)).edit() as raw:
@@ -9047,6 +9279,15 @@ def cmd_set_log_level(args: Any) -> int:
     return 0
 
 
+@command(
+    "notifiers test",
+    argument(
+        "id",
+        nargs="?",
+        metavar="ID",
+        help="its ID, or the first characters of it (default: every enabled one)",
+    ),
+)
 def cmd_notifiers_test(args: Any) -> int:
     """Send a sample through the real transport and say what came back."""
     paths = find_repo(args.repo)
@@ -9092,6 +9333,32 @@ def cmd_notifiers_test(args: Any) -> int:
 RUN_COLUMNS = ("hash", "name", "experiment", "state", "created", "duration", "host")
 METRIC_COLUMNS = ("run", "metric", "context", "last", "step", "min", "max", "count")
 DEFAULT_LIMIT = 50
+
+
+def _listing(columns: Sequence[str], also: str = "") -> List[Argument]:
+    """Return the arguments of a command that lists what a query finds."""
+    return [
+        argument("query", nargs="?", default="", metavar="QUERY", help="default: all"),
+        argument(
+            "--limit",
+            type=whole_number,
+            metavar="N",
+            help=f"show at most N, 0 for all (default: {DEFAULT_LIMIT}, and all with --json and --csv)",
+        ),
+        argument(
+            "--sort",
+            metavar="COLUMN",
+            help="sort by a column, -COLUMN for the "
+            "largest first, written --sort=-COLUMN (default: the newest first)",
+        ),
+        argument(
+            "--columns",
+            type=names_from(),
+            metavar="LIST",
+            help=f"what to show (default: {','.join(columns)}{also})",
+        ),
+        one_of(AS_JSON, argument("--csv", action="store_true", help="print CSV")),
+    ]
 
 
 def run_cell(run: Run, row: RunRow, column: str) -> Any:
@@ -9205,6 +9472,13 @@ def _columns(args: Any, default: Sequence[str]) -> List[str]:
     return found
 
 
+@command(
+    "runs",
+    *_listing(
+        RUN_COLUMNS, "; also ended, tags, user, job, reason, pid, a param such as hparams.lr, metric:NAME"
+    ),
+    epilog="The query is a Python expression over run; see the README for the language.",
+)
 def cmd_runs(args: Any) -> int:
     """List the runs for which a query is true, the newest first."""
     repo = Repo(args.repo)
@@ -9222,6 +9496,11 @@ def cmd_runs(args: Any) -> int:
     return 0
 
 
+@command(
+    "metrics",
+    *_listing(METRIC_COLUMNS),
+    epilog="The query is a Python expression over run and metric; see the README for the language.",
+)
 def cmd_metrics(args: Any) -> int:
     """List the metric series for which a query is true, those of the newest run first."""
     repo = Repo(args.repo)
@@ -9234,6 +9513,7 @@ def cmd_metrics(args: Any) -> int:
     return 0
 
 
+@command("show", ONE_HASH, AS_JSON)
 def cmd_show(args: Any) -> int:
     """Show everything that is known of one run, and its log messages."""
     repo = Repo(args.repo)
@@ -9320,6 +9600,13 @@ def _message_line(message: Dict[str, Any]) -> str:
     return printable(f"{local_time(message['time'])} {level} {message['message']}{params}", 1000)
 
 
+@command(
+    "plot",
+    ONE_HASH,
+    argument("metric", metavar="METRIC", help="the metric's name; each context is drawn"),
+    argument("--width", type=whole_number, metavar="N", help="in characters (default: the terminal's)"),
+    argument("--height", type=whole_number, metavar="N", help="in lines (default: 16 at most)"),
+)
 def cmd_plot(args: Any) -> int:
     """Draw a metric of a run as a chart in the terminal."""
     repo = Repo(args.repo)
@@ -9373,6 +9660,7 @@ def _scaled(value: float, low: float, high: float, most: int) -> int:
     return round((value / 2 - low / 2) / span * most) if span else most // 2
 
 
+@command("rm", HASHES, ASK_NOTHING)
 def cmd_rm(args: Any) -> int:
     """Remove runs with everything they recorded."""
     repo = Repo(args.repo)
@@ -9388,6 +9676,7 @@ def cmd_rm(args: Any) -> int:
     return 0
 
 
+@command("close", HASHES)
 def cmd_close(args: Any) -> int:
     """Declare runs ended whose processes are gone, so that they count as stalled no more."""
     repo = Repo(args.repo)
@@ -9398,6 +9687,12 @@ def cmd_close(args: Any) -> int:
     return 0
 
 
+@command(
+    "reindex",
+    argument("--rebuild", action="store_true", help="build the index from nothing"),
+    epilog="Silent when all is well and stderr is no terminal. Exits 1, with a list, when some run could not "
+    "be read.",
+)
 def cmd_reindex(args: Any) -> int:
     """Bring the index up to date with what the runs recorded; for cron."""
     paths = find_repo(args.repo)
@@ -9490,6 +9785,7 @@ DEMO_FATES = (
 )
 
 
+@command("demo", argument("--keep", action="store_true", help="leave the repository for a look"))
 def cmd_demo(args: Any) -> int:
     """Watch six training processes end in six ways, and check what is told of them."""
     import shutil
@@ -9634,61 +9930,8 @@ def _demo_report(paths: RepoPaths, took_s: float) -> bool:
 # -------------------------------------------------------------------------- parser and main
 
 
-def _seconds(least: float) -> Callable[[str], float]:
-    def seconds(text: str) -> float:
-        import argparse
-
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= MAX_EXPECT_S:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a number of seconds from {least:g} up to {MAX_EXPECT_S}"
-            )
-        return value
-
-    return seconds
-
-
-def _duration(text: str) -> float:
-    import argparse
-
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*([smhd]?)", text.strip())
-    if match is None or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90, 30m, 2h or 1d")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-
-
-def _url(text: str) -> str:
-    import argparse
-
-    try:
-        return checked_url(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _events(text: str) -> List[str]:
-    import argparse
-
-    events = [item.strip() for item in text.split(",") if item.strip()]
-    for event in events:
-        if event not in EVENTS:
-            raise argparse.ArgumentTypeError(f"{event!r} is not one of {', '.join(EVENTS)}")
-    return list(dict.fromkeys(events))
-
-
-def _level(text: str) -> int:
-    import argparse
-
-    level = LOG_LEVELS.get(text.upper(), int(text) if text.isdigit() else -1)
-    if not 0 <= level <= 1000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(LOG_LEVELS)}")
-    return level
-
-
-def _parser() -> Any:
+def build_parser() -> Any:
+    """Return the parser of the command line, made of what stands above the commands."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -9702,7 +9945,6 @@ def _parser() -> Any:
         metavar="DIR",
         help="the folder that holds .aim (default: $AIMWATCH_REPO, else the nearest .aim here or above)",
     )
-
     parser = Parser(
         prog=command_line(),
         parents=[repo],
@@ -9710,206 +9952,25 @@ def _parser() -> Any:
         epilog="Exit codes: 0 fine, 1 something is wrong, 2 wrong usage.",
     )
     parser.add_argument("--version", action="version", version=f"aimwatch {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="verb")
 
-    def add(group: Any, name: str, do: Callable[[Any], int], summary: str = "", **options: Any) -> Any:
-        summary = summary or (do.__doc__ or "").strip().partition("\n\n")[0].replace("\n    ", " ")
-        command = group.add_parser(
-            name,
-            parents=[repo],
-            help=summary[:1].lower() + summary[1:].rstrip("."),
-            description=summary,
-            **options,
-        )
-        command.set_defaults(do=do)
-        return command
+    def add(group: Any, name: str, about: str, **options: Any) -> Any:
+        summary = about[:1].lower() + about[1:].rstrip(".")
+        return group.add_parser(name, parents=[repo], help=summary, description=about, **options)
 
-    start = add(commands, "start", cmd_start)
-    start.add_argument(
-        "--grace",
-        type=_seconds(0),
-        default=DEFAULT_GRACE_S,
-        metavar="S",
-        help="seconds of silence beyond the promise before a run counts as stalled (default: %(default)g)",
-    )
-    start.add_argument(
-        "--poll-interval",
-        type=_seconds(0.05),
-        default=DEFAULT_POLL_INTERVAL_S,
-        metavar="S",
-        help="seconds between two looks (default: %(default)g)",
-    )
-    start.add_argument(
-        "--remind-every",
-        type=_duration,
-        default=0.0,
-        metavar="TIME",
-        help="tell again of a run that stays stalled, each time that long after the last, "
-        f"at most {MAX_REMINDERS} times: 30m, 2h (default: never)",
-    )
-    start.add_argument(
-        "--standby",
-        action="store_true",
-        help="where another watcher holds the repository, wait and take over when it is gone",
-    )
-    start.add_argument(
-        "--ping-url",
-        type=_url,
-        default=os.environ.get("AIMWATCH_PING_URL"),
-        metavar="URL",
-        help="GET this URL after every poll that went well, for a dead-man's switch "
-        "(default: $AIMWATCH_PING_URL, which no process list shows)",
-    )
-    start.add_argument(
-        "--once",
-        action="store_true",
-        help="look once, tell, and exit: 1 when any run is stalled or failed; for cron",
-    )
-    status = add(
-        commands,
-        "status",
-        cmd_status,
-        epilog="Exits 1 when any run is stalled or failed, or no watcher is alive.",
-    )
-    status.add_argument("--json", action="store_true", help="print JSON")
-    add(commands, "init", cmd_init)
-    mute = add(commands, "mute", cmd_mute)
-    mute.add_argument("hash", metavar="HASH", help="the run's hash, or the first characters of it")
-    mute.add_argument(
-        "--for", type=_duration, default=3600.0, metavar="TIME", help="30m, 2h, 1d; at most 30d (default: 1h)"
-    )
-    unmute = add(commands, "unmute", cmd_unmute)
-    unmute.add_argument("hash", metavar="HASH", help="the run's hash, or the first characters of it")
-    demo = add(commands, "demo", cmd_demo)
-    demo.add_argument("--keep", action="store_true", help="leave the repository for a look")
-    _add_run_commands(commands, add)
-    notifiers = commands.add_parser(
-        "notifiers",
-        parents=[repo],
-        help="say who is told, and how",
-        description="Say who is told, and how.",
-    )
-    group = notifiers.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="sub")
-    _add_notifier_commands(group, add)
+    def add_group(to: Any, dest: str) -> Any:
+        return to.add_subparsers(title="commands", metavar="COMMAND", required=True, dest=dest)
+
+    groups = {"": add_group(parser, "verb")}
+    for name, (do, arguments, epilog) in _COMMANDS.items():
+        group, _, verb = name.rpartition(" ")
+        if group not in groups:
+            groups[group] = add_group(add(groups[""], group, _GROUPS[group]), "sub")
+        about = (do.__doc__ or "").partition("\n\n")[0].replace("\n    ", " ")
+        added = add(groups[group], verb, about, epilog=epilog)
+        for add_to in arguments:
+            add_to(added)
+        added.set_defaults(do=do)
     return parser
-
-
-def _add_run_commands(commands: Any, add: Callable[..., Any]) -> None:
-    language = "The query is a Python expression over run%s; see the README for the language."
-    for name, do, over in (("runs", cmd_runs, ""), ("metrics", cmd_metrics, " and metric")):
-        listing = add(commands, name, do, epilog=language % over)
-        listing.add_argument("query", nargs="?", default="", metavar="QUERY", help="default: all")
-        listing.add_argument(
-            "--limit",
-            type=_count,
-            metavar="N",
-            help=f"show at most N, 0 for all (default: {DEFAULT_LIMIT}, and all with --json and --csv)",
-        )
-        listing.add_argument(
-            "--sort",
-            metavar="COLUMN",
-            help="sort by a column, -COLUMN for the "
-            "largest first, written --sort=-COLUMN (default: the newest first)",
-        )
-        columns = RUN_COLUMNS if name == "runs" else METRIC_COLUMNS
-        also = "; also ended, tags, user, job, reason, pid, a param such as hparams.lr, metric:NAME"
-        listing.add_argument(
-            "--columns",
-            type=_names,
-            metavar="LIST",
-            help=f"what to show (default: {','.join(columns)}{also if name == 'runs' else ''})",
-        )
-        form = listing.add_mutually_exclusive_group()
-        form.add_argument("--json", action="store_true", help="print JSON")
-        form.add_argument("--csv", action="store_true", help="print CSV")
-    one_hash = "the run's hash, or the first characters of it"
-    show = add(commands, "show", cmd_show)
-    show.add_argument("hash", metavar="HASH", help=one_hash)
-    show.add_argument("--json", action="store_true", help="print JSON")
-    plot = add(commands, "plot", cmd_plot)
-    plot.add_argument("hash", metavar="HASH", help=one_hash)
-    plot.add_argument("metric", metavar="METRIC", help="the metric's name; each context is drawn")
-    plot.add_argument("--width", type=_count, metavar="N", help="in characters (default: the terminal's)")
-    plot.add_argument("--height", type=_count, metavar="N", help="in lines (default: 16 at most)")
-    remove = add(commands, "rm", cmd_rm)
-    remove.add_argument("hash", nargs="+", metavar="HASH", help=one_hash)
-    remove.add_argument("--yes", action="store_true", help="ask nothing")
-    close = add(commands, "close", cmd_close)
-    close.add_argument("hash", nargs="+", metavar="HASH", help=one_hash)
-    reindex = add(
-        commands,
-        "reindex",
-        cmd_reindex,
-        epilog="Silent when all is well and stderr is no "
-        "terminal. Exits 1, with a list, when some run could not be read.",
-    )
-    reindex.add_argument("--rebuild", action="store_true", help="build the index from nothing")
-
-
-def _count(text: str) -> int:
-    import argparse
-
-    if not text.isdigit() or len(text) > 9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def _names(text: str) -> List[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]
-
-
-def _add_notifier_commands(group: Any, add: Callable[..., Any]) -> None:
-    new = add(
-        group,
-        "add",
-        cmd_notifiers_add,
-        epilog="What is not given is asked for. A secret on the "
-        "command line shows in process lists: use the -file flags, where - is standard input.",
-    )
-    new.add_argument(
-        "type",
-        nargs="?",
-        choices=sorted(NOTIFIER_FIELDS),
-        metavar="TYPE",
-        help=", ".join(sorted(NOTIFIER_FIELDS)),
-    )
-    fields = {field.flag: field for group_fields in NOTIFIER_FIELDS.values() for field in group_fields}
-    for flag, kinds in _flags().items():
-        field = fields[flag]
-        about = f"{', '.join(kinds)}: " if len(kinds) < len(NOTIFIER_FIELDS) else ""
-        about += field.prompt[:1].lower() + field.prompt[1:] if field.prompt[1:2].islower() else field.prompt
-        options: Dict[str, Any] = {"action": "append"} if flag == "header" else {}
-        if flag == "message":
-            about += "; it may name " + ", ".join("{%s}" % name for name in TEMPLATE_FIELDS)
-        new.add_argument(f"--{flag}", metavar="TEXT", help=about, **options)
-        if field.secret:
-            new.add_argument(f"--{flag}-file", metavar="FILE", help=f"read --{flag} from FILE")
-    new.add_argument(
-        "--events",
-        type=_events,
-        metavar="LIST",
-        help=f"what to tell: any of {','.join(EVENTS)} (default: {','.join(DEFAULT_EVENTS)})",
-    )
-    new.add_argument("--yes", action="store_true", help="ask nothing")
-    listing = add(group, "list", cmd_notifiers_list)
-    listing.add_argument("--json", action="store_true", help="print JSON")
-    one_id = "its ID, or the first characters of it"
-    remove = add(group, "remove", cmd_notifiers_remove)
-    remove.add_argument("id", metavar="ID", help=one_id)
-    remove.add_argument("--yes", action="store_true", help="ask nothing")
-    for name, status, summary in (
-        ("enable", "enabled", "Have a notifier tell what happens again."),
-        ("disable", "disabled", "Have a notifier tell nothing more, and keep its configuration."),
-    ):
-        switch = add(group, name, cmd_notifiers_switch, summary)
-        switch.add_argument("id", metavar="ID", help=one_id)
-        switch.set_defaults(status=status)
-    add(group, "dump", cmd_notifiers_dump)
-    add(group, "get-log-level", cmd_get_log_level)
-    level = add(group, "set-log-level", cmd_set_log_level)
-    level.add_argument("level", type=_level, metavar="LEVEL", help=", ".join(LOG_LEVELS))
-    test = add(group, "test", cmd_notifiers_test)
-    test.add_argument("id", nargs="?", metavar="ID", help=f"{one_id} (default: every enabled one)")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -9928,7 +9989,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     try:
         # Given here, since a default of the parser would undo a --repo before the command.
-        args = _parser().parse_args(argv, argparse.Namespace(repo=None))
+        args = build_parser().parse_args(argv, argparse.Namespace(repo=None))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
     _log_to_stderr(timed=False)

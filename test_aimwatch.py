@@ -407,6 +407,16 @@ class SmallHelpers(Case):
             with self.subTest(text=text):
                 self.assertLessEqual(len(aimwatch.printable(text, 20)), 20)
 
+    def test_names_in_are_those_that_match_as_a_whole(self) -> None:
+        folder = os.path.join(self.root, "names")
+        self.assertEqual(aimwatch.names_in(folder, ".*"), [])
+        os.mkdir(folder)
+        for name in ("a1.txt", "a2.txt", "xa1.txt", "a1.txt~", "a1.txt\n"):
+            open(os.path.join(folder, name), "w").close()
+        self.assertEqual(sorted(aimwatch.names_in(folder, r"a[0-9]\.txt")), ["a1.txt", "a2.txt"])
+        with self.assertRaises(NotADirectoryError):
+            aimwatch.names_in(os.path.join(folder, "a1.txt"), ".*")
+
     def test_replace_file_has_its_mode_from_the_first_byte(self) -> None:
         umask = os.umask(0o022)
         self.addCleanup(os.umask, umask)
@@ -6592,7 +6602,7 @@ class ConfigFile(NotifierCase):
     def test_ten_processes_adding_at_once_all_survive(self) -> None:
         add = """
 import os, aimwatch
-aimwatch._parser()  # what takes long is done before, so that they meet at the file
+aimwatch.build_parser()  # what takes long is done before, so that they meet at the file
 go, begin = os.pipe()
 for number in range(10):
     if os.fork() == 0:
@@ -10058,7 +10068,7 @@ class NotifiersCommands(NotifierCase):
             self.assertTrue(out.startswith("usage: "), words)
             self.assertIn((parser.description or "none")[:20], out)
 
-        check(aimwatch._parser(), [])
+        check(aimwatch.build_parser(), [])
         for name in (
             "add",
             "list",
@@ -12546,7 +12556,7 @@ with Run() as run:
 def parser_commands(parser: Any = None, path: Tuple[str, ...] = ()) -> Dict[Tuple[str, ...], Any]:
     """Return every command of the command line with its parser, groups left out."""
     found: Dict[Tuple[str, ...], Any] = {}
-    for action in (parser or aimwatch._parser())._actions:
+    for action in (parser or aimwatch.build_parser())._actions:
         if isinstance(action.choices, dict):
             for name, below in action.choices.items():
                 found.update(parser_commands(below, (*path, name)))
