@@ -42,6 +42,7 @@ from __future__ import annotations
 import _thread
 import ast
 import atexit
+import collections.abc
 import contextlib
 import datetime
 import errno
@@ -913,93 +914,95 @@ def json_float(value: float) -> Union[float, str]:
 MAX_PARAM_DEPTH = 50
 #: Longer ints too: Python refuses to turn more than 4,300 digits into text or back.
 MAX_INT_BITS = 8192
-#: One value holds at most so many, itself counted; every 16 characters of text count as another. A
-#: list that holds one list twice, and that again, would else never end.
+#: One value holds at most so many: a list that holds one list twice, which holds another twice, and so
+#: on, is small in memory and endless as text.
 MAX_PARAM_ITEMS = 1 << 20
+#: Larger arrays are stored as their own short text.
+MAX_ARRAY_ITEMS = 10_000
 
 
 def encode_value(value: Any, odd: List[str], what: str = "a value") -> Any:
     """Return a param or a context value as strict JSON can hold it.
 
-    None, bool, int, float, text, lists, tuples and dicts keep their kind, also those of a class derived
-    from these; NumPy scalars become the number that they hold, and anything else becomes text, as does
-    a container inside itself; its type is then added to `odd`. Raises ArgumentError, which names
-    `what`, for a value that is too large.
+    None, bool, int, float, text, mappings, sequences and sets keep their kind; arrays become lists;
+    dataclasses and namespaces become dicts of their fields; a NumPy scalar becomes its number. Anything
+    else becomes text, as does a container inside itself, and its type is added to `odd`. Raises
+    ArgumentError, which names `what`, for more than MAX_PARAM_ITEMS values.
     """
-    return _Encoder(odd, what).encode(value, 0)
+    left = MAX_PARAM_ITEMS
+    #: The containers around what is encoded just now.
+    around: Set[int] = set()
 
-
-class _Encoder:
-    def __init__(self, odd: List[str], what: str) -> None:
-        self.odd = odd
-        self.what = what
-        self.left = MAX_PARAM_ITEMS
-        #: The containers around what is encoded just now.
-        self.around: Set[int] = set()
-
-    def encode(self, value: Any, depth: int) -> Any:
-        kind = type(value)
-        self.count(value)
-        if value is None or kind in (bool, str):
+    def encode(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ArgumentError(
+                f"{printable(what, 80)} holds more than {MAX_PARAM_ITEMS} values: store it in a file, and its "
+                "path here"
+            )
+        if value is None or isinstance(value, bool):
             return value
+        if isinstance(value, str):
+            return str.__str__(value)  # str() of an enum's member is `Color.RED`, where its value is "red"
         if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
-            self.odd.append(f"an int of {value.bit_length()} bits")
+            odd.append(f"an int of {value.bit_length()} bits")
             return hex(value)
-        if kind is int:
-            return value
+        if isinstance(value, int):
+            return int(value)
         if isinstance(value, float):
-            value = float(value)
-            return value if math.isfinite(value) else {"$float": repr(value)}
-        if isinstance(value, (dict, list, tuple)):
-            if id(value) in self.around:
-                self.odd.append(f"a {kind.__name__} inside itself")
-                return f"<{kind.__name__} inside itself>"
-            if depth < MAX_PARAM_DEPTH:
-                self.around.add(id(value))
-                encoded = self.container(value, depth)
-                self.around.discard(id(value))
-                return encoded
-            self.count_all(value)
-        elif depth < MAX_PARAM_DEPTH and _is_scalar(value):
-            return self.encode(value.item(), MAX_PARAM_DEPTH)
-        if isinstance(value, (int, str)):
-            # Not str(), which is `Color.RED` of an enum's member whose value is "red".
-            return int(value) if isinstance(value, int) else str.__str__(value)
-        self.odd.append(kind.__name__)
-        return _text(value)
-
-    def container(self, value: Any, depth: int) -> Any:
-        if not isinstance(value, dict):
-            return [self.encode(item, depth + 1) for item in value]
-        encoded: Dict[str, Any] = {}
-        for key, item in value.items():
-            name = _text_key(key)
-            self.count(name)
-            if name in encoded:
-                self.odd.append(f"two keys {brief(name)}")
-            encoded[name] = self.encode(item, depth + 1)
+            return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
+        parts = _parts(value)
+        if parts is None:
+            odd.append(type(value).__name__)
+            return _text(value)
+        if not isinstance(parts, (dict, list)):
+            return encode(parts, depth)
+        if id(value) in around or depth >= MAX_PARAM_DEPTH:
+            where = "inside itself" if id(value) in around else f"more than {MAX_PARAM_DEPTH} levels deep"
+            odd.append(f"a {type(value).__name__} {where}")
+            return f"<{type(value).__name__} {where}>"
+        around.add(id(value))
+        if isinstance(parts, list):
+            encoded: Any = [encode(item, depth + 1) for item in parts]
+        else:
+            encoded = {}
+            for key, item in parts.items():
+                name = _text_key(key)
+                if name in encoded:
+                    odd.append(f"two keys {brief(name)}")
+                encoded[name] = encode(item, depth + 1)
+        around.discard(id(value))
         return encoded
 
-    def count(self, value: Any) -> None:
-        self.left -= 1 + (len(value) // 16 if isinstance(value, str) else 0)
-        if self.left < 0:
-            raise ArgumentError(
-                f"{printable(self.what, 80)} holds more than {MAX_PARAM_ITEMS} values (16 characters of "
-                "text count as one): store it in a file, and its path here"
-            )
-
-    def count_all(self, value: Any) -> None:
-        """Count what becomes one text, which takes as long to make as it is."""
-        todo = [value]
-        while todo:
-            item = todo.pop()
-            if isinstance(item, (dict, list, tuple)):
-                todo += item.values() if isinstance(item, dict) else item
-            self.count(item)
+    return encode(value, 0)
 
 
-def _is_scalar(value: Any) -> bool:
-    return callable(getattr(value, "item", None)) and getattr(value, "shape", None) == ()
+def _parts(value: Any) -> Any:
+    """Return the dict or list that a container amounts to, the number of an array's scalar, or None for
+    what is no container. By protocol: the libraries that these types come from are not imported."""
+    kinds = {kind.__name__ for kind in type(value).__mro__}
+    try:
+        if isinstance(value, collections.abc.Mapping):
+            return dict(value.items())
+        if isinstance(value, (bytes, bytearray, memoryview, type)):
+            return None
+        if hasattr(value, "shape"):
+            if value.shape == ():
+                found = value.item()
+                return found if isinstance(found, (bool, int, float, str)) else None
+            return value.tolist() if math.prod(value.shape) <= MAX_ARRAY_ITEMS else None
+        if isinstance(value, collections.abc.Set):
+            return sorted(value, key=lambda item: (type(item).__name__, item))
+        if isinstance(value, collections.abc.Sequence):
+            return list(value)
+        if hasattr(value, "__dataclass_fields__"):
+            return {name: getattr(value, name) for name in value.__dataclass_fields__}
+        if kinds & {"Namespace", "SimpleNamespace"}:
+            return dict(vars(value))
+    except Exception:  # the code of those types may fail in any way, and then the value is only text
+        pass
+    return None
 
 
 def _text(value: Any) -> str:
@@ -1313,7 +1316,9 @@ class AppendFile:
         summary; where only the descriptor went stale, as on a share that went away, it is opened again.
         """
         if _is_at(self.path, self._identity) and is_still(self._fd, self._identity):
-            self._gone = False
+            if self._gone:
+                self._gone = False
+                self.flush(now=True)
             return True
         old, identity = self._fd, self._identity
         try:
