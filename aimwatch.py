@@ -746,16 +746,10 @@ class CheckInFile:
         older = sorted(self._names, key=_idx_of)
         if older and idx < _idx_of(older[-1]) < MAX_IDX:
             return  # another thread has said more since this one took its number
-        try:
-            if flag == FAILED and self._create_beside(target):
-                older = []
-            elif not (older and self._rename(older.pop(), target)):
-                self._create(target)
-        except OSError:
-            raise
-        except BaseException:
-            self._names.add(target)  # a signal's handler raised, and the file may be there
-            raise
+        if flag == FAILED and self._create_beside(target):
+            older = []
+        elif not (older and self._rename(older.pop(), target)):
+            self._create(target)
         self._names.add(target)
         for name in older:
             self._remove(name)
@@ -938,8 +932,8 @@ def encode_value(value: Any, odd: List[str], what: str = "a value") -> Any:
         left -= 1
         if left < 0:
             raise ArgumentError(
-                f"{printable(what, 80)} holds more than {MAX_PARAM_ITEMS} values: store it in a file, and its "
-                "path here"
+                f"{printable(what, 80)} holds more than {MAX_PARAM_ITEMS} values: "
+                "store it in a file, and its path here"
             )
         if value is None or isinstance(value, bool):
             return value
@@ -1601,30 +1595,29 @@ def read_log(path: str, run_hash: str, most_bytes: float = math.inf) -> RunState
     Reads the first line, then from the last checkpoint on: what a run has recorded since decides
     the cost, not what it ever recorded. With `most_bytes`, what lies further back is left out.
     """
-    state = RunState(run_hash)
-    fd = open_regular(path)
-    size = os.fstat(fd).st_size
-    with os.fdopen(fd, "rb") as file:
-        lines = read_lines(file)
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = start = os.fstat(file.fileno()).st_size
         least = int(max(0, size - most_bytes))
-        start = _last_checkpoint(fd, size, least)
-        if start or least:
-            # Not to the end of the line: somebody may have made one that fills the disk.
-            _apply_line(state, file.readline(MAX_LINE_BYTES))
-        tries = 0
-        while start and tries < MAX_TORN_CHECKPOINTS:
-            tries += 1
+        # Not to the end of the line: somebody may have made one that fills the disk.
+        header = file.readline(MAX_LINE_BYTES)
+        lines = read_lines(file)
+        for _ in range(MAX_TORN_CHECKPOINTS):
+            state = RunState(run_hash)
+            start = _last_checkpoint(file.fileno(), start, least)
+            if not start:
+                break
+            _apply_line(state, header)
             file.seek(start)
             if _apply_line(state, next(lines, (b"", True))[0]):
                 break
-            start = _last_checkpoint(fd, max(start - 2, 0), least)  # torn: the one before it
+            start = max(start - 2, 0)  # it is torn, and the one before it serves as well
         else:
+            state, start = RunState(run_hash), 0
+        if not start:
+            file.seek(least)
             if least:
-                file.seek(least)
+                _apply_line(state, header)
                 next(lines, None)  # the rest of a line
-            else:
-                state = RunState(run_hash)
-                file.seek(0)
         empty = 0
         for line, whole in lines:
             # A last line without its end is being written, or was torn; not counted as damage.

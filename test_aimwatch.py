@@ -3127,6 +3127,11 @@ class LogReader(Case):
                     self.assertEqual(state.props, {"a": 1, "b": 2} if first else {"b": 2})
                     self.assertEqual((state.header["pid"], state.next_idx), (7, 5))
 
+    def test_so_many_torn_checkpoints_that_the_whole_log_is_read(self) -> None:
+        torn = b'{"checkpoint":2}\n' * (aimwatch.MAX_TORN_CHECKPOINTS + 5)
+        state = self.read(self.HEADER, b'{"props":{"b":2}}\n', torn)
+        self.assertEqual((state.props, state.skipped), ({"b": 2}, aimwatch.MAX_TORN_CHECKPOINTS + 5))
+
     def test_run_whose_checkpoint_is_damaged_is_resumed(self) -> None:
         checkpoint = self.checkpoint(a=1).replace(b'"logs":{}', b'"logs":{"x":"y"}')
         self.read(self.HEADER, b'{"props":{"name":"n"}}\n', checkpoint)
