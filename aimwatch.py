@@ -7150,7 +7150,7 @@ class Seen:
             if check_in is None or check_in.flag not in _FLAG_STATES or state not in _STATES:
                 return None
             seen = cls(check_in, name, float(since_s), float(since_utc))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return None
         seen.state = state
         return seen
@@ -8757,36 +8757,25 @@ ONCE_COUNTS_S = 3600.0
 def watcher_state(paths: RepoPaths, now_utc: float) -> WatcherState:
     """Return whether a watcher is alive, by its lock and by when it last looked."""
     saved = read_watcher_file(paths)
-    seen_at = saved.get("seen_at")
-    age_s = max(0.0, now_utc - seen_at) if isinstance(seen_at, (int, float)) else math.inf
-    ago = f"last looked {human_s(age_s)} ago" if age_s < math.inf else "never looked"
-    held = _is_locked(paths.watcher_lock)
-    if held is False or (held is None and age_s > STUCK_S):
+
+    def saved_s(name: str) -> Optional[float]:
+        value: Any = saved.get(name)
+        # Beyond 300 years it is neither a time nor an interval, whoever wrote it.
+        return float(value) if type(value) in (int, float) and abs(value) < 1e10 else None
+
+    seen_at, started_at = saved_s("seen_at"), saved_s("started_at")
+    age_s = math.inf if seen_at is None else max(0.0, now_utc - seen_at)
+    ago = "never looked" if seen_at is None else f"last looked {human_s(age_s)} ago"
+    lock = lock_state(paths.watcher_lock)
+    if lock in ("free", "absent") or (lock == "unknown" and age_s > STUCK_S):
         if saved.get("once") and age_s < ONCE_COUNTS_S:
             return WatcherState(True, f"watched by passes of 'start --once'; {ago}", saved)
         return WatcherState(False, f"no watcher is alive; {ago}", saved)
     who = describe_watcher(paths)
-    interval_s = saved.get("poll_interval_s")
-    if age_s > STUCK_S + (3 * interval_s if isinstance(interval_s, (int, float)) else 0.0):
+    if age_s > STUCK_S + 3 * (saved_s("poll_interval_s") or 0.0):
         return WatcherState(False, f"{who} holds the watch but does not look; {ago}", saved)
-    since = saved.get("started_at")
-    up = human_s(now_utc - since) if isinstance(since, (int, float)) else "?"
+    up = "?" if started_at is None else human_s(now_utc - started_at)
     return WatcherState(True, f"watched by {who}, for {up}; {ago}", saved)
-
-
-def _is_locked(path: str) -> Optional[bool]:
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return None
-    try:
-        return {True: False, False: True, None: None}[try_lock(fd, fcntl.LOCK_SH)]
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
 
 
 def status_rows(paths: RepoPaths, saved: Dict[str, Any]) -> List[Dict[str, Any]]:
@@ -8847,32 +8836,29 @@ def cmd_status(args: Any) -> int:
 def _print_status(paths: RepoPaths, state: WatcherState, rows: Sequence[Dict[str, Any]], now: float) -> None:
     print(f"repository {paths.root}\n{state.text}")
     live = [row for row in rows if row["state"] != FINISHED]
-    if live:
-        print()
-    cells = [
-        (
-            row["hash"],
-            row["name"] if row["name"] != row["hash"] else "",
-            row["state"],
-            f"{human_s(now - row['last_check_in'])} ago",
-            human_s(row["promise_s"]) if row["promise_s"] else "none",
-            row["host"] or "",
-            "; ".join(
-                filter(
-                    None,
-                    (row["muted_until"] and f"muted for {human_s(row['muted_until'] - now)}", row["reason"]),
-                )
-            ),
+    cells = []
+    for row in live:
+        muted = f"muted for {human_s(row['muted_until'] - now)}" if row["muted_until"] else None
+        cells.append(
+            (
+                row["hash"],
+                row["name"] if row["name"] != row["hash"] else "",
+                row["state"],
+                f"{human_s(now - row['last_check_in'])} ago",
+                human_s(row["promise_s"]) if row["promise_s"] else "none",
+                row["host"] or "",
+                "; ".join(filter(None, (muted, row["reason"]))),
+            )
         )
-        for row in live
-    ]
-    header = ("RUN", "NAME", "STATE", "LAST CHECK-IN", "PROMISE", "HOST", "REASON")
-    lines = table(header, cells) if live else []
-    for line, row_state in zip(lines, [""] + [row["state"] for row in live]):
-        print(coloured(line, row_state, sys.stdout))
-    counts = {name: sum(row["state"] == name for row in rows) for name in _STATES}
-    shown = [f"{counts[name]} {name}" for name in (RUNNING, STALLED, FAILED, FINISHED) if counts[name]]
-    print(f"\n{', '.join(shown) if shown else 'no runs with check-ins'}")
+    if live:
+        header, *lines = table(("RUN", "NAME", "STATE", "LAST CHECK-IN", "PROMISE", "HOST", "REASON"), cells)
+        print(f"\n{header}")
+        for line, row in zip(lines, live):
+            print(coloured(line, row["state"], sys.stdout))
+    counts = (
+        (name, sum(row["state"] == name for row in rows)) for name in (RUNNING, STALLED, FAILED, FINISHED)
+    )
+    print("\n" + (", ".join(f"{n} {name}" for name, n in counts if n) or "no runs with check-ins"))
 
 
 def _find_live(paths: RepoPaths, prefix: str) -> str:
@@ -8938,21 +8924,32 @@ def _write_mute(paths: RepoPaths, run_hash: str, until: int) -> None:
 # -------------------------------------------------------------------------- notifiers
 
 
-def _ask(prompt: str, secret: bool = False) -> str:
-    """Return a line from the terminal, or from standard input where that is none."""
-    if secret and sys.stdin.isatty():
-        import getpass
+def _ask(prompt: str, check: Callable[[str], Any], secret: bool = False) -> Any:
+    """Ask on the terminal, or on standard input where that is none, until `check` takes the answer, and
+    return what it makes of it."""
+    while True:
+        if secret and sys.stdin.isatty():
+            import getpass
 
-        return getpass.getpass(f"{prompt} (not shown): ")
-    return input(f"{prompt}: ")
+            said = getpass.getpass(f"{prompt} (not shown): ")
+        else:
+            said = input(f"{prompt}: ")
+        try:
+            return check(said)
+        except ConfigError as error:
+            print(f"Error: {error}")
+        except AimwatchError as error:
+            print(error)
 
 
 def _confirm(question: str, default: bool) -> bool:
-    while True:
-        said = _ask(f"{question} [{'Y/n' if default else 'y/N'}]").strip().lower()
-        if said in ("", "y", "yes", "n", "no"):
-            return default if not said else said.startswith("y")
-        print("Please answer y or n.")
+    def yes_or_no(said: str) -> bool:
+        said = said.strip().lower()
+        if said not in ("", "y", "yes", "n", "no"):
+            raise AimwatchError("Please answer y or n.")
+        return said.startswith("y") if said else default
+
+    return bool(_ask(f"{question} [{'Y/n' if default else 'y/N'}]", yes_or_no))
 
 
 def _flags() -> Dict[str, List[str]]:
@@ -9013,13 +9010,11 @@ def cmd_notifiers_add(args: Any) -> int:
 
 
 def _add_notifier(config: NotifierConfig, args: Any) -> None:
+    import uuid
+
     kind = args.type or _ask_type(args)
-    notifier: Dict[str, Any] = {
-        "id": _new_id(),
-        "type": kind,
-        "arguments": _arguments(kind, args),
-        "status": "enabled",
-    }
+    notifier: Dict[str, Any] = {"id": str(uuid.uuid4()), "type": kind, "arguments": _arguments(kind, args)}
+    notifier["status"] = "enabled"
     if args.events is not None:
         notifier["events"] = args.events
     _show(notifier)
@@ -9028,43 +9023,35 @@ def _add_notifier(config: NotifierConfig, args: Any) -> None:
         raise AimwatchError("aborted: nothing was saved")
     with config.edit() as raw:
         raw["notifications"]["notifiers"][notifier["id"]] = notifier
-    print(
-        f"added {kind} notifier {notifier['id']}; try it: {command_line(args.repo)} notifiers test "
-        f"{notifier['id'][:8]}"
-    )
-
-
-def _new_id() -> str:
-    import uuid
-
-    return str(uuid.uuid4())
+    test = f"{command_line(args.repo)} notifiers test {notifier['id'][:8]}"
+    print(f"added {kind} notifier {notifier['id']}; try it: {test}")
 
 
 def _ask_type(args: Any) -> str:
+    kinds = ", ".join(NOTIFIER_FIELDS)
+
+    def known(said: str) -> str:
+        if said.strip() not in NOTIFIER_FIELDS:
+            raise AimwatchError(f"{printable(said.strip(), 40)!r} is not one of {kinds}.")
+        return said.strip()
+
     if args.yes:
-        raise AimwatchError(f"with --yes the type must be given: {', '.join(NOTIFIER_FIELDS)}")
-    while True:
-        kind = _ask(f"Select notifier type to add ({', '.join(NOTIFIER_FIELDS)})").strip()
-        if kind in NOTIFIER_FIELDS:
-            return kind
-        print(f"{printable(kind, 40)!r} is not one of {', '.join(NOTIFIER_FIELDS)}.")
+        raise AimwatchError(f"with --yes the type must be given: {kinds}")
+    return str(_ask(f"Select notifier type to add ({kinds})", known))
 
 
 def _arguments(kind: str, args: Any) -> Dict[str, Any]:
     """Return a notifier's arguments from flags, files and questions."""
     fields = NOTIFIER_FIELDS[kind]
-    given = {}
-    for flag in _flags():
-        value = _flag_value(flag, args)
-        if value is not None:
-            if flag not in [field.flag for field in fields]:
-                raise AimwatchError(f"--{flag} has no meaning for type {kind}")
-            given[flag] = value
+    given = {flag: _flag_value(flag, args) for flag in _flags()}
+    for flag, value in given.items():
+        if value is not None and flag not in [field.flag for field in fields]:
+            raise AimwatchError(f"--{flag} has no meaning for type {kind}")
     arguments: Dict[str, Any] = {}
     for field in fields:
         if field.name == "password" and "user" not in arguments:
             continue
-        value = _field_value(field, given.get(field.flag), args, kind)
+        value = _field_value(field, given[field.flag], args, kind)
         if field.name == "message":
             value = value or AIM_DEFAULT_MESSAGE
         if value:
@@ -9099,32 +9086,30 @@ def _flag_value(flag: str, args: Any) -> Optional[str]:
 
 
 def _field_value(field: Field, given: Optional[str], args: Any, kind: str) -> Any:
+    def check(said: str) -> Any:
+        if said:
+            return _checked_field(field, said)
+        if field.required:
+            raise AimwatchError("This is needed.")
+        return ""
+
     if given is not None:
         return _checked_field(field, given)
+    if args.yes and field.required:
+        also = f" or --{field.flag}-file" if field.secret else ""
+        raise AimwatchError(f"notifiers add {kind} --yes needs --{field.flag}{also}")
     if args.yes or not (field.required or field.asked):
-        if field.required:
-            also = f" or --{field.flag}-file" if field.secret else ""
-            raise AimwatchError(f"notifiers add {kind} --yes needs --{field.flag}{also}")
         return ""
-    while True:
-        said = _ask(field.prompt, field.secret)
-        try:
-            if said:
-                return _checked_field(field, said)
-            if not field.required:
-                return ""
-            print("This is needed.")
-        except ConfigError as error:
-            print(f"Error: {error}")
+    return _ask(field.prompt, check, field.secret)
 
 
 def _checked_field(field: Field, text: str) -> Any:
     try:
         return field.check(text)
     except ConfigError as error:
-        if re.match("must ", str(error)):
-            raise ConfigError(f"--{field.flag} {error}") from None
-        raise
+        if not str(error).startswith("must "):
+            raise
+        raise ConfigError(f"--{field.flag} {error}") from None
 
 
 def _show(notifier: Dict[str, Any]) -> None:
@@ -9212,32 +9197,32 @@ def _outbox_state(paths: RepoPaths) -> OutboxState:
 def cmd_notifiers_list(args: Any) -> int:
     """List the notifiers, with what is wrong with those that do not work."""
     paths = find_repo(args.repo)
-    notifiers = NotifierConfig(paths).notifiers()
     outbox = _outbox_state(paths)
     objects: List[Dict[str, Any]] = []
-    for item in notifiers:
+    rows = []
+    for item in NotifierConfig(paths).notifiers():
         reason, since = outbox.broken.get(item.id, (None, None))
+        status, problem = "enabled" if item.enabled else "disabled", item.problem or reason
+        waiting = len(outbox.waiting_for(item.id))
         objects.append(
             {
                 "id": item.id,
                 "type": item.type,
-                "status": "enabled" if item.enabled else "disabled",
+                "status": status,
                 "arguments": masked(item.type, item.arguments),
                 "events": item.events,
-                "problem": item.problem or reason,
+                "problem": problem,
                 "broken_since": since,
-                "waiting": len(outbox.waiting_for(item.id)),
+                "waiting": waiting,
             }
         )
+        broken = f", broken since {local_time(since)}" if since else ""
+        waits = f" ({plural(waiting, 'event')} waiting)" if waiting else ""
+        cells = (item.id.ljust(38), item.type.ljust(8), status + broken)
+        rows.append((*cells, ",".join(item.events), f"{problem or ''}{waits}".strip()))
     if args.json:
         print(json.dumps(objects, indent=2))
         return 0
-    rows = []
-    for entry in objects:
-        broken = f", broken since {local_time(entry['broken_since'])}" if entry["broken_since"] else ""
-        waiting = f" ({plural(entry['waiting'], 'event')} waiting)" if entry["waiting"] else ""
-        cells = (entry["id"].ljust(38), entry["type"].ljust(8), entry["status"] + broken)
-        rows.append((*cells, ",".join(entry["events"]), f"{entry['problem'] or ''}{waiting}".strip()))
     print("\n".join(table(("NOTIFIER ID", "TYPE", "STATUS", "EVENTS", "PROBLEM"), rows)))
     if not rows:
         print(f"none yet: '{command_line(args.repo)} notifiers add' sets one up", file=sys.stderr)
@@ -9846,7 +9831,7 @@ def _demo_run(paths: RepoPaths, processes: contextlib.ExitStack) -> None:
     )
     reader = threading.Thread(target=_demo_print, args=(watcher.stderr,), daemon=True)
     reader.start()
-    _demo_wait(paths, lambda told: os.path.exists(paths.watcher))
+    _demo_wait(lambda: os.path.exists(paths.watcher))
     trainings = {
         fate: start("-c", DEMO_TRAINING, fate.name, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         for fate in DEMO_FATES
@@ -9855,8 +9840,8 @@ def _demo_run(paths: RepoPaths, processes: contextlib.ExitStack) -> None:
         if fate.signal:
             process.stdout.readline()  # it has checked in and waits
             process.send_signal(fate.signal)
-    expected = sum(len(fate.told) + 1 for fate in DEMO_FATES)
-    _demo_wait(paths, lambda told: len(told) >= expected)
+    expected = sum(len(fate.told) for fate in DEMO_FATES)
+    _demo_wait(lambda: sum(map(len, _demo_told(paths).values())) >= expected)
     watcher.send_signal(signal.SIGTERM)
     watcher.wait()
     reader.join()
@@ -9869,39 +9854,34 @@ def _demo_print(stream: Any) -> None:
                 print(f"  {line}", end="", flush=True)
 
 
-def _demo_wait(paths: RepoPaths, done: Callable[[List[Any]], bool]) -> None:
+def _demo_wait(done: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 15
-    while not done(_demo_told(paths)) and time.monotonic() < deadline:
+    while not done() and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
-def _demo_told(paths: RepoPaths) -> List[Tuple[str, str, float, float]]:
-    """Return (run name, event, seconds after its check-in, seconds allowed) for each delivery, as
-    the outbox records them."""
-    events, told = {}, []
-    try:
-        with open(paths.outbox, "rb") as file:
-            for line, whole in read_lines(file):
-                record = json_object(line.decode()) or {} if whole else {}
-                if "event" in record:
-                    events[record["event"]] = record
-                for event_id in record.get("sent", ()):
-                    event = events[event_id]
-                    utc_s = float(event_id.split("-")[2])
-                    # The promise on disk: 1 s and the margin within which calls need not write.
-                    silent_s = 2.0 + DEMO_GRACE_S if event["kind"] == STALLED else 0.0
-                    name = event["facts"]["run.name"]
-                    told.append((name, event["kind"], record["time"] - utc_s, silent_s))
-    except FileNotFoundError:
-        pass
+def _demo_told(paths: RepoPaths) -> Dict[str, List[Tuple[str, float, float]]]:
+    """Return by run what the outbox says was told of it, but for its start: (event, seconds after its
+    check-in, seconds of silence that must pass before)."""
+    events: Dict[str, Any] = {}
+    told: Dict[str, List[Tuple[str, float, float]]] = {}
+    with contextlib.suppress(FileNotFoundError), open(paths.outbox, "rb") as file:
+        for line, whole in read_lines(file):
+            record = json_object(line) or {} if whole else {}
+            if "event" in record:
+                events[record["event"]] = record
+            for event_id in record.get("sent", ()):
+                kind, after_s = events[event_id]["kind"], record["time"] - float(event_id.split("-")[2])
+                # The promise on disk: 1 s and the margin within which calls need not write.
+                silent_s = 2.0 + DEMO_GRACE_S if kind == STALLED else 0.0
+                if kind != STARTED:
+                    name = events[event_id]["facts"]["run.name"]
+                    told.setdefault(name, []).append((kind, after_s, silent_s))
     return told
 
 
 def _demo_report(paths: RepoPaths, took_s: float) -> bool:
-    by_run: Dict[str, List[Tuple[str, float, float]]] = {}
-    for name, kind, after_s, silent_s in _demo_told(paths):
-        if kind != STARTED:
-            by_run.setdefault(name, []).append((kind, after_s, silent_s))
+    by_run = _demo_told(paths)
     rows, all_ok = [], True
     for fate in DEMO_FATES:
         told = by_run.get(fate.name, [])
@@ -10000,12 +9980,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (KeyboardInterrupt, EOFError):
         print(f"\n{command_line()}: aborted: nothing was changed", file=sys.stderr)
     except OSError as error:
-        # The reader of a pipe has seen enough; what is still buffered must not complain at exit.
-        if not isinstance(error, BrokenPipeError):
+        atexit.unregister(_drop_unread_output)
+        atexit.register(_drop_unread_output)
+        if not isinstance(error, BrokenPipeError):  # the reader of the pipe has seen enough
             print(f"{command_line()}: {error}", file=sys.stderr)
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 1
+
+
+def _drop_unread_output() -> None:
+    """Drop what standard output cannot take at the end of the process, where Python would complain of it."""
+    stdout = sys.__stdout__
+    if stdout is not None and not stdout.closed:
+        try:
+            stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -12614,23 +12614,33 @@ class TestStatus(WatcherProcessCase):
         self.assertEqual(code, 0)
         self.assertIn("watched by passes of 'start --once'; last looked ", out)
 
-    def test_damaged_watcher_json_is_no_watcher(self) -> None:
+    def test_odd_watcher_json_is_no_watcher_and_no_traceback(self) -> None:
         self.check_in("a", 1)
-        for text in ("{", "[]", '{"runs": 5, "seen_at": "x", "pid": []}', '{"runs": [[1]]}'):
-            with self.subTest(text=text):
-                with open(self.paths.watcher, "w", encoding="ascii") as file:
-                    file.write(text)
-                code, out = self.status()
-                self.assertEqual(code, 1)
-                self.assertIn("no watcher is alive; never looked", out)
-                self.assertTrue(out.endswith("\n1 running\n"), out)
-
-    def test_two_looks_at_once_do_not_take_each_other_for_a_watcher(self) -> None:
-        look = "import sys, aimwatch; paths = aimwatch.find_repo()\n"
-        look += "print(any(aimwatch._is_locked(paths.watcher_lock) for _ in range(20000)))"
-        self.stop(self.watcher())
-        for process in [self.process(look), self.process(look)]:
-            self.assertEqual(process.communicate(timeout=30), ("False\n", ""))
+        name = self.check_ins()[0]
+        odd = ("[]", "{}", "null", "true", '"x"', "1e308", "-1e308", "-1", "1e11", "9" * 400, '"\\ud800"')
+        texts = ["{", "[]", '{"runs": 5, "seen_at": "x", "pid": []}', '{"runs": [[1]]}', "\xff"]
+        for value in odd:
+            texts += [f'{{"{key}": {value}}}' for key in ("seen_at", "runs", "once", "pid", "host")]
+            texts += [f'{{"pid": 1, "{key}": {value}}}' for key in ("started_at", "poll_interval_s", "host")]
+            texts += [f'{{"runs": [["{name}", {value}, {value}, "running"]]}}']
+            texts += [f'{{"runs": [["{name}", 1, 1, {value}], [{value}, 1, 1, "running"]]}}']
+        for held in (False, True):
+            if held:
+                holder = self.process(
+                    "import aimwatch, time; lock = aimwatch.FileLock(aimwatch.find_repo().watcher_lock)\n"
+                    "print(lock.acquire(), flush=True); time.sleep(600)"
+                )
+                self.assertEqual(holder.stdout.readline(), "True\n")
+            for text in texts:
+                with self.subTest(text=text, held=held):
+                    with open(self.paths.watcher, "w", encoding="latin-1") as file:
+                        file.write(text)
+                    code, out = self.status()
+                    said = "holds the watch but does not look" if held else "no watcher is alive"
+                    self.assertEqual((code, said in out, len(out) < 1000), (1, True, True), out)
+                    self.assertTrue(out.endswith("\n1 running\n"), out)
+                    shown = json.loads(self.status("--json")[1])
+                    self.assertFalse(shown["watcher"]["alive"])
 
     def test_colour_is_for_terminals_without_no_color(self) -> None:
         self.check_in("a", 1, "failed")
@@ -12738,6 +12748,29 @@ class TestCommandLine(Case):
                 self.assertEqual(code, 1)
                 self.assertIn("the repository's path is empty: give the folder that holds .aim", err)
         self.assertEqual(os.listdir(below), [])
+
+    def test_output_that_nobody_takes_ends_with_1_and_without_a_complaint_of_python(self) -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "wb") as broken, open("/dev/full", "wb") as full:
+            for stream, said in ((broken, ""), (full, "aim-watcher: [Errno 28] No space left on device\n")):
+                with self.subTest(stream=stream.name):
+                    done = subprocess.run(
+                        [sys.executable, "-c", "import sys, aimwatch; sys.exit(aimwatch.main(['status']))"],
+                        stdout=stream, stderr=subprocess.PIPE, env={**os.environ, "AIMWATCH_REPO": self.root},
+                    )  # fmt: skip
+                    self.assertEqual((done.returncode, done.stderr.decode()), (1, said))
+
+    def test_output_of_a_program_that_calls_main_is_left_alone(self) -> None:
+        class Broken(io.StringIO):
+            def write(self, text: str) -> int:
+                raise OSError(errno.EPIPE, "Broken pipe")
+
+        before = os.fstat(1)
+        for error in (errno.EPIPE, errno.ENOSPC):
+            with contextlib.redirect_stdout(Broken()), contextlib.redirect_stderr(io.StringIO()):
+                self.assertEqual(aimwatch.main(["--repo", self.root, "status"]), 1)
+        self.assertTrue(os.path.samestat(os.fstat(1), before))
 
     def test_wrong_usage_returns_2(self) -> None:
         for argv, message in (
@@ -12984,7 +13017,7 @@ class TestReadme(WatcherProcessCase):
             self.addCleanup(inner.terminate)
         self.wait_for(lambda: self.saved()["seen_at"] > seen_at)
         os.kill(self.saved()["pid"], signal.SIGTERM)
-        self.wait_for(lambda: aimwatch._is_locked(self.paths.watcher_lock) is False)
+        self.wait_for(lambda: aimwatch.lock_state(self.paths.watcher_lock) == "free")
         with open(os.path.join(self.folder, "aimwatch.log"), encoding="utf-8") as file:
             self.assertIn(f" watching {self.paths.root}: ", file.read())
 
