@@ -12762,13 +12762,10 @@ class TestCommandLine(Case):
                     self.assertEqual((done.returncode, done.stderr.decode()), (1, said))
 
     def test_output_of_a_program_that_calls_main_is_left_alone(self) -> None:
-        class Broken(io.StringIO):
-            def write(self, text: str) -> int:
-                raise OSError(errno.EPIPE, "Broken pipe")
-
         before = os.fstat(1)
-        for error in (errno.EPIPE, errno.ENOSPC):
-            with contextlib.redirect_stdout(Broken()), contextlib.redirect_stderr(io.StringIO()):
+        for number in (errno.EPIPE, errno.ENOSPC):
+            broken = mock.Mock(**{"write.side_effect": OSError(number, os.strerror(number))})
+            with contextlib.redirect_stdout(broken), contextlib.redirect_stderr(io.StringIO()):
                 self.assertEqual(aimwatch.main(["--repo", self.root, "status"]), 1)
         self.assertTrue(os.path.samestat(os.fstat(1), before))
 
