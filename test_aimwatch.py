@@ -9717,12 +9717,12 @@ for line in sys.stdin:
 # ======================================================================== Command line
 
 
-class AddCase(NotifierCase):
+class NotifiersAdd(NotifierCase):
     def add(self, *argv: str, stdin: str = "") -> Tuple[int, str, str]:
         return self.run_cli("notifiers", "add", *argv, stdin=stdin)
 
-    def path(self, text: Any) -> str:
-        path = os.path.join(self.root, "secret.txt")
+    def path(self, name: str, text: Any) -> str:
+        path = os.path.join(self.root, name)
         with open(path, "wb") as file:
             file.write(text if isinstance(text, bytes) else text.encode())
         return path
@@ -9730,8 +9730,6 @@ class AddCase(NotifierCase):
     def assert_nothing_saved(self) -> None:
         self.assertFalse(os.path.exists(self.paths.config))
 
-
-class NotifiersAdd(AddCase):
     def test_questions_lead_to_a_notifier(self) -> None:
         stdin = f"foo\nslack\nftp://x\n\n{GOOD_URL}\n{{oops}}\nlost {{run.hash}}\nmaybe\ny\nn\n"
         code, out, err = self.add(stdin=stdin)
@@ -9763,91 +9761,100 @@ class NotifiersAdd(AddCase):
         self.assertIn("Error: the token must be one word of printable ASCII", out)
         self.assert_hidden(out)
 
-    def test_type_given_is_not_asked_for(self) -> None:
-        code, out, _ = self.add("slack", stdin=f"{GOOD_URL}\n\ny\n")
-        self.assertEqual(code, 0)
-        self.assertNotIn("Select notifier type", out)
-        self.assertNotIn("another", out)
-        self.assertEqual(self.only_entry()["arguments"]["message"], aimwatch.AIM_DEFAULT_MESSAGE)
-
-    def test_flags_alone_are_enough_with_yes(self) -> None:
-        code, out, err = self.add(
-            "workplace", "--group-id", "12", "--access-token", TOKEN, "--base-url",
-            "https://graph.example/v1", "--message", "{run.name}", "--events", "log,failed,log", "--yes",
-        )  # fmt: skip
-        self.assertEqual((code, err), (0, ""))
-        self.assertNotIn("?", out)
-        entry = self.only_entry()
-        self.assertEqual(entry["events"], ["log", "failed"])
-        self.assertEqual(
-            entry["arguments"],
-            {"group_id": 12, "access_token": TOKEN, "base_url": "https://graph.example/v1", "message": "{run.name}"},
-        )  # fmt: skip
-
-    def test_secret_comes_from_a_file_or_standard_input(self) -> None:
-        group = ("workplace", "--group-id", "1", "--access-token-file")
-        for argv, stdin, name, value in (
-            (("slack", "--webhook-url-file", self.path(f"\n{GOOD_URL}\n\n")), "", "url", GOOD_URL),
-            (("slack", "--webhook-url-file", "-"), f"{GOOD_URL}\nrest\n", "url", GOOD_URL),
-            ((*group, "-"), TOKEN, "access_token", TOKEN),
-        ):
-            with self.subTest(argv):
-                code, out, err = self.add(*argv, "--yes", stdin=stdin)
-                self.assertEqual((code, err), (0, ""))
-                self.assertEqual(self.only_entry()["arguments"][name], value)
-                self.assert_hidden(out)
-                os.unlink(self.paths.config)
-
-    def test_refusals_say_why_and_save_nothing(self) -> None:
-        here = self.path(GOOD_URL)
-        url, group = ("--webhook-url", GOOD_URL), ("workplace", "--group-id", "1")
-        for argv, stdin, message in (
-            ((), "", "with --yes the type must be given: slack, workplace, logger, webhook, email, command$"),
-            (("slack",), "", "notifiers add slack --yes needs --webhook-url or --webhook-url-file$"),
-            (("workplace", "--access-token", "t"), "", "workplace --yes needs --group-id$"),
-            (group, "", "workplace --yes needs --access-token or --access-token-file$"),
-            (("slack", *url, "--webhook-url-file", here), "", "--webhook-url and --webhook-url-file exclude each other$"),
-            (("slack", *url, "--group-id", "1"), "", "--group-id has no meaning for type slack$"),
-            (("slack", *url, "--access-token", "t"), "", "--access-token has no meaning for type slack$"),
-            (("slack", *url, "--base-url", "http://h"), "", "--base-url has no meaning for type slack$"),
-            (("logger", *url), "", "--webhook-url has no meaning for type logger$"),
-            (("logger", "--webhook-url-file", here), "", "--webhook-url has no meaning for type logger$"),
-            (("slack", "--webhook-url-file", "/nonexistent"), "", "cannot read /nonexistent: No such file or directory$"),
-            (("slack", "--webhook-url-file", self.root), "", "cannot read .*: Is a directory$"),
-            (("slack", "--webhook-url-file", "-"), "", "the URL must start with https:// or http://, and this one has no scheme$"),
-            (("slack", "--webhook-url", ""), "", "this one has no scheme$"),
-            ((*group, "--access-token", "tok\nen"), "", "the token must be one word of printable ASCII"),
-            ((*group, "--access-token", ""), "", "or it is empty$"),
-            (("workplace", "--group-id", "a b", "--access-token", "t"), "", "group ID 'a b': it must be letters and digits$"),
-            (("slack", *url, "--message", "{run.oops}"), "", "the message names {run.oops}, which does not exist: use"),
+    def test_arguments_come_from_flags_files_standard_input_and_answers(self) -> None:
+        url_file = self.path("url.txt", f"\n{GOOD_URL}\n\n")
+        headers = self.path("headers.txt", "X-Key: PASSWORD\nAuthorization: Bearer PASSWORD two\n")
+        password = self.path("password.txt", "PASS WORD\n")
+        mail = {"host": "relay.example", "security": "tls", "port": 465, "user": "ann", "password": "PASS WORD",
+                "sender": "watch@hpc.example", "to": ["ann@x.example", "bob"]}  # fmt: skip
+        mail_answers = (
+            "\nrelay.example\nssl\ntls\n99999\n465\nann\npässword\nPASS WORD\nno mail\nwatch@hpc.example\n"
+            "a@b@c\nann@x.example, bob\n\ny\n"
+        )
+        for argv, stdin, arguments in (
+            (f"slack --webhook-url-file {url_file} --yes", "", {"url": GOOD_URL}),
+            ("slack --webhook-url-file - --yes", f"{GOOD_URL}\nrest\n", {"url": GOOD_URL}),
+            ("slack", f"{GOOD_URL}\n\ny\n", {"url": GOOD_URL}),
+            ("workplace --group-id 1 --access-token-file - --yes", TOKEN, {"group_id": 1, "access_token": TOKEN}),
+            (f"workplace --group-id 12 --access-token {TOKEN} --base-url https://h/v1 --message {{run.name}} --yes",
+             "", {"group_id": 12, "access_token": TOKEN, "base_url": "https://h/v1", "message": "{run.name}"}),
+            (f"webhook --webhook-url {GOOD_URL} --header-file {headers} --body '{{\"a\": \"{{message}}\"}}' --yes", "",
+             {"url": GOOD_URL, "body": {"a": "{message}"},
+              "headers": {"X-Key": "PASSWORD", "Authorization": "Bearer PASSWORD two"}}),
+            (f"email --smtp-host relay.example --security tls --port 465 --user ann --password-file {password} "
+             "--from watch@hpc.example --to ann@x.example,bob --yes", "", mail),
+            ("email", mail_answers, mail),
+            ("email --smtp-host relay --from a --to b --yes", "", {"host": "relay", "sender": "a", "to": ["b"]}),
+            ("command --command \"/bin/tell --to 'the team'\" --yes", "", {"command": ["/bin/tell", "--to", "the team"]}),
+            ("command", "tell\n'\n/bin/tell --to 'the team'\n\ny\n", {"command": ["/bin/tell", "--to", "the team"]}),
         ):  # fmt: skip
             with self.subTest(argv):
-                code, out, err = self.add(*argv, "--yes", stdin=stdin)
+                code, out, err = self.add(*shlex.split(argv), stdin=stdin)
+                self.assertEqual((code, err), (0, ""), out)
+                self.assertNotIn("Select notifier type", out)
+                self.assertEqual("?" in out, "--yes" not in argv)
+                expected = {"message": aimwatch.AIM_DEFAULT_MESSAGE, **arguments}
+                self.assertEqual(self.only_entry()["arguments"], expected)
+                self.assertIsNone(self.config.notifiers()[0].problem)
+                self.assertEqual(stat.S_IMODE(os.stat(self.paths.config).st_mode), 0o600)
+                for command in (("list",), ("list", "--json"), ("dump",)):
+                    out += "".join(self.run_cli("notifiers", *command)[1:])
+                self.assert_hidden(out)
+                self.assertNotIn("PASS WORD", out)
+                os.unlink(self.paths.config)
+
+    def test_events_are_those_given(self) -> None:
+        self.assertEqual(self.add("logger", "--events", "log,failed,log", "--yes")[0], 0)
+        self.assertEqual(self.only_entry()["events"], ["log", "failed"])
+
+    def test_refusals_say_why_and_save_nothing(self) -> None:
+        here, no_text = self.path("url.txt", GOOD_URL), self.path("no_text", b"\xff\xfe")
+        two_lines = self.path("two.txt", f"{TOKEN}\n{TOKEN}\n")
+        slack, group = ("slack", "--webhook-url", GOOD_URL), ("workplace", "--group-id", "1")
+        hook, mail = ("webhook", "--webhook-url", GOOD_URL), ("email", "--smtp-host", "h", "--from", "a@b")
+        for argv, message in (
+            ((), "with --yes the type must be given: slack, workplace, logger, webhook, email, command$"),
+            (("slack",), "notifiers add slack --yes needs --webhook-url or --webhook-url-file$"),
+            (("workplace", "--access-token", "t"), "workplace --yes needs --group-id$"),
+            (group, "workplace --yes needs --access-token or --access-token-file$"),
+            ((*slack, "--webhook-url-file", here), "--webhook-url and --webhook-url-file exclude each other$"),
+            ((*slack, "--group-id", "1"), "--group-id has no meaning for type slack$"),
+            ((*slack, "--body", "{}"), "--body has no meaning for type slack$"),
+            (("logger", "--webhook-url-file", here), "--webhook-url has no meaning for type logger$"),
+            (("slack", "--webhook-url-file", "/nonexistent"), "cannot read /nonexistent: No such file or directory$"),
+            (("slack", "--webhook-url-file", self.root), "cannot read .*: Is a directory$"),
+            (("slack", "--webhook-url-file", no_text), "cannot read .*: it is not UTF-8 text$"),
+            (("slack", "--webhook-url-file", "-"), "the URL must start with https:// or http://, and this one has no scheme$"),
+            (("slack", "--webhook-url", ""), "this one has no scheme$"),
+            ((*group, "--access-token-file", two_lines), "the token must be one word"),
+            ((*group, "--access-token", "tok\nen"), "the token must be one word of printable ASCII"),
+            ((*group, "--access-token", ""), "or it is empty$"),
+            (("workplace", "--group-id", "a b", "--access-token", "t"), "group ID 'a b': it must be letters and digits$"),
+            ((*slack, "--message", "{run.oops}"), "the message names {run.oops}, which does not exist: use"),
+            (("webhook",), "notifiers add webhook --yes needs --webhook-url or --webhook-url-file$"),
+            ((*hook, "--header", "no colon SECRET"), "a header has no name that can be one: write 'Name: value'$"),
+            ((*hook, "--header", "X-K: PASSWORD\u00e9"), "header X-K must have a value of printable ASCII$"),
+            ((*hook, "--body", "{"), "the body must be JSON, such as"),
+            ((*hook, "--body", '"text"'), "the body must be a JSON object or list$"),
+            ((*hook, "--body", '{"a": "{run.oops}"}'), "the message names {run.oops}, which does not exist"),
+            (mail, "notifiers add email --yes needs --to$"),
+            (("email", "--from", "a@b", "--to", "c@d"), "email --yes needs --smtp-host$"),
+            ((*mail, "--to", "a@b\nBcc: x@y"), "'Bcc:' is no mail address: write name@host$"),
+            ((*mail, "--to", ","), "must be mail addresses with commas between them$"),
+            ((*mail, "--to", "a@b", "--port", "0"), "port 0 is not a number from 1 to 65535$"),
+            ((*mail, "--to", "a@b", "--security", "ssl"), "'ssl' is not one of starttls, tls, none$"),
+            ((*mail, "--to", "a@b", "--user", "u", "--password", "PASSW\u00d6RD"), "--password must be printable ASCII"),
+            (("email", "--smtp-host", "a\nb", "--from", "a", "--to", "b"), "--smtp-host must be on one line"),
+            (("command",), "notifiers add command --yes needs --command$"),
+            (("command", "--command", "tell"), "must be given with its whole path, not 'tell'$"),
+            (("command", "--command", "/bin/tell '"), "the command cannot be taken apart: No closing quotation$"),
+            (("command", "--command", ""), "the command must be a program and its arguments$"),
+        ):  # fmt: skip
+            with self.subTest(argv):
+                code, out, err = self.add(*argv, "--yes")
                 self.assertEqual((code, out), (1, ""))
                 self.assert_one_line(err, message)
                 self.assert_hidden(err)
-                self.assert_nothing_saved()
-
-    def test_file_that_is_no_text_is_refused(self) -> None:
-        code, _, err = self.add("slack", "--webhook-url-file", self.path(b"\xff\xfe"), "--yes")
-        self.assertEqual(code, 1)
-        self.assert_one_line(err, "cannot read .*: it is not UTF-8 text$")
-        path = self.path(f"{TOKEN}\n{TOKEN}\n")
-        code, _, err = self.add("workplace", "--group-id", "1", "--access-token-file", path, "--yes")
-        self.assertEqual(code, 1)
-        self.assert_one_line(err, "the token must be one word")
-        self.assert_hidden(err)
-
-    def test_wrong_usage_is_2(self) -> None:
-        for argv, message in (
-            (("pager",), "invalid choice: 'pager'"),
-            (("slack", "--events", "stalled,nope"), "'nope' is not one of stalled, failed"),
-            (("slack", "--nope"), "unrecognized arguments: --nope"),
-        ):
-            with self.subTest(argv):
-                code, _, err = self.add(*argv)
-                self.assertEqual(code, 2)
-                self.assertIn(message, err)
                 self.assert_nothing_saved()
 
     def test_no_is_an_abort(self) -> None:
@@ -9857,32 +9864,18 @@ class NotifiersAdd(AddCase):
             self.assert_one_line(err, ": aborted: nothing was saved$")
             self.assert_nothing_saved()
 
-    ANSWERS = (
-        ("slack", GOOD_URL, ""),
-        ("workplace", "123", TOKEN, ""),
-        ("logger", ""),
-    )
-
-    def test_end_of_input_at_every_prompt_saves_nothing(self) -> None:
-        for answers in self.ANSWERS:
+    def test_end_of_input_and_ctrl_c_at_every_prompt_save_nothing(self) -> None:
+        for answers in (("slack", GOOD_URL, ""), ("workplace", "123", TOKEN, ""), ("logger", "")):
             for count in range(len(answers) + 1):
-                with self.subTest(answers=answers[:count]):
-                    stdin = "".join(f"{answer}\n" for answer in answers[:count])
-                    code, _, err = self.add(stdin=stdin)
-                    self.assertEqual(code, 1)
-                    self.assert_one_line(err, ": aborted: nothing was changed$")
-                    self.assert_nothing_saved()
-
-    def test_ctrl_c_at_every_prompt_saves_nothing(self) -> None:
-        for answers in self.ANSWERS:
-            for count in range(len(answers) + 1):
-                with self.subTest(answers=answers[:count]):
-                    said = [*answers[:count], KeyboardInterrupt]
-                    with mock.patch.object(builtins, "input", side_effect=said) as asked:
+                for end in (EOFError, KeyboardInterrupt):
+                    said = [*answers[:count], end]
+                    with self.subTest(said=said), mock.patch.object(
+                        builtins, "input", side_effect=said
+                    ) as asked:
                         code, _, err = self.add()
-                    self.assertEqual((code, asked.call_count), (1, count + 1))
-                    self.assert_one_line(err, ": aborted: nothing was changed$")
-                    self.assert_nothing_saved()
+                        self.assertEqual((code, asked.call_count), (1, count + 1))
+                        self.assert_one_line(err, ": aborted: nothing was changed$")
+                        self.assert_nothing_saved()
 
     def test_end_after_the_first_was_saved_does_not_say_that_nothing_was(self) -> None:
         for end in (EOFError, KeyboardInterrupt):
@@ -9897,163 +9890,56 @@ class NotifiersAdd(AddCase):
                     self.assertTrue(out.endswith("\nno other notifier was added\n"), out)
                     self.assertEqual(len(self.entries()), 1)
 
-    def test_closed_standard_input_is_the_end_of_input(self) -> None:
-        close = "import os, sys; os.close(0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-        for argv in (("slack",), ("logger",), ("slack", "--webhook-url-file", "-", "--yes")):
-            with self.subTest(argv):
-                process = self.process(close, MODULE, "notifiers", "add", *argv)
-                self.assertEqual(process.wait(), 1)
-                err = process.stderr.read()
-                self.assertNotIn("Traceback", err)
-                self.assert_nothing_saved()
-
-    def test_closed_standard_output_is_no_traceback(self) -> None:
-        close = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-        process = self.process(close, MODULE, "notifiers", "add", "logger", "--yes")
-        self.assertEqual((process.wait(), process.stderr.read()), (0, ""))
-        self.assertEqual(self.only_entry()["type"], "logger")
-
-    def test_input_that_is_no_text_is_no_traceback(self) -> None:
+    def test_streams_that_are_closed_or_no_text_are_no_traceback(self) -> None:
         os.environ["PYTHONIOENCODING"] = "utf-8:strict"
-        for argv in (("slack",), ("logger",)):
-            with self.subTest(argv):
-                done = subprocess.run(
-                    [sys.executable, MODULE, "--repo", self.root, "notifiers", "add", *argv],
-                    input=b"\xff\xfe\n\n\n", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                )  # fmt: skip
-                self.assertNotIn(b"Traceback", done.stderr)
-
-    def test_plain_http_to_another_machine_is_a_warning(self) -> None:
-        for url, host in (
-            ("http://hooks.example.com/SECRETSECRET", "hooks.example.com"),
-            ("http://h.example:80?x=SECRETSECRET", "h.example"),
-            ("HTTP://hooks.example.com/SECRETSECRET", "hooks.example.com"),
-            ("http://[2001:db8::1]:80/x", "[2001:db8::1]"),
-            (GOOD_URL, None),
-            ("http://127.0.0.1:9/x", None),
-            ("http://localhost/x", None),
-            ("http://[::1]:9/x", None),
+        for redirect, argv, code in (
+            ("<&-", "slack", 1),
+            ("<&-", "slack --webhook-url-file - --yes", 1),
+            ("< no_text", "slack", 1),
+            ("< no_text", "logger", 0),
+            (">&-", "logger --yes", 0),
         ):
-            with self.subTest(url):
-                _, out, err = self.add("slack", "--webhook-url", url, "--yes")
-                warning = f"Warning: {host} is another machine, and over http:// everybody"
-                self.assertEqual(warning in out + err, host is not None, out)
-                self.assertEqual("Warning" in out, host is not None, out)
-                self.assert_hidden(out + err)
+            with self.subTest(redirect=redirect, argv=argv):
+                self.path("no_text", b"\xff\xfe\n\n\n")
+                call = f'exec "{sys.executable}" -m aimwatch notifiers add {argv} {redirect}'
+                process = self.command("bash", "-c", call, cwd=self.root)
+                err = process.communicate(timeout=30)[1]
+                self.assertEqual((process.returncode, "Traceback" in err), (code, False), err)
 
-    def test_password_that_everybody_can_read_is_a_warning(self) -> None:
-        who = ("--smtp-host", "h", "--from", "a@b.example", "--to", "c@d.example", "--yes")
-        login = ("--user", "u", "--password", TOKEN)
-        for argv, warned in ((("none", *login), True), (("none",), False), (("starttls", *login), False)):
-            with self.subTest(argv[:1]):
-                out = self.add("email", *who, "--security", *argv)[1]
-                self.assertEqual("Warning: with --security none, everybody" in out, warned, out)
-
-    def test_workplace_is_said_to_be_closed_where_meta_is_meant(self) -> None:
-        argv = ("workplace", "--group-id", "1", "--access-token", "t", "--yes")
-        note = "Note: Meta closed Workplace on 2026-06-01."
-        self.assertIn(note, self.add(*argv)[1])
-        self.assertNotIn(note, self.add(*argv, "--base-url", "https://h/v1")[1])
-
-    def test_repository_that_is_missing_is_said(self) -> None:
-        code = aimwatch_main("--repo", os.path.join(self.root, "no"), "notifiers", "add", "logger")
-        self.assertEqual(code[0], 1)
-        self.assert_one_line(code[2], "no repository at .*/no: run 'aim-watcher --repo .*/no init'")
-
-
-class NotifiersAddMore(AddCase):
-    """The types that Aim does not have."""
-
-    def test_webhook_by_flags(self) -> None:
-        headers = self.path("X-Key: PASSWORD\nAuthorization: Bearer PASSWORD two\n")
-        code, out, err = self.add(
-            "webhook", "--webhook-url", GOOD_URL, "--header-file", headers, "--body",
-            '{"content": "{message}"}', "--yes",
-        )  # fmt: skip
-        self.assertEqual((code, err), (0, ""))
-        expected = {
-            "url": GOOD_URL, "headers": {"X-Key": "PASSWORD", "Authorization": "Bearer PASSWORD two"},
-            "body": {"content": "{message}"}, "message": aimwatch.AIM_DEFAULT_MESSAGE,
-        }  # fmt: skip
-        self.assertEqual(self.only_entry()["arguments"], expected)
-        for argv in (("list",), ("list", "--json"), ("dump",)):
-            out += "".join(self.run_cli("notifiers", *argv)[1:])
-        self.assert_hidden(out)
-        code, out, _ = self.run_cli("notifiers", "remove", self.only_entry()["id"], "--yes")
-        self.assertEqual(code, 0)
-
-    def test_email_by_flags_and_by_questions(self) -> None:
-        arguments = {
-            "host": "relay.example", "security": "tls", "port": 465, "user": "ann", "password": "PASS WORD",
-            "sender": "watch@hpc.example", "to": ["ann@x.example", "bob"], "message": aimwatch.AIM_DEFAULT_MESSAGE,
-        }  # fmt: skip
-        flags = (
-            "email", "--smtp-host", "relay.example", "--security", "tls", "--port", "465", "--user", "ann",
-            "--password-file", self.path("PASS WORD\n"), "--from", "watch@hpc.example", "--to", "ann@x.example,bob", "--yes",
-        )  # fmt: skip
-        answers = (
-            "email\n\nrelay.example\nssl\ntls\n99999\n465\nann\npässword\nPASS WORD\nno mail\nwatch@hpc.example\n"
-            "a@b@c\nann@x.example, bob\n\ny\nn\n"
+    def test_what_would_be_regretted_is_said(self) -> None:
+        work, mail = ("workplace", "--group-id", "1", "--access-token", "t"), ("email", "--smtp-host", "h")
+        mail, login = (
+            (*mail, "--from", "a@b.example", "--to", "c@d.example"),
+            ("--user", "u", "--password", TOKEN),
         )
-        for argv, stdin in ((flags, ""), ((), answers)):
-            with self.subTest(argv):
-                code, out, err = self.add(*argv, stdin=stdin)
-                self.assertEqual((code, err), (0, ""), out)
-                self.assertEqual(self.only_entry()["arguments"], arguments)
-                self.assertIsNone(self.config.notifiers()[0].problem)
-                for command in (("list", "--json"), ("dump",)):
-                    out += "".join(self.run_cli("notifiers", *command)[1:])
-                self.assertNotIn("PASS WORD", out)
-                os.unlink(self.paths.config)
-
-    def test_email_needs_little(self) -> None:
-        code, _, err = self.add("email", "--smtp-host", "relay", "--from", "a", "--to", "b", "--yes")
-        self.assertEqual((code, err), (0, ""))
-        self.assertEqual(sorted(self.only_entry()["arguments"]), ["host", "message", "sender", "to"])
-
-    def test_command_by_flags_and_by_questions(self) -> None:
-        for argv, stdin in (
-            (("command", "--command", "/bin/tell --to 'the team'", "--yes"), ""),
-            ((), "command\ntell\n'\n/bin/tell --to 'the team'\n\ny\nn\n"),
-        ):
-            with self.subTest(argv):
-                code, out, err = self.add(*argv, stdin=stdin)
-                self.assertEqual((code, err), (0, ""), out)
-                self.assertEqual(self.only_entry()["arguments"]["command"], ["/bin/tell", "--to", "the team"])
-                self.assertEqual(os.stat(self.paths.config).st_mode & 0o777, 0o600)
-                os.unlink(self.paths.config)
-
-    def test_refusals_say_why_and_save_nothing(self) -> None:
-        url, mail = ("webhook", "--webhook-url", GOOD_URL), ("email", "--smtp-host", "h", "--from", "a@b")
-        for argv, message in (
-            (("webhook",), "notifiers add webhook --yes needs --webhook-url or --webhook-url-file$"),
-            ((*url, "--header", "no colon SECRET"), "a header has no name that can be one: write 'Name: value'$"),
-            ((*url, "--header", "X-K: PASSWORD\u00e9"), "header X-K must have a value of printable ASCII$"),
-            ((*url, "--header", "a b: PASSWORD"), "a header has no name that can be one: write 'Name: value'$"),
-            ((*url, "--body", "{"), "the body must be JSON, such as"),
-            ((*url, "--body", '"text"'), "the body must be a JSON object or list$"),
-            ((*url, "--body", '{"a": "{run.oops}"}'), "the message names {run.oops}, which does not exist"),
-            (mail, "notifiers add email --yes needs --to$"),
-            (("email", "--from", "a@b", "--to", "c@d"), "email --yes needs --smtp-host$"),
-            ((*mail, "--to", "a@b\nBcc: x@y"), "'Bcc:' is no mail address: write name@host$"),
-            ((*mail, "--to", "<a@b>"), "is no mail address: write name@host$"),
-            ((*mail, "--to", ","), "must be mail addresses with commas between them$"),
-            ((*mail, "--to", "a@b", "--port", "0"), "port 0 is not a number from 1 to 65535$"),
-            ((*mail, "--to", "a@b", "--security", "ssl"), "'ssl' is not one of starttls, tls, none$"),
-            ((*mail, "--to", "a@b", "--user", "u", "--password", "PASSW\u00d6RD"), "--password must be printable ASCII"),
-            (("email", "--smtp-host", "a\nb", "--from", "a", "--to", "b"), "--smtp-host must be on one line"),
-            (("command",), "notifiers add command --yes needs --command$"),
-            (("command", "--command", "tell"), "must be given with its whole path, not 'tell'$"),
-            (("command", "--command", "/bin/tell '"), "the command cannot be taken apart: No closing quotation$"),
-            (("command", "--command", ""), "the command must be a program and its arguments$"),
-            (("slack", "--webhook-url", GOOD_URL, "--body", "{}"), "--body has no meaning for type slack$"),
+        plain = "Warning: %s is another machine, and over http:// everybody"
+        closed, read = (
+            "Note: Meta closed Workplace on 2026-06-01.",
+            "Warning: with --security none, everybody",
+        )
+        for argv, warning in (
+            (("slack", "--webhook-url", "http://hooks.example.com/SECRETSECRET"), plain % "hooks.example.com"),
+            (("slack", "--webhook-url", "HTTP://hooks.example.com/SECRETSECRET"), plain % "hooks.example.com"),
+            (("slack", "--webhook-url", "http://h.example:80?x=SECRETSECRET"), plain % "h.example"),
+            (("slack", "--webhook-url", "http://[2001:db8::1]:80/x"), plain % "[2001:db8::1]"),
+            (("slack", "--webhook-url", GOOD_URL), None),
+            (("slack", "--webhook-url", "http://127.0.0.1:9/x"), None),
+            (("slack", "--webhook-url", "http://localhost/x"), None),
+            (("slack", "--webhook-url", "http://[::1]:9/x"), None),
+            ((*mail, "--security", "none", *login), read),
+            ((*mail, "--security", "none"), None),
+            ((*mail, "--security", "starttls", *login), None),
+            (work, closed),
+            ((*work, "--base-url", "https://h/v1"), None),
         ):  # fmt: skip
             with self.subTest(argv):
-                code, out, err = self.add(*argv, "--yes")
-                self.assertEqual((code, out), (1, ""))
-                self.assert_one_line(err, message)
-                self.assert_hidden(err)
-                self.assert_nothing_saved()
+                out = self.add(*argv, "--yes")[1]
+                self.assertEqual(
+                    re.findall("(?:Warning|Note): ", out),
+                    [warning.partition(" ")[0] + " "] if warning else [],
+                )
+                self.assertIn(warning or "", out)
+                self.assert_hidden(out)
 
 
 def aimwatch_main(*argv: str) -> Tuple[int, str, str]:
@@ -10101,51 +9987,34 @@ class OnATerminal(NotifierCase):
             os.write(ours, answer.encode())
         raise AssertionError("not reached")
 
-    def test_secret_is_not_echoed(self) -> None:
-        code, seen = self.converse(
-            ("(slack, workplace, logger, webhook, email, command): ", "slack\n"),
-            ("Webhook URL (not shown): ", f"{GOOD_URL}\n"),
-            ("(empty for the default): ", "hello\n"),
-            ("[Y/n]: ", "y\n"),
-            ("[y/N]: ", "n\n"),
-        )
-        self.assertEqual(code, 0, seen)
-        self.assertIn("hello", seen)
-        self.assert_hidden(seen)
-        self.assertEqual(self.only_entry()["arguments"]["url"], GOOD_URL)
-
-    def test_password_of_a_mail_server_is_not_echoed(self) -> None:
-        code, seen = self.converse(
-            ("(slack, workplace, logger, webhook, email, command): ", "email\n"),
-            ("Mail server: ", "relay\n"),
-            ("(empty: starttls): ", "none\n"),
-            ("with none 25): ", "\n"),
-            ("(empty: no login): ", "ann\n"),
-            ("Password (not shown): ", "PASSWORD\n"),
-            ("From: ", "a@b\n"),
-            ("To, with commas between several: ", "c@d,e\n"),
-            ("(empty for the default): ", "\n"),
-            ("[Y/n]: ", "y\n"),
-            ("[y/N]: ", "n\n"),
-        )
-        self.assertEqual(code, 0, seen)
-        self.assertIn("To: ['c@d', 'e']", seen)
-        self.assert_hidden(seen)
-        self.assertEqual(self.only_entry()["arguments"]["password"], "PASSWORD")
-
-    def test_token_is_not_echoed_and_ctrl_c_saves_nothing(self) -> None:
-        code, seen = self.converse(
-            ("(slack, workplace, logger, webhook, email, command): ", "workplace\n"),
-            ("Group ID: ", "1\n"),
-            ("Access token (not shown): ", f"{TOKEN} x\n"),
+    def test_secrets_are_not_echoed_and_ctrl_c_saves_nothing(self) -> None:
+        which, save = "(slack, workplace, logger, webhook, email, command): ", ("[Y/n]: ", "y\n")
+        message, more = "(empty for the default): ", ("[y/N]: ", "n\n")
+        mail = (
+            (which, "email\n"), ("Mail server: ", "relay\n"), ("(empty: starttls): ", "none\n"),
+            ("with none 25): ", "\n"), ("(empty: no login): ", "ann\n"), ("Password (not shown): ", "PASSWORD\n"),
+            ("From: ", "a@b\n"), ("To, with commas between several: ", "c@d,e\n"), (message, "\n"), save, more,
+        )  # fmt: skip
+        slack = (
+            (which, "slack\n"), ("Webhook URL (not shown): ", f"{GOOD_URL}\n"), (message, "hello\n"), save, more,
+        )  # fmt: skip
+        token = (
+            (which, "workplace\n"), ("Group ID: ", "1\n"), ("Access token (not shown): ", f"{TOKEN} x\n"),
             ("Access token (not shown): ", "\x03"),
-        )
-        self.assertEqual(code, 1, seen)
-        self.assertIn("the token must be one word", seen)
-        self.assertIn("aborted: nothing was changed", seen)
-        self.assertNotIn("Traceback", seen)
-        self.assert_hidden(seen)
-        self.assertFalse(os.path.exists(self.paths.config))
+        )  # fmt: skip
+        for dialogue, code, shown, saved in (
+            (slack, 0, "hello", ("url", GOOD_URL)),
+            (mail, 0, "To: ['c@d', 'e']", ("password", "PASSWORD")),
+            (token, 1, "aborted: nothing was changed", None),
+        ):
+            with self.subTest(shown=shown):
+                found, seen = self.converse(*dialogue)
+                self.assertEqual((found, shown in seen, "Traceback" in seen), (code, True, False), seen)
+                self.assert_hidden(seen)
+                self.assertEqual(os.path.exists(self.paths.config), saved is not None)
+                if saved is not None:
+                    self.assertEqual(self.only_entry()["arguments"][saved[0]], saved[1])
+                    os.unlink(self.paths.config)
 
 
 class NotifiersCommands(NotifierCase):
@@ -10169,18 +10038,12 @@ class NotifiersCommands(NotifierCase):
         self.configure(a=hook(GOOD_URL, events=["log"]), b={"type": "pager", "arguments": {"k": "x"}})
         code, out, err = self.run_cli("notifiers", "list", "--json")
         self.assertEqual((code, err), (0, ""))
-        expected = [
-            {
-                "id": "a", "type": "slack", "status": "enabled", "events": ["log"], "problem": None,
-                "broken_since": None, "waiting": 0, "arguments": {"url": "https://hooks.example.com/***", "message": ""},
-            },
-            {
-                "id": "b", "type": "pager", "status": "enabled", "arguments": {"k": "***"},
-                "events": ["stalled", "failed", "recovered"], "broken_since": None, "waiting": 0,
-                "problem": "type 'pager' is not one of slack, workplace, logger, webhook, email, command",
-            },
-        ]  # fmt: skip
-        self.assertEqual(json.loads(out), expected)
+        rest = {"status": "enabled", "broken_since": None, "waiting": 0}
+        a = {"id": "a", "type": "slack", "events": ["log"], "problem": None, **rest}
+        b = {"id": "b", "type": "pager", "events": ["stalled", "failed", "recovered"], **rest}
+        b["problem"] = "type 'pager' is not one of slack, workplace, logger, webhook, email, command"
+        a["arguments"], b["arguments"] = {"url": "https://hooks.example.com/***", "message": ""}, {"k": "***"}
+        self.assertEqual(json.loads(out), [a, b])
 
     def test_list_of_none_says_how_to_add_one(self) -> None:
         code, out, err = self.run_cli("notifiers", "list")
@@ -10199,34 +10062,24 @@ class NotifiersCommands(NotifierCase):
         self.assertEqual(self.config.read(), AIM_CONFIG)
 
     def test_remove_asks_and_removes(self) -> None:
-        for answer, code in (("n\n", 1), ("\n", 1), ("", 1), ("y\n", 0)):
-            with self.subTest(answer=answer):
+        removed = "removed notifier 5c42d699-65cc-4fc9-be9d-60fd1490a398\n"
+        for answer, aborted in (
+            ("n", "removed"), ("", "removed"), (EOFError, "changed"), (KeyboardInterrupt, "changed"), ("y", ""),
+        ):  # fmt: skip
+            with self.subTest(answer=answer), mock.patch.object(
+                builtins, "input", side_effect=[answer]
+            ) as asked:
                 self.write_config(AIM_CONFIG)
-                found, out, err = self.run_cli("notifiers", "remove", "5c42", stdin=answer)
-                self.assertEqual(found, code)
+                code, out, err = self.run_cli("notifiers", "remove", "5c42")
                 self.assertIn("Type: slack\nUrl: https://hooks.example.com/***\n", out)
-                self.assertIn("Remove notifier configuration above? [y/N]: ", out)
-                self.assertEqual(len(self.entries()), 2 if code == 0 else 3)
-                if code:
-                    message = "removed" if answer else "changed"
-                    self.assert_one_line(err, f": aborted: nothing was {message}$")
-                else:
-                    self.assertIn("removed notifier 5c42d699-65cc-4fc9-be9d-60fd1490a398\n", out)
+                asked.assert_called_once_with("Remove notifier configuration above? [y/N]: ")
+                if aborted:
+                    self.assert_one_line(err, f": aborted: nothing was {aborted}$")
+                self.assertEqual((code, removed in out), (1 if aborted else 0, not aborted))
+                self.assertEqual(len(self.entries()), 3 if aborted else 2)
                 self.assert_hidden(out + err)
-
-    def test_remove_with_ctrl_c_removes_nothing(self) -> None:
         self.write_config(AIM_CONFIG)
-        with mock.patch.object(builtins, "input", side_effect=KeyboardInterrupt):
-            code, _, err = self.run_cli("notifiers", "remove", "5c42")
-        self.assertEqual(code, 1)
-        self.assert_one_line(err, ": aborted: nothing was changed$")
-        self.assertEqual(len(self.entries()), 3)
-
-    def test_remove_with_yes_asks_nothing(self) -> None:
-        self.write_config(AIM_CONFIG)
-        code, out, err = self.run_cli("notifiers", "remove", "5c42", "--yes")
-        expected = "removed notifier 5c42d699-65cc-4fc9-be9d-60fd1490a398\n"
-        self.assertEqual((code, out, err), (0, expected, ""))
+        self.assertEqual(self.run_cli("notifiers", "remove", "5c42", "--yes"), (0, removed, ""))
 
     def test_disable_and_enable_switch_the_status(self) -> None:
         self.write_config(AIM_CONFIG)
@@ -10254,14 +10107,6 @@ class NotifiersCommands(NotifierCase):
                 self.assertEqual(self.config.read()["notifications"]["log_level"], number)
                 found = self.run_cli("notifiers", "get-log-level")
                 self.assertEqual(found, (0, f"Log level: {shown}\n", ""))
-
-    def test_unknown_log_level_is_refused(self) -> None:
-        for given in ("LOUD", "", "1.5", "5000", "²"):
-            with self.subTest(given):
-                code, _, err = self.run_cli("notifiers", "set-log-level", given)
-                self.assertEqual(code, 2)
-                self.assertIn("LEVEL", err)
-        self.assertFalse(os.path.exists(self.paths.config))
 
     def test_sample_is_sent_and_the_answer_told(self) -> None:
         for answer, code, verdict in (
@@ -10299,60 +10144,17 @@ class NotifiersCommands(NotifierCase):
 
     def test_repo_may_stand_anywhere(self) -> None:
         self.configure(abc=hook(GOOD_URL))
-        os.environ["AIMWATCH_REPO"] = self.root
-        self.assertIn("abc", aimwatch_main("notifiers", "list")[1])
-        os.environ["AIMWATCH_REPO"] = "/nonexistent"
-        for argv in (
-            ("--repo", self.root, "notifiers", "list"),
-            ("notifiers", "--repo", self.root, "list"),
-            ("notifiers", "list", "--repo", self.root),
-            ("--repo", self.paths.aim, "notifiers", "list"),
+        for environ, argv in (
+            (self.root, ("notifiers", "list")),
+            ("/nonexistent", ("--repo", self.root, "notifiers", "list")),
+            ("/nonexistent", ("notifiers", "--repo", self.root, "list")),
+            ("/nonexistent", ("notifiers", "list", "--repo", self.root)),
+            ("/nonexistent", ("--repo", self.paths.aim, "notifiers", "list")),
         ):
             with self.subTest(argv):
+                os.environ["AIMWATCH_REPO"] = environ
                 code, out, err = aimwatch_main(*argv)
-                self.assertEqual((code, err), (0, ""))
-                self.assertIn("abc", out)
-
-    def test_every_command_and_option_has_help(self) -> None:
-        import argparse
-
-        seen = []
-
-        def check(parser: Any, words: Sequence[str]) -> None:
-            seen.append(" ".join(words))
-            for action in parser._actions:
-                if not isinstance(action, argparse._SubParsersAction):
-                    self.assertTrue(action.help, (words, action.dest))
-                else:
-                    for choice in action._choices_actions:
-                        self.assertTrue(choice.help, (words, choice.dest))
-                    for name, child in action.choices.items():
-                        check(child, [*words, name])
-            code, out, err = aimwatch_main(*words, "--help")
-            self.assertEqual((code, err), (0, ""), words)
-            self.assertTrue(out.startswith("usage: "), words)
-            self.assertIn((parser.description or "none")[:20], out)
-
-        check(aimwatch.build_parser(), [])
-        for name in (
-            "add",
-            "list",
-            "remove",
-            "enable",
-            "disable",
-            "dump",
-            "get-log-level",
-            "set-log-level",
-            "test",
-        ):
-            self.assertIn(f"notifiers {name}", seen)
-
-    def test_missing_words_are_wrong_usage(self) -> None:
-        for argv in (("notifiers",), ("notifiers", "nope"), ("notifiers", "remove"), ("notifiers", "enable")):
-            with self.subTest(argv):
-                code, out, err = self.run_cli(*argv)
-                self.assertEqual((code, out), (2, ""))
-                self.assertTrue(err.startswith("usage: "))
+                self.assertEqual((code, "abc" in out, err), (0, True, ""))
 
 
 # ======================================================================================
