@@ -12462,12 +12462,14 @@ class TestStatus(WatcherProcessCase):
                 self.assertEqual("\x1b" in stream.getvalue(), coloured)
 
 
-COMMANDS = (
-    (), ("start",), ("status",), ("init",), ("demo",), ("notifiers",),
-    *(("notifiers", name) for name in (
-        "add", "list", "remove", "enable", "disable", "dump", "get-log-level", "set-log-level", "test",
-    )),
-)  # fmt: skip
+def parser_commands(parser: Any = None, path: Tuple[str, ...] = ()) -> Dict[Tuple[str, ...], Any]:
+    """Return every command of the command line with its parser, groups left out."""
+    found: Dict[Tuple[str, ...], Any] = {}
+    for action in (parser or aimwatch.build_parser())._actions:
+        if isinstance(action.choices, dict):
+            for name, below in action.choices.items():
+                found.update(parser_commands(below, (*path, name)))
+    return found or {path: parser}
 
 
 class TestCommandLine(Case):
@@ -12481,39 +12483,48 @@ class TestCommandLine(Case):
                 for folder in ("check_ins", os.path.join("ext", "notifications"), "aimwatch"):
                     self.assertTrue(os.path.isdir(os.path.join(root, ".aim", folder)), folder)
 
-    def test_init_without_repo_uses_this_folder_and_not_one_above(self) -> None:
+    def test_init_without_repo_uses_this_folder_and_refuses_an_empty_name(self) -> None:
         below = os.path.join(self.root, "below")
         os.mkdir(below)
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(below)
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            self.assertEqual(aimwatch.main(["init"]), 0)
-        self.assertEqual(out.getvalue(), f"created a repository at {below}\n")
+        for argv in (["--repo", "", "init"], ["--repo", "", "status"]):
+            code, _, err = aimwatch_main(*argv)
+            self.assertEqual((code, os.listdir(below)), (1, []))
+            self.assertIn("the repository's path is empty: give the folder that holds .aim", err)
+        self.assertEqual(aimwatch_main("init"), (0, f"created a repository at {below}\n", ""))
 
     def test_version_is_told(self) -> None:
         self.assertEqual(self.run_cli("--version"), (0, f"aimwatch {aimwatch.__version__}\n", ""))
 
-    def test_every_command_has_help(self) -> None:
-        for command in COMMANDS:
-            with self.subTest(command=command):
-                code, out, err = self.run_cli(*command, "--help")
+    def test_every_command_and_option_has_help(self) -> None:
+        commands = parser_commands()
+        self.assertGreater(len(commands), 20)
+        listed = {path: self.run_cli(*path, "--help")[1] for path in {path[:-1] for path in commands}}
+        for path, parser in commands.items():
+            with self.subTest(path=path):
+                code, out, err = self.run_cli(*path, "--help")
                 self.assertEqual((code, err), (0, ""))
-                self.assertRegex(out, r"^usage: [^\n]*" + " ".join(command[-1:]))
+                self.assertRegex(out, r"^usage: [^\n]*" + path[-1])
                 self.assertIn("--repo DIR", out)
-                self.assertRegex(out, r"\n\n[A-Z][^\n]+[a-z]")
                 self.assertNotIn("None", out)
-
-    def test_help_names_every_command(self) -> None:
-        out = self.run_cli("--help")[1] + self.run_cli("notifiers", "--help")[1]
-        for command in COMMANDS[1:]:
-            self.assertRegex(out, rf"\n    {command[-1]}[ \n]")
+                self.assertRegex(parser.description, r"(?s)^[A-Z].{10,}\.$")
+                self.assertRegex(listed[path[:-1]], rf"\n    {path[-1]}\s+[a-z].{{10,}}")
+                for action in parser._actions:
+                    self.assertTrue(action.help, action)
 
     def test_repository_that_is_not_there_is_named_with_the_way_out(self) -> None:
         missing, plain = os.path.join(self.root, "x"), os.path.join(self.root, "plain")
         with open(plain, "w"):
             pass
-        for argv in (["start"], ["status"], ["notifiers", "list"], ["notifiers", "test"]):
+        for argv in (
+            ["start"],
+            ["status"],
+            ["notifiers", "list"],
+            ["notifiers", "test"],
+            ["mute", "x"],
+            ["runs"],
+        ):
             for root, text in (
                 (missing, f"run 'aim-watcher --repo {missing} init' or start a run there"),
                 (plain, f"{plain} is a file, not a folder"),
@@ -12539,18 +12550,6 @@ class TestCommandLine(Case):
                 self.assertTrue(err.startswith(f"{called}: no repository at /no/repo s: "), err)
                 self.assertIn(f"run '{called} --repo '/no/repo s' init' or start a run there", err)
 
-    def test_empty_repo_is_refused_by_init_too(self) -> None:
-        self.addCleanup(os.chdir, os.getcwd())
-        below = os.path.join(self.root, "below")
-        os.mkdir(below)
-        os.chdir(below)
-        for argv in (["--repo", "", "init"], ["--repo", "", "status"]):
-            with self.subTest(argv=argv):
-                code, _, err = aimwatch_main(*argv)
-                self.assertEqual(code, 1)
-                self.assertIn("the repository's path is empty: give the folder that holds .aim", err)
-        self.assertEqual(os.listdir(below), [])
-
     def test_output_that_nobody_takes_ends_with_1_and_without_a_complaint_of_python(self) -> None:
         reader, writer = os.pipe()
         os.close(reader)
@@ -12573,22 +12572,40 @@ class TestCommandLine(Case):
 
     def test_wrong_usage_returns_2(self) -> None:
         for argv, message in (
-            ([], "the following arguments are required: COMMAND"),
-            (["dance"], "invalid choice: 'dance'"),
-            (["start", "--grace", "x"], "'x' is not a number of seconds from 0 up"),
-            (["start", "--grace", "-1"], "'-1' is not a number of seconds from 0 up"),
-            (["start", "--grace", "nan"], "'nan' is not a number of seconds from 0 up"),
-            (["start", "--poll-interval", "0"], "'0' is not a number of seconds from 0.05 up"),
-            (["start", "--dance"], "unrecognized arguments: --dance"),
-            (["notifiers"], "the following arguments are required: COMMAND"),
-            (["notifiers", "remove"], "the following arguments are required: ID"),
-            (["notifiers", "add", "pigeon"], "invalid choice: 'pigeon'"),
-            (["notifiers", "set-log-level", "loud"], "'loud' is not one of DEBUG, INFO"),
-        ):
+            ("", "the following arguments are required: COMMAND"),
+            ("dance", "invalid choice: 'dance'"),
+            ("start --grace x", "'x' is not a number of seconds from 0 up"),
+            ("start --grace -1", "'-1' is not a number of seconds from 0 up"),
+            ("start --grace nan", "'nan' is not a number of seconds from 0 up"),
+            ("start --poll-interval 0", "'0' is not a number of seconds from 0.05 up"),
+            ("start --remind-every 5y", "'5y' is not a time such as 90, 30m, 2h or 1d"),
+            ("start --ping-url ftp://x", "the URL must start with https:// or http://, and this one has ftp:"),
+            ("start --dance", "unrecognized arguments: --dance"),
+            ("mute x --for 0", "'0' is not a time such as 90"),
+            ("runs --limit x", "'x' is not a whole number"),
+            ("runs --json --csv", "not allowed with argument --json"),
+            ("notifiers", "the following arguments are required: COMMAND"),
+            ("notifiers nope", "invalid choice: 'nope'"),
+            ("notifiers remove", "the following arguments are required: ID"),
+            ("notifiers enable", "the following arguments are required: ID"),
+            ("notifiers add pigeon", "invalid choice: 'pigeon'"),
+            ("notifiers add slack --events stalled,nope", "'nope' is not one of stalled, failed"),
+            (f"notifiers add slack {GOOD_URL}", "unrecognized arguments: https://hooks.example.com/***"),
+            *((f"notifiers set-log-level {level}", f"{level!r} is not one of DEBUG, INFO")
+              for level in ("loud", "1.5", "5000", "²")),
+        ):  # fmt: skip
             with self.subTest(argv=argv):
-                code, out, err = self.run_cli(*argv)
+                code, out, err = self.run_cli(*argv.split())
                 self.assertEqual((code, out), (2, ""))
+                self.assertTrue(err.startswith("usage: "), err)
                 self.assertIn(message, err)
+        self.assertFalse(os.path.exists(self.paths.config))
+
+    def test_address_to_ping_that_is_wrong_in_the_environment_is_wrong_usage(self) -> None:
+        os.environ["AIMWATCH_PING_URL"] = "ftp://x"
+        code, _, err = self.run_cli("start", "--once")
+        self.assertEqual(code, 2)
+        self.assertIn("the URL must start with https:// or http://", err)
 
 
 class TestDemo(Case):
@@ -12648,16 +12665,6 @@ with Run() as run:
     run.name = "by train.py"
     run.report_progress(expect_next_in=60)
 """
-
-
-def parser_commands(parser: Any = None, path: Tuple[str, ...] = ()) -> Dict[Tuple[str, ...], Any]:
-    """Return every command of the command line with its parser, groups left out."""
-    found: Dict[Tuple[str, ...], Any] = {}
-    for action in (parser or aimwatch.build_parser())._actions:
-        if isinstance(action.choices, dict):
-            for name, below in action.choices.items():
-                found.update(parser_commands(below, (*path, name)))
-    return found or {path: parser}
 
 
 class TestReadme(WatcherProcessCase):
@@ -12924,18 +12931,6 @@ class TestReadme(WatcherProcessCase):
             if not any(text == name or text.startswith(f"{name} ") for name in names for text in typed):
                 missing.add(" ".join(path))
         self.assertEqual(missing, set())
-
-    def test_every_command_has_a_help_text(self) -> None:
-        commands = parser_commands()
-        self.assertGreater(len(commands), 15)
-        groups = {path[:-1] for path in commands}
-        listed = {path: self.run_cli(*path, "--help")[1] for path in groups}
-        for path, parser in commands.items():
-            with self.subTest(path=path):
-                self.assertRegex(parser.description, r"(?s)^[A-Z].{10,}\.$")
-                self.assertRegex(listed[path[:-1]], rf"\n    {path[-1]}\s+[a-z].{{10,}}")
-                for action in parser._actions:
-                    self.assertTrue(action.help, action)
 
 
 class TestPackaging(Case):
