@@ -12936,36 +12936,14 @@ class TestReadme(WatcherProcessCase):
 class TestPackaging(Case):
     """What an installer makes of pyproject.toml; the build itself where it needs no network."""
 
-    @staticmethod
-    def project() -> Dict[str, Any]:
-        """Return pyproject.toml; Python before 3.11 reads the few forms that stand in it."""
-        with open(os.path.join(HERE, "pyproject.toml"), encoding="utf-8") as file:
-            text = file.read()
-        if sys.version_info >= (3, 11):
-            import tomllib
-
-            return tomllib.loads(text)
-        found: Dict[str, Any] = {}
-        for section, body in re.findall(r"^\[([\w.-]+)\]\n(.*?)(?=^\[[\w.-]+\]\n|\Z)", text, re.M | re.S):
-            table = found
-            for name in section.split("."):
-                table = table.setdefault(name, {})
-            for key, value in re.findall(r'^([\w-]+) = (".*?"|\[[^\]]*\])$', body, re.M):
-                table[key] = ast.literal_eval(value)
-            for key, below, value in re.findall(r'^([\w-]+) = \{ (\w+) = (".*?") \}$', body, re.M):
-                table[key] = {below: ast.literal_eval(value)}
-        return found
-
+    @unittest.skipUnless(importlib.util.find_spec("tomllib"), "no tomllib before Python 3.11")
     def test_both_commands_are_main_and_nothing_is_needed(self) -> None:
-        project = self.project()
+        with open(os.path.join(HERE, "pyproject.toml"), "rb") as file:
+            project = importlib.import_module("tomllib").load(file)
         self.assertEqual(project["build-system"]["build-backend"], "setuptools.build_meta")
         facts = project["project"]
         self.assertEqual((facts["requires-python"], facts["dependencies"]), (">=3.8", []))
-        self.assertEqual(sorted(facts["scripts"]), ["aim-watcher", "aimwatch"])
-        for name, target in facts["scripts"].items():
-            with self.subTest(name=name):
-                module, _, function = target.partition(":")
-                self.assertIs(getattr(importlib.import_module(module), function), aimwatch.main)
+        self.assertEqual(facts["scripts"], {"aimwatch": "aimwatch:main", "aim-watcher": "aimwatch:main"})
         setup = project["tool"]["setuptools"]
         self.assertEqual(setup["py-modules"], ["aimwatch"])
         self.assertEqual((setup["dynamic"]["version"], facts["dynamic"]),
@@ -12975,22 +12953,13 @@ class TestPackaging(Case):
             # Where it is a plain text, it is read without importing the module.
             self.assertIn(f'\n__version__ = "{aimwatch.__version__}"\n', file.read())
 
+    @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "Python before 3.10 does not name its library")
     def test_module_needs_the_standard_library_alone(self) -> None:
         with open(MODULE, encoding="utf-8") as file:
-            tree = ast.parse(file.read())
-        imported = {
-            name.name.split(".")[0]
-            for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
-        } | {
-            (node.module or "").split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
-        }  # fmt: skip
-        library = os.path.dirname(os.__file__)
-        for name in sorted(imported - set(sys.builtin_module_names)):
-            with self.subTest(name=name):
-                spec = importlib.util.find_spec(name)
-                origin = (spec and spec.origin) or "nowhere"
-                self.assertTrue(origin == "frozen" or origin.startswith(library), origin)
-                self.assertNotIn("site-packages", origin)
+            nodes = list(ast.walk(ast.parse(file.read())))
+        imported = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+        imported |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+        self.assertLessEqual({name.split(".")[0] for name in imported}, set(sys.stdlib_module_names))
 
     def test_wheel_gives_both_commands(self) -> None:
         import importlib.metadata as metadata
@@ -13154,27 +13123,22 @@ class Bench:
 
     def compare(
         self, what: str, ours: Any, base_name: str, base: Any, limit: float, unit: str = "us",
-        count: int = 1, turns: int = 9,
+        count: int = 1, turns: int = 9, absolute: bool = False,
     ) -> None:  # fmt: skip
-        """Time two functions in turn; each does its thing `count` times."""
+        """Time two functions in turn; each does its thing `count` times. The limit is that of their ratio,
+        or that of ours alone where it is absolute."""
         mine, theirs, ratio = _in_turn(ours, base, turns)
         scale = {"ns": 1e9, "us": 1e6, "ms": 1e3, "s": 1.0}[unit] / count
         self.line(
             what, f"{mine * scale:.3g} {unit}", f"{base_name} {theirs * scale:.3g} {unit}", ratio,
-            f"<= {limit:.3g}", ratio <= limit,
+            f"<= {limit:g} {unit if absolute else ''}", (mine * scale if absolute else ratio) <= limit,
         )  # fmt: skip
 
     def within(
-        self, what: str, ours: Any, base_name: str, base: Any, limit: float, unit: str = "ms",
-        count: int = 1, turns: int = 15,
-    ) -> None:  # fmt: skip
+        self, what: str, ours: Any, base_name: str, base: Any, limit: float, unit: str = "ms", count: int = 1
+    ) -> None:
         """Time two functions in turn, where the limit is a time and not a ratio."""
-        mine, theirs, ratio = _in_turn(ours, base, turns)
-        scale = {"us": 1e6, "ms": 1e3}[unit] / count
-        self.line(
-            what, f"{mine * scale:.3g} {unit}", f"{base_name} {theirs * scale:.3g} {unit}", ratio,
-            f"<= {limit:g} {unit}", mine * scale <= limit,
-        )  # fmt: skip
+        self.compare(what, ours, base_name, base, limit, unit, count, 15, absolute=True)
 
     def rate(
         self, what: str, ours: Any, base_name: str, base: Any, limit: float, count: int, turns: int = 5
