@@ -807,8 +807,8 @@ COPY_AGAIN_BYTES_S = 8 << 20
 #: What a log says beside its points, since its last checkpoint, counts up to this size: a run that
 #: declares series without end must not fill the memory of who reads it.
 MAX_STATE_BYTES = 2 * MAX_LINE_BYTES
-#: More torn checkpoints than this, and lines that are no records, are in no log of ours.
-MAX_TORN_CHECKPOINTS, MAX_NOISE_LINES = 100, 10_000
+#: More torn checkpoints than this are in no log of ours.
+MAX_TORN_CHECKPOINTS = 100
 _CHECKPOINT_START = b'{"checkpoint"'
 #: A checkpoint is written every so many lines, and at the end.
 CHECKPOINT_LINES = 10_000
@@ -1589,21 +1589,20 @@ class LogWriter:
         return size
 
 
-def read_log(path: str, run_hash: str, most_bytes: float = math.inf) -> RunState:
+def read_log(path: str, run_hash: str) -> RunState:
     """Return what the run log at `path` says. Raises OSError where it cannot be read.
 
     Reads the first line, then from the last checkpoint on: what a run has recorded since decides
-    the cost, not what it ever recorded. With `most_bytes`, what lies further back is left out.
+    the cost, not what it ever recorded.
     """
     with os.fdopen(open_regular(path), "rb") as file:
-        size = start = os.fstat(file.fileno()).st_size
-        least = int(max(0, size - most_bytes))
+        start = os.fstat(file.fileno()).st_size
         # Not to the end of the line: somebody may have made one that fills the disk.
         header = file.readline(MAX_LINE_BYTES)
         lines = read_lines(file)
         for _ in range(MAX_TORN_CHECKPOINTS):
             state = RunState(run_hash)
-            start = _last_checkpoint(file.fileno(), start, least)
+            start = _last_checkpoint(file.fileno(), start)
             if not start:
                 break
             _apply_line(state, header)
@@ -1614,18 +1613,11 @@ def read_log(path: str, run_hash: str, most_bytes: float = math.inf) -> RunState
         else:
             state, start = RunState(run_hash), 0
         if not start:
-            file.seek(least)
-            if least:
-                _apply_line(state, header)
-                next(lines, None)  # the rest of a line
-        empty = 0
+            file.seek(0)
         for line, whole in lines:
             # A last line without its end is being written, or was torn; not counted as damage.
             if not _apply_line(state, line) and whole:
                 state.skipped += 1
-            empty += line == b"\n"
-            if state.skipped + empty > MAX_NOISE_LINES and most_bytes < math.inf:
-                break  # who asks for a part has no time for megabytes of it
     return state
 
 
@@ -7050,25 +7042,45 @@ class Dispatcher:
 
 
 # ======================================================================================
-# Watcher
+# Watcher: which runs are silent
 #
 # Whether a run is stalled is a function of what was seen, of how long the watcher has looked, and
-# of the grace; no clock of another machine takes part. A poll costs one listing and what changed
-# since the last. The table and the clock are pure; Watcher reads files and sleeps.
+# of the grace; no clock of another machine takes part. Pure: no file, no clock. A poll costs one
+# listing and what changed since the last.
 # ======================================================================================
 
 RUNNING = "running"
-DEFAULT_GRACE_S, DEFAULT_POLL_INTERVAL_S = 100.0, 1.0
+#: The state in which a check-in's flag leaves its run.
+FLAG_STATES = {STARTING: RUNNING, CHECK_IN: RUNNING, FINISHED: FINISHED, FAILED: FAILED}
+STATES = (RUNNING, STALLED, FINISHED, FAILED)
+#: What is alerted when a run's state changes; any other change says nothing.
+TRANSITIONS = {
+    (None, RUNNING): (STARTED,),
+    (None, FINISHED): (FINISHED,),
+    (None, FAILED): (FAILED,),
+    (RUNNING, STALLED): (STALLED,),
+    (RUNNING, FINISHED): (FINISHED,),
+    (RUNNING, FAILED): (FAILED,),
+    (STALLED, RUNNING): (RECOVERED,),
+    (STALLED, FINISHED): (RECOVERED, FINISHED),
+    (STALLED, FAILED): (FAILED,),
+    (FINISHED, RUNNING): (STARTED,),
+    (FINISHED, FAILED): (FAILED,),
+    (FAILED, RUNNING): (RECOVERED,),
+    (FAILED, FINISHED): (RECOVERED, FINISHED),
+    (FAILED, FAILED): (FAILED,),
+}
+#: No watcher has looked for so long: 300 years.
+MAX_LOOKED_S = 1e10
+
+
+def bounded(value: Any) -> float:
+    """Return a number of seconds from watcher.json; 0 for anything that no watcher has written there."""
+    return float(value) if type(value) in (int, float) and 0 <= value <= MAX_LOOKED_S else 0.0
+
+
 #: A gap of more than this, and nobody is accused until the watcher has looked for another while.
 GAP_S, HOLD_S = 10.0, 30.0
-#: A listing that takes longer than this was not looking, it was waiting for the file system.
-MAX_LISTING_S = 10.0
-#: A run whose check-in is missing from this many listings is gone, and not just being renamed.
-MISSING_POLLS = 3
-#: How long the check-ins of ended runs stay, for `status` and for Aim's watcher to see.
-KEEP_FINISHED_S, KEEP_FAILED_S = 600.0, 86400.0
-#: watcher.json is written when its last writing was this many times its own cost ago.
-SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S = 100.0, 10.0
 
 
 class LookingClock:
@@ -7107,83 +7119,95 @@ class LookingClock:
         return self.total_s >= self.hold_until_s
 
 
-class Seen:
-    """What the watcher knows of one run; `since_s` is on its looking clock."""
+#: So many stalls within so long, and a run flaps: it gets more grace until it was steady for as long.
+FLAP_STALLS, FLAP_WINDOW_S, FLAP_GRACE_S = 3, 3600.0, 900.0
+
+
+class WatchedRun:
+    """What the watcher knows of one run; times in `_s` are on its looking clock."""
 
     __slots__ = (
-        "flag",
+        "hash",
         "idx",
         "name",
         "promise_s",
         "queued_s",
-        "run",
         "since_s",
         "since_utc",
+        "stalls",
         "state",
         "utc",
     )
 
     def __init__(self, check_in: CheckIn, name: str, now_s: float, now_utc: float) -> None:
-        self.run = check_in.run_hash
-        self.state = _FLAG_STATES[check_in.flag]
+        self.hash = check_in.run_hash
         self.queued_s = math.inf
+        #: When it stalled, the newest last. The last of a flapping run: when it last was silent too long.
+        self.stalls: List[float] = []
         self.take(check_in, name, now_s, now_utc)
 
     def take(self, check_in: CheckIn, name: str, now_s: float, now_utc: float) -> None:
-        """Note a newer check-in, seen now."""
-        self.idx, self.flag, self.utc = check_in.idx, check_in.flag, check_in.utc
-        self.promise_s = check_in.expect_next_in_s
-        self.name = name
-        self.since_s = now_s
-        self.since_utc = now_utc
+        """Note a newer check-in, seen now, and the state that it means."""
+        self.state = FLAG_STATES[check_in.flag]
+        self.idx, self.utc, self.promise_s = check_in.idx, check_in.utc, check_in.expect_next_in_s
+        self.name, self.since_s, self.since_utc = name, now_s, now_utc
+
+    @property
+    def flaps(self) -> bool:
+        """True from the third stall within an hour until the run has been steady."""
+        return len(self.stalls) >= FLAP_STALLS
+
+    def note_stall(self, now_s: float) -> str:
+        """Note that it is stalled now; return what its earlier stalls add to the message."""
+        self.state = STALLED
+        if self.flaps:
+            self.stalls[-1] = now_s
+            return f"it has flapped before, so this comes {human_s(FLAP_GRACE_S)} late"
+        self.stalls = [at for at in self.stalls if now_s - at < FLAP_WINDOW_S] + [now_s]
+        if not self.flaps:
+            return ""
+        more = human_s(FLAP_GRACE_S)
+        return (
+            f"it flaps: {FLAP_STALLS} stalls in {human_s(now_s - self.stalls[0])}; from now on you hear of "
+            f"it when it is silent for {more} more, until it has been steady for {more}"
+        )
+
+    def note_sign(self, now_s: float, grace_s: float) -> None:
+        """Note, before a check-in is taken in, whether a run that flaps has become steady."""
+        if not self.flaps:
+            return
+        if self.promise_s and now_s - self.since_s >= self.promise_s + grace_s:
+            self.stalls[-1] = now_s
+        elif now_s - self.stalls[-1] >= FLAP_GRACE_S:
+            self.stalls = []
 
     def to_list(self) -> List[Any]:
         """Return what watcher.json keeps."""
-        return [self.name, round(self.since_s, 3), round(self.since_utc, 3), self.state]
+        numbers = [round(number, 3) for number in (self.since_s, self.since_utc, *self.stalls)]
+        return [self.name, *numbers[:2], self.state, *numbers[2:]]
 
     @classmethod
-    def from_list(cls, values: Any) -> Optional[Seen]:
+    def from_list(cls, values: Any) -> Optional[WatchedRun]:
         """Read back what `to_list` gave; None for anything else."""
         try:
-            name, since_s, since_utc, state = values
+            name, since_s, since_utc, state, *stalls = values
             check_in = parse_check_in(name)
-            if check_in is None or check_in.flag not in _FLAG_STATES or state not in _STATES:
+            if check_in is None or check_in.flag not in FLAG_STATES or state not in STATES:
                 return None
-            seen = cls(check_in, name, float(since_s), float(since_utc))
-        except (TypeError, ValueError, OverflowError):
+        except (TypeError, ValueError):
             return None
-        seen.state = state
-        return seen
-
-
-_FLAG_STATES = {STARTING: RUNNING, CHECK_IN: RUNNING, FINISHED: FINISHED, FAILED: FAILED}
-_STATES = {RUNNING, STALLED, FINISHED, FAILED}
-#: The state in which a run is that was told of last as this.
-_TOLD_STATES = {STALLED: STALLED, FAILED: FAILED, FINISHED: FINISHED, RECOVERED: RUNNING, STARTED: RUNNING}
-#: What is to be told when a run's state changes; any other change says nothing.
-_CHANGES = {
-    (None, RUNNING): (STARTED,),
-    (None, FINISHED): (FINISHED,),
-    (None, FAILED): (FAILED,),
-    (RUNNING, FINISHED): (FINISHED,),
-    (RUNNING, FAILED): (FAILED,),
-    (STALLED, RUNNING): (RECOVERED,),
-    (STALLED, FINISHED): (RECOVERED, FINISHED),
-    (STALLED, FAILED): (FAILED,),
-    (FINISHED, RUNNING): (STARTED,),
-    (FINISHED, FAILED): (FAILED,),
-    (FAILED, RUNNING): (RECOVERED,),
-    (FAILED, FINISHED): (RECOVERED, FINISHED),
-    (FAILED, FAILED): (FAILED,),
-}
+        watched = cls(check_in, name, bounded(since_s), bounded(since_utc))
+        watched.state = state
+        watched.stalls = [bounded(at) for at in stalls[-FLAP_STALLS:]]
+        return watched
 
 
 class Change(NamedTuple):
-    """A change to tell: of which run, what, after how many seconds of silence, from what, and what
-    there is to say of it. Changes of one check-in and kind have one id, unless a suffix parts them."""
+    """A change to alert: of which run, what, after how many seconds of silence, from what state, and
+    what else there is to say of it."""
 
     kind: str
-    seen: Seen
+    run: WatchedRun
     silent_s: float
     old_state: Optional[str]
     note: str = ""
@@ -7191,53 +7215,59 @@ class Change(NamedTuple):
 
     @property
     def id(self) -> str:
-        """The event's id; `utc` tells two lives of a run apart whose numbers begin anew."""
-        return f"{self.seen.run}-{self.seen.idx}-{self.seen.utc}-{self.kind}{self.suffix}"
+        """The event's id. Changes of one check-in and kind have the same, unless a suffix parts them;
+        `utc` tells two lives of a run apart whose numbers begin anew."""
+        return f"{self.run.hash}-{self.run.idx}-{self.run.utc}-{self.kind}{self.suffix}"
+
+
+#: A run whose check-in is missing from this many listings is gone, and not just being renamed.
+MISSING_POLLS = 3
 
 
 class RunTable:
-    """The state of every run, from listings of `check_ins`. Pure: no file, no clock.
+    """The state of every run, from listings of `check_ins`.
 
     `reported` collects names that state nothing, for the caller to say so once.
     """
 
     def __init__(self, grace_s: float) -> None:
         self.grace_s = grace_s
-        self.runs: Dict[str, Seen] = {}
+        self.runs: Dict[str, WatchedRun] = {}
         self.reported: List[str] = []
         self.names: Set[str] = set()
         self._due: List[Tuple[float, str]] = []
         self._missing: Dict[str, int] = {}
 
-    def restore(self, seen: Seen) -> None:
+    def restore(self, watched: WatchedRun) -> None:
         """Take in what an earlier watcher knew."""
-        self.runs[seen.run] = seen
-        self.names.add(seen.name)
-        self._queue(seen)
+        self.runs[watched.hash] = watched
+        self.names.add(watched.name)
+        self._queue(watched)
 
-    def deadline_s(self, seen: Seen) -> float:
+    def deadline_s(self, watched: WatchedRun) -> float:
         """Return when, on the looking clock, a run's silence is too long; never for no promise."""
-        if seen.state != RUNNING or not seen.promise_s:
+        if watched.state != RUNNING or not watched.promise_s:
             return math.inf
-        return seen.since_s + seen.promise_s + self.grace_s
+        grace_s = self.grace_s + (FLAP_GRACE_S if watched.flaps else 0.0)
+        return watched.since_s + watched.promise_s + grace_s
 
-    def _queue(self, seen: Seen) -> None:
+    def _queue(self, watched: WatchedRun) -> None:
         # One entry a run: a later deadline is found when the earlier one comes up.
-        deadline = self.deadline_s(seen)
-        if deadline < seen.queued_s:
-            seen.queued_s = deadline
-            heapq.heappush(self._due, (deadline, seen.run))
+        deadline = self.deadline_s(watched)
+        if deadline < watched.queued_s:
+            watched.queued_s = deadline
+            heapq.heappush(self._due, (deadline, watched.hash))
 
     def take(self, listing: Iterable[str], now_s: float, now_utc: float, first: bool = False) -> List[Change]:
         """Compare a listing with the last one and return what changed. At first sight of a
-        repository (`first`) what was there before is noted and not told."""
+        repository (`first`) what was there before is noted and not alerted."""
         names = set(listing)
         fresh = names - self.names
         gone = self.names - names if len(names) - len(fresh) < len(self.names) else set()
         self.names = names
         newest: Dict[str, Tuple[CheckIn, str]] = {}
         for name in fresh:
-            if self._renew(name, now_s, now_utc, gone):
+            if self.take_heartbeat(name, now_s, now_utc, gone):
                 continue
             check_in = self._parse(name)
             if check_in is not None:
@@ -7246,12 +7276,12 @@ class RunTable:
                     newest[check_in.run_hash] = (check_in, name)
         changes: List[Change] = []
         for check_in, name in newest.values():
-            changes += self._advance(check_in, name, now_s, now_utc)
+            changes += self._take_check_in(check_in, name, now_s, now_utc)
         if gone or self._missing:
             self._note_missing(gone)
         return [] if first else changes
 
-    def _renew(self, name: str, now_s: float, now_utc: float, gone: Set[str]) -> bool:
+    def take_heartbeat(self, name: str, now_s: float, now_utc: float, gone: Set[str]) -> bool:
         """Take in the check-in of a running run that goes on running; False for anything else.
 
         Nearly every new name is one of these, so this decides what a poll costs.
@@ -7260,57 +7290,62 @@ class RunTable:
         if match is None:
             return False
         run, idx, flag, utc, expect = match.groups()
-        seen = self.runs.get(run)
-        if flag != CHECK_IN or seen is None or seen.state != RUNNING or seen.idx >= int(idx):
+        watched = self.runs.get(run)
+        if flag != CHECK_IN or watched is None or watched.state != RUNNING or watched.idx >= int(idx):
             return False
-        gone.discard(seen.name)
-        seen.idx, seen.flag, seen.utc, seen.promise_s = int(idx), flag, utc, int(expect)
-        seen.name, seen.since_s, seen.since_utc = name, now_s, now_utc
-        if now_s + seen.promise_s + self.grace_s < seen.queued_s:
-            self._queue(seen)
+        gone.discard(watched.name)
+        if watched.stalls:
+            watched.note_sign(now_s, self.grace_s)
+        watched.idx, watched.utc, watched.promise_s = int(idx), utc, int(expect)
+        watched.name, watched.since_s, watched.since_utc = name, now_s, now_utc
+        if now_s + watched.promise_s + self.grace_s < watched.queued_s:
+            self._queue(watched)
         if self._missing:
             self._missing.pop(run, None)
         return True
 
     def _parse(self, name: str) -> Optional[CheckIn]:
         check_in = parse_check_in(name)
-        if check_in is not None and check_in.flag in _FLAG_STATES:
+        if check_in is not None and check_in.flag in FLAG_STATES:
             return check_in
         if check_in is None or check_in.flag not in AIM_ONLY_FLAGS:
             self.reported.append(name)
         return None
 
-    def _advance(self, check_in: CheckIn, name: str, now_s: float, now_utc: float) -> List[Change]:
-        seen = self.runs.get(check_in.run_hash)
-        old_state = None if seen is None else seen.state
-        silent_s = 0.0 if seen is None else now_s - seen.since_s
-        if seen is None:
-            seen = self.runs[check_in.run_hash] = Seen(check_in, name, now_s, now_utc)
-        elif name == seen.name:
+    def _take_check_in(self, check_in: CheckIn, name: str, now_s: float, now_utc: float) -> List[Change]:
+        watched = self.runs.get(check_in.run_hash)
+        old_state, silent_s = None, 0.0
+        if watched is None:
+            watched = self.runs[check_in.run_hash] = WatchedRun(check_in, name, now_s, now_utc)
+        elif name == watched.name:
             self._missing.pop(check_in.run_hash, None)
             return []
-        elif check_in.idx > seen.idx or self._missing.get(check_in.run_hash, 0) >= MISSING_POLLS:
+        elif check_in.idx > watched.idx or self._missing.get(check_in.run_hash, 0) >= MISSING_POLLS:
             self._missing.pop(check_in.run_hash, None)
-            seen.take(check_in, name, now_s, now_utc)
-            seen.state = _FLAG_STATES[check_in.flag]
+            old_state, silent_s = watched.state, now_s - watched.since_s
+            if watched.stalls:
+                watched.note_sign(now_s, self.grace_s)
+            watched.take(check_in, name, now_s, now_utc)
         else:
             return []
-        self._queue(seen)
-        kinds = _CHANGES.get((old_state, seen.state), ())
+        if watched.state in (FINISHED, FAILED):
+            watched.stalls = []
+        self._queue(watched)
+        kinds = TRANSITIONS.get((old_state, watched.state), ())
         if (old_state, check_in.flag) == (RUNNING, STARTING):
             kinds = (STARTED,)
-        return [Change(kind, seen, silent_s, old_state) for kind in kinds]
+        return [Change(kind, watched, silent_s, old_state) for kind in kinds]
 
     def _note_missing(self, gone: Iterable[str]) -> None:
         for name in gone:
-            seen = self.runs.get(name.partition("-")[0])
-            if seen is not None and seen.name == name:
-                self._missing[seen.run] = 0
+            watched = self.runs.get(name.partition("-")[0])
+            if watched is not None and watched.name == name:
+                self._missing[watched.hash] = 0
         for run in self._missing:
             self._missing[run] += 1
         vanished = set(self.vanished())
-        if vanished:  # what else they left counts from the next listing on
-            self.names = {item for item in self.names if item.partition("-")[0] not in vanished}
+        if vanished:  # any other check-in that they left counts from the next listing on
+            self.names = {name for name in self.names if name.partition("-")[0] not in vanished}
 
     def vanished(self) -> List[str]:
         """Return the runs whose check-in has been missing for MISSING_POLLS listings, after which
@@ -7327,44 +7362,88 @@ class RunTable:
         changes = []
         while self._due and self._due[0][0] <= now_s:
             due_s, run = heapq.heappop(self._due)
-            seen = self.runs.get(run)
-            if seen is None or due_s != seen.queued_s:
-                continue  # overtaken by an earlier entry
-            seen.queued_s = math.inf
-            if self.deadline_s(seen) <= now_s:
-                seen.state = STALLED
-                changes.append(Change(STALLED, seen, now_s - seen.since_s, RUNNING))
+            watched = self.runs.get(run)
+            if watched is None or due_s != watched.queued_s:
+                continue  # an earlier entry of the run has come up before
+            watched.queued_s = math.inf
+            if self.deadline_s(watched) <= now_s:
+                note = watched.note_stall(now_s)
+                changes.append(Change(STALLED, watched, now_s - watched.since_s, RUNNING, note))
             else:
-                self._queue(seen)
+                self._queue(watched)
         return changes
+
+
+#: How often at most people are reminded of a stalled run.
+MAX_REMINDERS = 10
+
+
+def reminders(runs: Iterable[WatchedRun], now_s: float, every_s: float) -> List[Change]:
+    """Return the reminder that each stalled run is due, the newest alone."""
+    found = []
+    for watched in runs:
+        if watched.state == STALLED and watched.stalls:
+            number = min(int((now_s - watched.stalls[-1]) / every_s), MAX_REMINDERS)
+            if number > 0:
+                note = f"reminder {number} of at most {MAX_REMINDERS}"
+                silent_s = now_s - watched.since_s
+                found.append(Change(STALLED, watched, silent_s, STALLED, note, f"-reminder-{number}"))
+    return found
+
+
+# ======================================================================================
+# Watcher: what an alert says
+#
+# What is read of a run when there is something to say of it: its log, its lock, its stacks, its
+# messages. Every read is bounded, and none follows a link.
+# ======================================================================================
+
+#: How much of a run's log is read for an alert: so much of its beginning, after its last checkpoint, and
+#: of its end. The checkpoint is looked for so far back.
+FACTS_BYTES, CHECKPOINT_REACH = 16 << 10, 8 << 20
+
+
+def read_log_parts(path: str, run_hash: str) -> RunState:
+    """Return what those parts of a log say that an alert needs: where a run writes on without end, that
+    it died must be said all the same, and soon. Raises OSError."""
+    state = RunState(run_hash)
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        checkpoint = _last_checkpoint(file.fileno(), size, max(0, size - CHECKPOINT_REACH))
+        for start in (0, checkpoint, size - FACTS_BYTES):
+            if start > file.tell():
+                file.seek(start - 1)
+                file.readline(FACTS_BYTES)  # the rest of a line
+            left = FACTS_BYTES
+            while left > 0:
+                line = file.readline(MAX_LINE_BYTES)
+                if not line:
+                    return state
+                _apply_line(state, line)
+                left -= len(line)
+    return state
 
 
 def writer_state(paths: RepoPaths, run_hash: str) -> str:
     """Return whether the process that writes a run is `alive` or `gone`, by its lock on
     `pending/<hash>`; `unknown` for a run that is not ours or where locks do not work."""
-    if _process.writes(paths.marker(run_hash)):
-        return "alive"
-    if not _process.markers.acquire(timeout=1.0):
-        return "unknown"
-    try:
-        return _probe_marker(paths, run_hash)
-    finally:
-        _process.markers.release()
-
-
-def _probe_marker(paths: RepoPaths, run_hash: str) -> str:
-    try:
-        fd = os.open(paths.marker(run_hash), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
+    state = lock_state(paths.marker(run_hash))
+    if state == "absent":
         return "gone" if os.path.exists(paths.run_log(run_hash)) else "unknown"
-    except OSError:
+    return {"held": "alive", "free": "gone"}.get(state, "unknown")
+
+
+def process_state(pid: str) -> str:
+    """Return whether a process of this machine is `alive` or `gone`."""
+    if not pid.isdigit() or not 0 < int(pid) < 1 << 31:
         return "unknown"
     try:
-        return {True: "gone", False: "alive", None: "unknown"}[try_lock(fd, fcntl.LOCK_SH)]
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return "gone"
     except OSError:
-        return "unknown"
-    finally:
-        os.close(fd)
+        pass  # it is somebody else's
+    return "alive"
 
 
 def describe_metrics(state: RunState, limit: int = 5) -> str:
@@ -7378,11 +7457,16 @@ def describe_metrics(state: RunState, limit: int = 5) -> str:
     return printable(", ".join(shown))
 
 
+def short_facts(paths: RepoPaths, run_hash: str) -> Facts:
+    """Return the message fields that take no look at the run."""
+    return {"run.hash": run_hash, "run.name": run_hash, "repo": paths.root}
+
+
 def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
     """Return what a run's own log says of it, as message fields; the hash alone for Aim's runs."""
-    facts = {"run.hash": run_hash, "run.name": run_hash, "repo": paths.root}
+    facts = short_facts(paths, run_hash)
     try:
-        state = read_log(paths.run_log(run_hash), run_hash, FACTS_BYTES)
+        state = read_log_parts(paths.run_log(run_hash), run_hash)
     except OSError:
         return facts
     for field in ("host", "pid", "job", "user"):
@@ -7398,10 +7482,6 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
         if isinstance(frames, list):
             facts["run.frames"] = "\n".join(f"  {printable(str(frame), 200)}" for frame in frames[-6:])
     return facts
-
-
-#: How much of a run's log is read to say something about it in an alert.
-FACTS_BYTES = 8 << 20
 
 
 def hanging_frames(paths: RepoPaths, run_hash: str) -> str:
@@ -7421,145 +7501,83 @@ def hanging_frames(paths: RepoPaths, run_hash: str) -> str:
     )
 
 
-def change_facts(paths: RepoPaths, change: Change) -> Facts:
-    """Return the message fields for one change of a run's state."""
-    seen = change.seen
-    facts = run_facts(paths, seen.run)
+def change_facts(paths: RepoPaths, change: Change, in_full: bool = True) -> Facts:
+    """Return the message fields for one change of a run's state; without a look at the run's own files
+    unless `in_full`."""
+    watched = change.run
+    facts = run_facts(paths, watched.hash) if in_full else short_facts(paths, watched.hash)
     facts["event"] = change.kind
-    facts["run.last_seen"] = local_time(seen.since_utc)
-    facts["run.promised"] = human_s(seen.promise_s) if seen.promise_s else ""
+    facts["run.last_seen"] = local_time(watched.since_utc)
+    facts["run.promised"] = human_s(watched.promise_s) if watched.promise_s else ""
     facts["run.silent"] = human_s(change.silent_s)
     if change.kind == STALLED:
-        facts["run.process"] = writer_state(paths, seen.run)
-        if facts["run.process"] == "unknown" and facts.get("run.host") == this_host():
-            facts["run.process"] = process_state(facts.get("run.pid", ""))
-        facts["run.frames"] = hanging_frames(paths, seen.run)
         facts["run.reason"] = change.note
+        if in_full:
+            facts["run.process"] = writer_state(paths, watched.hash)
+            if facts["run.process"] == "unknown" and facts.get("run.host") == this_host():
+                facts["run.process"] = process_state(facts.get("run.pid", ""))
+            facts["run.frames"] = hanging_frames(paths, watched.hash)
     if change.kind == RECOVERED:
-        how = "finished" if seen.state == FINISHED else "checked in again"
+        how = "finished" if watched.state == FINISHED else "checked in again"
         after = "it had failed" if change.old_state == FAILED else f"{human_s(change.silent_s)} of silence"
         facts["run.reason"] = change.note or f"{how} after {after}"
         facts.pop("run.frames", None)
     return {name: value for name, value in facts.items() if value}
 
 
-def process_state(pid: str) -> str:
-    """Return whether a process of this machine is `alive` or `gone`."""
-    if not pid.isdigit() or not 0 < int(pid) < 1 << 31:
-        return "unknown"
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return "gone"
-    except OSError:
-        pass  # it is somebody else's
-    return "alive"
+#: What is read of the messages that a run left for the watcher, and how many of them an alert quotes.
+MAX_MESSAGES_BYTES, QUOTED_MESSAGES = 64 << 10, 10
+#: What ends the name of a run's messages that the watcher took, until their alert is recorded.
+TAKEN = ".taken"
+
+
+def take_messages(path: str) -> bytes:
+    """Take the messages away that a run left at `path`, and return them; those that were taken and not
+    removed come first. Raises OSError."""
+    if not os.path.lexists(path + TAKEN):
+        os.rename(path, path + TAKEN)
+    return read_bounded(path + TAKEN, MAX_MESSAGES_BYTES, follow=False)
+
+
+def remove_messages(path: str, size: int) -> None:
+    """Remove the messages that were taken, of which so many bytes were read."""
+    with contextlib.suppress(OSError):
+        # A run may have opened the file before it was taken, and written to it after it was read.
+        if size >= MAX_MESSAGES_BYTES or os.lstat(path + TAKEN).st_size <= size:
+            os.unlink(path + TAKEN)
+
+
+def messages_in(data: bytes, level: int) -> List[Dict[str, Any]]:
+    """Return the messages at `level` or above in what a run left."""
+    messages = map(parse_message, data.splitlines(keepends=True))
+    return [item for item in messages if item is not None and item["log"] >= level]
+
+
+def message_facts(paths: RepoPaths, run_hash: str, messages: Sequence[Dict[str, Any]]) -> Facts:
+    """Return the message fields for an event about log messages, of which the last are quoted."""
+    names = {number: name for name, number in LOG_LEVELS.items()}
+    lines = []
+    for item in messages[-QUOTED_MESSAGES:]:
+        name = names.get(item["log"], item["log"])
+        lines.append(f"  {local_time(item['time'])} {name}: {printable(item['message'], 300)}")
+    facts = run_facts(paths, run_hash)
+    facts["event"] = LOG
+    facts["run.reason"] = plural(len(messages), "message")
+    if len(messages) > len(lines):
+        facts["run.reason"] += f", of which the last {len(lines)} are"
+    facts["run.messages"] = "\n".join(lines)
+    for field in ("run.frames", "run.errors"):
+        facts.pop(field, None)
+    return {name: value for name, value in facts.items() if value}
 
 
 # ======================================================================================
-# Watcher: what is told, and what is not
+# Watcher: the process
 #
-# Pure, like the table: of the changes that a poll found, those that are worth a message. A run that
-# stalls again and again is told as that; one that was muted is told when the mute ends, if it needs
-# somebody then; nothing here changes what state a run is in.
+# take -> judge -> facts -> watcher.json -> outbox -> notifiers. What was seen and what is to be alerted
+# of it are saved in one step, so that a watcher killed at any instruction loses no alert and repeats
+# none: the next one finds both, or sees the same change again.
 # ======================================================================================
-
-#: So many stalls within so long, and a run flaps; it is steady after that long without a stall.
-FLAP_STALLS, FLAP_WINDOW_S, FLAP_STEADY_S = 3, 3600.0, 1800.0
-#: A stall of a flapping run is told after all when it has lasted so long.
-FLAP_PATIENCE_S = 900.0
-STILL = "-still"
-#: How often at most a stalled run is told again.
-MAX_REMINDERS = 10
-
-
-class Flaps:
-    """Tells apart a run that stalls from one that goes on stalling and coming back."""
-
-    # A stall that was told as flapping is told again when it lasts: STILL makes that another event.
-
-    def __init__(self) -> None:
-        #: By run, the moments (looking clock) of its last stalls, the newest last.
-        self.stalls: Dict[str, List[float]] = {}
-
-    def restore(self, saved: Any, now_s: float) -> None:
-        """Go on where the last watcher stopped; the moments are on the looking clock, as it was saved."""
-        if isinstance(saved, dict):
-            for run, stalls in saved.items():
-                if isinstance(stalls, list) and stalls and all(type(at) is float for at in stalls):
-                    self.stalls[run] = [min(at, now_s) for at in stalls[-FLAP_STALLS:]]
-
-    def is_flapping(self, run: str) -> bool:
-        """True from the third stall within the window until the run is steady."""
-        return len(self.stalls.get(run, ())) >= FLAP_STALLS
-
-    def judge(self, changes: Sequence[Change], now_s: float) -> List[Change]:
-        """Return of `changes` what is to be told now."""
-        return [told for change in changes for told in self._judge(change, now_s)]
-
-    def _judge(self, change: Change, now_s: float) -> List[Change]:
-        seen, was_flapping = change.seen, self.is_flapping(change.seen.run)
-        stalls = self.stalls.get(seen.run, [])
-        if change.kind == STALLED:
-            recent = [at for at in stalls if was_flapping or now_s - at < FLAP_WINDOW_S]
-            stalls = self.stalls[seen.run] = [*recent, now_s][-FLAP_STALLS:]
-            if was_flapping:
-                return []
-            if self.is_flapping(seen.run):
-                since = human_s(now_s - stalls[0])
-                note = (
-                    f"it flaps: {FLAP_STALLS} stalls in {since}; told again when it stays silent for "
-                    f"{human_s(FLAP_PATIENCE_S)} more, or is steady for {human_s(FLAP_STEADY_S)}"
-                )
-                return [change._replace(note=note)]
-        elif change.kind == RECOVERED and was_flapping and seen.state == RUNNING:
-            # A stall that was told is told to be over; from here on it must be steady.
-            short = change.old_state == STALLED and now_s - stalls[-1] < FLAP_PATIENCE_S
-            stalls[-1] = now_s
-            return [] if short else [change]
-        elif change.kind in (FAILED, FINISHED):
-            self.stalls.pop(seen.run, None)
-            if was_flapping and change.kind == FINISHED and change.old_state == RUNNING:
-                # The last that was told of it is that it flaps.
-                return [change._replace(kind=RECOVERED, note="finished, having flapped before"), change]
-        return [change]
-
-    def due(self, runs: Dict[str, Seen], now_s: float) -> List[Change]:
-        """Return what time alone makes worth telling: a flapping run that stays silent, or is
-        steady. Asked again, a stall is returned again: its id says that it was told."""
-        changes = []
-        for run in [run for run in self.stalls if self.is_flapping(run)]:
-            seen, last_s = runs.get(run), self.stalls[run][-1]
-            if seen is None:
-                del self.stalls[run]
-            elif seen.state == STALLED and now_s - last_s >= FLAP_PATIENCE_S:
-                note = "it has flapped before"
-                changes.append(Change(STALLED, seen, now_s - seen.since_s, RUNNING, note, STILL))
-            elif seen.state == RUNNING and now_s - last_s >= FLAP_STEADY_S:
-                note = f"steady again: no stall for {human_s(FLAP_STEADY_S)}"
-                changes.append(Change(RECOVERED, seen, 0.0, STALLED, note))
-                del self.stalls[run]
-        return changes
-
-    def forget_old(self, now_s: float) -> None:
-        """Drop what lies too far back to count."""
-        for run, stalls in list(self.stalls.items()):
-            if now_s - stalls[-1] > FLAP_WINDOW_S and not self.is_flapping(run):
-                del self.stalls[run]
-
-
-def reminders(runs: Iterable[Seen], now_s: float, grace_s: float, every_s: float) -> List[Change]:
-    """Return the reminder that each stalled run is due, the newest alone."""
-    found = []
-    for seen in runs:
-        if seen.state == STALLED:
-            silent_s = now_s - seen.since_s
-            number = min(int((silent_s - seen.promise_s - grace_s) / every_s), MAX_REMINDERS)
-            if number > 0:
-                note = f"reminder {number} of at most {MAX_REMINDERS}"
-                found.append(Change(STALLED, seen, silent_s, STALLED, note, f"-reminder-{number}"))
-    return found
-
 
 _MUTE = re.compile(r"([A-Za-z0-9_]{1,64})-([0-9]{1,12})")
 #: A mute always ends.
@@ -7576,11 +7594,11 @@ def mute_holds(until_utc: float, now_utc: float) -> bool:
 
 
 def read_mutes(paths: RepoPaths) -> Dict[str, Tuple[int, List[str]]]:
-    """Return by run until when (UTC seconds) it is muted, and the files that say so."""
+    """Return by run until when (UTC seconds) it is muted, and the files that say so. Raises OSError."""
     mutes: Dict[str, Tuple[int, List[str]]] = {}
     try:
         names = list_some(paths.mutes, MAX_MUTES)
-    except OSError:
+    except FileNotFoundError:
         return mutes
     for name in names:
         match = _MUTE.fullmatch(name)
@@ -7588,109 +7606,6 @@ def read_mutes(paths: RepoPaths) -> Dict[str, Tuple[int, List[str]]]:
             until, files = mutes.get(match[1], (0, []))
             mutes[match[1]] = (max(until, int(match[2])), [*files, name])
     return mutes
-
-
-_NEWS = re.compile(r"([A-Za-z0-9_]{1,64})-([0-9]{1,12})-([0-9]{1,4})")
-#: How many messages one event quotes, and how much of a log is read to find them.
-NEWS_LINES, NEWS_BYTES = 10, 8 << 20
-
-
-class News:
-    """Knows which runs have log messages that were not looked at, from the names in `news`."""
-
-    def __init__(self) -> None:
-        #: By run, the number in its newest name, and up to where its log was read (bytes); None
-        #: before the folder was looked at for the first time.
-        self.read: Optional[Dict[str, List[int]]] = None
-
-    def restore(self, saved: Any, event_ids: Iterable[str]) -> None:
-        """Go on where the last watcher stopped; the outbox may know more than it saved."""
-        if isinstance(saved, dict):
-            self.read = {
-                run: [int(item[0]), int(item[1])]
-                for run, item in saved.items()
-                if isinstance(item, list) and [type(value) for value in item] == [int, int]
-            }
-            for event_id in event_ids:
-                match = _NEWS_ID.fullmatch(event_id)
-                if match is not None:
-                    known = self.read.setdefault(match[1], [0, 0])
-                    known[1] = max(known[1], int(match[2]))
-
-    def take(self, listing: Iterable[str], level: int) -> List[str]:
-        """Return the runs that have new messages at `level` or above. What is there at first sight
-        is not new."""
-        first, known = self.read is None, self.read or {}
-        newest: Dict[str, Tuple[int, int]] = {}
-        for name in listing:
-            match = _NEWS.fullmatch(name)
-            if match is not None:
-                newest[match[1]] = max(newest.get(match[1], (0, 0)), (int(match[2]), int(match[3])))
-        # A listing may miss a name that is just being moved forward, and a run that has ended, whose
-        # name was removed, may be resumed: neither makes old messages new.
-        self.read = {run: item for run, item in known.items() if run not in newest}
-        for run in list(self.read)[: max(0, len(self.read) - MAX_NEWS_KEPT)]:
-            del self.read[run]
-        found = []
-        for run, (count, highest) in newest.items():
-            known_count, start = known.get(run, (0, 0))
-            if count < known_count:
-                start = 0  # another run of that hash
-            if not first and count != known_count and highest >= level:
-                found.append(run)
-            self.read[run] = [count, start]
-        return found
-
-    def is_needed(self, event_id: str) -> bool:
-        """True unless a later event about messages of that run says as much."""
-        match = _NEWS_ID.fullmatch(event_id)
-        known = match and (self.read or {}).get(match[1])
-        return not match or not known or int(match[2]) >= known[1]
-
-
-#: Of so many runs whose names are gone it is known what was told.
-MAX_NEWS_KEPT = 1000
-_NEWS_ID = re.compile(r"([A-Za-z0-9_]{1,64})-[0-9]+-([0-9]+)-log")
-
-
-def new_messages(path: str, start: int, level: int) -> Tuple[int, int, List[Dict[str, Any]]]:
-    """Return up to where the log at `path` could be read, how many messages at `level` or above
-    follow offset `start`, and the last of them. They are looked for in the last NEWS_BYTES. Raises
-    OSError."""
-    fd = open_regular(path)
-    with os.fdopen(fd, "rb"):
-        size = os.fstat(fd).st_size
-        begin = max(min(start, size), size - NEWS_BYTES, 0)
-        data = b"\n" + os.pread(fd, size - begin, begin)
-    count, end, needle = 0, data.rfind(b"\n"), b'\n{"log"'
-    last: Deque[Dict[str, Any]] = deque(maxlen=NEWS_LINES)
-    at = data.find(needle, 0, end)
-    while at >= 0:
-        line_end = data.index(b"\n", at + 1)
-        message = parse_message(data[at + 1 : line_end])
-        if message is not None and message["log"] >= level:
-            count += 1
-            last.append(message)
-        at = data.find(needle, line_end, end)
-    return begin + end, count, list(last)
-
-
-def log_facts(paths: RepoPaths, run_hash: str, count: int, last: Sequence[Dict[str, Any]]) -> Facts:
-    """Return the message fields for an event about `count` log messages, of which the `last` are given."""
-    names = {number: name for name, number in LOG_LEVELS.items()}
-    lines = []
-    for item in last:
-        level = names.get(item["log"], item["log"])
-        lines.append(f"  {local_time(item['time'])} {level}: {printable(item['message'], 300)}")
-    facts = run_facts(paths, run_hash)
-    facts["event"] = LOG
-    facts["run.reason"] = plural(count, "message")
-    if count > len(last):
-        facts["run.reason"] += f", of which the last {len(last)} are"
-    facts["run.messages"] = "\n".join(lines)
-    for field in ("run.frames", "run.errors"):
-        facts.pop(field, None)
-    return {name: value for name, value in facts.items() if value}
 
 
 def boot_id() -> str:
@@ -7702,30 +7617,42 @@ def boot_id() -> str:
         return this_host()
 
 
+#: No watcher that looks after MAX_NAMES runs has written so much.
+MAX_WATCHER_BYTES = 64 << 20
+
+
 def read_watcher_file(paths: RepoPaths) -> Dict[str, Any]:
     """Return the content of watcher.json; {} where it is missing or damaged."""
     try:
-        data = read_bounded(paths.watcher, MAX_WATCHER_BYTES, follow=False)
-        return json_object(data.decode("utf-8", "replace")) or {}
+        return json_object(read_bounded(paths.watcher, MAX_WATCHER_BYTES, follow=False)) or {}
     except OSError:
         return {}
 
 
-def saved_runs(saved: Dict[str, Any]) -> List[Seen]:
+def _listed(saved: Dict[str, Any], name: str) -> List[Any]:
+    values = saved.get(name)
+    return values if isinstance(values, list) else []
+
+
+def saved_runs(saved: Dict[str, Any]) -> List[WatchedRun]:
     """Return the runs that watcher.json knows."""
-    runs = saved.get("runs")
-    found = map(Seen.from_list, runs if isinstance(runs, list) else ())
-    return [seen for seen in found if seen is not None]
+    found = map(WatchedRun.from_list, _listed(saved, "runs"))
+    return [watched for watched in found if watched is not None]
+
+
+def saved_events(saved: Dict[str, Any]) -> List[Event]:
+    """Return the events that watcher.json holds, which may not have come as far as the outbox."""
+    found = []
+    for item in _listed(saved, "events"):
+        with contextlib.suppress(AttributeError, TypeError):
+            event = Event(*item)
+            if all(isinstance(text, str) for text in (event.id, event.kind, *event.facts.values())):
+                found.append(event)
+    return found
 
 
 #: A folder of more names is listed name by name, and only the newest of each run is kept.
 MAX_NAMES = 50_000
-#: No watcher has looked for so long: 300 years.
-MAX_LOOKED_S = 1e10
-#: Nor has one that looks after MAX_NAMES runs written so much.
-MAX_WATCHER_BYTES = 64 << 20
-#: How often flapping runs and reminders are looked at.
-DUE_INTERVAL_S = 5.0
 
 
 def list_some(folder: str, most: int) -> List[str]:
@@ -7737,26 +7664,18 @@ def list_some(folder: str, most: int) -> List[str]:
 def list_bounded(folder: str, most: int) -> Tuple[List[str], bool]:
     """Return (the names in a folder, True), or where there are more than `most` (the newest
     check-in of each of at most so many runs, False). Raises OSError."""
-    names: List[str] = []
     newest: Dict[str, Tuple[int, str]] = {}
     with os.scandir(folder) as entries:
-        for entry in entries:
-            names.append(entry.name)
-            if len(names) > most:
-                _keep_newest(newest, names, most)
-                names = []
-    if not newest:
-        return names, True
-    _keep_newest(newest, names, most)
+        names = [entry.name for entry in itertools.islice(entries, most)]
+        if len(names) < most:
+            return names, True
+        for name in itertools.chain(names, (entry.name for entry in entries)):
+            check_in = parse_check_in(name)
+            if check_in is not None and check_in.flag in FLAG_STATES:
+                best = newest.get(check_in.run_hash)
+                if (best[0] < check_in.idx) if best else len(newest) < most:
+                    newest[check_in.run_hash] = (check_in.idx, name)
     return [name for _, name in newest.values()], False
-
-
-def _keep_newest(newest: Dict[str, Tuple[int, str]], names: Iterable[str], most: int) -> None:
-    for check_in, name in ((parse_check_in(name), name) for name in names):
-        if check_in is not None and check_in.flag in _FLAG_STATES:
-            best = newest.get(check_in.run_hash)
-            if (best[0] < check_in.idx) if best else len(newest) < most:
-                newest[check_in.run_hash] = (check_in.idx, name)
 
 
 class StopSignal:
@@ -7783,8 +7702,24 @@ class StopSignal:
             self._lock.release()
 
 
+DEFAULT_GRACE_S, DEFAULT_POLL_INTERVAL_S = 100.0, 1.0
+#: A listing that takes longer than this was not looking, it was waiting for the file system.
+MAX_LISTING_S = 10.0
+#: A poll that has read about runs for so long says little of the others: it must look again.
+FACTS_S = 2.0
+#: How often it is seen whether somebody is to be reminded.
+REMIND_INTERVAL_S = 5.0
+#: How long the check-ins of ended runs stay, for `status` and for Aim's watcher to see.
+KEEP_FINISHED_S, KEEP_FAILED_S = 600.0, 86400.0
+SWEEP_INTERVAL_S = 60.0
+#: watcher.json is written when its last writing was this many times its own cost ago.
+SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S = 100.0, 10.0
+#: `status` locks watcher.lock for a moment, to see whether somebody watches.
+LOCK_PROBE_S = 0.3
+
+
 class Watcher:
-    """Watches one repository and tells what happens; `clock` and `utc` are arguments for tests.
+    """Watches one repository and alerts; `clock` and `utc` are arguments for tests.
 
     Raises RepoError where another watcher holds the repository or its files cannot be written,
     ConfigError where the notifiers cannot be read.
@@ -7803,34 +7738,31 @@ class Watcher:
         self.paths = paths
         self.table = RunTable(grace_s)
         self.looking = LookingClock(grace_s)
-        self.flaps = Flaps()
-        self.news = News()
-        self._remind_every_s = remind_every_s
-        self._due_s = -math.inf
-        self._crowded = True
-        self._told_crowded = False
         self.poll_interval_s = poll_interval_s
         self._once = once
+        self._remind_every_s = remind_every_s
         self._clock, self._utc = clock, utc
         self._started_utc = utc()
+        #: Of each muted run, the state that it had when it was muted, which is what people know.
+        self._muted: Dict[str, str] = {}
+        #: What is to be alerted and is not in the outbox yet.
+        self._events: List[Event] = []
+        #: False between a look at the runs and the events that it leads to.
+        self._may_save = True
+        self._crowded = True
+        self._said_crowded = False
         self._reported: Set[str] = set()
-        #: Runs whose start the last watcher told and did not live to note.
-        self._begun: Set[str] = set()
         self._blind_since: Optional[float] = None
-        self._told_blind = False
-        self._untold = False
+        self._said_blind = False
+        self._reminded_s = self._swept_s = 0.0
         self._saved_mono, self._save_cost_s = -math.inf, 0.0
-        self._swept_s = 0.0
         #: When the look that is under way began, on the real clock; None between two looks.
         self.looking_since: Optional[float] = None
+        self._lock = FileLock(paths.watcher_lock, flock=True)
         try:
             paths.refuse_planted_links()
-        except OSError as error:
-            way_out = ": remove it" if error.errno == errno.ELOOP else ""
-            raise RepoError(f"cannot use {error.filename}: {error.strerror}{way_out}") from None
-        paths.create()
-        self._lock_fd = self._take_lock()
-        try:
+            paths.create()
+            self._take_lock()
             for path in (paths.outbox, paths.watcher):
                 remove_leftovers(path)
             self._first = not os.path.exists(paths.watcher) and not os.path.exists(paths.outbox)
@@ -7839,31 +7771,34 @@ class Watcher:
             self._restore()
             self.dispatcher.load()
         except OSError as error:
-            os.close(self._lock_fd)
-            raise RepoError(f"cannot use {error.filename or paths.own}: {error.strerror}") from None
+            self._lock.release()
+            way_out = ": remove it" if error.errno == errno.ELOOP else ""
+            raise RepoError(f"cannot use {error.filename or paths.own}: {error.strerror}{way_out}") from None
         except BaseException:
-            os.close(self._lock_fd)
+            self._lock.release()
             raise
 
-    def _take_lock(self) -> int:
+    def _take_lock(self) -> None:
         path = self.paths.watcher_lock
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            locked = try_lock(fd)
-            if locked is False:
-                time.sleep(PROBE_WAIT_S)  # it may be `status`, looking whether somebody watches
-                locked = try_lock(fd)
-        except OSError as error:
-            raise RepoError(f"cannot lock {path}: {error.strerror}") from None
+        locked = self._lock.acquire(LOCK_PROBE_S)
         if locked is False:
-            os.close(fd)
-            raise WatcherBusyError(f"{describe_watcher(self.paths)} already watches {self.paths.root}")
+            # Aim's watcher takes the other kind of lock alone.
+            who = "Aim's watcher" if lock_state(path) == "free" else describe_watcher(self.paths)
+            raise WatcherBusyError(f"{who} already watches {self.paths.root}")
         if locked is None:
             log.warning(
                 "%s: this file system has no record locks: make sure that no second watcher is started",
                 path,
             )
-        return fd
+        soft = f"{path}.softlock"
+        with contextlib.suppress(OSError):
+            owner = f"user {os.lstat(soft).st_uid}"
+            with contextlib.suppress(OSError):
+                text = read_bounded(soft, 200, follow=False).decode("utf-8", "replace")
+                owner = printable(" ".join(text.split()), 100) or owner
+            log.warning(
+                "%s is there: Aim's watcher (%s) may watch too; remove it if that has ended", soft, owner
+            )
 
     def _restore(self) -> None:
         """Go on where the last watcher stopped; its looking counts, the time between does not."""
@@ -7871,72 +7806,34 @@ class Watcher:
         if not saved and not self._first:
             log.warning(
                 "%s is missing or damaged: every run counts as seen for the first time, and what ended is "
-                "told unless %s says that it was",
+                "alerted unless %s says that it was",
                 self.paths.watcher,
                 self.paths.outbox,
             )
-        looked_s, hold_s = saved.get("looked_s"), saved.get("hold_until_s")
-        if isinstance(looked_s, (int, float)) and isinstance(hold_s, (int, float)):
-            # Not from a file that somebody made up: a clock of 1e300 stands still, and never accuses.
-            self.looking.total_s = float(looked_s) if 0 <= looked_s < MAX_LOOKED_S else 0.0
-            self.looking.hold_until_s = min(float(hold_s), self.looking.total_s + HOLD_S)
+        looking = self.looking
+        looking.total_s = bounded(saved.get("looked_s"))
+        looking.hold_until_s = min(bounded(saved.get("hold_until_s")), looking.total_s + HOLD_S)
         between_s = self._time_since(saved)
         if self._once and between_s is not None:
-            self.looking.total_s += between_s
+            looking.total_s += between_s
         elif saved and not self._once:
-            self.looking.gap(GAP_S + 1 if between_s is None else between_s)
-        for seen in saved_runs(saved):
-            # The outbox is written first, so it may know of a stall that watcher.json missed.
-            seen.since_s = min(seen.since_s, self.looking.total_s)
-            if seen.state == RUNNING and self.outbox.knows(Change(STALLED, seen, 0, None).id):
-                seen.state = STALLED
-            self.table.restore(seen)
-        for event_id in self._told_since(saved):
-            run, _, rest = event_id.partition("-")
-            kind = rest.split("-")[2:3]
-            if run in self.table.runs and kind and kind[0] in _TOLD_STATES:
-                self.table.runs[run].state = _TOLD_STATES[kind[0]]
-            elif kind == [STARTED]:
-                self._begun.add(run)
-        self.flaps.restore(saved.get("flaps"), self.looking.total_s)
-        self.news.restore(saved.get("news"), self.outbox.known_ids())
-
-    def _told_since(self, saved: Dict[str, Any]) -> List[str]:
-        """Return the ids of events that were told after watcher.json was written: what became of a
-        run by then must not be told again under the number of a later check-in."""
-        ids, last = self.outbox.known_ids(), saved.get("last_event")
-        if last == "":
-            return ids
-        return ids[ids.index(last) + 1 :] if last in ids else []
-
-    def _compact(self) -> None:
-        """Shorten the outbox to what may be asked for again: of a run that goes on for months, what
-        its newest check-in led to."""
-        self._save(now=True)  # what goes now is told by watcher.json from here on
-        runs, broken, newest = self.table.runs, self.outbox.broken(), self.outbox.newest_id
-
-        def keep(event_id: str) -> bool:
-            run, _, rest = event_id.partition("-")
-            idx = rest.partition("-")[0]
-            if event_id == newest:
-                return True  # watcher.json names it
-            if run not in runs:
-                return bool(broken) and run == BROKEN
-            if _NEWS_ID.fullmatch(event_id):
-                return self.news.is_needed(event_id)
-            return idx.isdigit() and int(idx) >= runs[run].idx
-
-        self.outbox.compact(keep)
+            looking.gap(GAP_S + 1 if between_s is None else between_s)
+        for watched in saved_runs(saved):
+            watched.since_s = min(watched.since_s, looking.total_s)
+            watched.stalls = [min(at, looking.total_s) for at in watched.stalls]
+            self.table.restore(watched)
+        muted = saved.get("muted")
+        if isinstance(muted, dict):
+            self._muted = {run: state for run, state in muted.items() if state in STATES}
+        self._events = saved_events(saved)
 
     def _time_since(self, saved: Dict[str, Any]) -> Optional[float]:
         """Return the seconds since watcher.json was written, None where no clock can tell."""
-        mono = saved.get("mono")
-        if saved.get("boot") != boot_id() or not isinstance(mono, (int, float)):
-            return None
-        return min(max(0.0, self._clock() - mono), MAX_LOOKED_S / 1000)
+        mono = bounded(saved.get("mono"))
+        return max(0.0, self._clock() - mono) if mono and saved.get("boot") == boot_id() else None
 
     def poll(self) -> List[Change]:
-        """Look once, and tell what changed. Never raises for a repository that cannot be read."""
+        """Look once, and alert what changed. Never raises for a repository that cannot be read."""
         self.looking_since = time.monotonic()
         try:
             return self._poll()
@@ -7957,21 +7854,27 @@ class Watcher:
             self.looking.look(after, MAX_LISTING_S)
         else:
             self._note_sight(after)
-        self._untold = True
-        changes = self.table.take(listing, self.looking.total_s, self._utc(), self._first)
-        self._first = False
-        if self.looking.accuses:
-            changes += self.table.overdue(self.looking.total_s)
-        self._report_names()
         self.dispatcher.reload_if_changed()
-        self._tell(changes)
-        self._untold = False
+        self._send()  # what the last watcher, or an error, left
+        first, self._first = self._first, False
+        self._may_save = False
+        changes = self.table.take(listing, self.looking.total_s, self._utc(), first)
+        if self.looking.accuses:
+            changes += self.table.overdue(self.looking.total_s) + self._reminders()
+        self._report_names()
+        muted, deadline = self._read_mutes(), self._clock() + FACTS_S
+        self._events = [
+            Event(change.id, change.kind, self._facts(change, self._clock() < deadline))
+            for change in self._unmuted(changes, muted)
+            if self.dispatcher.wanted(change.kind) and not self.outbox.knows(change.id)
+        ]
+        taken = self._take_messages(first, muted, deadline)
+        self._may_save = True
+        self._send()
+        for path, size in taken:
+            remove_messages(path, size)
         self.dispatcher.tell_of_broken()
-        for run in self.table.vanished():
-            # A run of ours whose log is there has lost its check-in, not its life.
-            ended = self.table.runs[run].state in (FINISHED, FAILED)
-            if ended or not os.path.exists(self.paths.run_log(run)):
-                self.table.forget(run)
+        self._forget_vanished()
         self._sweep()
         self.outbox.flush()
         self.looking.look(self._clock(), MAX_LISTING_S)
@@ -7986,101 +7889,113 @@ class Watcher:
             return listing
         listing, whole = list_bounded(self.paths.check_ins, MAX_NAMES)
         self._crowded = not whole or len(listing) > MAX_NAMES // 2
-        if not whole and not self._told_crowded:
-            self._told_crowded = True
-            self._tell_trouble(
+        if not whole and not self._said_crowded:
+            self._said_crowded = True
+            self._alert_trouble(
                 "crowded",
                 f"{self.paths.check_ins} holds more than {MAX_NAMES} names, which makes every look slow: "
                 "remove what is not needed there",
             )
         return listing
 
-    def _tell(self, changes: Sequence[Change]) -> None:
-        """Tell of changes and of what time alone made worth telling, unless muted or known."""
+    def _reminders(self) -> List[Change]:
         now_s = self.looking.total_s
-        told = self.flaps.judge(changes, now_s)
-        if self.looking.accuses and now_s - self._due_s >= DUE_INTERVAL_S:
-            self._due_s = now_s
-            told += self.flaps.due(self.table.runs, now_s)
-            self.flaps.forget_old(now_s)
-            if self._remind_every_s:
-                stalled = [seen for seen in self.table.runs.values() if self._may_remind(seen)]
-                told += reminders(stalled, now_s, self.table.grace_s, self._remind_every_s)
-        mutes = read_mutes(self.paths)
-        ended = [run for run, (until, _) in mutes.items() if not mute_holds(until, self._utc())]
-        for run in ended:
-            seen = self.table.runs.get(run)
-            if seen is not None and seen.state in (STALLED, FAILED):
-                silent_s = now_s - seen.since_s
-                # An id of its own: it may have been told before it was muted.
-                note, suffix = "it was muted until now", f"-muted-{mutes[run][0]}"
-                told.append(Change(seen.state, seen, silent_s, None, note, suffix))
-        muted = set(mutes).difference(ended)
-        events = [
-            Event(change.id, change.kind, self._dated(self._facts(change)))
-            for change in told
-            if change.seen.run not in muted
-            and not (change.old_state is None and change.kind == STARTED and change.seen.run in self._begun)
-            and self.dispatcher.wanted(change.kind)
-            and not self.outbox.knows(change.id)
-        ]
-        events += self._find_news(muted)
-        if events:
-            self.dispatcher.tell(events)
-        for run in ended:
+        if not self._remind_every_s or now_s - self._reminded_s < REMIND_INTERVAL_S:
+            return []
+        self._reminded_s = now_s
+        return reminders(self.table.runs.values(), now_s, self._remind_every_s)
+
+    def _unmuted(self, changes: Sequence[Change], muted: Set[str]) -> List[Change]:
+        """Return of `changes` those that are to be alerted now: for the runs whose mute has ended, what
+        became of them in the meantime instead."""
+        runs = self.table.runs
+        old_states = {change.run.hash: change.old_state or RUNNING for change in reversed(changes)}
+        for run in muted:
+            if run in runs and run not in self._muted:
+                self._muted[run] = old_states.get(run, runs[run].state)
+        alerted = [change for change in changes if change.run.hash not in self._muted]
+        for run in self._muted.keys() - muted:
+            known, watched = self._muted.pop(run), runs.get(run)
+            if watched is None:
+                continue
+            kinds = TRANSITIONS.get((known, watched.state), ())
+            if watched.state in (STALLED, FAILED):
+                kinds = (watched.state,)  # people may know, and be reminded
+            silent_s = self.looking.total_s - watched.since_s
+            note, suffix = "it was muted until now", f"-muted-{self._utc():.3f}"
+            if watched.state == RUNNING:
+                note = "checked in again while it was muted"
+            elif watched.state == FINISHED:
+                note = "finished while it was muted"
+            alerted += [Change(kind, watched, silent_s, known, note, suffix) for kind in kinds]
+        return alerted
+
+    def _read_mutes(self) -> Set[str]:
+        """Return the runs that are muted now, and remove the files of mutes that are over."""
+        try:
+            mutes = read_mutes(self.paths)
+        except OSError:
+            return set(self._muted)  # a folder that cannot be read ends no mute
+        muted = {run for run, (until, _) in mutes.items() if mute_holds(until, self._utc())}
+        for run in mutes.keys() - muted:
             for name in mutes[run][1]:
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(self.paths.mutes, name))
+        return muted
 
-    def _facts(self, change: Change) -> Facts:
+    def _take_messages(self, first: bool, muted: Set[str], deadline: float) -> List[Tuple[str, int]]:
+        """Take away what runs logged since the last poll, and make events of it for those who want them;
+        return the files that were taken, with how much of each was read. At first sight, and while
+        nobody wants to know, it is dropped: nobody wants to hear of it later."""
         try:
-            return change_facts(self.paths, change)
-        except Exception as error:  # whatever the run wrote, that it failed must be told
-            log.error("run %s: %s: its alert says little", change.seen.run, type(error).__name__)
-            return {"event": change.kind, "run.hash": change.seen.run, "repo": self.paths.root}
+            names = list_some(self.paths.news, MAX_NAMES)
+        except OSError:
+            return []
+        wanted = self.dispatcher.wanted(LOG) and not first
+        taken = []
+        for run in sorted({name[: -len(TAKEN)] if name.endswith(TAKEN) else name for name in names}):
+            if self._clock() >= deadline:
+                break  # the rest waits for the next poll
+            if RUN_HASH.fullmatch(run) is None:
+                continue
+            path, size = os.path.join(self.paths.news, run), MAX_MESSAGES_BYTES
+            try:
+                data = take_messages(path)
+                size = len(data)
+                messages = messages_in(data, self.dispatcher.log_level) if wanted and run not in muted else []
+                if messages:
+                    event_id = f"{run}-{size}-{messages[-1]['time']:.3f}-{LOG}"
+                    if not self.outbox.knows(event_id):
+                        facts = message_facts(self.paths, run, messages)
+                        self._events.append(Event(event_id, LOG, self._dated(facts)))
+            except OSError as error:
+                if error.errno not in (errno.ELOOP, errno.EINVAL):
+                    continue  # the share is away, perhaps: tried again at the next poll
+                # A link or a device that somebody planted is removed unread.
+            taken.append((path, size))
+        return taken
+
+    def _send(self) -> None:
+        """Put the events into the outbox, and wake who sends them."""
+        if self._events:
+            # Before the outbox has them: killed in between, the next watcher finds them here.
+            self._save(now=True)
+            self.dispatcher.tell([event for event in self._events if not self.outbox.knows(event.id)])
+            self._events = []
+
+    def _facts(self, change: Change, in_full: bool) -> Facts:
+        try:
+            return self._dated(change_facts(self.paths, change, in_full))
+        except Exception as error:  # whatever the run wrote, that it failed must be alerted
+            log.error("run %s: %s: its alert says little", change.run.hash, type(error).__name__)
+            return self._dated({"event": change.kind, **short_facts(self.paths, change.run.hash)})
 
     def _dated(self, facts: Facts) -> Facts:
         return {**facts, "time": utc_datetime(self._utc()).isoformat(" ", "seconds") + " UTC"}
 
-    def _may_remind(self, seen: Seen) -> bool:
-        # Of a run that flaps, only when its stall was told.
-        stall = Change(STALLED, seen, 0, None).id
-        told = self.outbox.knows(stall) or self.outbox.knows(stall + STILL)
-        return seen.state == STALLED and (told or not self.flaps.is_flapping(seen.run))
-
-    def _find_news(self, muted: Set[str]) -> List[Event]:
-        """Return an event for every run that logged something worth telling."""
-        if not self.dispatcher.wanted(LOG):
-            self.news.read = None  # what is logged now will be old when somebody wants to know
-            return []
-        level, first, events = self.dispatcher.log_level, self.news.read is None, []
-        try:
-            runs = self.news.take(list_some(self.paths.news, MAX_NAMES), level)
-        except OSError:
-            return []
-        assert self.news.read is not None
-        for run in list(self.news.read) if first else runs:
-            known, path = self.news.read[run], self.paths.run_log(run)
-            start = known[1]
-            try:
-                if first:
-                    known[1] = os.stat(path).st_size
-                    continue
-                known[1], count, last = new_messages(path, start, level)
-            except FileNotFoundError:
-                continue
-            except OSError:
-                known[0] = -1  # whatever the number is, look again
-                continue
-            event_id = f"{run}-{start}-{known[1]}-{LOG}"
-            if count and run not in muted and not self.outbox.knows(event_id):
-                events.append(Event(event_id, LOG, self._dated(log_facts(self.paths, run, count, last))))
-        return events
-
-    def _tell_trouble(self, what: str, reason: str) -> None:
-        utc = self._utc()
+    def _alert_trouble(self, what: str, reason: str) -> None:
         facts = {"event": TROUBLE, "run.reason": reason, "repo": self.paths.root}
-        self.dispatcher.tell([Event(f"{what}-{utc:.2f}", TROUBLE, self._dated(facts))])
+        self.dispatcher.tell([Event(f"{what}-{self._utc():.2f}", TROUBLE, self._dated(facts))])
 
     def _note_blind(self, error: OSError) -> None:
         now = self._clock()
@@ -8088,9 +8003,9 @@ class Watcher:
             self._blind_since = now
             log.error("cannot list %s: %s", error.filename or self.paths.check_ins, error.strerror)
         self.looking.look(now, 0.0)
-        if not self._told_blind and now - self._blind_since > HOLD_S:
-            self._told_blind = True
-            self._tell_trouble(
+        if not self._said_blind and now - self._blind_since > HOLD_S:
+            self._said_blind = True
+            self._alert_trouble(
                 "unreachable",
                 f"the repository {self.paths.root} cannot be read for {human_s(HOLD_S)} "
                 f"({error.strerror}): no run in it is watched until it can",
@@ -8101,9 +8016,9 @@ class Watcher:
         blind_s, self._blind_since = now - self._blind_since, None
         self.looking.look(now, 0.0)
         log.warning("%s can be read again after %s", self.paths.check_ins, human_s(blind_s))
-        if self._told_blind:
-            self._told_blind = False
-            self._tell_trouble(
+        if self._said_blind:
+            self._said_blind = False
+            self._alert_trouble(
                 "reachable",
                 f"the repository {self.paths.root} can be read again after {human_s(blind_s)}; "
                 "its runs are watched",
@@ -8114,53 +8029,65 @@ class Watcher:
             if name not in self._reported and len(self._reported) < 1000:
                 self._reported.add(name)
                 log.warning(
-                    "%s: ignoring %s: not a check-in",
-                    self.paths.check_ins,
-                    printable(repr(name), 120),
+                    "%s: ignoring %s: not a check-in", self.paths.check_ins, printable(repr(name), 120)
                 )
         self.table.reported.clear()
 
+    def _forget_vanished(self) -> None:
+        for run in self.table.vanished():
+            # A run of ours whose log is there has lost its check-in, not its life.
+            ended = self.table.runs[run].state in (FINISHED, FAILED)
+            if ended or not os.path.exists(self.paths.run_log(run)):
+                self.table.forget(run)
+
     def _sweep(self) -> None:
-        """Remove the check-ins of our runs that ended a while ago and were told of."""
+        """Remove the check-ins of our runs that ended and were alerted a while ago; shorten the outbox."""
         now_s = self.looking.total_s
-        if now_s - self._swept_s < 60 and not self._once:
+        if now_s - self._swept_s < SWEEP_INTERVAL_S and not self._once:
             return
         self._swept_s = now_s
         self._compact()
-        ended = {run for run, seen in self.table.runs.items() if self._can_sweep(seen, now_s)}
+        ended = {run for run, watched in self.table.runs.items() if self._can_sweep(watched, now_s)}
         if not ended:
             return
-        for folder, names in (
-            (self.paths.check_ins, self.table.names),
-            (self.paths.news, self._news_names()),
-        ):
-            for name in names:
-                parsed = parse_check_in(name) if folder == self.paths.check_ins else _NEWS.fullmatch(name)
-                if name.partition("-")[0] in ended and parsed is not None:
-                    with contextlib.suppress(OSError):
-                        os.unlink(os.path.join(folder, name))
-        for run in ended:
+        swept = [self.paths.stack(run) for run in ended]
+        for name in self.table.names:
+            check_in = parse_check_in(name)
+            if check_in is not None and check_in.run_hash in ended:
+                swept.append(os.path.join(self.paths.check_ins, name))
+        for path in swept:
             with contextlib.suppress(OSError):
-                os.unlink(self.paths.stack(run))
+                os.unlink(path)
 
-    def _news_names(self) -> List[str]:
-        try:
-            return os.listdir(self.paths.news)
-        except OSError:
-            return []
-
-    def _can_sweep(self, seen: Seen, now_s: float) -> bool:
-        keep_s = {FINISHED: KEEP_FINISHED_S, FAILED: KEEP_FAILED_S}.get(seen.state, math.inf)
+    def _can_sweep(self, watched: WatchedRun, now_s: float) -> bool:
+        keep_s = {FINISHED: KEEP_FINISHED_S, FAILED: KEEP_FAILED_S}.get(watched.state, math.inf)
         return (
-            now_s - seen.since_s > keep_s
-            and not self.outbox.is_waiting(Change(seen.state, seen, 0, None).id)
-            and os.path.exists(self.paths.run_log(seen.run))
+            now_s - watched.since_s > keep_s
+            and not self.outbox.is_waiting(Change(watched.state, watched, 0, None).id)
+            and os.path.exists(self.paths.run_log(watched.hash))
         )
+
+    def _compact(self) -> None:
+        """Shorten the outbox to what may be asked for again: of a run that goes on for months, what
+        its newest check-in led to."""
+        self._save(now=True)  # the ids of events that it still holds must be known to the outbox
+        runs, broken = self.table.runs, self.outbox.broken()
+
+        def keep(event_id: str) -> bool:
+            run, _, rest = event_id.partition("-")
+            if event_id.endswith(f"-{LOG}"):
+                return os.path.lexists(os.path.join(self.paths.news, run + TAKEN))
+            idx = rest.partition("-")[0]
+            return (
+                idx.isdigit() and int(idx) >= runs[run].idx if run in runs else run == BROKEN and bool(broken)
+            )
+
+        self.outbox.compact(keep)
 
     def _save(self, now: bool = False) -> None:
         """Write watcher.json, at a rate that its own cost bounds."""
-        if self._untold:
-            return  # an error ends the watch between a sight and its telling: the next one must see it anew
+        if not self._may_save:
+            return  # an error ends the watch between a look and its events: the next watcher must see anew
         begun = self._clock()
         pause_s = min(self._save_cost_s * SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S)
         if begun - self._saved_mono < pause_s and not now:
@@ -8177,11 +8104,10 @@ class Watcher:
             "poll_interval_s": self.poll_interval_s,
             "once": self._once,
             "looked_s": round(self.looking.total_s, 3),
-            "last_event": self.outbox.newest_id,
             "hold_until_s": round(self.looking.hold_until_s, 3),
-            "flaps": self.flaps.stalls,
-            "news": self.news.read,
-            "runs": [seen.to_list() for seen in self.table.runs.values()],
+            "muted": self._muted,
+            "events": self._events,
+            "runs": [watched.to_list() for watched in self.table.runs.values()],
         }
         try:
             self.paths.refuse_planted_links()
@@ -8207,17 +8133,17 @@ class Watcher:
             stop.wait(max(0.05, self.poll_interval_s - (self._clock() - begun)))
 
     def close(self) -> None:
-        """Save what was seen, give what is being sent a moment, and let go of the repository."""
+        """Save what was seen, give what is being sent a moment, and release the repository."""
         self._save(now=True)
         self.dispatcher.stop(1.0)
         self.outbox.close()
-        os.close(self._lock_fd)
+        self._lock.release()
 
     def counts(self) -> Dict[str, int]:
         """Return how many runs are in each state."""
         counts = {RUNNING: 0, STALLED: 0, FAILED: 0, FINISHED: 0}
-        for seen in self.table.runs.values():
-            counts[seen.state] += 1
+        for watched in self.table.runs.values():
+            counts[watched.state] += 1
         return counts
 
 
@@ -8789,17 +8715,19 @@ def status_rows(paths: RepoPaths, saved: Dict[str, Any]) -> List[Dict[str, Any]]
         raise RepoError(f"cannot list {paths.check_ins}: {error.strerror}") from None
     runs = RunTable(0)
     runs.take(listing, 0, 0)
-    known = {seen.name: seen for seen in saved_runs(saved)}
+    known = {watched.name: watched for watched in saved_runs(saved)}
     now = time.time()
-    mutes = {run: until for run, (until, _) in read_mutes(paths).items() if mute_holds(until, now)}
+    mutes: Dict[str, int] = {}
+    with contextlib.suppress(OSError):
+        mutes = {run: until for run, (until, _) in read_mutes(paths).items() if mute_holds(until, now)}
     rows = []
     for seen in runs.runs.values():
         watched = known.get(seen.name)
-        facts = run_facts(paths, seen.run) if seen.state != FINISHED else {}
+        facts = run_facts(paths, seen.hash) if seen.state != FINISHED else {}
         rows.append(
             {
-                "hash": seen.run,
-                "name": facts.get("run.name", seen.run),
+                "hash": seen.hash,
+                "name": facts.get("run.name", seen.hash),
                 "experiment": facts.get("run.experiment"),
                 "state": watched.state if watched else seen.state,
                 "last_check_in": float(watched.since_utc if watched else seen.utc),
@@ -8808,7 +8736,7 @@ def status_rows(paths: RepoPaths, saved: Dict[str, Any]) -> List[Dict[str, Any]]
                 "pid": facts.get("run.pid"),
                 "job": facts.get("run.job"),
                 "reason": facts.get("run.reason") or None,
-                "muted_until": mutes.get(seen.run),
+                "muted_until": mutes.get(seen.hash),
                 "watched": watched is not None,
             }
         )
@@ -8899,19 +8827,23 @@ def cmd_unmute(args: Any) -> int:
     """Tell of a muted run again; if it is stalled or failed, it is told now."""
     paths = find_repo(args.repo)
     run_hash = _find_live(paths, args.hash)
-    if run_hash not in read_mutes(paths):
-        raise AimwatchError(f"run {run_hash} is not muted")
-    # A mute that is over, which the watcher takes away when it has told what is to be told; in 1970,
-    # since clocks differ, and at a moment of its own, since each is told.
-    _write_mute(paths, run_hash, int.from_bytes(os.urandom(3), "big"))
+    try:
+        names = read_mutes(paths).get(run_hash, (0, []))[1]
+        if not names:
+            raise AimwatchError(f"run {run_hash} is not muted")
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(paths.mutes, name))
+    except OSError as error:
+        raise RepoError(f"cannot unmute run {run_hash}: {paths.mutes}: {error.strerror}") from None
     print(f"unmuted run {run_hash}")
     return 0
 
 
 def _write_mute(paths: RepoPaths, run_hash: str, until: int) -> None:
-    old = read_mutes(paths).get(run_hash, (0, []))[1]
     path = os.path.join(paths.mutes, f"{run_hash}-{until}")
     try:
+        old = read_mutes(paths).get(run_hash, (0, []))[1]
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
         for name in old:
             if name != os.path.basename(path):
