@@ -25,7 +25,7 @@ On disk, below ``<root>/.aim`` (``check_ins`` and ``ext`` are shared with Aim):
     ext/notifications/watcher.lock     held by the one watcher
     aimwatch/runs/<hash>.jsonl         what a run recorded, one JSON value per line
     aimwatch/pending/<hash>            locked by the process that writes the run
-    aimwatch/news/<hash>-<n>-<level>   empty: the run logged n messages
+    aimwatch/news/<hash>               messages that a run logged, until the watcher takes them
     aimwatch/stacks/<hash>.txt         where a run hung that missed its promise
     aimwatch/mutes/<hash>-<until>      empty: nothing is told of the run before that time
     aimwatch/outbox.jsonl              what was to be sent, and what was
