@@ -9735,15 +9735,11 @@ def _demo_run(paths: RepoPaths, processes: contextlib.ExitStack) -> None:
         processes.callback(process.kill)
         return process
 
-    events = [STALLED, FAILED, RECOVERED, STARTED, FINISHED]
+    notifier: Dict[str, Any] = {"id": "demo", "type": "logger", "status": "enabled"}
+    notifier["events"] = [STALLED, FAILED, RECOVERED, STARTED, FINISHED]
+    notifier["arguments"] = {"message": "{message}"}
     with NotifierConfig(paths).edit() as raw:
-        raw["notifications"]["notifiers"]["demo"] = {
-            "id": "demo",
-            "type": "logger",
-            "status": "enabled",
-            "events": events,
-            "arguments": {"message": "{message}"},
-        }
+        raw["notifications"]["notifiers"]["demo"] = notifier
     print(
         f"Starting a watcher (grace {human_s(DEMO_GRACE_S)}) and {len(DEMO_FATES)} training "
         f"processes in {paths.root}.\nEach promises a check-in within 1 s. What the watcher "
@@ -9752,11 +9748,7 @@ def _demo_run(paths: RepoPaths, processes: contextlib.ExitStack) -> None:
     )
     watcher = start(
         os.path.abspath(__file__),
-        "start",
-        "--grace",
-        str(DEMO_GRACE_S),
-        "--poll-interval",
-        str(DEMO_POLL_S),
+        *f"start --grace {DEMO_GRACE_S} --poll-interval {DEMO_POLL_S}".split(),
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         preexec_fn=lambda: signal.alarm(60),  # in case this process is killed
@@ -9764,11 +9756,9 @@ def _demo_run(paths: RepoPaths, processes: contextlib.ExitStack) -> None:
     reader = threading.Thread(target=_demo_print, args=(watcher.stderr,), daemon=True)
     reader.start()
     _demo_wait(lambda: os.path.exists(paths.watcher))
-    trainings = {
-        fate: start("-c", DEMO_TRAINING, fate.name, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        for fate in DEMO_FATES
-    }
-    for fate, process in trainings.items():
+    silent: Dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    trainings = [(fate, start("-c", DEMO_TRAINING, fate.name, **silent)) for fate in DEMO_FATES]
+    for fate, process in trainings:
         if fate.signal:
             process.stdout.readline()  # it has checked in and waits
             process.send_signal(fate.signal)
@@ -9814,23 +9804,16 @@ def _demo_told(paths: RepoPaths) -> Dict[str, List[Tuple[str, float, float]]]:
 
 def _demo_report(paths: RepoPaths, took_s: float) -> bool:
     by_run = _demo_told(paths)
-    rows, all_ok = [], True
+    rows = []
     for fate in DEMO_FATES:
         told = by_run.get(fate.name, [])
-        in_time = all(silent <= after <= silent + DEMO_SLACK_S for _, after, silent in told)
-        ok = in_time and tuple(kind for kind, _, _ in told) == fate.told
-        all_ok = all_ok and ok
-        rows.append(
-            (
-                fate.name,
-                fate.what,
-                ", ".join(fate.told),
-                ", ".join(kind for kind, _, _ in told),
-                ", ".join(f"{after:.1f} s" for _, after, _ in told),
-                ", ".join(f"{silent:.0f} to {silent + DEMO_SLACK_S:.0f} s" for _, _, silent in told),
-                "ok" if ok else "WRONG",
-            )
-        )
+        kinds = tuple(kind for kind, _, _ in told)
+        ok = kinds == fate.told and all(silent <= after <= silent + DEMO_SLACK_S for _, after, silent in told)
+        times = ", ".join(f"{after:.1f} s" for _, after, _ in told)
+        allowed = ", ".join(f"{silent:.0f} to {silent + DEMO_SLACK_S:.0f} s" for _, _, silent in told)
+        must, did = ", ".join(fate.told), ", ".join(kinds)
+        rows.append((fate.name, fate.what, must, did, times, allowed, "ok" if ok else "WRONG"))
+    all_ok = all(row[-1] == "ok" for row in rows)
     header = ("RUN", "WHAT IT DOES", "MUST BE TOLD", "WAS TOLD", "AFTER", "ALLOWED", "")
     print("\n" + "\n".join(table(header, rows)))
     print(f"\n{'Every event was told once, in time' if all_ok else 'Something is wrong'} ({took_s:.0f} s).")
