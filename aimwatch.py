@@ -8373,16 +8373,8 @@ def _log_to_stderr(timed: bool) -> _LogHandler:
 Argument = Callable[[Any], Any]
 
 
-class Command(NamedTuple):
-    """A command: what it does, whose docstring is its help, and the arguments that it takes."""
-
-    do: Callable[[Any], int]
-    arguments: Sequence[Argument]
-    epilog: str
-
-
-#: Every command by the words that call it, in the order of the help.
-_COMMANDS: Dict[str, Command] = {}
+#: Every command by the words that call it, in the order of the help: (what it does, its arguments, epilog).
+_COMMANDS: Dict[str, Tuple[Callable[[Any], int], Sequence[Argument], str]] = {}
 #: What groups of commands are about.
 _GROUPS = {"notifiers": "Say who is told, and how."}
 
@@ -8392,7 +8384,7 @@ def command(name: str, *arguments: Argument, epilog: str = "") -> Callable[[Call
     the first paragraph of its docstring is its help."""
 
     def register(do: Callable[[Any], int]) -> Callable[[Any], int]:
-        _COMMANDS[name] = Command(do, arguments, epilog)
+        _COMMANDS[name] = do, arguments, epilog
         return do
 
     return register
@@ -8422,6 +8414,11 @@ def argument(
         parser.add_argument(*names, **options, **({"type": checked} if type else {}))
 
     return add_to
+
+
+def switch(name: str, help: str) -> Argument:
+    """Return an option that takes no value."""
+    return argument(name, action="store_true", help=help)
 
 
 def one_of(*arguments: Argument) -> Argument:
@@ -8489,8 +8486,8 @@ def names_from(*known: str) -> Callable[[str], List[str]]:
 ONE_HASH = argument("hash", metavar="HASH", help="the run's hash, or the first characters of it")
 HASHES = argument("hash", metavar="HASH", nargs="+", help="the run's hash, or the first characters of it")
 NOTIFIER_ID = argument("id", metavar="ID", help="its ID, or the first characters of it")
-AS_JSON = argument("--json", action="store_true", help="print JSON")
-ASK_NOTHING = argument("--yes", action="store_true", help="ask nothing")
+AS_JSON = switch("--json", "print JSON")
+ASK_NOTHING = switch("--yes", "ask nothing")
 
 # -------------------------------------------------------------------------- start, init, status
 
@@ -8527,11 +8524,7 @@ def _give_memory_back() -> None:
         help="tell again of a run that stays stalled, each time that long after the last, "
         f"at most {MAX_REMINDERS} times: 30m, 2h (default: never)",
     ),
-    argument(
-        "--standby",
-        action="store_true",
-        help="where another watcher holds the repository, wait and take over when it is gone",
-    ),
+    switch("--standby", "where another watcher holds the repository, wait and take over when it is gone"),
     argument(
         "--ping-url",
         type=checked_url,
@@ -8540,11 +8533,7 @@ def _give_memory_back() -> None:
         help="GET this URL after every poll that went well, for a dead-man's switch "
         "(default: $AIMWATCH_PING_URL, which no process list shows)",
     ),
-    argument(
-        "--once",
-        action="store_true",
-        help="look once, tell, and exit: 1 when any run is stalled or failed; for cron",
-    ),
+    switch("--once", "look once, tell, and exit: 1 when any run is stalled or failed; for cron"),
 )
 def cmd_start(args: Any) -> int:
     """Watch the repository until told to stop, or once."""
@@ -8666,23 +8655,15 @@ def cmd_init(args: Any) -> int:
     return 0
 
 
-class WatcherState(NamedTuple):
-    """Whether a watcher is alive, said in words, with what watcher.json holds."""
-
-    alive: bool
-    text: str
-    saved: Dict[str, Any]
-
-
 #: A watcher that holds its lock and has not looked for this long hangs.
 STUCK_S = 60.0
 #: A pass of `start --once` counts as watching for this long.
 ONCE_COUNTS_S = 3600.0
 
 
-def watcher_state(paths: RepoPaths, now_utc: float) -> WatcherState:
-    """Return whether a watcher is alive, by its lock and by when it last looked."""
-    saved = read_watcher_file(paths)
+def watcher_state(paths: RepoPaths, saved: Dict[str, Any], now_utc: float) -> Tuple[bool, str]:
+    """Return whether a watcher is alive, by its lock and by when it last looked as watcher.json says, and
+    the same in words."""
 
     def saved_s(name: str) -> Optional[float]:
         value: Any = saved.get(name)
@@ -8695,13 +8676,13 @@ def watcher_state(paths: RepoPaths, now_utc: float) -> WatcherState:
     lock = lock_state(paths.watcher_lock)
     if lock in ("free", "absent") or (lock == "unknown" and age_s > STUCK_S):
         if saved.get("once") and age_s < ONCE_COUNTS_S:
-            return WatcherState(True, f"watched by passes of 'start --once'; {ago}", saved)
-        return WatcherState(False, f"no watcher is alive; {ago}", saved)
+            return True, f"watched by passes of 'start --once'; {ago}"
+        return False, f"no watcher is alive; {ago}"
     who = describe_watcher(paths)
     if age_s > STUCK_S + 3 * (saved_s("poll_interval_s") or 0.0):
-        return WatcherState(False, f"{who} holds the watch but does not look; {ago}", saved)
+        return False, f"{who} holds the watch but does not look; {ago}"
     up = "?" if started_at is None else human_s(now_utc - started_at)
-    return WatcherState(True, f"watched by {who}, for {up}; {ago}", saved)
+    return True, f"watched by {who}, for {up}; {ago}"
 
 
 def status_rows(paths: RepoPaths, saved: Dict[str, Any]) -> List[Dict[str, Any]]:
@@ -8748,45 +8729,40 @@ def status_rows(paths: RepoPaths, saved: Dict[str, Any]) -> List[Dict[str, Any]]
 def cmd_status(args: Any) -> int:
     """Show every live run, and whether a watcher is alive."""
     paths = find_repo(args.repo)
-    now = time.time()
-    state = watcher_state(paths, now)
-    rows = status_rows(paths, state.saved)
-    bad = sum(row["state"] in (STALLED, FAILED) for row in rows)
+    now, saved = time.time(), read_watcher_file(paths)
+    alive, text = watcher_state(paths, saved, now)
+    rows = status_rows(paths, saved)
     if args.json:
-        saved = {key: state.saved.get(key) for key in ("host", "pid", "started_at", "seen_at")}
-        watcher = {"alive": state.alive, "text": state.text, **saved}
+        watcher = {"alive": alive, "text": text}
+        watcher.update((key, saved.get(key)) for key in ("host", "pid", "started_at", "seen_at"))
         print(json.dumps({"repo": paths.root, "watcher": watcher, "runs": rows}, indent=2))
     else:
-        _print_status(paths, state, rows, now)
-    return 0 if state.alive and not bad else 1
+        print(f"repository {paths.root}\n{text}")
+        _print_status(rows, now)
+    return 0 if alive and not any(row["state"] in (STALLED, FAILED) for row in rows) else 1
 
 
-def _print_status(paths: RepoPaths, state: WatcherState, rows: Sequence[Dict[str, Any]], now: float) -> None:
-    print(f"repository {paths.root}\n{state.text}")
+def _print_status(rows: Sequence[Dict[str, Any]], now: float) -> None:
     live = [row for row in rows if row["state"] != FINISHED]
     cells = []
     for row in live:
+        name = row["name"] if row["name"] != row["hash"] else ""
+        last = f"{human_s(now - row['last_check_in'])} ago"
+        promise = human_s(row["promise_s"]) if row["promise_s"] else "none"
         muted = f"muted for {human_s(row['muted_until'] - now)}" if row["muted_until"] else None
-        cells.append(
-            (
-                row["hash"],
-                row["name"] if row["name"] != row["hash"] else "",
-                row["state"],
-                f"{human_s(now - row['last_check_in'])} ago",
-                human_s(row["promise_s"]) if row["promise_s"] else "none",
-                row["host"] or "",
-                "; ".join(filter(None, (muted, row["reason"]))),
-            )
-        )
+        reason = "; ".join(filter(None, (muted, row["reason"])))
+        cells.append((row["hash"], name, row["state"], last, promise, row["host"] or "", reason))
     if live:
         header, *lines = table(("RUN", "NAME", "STATE", "LAST CHECK-IN", "PROMISE", "HOST", "REASON"), cells)
         print(f"\n{header}")
         for line, row in zip(lines, live):
             print(coloured(line, row["state"], sys.stdout))
-    counts = (
+    counts = [
         (name, sum(row["state"] == name for row in rows)) for name in (RUNNING, STALLED, FAILED, FINISHED)
+    ]
+    print(
+        "\n" + (", ".join(f"{count} {name}" for name, count in counts if count) or "no runs with check-ins")
     )
-    print("\n" + (", ".join(f"{n} {name}" for name, n in counts if n) or "no runs with check-ins"))
 
 
 def _find_live(paths: RepoPaths, prefix: str) -> str:
@@ -9069,26 +9045,19 @@ def _warn_about(notifier: Dict[str, Any]) -> None:
         )
 
 
-def _edit_notifier(args: Any, change: Callable[[Dict[str, Any], str], None]) -> None:
-    config = NotifierConfig(find_repo(args.repo))
-    with config.edit() as raw:
-        change(raw["notifications"]["notifiers"], config.find(args.id, raw))
-
-
 @command("notifiers remove", NOTIFIER_ID, ASK_NOTHING)
 def cmd_notifiers_remove(args: Any) -> int:
     """Remove a notifier; what waits for it is given up."""
     config = NotifierConfig(find_repo(args.repo))
     raw = config.read()
     notifier_id = config.find(args.id, raw)
-    entry = raw["notifications"]["notifiers"][notifier_id]
     if not args.yes:
-        notifier = read_notifier(notifier_id, entry)
+        notifier = read_notifier(notifier_id, raw["notifications"]["notifiers"][notifier_id])
         _show({"type": notifier.type, "arguments": notifier.arguments})
         if not _confirm("Remove notifier configuration above?", False):
             raise AimwatchError("aborted: nothing was removed")
-    args.id = notifier_id
-    _edit_notifier(args, lambda notifiers, found: notifiers.pop(found))
+    with config.edit() as raw:
+        raw["notifications"]["notifiers"].pop(config.find(notifier_id, raw))
     print(f"removed notifier {printable(notifier_id)}")
     return 0
 
@@ -9106,12 +9075,13 @@ def cmd_notifiers_disable(args: Any) -> int:
 
 
 def _switch_notifier(args: Any, status: str) -> int:
-    def switch(notifiers: Dict[str, Any], notifier_id: str) -> None:
-        if not isinstance(notifiers[notifier_id], dict):
+    config = NotifierConfig(find_repo(args.repo))
+    with config.edit() as raw:
+        notifier_id = config.find(args.id, raw)
+        entry = raw["notifications"]["notifiers"][notifier_id]
+        if not isinstance(entry, dict):
             raise ConfigError(f"notifier {notifier_id} is not an object: remove it and add it again")
-        notifiers[notifier_id]["status"] = status
-
-    _edit_notifier(args, switch)
+        entry["status"] = status
     print(f"{status} notifier {args.id}")
     return 0
 
@@ -9272,7 +9242,7 @@ def _listing(columns: Sequence[str], also: str = "") -> List[Argument]:
             metavar="LIST",
             help=f"what to show (default: {','.join(columns)}{also})",
         ),
-        one_of(AS_JSON, argument("--csv", action="store_true", help="print CSV")),
+        one_of(AS_JSON, switch("--csv", "print CSV")),
     ]
 
 
@@ -9604,7 +9574,7 @@ def cmd_close(args: Any) -> int:
 
 @command(
     "reindex",
-    argument("--rebuild", action="store_true", help="build the index from nothing"),
+    switch("--rebuild", "build the index from nothing"),
     epilog="Silent when all is well and stderr is no terminal. Exits 1, with a list, when some run could not "
     "be read.",
 )
@@ -9700,7 +9670,7 @@ DEMO_FATES = (
 )
 
 
-@command("demo", argument("--keep", action="store_true", help="leave the repository for a look"))
+@command("demo", switch("--keep", "leave the repository for a look"))
 def cmd_demo(args: Any) -> int:
     """Watch six training processes end in six ways, and check what is told of them."""
     import shutil
