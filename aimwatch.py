@@ -1804,6 +1804,45 @@ def checked_expect_s(value: Any) -> float:
     return number
 
 
+class Rhythm:
+    """Learns from the gaps between the reports of a run what may be promised: `expect_next_in="auto"`.
+
+    Pure: what it promises is a function of the gaps alone. Three times the longest gap that came lately,
+    where "lately" is a hundred times as long as the gap itself: what takes a 70th of the time, such as a
+    checkpoint or a validation, is expected for ever, and what came once is forgotten.
+    """
+
+    MULTIPLE, MEMORY = 3.0, 100.0
+    LEAST_S, MOST_S = 60.0, 86_400.0
+    #: Promised until so many gaps are known.
+    UNKNOWN_S, FEW = 1800.0, 10
+    #: A gap longer than all before, as the first validation is, may be half as long as the run so far. After
+    #: an hour, a run that had none is the less likely to have one.
+    HOUR_S = 3600.0
+    #: One gap teaches no more than this, or ten times what was known: the job may have been stopped overnight.
+    ONE_GAP_S = 600.0
+
+    def __init__(self) -> None:
+        self.gaps = 0
+        self.seconds = 0.0
+        self._longest_s = 0.0
+
+    def add(self, gap_s: float) -> None:
+        """Take the time between two reports into account."""
+        self.gaps += 1
+        self.seconds += gap_s
+        learned_s = min(gap_s, max(10 * self._longest_s, self.ONE_GAP_S))
+        self._longest_s = max(self._longest_s - gap_s / self.MEMORY, learned_s)
+
+    @property
+    def expect_s(self) -> float:
+        """Within how many seconds the next report is promised."""
+        unseen_s = self.UNKNOWN_S
+        if self.gaps >= self.FEW:
+            unseen_s = min(self.seconds / 2, self.UNKNOWN_S * self.HOUR_S / max(self.seconds, self.HOUR_S))
+        return min(max(self.LEAST_S, self.MULTIPLE * self._longest_s, unseen_s), self.MOST_S)
+
+
 def checked_run_hash(value: Any) -> str:
     """Return a run hash that can stand in a file name. Raises ArgumentError."""
     if not isinstance(value, str) or not RUN_HASH.fullmatch(value):

@@ -58,7 +58,7 @@ import time
 import traceback
 import types
 import unittest
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 from unittest import mock
 
 import aimwatch
@@ -1100,6 +1100,35 @@ class HeartbeatPromise(HandDriven):
                 self.assertEqual(self.flags(run.hash), ["check_in"])
                 self.assertIsNone(aimwatch.read_log(self.paths.run_log(run.hash), run.hash).end)
             run.close()
+
+
+class LearnedPromise(Case):
+    def test_no_rhythm_is_taken_for_a_hang(self) -> None:
+        for name, by_hand_s, gaps in rhythms(random.Random(12)):
+            with self.subTest(name):
+                told = replay_rhythm(gaps)
+                self.assertEqual(0, told.false)
+                self.assertLess(told.late_s, 6 * (by_hand_s + aimwatch.DEFAULT_GRACE_S))
+
+    def test_promise_follows_from_the_gaps(self) -> None:
+        for what, gaps, expected_s in (
+            ("nothing is known", [], 1800),
+            ("a few are not enough", [1] * 9, 1800),
+            ("never less than a minute", [1] * 10, 60),
+            ("a first longer gap may come, half as long as all before", [1] * 600, 300),
+            ("at most half an hour, at one hour", [1] * 3600, 1800),
+            ("and less later", [1] * 36_000, 180),
+            ("three times the longest", [10] * 10 + [300] + [10] * 50, 3 * 295),
+            ("it fades by a hundredth of the time", [10] * 3600 + [500, 100], 3 * 499),
+            ("a gap of hours teaches at first as one of ten minutes", [1] * 40_000 + [28_800], 1800),
+            ("a second one as much as it is", [1] * 40_000 + [5000, 5000], 15_000),
+            ("never more than a day", [50_000] * 20, 86_400),
+        ):
+            with self.subTest(what):
+                rhythm = aimwatch.Rhythm()
+                for gap_s in gaps:
+                    rhythm.add(gap_s)
+                self.assertAlmostEqual(expected_s, rhythm.expect_s, delta=0.05 * expected_s)
 
 
 class HeartbeatThreads(HandDriven):
@@ -13292,6 +13321,68 @@ def bench_import(bench: Bench, root: str) -> None:
                   start("import json, logging, threading"), 2, "ms", 1, 15)  # fmt: skip
 
 
+def rhythms(draw: random.Random) -> Iterator[Tuple[str, float, Iterable[float]]]:
+    """Yield rhythms of reports: a name, the promise that a person would choose, and the gaps in seconds,
+    as the clock of the run counts them."""
+    for step_s in (0.2, 1.0, 45.0):
+        count = int(86_400 / step_s) if step_s > 0.2 else 100_000
+        yield f"steady, {step_s:g} s", max(60, 3 * step_s), (step_s for _ in range(count))
+    yield "jitter, 4 to 6 s", 60, (draw.uniform(4, 6) for _ in range(15_000))
+    for step_s in (1.0, 10.0, 30.0):
+        gaps = (step_s * (1 if step % 100 else 50) for step in range(1, 5_000))
+        yield f"every 100th 50 times as long, {step_s:g} s", max(60, 120 * step_s), gaps
+    yield "growing sequences, 0.5 to 20 s", 60, (0.5 + step / 1000 for step in range(20_000))
+    for minutes in (20, 60):
+        gaps = (10.0 * minutes if step % (60 * minutes) == 0 else 1.0 for step in range(1, 90_000))
+        yield f"epochs of {minutes} min, validation of a sixth", 20 * minutes, gaps
+    checkpoints = (420.0 if step == 0 else 1.5 if step % 5000 else 90.0 for step in range(60_000))
+    yield "compilation first, checkpoints of 90 s", 900, checkpoints
+    # Neither clock counts the sleep; what follows it is a share that has to be mounted again.
+    yield "a laptop that sleeps", 200, (90.0 if step % 7000 == 6999 else 2.0 for step in range(40_000))
+    straggling = (draw.uniform(10, 80) if draw.random() < 0.01 else 2.0 for _ in range(30_000))
+    yield "a straggling share, 1 % 5 to 40 times", 200, straggling
+    yield "log-normal, 2 s", 200, (2 * math.exp(draw.gauss(0, 1)) for _ in range(30_000))
+    yield "an hour or two for each report", 14_400, (draw.uniform(3600, 7200) for _ in range(100))
+
+
+class Replay(NamedTuple):
+    """What a learned promise would have done to a rhythm."""
+
+    gaps: int
+    early: int  # false alarms up to the tenth gap
+    false: int  # and after it
+    late_s: float  # how long after the last report a hang at a random moment is told
+
+
+def replay_rhythm(gaps: Iterable[float], grace_s: float = aimwatch.DEFAULT_GRACE_S) -> Replay:
+    """Let a `Rhythm` promise along the gaps, as a run does that reports with "auto"."""
+    rhythm, early, false, weighted = aimwatch.Rhythm(), 0, 0, 0.0
+    for gap_s in gaps:
+        told_s = rhythm.expect_s + grace_s
+        if gap_s > told_s:
+            early, false = (early + 1, false) if rhythm.gaps < 10 else (early, false + 1)
+        weighted += gap_s * told_s
+        rhythm.add(gap_s)
+    return Replay(rhythm.gaps, early, false, weighted / rhythm.seconds)
+
+
+def bench_rhythms(bench: Bench, root: str) -> None:
+    for name, by_hand_s, gaps in rhythms(random.Random(11)):
+        told = replay_rhythm(gaps)
+        by_hand_s += aimwatch.DEFAULT_GRACE_S
+        by_hand = (
+            f"by hand {by_hand_s:.0f} s; {told.false} of {told.gaps} false, {told.early} before the 10th"
+        )
+        bench.line(
+            f"auto: {name}",
+            f"{told.late_s:.0f} s",
+            by_hand,
+            told.late_s / by_hand_s,
+            "0 false",
+            not told.false,
+        )
+
+
 def bench_track(bench: Bench, root: str) -> None:
     run = Run(repo=root)
     context = {"subset": "train"}
@@ -13560,7 +13651,8 @@ def run_bench() -> int:
     """Run every part in a repository of its own; 1 where a figure is over its limit."""
     bench = Bench()
     print(f"{'figure':<44} {'aimwatch':>12}  {'baseline':<44} {'ratio':>8}  limit")
-    parts = [bench_import, bench_progress, bench_poll, bench_track, bench_index, bench_close, bench_query]
+    parts = [bench_import, bench_rhythms, bench_progress, bench_poll, bench_track, bench_index]
+    parts += [bench_close, bench_query]
     if importlib.util.find_spec("aim") is not None:
         parts += [bench_aim_progress, bench_aim_track, bench_aim_query]
     for part in parts:
