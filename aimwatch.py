@@ -8832,7 +8832,7 @@ def cmd_mute(args: Any) -> int:
         raise AimwatchError(f"a mute ends after {human_s(MAX_MUTE_S)} at the latest")
     run_hash = _find_live(paths, args.hash)
     until = math.ceil(time.time() + seconds)
-    _write_mute(paths, run_hash, until)
+    _leave_mutes(paths, run_hash, f"{run_hash}-{until}")
     print(f"muted run {run_hash} until {local_time(until)}")
     return 0
 
@@ -8842,30 +8842,25 @@ def cmd_unmute(args: Any) -> int:
     """Tell of a muted run again; if it is stalled or failed, it is told now."""
     paths = find_repo(args.repo)
     run_hash = _find_live(paths, args.hash)
-    try:
-        names = read_mutes(paths).get(run_hash, (0, []))[1]
-        if not names:
-            raise AimwatchError(f"run {run_hash} is not muted")
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(paths.mutes, name))
-    except OSError as error:
-        raise RepoError(f"cannot unmute run {run_hash}: {paths.mutes}: {error.strerror}") from None
+    if not _leave_mutes(paths, run_hash):
+        raise AimwatchError(f"run {run_hash} is not muted")
     print(f"unmuted run {run_hash}")
     return 0
 
 
-def _write_mute(paths: RepoPaths, run_hash: str, until: int) -> None:
-    path = os.path.join(paths.mutes, f"{run_hash}-{until}")
+def _leave_mutes(paths: RepoPaths, run_hash: str, *names: str) -> List[str]:
+    """Have a run no mutes but these, and return those that it had."""
     try:
-        old = read_mutes(paths).get(run_hash, (0, []))[1]
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
-        for name in old:
-            if name != os.path.basename(path):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(paths.mutes, name))
+        before: List[str] = read_mutes(paths).get(run_hash, (0, []))[1]
+        for name in names:
+            path = os.path.join(paths.mutes, name)
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | O_SAFE, 0o666))
+        for name in set(before).difference(names):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(paths.mutes, name))
     except OSError as error:
-        raise RepoError(f"cannot write {path}: {error.strerror}") from None
+        raise RepoError(f"cannot change the mutes in {paths.mutes}: {error.strerror}") from None
+    return before
 
 
 # -------------------------------------------------------------------------- notifiers

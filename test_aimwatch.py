@@ -12124,7 +12124,7 @@ class TestClosedDoors(WatchCase):
             (paths.watcher_lock, watch), (paths.outbox, watch), (paths.watcher, watch),
             (paths.config_lock, lambda: self.configure(n={"type": "logger"})),
             (paths.config, lambda: self.configure(n={"type": "logger"})),
-            (os.path.join(paths.mutes, f"r-{until}"), lambda: aimwatch._write_mute(paths, "r", until)),
+            (os.path.join(paths.mutes, f"r-{until}"), lambda: aimwatch._leave_mutes(paths, "r", f"r-{until}")),
         ):  # fmt: skip
             for target in (victim, made):
                 with self.subTest(path=path, target=target):
