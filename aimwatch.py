@@ -429,8 +429,9 @@ class FileLock:
         return self._fd >= 0 and self._pid == os.getpid()
 
     def is_there(self) -> bool:
-        """True where the path leads to the file that is locked, or nobody can tell."""
-        return _is_at(self.path, self._identity)
+        """True where the path leads to the file that is locked, or nobody can tell; False also where
+        somebody else closed its descriptor."""
+        return is_still(self._fd, self._identity) and _is_at(self.path, self._identity)
 
     def retake(self) -> Optional[bool]:
         """Lock the open file again, which changes nothing for who holds it: code that copies the
@@ -1723,56 +1724,18 @@ def _last_checkpoint(fd: int, size: int, least: int = 0) -> int:
 # Run
 #
 # What a training script holds. A wrong argument raises where it stands; after the constructor has
-# returned, no failure of a disk or a share reaches the training loop. No thread is started, and a
-# forked child does nothing to its parent's run.
+# returned, no failure of a disk or a share reaches the training loop. One lazy thread waits for a missed
+# promise, and nothing else runs beside the training. A forked child does nothing to its parent's run.
 # ======================================================================================
 
-#: A promise of 0 is written again this often, so that people see the run alive.
-IDLE_CHECK_IN_S = 30.0
-#: How long a run that ends goes on trying to say so on a disk that refuses.
-END_RETRIES, END_RETRY_S = 4, 0.5
-MAX_STEP = 2**63
-#: And how long all the runs of a process may, together with their waiting for the index.
-END_PATIENCE_S = 3.0
-#: A longer log message is cut.
-MAX_LOG_MESSAGE = 1 << 20
-#: How long a run that closes waits for the index.
-INDEX_ITSELF_S = 2.0
-#: How long a record waits for another thread's before it goes ahead.
-LOCK_WAIT_S = 2.0
-#: How often a run looks whether its files are still there.
-LOOK_S = 1.0
-#: How long SQLite waits for those who read or write the index.
-BUSY_S = 2.0
-#: How long a lock may be that of somebody who looks whether it is held, and on a run, who indexes it.
-PROBE_WAIT_S, INDEXER_WAIT_S = 0.3, BUSY_S + 1.0
-#: How long a new run waits for a thread of its own process that indexes: as long as that waits at most.
-MARKERS_WAIT_S = 10.0
-_MAX_FRAMES = 6
 _INF, _MINUS_INF = math.inf, -math.inf
 _monotonic = time.monotonic
-#: How long after a missed promise the stacks are written.
-STACKS_AFTER_S = 0.5
-#: And how much later by the timer of `faulthandler`, which reads the frames of threads that go on: that
-#: ends a process at times. By then C code has held the GIL for so long, and none can.
-STACKS_HELD_S = 2.0
-#: A promise that is renewed sooner than this leaves the timer as it is.
-STACKS_AGAIN_S = 1.0
-#: How long a thread may take to be there, with its signals blocked, or to be gone.
-THREAD_END_S = 0.02
-#: The user's own timer is thought to be set for so much longer.
-THEIR_TIMER_LATE_S = 2.0
-#: Of so many threads and frames at most, as in `faulthandler`.
-MAX_STACKS, MAX_STACKS_BYTES = 100, 1 << 19
-#: What $AIMWATCH_STACKS may say to turn them off.
-_OFF = ("0", "no", "off", "false")
-#: A message below this level may wait this long before the watcher is told that it is there.
-NEWS_LEVEL, NEWS_INTERVAL_S = logging.WARNING, 1.0
 _getpid = os.getpid
-
 
 #: The experiment of a run that was given none, as in Aim.
 DEFAULT_EXPERIMENT = "default"
+#: How long SQLite waits for those who read or write the index.
+BUSY_S = 2.0
 
 
 def default_name(run_hash: str) -> str:
@@ -1782,15 +1745,14 @@ def default_name(run_hash: str) -> str:
 
 def checked_expect_s(value: Any) -> float:
     """Return a promise in seconds as a float. Raises ArgumentTypeError or ArgumentError."""
-    if isinstance(value, (str, bytes, bytearray, bool)):
-        number = None
-    else:
+    number = None
+    if not isinstance(value, (str, bytes, bytearray, bool)):
         try:
             number = float(value)
         except OverflowError:
             number = math.inf
         except (TypeError, ValueError):
-            number = None
+            pass
     if number is None:
         raise ArgumentTypeError(
             f"expect_next_in must be a number of seconds, not {type(value).__name__} "
@@ -1859,7 +1821,7 @@ def describe_session() -> Dict[str, Any]:
         "host": this_host(),
         "pid": os.getpid(),
         "user": os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid()),
-        "argv": [str(argument)[:1000] for argument in getattr(sys, "argv", [])][:100],
+        "argv": [str(argument)[:500] for argument in getattr(sys, "argv", [])][:100],
         "python": "{}.{}.{}".format(*sys.version_info[:3]),
     }
     with contextlib.suppress(OSError):  # the folder may be gone; the run is not
@@ -1876,6 +1838,12 @@ def describe_session() -> Dict[str, Any]:
     return session
 
 
+#: How many frames say where an exception was raised, or a signal came.
+_MAX_FRAMES = 6
+#: A longer reason, or line of code, is cut.
+MAX_REASON, MAX_FRAME = 2000, 500
+
+
 def describe_exception(error: BaseException) -> str:
     """Return an exception's type and message in one string; its `__str__` may itself fail."""
     try:
@@ -1883,337 +1851,134 @@ def describe_exception(error: BaseException) -> str:
     except Exception:
         message = "<its message cannot be shown>"
     name = type(error).__qualname__
-    return f"{name}: {message[:2000]}" if message else name
+    return f"{name}: {message[:MAX_REASON]}" if message else name
 
 
-def last_frames(error: BaseException) -> List[str]:
-    """Return the innermost frames of an exception, outermost first: `file:line in name: code`."""
+def frames_of(error: Optional[BaseException] = None, frame: Optional[FrameType] = None) -> List[str]:
+    """Return the innermost frames of an exception, or of the stack that ends in a frame, outermost first:
+    `file:line in name: code`."""
     import traceback
 
-    found = traceback.extract_tb(error.__traceback__)[-_MAX_FRAMES:]
-    return [f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in found]
+    stack = traceback.extract_stack(frame) if error is None else traceback.extract_tb(error.__traceback__)
+    return [f"{at.filename}:{at.lineno} in {at.name}: {at.line}"[:MAX_FRAME] for at in stack[-_MAX_FRAMES:]]
 
 
-_IMPORTED_BY = os.getpid()
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Let a thread start so that no signal is ever delivered to it: the main thread would sleep on."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    try:
-        # Calls the handlers of signals that came before, and these may raise.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-class _Alarm:
-    """A thread that calls a function, which returns in how many seconds to call it again; None ends it.
-
-    `threading` knows nothing of it: it counts for nobody, and delays no exit.
-    """
-
-    def __init__(self, ring: Callable[[], Optional[float]]) -> None:
-        """Raises RuntimeError where no thread can be started."""
-        self._ring = ring
-        self._stopped = False
-        self._task: Optional[str] = None
-        self._bell = _thread.allocate_lock()
-        self._bell.acquire()
-        with _signals_blocked():
-            _thread.start_new_thread(self._run, ())
-
-    def _run(self) -> None:
-        self._task = str(threading.get_native_id())
-        while not self._stopped:
-            wait_s = self._ring()
-            if wait_s is None:
-                break
-            self._bell.acquire(timeout=min(wait_s, threading.TIMEOUT_MAX))
-
-    def ring(self) -> None:
-        """Have the function called at once. May be called by a signal's handler at any moment."""
-        with contextlib.suppress(RuntimeError):  # it was about to be
-            self._bell.release()
-
-    def stop(self) -> None:
-        """End the thread, and wait for it a moment."""
-        self._stopped = True
-        self.ring()
-        deadline = _monotonic() + THREAD_END_S
-        while self._task is None and _monotonic() < deadline:
-            time.sleep(0)
-        _wait_for_end(self._task or "")
+#: How long after a missed promise the stacks are written.
+STACKS_AFTER_S = 0.5
+#: Of so many threads and frames at most, and so many bytes.
+MAX_STACKS, MAX_STACKS_BYTES = 100, 1 << 19
+#: How long a fork waits for the thread to be gone.
+THREAD_END_S = 0.02
 
 
 class _Stacks:
-    """Leaves the stacks of all threads in a file when a run misses its promise.
+    """Writes the stacks of all threads to a file when a run misses its promise.
 
-    A thread writes them that has the GIL, so that all others stand still. It gets none while C code
-    holds it; so the timer of `faulthandler`, a C thread, does the same a while later. That is one for
-    all runs, and left alone while it is the user's.
+    One thread waits for that, for all the runs of the process, while any has made a promise. `threading`
+    does not know it, so it counts for nobody and delays no exit; it blocks all signals, and ends before
+    a fork. It holds the GIL while it looks, so that all other threads stand still; where C code does not
+    let go of the GIL, nothing is written. The file is opened by path for the one write.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        #: Run hash to its deadline (monotonic), and the descriptor and identity of its file.
-        self._armed: Dict[str, Tuple[float, int, Tuple[int, int]]] = {}
-        #: Those of them whose deadline was missed, and whose stacks are written.
-        self._written: Set[str] = set()
-        self._alarm: Optional[_Alarm] = None
-        self._rings = math.inf
-        self._filter: Any = None
-        self._faulthandler: Any = None
-        self._theirs_until = -math.inf
-        #: When the timer that was set here fires, and the thread that waits for that.
-        self._due = -math.inf
-        self._thread = ""
-        self._turn = 0
-        #: The process that forked this one while somebody's timer was set.
-        self._timer_of = 0
-        os.register_at_fork(before=self._note_timer)
+        #: Path of a run's file to when it is due (monotonic), and the paths of those that were due.
+        self._due: Dict[str, float] = {}
+        self._missed: Set[str] = set()
+        #: Wakes the thread that waits, until the moment (monotonic) below; None where there is none.
+        self._bell: Optional[_thread.LockType] = None
+        self._wakes_mono = 0.0
+        self._native_id = 0
 
-    def _note_timer(self) -> None:
-        # Registered first, so that it runs when ours was cancelled.
-        self._timer_of = os.getpid() if "faulthandler" in sys.modules and _may_have_timer() else 0
+    def arm(self, path: str, due_mono: float) -> None:
+        """Have all stacks written to `path` at a moment of the monotonic clock, unless armed anew before."""
+        self.disarm(path)
+        with self._lock:
+            self._due[path] = due_mono
+            self._start_or_wake()
 
-    def _inherits_timer(self) -> bool:
-        """True in a child of a process that may have set the timer: who sets or cancels it there waits
-        for ever for a thread that was not forked with it."""
-        if self._timer_of not in (0, os.getpid()):
-            return True
-        # Imported after the fork, nothing here saw it.
-        parent = getattr(sys.modules.get("multiprocessing"), "parent_process", lambda: None)
-        return parent() is not None and os.getpid() == _IMPORTED_BY
+    def disarm(self, path: str) -> None:
+        """Write nothing to `path`, and remove what was written: the run went on, or has ended."""
+        with self._lock:
+            self._due.pop(path, None)
+            written = path in self._missed
+            self._missed.discard(path)
+        if written:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
-    def _load(self) -> None:
-        """Have `faulthandler` at hand, and notice when the user sets its timer."""
-        if self._faulthandler is None:
-            was_loaded = "faulthandler" in sys.modules
+    def _start_or_wake(self) -> None:
+        if self._bell is None:
+            self._bell = _thread.allocate_lock()
+            self._bell.acquire()
+            self._wakes_mono, self._native_id = 0.0, 0
             try:
-                import faulthandler
-            except ImportError:
-                return
-            if was_loaded and (_may_have_timer() or self._inherits_timer()):
-                self._theirs_until = math.inf
-            self._later, self._cancel = (
-                faulthandler.dump_traceback_later,
-                faulthandler.cancel_dump_traceback_later,
-            )
-            self._faulthandler = faulthandler
-            faulthandler.dump_traceback_later = self._on_later
-            faulthandler.cancel_dump_traceback_later = self._on_cancel
+                _thread.start_new_thread(self._wait, (self._bell,))
+            except RuntimeError as error:  # no thread can be started
+                self._bell = None
+                log.debug("no stacks will be written: %s", error)
+        elif min(self._due.values()) < self._wakes_mono:
+            with contextlib.suppress(RuntimeError):  # it was about to wake
+                self._bell.release()
 
-    def _on_later(self, timeout: float, repeat: bool = False, *args: Any, **options: Any) -> None:
-        """Set the timer for the user, in whose place `dump_traceback_later` this stands."""
+    def _wait(self, bell: _thread.LockType) -> None:
+        # The main thread would sleep on through a signal that the system delivers to this one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        self._native_id = threading.get_native_id()
+        while self._bell is bell:
+            bell.acquire(timeout=self._write_missed())
+
+    def _write_missed(self) -> float:
+        """Write the stacks for every run that missed its promise; return for how many seconds to wait."""
         with self._lock:
-            self._later(timeout, repeat, *args, **options)
-            # A while longer, since its thread may be late, and who sets it anew would break it off.
-            self._theirs_until = math.inf if repeat else _monotonic() + timeout + THEIR_TIMER_LATE_S
-            self._due = -math.inf
-
-    def _on_cancel(self) -> None:
-        with self._lock:
-            self._cancel()
-            self._theirs_until = self._due = -math.inf
-            self._set()
-
-    def arm(self, run: Run, deadline_mono: float) -> None:
-        """Have all stacks written at a moment of the monotonic clock, unless armed anew before.
-        Raises OSError where the run's file cannot be opened."""
-        armed = self._armed[run.hash][0] if run.hash in self._armed else math.inf
-        if 0 <= deadline_mono - armed < STACKS_AGAIN_S and self._is_set(armed):
-            return  # near enough: setting the timer starts a thread
-        path, opened = run._paths.stack(run.hash), -1
-        if run._stacks_fd >= 0 and not is_still(run._stacks_fd, run._stacks_identity):
-            run._stacks_fd = -1
-        if run._stacks_fd < 0:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
-            opened = os.open(path, flags, 0o666)
-        with self._lock:
-            closed = run._closed
-            if run._stacks_fd < 0 and not closed:
-                run._stacks_identity, run._stacks_fd, opened = identity_of(opened), opened, -1
-            if run._stacks_fd >= 0:
-                self._load()
-                self._forget(run)
-                self._armed[run.hash] = (deadline_mono, run._stacks_fd, run._stacks_identity)
-                self._set()
-        if opened >= 0:  # another thread closed the run, or was quicker to open the file
-            os.close(opened)
-            if closed:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-
-    def disarm(self, run: Run) -> None:
-        """Write nothing for a run, until it is armed again."""
-        with self._lock:
-            if run.hash in self._armed:
-                self._forget(run)
-                self._set()
-
-    def _forget(self, run: Run) -> None:
-        if run.hash not in self._armed:
-            return
-        deadline, fd, identity = self._armed.pop(run.hash)
-        self._written.discard(run.hash)
-        if deadline <= _monotonic() and is_still(fd, identity):
-            with contextlib.suppress(OSError):
-                os.ftruncate(fd, 0)  # the run goes on: where it hung is no news any more
-
-    def close(self, run: Run) -> None:
-        """Remove what was written for a run that has ended."""
-        with self._lock:
-            self._forget(run)
-            fd, run._stacks_fd = run._stacks_fd, -1
-            if fd >= 0:
-                # A timer must never fire into a descriptor that is somebody else's by then. Set anew in
-                # any case: a signal's handler that raises may have left it without a note of it.
-                self._set()
-        if fd >= 0:
-            with contextlib.suppress(OSError):
-                if is_still(fd, run._stacks_identity):
-                    os.close(fd)
-                os.unlink(run._paths.stack(run.hash))
-
-    def _set(self) -> None:
-        self._turn += 1
-        turn = self._turn
-        self._set_once()
-        if self._turn != turn:
-            self._set()  # a signal's handler came between, and what was set may be over
-
-    def _is_set(self, deadline: float) -> bool:
-        """True where the stacks will be written at that moment, which is to come, whatever happens."""
-        now = _monotonic()
-        return now < self._rings <= deadline and (
-            now < self._due <= deadline + STACKS_HELD_S or not self._may_set()
-        )
-
-    def _may_set(self) -> bool:
-        """True where there is a timer, which is not the user's."""
-        return self._faulthandler is not None and _monotonic() >= self._theirs_until
-
-    def _set_once(self) -> None:
-        now = _monotonic()
-        if now < self._due and self._thread and not os.path.exists(f"/proc/self/task/{self._thread}"):
-            # It waits no more though it should: somebody has the functions from before they were
-            # replaced. What they set must not be taken from them.
-            self._due, self._theirs_until = -math.inf, math.inf
-        ahead = [item for name, item in self._armed.items() if name not in self._written]
-        try:
-            if ahead:
-                deadline, fd, _ = min(ahead)
-                self._set_alarm(deadline)
-                if self._may_set():
-                    self._set_timer(max(deadline, now) + STACKS_HELD_S - now, fd)
-                    self._due = max(deadline, now) + STACKS_HELD_S
-            else:
-                self._rings = math.inf
-                if self._alarm is not None:
-                    self._alarm.ring()  # which ends it
-                if self._may_set():
-                    self._cancel_timer()
-        except (OverflowError, RuntimeError, ValueError) as error:  # no thread can be started
-            self._due = -math.inf
-            log.debug("no stacks will be written: %s", error)
-
-    def _set_alarm(self, deadline: float) -> None:
-        if self._alarm is None:
-            self._alarm = _Alarm(self._on_alarm)
-            self._rings = deadline
-        elif deadline < self._rings:
-            self._rings = deadline
-            self._alarm.ring()
-
-    def _set_timer(self, after_s: float, fd: int) -> None:
-        before = _tasks()
-        with _signals_blocked():  # it blocks them all, but not before it was scheduled
-            self._later(after_s, file=fd)
-        new = _tasks() - before
-        self._thread = new.pop() if len(new) == 1 else ""
-
-    def _cancel_timer(self) -> None:
-        self._cancel()
-        self._due = -math.inf
-
-    def _on_alarm(self) -> Optional[float]:
-        """Write the stacks for every run that has missed its promise by now; return in how many seconds
-        the next one may."""
-        missed: Dict[str, int] = {}
-        with self._lock:
-            now, self._rings = _monotonic(), math.inf
-            for run_hash, (deadline, fd, identity) in self._armed.items():
-                if run_hash in self._written:
-                    continue
-                if deadline > now:
-                    self._rings = min(self._rings, deadline)
-                    continue
-                self._written.add(run_hash)
-                with contextlib.suppress(OSError):
-                    if is_still(fd, identity):
-                        missed[run_hash] = os.dup(fd)
-            if missed:
-                self._set()
-            elif self._rings == math.inf:
-                self._alarm = None
-                return None
+            now = _monotonic()
+            missed = [path for path, due in self._due.items() if due <= now]
+            for path in missed:
+                del self._due[path]
+                self._missed.add(path)
         text = _all_stacks() if missed else b""
-        for run_hash, fd in missed.items():
+        for path in missed:  # without the lock: a share may hang
+            self._write(path, text)
+        with self._lock:
+            if not self._due:
+                self._bell = None
+                return 0.0
+            self._wakes_mono = min(self._due.values())
+            return min(max(self._wakes_mono - _monotonic(), 0.0), threading.TIMEOUT_MAX)
+
+    def _write(self, path: str, text: bytes) -> None:
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | O_SAFE, 0o666)
             try:
                 os.write(fd, text)
-                if run_hash not in self._written:
-                    os.ftruncate(fd, 0)  # it went on meanwhile
-            except OSError as error:
-                log.debug("run %s leaves no stacks: %s", run_hash, error)
-            os.close(fd)
-        return 0 if missed else self._rings - now
+            finally:
+                os.close(fd)
+            if path not in self._missed:  # the run went on meanwhile
+                os.unlink(path)
+        except OSError as error:
+            log.debug("no stacks in %s: %s", path, error.strerror)
 
-    def before_fork(self) -> None:
-        # A child that inherits a set timer waits at its exit for a thread that it does not have.
-        if self._alarm is not None:
-            self._alarm.stop()
-        self._lock.acquire()
-        self._alarm, self._rings = None, math.inf
-        if self._armed and self._may_set():
-            self._cancel_timer()
-            # Python 3.12 warns of a fork with threads, and one that has ended is seen for a moment.
-            _wait_for_end(self._thread)
-        if self._armed and sys.version_info >= (3, 12):
-            self._expect_warning(len(_tasks()) == 1)
-
-    def _expect_warning(self, alone: bool) -> None:
-        """Have no warning of a fork with threads where those are the two that are set anew in the parent:
-        from 3.13 on they are counted only then."""
-        import warnings
-
-        with contextlib.suppress(ValueError):
-            warnings.filters.remove(self._filter)  # type: ignore[attr-defined]
-        if alone:
-            text = r"This process \(pid=\d+\) is multi-threaded, use of fork"
-            warnings.filterwarnings("ignore", text, DeprecationWarning)
-            self._filter = warnings.filters[0]
+    def end_thread(self) -> None:
+        """End the thread: before a fork, at which Python 3.12 and newer warn of threads, and at exit."""
+        with self._lock:
+            bell, self._bell = self._bell, None
+            if bell is None:
+                return
+            with contextlib.suppress(RuntimeError):
+                bell.release()
+        # The system knows it for a moment longer than Python does; where there is no /proc, nobody asks.
+        deadline = _monotonic() + THREAD_END_S
+        while _monotonic() < deadline:
+            if self._native_id and not os.path.exists(f"/proc/self/task/{self._native_id}"):
+                break
+            time.sleep(0)
 
     def after_fork_in_parent(self) -> None:
-        try:
-            if self._armed:
-                self._set()
-        finally:
-            self._lock.release()
-
-    def after_fork_in_child(self) -> None:
-        self._lock = threading.RLock()
-        self._armed, self._written = {}, set()
-        self._due = -math.inf
-        if _monotonic() < self._theirs_until:
-            self._theirs_until = math.inf  # touched here, it would wait for a thread that is not there
-
-    def at_exit(self) -> None:
-        """End the thread, since the interpreter does not wait for it."""
-        if self._alarm is not None:
-            self._alarm.stop()
+        """Start the thread again. From 3.13 on, Python counts the threads only after this: there, the next
+        `report_progress` does it, which `_Process` has write a check-in."""
+        with self._lock:
+            if self._due and sys.version_info < (3, 13):
+                self._start_or_wake()
 
 
 def _all_stacks() -> bytes:
@@ -2240,42 +2005,8 @@ def _all_stacks() -> bytes:
     return "".join(parts).encode("utf-8", "backslashreplace")[-MAX_STACKS_BYTES:]
 
 
-def _wait_for_end(task: str) -> None:
-    """Wait a moment for a thread of this process to be gone, on Linux."""
-    deadline = _monotonic() + THREAD_END_S
-    while task and os.path.exists(f"/proc/self/task/{task}") and _monotonic() < deadline:
-        pass
-
-
-def _tasks() -> Set[str]:
-    """Return the threads of this process, on Linux."""
-    try:
-        return set(os.listdir("/proc/self/task"))
-    except OSError:
-        return set()
-
-
-def _blocks_all_signals(task: str) -> bool:
-    """True for a thread that blocks every signal, as that of the timer of `faulthandler` does."""
-    try:
-        with open(f"/proc/self/task/{task}/status", encoding="ascii", errors="replace") as file:
-            blocked = re.search(r"^SigBlk:\s*([0-9a-f]+)", file.read(), re.MULTILINE)
-    except OSError:
-        return False  # it has ended
-    return blocked is None or bin(int(blocked[1], 16)).count("1") > 50
-
-
-def _may_have_timer() -> bool:
-    """True unless it is plain that nobody has set the timer of `faulthandler`."""
-    if len(_tasks()) > threading.active_count():
-        time.sleep(THREAD_END_S)  # a timer that was set just now has not blocked its signals yet
-    tasks = _tasks()
-    return not tasks or any(map(_blocks_all_signals, tasks))
-
-
-def real_marker(marker: str) -> str:
-    """Return a marker's path in the folder that it is really in; a link in its own place stays."""
-    return os.path.join(os.path.realpath(os.path.dirname(marker)), os.path.basename(marker))
+#: How long all the runs of a process that ends may wait for a disk or the index, in total.
+END_PATIENCE_S = 3.0
 
 
 class _Process:
@@ -2287,28 +2018,20 @@ class _Process:
 
     def __init__(self) -> None:
         self.runs: weakref.WeakSet[Run] = weakref.WeakSet()
-        #: Marker path to the writing run, since a record lock does not exclude one's own process.
-        self.writers: weakref.WeakValueDictionary[str, Run] = weakref.WeakValueDictionary()
-        #: Markers of runs that are about to be among them.
-        self.opening: Set[str] = set()
-        #: Held while markers, or the index's lock, are open: a record lock does not keep two threads
-        #: of one process apart, and one of them would lose its lock when the other closes the file.
+        #: Shims until every lock of the index and of markers is a FileLock.
         self.markers = threading.Lock()
         self.index = threading.Lock()
         self.stacks = _Stacks()
         self._excepthook: Optional[Callable[..., Any]] = None
         self._sigterm: Any = None
-        self._masks: List[Any] = []
         self._watches_exit = False
         self._terminating = False
         #: Until when all the runs of a process that ends may wait for a disk or the index.
         self._patience_mono = math.inf
 
     def writes(self, marker: str) -> bool:
-        """True where this process writes the run of that marker, which then must not be opened."""
-        marker = real_marker(marker)
-        run = self.writers.get(marker)
-        return marker in self.opening or (run is not None and run._is_mine())
+        """Shim until every lock of a marker is a FileLock."""
+        return _real_path(marker) in FileLock._registry
 
     def add(self, run: Run) -> None:
         """Watch over one more run."""
@@ -2330,32 +2053,23 @@ class _Process:
                 signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _before_fork(self) -> None:
-        # A signal that reaches the child before it runs Python is lost to a Python handler. One that
-        # came before is handled here, where what its handler raises goes nowhere.
-        blocked: Set[int] = set()
-        try:
-            blocked = set(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        finally:
-            self._masks.append(blocked)
-            self.stacks.before_fork()
+        self.stacks.end_thread()
 
     def _after_fork_in_parent(self) -> None:
-        try:
-            self.stacks.after_fork_in_parent()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop())
+        self.stacks.after_fork_in_parent()
+        for run in list(self.runs):
+            run._window = (math.nan, 0.0)
 
     def _after_fork_in_child(self) -> None:
-        # Whoever held them, or was opening a run, is not here.
+        # Only the forking thread exists in the child: locks held by others would never be released.
         self.markers, self.index = threading.Lock(), threading.Lock()
-        self.opening.clear()
-        self.stacks.after_fork_in_child()
+        self.stacks = _Stacks()
+        self._terminating = False
+        # With a handler in Python, a child that computes in C would outlive its SIGTERM.
         if self._sigterm is not None and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
             with contextlib.suppress(ValueError):
                 signal.signal(signal.SIGTERM, self._sigterm)
                 self._sigterm = None
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop())
 
     def _on_uncaught(self, kind: Any, error: BaseException, trace: Any) -> None:
         if not _interactive():
@@ -2376,7 +2090,7 @@ class _Process:
         self._patience_mono = _monotonic() + END_PATIENCE_S
         try:
             for run in list(self.runs):
-                run._end(FAILED, "terminated by SIGTERM", _stack(frame))
+                run._end(FAILED, "terminated by SIGTERM", frames_of(frame=frame))
             if not callable(self._sigterm):
                 for run in list(self.runs):
                     run._close_files()
@@ -2395,7 +2109,7 @@ class _Process:
         self._patience_mono = _monotonic() + END_PATIENCE_S
         for run in list(self.runs):
             run._at_exit(error if sys.excepthook != self._on_uncaught else None)
-        self.stacks.at_exit()
+        self.stacks.end_thread()
 
 
 def _interactive() -> bool:
@@ -2403,14 +2117,32 @@ def _interactive() -> bool:
     return hasattr(sys, "ps1") or bool(sys.flags.interactive or sys.flags.inspect)
 
 
-def _stack(frame: Any) -> List[str]:
-    import traceback
-
-    found = traceback.extract_stack(frame)[-_MAX_FRAMES:]
-    return [f"{item.filename}:{item.lineno} in {item.name}: {item.line}" for item in found]
-
-
 _process = _Process()
+
+#: What $AIMWATCH_STACKS may say to turn them off.
+_OFF = ("0", "no", "off", "false")
+#: A promise of 0 is written again this often, so that people see the run alive.
+IDLE_CHECK_IN_S = 30.0
+#: How long a run that ends goes on trying to say so on a disk that refuses.
+END_RETRIES, END_RETRY_S = 4, 0.5
+#: How long a run that closes waits for the index.
+INDEX_ITSELF_S = 2.0
+#: How long a record waits for another thread's before it goes ahead.
+LOCK_WAIT_S = 2.0
+#: How often a run looks whether its files are still there, and takes its lock again.
+LOOK_S, LOCK_S = 1.0, 60.0
+#: How long a lock may be that of somebody who looks whether it is held, and on a run, who indexes it.
+PROBE_WAIT_S, INDEXER_WAIT_S = 0.3, BUSY_S + 1.0
+MAX_STEP = 2**63
+#: A longer record is refused, and a longer log message is cut so that it is none.
+MAX_RECORD_BYTES, MAX_LOG_MESSAGE = 1 << 20, 1 << 16
+#: How many messages wait for the watcher, and how long one of them may be there.
+MAX_NEWS_BYTES, MAX_NEWS_LINE = 64 << 10, 16 << 10
+
+
+def encode_line(record: Dict[str, Any]) -> bytes:
+    """Return a record as a line of a log."""
+    return to_json(record).encode("ascii") + b"\n"
 
 
 class Run:
@@ -2445,44 +2177,47 @@ class Run:
         stacks: bool = True,
     ) -> None:
         self._pid = 0  # so that __del__ finds a run that was never opened, whatever fails here
-        self.hash = os.urandom(12).hex() if run_hash is None else checked_run_hash(run_hash)
-        self.read_only = read_only
+        run_hash_given = run_hash is not None
+        run_hash = os.urandom(12).hex() if run_hash is None else checked_run_hash(run_hash)
         if experiment is not None:
             _checked_text("experiment", experiment)
         if repo is not None and not isinstance(repo, (str, os.PathLike)):
             raise ArgumentTypeError(
                 f"repo must be the path of a folder, or a Repo, not {type(repo).__name__} ({brief(repo)})"
             )
-        self._paths = find_repo(None if repo is None else os.fsdecode(repo), create=not read_only)
-        self._state = RunState(self.hash)
-        self._window: Tuple[Any, float] = (math.nan, 0.0)
-        self._complained = False
-        self._warned_odd = False
-        self._lines = 0
-        #: What a checkpoint takes at most, as far as it was counted; measured when the limit is reached.
-        self._state_bytes: float = math.inf
-        #: How often in a row somebody else was found to hold the marker.
-        self._lock_lost = 0
-        #: How many records are in the state and perhaps not in the log: 1 while one is added, seen by a
-        #: signal's handler, and for good where an exception, such as Ctrl-C, came in between.
-        self._adding = 0
-        self._stacks_on = stacks and os.environ.get("AIMWATCH_STACKS", "").lower() not in _OFF
-        self._stacks_fd, self._stacks_identity = -1, (0, 0)
-        self._news = ""
-        self._news_waits, self._news_mono = False, -math.inf
-        self._look_at_s = 0.0
-        self._dropped = 0
+        paths = find_repo(None if repo is None else os.fsdecode(repo), create=not read_only)
+        self._set_up(paths, run_hash, read_only)
         if read_only:
             self._read()
         else:
-            self._open(run_hash is not None)
+            self._stacks_on = stacks and os.environ.get("AIMWATCH_STACKS", "").lower() not in _OFF
+            self._open(run_hash_given)
             if experiment is not None:
                 self.experiment = experiment
+
+    @classmethod
+    def to_read(cls, paths: RepoPaths, run_hash: str) -> Run:
+        """Return a run that is only read, and its log when something is first asked of it."""
+        run = cls.__new__(cls)
+        run._set_up(paths, run_hash, read_only=True)
+        return run
+
+    def _set_up(self, paths: RepoPaths, run_hash: str, read_only: bool) -> None:
+        #: The process that may write the run; 0 for a run that is read.
+        self._pid = 0
+        self._closed = False
+        self.hash = run_hash
+        self.read_only = read_only
+        self._paths = paths
+        #: The promise that the check-in on disk covers, and until when (monotonic).
+        self._window: Tuple[Any, float] = (math.nan, 0.0)
+        self._complained = False
+        if not read_only:
+            self._state = RunState(run_hash)
 
     # ---------------------------------------------------------------- opening
 
     def __getattr__(self, name: str) -> Any:
-        # Of a run that a query found, the log is read when it is first needed.
         if name == "_state" and self.__dict__.get("read_only"):
             self._read()
             return self._state
@@ -2515,26 +2250,25 @@ class Run:
         self._deadline = 0.0
         self._promised = False
         self._ended: Optional[str] = None
-        self._closed = False
+        self._warned_odd = False
+        #: Log lines since the last checkpoint.
+        self._lines = 0
+        #: How many records are in the state and perhaps not in the log: 1 while one is added, seen by a
+        #: signal's handler, and for good where an exception, such as Ctrl-C, came in between.
+        self._adding = 0
+        self._dropped = 0
+        self._look_at_s = self._lock_at_s = 0.0
+        self._lock_lost = 0
+        #: Log messages that could not be put into `news` yet.
+        self._news = b""
         #: An exception that was being handled when the run began is none of the run's.
         self._outer_error = sys.exc_info()[1]
-        marker = self._marker_path()
-        if _process.writes(marker):
-            raise RunBusyError(
-                f"run {self.hash} is already open in this process: use that object, or close it first"
-            )
-        _process.opening.add(marker)
-        try:
-            self._open_files(marker, may_exist)
-        finally:
-            _process.opening.discard(marker)
-
-    def _open_files(self, marker: str, may_exist: bool) -> None:
+        self._marker = FileLock(self._paths.marker(self.hash))
         try:
             with contextlib.ExitStack() as undo:
-                self._marker_fd = self._take_marker(marker, MARKERS_WAIT_S)
-                undo.callback(os.close, self._marker_fd)
-                self._log = LogWriter(self._paths.run_log(self.hash))
+                self._take_marker()
+                undo.callback(self._marker.release)
+                self._log = AppendFile(self._paths.run_log(self.hash), self._summary)
                 undo.callback(self._log.close)
                 names = self._adopt() if may_exist else []
                 self._file = CheckInFile(self._paths.check_ins, self.hash, self._state.next_idx, names)
@@ -2542,6 +2276,7 @@ class Run:
                     (series.name, context_key(series.context)): series
                     for series in self._state.series.values()
                 }
+                self._next_series = max(self._state.series, default=0) + 1
                 self._record(self._session_record())
                 self._write_check_in(STARTING, 0, 0.0, None, strict=True)
                 undo.pop_all()
@@ -2552,7 +2287,6 @@ class Run:
                 "another folder with Run(repo=...) or $AIMWATCH_REPO"
             ) from None
         self._pid = os.getpid()
-        _process.writers[marker] = self
         _process.add(self)
 
     def _session_record(self) -> Dict[str, Any]:
@@ -2561,48 +2295,21 @@ class Run:
             return {"resume": now, **describe_session()}
         return {"format": LOG_FORMAT, "hash": self.hash, "created_at": now, **describe_session()}
 
-    def _take_marker(self, marker: str, wait_s: float) -> int:
+    def _take_marker(self) -> None:
         """Lock `pending/<hash>`, which says that this process writes the run."""
-        deadline = _monotonic() + min(wait_s, INDEXER_WAIT_S)
-        while True:
-            # Another thread that indexes may have the marker open: to close it would drop this lock. The
-            # wait is bounded, since a signal's handler may come here on top of who holds it.
-            if not _process.markers.acquire(timeout=wait_s):
-                raise RunBusyError(
-                    f"run {self.hash}: another thread of this process indexes runs and does not come to an "
-                    "end: try again later"
-                )
-            try:
-                fd, locked = self._try_marker(marker)
-            finally:
-                _process.markers.release()
-            if locked is not False:
-                break
-            if _monotonic() > deadline:
-                raise RunBusyError(self._busy_message())
-            time.sleep(0.02)
+        if any(run._is_mine() and run._marker._key == self._marker._key for run in list(_process.runs)):
+            raise RunBusyError(
+                f"run {self.hash} is already open in this process: use that object, or close it first"
+            )
+        locked = self._marker.acquire(INDEXER_WAIT_S)
         if locked is None:
             log.warning(
                 "%s: this file system has no record locks: a second writer of run %s would not be noticed",
                 self._paths.pending,
                 self.hash,
             )
-        return fd
-
-    def _try_marker(self, marker: str) -> Tuple[int, Optional[bool]]:
-        """Return a descriptor of the marker and what `try_lock` says of it; -1 with False."""
-        while True:
-            fd = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            locked = try_lock(fd)
-            if locked is False:
-                os.close(fd)
-                return -1, False
-            with contextlib.suppress(FileNotFoundError):  # an indexer that held the lock removed it meanwhile
-                current = os.stat(marker)
-                if os.path.samestat(current, os.fstat(fd)):
-                    self._marker_identity = current.st_dev, current.st_ino
-                    return fd, locked
-            os.close(fd)
+        elif not locked:
+            raise RunBusyError(self._busy_message())
 
     def _busy_message(self) -> str:
         try:
@@ -2622,8 +2329,7 @@ class Run:
             problem = log_problem(self._state) if self._state.created_at else ""
             if problem:
                 raise RepoError(f"cannot go on with run {self.hash}: {problem}")
-            self._news = self._news_name()
-        with contextlib.suppress(OSError):  # where an earlier process hung is no news any more
+        with contextlib.suppress(OSError):  # where an earlier process hung matters no more
             os.unlink(self._paths.stack(self.hash))
         names = []
         for name in os.listdir(self._paths.check_ins):
@@ -2664,10 +2370,7 @@ class Run:
             # By how much the deadline on disk exceeds the one promised now; NaN: both are "none".
             over_s = self._deadline - (now + expect_s if expect_s else math.inf)
             if not block and self._ended is None and 0 <= over_s <= margin_s + 1:
-                if self._news_waits and now >= self._news_mono:
-                    self._write_news()
-                until = self._deadline - expect_s
-                self._window = (expect_next_in, min(until, self._news_mono) if self._news_waits else until)
+                self._window = (expect_next_in, self._deadline - expect_s)
                 return
         if self._ended is not None:
             self._reopen()
@@ -2707,21 +2410,11 @@ class Run:
                 self._deadline = now + written_s if written_s else math.inf
                 until = now + (written_s - expect_s if written_s else IDLE_CHECK_IN_S)
                 self._window = (asked if flag == CHECK_IN else math.nan, until)
-        if self._stacks_on:
-            self._arm_stacks(now + written_s + STACKS_AFTER_S if written_s else 0.0)
-        if self._news_waits:
-            self._write_news()
+        if self._stacks_on and written_s:
+            _process.stacks.arm(self._paths.stack(self.hash), now + written_s + STACKS_AFTER_S)
+        elif self._stacks_on:
+            _process.stacks.disarm(self._paths.stack(self.hash))
         return True
-
-    def _arm_stacks(self, deadline_mono: float) -> None:
-        try:
-            if deadline_mono:
-                _process.stacks.arm(self, deadline_mono)
-            else:
-                _process.stacks.disarm(self)
-        except OSError as error:
-            self._stacks_on = False
-            log.debug("run %s leaves no stacks: %s", self.hash, error)
 
     def report_successful_finish(self, *, block: bool = True) -> None:
         """Say that the run reached its end. `block` is Aim's; the report is always written."""
@@ -2809,7 +2502,7 @@ class Run:
         self._adding += 1  # not in a `finally`: what an exception leaves behind is to be remembered
         series.add(step, value, now, epoch)
         self._state.last_time = now
-        self._log.append_line(line.encode("ascii"))
+        self._log.append(line.encode("ascii"))
         self._adding -= 1
         self._lines += 1
         if self._lines >= CHECKPOINT_LINES:
@@ -2824,7 +2517,8 @@ class Run:
         encoded = encode_value(context or {}, odd, f"context of metric {brief(name)}")
         key = (name, context_key(encoded))
         if key not in self._by_key:
-            series_id = max(self._state.series, default=0) + 1
+            series_id = self._next_series
+            self._next_series += 1
             self._record({"series": series_id, "name": name, "context": encoded})
             self._by_key[key] = self._state.series[series_id]
             self._warn_odd(odd, f"context of metric {name!r}")
@@ -3007,71 +2701,69 @@ class Run:
         self._log_message(logging.ERROR, msg, params)
 
     def _log_message(self, level: int, msg: Any, params: Dict[str, Any]) -> None:
-        if self._may_write("log"):
-            record: Dict[str, Any] = {"log": level, "message": str(msg)[:MAX_LOG_MESSAGE]}
-            record["time"] = round(time.time(), 3)
-            if params:
-                record["params"] = encode_value(params, [], "what comes with a log message")
-            self._record(record)
-            self._news_waits = True
-            if level >= NEWS_LEVEL or _monotonic() >= self._news_mono:
-                self._write_news()
-            if self._news_waits:  # for the next message, or the next report_progress that is late enough
-                covered, until = self._window
-                self._window = (covered, min(until, self._news_mono))
+        if not self._may_write("log"):
+            return
+        record: Dict[str, Any] = {"log": level, "message": str(msg)[:MAX_LOG_MESSAGE]}
+        record["time"] = round(time.time(), 3)
+        if params:
+            record["params"] = encode_value(params, [], "what comes with a log message")
+        self._record(record)
+        line = encode_line(record)
+        if len(line) > MAX_NEWS_LINE:
+            line = encode_line({**record, "message": record["message"][: MAX_NEWS_LINE // 16], "params": {}})
+        with self._locked():
+            if len(self._news) + len(line) <= MAX_NEWS_BYTES:
+                self._news += line
+            self._write_news()
 
-    def _news_name(self) -> str:
-        logs = dict(self._state.logs)
-        return f"{self.hash}-{sum(logs.values())}-{max(map(int, logs), default=0)}"
+    def _write_news(self) -> None:
+        """Append what waits to the file of which the watcher tells; it takes that file away.
 
-    def _write_news(self, last: bool = False) -> None:
-        """Move the file forward whose name tells the watcher that there are messages, once these are
-        in the log, where it would look for them."""
-        held = self._lock.acquire(timeout=LOCK_WAIT_S)
+        What a full file does not take is in the run's log alone; what a full disk does not take waits.
+        """
         try:
-            self._news_mono = _monotonic() + NEWS_INTERVAL_S
-            self._news_waits = True
-            if held and self._log.flush(now=last):
-                name, folder = self._news_name(), self._paths.news
-                try:
-                    os.rename(os.path.join(folder, self._news or name), os.path.join(folder, name))
-                except FileNotFoundError:
-                    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-                    os.close(os.open(os.path.join(folder, name), flags, 0o666))
-                self._news, self._news_waits = name, False
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | O_SAFE
+            fd = os.open(os.path.join(self._paths.news, self.hash), flags, 0o666)
+            try:
+                room = os.fstat(fd).st_size + len(self._news) <= MAX_NEWS_BYTES
+                self._news = self._news[os.write(fd, self._news) :] if room else b""
+            finally:
+                os.close(fd)
         except OSError as error:
             log.debug("cannot announce messages of run %s: %s", self.hash, error)
+
+    # ---------------------------------------------------------------- records
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the run's lock, but wait for it with a bound: a thread that hangs in a write to a dead share
+        must not hang SIGTERM with it."""
+        held = self._lock.acquire(timeout=LOCK_WAIT_S)
+        try:
+            yield
         finally:
             if held:
                 self._lock.release()
 
-    # ---------------------------------------------------------------- records
-
     def _record(self, record: Dict[str, Any]) -> bool:
-        """Take a record into the state and the log; False, and no record, where it makes no sense.
-
-        The wait is bounded: a thread that hangs in a write to a dead share must not hang SIGTERM
-        with it.
-        """
-        line = to_json(record).encode("ascii") + b"\n"
-        if len(line) > MAX_LINE_BYTES:
+        """Take a record into the state and the log; False, and no record, where it makes no sense."""
+        line = encode_line(record)
+        if len(line) > MAX_RECORD_BYTES:
             kind = next(iter(record))
             what = f"param {'.'.join(record[kind])!r}" if kind == "set" else kind
             raise ArgumentError(
                 f"{printable(what, 80)} takes {len(line)} bytes, and a record holds at most "
-                f"{MAX_LINE_BYTES}: store it in a file, and its path here"
+                f"{MAX_RECORD_BYTES}: set its parts one by one, or store it in a file, and its path here"
             )
-        held = self._lock.acquire(timeout=LOCK_WAIT_S)
-        try:
+        with self._locked():
             now = time.time()
             if self._pid and now >= self._look_at_s:
                 self._look(now)
-            self._check_room(record, len(line))
             self._adding += 1
             # From the line, so that the state shares nothing with what the caller holds.
             applied = self._state.apply(from_json(line))
             if applied:
-                self._log.append_line(line)
+                self._log.append(line)
             self._adding -= 1
             if applied:
                 # A long line counts as many, so that what is read from a checkpoint on stays small.
@@ -3079,49 +2771,34 @@ class Run:
                 if self._lines >= CHECKPOINT_LINES:
                     self._checkpoint()
             return applied
-        finally:
-            if held:
-                self._lock.release()
 
-    def _check_room(self, record: Dict[str, Any], size: int) -> None:
-        """Raise ArgumentError where a checkpoint could not hold the run with this record: it would be
-        too long a line for its readers, who would then miss params and series."""
-        kind = next(iter(record))
-        if kind not in ("set", "series", "props"):
-            return
-        size += SERIES_ROOM_BYTES if kind == "series" else 0
-        if self._state_bytes + size > MAX_CHECKPOINT_BYTES:
-            # What was counted since may have replaced what was there before: measured only now.
-            state, replaced = self._state, 0
-            self._state_bytes = 0.0
-            with contextlib.suppress(KeyError, RecursionError):  # params that somebody else nested too deeply
-                self._state_bytes = (
-                    len(to_json(state.to_checkpoint())) + len(state.series) * SERIES_GROWTH_BYTES
-                )
-                if kind == "set":
-                    replaced = len(to_json(state.param(record["set"])))
-                elif kind == "props":
-                    replaced = sum(len(to_json(state.props[name])) for name in record["props"])
-            if self._state_bytes + size - replaced > MAX_CHECKPOINT_BYTES and size > replaced:
-                what = f"param {'.'.join(record[kind])!r}" if kind == "set" else "what is set"
-                what = f"metric {brief(record['name'])}" if kind == "series" else what
-                way_out = "give fewer contexts: what counts up is a step"
-                raise ArgumentError(
-                    f"{printable(what, 80)}: with it, the run's params, properties and series take "
-                    f"{self._state_bytes + size - replaced} bytes, and a run holds at most "
-                    f"{MAX_CHECKPOINT_BYTES}: "
-                    f"{way_out if kind == 'series' else 'store it in a file, and its path here'}"
-                )
-        self._state_bytes += size
-
-    def _checkpoint(self, anyway: bool = False) -> None:
-        """Write the whole state, unless it may count a record that was never written: then the records
-        themselves have to do."""
+    def _checkpoint(self) -> None:
+        """Write the whole state, unless it may count a record that was never written, or is too long a line
+        for its readers: they then read the records themselves."""
         self._lines = 0
         self._look_at_s = 0.0  # also where the clock was set back
-        if anyway or not self._adding:
-            with contextlib.suppress(RecursionError):  # params that somebody else nested too deeply
-                self._log.append(self._state.to_checkpoint())
+        line = b"" if self._adding else self._checkpoint_line()
+        if line:
+            self._log.append(line)
+
+    def _checkpoint_line(self) -> bytes:
+        with contextlib.suppress(RecursionError):  # params that somebody else nested too deeply
+            line = encode_line(self._state.to_checkpoint())
+            if len(line) <= MAX_LINE_BYTES:
+                return line
+        return b""
+
+    def _summary(self) -> List[bytes]:
+        """Return the lines with which the log is begun anew."""
+        line = self._checkpoint_line()
+        if line:
+            return [encode_line(self._state.header), line]
+        # Points of series that the new file does not declare would count for nothing.
+        series = [
+            {"series": item.id, "name": item.name, "context": item.context}
+            for item in self._state.series.values()
+        ]
+        return [encode_line(record) for record in [self._state.header, *series]]
 
     def _look(self, now_s: float) -> None:
         """See whether the run's files are still where they were, and make them again where not.
@@ -3131,60 +2808,49 @@ class Run:
         """
         self._look_at_s = now_s + LOOK_S
         try:
-            log_there, marker_there = self._log.is_there(), self._marker_is_there()
-            if not log_there:
-                self._log.leave()
-            if marker_there:
-                with contextlib.suppress(OSError):
-                    self._hold_marker()
-            if not (log_there and marker_there) and os.path.isdir(self._paths.aim):
+            in_place = self._log.look() and self._marker.is_there()
+            if not in_place and os.path.isdir(self._paths.aim):
                 self._paths.create()
-                if not marker_there:
-                    # First, since it says that no other process writes the run meanwhile.
-                    old, ours = self._marker_fd, is_still(self._marker_fd, self._marker_identity)
-                    self._marker_fd = self._take_marker(self._marker_path(), PROBE_WAIT_S)
-                    if ours:
-                        with contextlib.suppress(OSError):
-                            os.close(old)
-                    if log_there and self._ended is None:
-                        # Who removes a marker is an indexer that found it free, and wrote that the run died.
-                        self._record({"resume": round(now_s, 3)})
-                if not log_there:
-                    records = self._state.header, self._state.to_checkpoint()
-                    header, checkpoint = ([to_json(record).encode("ascii") + b"\n"] for record in records)
-                    self._log.open_again(header, checkpoint)
-                    # The check-in went with it: let the next report be written.
-                    self._window, self._deadline = (math.nan, 0.0), 0.0
-        except (OSError, AimwatchError, RecursionError) as error:
+                self._log.look()
+                # The check-in went with it: let the next report be written.
+                self._window, self._deadline = (math.nan, 0.0), 0.0
+            self._hold_marker(now_s)
+        except (OSError, AimwatchError) as error:
             log.debug("run %s: %s", self.hash, error)
+        if self._news:
+            self._write_news()
         if self._log.dropped > self._dropped and self._log.flush():
             # What was given up may have declared a series; from here on the log is whole again.
             self._dropped = self._log.dropped
-            self._checkpoint(anyway=True)
+            for line in self._summary()[1:]:
+                self._log.append(line)
 
-    def _hold_marker(self) -> None:
-        """Take the marker's lock again, which changes nothing for who has it. It is lost where this
-        process itself opened the file and closed it, as a script does that copies the folder."""
-        if try_lock(self._marker_fd) is not False:
-            self._lock_lost = 0
-            return
-        self._lock_lost += 1
-        if self._lock_lost == 2:  # at one look, it may be somebody's look at whether it is held
+    def _hold_marker(self, now_s: float) -> None:
+        """Lock the marker again, once a minute, and at once where it was removed or its descriptor closed.
+
+        The lock is lost where this process itself opened the file and closed it, as a script does that
+        copies the repository. Whoever holds it already is not affected.
+        """
+        if self._marker.is_there():
+            if now_s < self._lock_at_s:
+                return
+            locked = self._marker.retake()
+        else:
+            self._marker.release()
+            locked = self._marker.acquire()
+            if locked is not False and self._ended is None:
+                # The indexer that found the marker free, and removed it, wrote that the run died.
+                self._record({"resume": round(now_s, 3)})
+        self._lock_lost = self._lock_lost + 1 if locked is False else 0
+        if not self._lock_lost:
+            self._lock_at_s = now_s + LOCK_S
+        elif self._lock_lost == 2:  # once, it may be somebody's look at whether it is held
             log.error(
                 "run %s has lost its lock, and another process holds %s: this process opened and closed "
                 "that file, as to copy the repository does; if both write the run, end one of them",
                 self.hash,
-                self._paths.marker(self.hash),
+                self._marker.path,
             )
-
-    def _marker_path(self) -> str:
-        return real_marker(self._paths.marker(self.hash))
-
-    def _marker_is_there(self) -> bool:
-        try:
-            return os.path.samestat(os.stat(self._paths.marker(self.hash)), os.fstat(self._marker_fd))
-        except OSError as error:
-            return error.errno not in GONE
 
     # ---------------------------------------------------------------- the end
 
@@ -3239,9 +2905,9 @@ class Run:
         if isinstance(error, SystemExit):
             if error.code is None or error.code == 0:
                 return
-            self._end(FAILED, f"exited with status {error.code}", last_frames(error))
+            self._end(FAILED, f"exited with status {error.code}"[:MAX_REASON], frames_of(error))
         else:
-            self._end(FAILED, describe_exception(error), last_frames(error))
+            self._end(FAILED, describe_exception(error), frames_of(error))
 
     def _end(self, flag: str, reason: Optional[str], frames: List[str]) -> None:
         """Record how the run ended, in its log and then as a check-in. The first end counts."""
@@ -3256,7 +2922,7 @@ class Run:
         self._promised = False
 
     def _record_end(self, flag: str, reason: Optional[str], frames: List[str]) -> None:
-        _process.stacks.disarm(self)
+        _process.stacks.disarm(self._paths.stack(self.hash))
         idx = self._file.next_idx()
         self._disk_idx, self._deadline, self._window = idx, 0.0, (math.nan, 0.0)
         end: Dict[str, Any] = {"end": flag, "time": round(time.time(), 3), "idx": idx}
@@ -3279,23 +2945,16 @@ class Run:
         self._ended = None
 
     def _close_files(self) -> None:
-        held = self._lock.acquire(timeout=LOCK_WAIT_S)
-        try:
+        with self._locked():
             if self._is_mine():
                 self._closed = True
-                _process.stacks.close(self)
+                _process.stacks.disarm(self._paths.stack(self.hash))
                 self._look(time.time())
-                if self._news_waits:
-                    self._write_news(last=True)
                 self._checkpoint()
                 size = self._log.close()
                 if size >= 0 and not self._adding:
                     self._index_itself(size)
-                with contextlib.suppress(OSError):
-                    os.close(self._marker_fd)
-        finally:
-            if held:
-                self._lock.release()
+                self._marker.release()
 
     def _index_itself(self, size: int) -> None:
         """Put the closed run into the index if that is quick; its marker asks others to otherwise."""
@@ -5304,10 +4963,7 @@ def own_check_ins(paths: RepoPaths, run_hash: str) -> List[str]:
 
 def unread_run(paths: RepoPaths, run_hash: str) -> Run:
     """Return a run to read, whose log is not read before something is asked of it."""
-    run = Run.__new__(Run)
-    run._pid = 0
-    run.hash, run.read_only, run._paths = run_hash, True, paths
-    return run
+    return Run.to_read(paths, run_hash)
 
 
 # ======================================================================================
