@@ -523,12 +523,12 @@ def identity_of(fd: int) -> Tuple[int, int]:
 
 
 def is_still(fd: int, identity: Tuple[int, int]) -> bool:
-    """False where somebody else closed the descriptor: its number may by now be that of another file,
-    which must be neither written nor closed."""
+    """False where the descriptor went stale with its share, or somebody else closed it: its number may by
+    now be that of another file, which must be neither written nor closed."""
     try:
         return identity_of(fd) == identity
     except OSError as error:
-        return error.errno != errno.EBADF
+        return error.errno not in GONE
 
 
 def _is_at(path: str, identity: Tuple[int, int]) -> bool:
@@ -749,7 +749,9 @@ class CheckInFile:
             return  # another thread has said more since this one took its number
         if flag == FAILED and self._create_beside(target):
             older = []
-        elif not (older and self._rename(older.pop(), target)):
+        elif older and self._rename(older[-1], target):
+            older.pop()
+        else:
             self._create(target)
         self._names.add(target)
         for name in older:
@@ -766,9 +768,7 @@ class CheckInFile:
         try:
             os.rename(os.path.join(self.folder, old), os.path.join(self.folder, new))
         except FileNotFoundError:
-            # Another thread moved it, or somebody tidied up; a new file says the same.
-            self._names.discard(old)
-            return False
+            return False  # another thread moved it, or somebody tidied up; a new file says the same
         self._names.discard(old)
         return True
 
@@ -2058,7 +2058,7 @@ class _Process:
     def _after_fork_in_parent(self) -> None:
         self.stacks.after_fork_in_parent()
         for run in list(self.runs):
-            run._window = (math.nan, 0.0)
+            run._window, run._deadline = (math.nan, 0.0), 0.0
 
     def _after_fork_in_child(self) -> None:
         # Only the forking thread exists in the child: locks held by others would never be released.
@@ -2257,7 +2257,7 @@ class Run:
         #: signal's handler, and for good where an exception, such as Ctrl-C, came in between.
         self._adding = 0
         self._dropped = 0
-        self._look_at_s = self._lock_at_s = 0.0
+        self._look_at_s, self._lock_at_s = 0.0, time.time() + LOCK_S
         self._lock_lost = 0
         #: Log messages that could not be put into `news` yet.
         self._news = b""
