@@ -2715,18 +2715,6 @@ class Run:
             if len(self._news) + len(line) <= MAX_NEWS_BYTES:
                 self._news += line
             self._write_news()
-            self._announce_by_name()
-
-    def _announce_by_name(self) -> None:
-        """Shim until the watcher reads the file."""
-        logs = dict(self._state.logs)
-        name = f"{self.hash}-{sum(logs.values())}-{max(map(int, logs), default=0)}"
-        for old in os.listdir(self._paths.news):
-            if old.startswith(f"{self.hash}-"):
-                os.rename(os.path.join(self._paths.news, old), os.path.join(self._paths.news, name))
-                return
-        with open(os.path.join(self._paths.news, name), "x"):
-            pass
 
     def _write_news(self) -> None:
         """Append what waits to the file of which the watcher tells; it takes that file away.
