@@ -2137,7 +2137,7 @@ MAX_STEP = 2**63
 #: A longer record is refused, and a longer log message is cut so that it is none.
 MAX_RECORD_BYTES, MAX_LOG_MESSAGE = 1 << 20, 1 << 16
 #: How many messages wait for the watcher, and how long one of them may be there.
-MAX_NEWS_BYTES, MAX_NEWS_LINE = 64 << 10, 16 << 10
+MAX_MESSAGES_BYTES, MAX_MESSAGE_LINE = 64 << 10, 16 << 10
 
 
 def encode_line(record: Dict[str, Any]) -> bytes:
@@ -2260,7 +2260,7 @@ class Run:
         self._look_at_s, self._lock_at_s = 0.0, time.time() + LOCK_S
         self._lock_lost = 0
         #: Log messages that could not be put into `news` yet.
-        self._news = b""
+        self._messages = b""
         #: An exception that was being handled when the run began is none of the run's.
         self._outer_error = sys.exc_info()[1]
         self._marker = FileLock(self._paths.marker(self.hash))
@@ -2709,14 +2709,16 @@ class Run:
             record["params"] = encode_value(params, [], "what comes with a log message")
         self._record(record)
         line = encode_line(record)
-        if len(line) > MAX_NEWS_LINE:
-            line = encode_line({**record, "message": record["message"][: MAX_NEWS_LINE // 16], "params": {}})
+        if len(line) > MAX_MESSAGE_LINE:
+            line = encode_line(
+                {**record, "message": record["message"][: MAX_MESSAGE_LINE // 16], "params": {}}
+            )
         with self._locked():
-            if len(self._news) + len(line) <= MAX_NEWS_BYTES:
-                self._news += line
-            self._write_news()
+            if len(self._messages) + len(line) <= MAX_MESSAGES_BYTES:
+                self._messages += line
+            self._write_messages()
 
-    def _write_news(self) -> None:
+    def _write_messages(self) -> None:
         """Append what waits to the file of which the watcher tells; it takes that file away.
 
         What a full file does not take is in the run's log alone; what a full disk does not take waits.
@@ -2725,8 +2727,8 @@ class Run:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | O_SAFE
             fd = os.open(os.path.join(self._paths.news, self.hash), flags, 0o666)
             try:
-                room = os.fstat(fd).st_size + len(self._news) <= MAX_NEWS_BYTES
-                self._news = self._news[os.write(fd, self._news) :] if room else b""
+                room = os.fstat(fd).st_size + len(self._messages) <= MAX_MESSAGES_BYTES
+                self._messages = self._messages[os.write(fd, self._messages) :] if room else b""
             finally:
                 os.close(fd)
         except OSError as error:
@@ -2817,8 +2819,8 @@ class Run:
             self._hold_marker(now_s)
         except (OSError, AimwatchError) as error:
             log.debug("run %s: %s", self.hash, error)
-        if self._news:
-            self._write_news()
+        if self._messages:
+            self._write_messages()
         if self._log.dropped > self._dropped and self._log.flush():
             # What was given up may have declared a series; from here on the log is whole again.
             self._dropped = self._log.dropped
@@ -7220,8 +7222,8 @@ def change_facts(paths: RepoPaths, change: Change, in_full: bool = True) -> Fact
     return {name: value for name, value in facts.items() if value}
 
 
-#: What is read of the messages that a run left for the watcher, and how many of them an alert quotes.
-MAX_MESSAGES_BYTES, QUOTED_MESSAGES = 64 << 10, 10
+#: How many of the messages that a run left for the watcher an alert quotes.
+QUOTED_MESSAGES = 10
 #: What ends the name of a run's messages that the watcher took, until their alert is recorded.
 TAKEN = ".taken"
 

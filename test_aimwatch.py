@@ -11099,7 +11099,7 @@ class TestMessagesOfRuns(WatchCase):
         self.assertEqual([record for record in self.outbox() if "event" in record], [])
 
 
-class NewsOfARun(HandDriven):
+class MessagesOfARun(HandDriven):
     """What a run leaves for the watcher, which renames the file, reads it and removes it."""
 
     def news(self, run_hash: str = "r") -> List[str]:
@@ -11126,7 +11126,7 @@ class NewsOfARun(HandDriven):
         for n in range(100):
             run.log_error(str(n) + "x" * 1000)
         self.assertIn(len(self.news()), range(40, 60))
-        self.assertLessEqual(os.path.getsize(os.path.join(self.paths.news, "r")), aimwatch.MAX_NEWS_BYTES)
+        self.assertLessEqual(os.path.getsize(os.path.join(self.paths.news, "r")), aimwatch.MAX_MESSAGES_BYTES)
         os.unlink(os.path.join(self.paths.news, "r"))
         run.log_error("again")
         self.assertEqual(self.news(), ["again"])
