@@ -248,6 +248,29 @@ def read_with_stat(path: str, limit: int, follow: bool = True) -> Tuple[bytes, o
         return file.read(limit), os.fstat(fd)
 
 
+#: File systems that no other machine writes; whatever is not among them is taken for a shared one.
+_LOCAL_FILE_SYSTEMS = set(
+    b"bcachefs btrfs devtmpfs ext2 ext3 ext4 exfat f2fs fuseblk jfs msdos ntfs ntfs3 overlay ramfs reiserfs"
+    b" rootfs tmpfs ubifs vfat xfs zfs".split()
+)
+
+
+def is_network(path: str) -> bool:
+    """True where a folder or file lies on a network file system, as Linux's table of mounts says; False
+    also where nobody can tell."""
+    try:
+        device = os.stat(path).st_dev
+        number = f"{os.major(device)}:{os.minor(device)}".encode()
+        with open("/proc/self/mountinfo", "rb") as file:
+            for line in file:
+                fields = line.split()
+                if fields[2] == number:
+                    return fields[fields.index(b"-") + 1] not in _LOCAL_FILE_SYSTEMS
+    except (OSError, ValueError, IndexError):
+        pass
+    return False
+
+
 def command_line(repo: Optional[str] = None) -> str:
     """Return how this program is called here, for messages that name a command to type.
 
@@ -1230,6 +1253,10 @@ class AppendFile:
     A line that the disk refuses waits in memory, in order, and is tried again with the next one, at most
     once a second. When too much waits, the oldest lines are given up and counted in `dropped`.
 
+    On a network file system a write succeeds, and its error comes at fsync. There a thread syncs the file
+    once a second while there is something to sync; lines are kept until a sync has succeeded, and after one
+    that failed, those that the file lacks wait to be appended again.
+
     Arguments:
         path: the file; it is made where it is missing, and not its folder.
         summary: returns lines that say as much as all that was ever appended, with which a file is begun
@@ -1247,7 +1274,19 @@ class AppendFile:
         self._retry_mono = -math.inf
         #: True while nothing is at the path, and a line that was written would be in no file that is found.
         self._gone = False
+        #: True from an error on until everything is in the file, and until the summary is appended, which
+        #: sets right what lines in another order, or lost ones, made of the file.
+        self._in_trouble = self._out_of_order = False
+        #: On a network file system, how many lines were written, how many of them are known to be on the
+        #: disk, the size of the file then, and the lines since.
+        self._must_sync = is_network(os.path.dirname(path))
+        self._written = self._synced = self._synced_size = 0
+        self._unsynced: Deque[bytes] = deque()
+        self._unsynced_bytes = 0
+        self._syncing, self._sync_error = False, ""
+        self._opened = 0
         self._open()
+        self._synced_size = self.size
 
     def _open(self) -> None:
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | O_SAFE, 0o666)
@@ -1262,46 +1301,140 @@ class AppendFile:
             raise
         self._fd, self.size, self._torn = fd, info.st_size, torn
         self._identity = info.st_dev, info.st_ino
+        self._opened += 1
 
     def append(self, line: bytes) -> None:
         """Write one line with its line break; keep it for later where that fails. Never raises OSError."""
         if self._waiting or not self._write(line):
-            self._waiting.append(line)
-            self._waiting_bytes += len(line)
-            while self._waiting_bytes > MAX_WAITING_BYTES:
-                self._waiting_bytes -= len(self._waiting.popleft())
-                self.dropped += 1
+            self._wait([line])
             self.flush()
+
+    def _wait(self, lines: List[bytes], first: bool = False) -> None:
+        if first:
+            self._waiting.extendleft(reversed(lines))
+        else:
+            self._waiting.extend(lines)
+        self._waiting_bytes += sum(map(len, lines))
+        while self._waiting_bytes > MAX_WAITING_BYTES:
+            self._waiting_bytes -= len(self._waiting.popleft())
+            self.dropped += 1
+            self._out_of_order = True
 
     def flush(self, now: bool = False) -> bool:
         """Write what waits, if the last try was not a moment ago or `now`; True when nothing waits."""
         mono = time.monotonic()
-        if self._waiting and not self._gone and (now or mono >= self._retry_mono):
+        waits = self._waiting or self._sync_error
+        if waits and not self._gone and (now or mono >= self._retry_mono):
             self._retry_mono = mono + RETRY_S
-            while self._waiting:
+            if self._sync_error:
+                self._find_missing()
+            probe = self._must_sync and self._in_trouble
+            while self._waiting and not self._sync_error:
                 line = self._waiting[0]
                 if not self._write(line):
                     break
                 # A signal's handler that recorded something meanwhile has written this line too.
                 if self._waiting and self._waiting[0] is line:
                     self._waiting_bytes -= len(self._waiting.popleft())
-            if not self._waiting:
-                log.warning("%s can be written again (%d records lost)", self.path, self.dropped)
-        return not self._waiting
+                if probe and not self.sync():
+                    break
+                probe = False
+        whole = not self._waiting and not self._sync_error
+        if whole and self._in_trouble and (not self._must_sync or self._synced == self._written):
+            self._in_trouble = False
+            log.warning("%s can be written again (%d records lost)", self.path, self.dropped)
+        return whole
 
     def _write(self, line: bytes) -> bool:
-        if self._gone:
+        if self._gone or self._sync_error:
             return False
         try:
             written = os.write(self._fd, b"\n" + line if self._torn else line)
         except OSError as error:
-            if not self._waiting:
-                self._retry_mono = time.monotonic() + RETRY_S
-                log.warning("cannot write %s: %s; records wait in memory", self.path, error.strerror)
+            self._complain(error)
             return False
         missing = len(line) + self._torn - written
         self._torn = missing > 0 and (written > 0 or self._torn)
-        return missing <= 1  # the next record brings the line break
+        if missing > 1:  # the next record brings the line break
+            return False
+        if self._must_sync:
+            self._keep(line)
+        return True
+
+    def _complain(self, error: OSError) -> None:
+        if not self._in_trouble:
+            self._in_trouble = True
+            self._retry_mono = time.monotonic() + RETRY_S
+            log.warning("cannot write %s: %s; records wait in memory", self.path, error.strerror)
+
+    def _keep(self, line: bytes) -> None:
+        """Keep a line until it is known to be on the disk."""
+        self._unsynced.append(line)
+        self._written += 1
+        self._unsynced_bytes += len(line)
+        while len(self._unsynced) > self._written - self._synced or self._unsynced_bytes > MAX_WAITING_BYTES:
+            self._unsynced_bytes -= len(self._unsynced.popleft())
+        if not self._syncing:
+            self._syncing = True
+            try:
+                _thread.start_new_thread(self._sync_each_second, ())
+            except RuntimeError:  # none can be started; `close` syncs
+                self._syncing = False
+
+    def _sync_each_second(self) -> None:
+        # The main thread would sleep on through a signal that the system delivers to this one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while self._syncing:
+            time.sleep(RETRY_S)
+            self._syncing = self.sync() and self._synced < self._written
+
+    def sync(self) -> bool:
+        """Wait until what was written has reached the disk; False where it is known that it did not."""
+        written, fd, opened = self._written, self._fd, self._opened
+        try:
+            size = os.fstat(fd).st_size
+            os.fsync(fd)
+        except OSError as error:
+            if self._must_sync and opened == self._opened:
+                self._complain(error)
+                self._sync_error = str(error.strerror)
+            return not self._must_sync
+        if opened == self._opened and not self._sync_error:  # an error is reported by one fsync alone
+            self._synced, self._synced_size = written, size
+        return not self._sync_error
+
+    def _find_missing(self) -> None:
+        """Let the lines wait that the file lacks after a sync that failed. Those that follow in the file are
+        then in another order, which the summary sets right."""
+        if not _is_at(self.path, self._identity):
+            return  # `look` begins it anew
+        old, identity = self._fd, self._identity
+        try:
+            self._open()
+            tail = bytearray()
+            while len(tail) < MAX_WAITING_BYTES:
+                data = os.pread(self._fd, 1 << 20, self._synced_size + len(tail))
+                if not data:
+                    break
+                tail += data
+        except OSError as error:
+            self._sync_error = str(error.strerror)
+            return
+        finally:
+            self._close_old(old, identity)
+        found = set(bytes(tail).split(b"\n"))
+        unknown = self._written - self._synced
+        kept = list(self._unsynced)[-unknown:] if unknown else []
+        missing = [line for line in kept if line.rstrip(b"\n") not in found]
+        self.dropped += unknown - len(kept)
+        self._synced, self._sync_error = self._written, ""
+        self._unsynced, self._unsynced_bytes = deque(), 0
+        for line in kept:
+            if line.rstrip(b"\n") in found:
+                self._keep(line)
+        if missing:
+            self._out_of_order = True
+            self._wait(missing, first=True)
 
     def look(self) -> bool:
         """Return True where the path leads to the file that is written.
@@ -1311,9 +1444,9 @@ class AppendFile:
         summary; where only the descriptor went stale, as on a share that went away, it is opened again.
         """
         if _is_at(self.path, self._identity) and is_still(self._fd, self._identity):
-            if self._gone:
-                self._gone = False
-                self.flush(now=True)
+            was_gone, self._gone = self._gone, False
+            if self.flush(now=was_gone):
+                self._set_right()
             return True
         old, identity = self._fd, self._identity
         try:
@@ -1321,36 +1454,52 @@ class AppendFile:
         except OSError as error:
             if not self._gone:
                 log.warning("%s is gone (%s); records wait in memory", self.path, error.strerror)
-            self._gone = True
+            self._gone = self._in_trouble = True
             return False
         self._gone = False
-        if is_still(old, identity):
-            with contextlib.suppress(OSError):
-                os.close(old)
+        self._close_old(old, identity)
         if self._identity != identity:
             first, *rest = self._summary()
             self._waiting = deque([first, *self._waiting, *rest])
             self._waiting_bytes = sum(map(len, self._waiting))
+            self._synced, self._synced_size, self._sync_error = self._written, 0, ""
+            self._in_trouble, self._out_of_order = True, False
             log.warning("%s was begun anew: of what it held, only the summary is there", self.path)
         self.flush(now=True)
         return True
 
-    def sync(self) -> None:
-        """Wait until what was written has reached the disk, as far as the disk tells."""
-        with contextlib.suppress(OSError):
-            os.fsync(self._fd)
+    def _close_old(self, fd: int, identity: Tuple[int, int]) -> None:
+        if fd != self._fd and is_still(fd, identity):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def _set_right(self) -> None:
+        if self._out_of_order:
+            self._out_of_order = False
+            for line in self._summary()[1:]:
+                self.append(line)
 
     def close(self) -> int:
         """Try once more to write what waits, and close the file. Return its size in bytes, or -1 where
         not everything is in it."""
         size = -1
-        if not self.flush(now=True):
-            log.error("%s: %d records could not be written", self.path, len(self._waiting))
+        whole = False
+        for _ in range(2):  # of what a failed sync lost, once more
+            if not whole and self.flush(now=True):
+                self._set_right()
+                whole = self.flush(now=True) and (not self._must_sync or self.sync())
+        self._syncing = False
+        if not whole:
+            missing = len(self._waiting) + self._written - self._synced
+            log.error("%s: %d records could not be written", self.path, missing)
+        elif self._in_trouble:
+            self.flush()  # says that all is well
         with contextlib.suppress(OSError):  # of a share that is gone, not even this succeeds
             if is_still(self._fd, self._identity):
-                if not self._waiting and not self.dropped:
+                if whole and not self.dropped:
                     size = os.fstat(self._fd).st_size
                 os.close(self._fd)
+        self._gone = True  # the descriptor's number may soon be that of another file
         return size
 
 

@@ -684,6 +684,91 @@ class AppendFiles(Case):
             self.file.append(b"2\n")
             self.assertEqual((self.content(), users.read()), (b"1\n2\n", b""))
 
+    def on_a_share(self, by_hand: Any = RuntimeError) -> None:
+        """Have the file on what says that it is a network file system, and is synced by hand."""
+        self.file.close()
+        for patch in (
+            mock.patch.object(aimwatch, "is_network", return_value=True),
+            mock.patch.object(aimwatch._thread, "start_new_thread", side_effect=by_hand),
+        ):
+            patch.start()
+            self.addCleanup(patch.stop)
+        self.file = aimwatch.AppendFile(self.path, lambda: [b"first\n", b"summary\n"])
+
+    def full_server(self, *gone: bytes) -> Any:
+        """Return a patch under which a sync fails, and these lines of the file become a hole."""
+
+        def fsync(fd: int) -> None:
+            data = self.content()
+            for line in gone:
+                data = data.replace(line, bytes(len(line)))
+            with open(self.path, "r+b") as file:
+                file.write(data)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        return mock.patch.object(os, "fsync", fsync)
+
+    def test_what_a_share_lost_after_it_was_written_is_appended_again(self) -> None:
+        self.on_a_share()
+        self.file.append(b"one\n")
+        self.assertTrue(self.file.sync())
+        for line in (b"two\n", b"three\n", b"four\n"):
+            self.file.append(line)
+        with self.assertLogs("aimwatch") as logs:
+            with self.full_server(b"two\n", b"three\n"):
+                self.assertFalse(self.file.sync())
+                self.file.append(b"five\n")
+                self.assertFalse(self.file.flush(now=True))
+            self.assertFalse(self.file.sync())  # the error was reported before
+            self.assertTrue(self.file.flush(now=True) and self.file.sync() and self.file.look())
+            self.file.append(b"six\n")
+            self.assertEqual(self.file.close(), len(self.content()))
+        lines = [line for line in self.content().replace(b"\0", b"").split(b"\n") if line]
+        self.assertEqual(lines, [b"one", b"four", b"two", b"three", b"four", b"five", b"summary", b"six"])
+        self.assertEqual(len(logs.output), 2, logs.output)
+        self.assertIn("records wait in memory", logs.output[0])
+        self.assertIn("(0 records lost)", logs.output[1])
+
+    def test_what_a_share_lost_for_good_is_said_at_the_close(self) -> None:
+        for kept, said in ((100, "2 records could not be written"), (4, "2 records could not be written")):
+            with self.subTest(kept=kept):
+                self.on_a_share()
+                with mock.patch.object(aimwatch, "MAX_WAITING_BYTES", kept), self.full_server(b"1\n", b"2\n"):
+                    self.file.append(b"1\n")
+                    self.file.append(b"2\n")
+                    with self.assertLogs("aimwatch") as logs:
+                        self.assertEqual(self.file.close(), -1)
+                self.assertIn(said, logs.output[-1])
+
+    def test_share_is_synced_by_a_thread_while_there_is_something_to_sync(self) -> None:
+        self.on_a_share(by_hand=None)
+        start = aimwatch._thread.start_new_thread
+        with mock.patch.object(aimwatch, "RETRY_S", 0.0), mock.patch.object(os, "fsync") as fsync:
+            self.file.append(b"1\n")
+            self.assertEqual(start.call_count, 1)
+            self.file.append(b"2\n")
+            self.assertEqual(start.call_count, 1)  # it runs
+            in_thread = start.call_args[0][0]
+            thread = threading.Thread(target=in_thread)
+            thread.start()
+            thread.join(10)
+            self.assertEqual((thread.is_alive(), fsync.call_count), (False, 1))
+            self.file.append(b"3\n")
+            self.assertEqual(start.call_count, 2)
+
+    def test_network_file_systems_are_told_by_the_table_of_mounts(self) -> None:
+        device = os.stat(self.folder).st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        for kind, network in (("nfs4", True), ("fuse.sshfs", True), ("lustre", True), ("ext4", False)):
+            table = (
+                f"1 1 0:999 / / rw - nfs x rw\n2 1 {number} / /m\\040x rw shared:1 - {kind} x rw\n".encode()
+            )
+            with self.subTest(kind=kind), mock.patch("builtins.open", mock.mock_open(read_data=table)):
+                self.assertIs(aimwatch.is_network(self.folder), network)
+        for broken in (b"", b"1 1\n", f"1 1 {number} / / rw nfs\n".encode()):
+            with self.subTest(broken=broken), mock.patch("builtins.open", mock.mock_open(read_data=broken)):
+                self.assertFalse(aimwatch.is_network(self.folder))
+
     def test_what_is_no_file_is_refused(self) -> None:
         os.mkfifo(os.path.join(self.folder, "fifo"))
         os.symlink(self.path, os.path.join(self.folder, "link"))
