@@ -5128,8 +5128,37 @@ def unread_run(paths: RepoPaths, run_hash: str) -> Run:
 STALLED, RECOVERED, STARTED, LOG = "stalled", "recovered", "started", "log"
 #: What the watcher says of itself or of the repository; goes to every notifier.
 TROUBLE = "trouble"
-EVENTS = (STALLED, FAILED, RECOVERED, STARTED, FINISHED, LOG)
-DEFAULT_EVENTS = (STALLED, FAILED, RECOVERED)
+#: The state of a run that is none of the others.
+RUNNING = "running"
+
+
+class Kind(NamedTuple):
+    """A kind of event, or the state that it leaves a run in."""
+
+    icon: str
+    #: In a message about several events, those with the lowest number come first.
+    rank: int
+    #: The ANSI code of its colour on a terminal.
+    colour: str = ""
+    #: True where a notifier hears of it that does not say which events it wants.
+    by_default: bool = False
+    #: For how many seconds the check-in of a run that ended so is kept.
+    keep_s: float = math.inf
+
+
+KINDS: Dict[str, Kind] = {
+    STALLED: Kind("❗", 1, "31", by_default=True),
+    FAILED: Kind("❌", 0, "31", by_default=True, keep_s=86400.0),
+    RECOVERED: Kind("✅", 4, by_default=True),
+    STARTED: Kind("", 5),
+    FINISHED: Kind("✅", 6, "2", keep_s=600.0),
+    LOG: Kind("📝", 3),
+    TROUBLE: Kind("❗", 2),
+    RUNNING: Kind("", 7, "32"),
+}
+#: What a notifier may ask for, and what it gets where it does not ask.
+EVENTS = tuple(kind for kind in KINDS if kind not in (TROUBLE, RUNNING))
+DEFAULT_EVENTS = tuple(kind for kind in EVENTS if KINDS[kind].by_default)
 LOG_LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
 WORKPLACE_URL = "https://graph.facebook.com/v14.0"
 #: The text that Aim puts into every new notifier, and that Aim's watcher needs there. It says
@@ -5155,7 +5184,7 @@ TEMPLATE_FIELDS = {
     "run.frames": "the innermost frames of the failure, or of where it hangs",
     "run.metrics": "its last metrics",
     "run.errors": "its last log messages at error level",
-    "run.messages": "the log messages that a log event tells",
+    "run.messages": "the log messages that a log event is about",
     "time": "when it was noticed, in UTC",
 }
 _TEMPLATE_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_.]*)\}")
@@ -5171,21 +5200,24 @@ class Notifier(NamedTuple):
     events: Tuple[str, ...]
     problem: Optional[str]
 
+    def wants(self, kind: str) -> bool:
+        """True where events of this kind go to this notifier."""
+        return kind == TROUBLE or kind in self.events
+
     def secrets(self) -> List[str]:
         """Return the strings that must not be shown, the longest first."""
         found: Set[str] = set()
         for name, value in self.arguments.items():
             field = _field(self.type, name)
-            if field is not None and field.secret:
-                for text in _texts(value):
-                    found.add(text)
-                    if name == "password":  # as a login writes it, which a server may quote
-                        user = self.arguments.get("user", "")
-                        found.update(map(_base64, (text, f"\0{user}\0{text}")))
-                    # The request line and library errors show the path without the host.
-                    path = text.partition("://")[2].partition("/")[2]
-                    found.add(path)
-                    found.update(part for part in re.split(r"[/?&= ]", path or text) if len(part) >= 6)
+            for text in texts_in(value) if field is not None and field.secret else ():
+                found.add(text)
+                if name == "password":  # as a login writes it, which a server may quote
+                    user = self.arguments.get("user", "")
+                    found.update(map(_base64, (text, f"\0{user}\0{text}")))
+                # The request line and library errors show the path without the host.
+                path = text.partition("://")[2].partition("/")[2]
+                found.add(path)
+                found.update(part for part in re.split(r"[/?&= ]", path or text) if len(part) >= 6)
         return sorted((secret for secret in found if len(secret) > 3), key=len, reverse=True)
 
     def scrub(self, text: str) -> str:
@@ -5201,34 +5233,62 @@ def _base64(text: str) -> str:
     return base64.b64encode(text.encode("utf-8", "replace")).decode()
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield every text in a JSON value, except the names in its objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts(item)
+            yield from texts_in(item)
 
 
-class Field(NamedTuple):
-    """One argument of a notifier type: its name in config.json and as a flag, how it is asked for,
-    and how it is checked, be it text that somebody typed or the value that config.json holds."""
+def a_text(pattern: str, problem: str, *, strip: bool = True, number: bool = False) -> Callable[[Any], Any]:
+    """Return a check of text on a regular expression. It returns the text, and raises ConfigError.
 
-    name: str
-    flag: str
-    prompt: str
-    check: Callable[[Any], Any]
-    secret: bool = False
-    required: bool = False
-    asked: bool = False
+    Arguments:
+        problem: what to say of text that does not match. `{}` in it stands for the text, and must not
+            stand in the check of a secret.
+        strip: whether white space around the text counts for nothing.
+        number: whether digits become an int, and an int is welcome too.
+    """
+
+    def check(value: Any) -> Any:
+        text = str(value) if number and type(value) is int else value
+        if not isinstance(text, str):
+            raise ConfigError(f"must be text, not {type(value).__name__}")
+        text = text.strip() if strip else text
+        if not re.fullmatch(pattern, text):
+            shown = text if re.fullmatch("[0-9]+", text) else repr(text)
+            raise ConfigError(problem.replace("{}", printable(shown, 60)))
+        return int(text) if number and text.isdigit() else text
+
+    return check
 
 
-def checked_text(value: Any) -> str:
-    """Return text on one line. Raises ConfigError."""
-    if not isinstance(value, str):
-        raise ConfigError(f"must be text, not {type(value).__name__}")
-    if not value.isprintable():
-        raise ConfigError("must be on one line, without control characters")
-    return value.strip()
+#: By how a mail connection is secured, the port where none is given.
+MAIL_PORTS = {"starttls": 587, "tls": 465, "none": 25}
+checked_line = a_text(
+    r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]*", "must be on one line, without control characters"
+)
+checked_token = a_text(
+    r"[!-~]+",
+    "the token must be one word of printable ASCII: it has a space, a line break or another character "
+    "that cannot stand in an HTTP header, or it is empty",
+)
+checked_login = a_text(
+    r"[ -~]+", "must be printable ASCII, which is all that a login to a mail server can carry", strip=False
+)
+#: A Workplace group ID; a number where it is one, since so Aim reads it.
+checked_group = a_text(r"[A-Za-z0-9_.]{1,64}", "group ID {}: it must be letters and digits", number=True)
+checked_security = a_text("|".join(MAIL_PORTS), f"{{}} is not one of {', '.join(MAIL_PORTS)}")
+checked_port = a_text(
+    "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]",
+    "port {} is not a number from 1 to 65535",
+    number=True,
+)
+checked_address = a_text(
+    r"(?=[!-~]+\Z)[^@,;:<>\"()\[\]\\]+(@[A-Za-z0-9.-]+)?", "{} is no mail address: write name@host"
+)
 
 
 def checked_url(value: Any) -> str:
@@ -5252,27 +5312,6 @@ def checked_url(value: Any) -> str:
     if "@" in parts.netloc:
         raise ConfigError("the URL must not hold a user name or a password")
     return url
-
-
-def checked_token(value: Any) -> str:
-    """Return a token that can stand in an HTTP header. Raises ConfigError, not showing it."""
-    if not isinstance(value, str):
-        raise ConfigError(f"must be text, not {type(value).__name__}")
-    token: str = value.strip()
-    if not re.fullmatch(r"[!-~]+", token):
-        raise ConfigError(
-            "the token must be one word of printable ASCII: it has a space, a line break or "
-            "another character that cannot stand in an HTTP header, or it is empty"
-        )
-    return token
-
-
-def checked_group(value: Any) -> Union[int, str]:
-    """Return a Workplace group ID, as a number where it is one: so Aim reads it. Raises ConfigError."""
-    text = str(value).strip()
-    if type(value) not in (int, str) or not re.fullmatch(r"[A-Za-z0-9_.]{1,64}", text):
-        raise ConfigError(f"group ID {printable(repr(value), 60)}: it must be letters and digits")
-    return int(text) if text.isdigit() else text
 
 
 def checked_headers(value: Any) -> Dict[str, str]:
@@ -5302,42 +5341,9 @@ def checked_body(value: Any) -> Any:
             raise ConfigError('the body must be JSON, such as {"content": "{message}"}') from None
     if not isinstance(value, (dict, list)):
         raise ConfigError("the body must be a JSON object or list")
-    for text in _texts(value) if typed else ():
+    for text in texts_in(value) if typed else ():
         checked_template(text)
     return value
-
-
-def checked_security(value: Any) -> str:
-    """Return how a mail connection is secured. Raises ConfigError."""
-    if value not in MAIL_PORTS:
-        raise ConfigError(f"{printable(repr(value), 40)} is not one of {', '.join(MAIL_PORTS)}")
-    return str(value)
-
-
-def checked_port(value: Any) -> int:
-    """Return a TCP port. Raises ConfigError."""
-    if type(value) not in (int, str) or not re.fullmatch(r"[0-9]{1,5}", str(value).strip()):
-        raise ConfigError(f"port {printable(repr(value), 40)} is not a number from 1 to 65535")
-    if not 0 < int(value) < 65536:
-        raise ConfigError(f"port {value} is not a number from 1 to 65535")
-    return int(value)
-
-
-def checked_login(value: Any) -> str:
-    """Return a user name or a password. Raises ConfigError, not showing it."""
-    if not isinstance(value, str) or not re.fullmatch(r"[ -~]+", value):
-        raise ConfigError("must be printable ASCII, which is all that a login to a mail server can carry")
-    return value
-
-
-def checked_address(value: Any) -> str:
-    """Return a mail address. Raises ConfigError."""
-    if not isinstance(value, str) or not re.fullmatch(r"[!-~]+", value.strip()):
-        raise ConfigError(f"{printable(repr(value), 60)} is no mail address: write name@host")
-    value = value.strip()
-    if not re.fullmatch(r"[^@,;:<>\"()\[\]\\]+(@[A-Za-z0-9.-]+)?", value):
-        raise ConfigError(f"{printable(repr(value), 60)} is no mail address: write name@host")
-    return str(value)
 
 
 def checked_addresses(value: Any) -> List[str]:
@@ -5379,13 +5385,25 @@ def checked_template(value: Any) -> str:
     return value
 
 
-#: By how a mail connection is secured, the port where none is given.
-MAIL_PORTS = {"starttls": 587, "tls": 465, "none": 25}
+class Field(NamedTuple):
+    """One argument of a notifier type: its name in config.json and as a flag, how it is asked for,
+    and how it is checked, be it text that somebody typed or the value that config.json holds."""
+
+    name: str
+    flag: str
+    prompt: str
+    check: Callable[[Any], Any]
+    secret: bool = False
+    required: bool = False
+    asked: bool = False
+
+
 _MESSAGE = Field(
     "message", "message", "Message template (empty for the default)", checked_template, asked=True
 )
+_URL = Field("url", "webhook-url", "Webhook URL", checked_url, secret=True, required=True)
 NOTIFIER_FIELDS: Dict[str, Tuple[Field, ...]] = {
-    "slack": (Field("url", "webhook-url", "Webhook URL", checked_url, secret=True, required=True), _MESSAGE),
+    "slack": (_URL, _MESSAGE),
     "workplace": (
         Field("group_id", "group-id", "Group ID", checked_group, required=True),
         Field("access_token", "access-token", "Access token", checked_token, secret=True, required=True),
@@ -5394,13 +5412,13 @@ NOTIFIER_FIELDS: Dict[str, Tuple[Field, ...]] = {
     ),
     "logger": (_MESSAGE,),
     "webhook": (
-        Field("url", "webhook-url", "Webhook URL", checked_url, secret=True, required=True),
+        _URL,
         Field("headers", "header", "HTTP header 'Name: value'", checked_headers, secret=True),
         Field("body", "body", "JSON to send, its texts filled in like a message", checked_body, secret=True),
         _MESSAGE,
     ),
     "email": (
-        Field("host", "smtp-host", "Mail server", checked_text, required=True),
+        Field("host", "smtp-host", "Mail server", checked_line, required=True),
         Field(
             "security", "security", "starttls, tls or none (empty: starttls)", checked_security, asked=True
         ),
@@ -5425,10 +5443,7 @@ NOTIFIER_FIELDS: Dict[str, Tuple[Field, ...]] = {
 
 
 def _field(kind: str, name: str) -> Optional[Field]:
-    for field in NOTIFIER_FIELDS.get(kind, ()):
-        if field.name == name:
-            return field
-    return None
+    return next((field for field in NOTIFIER_FIELDS.get(kind, ()) if field.name == name), None)
 
 
 def masked(kind: str, arguments: Dict[str, Any]) -> Dict[str, Any]:
@@ -5491,6 +5506,7 @@ class NotifierConfig:
 
     def _read(self) -> Tuple[Dict[str, Any], Optional[os.stat_result]]:
         """Do as `read`, and return also what the file was that was read."""
+        way_out = "mend it, or move it away and add the notifiers again"
         try:
             data, info = read_with_stat(self.path, MAX_LINE_BYTES)
             raw = json.loads(data.decode("utf-8"))
@@ -5500,17 +5516,11 @@ class NotifierConfig:
             raise ConfigError(f"cannot read {self.path}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
             where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
-            raise ConfigError(
-                f"{self.path} is not JSON{where}: mend it, or move it away and add the notifiers again"
-            ) from None
+            raise ConfigError(f"{self.path} is not JSON{where}: {way_out}") from None
         top = raw.get("notifications") if isinstance(raw, dict) else None
-        if not isinstance(top, dict) or not isinstance(top.get("notifiers", {}), dict):
-            raise ConfigError(
-                f"{self.path} has another shape than "
-                '{"notifications": {"notifiers": {...}}}: mend it, or move it away and add the '
-                "notifiers again"
-            )
-        top.setdefault("notifiers", {})
+        if not isinstance(top, dict) or not isinstance(top.setdefault("notifiers", {}), dict):
+            shape = '{"notifications": {"notifiers": {...}}}'
+            raise ConfigError(f"{self.path} has another shape than {shape}: {way_out}")
         return raw, info
 
     def notifiers(self) -> List[Notifier]:
@@ -5518,30 +5528,22 @@ class NotifierConfig:
         content, info = self._read()
         entries = content["notifications"]["notifiers"]
         found = [read_notifier(notifier_id, raw) for notifier_id, raw in entries.items()]
-        distrust = self._distrust(info) if any(item.type == "command" for item in found) else None
+        # Whoever may write to the repository must not thereby run programs as the one who watches it. What
+        # counts is the file that was read, since another one may stand at the path by now.
+        trusted = info is not None and info.st_uid in (0, os.geteuid()) and not info.st_mode & 0o022
+        if trusted and not os.path.islink(self.path):
+            return found
+        distrust = (
+            f"is not run: {self.path} must be a file that belongs to you (or root) and that nobody "
+            "else can write: chmod 600"
+        )
         return [
             item._replace(problem=item.problem or distrust) if item.type == "command" else item
             for item in found
         ]
 
-    def _distrust(self, info: Optional[os.stat_result]) -> Optional[str]:
-        """Return why programs that the file names are not run, or None: whoever may write to the
-        repository must not thereby run programs as the one who watches it. `info` is of what was
-        read, since another file may stand at the path by now."""
-        if (
-            info is None
-            or info.st_uid not in (0, os.geteuid())
-            or info.st_mode & 0o022
-            or os.path.islink(self.path)
-        ):
-            return (
-                f"is not run: {self.path} must be a file that belongs to you (or root) and that nobody "
-                "else can write: chmod 600"
-            )
-        return None
-
     def log_level(self) -> int:
-        """Return from which level on log messages are told. Raises ConfigError like `read`."""
+        """Return from which level on people hear of log messages. Raises ConfigError like `read`."""
         level = self.read()["notifications"].get("log_level", logging.WARNING)
         return level if isinstance(level, int) else logging.WARNING
 
@@ -5561,24 +5563,20 @@ class NotifierConfig:
         """Yield the content for a change and write it back, under a lock and in one step."""
         try:
             os.makedirs(self._folder, exist_ok=True)
-            fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            try:
-                self._wait_for_lock(fd)
+            with FileLock(self._lock_path) as lock:
+                if lock.acquire(wait_s=CONFIG_LOCK_WAIT_S) is False:
+                    raise ConfigError(
+                        f"{self._lock_path} has been locked for {CONFIG_LOCK_WAIT_S:g} s: try again"
+                    )
                 remove_leftovers(self.path)
                 raw = self.read()
                 yield raw
                 replace_file(self.path, (json.dumps(raw, indent=4) + "\n").encode(), 0o600)
-            finally:
-                os.close(fd)
         except OSError as error:
             raise ConfigError(f"cannot write {self.path}: {error.strerror}") from None
 
-    def _wait_for_lock(self, fd: int) -> None:
-        deadline = time.monotonic() + 10
-        while try_lock(fd) is False:
-            if time.monotonic() > deadline:
-                raise ConfigError(f"{self._lock_path} has been locked for 10 s: try again")
-            time.sleep(0.02)
+
+CONFIG_LOCK_WAIT_S = 10.0
 
 
 def fallback_notifier() -> Notifier:
@@ -5595,15 +5593,6 @@ def fallback_notifier() -> Notifier:
 
 Facts = Dict[str, str]
 MAX_MESSAGE = 3000
-#: How many runs a message names before it only counts them.
-DIGEST_LINES = 20
-_ICONS = {STALLED: "❗", FAILED: "❌", RECOVERED: "✅", FINISHED: "✅", TROUBLE: "❗", LOG: "📝"}
-#: So many events are told in full, where there is room.
-FULL_EVENTS = 10
-#: How much of a digest's line about one run is shown.
-DIGEST_LINE = 160
-#: How much of a name is shown there.
-DIGEST_NAME = 60
 
 
 def fill_template(template: str, facts: Facts) -> str:
@@ -5623,11 +5612,11 @@ def fill_template(template: str, facts: Facts) -> str:
 def summary(facts: Facts) -> str:
     """Return one line that says which run and what happened."""
     event = facts.get("event", "")
+    icon = KINDS[event].icon if event in KINDS else ""
     if event == TROUBLE:
-        return f"{_ICONS[TROUBLE]} aimwatch: {facts.get('run.reason', '')}"
+        return f"{icon} aimwatch: {facts.get('run.reason', '')}"
     name = facts.get("run.name") or facts.get("run.hash", "")
-    text = f"{_ICONS.get(event, '')} Run '{name}' {_what_happened(event, facts)}"
-    return text.strip()
+    return f"{icon} Run '{name}' {_what_happened(event, facts)}".strip()
 
 
 def _what_happened(event: str, facts: Facts) -> str:
@@ -5639,8 +5628,6 @@ def _what_happened(event: str, facts: Facts) -> str:
         return f"logged {reason}"
     if event == FAILED:
         return f"failed: {reason}" if reason else "failed"
-    if event == RECOVERED:
-        return f"recovered: {reason}"
     return event if event in (STARTED, FINISHED) else f"{event}: {reason}"
 
 
@@ -5694,45 +5681,47 @@ def message_for(template: Optional[str], facts: Facts) -> str:
     return default_message(facts)
 
 
-def digest(template: Optional[str], batch: Sequence[Facts], limit: int = MAX_MESSAGE) -> str:
+#: So many events stand in full in a message about several, where there is room for that.
+FULL_EVENTS = 10
+#: Otherwise so many have a line each, and the rest are counted.
+BATCH_LINES = 20
+#: How much of such a line is shown, and of a name in it.
+BATCH_LINE_CHARS, BATCH_NAME_CHARS = 160, 60
+
+
+def message_for_batch(template: Optional[str], batch: Sequence[Facts], limit: int = MAX_MESSAGE) -> str:
     """Return one message about all events of `batch`: counted, what they share, the first few; as
     far as that depends on their number, of at most `limit` characters."""
     if len(batch) == 1:
         return message_for(template, batch[0])
-    batch = sorted(batch, key=_importance)
-    counts: Dict[str, int] = {}
-    for facts in batch:
-        counts[facts.get("event", "")] = counts.get(facts.get("event", ""), 0) + 1
-    told = ", ".join(f"{count} {event}" for event, count in counts.items())
-    lines = [f"{plural(len(batch), 'event')}: {told}"]
-    for field, label in (
-        ("run.host", "host"),
-        ("run.experiment", "experiment"),
-        ("run.job", "job"),
-    ):
-        values = {facts.get(field, "") for facts in batch}
+    batch = sorted(batch, key=_rank)
+    kinds = [facts.get("event", "") for facts in batch]
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    lines = [f"{plural(len(batch), 'event')}: {counts}"]
+    for label in ("host", "experiment", "job"):
+        values = {facts.get(f"run.{label}", "") for facts in batch}
         if len(values) == 1 and "" not in values:
-            lines.append(f"all of {label} {shorten(_one_line(values.pop()), 2 * DIGEST_NAME, '...')}")
+            lines.append(f"all of {label} {shorten(_one_line(values.pop()), 2 * BATCH_NAME_CHARS, '...')}")
     last = shorten(look_further(batch[0]), limit // 4, "...")
     whole = [message_for(template, facts).replace(f"\n{last}", "") for facts in batch[: FULL_EVENTS + 1]]
     if len(whole) <= FULL_EVENTS and sum(map(len, [*lines, *whole, last])) + 20 < limit:
         return "\n\n".join(["\n".join(lines), *whole, last])
-    named = batch[:DIGEST_LINES]
+    named = batch[:BATCH_LINES]
     room = limit - len("\n".join([*lines, "and 1000000 more", last])) - 1
-    about = [_digest_line(facts, DIGEST_LINE, _with(" on {}", facts, "run.host")) for facts in named]
+    about = [_batch_line(facts, BATCH_LINE_CHARS, _with(" on {}", facts, "run.host")) for facts in named]
     if len("\n".join(about)) > room:
-        about = [_digest_line(facts, room // len(named) - 1, "") for facts in named]
+        about = [_batch_line(facts, room // len(named) - 1, "") for facts in named]
     if len(batch) > len(named):
         about.append(f"and {len(batch) - len(named)} more")
     return "\n".join([*lines, *about, last])
 
 
-def _digest_line(facts: Facts, limit: int, where: str) -> str:
-    """Return what a digest says of one event: whatever the run is called, also what happened."""
-    name = shorten(facts.get("run.name", ""), DIGEST_NAME, "...")
+def _batch_line(facts: Facts, limit: int, where: str) -> str:
+    """Return the line about one event of several: whatever the run is called, also what happened."""
+    name = shorten(facts.get("run.name", ""), BATCH_NAME_CHARS, "...")
     if "run.hash" not in facts:
         return shorten(_one_line(summary(facts)), limit, " ...")
-    tail = f" ({facts.get('run.hash', '')[:8]}{shorten(_one_line(where), DIGEST_NAME, '...')})"
+    tail = f" ({facts.get('run.hash', '')[:8]}{shorten(_one_line(where), BATCH_NAME_CHARS, '...')})"
     line = _one_line(summary({**facts, "run.name": name}))
     if facts.get("event") == LOG:
         line += f": {facts.get('run.messages', '').rpartition(chr(10))[2].strip()}"
@@ -5743,12 +5732,9 @@ def _one_line(text: str) -> str:
     return " ".join(text.split("\n"))
 
 
-_BY_IMPORTANCE = (FAILED, STALLED, TROUBLE, LOG, RECOVERED, STARTED, FINISHED)
-
-
-def _importance(facts: Facts) -> int:
+def _rank(facts: Facts) -> int:
     event = facts.get("event", "")
-    return _BY_IMPORTANCE.index(event) if event in _BY_IMPORTANCE else len(_BY_IMPORTANCE)
+    return KINDS[event].rank if event in KINDS else len(KINDS)
 
 
 def plain_facts(facts: Facts) -> Facts:
@@ -5759,16 +5745,16 @@ def plain_facts(facts: Facts) -> Facts:
     return {name: facts[name].encode("ascii", "replace").decode() for name in kept if name in facts}
 
 
+#: A field of more lines than this is cut.
+MAX_FACT_LINES = 30
+
+
 def clean_facts(facts: Facts) -> Facts:
     """Return `facts` with every value defused and of a bounded size, wherever it came from."""
     return {
         name: "\n".join(printable(line, 1000) for line in value.split("\n")[:MAX_FACT_LINES])
         for name, value in facts.items()
     }
-
-
-#: A field of more lines than this is cut.
-MAX_FACT_LINES = 30
 
 
 def without_mentions(text: str) -> str:
@@ -5801,7 +5787,8 @@ def slack_escape(text: str) -> str:
 # Notifiers: transports
 #
 # One attempt to deliver one text, bounded as a whole in time and in bytes read, and a judgement of
-# what came back that is a function of the answer alone. Redirects are never followed.
+# what came back that is a function of the answer alone. Redirects are never followed. Only a name
+# server that is silent can make an attempt longer, and it delays the one notifier that asked it.
 # ======================================================================================
 
 ATTEMPT_S = 10.0
@@ -5828,69 +5815,90 @@ class Answer(NamedTuple):
     body: str
 
 
-class Closers:
-    """What breaks an attempt off from another thread. Once it was broken off, what it still opens is
-    closed at once: an attempt that was given up and will be made again must not succeed later."""
+class Attempt(NamedTuple):
+    """One try to deliver something."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._closers: List[Callable[[], Any]] = []
-        self._given_up = False
+    #: When it must be over.
+    deadline_mono: float
+    #: False once the watcher ends, and nothing may be started any more that outlives it.
+    goes_on: Callable[[], bool]
 
-    def append(self, close: Callable[[], Any]) -> None:
-        """Have `close` called when the attempt is given up. Raises TimeoutError where it was."""
-        with self._lock:
-            self._closers.append(close)
-            given_up = self._given_up
-        if given_up:
-            with contextlib.suppress(Exception):
-                close()
-            raise TimeoutError("given up")
-
-    def give_up(self) -> None:
-        """Break the attempt off."""
-        with self._lock:
-            self._given_up = True
-        for close in self._closers:
-            with contextlib.suppress(Exception):
-                close()
+    def left_s(self) -> float:
+        """Return how much time is left. Raises TimeoutError where none is."""
+        left_s = self.deadline_mono - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("timed out")
+        return left_s
 
 
-def cut(link: Any) -> None:
-    """End a connection under the thread that uses it. A TLS socket's own `shutdown` would let what
-    is written meanwhile through as plain text."""
+def try_once(
+    send: Callable[[Attempt], Outcome], limit_s: float = 0.0, goes_on: Callable[[], bool] = lambda: True
+) -> Outcome:
+    """Try once to deliver something, within `limit_s` seconds (default: ATTEMPT_S)."""
+    limit_s = limit_s or ATTEMPT_S
+    attempt = Attempt(time.monotonic() + limit_s, goes_on)
+    try:
+        outcome = send(attempt)
+    except Exception as error:
+        outcome = judge_error(error)
+    if outcome.kind == RETRY and time.monotonic() >= attempt.deadline_mono:
+        return Outcome(RETRY, f"no complete answer within {limit_s:g} s")
+    return outcome
+
+
+def bounded_socket(base: Any, attempt: Attempt) -> Any:
+    """Return a class of sockets none of which waits longer than the attempt may last.
+
+    A time-out bounds one operation, and a server that sends one byte a second never runs into it. So it
+    is set before each of them to what is left.
+    """
+
+    def within(name: str) -> Callable[..., Any]:
+        operation = getattr(base, name)
+
+        def call(link: Any, *args: Any, **options: Any) -> Any:
+            link.settimeout(attempt.left_s())
+            return operation(link, *args, **options)
+
+        return call
+
+    names = [name for name in _SOCKET_OPERATIONS if hasattr(base, name)]
+    return type(base.__name__, (base,), {name: within(name) for name in names})
+
+
+#: What http.client, smtplib and ssl do with a socket that may have to wait.
+_SOCKET_OPERATIONS = ("connect", "do_handshake", "recv_into", "send", "sendall")
+
+
+def dial(host: str, port: int, attempt: Attempt) -> Any:
+    """Return a connected socket that ends with the attempt. Raises OSError."""
     import socket
 
-    socket.socket.shutdown(link, socket.SHUT_RDWR)
-
-
-def attempt(deliver: Callable[[Closers], Outcome], limit_s: float = ATTEMPT_S) -> Outcome:
-    """Run one delivery for at most `limit_s` seconds, whatever it hangs in.
-
-    Socket time-outs bound one operation; a name server that is silent and a server that sends one
-    byte a second are only bounded by leaving the thread behind and closing what it reads from.
-    """
-    closers = Closers()
-    found: List[Outcome] = []
-
-    def work() -> None:
+    failed = OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
+        link = bounded_socket(socket.socket, attempt)(family, kind, protocol)
         try:
-            found.append(deliver(closers))
-        except Exception as error:
-            found.append(judge_error(error))
+            link.connect(address)
+            return link
+        except OSError as error:
+            link.close()
+            failed = error
+    raise failed
 
-    thread = threading.Thread(target=work, name="aimwatch-attempt", daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    if found:
-        return found[0]
-    closers.give_up()
-    return Outcome(RETRY, f"no complete answer within {limit_s:g} s")
+
+def tls_context(attempt: Attempt) -> Any:
+    """Return a TLS context that trusts the system's certificates, or those of the usual variables."""
+    import ssl
+
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    context = ssl.create_default_context(cafile=bundle or None)
+    context.sslsocket_class = bounded_socket(ssl.SSLSocket, attempt)
+    return context
 
 
 def judge_error(error: BaseException) -> Outcome:
     """Judge an attempt that ended in an exception: it is tried again, since networks heal; but
-    where it is our own making, in fewer words, since the next time would end the same."""
+    where it is our own making, in plain words, since the next time would end the same."""
     import http.client
 
     reason = getattr(error, "reason", None)
@@ -5902,40 +5910,26 @@ def judge_error(error: BaseException) -> Outcome:
 
 
 def http_request(
-    url: str, closers: Closers, payload: Any = None, headers: Optional[Dict[str, str]] = None
+    url: str, attempt: Attempt, payload: Any = None, headers: Optional[Dict[str, str]] = None
 ) -> Answer:
     """GET `url`, or POST `payload` to it as JSON, and return the answer, whatever its status.
 
     Raises OSError and http.client.HTTPException. Proxies and CA bundles come from the usual variables.
     """
     import http.client
-    import urllib.error
     import urllib.request
 
-    class NoRedirect(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, *args: Any) -> None:
-            return None
-
-    def connect(factory: Any) -> Callable[..., Any]:
-        def make(host: str, **kwargs: Any) -> Any:
-            connection = factory(host, **kwargs)
-            really_connect = connection.connect
-
-            def note_socket() -> None:
-                really_connect()
-                # urllib takes `sock` away from the connection once it has the headers.
-                found = connection.sock
-                closers.append(lambda: cut(found))
-
-            connection.connect = note_socket
-            closers.append(lambda: cut(connection.sock))
+    def within(factory: Any) -> Callable[..., Any]:
+        def make(host: str, **options: Any) -> Any:
+            connection = factory(host, **options)
+            connection._create_connection = lambda address, *_: dial(address[0], address[1], attempt)
             return connection
 
         return make
 
     class Plain(urllib.request.HTTPHandler):
         def http_open(self, request: Any) -> Any:
-            return self.do_open(connect(http.client.HTTPConnection), request)
+            return self.do_open(within(http.client.HTTPConnection), request)
 
     class Secure(urllib.request.HTTPSHandler):
         def __init__(self) -> None:
@@ -5943,8 +5937,7 @@ def http_request(
             urllib.request.AbstractHTTPHandler.__init__(self)
 
         def https_open(self, request: Any) -> Any:
-            factory = connect(http.client.HTTPSConnection)
-            return self.do_open(factory, request, context=tls_context(closers))
+            return self.do_open(within(http.client.HTTPSConnection), request, context=tls_context(attempt))
 
     data = None if payload is None else json.dumps(payload).encode()
     request = urllib.request.Request(url, data, method="GET" if data is None else "POST")
@@ -5953,30 +5946,14 @@ def http_request(
         request.add_header("Content-Type", "application/json; charset=utf-8")
     for name, value in (headers or {}).items():
         request.add_unredirected_header(name, value)
-    opener = urllib.request.build_opener(Plain, Secure, NoRedirect)
-    try:
-        response = opener.open(request, timeout=ATTEMPT_S)
-    except urllib.error.HTTPError as error:
-        response = error
-    with response:
+    # Without urllib's handlers of errors and redirects, every answer is only an answer.
+    opener = urllib.request.OpenerDirector()
+    for handler in (urllib.request.ProxyHandler(), Plain(), Secure(), urllib.request.UnknownHandler()):
+        opener.add_handler(handler)
+    with opener.open(request, timeout=ATTEMPT_S) as response:
         body = response.read(MAX_ANSWER_BYTES).decode("utf-8", "replace")
         found = {name.lower(): value for name, value in response.headers.items()}
         return Answer(response.status, found, body)
-
-
-def tls_context(closers: Closers) -> Any:
-    """Return a TLS context that trusts the system's certificates, or those of the usual variables."""
-    import ssl
-
-    class Link(ssl.SSLSocket):
-        def do_handshake(self, block: bool = False) -> None:
-            closers.append(lambda: cut(self))  # nobody else can reach the socket by now
-            super().do_handshake(block)
-
-    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-    context = ssl.create_default_context(cafile=bundle or None)
-    context.sslsocket_class = Link
-    return context
 
 
 def retry_after_s(value: str, now_s: float) -> float:
@@ -5985,14 +5962,13 @@ def retry_after_s(value: str, now_s: float) -> float:
     import email.utils
 
     try:
-        wait = (
-            float(value)
-            if value.strip().isdigit()
-            else (email.utils.parsedate_to_datetime(value).timestamp() - now_s)
-        )
+        if value.strip().isdigit():
+            wait_s = float(value)
+        else:
+            wait_s = email.utils.parsedate_to_datetime(value).timestamp() - now_s
     except (TypeError, ValueError, IndexError, OverflowError):
         return 0.0
-    return min(max(wait, 0.0), MAX_RETRY_AFTER_S)
+    return min(max(wait_s, 0.0), MAX_RETRY_AFTER_S)
 
 
 def judge_status(answer: Answer, now_s: float) -> Optional[Outcome]:
@@ -6000,17 +5976,14 @@ def judge_status(answer: Answer, now_s: float) -> Optional[Outcome]:
     said = printable(" ".join(answer.body.split()), 120)
     text = f"HTTP {answer.status}" + (f": {said}" if said else "")
     if answer.status == 429:
-        wait = retry_after_s(answer.headers.get("retry-after", ""), now_s)
-        return Outcome(RETRY, text, wait)
+        return Outcome(RETRY, text, retry_after_s(answer.headers.get("retry-after", ""), now_s))
     if 300 <= answer.status < 400:
         return Outcome(BROKEN, f"HTTP {answer.status}: redirected; give the final URL")
     if answer.status in (401, 403, 404, 410):
         return Outcome(BROKEN, text)
     if answer.status in (400, 413, 422):
         return Outcome(REFUSED, text)
-    if not 200 <= answer.status < 300:
-        return Outcome(RETRY, text)
-    return None
+    return None if 200 <= answer.status < 300 else Outcome(RETRY, text)
 
 
 def judge_slack(answer: Answer, now_s: float) -> Outcome:
@@ -6058,22 +6031,22 @@ def judge_webhook(answer: Answer, now_s: float) -> Outcome:
     return Outcome(SENT, f"HTTP {answer.status}")
 
 
-def send_slack(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> Outcome:
+def send_slack(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> Outcome:
     """Post one message to a Slack webhook (https://api.slack.com/messaging/webhooks)."""
     safe = [{name: slack_escape(value) for name, value in facts.items()} for facts in batch]
-    text = shorten(digest(notifier.arguments.get("message"), safe))
-    answer = http_request(notifier.arguments["url"], closers, {"text": text})
+    text = shorten(message_for_batch(notifier.arguments.get("message"), safe))
+    answer = http_request(notifier.arguments["url"], attempt, {"text": text})
     return judge_slack(answer._replace(body=notifier.scrub(answer.body)), time.time())
 
 
-def send_workplace(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> Outcome:
+def send_workplace(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> Outcome:
     """Post one message to a Workplace group's feed."""
     arguments = notifier.arguments
     base = (arguments.get("base_url") or WORKPLACE_URL).rstrip("/")
     headers = {"Authorization": f"Bearer {arguments['access_token']}"}
-    text = shorten(digest(arguments.get("message"), _unmentioned(batch)))
+    text = shorten(message_for_batch(arguments.get("message"), _unmentioned(batch)))
     url = f"{base}/{arguments['group_id']}/feed"
-    answer = http_request(url, closers, {"message": text}, headers)
+    answer = http_request(url, attempt, {"message": text}, headers)
     return judge_workplace(answer._replace(body=notifier.scrub(answer.body)), time.time())
 
 
@@ -6083,27 +6056,25 @@ def _unmentioned(batch: Sequence[Facts]) -> List[Facts]:
 
 #: Counted up when a field of the JSON document changes its meaning; new ones may come at any time.
 DOCUMENT_VERSION = 1
+MAX_DOCUMENT_EVENTS = 100
+_DOCUMENT_FIELDS = ("id", "event", "time", "repo")
 
 
 def document(template: Optional[str], batch: Sequence[Facts]) -> Dict[str, Any]:
     """Return the JSON document that webhooks and commands get: the message for people in `text`,
     and in `events` what is known of each, by the names that templates use."""
     events: List[Dict[str, Any]] = []
-    for facts in batch:
+    for facts in batch[:MAX_DOCUMENT_EVENTS]:
         fields = {name.partition(".")[2]: value for name, value in facts.items() if name.startswith("run.")}
         known: Dict[str, Any] = {name: facts[name] for name in _DOCUMENT_FIELDS if name in facts}
         events.append({**known, "run": fields})
     return {
         "version": DOCUMENT_VERSION,
         "source": "aimwatch",
-        "text": shorten(digest(template, _unmentioned(batch))),
-        "events": events[:MAX_DOCUMENT_EVENTS],
-        "events_left_out": max(0, len(events) - MAX_DOCUMENT_EVENTS),
+        "text": shorten(message_for_batch(template, _unmentioned(batch))),
+        "events": events,
+        "events_left_out": len(batch) - len(events),
     }
-
-
-MAX_DOCUMENT_EVENTS = 100
-_DOCUMENT_FIELDS = ("id", "event", "time", "repo")
 
 
 #: The shortest limit among the chats for which one writes a body is Discord's.
@@ -6119,87 +6090,82 @@ def fill_body(body: Any, facts: Facts) -> Any:
     return shorten(fill_template(body, facts), MAX_BODY_MESSAGE) if isinstance(body, str) else body
 
 
-def send_webhook(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> Outcome:
+def send_webhook(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> Outcome:
     """Post the document, or the body that the user wrote, to any URL."""
     arguments = notifier.arguments
-    payload: Any = document(arguments.get("message"), batch)
+    template = arguments.get("message")
+    payload: Any = document(template, batch)
     if arguments.get("body"):
         # In a chat's own format, {message} is the text about the whole batch.
         safe = _unmentioned(batch)
-        facts: Facts = {**safe[0], "message": digest(arguments.get("message"), safe, MAX_BODY_MESSAGE)}
+        facts: Facts = {**safe[0], "message": message_for_batch(template, safe, MAX_BODY_MESSAGE)}
         payload = fill_body(arguments["body"], facts)
-    answer = http_request(arguments["url"], closers, payload, arguments.get("headers"))
+    answer = http_request(arguments["url"], attempt, payload, arguments.get("headers"))
     return judge_webhook(answer._replace(body=notifier.scrub(answer.body)), time.time())
 
 
-def send_command(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> Outcome:
+#: The programs that run just now, by their process group, and the lock under which one is started.
+_programs: Set[int] = set()
+_starting = threading.Lock()
+
+
+def send_command(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> Outcome:
     """Run a program, without a shell, with the document on its standard input."""
     import subprocess
+    import tempfile
 
     argv = notifier.arguments["command"]
     data = json.dumps(document(notifier.arguments.get("message"), batch)).encode() + b"\n"
     secret = ("AIMWATCH_PING_URL", "NOTIFY_SOCKET")
     environ = {name: value for name, value in os.environ.items() if name not in secret}
-    try:
-        # A session of its own, so that what it starts is ended with it.
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            env=environ,
-        )
-    except OSError as error:
-        # A machine that is out of processes or memory will have some again.
-        kind = RETRY if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.ETXTBSY) else BROKEN
-        return Outcome(kind, f"{argv[0]}: {error.strerror}")
-    closers.append(lambda: os.killpg(process.pid, signal.SIGKILL))
-    _running.add(process.pid)
-    try:
-        said = _feed(process, data)
-        status = process.wait()
-    finally:
-        _running.discard(process.pid)
-    if status == 0:
-        return Outcome(SENT, f"{argv[0]} exited with status 0")
-    how = f"exited with status {status}" if status > 0 else f"was killed by signal {-status}"
-    text = printable(" ".join(said.decode("utf-8", "replace").split()), 120)
-    return Outcome(RETRY, f"{argv[0]} {how}" + (f": {text}" if text else ""))
+    # Files and no pipes: the program need not read, and what it leaves behind may hold both open.
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stderr:
+        stdin.write(data)
+        stdin.seek(0)
+        try:
+            with _starting:
+                if not attempt.goes_on():
+                    return Outcome(RETRY, "not started: the watcher ends")
+                # A session of its own, so that what it starts is ended with it.
+                process = subprocess.Popen(
+                    argv,
+                    stdin=stdin,
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                    start_new_session=True,
+                    env=environ,
+                )
+                _programs.add(process.pid)
+        except OSError as error:
+            # A machine that is out of processes or memory will have some again.
+            kind = RETRY if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.ETXTBSY) else BROKEN
+            return Outcome(kind, f"{argv[0]}: {error.strerror}")
+        try:
+            status = process.wait(attempt.left_s())
+        except (TimeoutError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)  # in a system call that hangs, it ends only later
+            raise TimeoutError("timed out") from None
+        finally:
+            _programs.discard(process.pid)
+        if status == 0:
+            return Outcome(SENT, f"{argv[0]} exited with status 0")
+        how = f"exited with status {status}" if status > 0 else f"was killed by signal {-status}"
+        stderr.seek(0)
+        said = printable(" ".join(stderr.read(1000).decode("utf-8", "replace").split()), 120)
+        return Outcome(RETRY, f"{argv[0]} {how}" + (f": {said}" if said else ""))
 
 
-#: The programs that run just now, by their process group.
-_running: Set[int] = set()
-
-
-def _feed(process: Any, data: bytes) -> bytes:
-    """Write `data` to a program's standard input, for as long as it runs, and return the beginning
-    of what it says on stderr. It need not read, and what it leaves behind may hold both open."""
-    import select
-
-    view, said, running = memoryview(data), b"", True
-    with process.stdin as stdin, process.stderr as stderr:
-        room = select.poll()
-        for pipe, event in ((stdin, select.POLLOUT), (stderr, select.POLLIN)):
-            os.set_blocking(pipe.fileno(), False)
-            room.register(pipe, event)
-        while running:
-            running = process.poll() is None  # what it said last is read once more
-            for fd, _ in room.poll(50 if running else 0):
-                try:
-                    if fd == stderr.fileno():
-                        piece = os.read(fd, MAX_ANSWER_BYTES)
-                        said, over = (said + piece)[:1000], not piece
-                    else:
-                        view = view[os.write(fd, view) :]
-                        over = not view
-                except BrokenPipeError:
-                    over = True
-                if over:
-                    room.unregister(fd)
-                    if not stdin.closed and fd == stdin.fileno():
-                        stdin.close()
-    return said
+def end_programs() -> None:
+    """Kill the programs that run, when the watcher ends: nobody would do it after their time."""
+    # At most a moment, since a start may hang on a share. Whoever waits for the lock starts nothing.
+    locked = _starting.acquire(timeout=1.0)
+    for group in list(_programs):
+        with contextlib.suppress(OSError):
+            os.killpg(group, signal.SIGKILL)
+    if locked:
+        _starting.release()
 
 
 def mail_message(notifier: Notifier, batch: Sequence[Facts]) -> Any:
@@ -6208,7 +6174,7 @@ def mail_message(notifier: Notifier, batch: Sequence[Facts]) -> Any:
     import email.utils
 
     arguments = notifier.arguments
-    text = digest(arguments.get("message"), batch)
+    text = message_for_batch(arguments.get("message"), batch)
     message = email.message.EmailMessage()
     message["Subject"] = printable(text.partition("\n")[0], 150)
     message["From"] = arguments["sender"]
@@ -6237,36 +6203,26 @@ def judge_mail(error: BaseException) -> Outcome:
     return Outcome(REFUSED if isinstance(error, smtplib.SMTPDataError) else BROKEN, text)
 
 
-def send_email(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> Outcome:
+def send_email(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> Outcome:
     """Hand one mail to a relay (RFC 6409)."""
     import smtplib
 
     arguments = notifier.arguments
     security = arguments.get("security") or "starttls"
     message = mail_message(notifier, batch)
-    base: Any = smtplib.SMTP_SSL if security == "tls" else smtplib.SMTP
 
-    class Server(base):  # type: ignore[misc]
-        def connect(self, *args: Any, **options: Any) -> Any:
-            closers.append(lambda: cut(self.sock))
-            greeting = super().connect(*args, **options)
-            try:
-                closers.append(lambda: cut(self.sock))
-            except TimeoutError:
-                self.close()
-                raise
-            return greeting
+    class Server(smtplib.SMTP):
+        def _get_socket(self, host: str, port: int, timeout: float) -> Any:
+            link = dial(host, port, attempt)
+            return tls_context(attempt).wrap_socket(link, server_hostname=host) if security == "tls" else link
 
     # Without a name of ours, it would ask the name server for one, which an air-gapped host lacks.
     ours = this_host() if "." in this_host() else "[127.0.0.1]"
-    options: Dict[str, Any] = {"timeout": ATTEMPT_S, "local_hostname": ours}
-    if security == "tls":
-        options["context"] = tls_context(closers)
     try:
         port = arguments.get("port") or MAIL_PORTS[security]
-        with contextlib.closing(Server(arguments["host"], port, **options)) as server:
+        with contextlib.closing(Server(arguments["host"], port, ours)) as server:
             if security == "starttls":
-                server.starttls(context=tls_context(closers))
+                server.starttls(context=tls_context(attempt))
             if arguments.get("user"):
                 server.login(arguments["user"], arguments.get("password") or "")
             refused = server.send_message(message)
@@ -6276,14 +6232,14 @@ def send_email(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> 
     except smtplib.SMTPException as error:
         return judge_mail(error)
     if refused:
-        # Told again, it would reach the others twice.
+        # Sent again, it would reach the others twice.
         text = printable(f"accepted, except for {', '.join(refused)}", 200)
         log.warning("notifier %s %s: the mail was %s", notifier.type, notifier.id[:8], text)
         return Outcome(SENT, text)
     return Outcome(SENT, f"accepted by {arguments['host']}")
 
 
-def send_logger(notifier: Notifier, batch: Sequence[Facts], closers: Closers) -> Outcome:
+def send_logger(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> Outcome:
     """Write every event to the log that the watcher writes."""
     for facts in batch:
         bad = facts.get("event") in (STALLED, FAILED, TROUBLE)
@@ -6294,7 +6250,7 @@ def send_logger(notifier: Notifier, batch: Sequence[Facts], closers: Closers) ->
 
 
 #: How each type delivers. A test of the command line checks that every type has fields and a way.
-TRANSPORTS: Dict[str, Callable[[Notifier, Sequence[Facts], Closers], Outcome]] = {
+TRANSPORTS: Dict[str, Callable[[Notifier, Sequence[Facts], Attempt], Outcome]] = {
     "slack": send_slack,
     "workplace": send_workplace,
     "logger": send_logger,
@@ -6304,16 +6260,21 @@ TRANSPORTS: Dict[str, Callable[[Notifier, Sequence[Facts], Closers], Outcome]] =
 }
 
 
-def deliver(notifier: Notifier, batch: Sequence[Facts], plain: bool = False) -> Outcome:
-    """Try once to tell `batch` to `notifier`; no secret stands in what is returned. With `plain`,
-    in the fewest words, without the user's template."""
+def deliver(
+    notifier: Notifier,
+    batch: Sequence[Facts],
+    plain: bool = False,
+    goes_on: Callable[[], bool] = lambda: True,
+) -> Outcome:
+    """Try once to send `batch` to `notifier`; no secret stands in what is returned. With `plain`, in our
+    words and as few as possible."""
     send = TRANSPORTS[notifier.type]
     if plain:
         kept = {name: value for name, value in notifier.arguments.items() if name != "message"}
         notifier = notifier._replace(arguments=kept)
         batch = [plain_facts(facts) for facts in batch]
     safe = [clean_facts(facts) for facts in batch]
-    outcome = attempt(lambda closers: send(notifier, safe, closers))
+    outcome = try_once(lambda attempt: send(notifier, safe, attempt), goes_on=goes_on)
     return outcome._replace(detail=notifier.scrub(outcome.detail))
 
 
@@ -6328,20 +6289,13 @@ def back_off_s(failures: int, random: float) -> float:
 #
 # Every event is on disk, with the notifiers that must hear of it, before anything is sent, and
 # every delivery after it was made. Killed at any instruction, the watcher finds here what is still
-# to be told, and what was told already. One line holds an event for all its notifiers, so that no
-# kill comes between two of them.
+# to be sent, and what was sent already. One line holds an event for all its notifiers, so that no
+# kill comes between two of them. Each notifier has a thread that asks what waits for it.
 # ======================================================================================
-
-#: Above this size, and when it has doubled, the outbox is rewritten without what nobody can ask for.
-COMPACT_BYTES = 1 << 20
-#: So many events are kept for a notifier that is not reached, when the outbox is shortened.
-MAX_WAITING = 10_000
-#: How many deliveries one line records.
-MAX_SENT_IDS = 10_000
 
 
 class Event(NamedTuple):
-    """Something to be told. The id names run, check-in and kind, so a second sight of the same
+    """Something to notify people of. The id names run, check-in and kind, so a second sight of the same
     event is the same event. `facts` are the fields of a message."""
 
     id: str
@@ -6350,15 +6304,16 @@ class Event(NamedTuple):
 
 
 class OutboxState:
-    """What the lines of an outbox say."""
+    """What the lines of an outbox say. Safe for use by several threads, and no thread waits for a disk
+    while it holds the lock."""
 
     def __init__(self) -> None:
-        #: Event id to the notifiers that were or are to be told.
+        self._lock = threading.Lock()
+        #: Event id to the notifiers that were or are to be sent it.
         self.known: Dict[str, List[str]] = {}
-        #: What is still to be told: event id to the event and the notifiers that wait for it.
-        self.waiting: Dict[str, Tuple[Event, Set[str]]] = {}
-        #: Notifiers that do not work: why, and since when (UTC seconds).
-        self.broken: Dict[str, Tuple[str, float]] = {}
+        #: What is still to be sent: event id to the event and the notifiers for which it waits.
+        self._waiting: Dict[str, Tuple[Event, Set[str]]] = {}
+        self._broken: Dict[str, Tuple[str, float]] = {}
 
     def load(self, path: str) -> None:
         """Take in the file at `path`, if there is one. Raises OSError."""
@@ -6368,253 +6323,249 @@ class OutboxState:
             return
         with os.fdopen(fd, "rb") as file:
             for line, _ in read_lines(file):
-                self.apply(json_object(line.decode("utf-8", "replace")) or {})
+                self.apply(json_object(line) or {})
 
     def apply(self, record: Dict[str, Any]) -> None:
-        """Take in one record; what is damaged or foreign is told again at worst."""
-        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        """Take in one record; what is damaged or foreign is sent again at worst."""
+        with self._lock, contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
             if "event" in record:
-                facts = record.get("facts") or {}
-                if not all(isinstance(value, str) for value in facts.values()):
-                    return
-                event = Event(record["event"], record["kind"], facts)
-                if not all(isinstance(text, str) for text in [event.id, event.kind, *record["to"]]):
+                event = Event(record["event"], record["kind"], record.get("facts") or {})
+                texts = [event.id, event.kind, *event.facts.values(), *record["to"]]
+                if not all(isinstance(text, str) for text in texts):
                     return
                 self.known[event.id] = list(record["to"])
-                self.waiting.pop(event.id, None)
+                self._waiting.pop(event.id, None)
                 if event.facts and record["to"]:
-                    self.waiting[event.id] = (event, set(record["to"]))
+                    self._waiting[event.id] = (event, set(record["to"]))
             elif "sent" in record:
                 for event_id in record["sent"]:
-                    self.settle(event_id, record["to"])
-                self.broken.pop(record["to"], None)
+                    self._settle(event_id, record["to"])
+                self._broken.pop(record["to"], None)
             elif isinstance(record.get("broken"), str):
-                since = float(record.get("since", record["time"]))
-                self.broken[record["broken"]] = (str(record["reason"]), since)
+                since = float(record.get("since") or record["time"])
+                self._broken[record["broken"]] = (str(record["reason"]), since)
             elif "mended" in record:
-                self.broken.pop(record["mended"], None)
+                self._broken.pop(record["mended"], None)
 
-    def settle(self, event_id: str, notifier_id: str) -> None:
-        """Note that a notifier waits for an event no more."""
-        waiting = self.waiting.get(event_id)
-        if waiting is not None:
-            waiting[1].discard(notifier_id)
-            if not waiting[1]:
-                del self.waiting[event_id]
-
-    def waiting_for(self, notifier_id: str) -> List[Event]:
-        """Return what a notifier is still to be told, the oldest first."""
-        return [event for event, ids in self.waiting.values() if notifier_id in ids]
-
-
-class Outbox:
-    """The events of a repository and who was told of them. Safe for use by several threads."""
-
-    def __init__(self, path: str, guard: Callable[[], None] = lambda: None) -> None:
-        self.path = path
-        #: Raises OSError where nothing may be made below the repository.
-        self._guard = guard
-        self._lock = threading.Lock()
-        self._state = OutboxState()
-        self._state.load(path)
-        self._writer = LogWriter(path)
-        self._compact_at = 0
-        self._closed = False
+    def _settle(self, event_id: str, notifier_id: str) -> None:
+        if event_id in self._waiting:
+            ids = self._waiting[event_id][1]
+            ids.discard(notifier_id)
+            if not ids:
+                del self._waiting[event_id]
 
     def knows(self, event_id: str) -> bool:
         """True where the event was put here before."""
-        return event_id in self._state.known
+        return event_id in self.known
 
-    def known_ids(self) -> List[str]:
-        """Return the ids of all events that were put here."""
-        return list(self._state.known)
-
-    @property
-    def newest_id(self) -> str:
-        """The id of the last event that was put here, or ""."""
-        return next(reversed(self._state.known), "")
-
-    def add(self, events: Sequence[Tuple[Event, List[str]]]) -> None:
-        """Record events with the ids of the notifiers to tell, in one write that reaches the disk.
-
-        Where the disk refuses, the lines wait in memory and the events are told all the same.
-        """
-        lines = []
+    def waiting_for(self, notifier_id: str) -> List[Event]:
+        """Return what is still to be sent to a notifier, the oldest first."""
         with self._lock:
-            for event, notifier_ids in events:
-                self._state.known[event.id] = notifier_ids
-                if notifier_ids:
-                    self._state.waiting[event.id] = (event, set(notifier_ids))
-                lines.append(self._line(event, notifier_ids))
-            self._write("".join(lines))
+            return [event for event, ids in self._waiting.values() if notifier_id in ids]
 
-    @staticmethod
-    def _line(event: Event, notifier_ids: Sequence[str], with_facts: bool = True) -> str:
-        record: Dict[str, Any] = {"event": event.id, "kind": event.kind, "to": list(notifier_ids)}
-        record["time"] = round(time.time(), 3)
-        if with_facts:
-            record["facts"] = event.facts
-        return to_json(record) + "\n"
-
-    def _write(self, lines: str) -> None:
-        if lines and not self._closed:
-            # Last, since what makes a lost file whole again says what is known, these lines included.
-            self._writer.append_line(lines.encode("ascii"))
-            self._look()
-            self._writer.sync()
-
-    def _look(self) -> None:
-        """Make the file again where it was removed. Its folder too, but never `.aim`."""
-        if self._writer.is_there():
-            return
-        self._writer.leave()
-        with contextlib.suppress(OSError):
-            self._guard()
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(os.path.dirname(self.path))
-            self._writer.open_again([], self._lines())
-
-    def _lines(self) -> List[bytes]:
-        """Return what the file must say at least: what waits, what is known to have been told, and
-        who does not work."""
-        state, lines = self._state, []
-        for event_id, notifier_ids in state.known.items():
-            event, waiting = state.waiting.get(event_id, (Event(event_id, "", {}), notifier_ids))
-            lines.append(self._line(event, sorted(waiting), event_id in state.waiting))
-        for notifier_id, (reason, since) in state.broken.items():
-            lines.append(to_json({"broken": notifier_id, "reason": reason, "time": since}) + "\n")
-        return [line.encode("ascii") for line in lines]
-
-    def sent(self, event_ids: Sequence[str], notifier_id: str) -> None:
-        """Record that a notifier was told of events."""
-        for start in range(0, len(event_ids), MAX_SENT_IDS):  # a line too long is not read
-            self._note({"sent": list(event_ids[start : start + MAX_SENT_IDS]), "to": notifier_id})
-
-    def note_broken(self, notifier_id: str, reason: str) -> None:
-        """Record that a notifier does not work, and why now, unless that is known."""
-        known = self.broken().get(notifier_id)
-        if known is None:
-            self._note({"broken": notifier_id, "reason": reason})
-        elif known[0] != reason:
-            self._note({"broken": notifier_id, "reason": reason, "since": known[1]})
-
-    def note_mended(self, notifier_id: str) -> None:
-        """Record that a notifier works, where it did not."""
-        if notifier_id in self._state.broken:
-            self._note({"mended": notifier_id})
-
-    def _note(self, record: Dict[str, Any]) -> None:
-        record["time"] = round(time.time(), 3)
-        with self._lock:
-            self._state.apply(record)
-            self._write(to_json(record) + "\n")
+    def is_waiting(self, event_id: str) -> bool:
+        """True where the event is still to be sent to somebody."""
+        return event_id in self._waiting
 
     def broken(self) -> Dict[str, Tuple[str, float]]:
         """Return the notifiers that do not work: why, and since when (UTC seconds)."""
         with self._lock:
-            return dict(self._state.broken)
+            return dict(self._broken)
 
-    def waiting_for(self, notifier_id: str) -> List[Event]:
-        """Return what a notifier is still to be told, the oldest first."""
+    def give_up(self, notifier_id: str, keep: int = 0) -> int:
+        """Give up what waits for a notifier, except the newest `keep` events; return how many were."""
+        waiting = self.waiting_for(notifier_id)
+        old = waiting[: max(0, len(waiting) - keep)]
         with self._lock:
-            return self._state.waiting_for(notifier_id)
+            for event in old:
+                self._settle(event.id, notifier_id)
+        return len(old)
 
-    def waits_for(self, notifier_id: str, event_id: str) -> bool:
-        """True where a notifier is still to be told of an event."""
-        # Without the lock, which a write to a share that hangs holds for as long.
-        waiting = self._state.waiting.get(event_id)
-        return waiting is not None and notifier_id in waiting[1]
+    def waited_for(self) -> Set[str]:
+        """Return the ids of the notifiers for which something waits."""
+        with self._lock:
+            return {notifier_id for _, ids in self._waiting.values() for notifier_id in ids}
 
-    def is_waiting(self, event_id: str) -> bool:
-        """True where somebody is still to be told of the event."""
-        return event_id in self._state.waiting
+    def lines(self) -> List[bytes]:
+        """Return what a file must say at least: what waits, what is known to have been sent, and which
+        notifiers do not work."""
+        records: List[Dict[str, Any]] = [{"begun": "what came before is only summarized"}]
+        with self._lock:
+            for event_id, notifier_ids in self.known.items():
+                event, ids = self._waiting.get(event_id, (Event(event_id, "", {}), notifier_ids))
+                records.append(event_record(event, sorted(ids)))
+            for notifier_id, (reason, since) in self._broken.items():
+                records.append({"broken": notifier_id, "reason": reason, "since": since})
+        return [_outbox_line(record) for record in records]
+
+
+def event_record(event: Event, notifier_ids: Sequence[str]) -> Dict[str, Any]:
+    """Return the record of an event. One without facts waits for nobody any more."""
+    record = {"event": event.id, "kind": event.kind, "to": list(notifier_ids)}
+    return {**record, "facts": event.facts} if event.facts else record
+
+
+def _outbox_line(record: Dict[str, Any]) -> bytes:
+    return to_json({**record, "time": round(time.time(), 3)}).encode("ascii") + b"\n"
+
+
+#: Above this size, and when it has doubled, the outbox is rewritten without what nobody can ask for.
+COMPACT_BYTES = 1 << 20
+#: So many events are kept for a notifier that is not reached, when the outbox is shortened.
+MAX_WAITING = 10_000
+#: How many deliveries one line records: a line that is too long is not read.
+MAX_SENT_IDS = 10_000
+
+
+class Outbox(OutboxState):
+    """The events of a repository and who was notified of them, in a file."""
+
+    def __init__(self, path: str, guard: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self.path = path
+        #: Raises OSError where nothing may be made below the repository.
+        self._guard = guard
+        self.load(path)
+        #: Held while the file is written, which takes as long as the disk does. Only writers wait for it.
+        self._writing = threading.Lock()
+        self._file = AppendFile(path, self.lines)
+        self._compact_at = 0
+        self._closed = False
+
+    def add(self, events: Sequence[Tuple[Event, List[str]]]) -> None:
+        """Record events with the ids of the notifiers that must hear of them, in one write that reaches
+        the disk.
+
+        Where the disk refuses, the lines wait in memory and the events are sent all the same.
+        """
+        self._record([event_record(event, notifier_ids) for event, notifier_ids in events])
+
+    def sent(self, event_ids: Sequence[str], notifier_id: str) -> None:
+        """Record that events were sent to a notifier."""
+        for start in range(0, len(event_ids), MAX_SENT_IDS):
+            self._record([{"sent": list(event_ids[start : start + MAX_SENT_IDS]), "to": notifier_id}])
+
+    def note_broken(self, notifier_id: str, reason: str) -> None:
+        """Record that a notifier does not work, and why now, unless that is known."""
+        known, since = self.broken().get(notifier_id, ("", round(time.time(), 3)))
+        if known != reason:
+            self._record([{"broken": notifier_id, "reason": reason, "since": since}])
+
+    def note_mended(self, notifier_id: str) -> None:
+        """Record that a notifier works, where it did not."""
+        if notifier_id in self.broken():
+            self._record([{"mended": notifier_id}])
+
+    def _record(self, records: Sequence[Dict[str, Any]]) -> None:
+        with self._writing:
+            if records and not self._closed:
+                self._look()
+                self._file.append(b"".join(map(_outbox_line, records)))
+                self._file.sync()
+        # Only now, since what is known here is sent at once.
+        for record in records:
+            self.apply(record)
+
+    def _look(self) -> bool:
+        """Make the file again where it was removed; its folder too, but never `.aim`."""
+        if self._file.look():
+            return True
+        with contextlib.suppress(OSError):
+            self._guard()
+            os.mkdir(os.path.dirname(self.path))
+        return self._file.look()
 
     def forget_notifiers(self, keep: Set[str]) -> None:
         """Give up what waits for notifiers that were removed."""
-        with self._lock:
-            for event, ids in list(self._state.waiting.values()):
-                for notifier_id in ids - keep:
-                    self._state.settle(event.id, notifier_id)
+        for notifier_id in self.waited_for() - keep:
+            self.give_up(notifier_id)
         for notifier_id in set(self.broken()) - keep:
             self.note_mended(notifier_id)
 
     def compact(self, keep_id: Callable[[str], bool]) -> None:
         """Rewrite the file, where it has grown, with what still waits, who does not work, and the
         ids that `keep_id` wants."""
-        with self._lock:
-            state = self._state
+        with self._writing:
             try:
-                if not (self._writer.is_there() and self._writer.flush()):
+                if not (self._look() and self._file.flush()):
                     return
                 if os.path.getsize(self.path) < max(COMPACT_BYTES, self._compact_at):
                     return
-                self._give_up_old()
-                state.known = {
-                    item: to for item, to in state.known.items() if item in state.waiting or keep_id(item)
-                }
-                data = b"".join(self._lines())
+                for notifier_id in self.waited_for():
+                    # Somebody who has not been reached for months costs no more than the newest.
+                    count = self.give_up(notifier_id, MAX_WAITING)
+                    if count:
+                        given_up = plural(count, "event")
+                        log.error("notifier %s: %s given up: too many wait", notifier_id[:8], given_up)
+                with self._lock:
+                    known = self.known.items()
+                    self.known = {item: to for item, to in known if item in self._waiting or keep_id(item)}
+                data = b"".join(self.lines())
                 replace_file(self.path, data)
                 # The new one first: where it cannot be opened, the old one is found to be gone, and
                 # no descriptor that was closed is written to.
-                old, self._writer = self._writer, LogWriter(self.path)
+                old, self._file = self._file, AppendFile(self.path, self.lines)
                 old.close()
+                self._compact_at = 2 * len(data)
             except OSError as error:
                 self._compact_at = 2 * max(COMPACT_BYTES, self._compact_at)
                 log.warning("cannot shorten %s: %s", self.path, error.strerror)
-                return
-            self._compact_at = 2 * len(data)
-
-    def _give_up_old(self) -> None:
-        """Keep of what waits for somebody who has not been reached for months the newest alone."""
-        for notifier_id in {one for _, ids in self._state.waiting.values() for one in ids}:
-            old = self._state.waiting_for(notifier_id)[:-MAX_WAITING]
-            if old:
-                log.error(
-                    "notifier %s: %s given up: too many wait", notifier_id[:8], plural(len(old), "event")
-                )
-            for event in old:
-                self._state.settle(event.id, notifier_id)
 
     def flush(self) -> None:
         """Try again to write what the disk refused, or what lost its file."""
-        with self._lock:
-            if not self._closed:
-                self._look()
-                self._writer.flush()
+        with self._writing:
+            if not self._closed and self._look():
+                self._file.flush()
 
     def close(self) -> None:
-        """Let go of the file. What a courier says later is not written: it is told again."""
-        with self._lock:
+        """Close the file. What a notifier's thread says later is not written: it is sent again."""
+        with self._writing:
             self._closed = True
-            self._writer.close()
+            self._file.close()
 
 
-class Courier(threading.Thread):
-    """Tells one notifier what waits for it, alone in its thread: what hangs here delays nobody."""
+#: At least this long between two posts to one notifier, and at most so long while events keep coming.
+MIN_POST_GAP_S, MAX_POST_GAP_S = 1.0, 5.0
+#: A notifier whose address or token is refused is tried again this often, and when it is changed.
+BROKEN_RETRY_S = 3600.0
 
-    def __init__(self, notifier: Notifier, outbox: Outbox, before: Optional[Courier] = None) -> None:
+
+class NotifierThread(threading.Thread):
+    """Sends one notifier what waits for it in the outbox: what hangs here delays no other notifier.
+
+    There is one for each notifier id, and it lasts as long as the watcher, so that nothing is sent twice
+    at the same time, whatever becomes of the configuration meanwhile.
+    """
+
+    def __init__(self, notifier: Notifier, outbox: Outbox) -> None:
         super().__init__(name=f"aimwatch-{notifier.type}", daemon=True)
-        self._before = before
-        self.notifier = notifier
+        self.id = notifier.id
+        #: As it is configured now; None while it is disabled or removed.
+        self.notifier: Optional[Notifier] = notifier
         self._outbox = outbox
         self._changed = threading.Condition()
-        self._queue: Deque[Event] = deque(outbox.waiting_for(notifier.id))
-        self._stopping = False
+        #: An event that cannot be in the outbox, since the disk does not answer.
+        self._alarm: Optional[Event] = None
+        self._stopping = self._hurry = False
         self._failures = 0
-        self._broken = self._hurry = self._plain = False
-        self._before_mono = -math.inf
-        self._unrecorded: Set[str] = set()
-        #: So many events go out together; fewer while it is sought which one a server refuses.
-        self._most = MAX_BATCH_EVENTS
+        #: Whether the last attempt found it broken, and whether the last message was refused as it was.
+        self._broken = self._plain = False
         self._gap_s, self._posted_mono = MIN_POST_GAP_S, -math.inf
-        self._tried = not self._queue
 
-    def submit(self, events: Sequence[Event], recorded: bool = True) -> None:
-        """Queue events, which the outbox already holds where they are `recorded`."""
+    def use(self, notifier: Optional[Notifier]) -> None:
+        """Go on with the notifier as it is configured now. One that is changed, or was broken and may have
+        been mended, rests no longer."""
         with self._changed:
-            self._queue.extend(events)
-            self._unrecorded.update(event.id for event in events if not recorded)
-            self._tried = not self._queue
+            if notifier != self.notifier:
+                self.notifier = notifier
+                self._failures, self._plain, self._hurry = 0, False, True
+            self._hurry = self._hurry or self._broken
+            self._changed.notify_all()
+
+    def wake(self, alarm: Optional[Event] = None) -> None:
+        """Look into the outbox, and send an alarm, which takes the place of an earlier one."""
+        with self._changed:
+            self._alarm = alarm or self._alarm
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -6623,95 +6574,76 @@ class Courier(threading.Thread):
             self._stopping = True
             self._changed.notify_all()
 
-    def try_now(self) -> None:
-        """Rest no longer, where the notifier does not work: somebody may have mended it."""
-        with self._changed:
-            self._hurry = self._broken
-            self._changed.notify_all()
-
     def wait_tried(self, deadline_mono: float) -> bool:
-        """Wait until everything queued was sent, or tried once in vain; False when time ran out."""
+        """Wait until what waits was sent, or tried in vain; False when time ran out."""
+        left_s = max(0.0, deadline_mono - time.monotonic())
         with self._changed:
-            return self._changed.wait_for(lambda: self._tried, max(0.0, deadline_mono - time.monotonic()))
+            return self._changed.wait_for(lambda: self._failures > 0 or not self._batch(), left_s)
+
+    def _batch(self) -> List[Event]:
+        if self.notifier is None:
+            return []
+        return [self._alarm] if self._alarm is not None else self._outbox.waiting_for(self.id)
 
     def run(self) -> None:
-        if self._before is not None:
-            # What its predecessor has in flight must not be sent again beside it.
-            self._before.join()
-            self._before_mono, self._before = self._before._posted_mono, None
-            with self._changed:
-                self._drop_told()
-            self._rest(self._before_mono + MIN_POST_GAP_S - time.monotonic())
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._stopping or self._queue)
-                if self._stopping:
-                    return
-                self._drop_told()
-                batch = list(self._queue)
-            if not batch:
+                self._changed.wait_for(lambda: self._stopping or self._batch())
+                notifier, alarm, batch = self.notifier, self._alarm, self._batch()
+            if self._stopping:
+                return
+            if notifier is None or not batch:
                 continue
             try:
-                rest_s = self._deliver(batch)
+                rest_s = self._send(notifier, batch, alarm)
             except Exception as error:
-                # A courier that died of it would take every later alert with it.
-                log.error("notifier %s: %s: %s", self.notifier.id[:8], type(error).__name__, "trying again")
+                # A thread that died of it would take every later alert with it.
+                log.error("notifier %s: %s: trying again", self.id[:8], type(error).__name__)
                 rest_s = MAX_BACK_OFF_S
             self._rest(rest_s)
 
-    def _drop_told(self) -> None:
-        """Take out of the queue what a predecessor told, or what was given up."""
-        waits_for, me = self._outbox.waits_for, self.notifier.id
-        self._queue = deque(
-            event for event in self._queue if event.id in self._unrecorded or waits_for(me, event.id)
-        )
-        self._tried = self._tried or not self._queue
-        self._changed.notify_all()
-
-    def _deliver(self, batch: List[Event]) -> float:
-        """Tell `batch` in one message and return how long to rest."""
-        del batch[self._most :]
+    def _send(self, notifier: Notifier, batch: List[Event], alarm: Optional[Event]) -> float:
+        """Send `batch`, or an alarm, in one message and return how long to rest."""
         facts = [{**event.facts, "id": event.id} for event in batch]
-        outcome = deliver(self.notifier, facts, self._plain)
+        outcome = deliver(notifier, facts, self._plain, lambda: not self._stopping)
         if outcome.kind == REFUSED and self._plain:
             outcome = outcome._replace(kind=BROKEN)
-        if outcome.kind == REFUSED and len(batch) > 1:
-            # It may be for one of them that the server refuses all.
-            self._most = (len(batch) + 1) // 2
-        else:
-            self._plain = outcome.kind == REFUSED or (self._plain and outcome.kind != SENT)
-        if outcome.kind == SENT:
-            self._most = min(2 * self._most, MAX_BATCH_EVENTS)
-        rest_s = self._settle(batch, outcome)
+        if notifier is not self.notifier and outcome.kind != SENT:
+            return MIN_POST_GAP_S  # as it is configured now, it has not been tried
+        if alarm is None:  # else the disk does not answer
+            self._record_outcome(batch, outcome)
+        rest_s = self._judge(f"{notifier.type} {self.id[:8]}", len(batch), outcome)
         with self._changed:
             if outcome.kind == SENT:
-                for _ in batch:
-                    self._unrecorded.discard(self._queue.popleft().id)
-                self._failures = 0
+                self._failures, self._plain = 0, False
+                self._alarm = None if self._alarm is alarm else self._alarm
+            elif outcome.kind == REFUSED:
+                self._plain = True
             else:
                 self._failures += 1
             self._broken = outcome.kind == BROKEN
-            self._tried = not self._queue or outcome.kind != SENT
             self._changed.notify_all()
         return rest_s
 
-    def _settle(self, batch: Sequence[Event], outcome: Outcome) -> float:
-        """Record and log what came of an attempt, and return how long to rest."""
-        name = f"{self.notifier.type} {self.notifier.id[:8]}"
+    def _record_outcome(self, batch: List[Event], outcome: Outcome) -> None:
         if outcome.kind == SENT:
-            self._outbox.sent([event.id for event in batch], self.notifier.id)
+            self._outbox.sent([event.id for event in batch], self.id)
+        elif outcome.kind == BROKEN:
+            self._outbox.note_broken(self.id, outcome.detail)
+
+    def _judge(self, name: str, count: int, outcome: Outcome) -> float:
+        """Log what came of an attempt, and return how long to rest."""
+        if outcome.kind == SENT:
             if self._failures:
                 log.info("notifier %s is reached again", name)
-            if self.notifier.type != "logger":  # whose messages say it themselves
-                log.info("notifier %s was told of %s", name, plural(len(batch), "event"))
-            return self._gap()
+            if not name.startswith("logger"):  # whose messages say it themselves
+                log.info("notifier %s was sent %s", name, plural(count, "event"))
+            return 0.0 if name.startswith("logger") else self._gap()
+        then = "trying again"
         if outcome.kind == BROKEN:
-            self._outbox.note_broken(self.notifier.id, outcome.detail)
             then = "what waits is kept until it is mended; see 'notifiers list'"
         elif outcome.kind == REFUSED:
-            then = "trying again in fewer words" if self._plain else "trying again in parts"
-        else:
-            then = "trying again"
+            then = "trying again in plain words"
         if not self._failures or (outcome.kind == BROKEN) != self._broken:
             log.warning("notifier %s: %s; %s", name, outcome.detail, then)
         if outcome.kind == BROKEN:
@@ -6721,10 +6653,8 @@ class Courier(threading.Thread):
         return max(back_off_s(self._failures + 1, _random()), outcome.wait_s, MIN_POST_GAP_S)
 
     def _gap(self) -> float:
-        """Return the pause after a post; it grows while there is more to tell each time, so that a
+        """Return the pause after a post; it grows while there is more to send each time, so that a
         power cut that takes a minute to be noticed is a handful of messages."""
-        if self.notifier.type == "logger":
-            return 0.0
         now = time.monotonic()
         storm = now - self._posted_mono < 2 * self._gap_s
         self._gap_s = min(2 * self._gap_s, MAX_POST_GAP_S) if storm else MIN_POST_GAP_S
@@ -6732,17 +6662,12 @@ class Courier(threading.Thread):
         return self._gap_s
 
     def _rest(self, seconds: float) -> None:
+        """Rest; a change of the notifier shortens that, but not below the least gap between two posts."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._hurry, seconds)
+            least_s = min(seconds, MIN_POST_GAP_S)
+            self._changed.wait_for(lambda: self._stopping, least_s)
+            self._changed.wait_for(lambda: self._stopping or self._hurry, seconds - least_s)
             self._hurry = False
-
-
-#: More events than can wait for a notifier.
-MAX_BATCH_EVENTS = 1 << 30
-#: At least this long between two posts to one notifier, and at most so long while there is much to tell.
-MIN_POST_GAP_S, MAX_POST_GAP_S = 1.0, 5.0
-#: A notifier whose address or token is refused is tried again this often, and when it is changed.
-BROKEN_RETRY_S = 3600.0
 
 
 def _random() -> float:
@@ -6750,18 +6675,19 @@ def _random() -> float:
 
 
 class Dispatcher:
-    """Hands events to the notifiers that want them, and follows changes of config.json."""
+    """Puts events into the outbox for the notifiers that want them, and follows changes of config.json."""
 
     def __init__(self, paths: RepoPaths, outbox: Outbox, config: NotifierConfig) -> None:
         self._paths = paths
         self._outbox = outbox
         self._config = config
         self._stamp: Any = None
-        self._couriers: Dict[str, Courier] = {}
-        #: Enabled notifiers whose configuration is wrong: what they are to tell waits.
+        #: The notifiers in force, by id.
+        self._usable: Dict[str, Notifier] = {}
+        #: Enabled notifiers whose configuration is wrong: what they must hear of waits.
         self._unusable: Dict[str, Notifier] = {}
-        self._retired: List[Courier] = []
-        #: From which level on log messages are told.
+        self._threads: Dict[str, NotifierThread] = {}
+        #: From which level on people hear of log messages.
         self.log_level = logging.WARNING
 
     def load(self) -> None:
@@ -6769,35 +6695,24 @@ class Dispatcher:
         self._stamp = self._stat()
         notifiers = self._config.notifiers()
         self.log_level = self._config.log_level()
-        for notifier in notifiers:
-            if notifier.problem and notifier.enabled:
-                log.error("notifier %s %s; it is not used", notifier.id[:8], notifier.problem)
-        usable = {item.id: item for item in notifiers if item.enabled and not item.problem}
-        if not usable:
+        enabled = [item for item in notifiers if item.enabled]
+        self._unusable = {item.id: item for item in enabled if item.problem}
+        self._usable = {item.id: item for item in enabled if not item.problem}
+        if not self._usable:
             fallback = fallback_notifier()
-            usable = {fallback.id: fallback}
-        for notifier_id, courier in list(self._couriers.items()):
-            if usable.get(notifier_id) != courier.notifier:
-                courier.stop()
-                self._retired.append(self._couriers.pop(notifier_id))
-            else:
-                courier.try_now()
-        self._retired = [courier for courier in self._retired if courier.is_alive()]
-        self._outbox.forget_notifiers({item.id for item in notifiers} | set(usable))
-        for notifier_id, notifier in usable.items():
+            self._usable = {fallback.id: fallback}
+        self._outbox.forget_notifiers({item.id for item in notifiers} | set(self._usable))
+        for item in self._unusable.values():
+            log.error("notifier %s %s; it is not used", item.id[:8], item.problem)
+            self._outbox.note_broken(item.id, printable(item.problem or "", 300))
+        for notifier_id, notifier in self._usable.items():
             if not self._outbox.waiting_for(notifier_id):
                 self._outbox.note_mended(notifier_id)
-            if notifier_id not in self._couriers:
-                self._start(notifier)
-        self._unusable = {item.id: item for item in notifiers if item.enabled and item.problem}
-        for item in self._unusable.values():
-            self._outbox.note_broken(item.id, printable(item.problem or "", 300))
-
-    def _start(self, notifier: Notifier) -> None:
-        before = [item for item in self._retired if item.notifier.id == notifier.id]
-        courier = Courier(notifier, self._outbox, before[-1] if before else None)
-        self._couriers[notifier.id] = courier
-        courier.start()
+            if notifier_id not in self._threads:
+                self._threads[notifier_id] = NotifierThread(notifier, self._outbox)
+                self._threads[notifier_id].start()
+        for notifier_id, thread in self._threads.items():
+            thread.use(self._usable.get(notifier_id))
 
     def _stat(self) -> Any:
         try:
@@ -6821,70 +6736,56 @@ class Dispatcher:
                 log.error("%s; the last good configuration stays in force", error)
 
     def describe(self) -> str:
-        """Return who is told, for people: `slack 5c42d699, logger`."""
-        names = [
-            item.notifier.type
-            if item.notifier.id == item.notifier.type
-            else f"{item.notifier.type} {item.notifier.id[:8]}"
-            for item in self._couriers.values()
-        ]
-        return ", ".join(names)
+        """Return who is notified, for people: `slack 5c42d699, logger`."""
+        return ", ".join(
+            item.type if item.id == item.type else f"{item.type} {item.id[:8]}"
+            for item in self._usable.values()
+        )
 
     def wanted(self, kind: str) -> bool:
         """True where some notifier wants events of this kind."""
-        items = [*self._unusable.values(), *(courier.notifier for courier in self._couriers.values())]
-        return kind == TROUBLE or any(kind in item.events for item in items)
+        return any(item.wants(kind) for item in (*self._usable.values(), *self._unusable.values()))
 
-    def tell(self, events: Sequence[Event], but: Optional[str] = None) -> None:
-        """Put new events into the outbox, for good, and then hand them to their couriers; to all
-        that want them `but` one."""
-        told = [courier.notifier for courier in self._couriers.values()]
-        entries = []
-        for event in {event.id: event for event in events}.values():
-            to = [
-                item.id
-                for item in (*told, *self._unusable.values())
-                if (event.kind == TROUBLE or event.kind in item.events) and item.id != but
-            ]
-            entries.append((event, to))
-        self._outbox.add(entries)
-        for notifier_id, courier in self._couriers.items():
-            courier.submit([event for event, to in entries if notifier_id in to])
+    def notify(self, events: Sequence[Event], but: Optional[str] = None) -> None:
+        """Put new events into the outbox, for good, for all notifiers that want them `but` one, and
+        have them sent."""
+        items = [item for item in (*self._usable.values(), *self._unusable.values()) if item.id != but]
+        unique = {event.id: event for event in events}.values()
+        self._outbox.add([(event, [item.id for item in items if item.wants(event.kind)]) for event in unique])
+        for thread in self._threads.values():
+            thread.wake()
 
-    def tell_unrecorded(self, event: Event) -> None:
-        """Tell an event that cannot be put into the outbox, since the disk does not answer."""
-        for courier in list(self._couriers.values()):
-            courier.submit([event], recorded=False)
+    def alarm(self, event: Event) -> None:
+        """Send every notifier an event that cannot be put into the outbox, since the disk does not answer."""
+        for thread in list(self._threads.values()):
+            thread.wake(event)
 
-    def tell_of_broken(self) -> None:
-        """Tell the others, once, of every notifier that does not work."""
-        used = {notifier_id: courier.notifier for notifier_id, courier in self._couriers.items()}
+    def notify_of_broken(self) -> None:
+        """Notify the others, once, of every notifier that does not work."""
+        items = {**self._usable, **self._unusable}
         for notifier_id, (reason, since) in self._outbox.broken().items():
             event_id = f"{BROKEN}-{notifier_id}-{since:.3f}"
-            notifier = used.get(notifier_id) or self._unusable.get(notifier_id)
-            others = set(used) - {notifier_id}
-            if notifier is not None and others and not self._outbox.knows(event_id):
-                what = f"notifier {notifier.type} {notifier_id[:8]} does not work: {reason}"
+            others = set(self._usable) - {notifier_id}
+            if notifier_id in items and others and not self._outbox.knows(event_id):
+                what = f"notifier {items[notifier_id].type} {notifier_id[:8]} does not work: {reason}"
                 facts = {"event": TROUBLE, "repo": self._paths.root}
                 facts["run.reason"] = printable(f"{what}; what it is to tell is kept until it is mended")
-                self.tell([Event(event_id, TROUBLE, facts)], but=notifier_id)
+                self.notify([Event(event_id, TROUBLE, facts)], but=notifier_id)
 
     def drain(self, limit_s: float) -> bool:
         """Wait until everything was sent or tried once, at most `limit_s` seconds; True if so."""
         deadline = time.monotonic() + limit_s
-        return all(courier.wait_tried(deadline) for courier in self._couriers.values())
+        return all(thread.wait_tried(deadline) for thread in self._threads.values())
 
     def stop(self, limit_s: float) -> None:
-        """End the couriers; what is in flight gets `limit_s` seconds, and is told again if it
-        needs longer."""
+        """End the threads; what is in flight gets `limit_s` seconds, and is sent again if it needs
+        longer."""
         deadline = time.monotonic() + limit_s
-        for courier in self._couriers.values():
-            courier.stop()
-        for courier in self._couriers.values():
-            courier.join(max(0.0, deadline - time.monotonic()))
-        for group in list(_running):
-            with contextlib.suppress(OSError):
-                os.killpg(group, signal.SIGKILL)  # nobody would end it after its time any more
+        for thread in self._threads.values():
+            thread.stop()
+        for thread in self._threads.values():
+            thread.join(max(0.0, deadline - time.monotonic()))
+        end_programs()
 
 
 # ======================================================================================
@@ -6895,7 +6796,6 @@ class Dispatcher:
 # listing and what changed since the last.
 # ======================================================================================
 
-RUNNING = "running"
 #: The state in which a check-in's flag leaves its run.
 FLAG_STATES = {STARTING: RUNNING, CHECK_IN: RUNNING, FINISHED: FINISHED, FAILED: FAILED}
 STATES = (RUNNING, STALLED, FINISHED, FAILED)
@@ -7556,7 +7456,6 @@ FACTS_S = 2.0
 #: How often it is seen whether somebody is to be reminded.
 REMIND_INTERVAL_S = 5.0
 #: How long the check-ins of ended runs stay, for `status` and for Aim's watcher to see.
-KEEP_FINISHED_S, KEEP_FAILED_S = 600.0, 86400.0
 SWEEP_INTERVAL_S = 60.0
 #: watcher.json is written when its last writing was this many times its own cost ago.
 SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S = 100.0, 10.0
@@ -7719,7 +7618,7 @@ class Watcher:
         self._send()
         for path, size in taken:
             remove_messages(path, size)
-        self.dispatcher.tell_of_broken()
+        self.dispatcher.notify_of_broken()
         self._forget_vanished()
         self._sweep()
         self.outbox.flush()
@@ -7826,7 +7725,7 @@ class Watcher:
         if self._events:
             # Before the outbox has them: killed in between, the next watcher finds them here.
             self._save(now=True)
-            self.dispatcher.tell([event for event in self._events if not self.outbox.knows(event.id)])
+            self.dispatcher.notify([event for event in self._events if not self.outbox.knows(event.id)])
             self._events = []
 
     def _facts(self, change: Change, in_full: bool) -> Facts:
@@ -7841,7 +7740,7 @@ class Watcher:
 
     def _alert_trouble(self, what: str, reason: str) -> None:
         facts = {"event": TROUBLE, "run.reason": reason, "repo": self.paths.root}
-        self.dispatcher.tell([Event(f"{what}-{self._utc():.2f}", TROUBLE, self._dated(facts))])
+        self.dispatcher.notify([Event(f"{what}-{self._utc():.2f}", TROUBLE, self._dated(facts))])
 
     def _note_blind(self, error: OSError) -> None:
         now = self._clock()
@@ -7906,7 +7805,7 @@ class Watcher:
                 os.unlink(path)
 
     def _can_sweep(self, watched: WatchedRun, now_s: float) -> bool:
-        keep_s = {FINISHED: KEEP_FINISHED_S, FAILED: KEEP_FAILED_S}.get(watched.state, math.inf)
+        keep_s = KINDS[watched.state].keep_s
         return (
             now_s - watched.since_s > keep_s
             and not self.outbox.is_waiting(Change(watched.state, watched, 0, None).id)
@@ -8050,7 +7949,7 @@ class HangAlarm(threading.Thread):
     def _tell(self, reason: str) -> None:
         log.error("%s: %s", self._watcher.paths.root, reason)
         facts = {"event": TROUBLE, "run.reason": reason, "repo": self._watcher.paths.root}
-        self._watcher.dispatcher.tell_unrecorded(Event(f"hangs-{time.time():.2f}", TROUBLE, facts))
+        self._watcher.dispatcher.alarm(Event(f"hangs-{time.time():.2f}", TROUBLE, facts))
 
     def stop(self) -> None:
         """End at once."""
@@ -8088,7 +7987,7 @@ class Pinger(threading.Thread):
     def ping(self) -> bool:
         """GET the URL once; say so in the log when that begins to fail, and when it works again."""
         url = self._notifier.arguments["url"]
-        outcome = attempt(lambda closers: judge_webhook(http_request(url, closers), time.time()))
+        outcome = try_once(lambda attempt: judge_webhook(http_request(url, attempt), time.time()))
         failing = outcome.kind != SENT
         if failing != self._failing:
             self._failing = failing
@@ -8161,13 +8060,11 @@ class ReindexThread(threading.Thread):
 # 2 wrong usage. Tables are for people, --json for scripts, colour for terminals alone.
 # ======================================================================================
 
-_COLOURS = {STALLED: "31", FAILED: "31", RUNNING: "32", FINISHED: "2"}
-
 
 def coloured(text: str, state: str, stream: Any) -> str:
     """Return `text` in the colour of a state where `stream` is a terminal and NO_COLOR is unset."""
-    if state in _COLOURS and stream.isatty() and not os.environ.get("NO_COLOR"):
-        return f"\x1b[{_COLOURS[state]}m{text}\x1b[0m"
+    if state in KINDS and stream.isatty() and not os.environ.get("NO_COLOR"):
+        return f"\x1b[{KINDS[state].colour}m{text}\x1b[0m"
     return text
 
 
@@ -8944,7 +8841,7 @@ def cmd_notifiers_list(args: Any) -> int:
     objects: List[Dict[str, Any]] = []
     rows = []
     for item in NotifierConfig(paths).notifiers():
-        reason, since = outbox.broken.get(item.id, (None, None))
+        reason, since = outbox.broken().get(item.id, (None, None))
         status, problem = "enabled" if item.enabled else "disabled", item.problem or reason
         waiting = len(outbox.waiting_for(item.id))
         objects.append(
@@ -9042,7 +8939,7 @@ def cmd_notifiers_test(args: Any) -> int:
         "id": "sample",
         "time": utc_datetime(now).isoformat(" ", "seconds") + " UTC",
     }
-    failed, broken = 0, _outbox_state(paths).broken
+    failed, broken = 0, _outbox_state(paths).broken()
     for item in notifiers:
         outcome = Outcome(BROKEN, item.problem) if item.problem else deliver(item, [sample])
         failed += outcome.kind != SENT

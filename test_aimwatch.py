@@ -6322,7 +6322,7 @@ class NotifierCase(Case):
     def give_up(self, send: Callable[[Any], Any], reached: Callable[[], Any]) -> None:
         """Check that an attempt ends at its limit; on a slow machine, at one that it gets far enough in."""
         for limit_s in (0.2, 0.8, 3.0, 10.0):
-            outcome = aimwatch.attempt(send, limit_s)
+            outcome = aimwatch.try_once(send, limit_s)
             if reached():
                 break
         self.assertEqual(outcome, ("retry", f"no complete answer within {limit_s:g} s", 0.0))
@@ -6509,23 +6509,13 @@ raise SystemExit(sum(os.wait()[1] != 0 for _ in range(10)))
         self.assertEqual(stat.S_IMODE(os.stat(self.paths.config).st_mode), 0o600)
 
     def test_lock_held_for_long_is_said(self) -> None:
-        with mock.patch("aimwatch.try_lock", return_value=False), mock.patch(
-            "time.monotonic", Clock10()
-        ), mock.patch("time.sleep"):
+        with aimwatch.FileLock(self.paths.config_lock) as lock, mock.patch(
+            "aimwatch.CONFIG_LOCK_WAIT_S", 0.05
+        ):
+            lock.acquire()
             code, _, err = self.run_cli("notifiers", "set-log-level", "INFO")
         self.assertEqual(code, 1)
-        self.assert_one_line(err, r"config\.lock has been locked for 10 s: try again")
-
-
-class Clock10:
-    """A clock on which three seconds pass with each look."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        self.now += 3.0
-        return self.now
+        self.assert_one_line(err, r"config\.lock has been locked for 0\.05 s: try again")
 
 
 DAMAGED_FILES = (
@@ -6992,11 +6982,11 @@ class Messages(unittest.TestCase):
                         self.assertEqual(told, aimwatch.default_message(facts))
 
     def test_digest_of_one_is_its_message(self) -> None:
-        self.assertEqual(aimwatch.digest("t {run.name}", [facts_of()]), "t n1")
+        self.assertEqual(aimwatch.message_for_batch("t {run.name}", [facts_of()]), "t n1")
 
     def test_digest_of_many_counts_them_and_names_the_first(self) -> None:
         batch = [facts_of("stalled", number) for number in range(199)] + [facts_of("failed", 999)]
-        lines = aimwatch.digest("t {run.name}", batch).split("\n")
+        lines = aimwatch.message_for_batch("t {run.name}", batch).split("\n")
         self.assertEqual(lines[0], "200 events: 1 failed, 199 stalled")
         self.assertEqual(lines[1:4], ["all of host node7", "all of experiment resnet", "all of job Slurm 99"])
         self.assertEqual(lines[4], "❌ Run 'n999' failed (00000000 on node7)", "what is worst comes first")
@@ -7004,12 +6994,12 @@ class Messages(unittest.TestCase):
             lines[5],
             "❗ Run 'n0' stalled: silent for 3 min, promised a check-in within 60 s (00000000 on node7)",
         )
-        self.assertEqual(len(lines), 4 + aimwatch.DIGEST_LINES + 2)
+        self.assertEqual(len(lines), 4 + aimwatch.BATCH_LINES + 2)
         self.assertEqual(lines[-2:], ["and 180 more", "look further: aim-watcher --repo /data/x status"])
 
     def test_digest_says_only_what_all_share(self) -> None:
         batch = [facts_of(number=1), facts_of(number=2, run_host="node8", run_job="")]
-        text = aimwatch.digest(None, batch)
+        text = aimwatch.message_for_batch(None, batch)
         self.assertIn("all of experiment resnet", text)
         self.assertNotIn("all of host", text)
         self.assertNotIn("all of job", text)
@@ -7052,7 +7042,7 @@ class Messages(unittest.TestCase):
                         )
                         facts = {key: aimwatch.slack_escape(value) for key, value in facts.items()}
                         batch = [{**facts, "run.hash": f"{number:08d}aaaa"} for number in range(200)]
-                        text = aimwatch.digest(None, batch, limit)
+                        text = aimwatch.message_for_batch(None, batch, limit)
                         self.assertLessEqual(len(text), limit)
                         lines = text.split("\n")
                         self.assertEqual(lines[0], f"200 events: 200 {kind}")
@@ -7066,7 +7056,7 @@ class Messages(unittest.TestCase):
 
     def test_digest_of_long_names_still_says_what_happened(self) -> None:
         batch = [facts_of(number=number, run_name="x" * 400) for number in range(20)]
-        for line in aimwatch.digest(None, batch).split("\n")[4:-1]:
+        for line in aimwatch.message_for_batch(None, batch).split("\n")[4:-1]:
             self.assertIn("' stalled: silent for 3 min", line)
 
     def test_mentions_of_every_chat_are_parted(self) -> None:
@@ -7238,8 +7228,8 @@ class Transports(NotifierCase):
 
     def slack(self, url: str, limit_s: float = 10.0, **facts: str) -> aimwatch.Outcome:
         notifier = notifier_of("slack", url=url)
-        return aimwatch.attempt(
-            lambda closers: aimwatch.send_slack(notifier, [facts_of(**facts)], closers), limit_s
+        return aimwatch.try_once(
+            lambda attempt: aimwatch.send_slack(notifier, [facts_of(**facts)], attempt), limit_s
         )
 
     def test_slack_message_arrives_escaped_and_short(self) -> None:
@@ -7571,7 +7561,7 @@ class Webhooks(NotifierCase):
                     self.assertEqual(self.shape(json.loads(raw)), self.shape(body))
                     for bad in ("\\u001b", "\\u0000", "\\ud800", "\\u202e", "@everyone", "<@&", "<users/"):
                         self.assertNotIn(bad, raw)
-                    for text in aimwatch._texts(json.loads(raw)):
+                    for text in aimwatch.texts_in(json.loads(raw)):
                         self.assertLessEqual(len(text), 2000)
 
     def shape(self, value: Any) -> Any:
@@ -7634,26 +7624,26 @@ class GivenUp(NotifierCase):
 
     def post(self, url: str, limit_s: float = 0.2) -> aimwatch.Outcome:
         notifier = notifier_of("slack", url=url)
-        return aimwatch.attempt(lambda closers: aimwatch.send_slack(notifier, [facts_of()], closers), limit_s)
+        return aimwatch.try_once(
+            lambda attempt: aimwatch.send_slack(notifier, [facts_of()], attempt), limit_s
+        )
 
     def test_name_server_that_answers_too_late_sends_nothing_twice(self) -> None:
-        gate, real = self.gate(), socket.getaddrinfo
+        real = socket.getaddrinfo
 
         def late(*args: Any, **options: Any) -> Any:
-            gate.wait(30)
+            over = time.monotonic() + 0.05
+            while time.monotonic() < over:
+                time.sleep(0.01)
             return real(*args, **options)
 
         server, mail = self.webhook(), MailServer()
         self.addCleanup(mail.close)
-        by_mail = mail.notifier()
-        with mock.patch("socket.getaddrinfo", late):
-            given_up = ("retry", "no complete answer within 0.2 s", 0.0)
-            self.assertEqual(self.post(server.url), given_up)
-            send = aimwatch.attempt(lambda closers: aimwatch.send_email(by_mail, [facts_of()], closers), 0.2)
-            self.assertEqual(send, given_up)
-            gate.set()
-            self.wait_for(self._no_threads)
-        self.assertEqual((server.requests, mail.mails), ([], []))
+        with mock.patch("socket.getaddrinfo", late), mock.patch("aimwatch.ATTEMPT_S", 0.05):
+            for notifier in (notifier_of("slack", url=server.url), mail.notifier()):
+                outcome = aimwatch.deliver(notifier, [facts_of()])
+                self.assertEqual(outcome, ("retry", "no complete answer within 0.05 s", 0.0))
+        self.assertEqual((server.requests, mail.accepted), ([], 0))
 
     def test_tls_handshake_that_hangs_is_cut(self) -> None:
         for kind in ("slack", "email"):
@@ -7673,7 +7663,7 @@ class GivenUp(NotifierCase):
                     arguments = {"host": "127.0.0.1", "port": server.port, "security": "tls"}
                     notifier = notifier_of("email", sender="a@b", to=["c@d"], **arguments)
                 send = aimwatch.TRANSPORTS[kind]
-                self.give_up(lambda closers, n=notifier, f=send: f(n, [facts_of()], closers), reached.is_set)
+                self.give_up(lambda attempt, n=notifier, f=send: f(n, [facts_of()], attempt), reached.is_set)
                 self.wait_for(closed.is_set, 5)
                 self.wait_for(self._no_threads, 5)
 
@@ -7686,7 +7676,7 @@ class GivenUp(NotifierCase):
                 self.assertEqual(outcome, ("retry", "gaierror: Name or service not known", 0.0))
 
     def test_what_is_no_fault_of_the_network_is_told_in_fewer_words(self) -> None:
-        with mock.patch("aimwatch.digest", side_effect=KeyError("x")):
+        with mock.patch("aimwatch.message_for_batch", side_effect=KeyError("x")):
             outcome = aimwatch.deliver(notifier_of("slack", url="http://127.0.0.1:9/x"), [facts_of()])
         self.assertEqual(outcome, ("refused", "KeyError: 'x'", 0.0))
 
@@ -7787,7 +7777,7 @@ class Mail(NotifierCase):
         notifier = server.notifier(**more)
         self.assertIsNone(notifier.problem)
         batch = [aimwatch.clean_facts(item) for item in facts or (facts_of(),)]
-        return aimwatch.attempt(lambda closers: aimwatch.send_email(notifier, batch, closers), limit_s)
+        return aimwatch.try_once(lambda attempt: aimwatch.send_email(notifier, batch, attempt), limit_s)
 
     def parsed(self, server: MailServer) -> Any:
         import email
@@ -7900,7 +7890,7 @@ class Mail(NotifierCase):
                     closed.clear()
                     notifier = self.server(**{stage: how}).notifier()
                     self.give_up(
-                        lambda closers, item=notifier: aimwatch.send_email(item, [facts_of()], closers),
+                        lambda attempt, item=notifier: aimwatch.send_email(item, [facts_of()], attempt),
                         reached.is_set,
                     )
                     self.wait_for(closed.is_set, 5)
@@ -7949,8 +7939,8 @@ class Commands(NotifierCase):
     def tell(self, *command: str, batch: Any = None) -> aimwatch.Outcome:
         notifier = notifier_of("command", command=list(command))
         self.assertIsNone(notifier.problem)
-        return aimwatch.attempt(
-            lambda closers: aimwatch.send_command(notifier, batch or [facts_of()], closers)
+        return aimwatch.try_once(
+            lambda attempt: aimwatch.send_command(notifier, batch or [facts_of()], attempt)
         )
 
     def test_document_comes_on_standard_input_and_nothing_through_a_shell(self) -> None:
@@ -7983,7 +7973,7 @@ class Commands(NotifierCase):
             }
         )
         watcher = self.watcher()
-        watcher.dispatcher.tell([event_of(1)])
+        watcher.dispatcher.notify([event_of(1)])
         self.wait_for(lambda: os.path.exists(started) and os.path.getsize(started))
         with open(started) as file:
             pid = int(file.read())
@@ -8018,7 +8008,7 @@ class Commands(NotifierCase):
         script = self.script('sleep 60 & echo $! $$ > "$1.new"; mv "$1.new" "$1"; cat > /dev/null; wait')
         notifier = notifier_of("command", command=[script, path])
         self.give_up(
-            lambda closers: aimwatch.send_command(notifier, [facts_of()], closers),
+            lambda attempt: aimwatch.send_command(notifier, [facts_of()], attempt),
             lambda: os.path.exists(path),
         )
         with open(path) as file:
@@ -8128,7 +8118,7 @@ class OutboxFile(NotifierCase):
             self.assertTrue(box.knows(event_of(1).id))
             self.assertTrue(box.knows(event_of(2).id))
             self.assertFalse(box.knows(event_of(3).id))
-            self.assertEqual(box.known_ids(), [event_of(1).id, event_of(2).id])
+            self.assertEqual(list(box.known), [event_of(1).id, event_of(2).id])
 
     def test_events_are_on_disk_before_add_returns_and_hold_no_secret(self) -> None:
         outbox = self.open_outbox()
@@ -8155,13 +8145,13 @@ class OutboxFile(NotifierCase):
                 file.write(data[:cut])
             known, waiting = self.whole(data[:cut])
             box = aimwatch.Outbox(self.paths.outbox)
-            self.assertEqual((cut, box.known_ids()), (cut, known))
+            self.assertEqual((cut, list(box.known)), (cut, known))
             self.assertEqual((cut, self.pairs(box)), (cut, waiting))
             box.add([(events[3], ["a"])])
             box.close()
             again = aimwatch.Outbox(self.paths.outbox)
             again.close()
-            self.assertEqual((cut, again.known_ids()), (cut, [*known, "e3"]))
+            self.assertEqual((cut, list(again.known)), (cut, [*known, "e3"]))
             self.assertEqual((cut, self.pairs(again)), (cut, waiting | {("e3", "a")}))
 
     @staticmethod
@@ -8238,7 +8228,7 @@ class OutboxFile(NotifierCase):
             outbox.flush()
         again = self.open_outbox()
         self.assertEqual(self.waiting(again, "a"), ["n2"])
-        self.assertEqual(again.known_ids(), [event_of(1).id, event_of(2).id])
+        self.assertEqual(list(again.known), [event_of(1).id, event_of(2).id])
 
     def filled(self) -> aimwatch.Outbox:
         """Return an outbox in which n1 was told, n2 waits for a, n3 was told and n4 is nobody's."""
@@ -8253,10 +8243,10 @@ class OutboxFile(NotifierCase):
         outbox = self.filled()
         with mock.patch("aimwatch.COMPACT_BYTES", 0):
             outbox.compact(lambda event_id: event_id == event_of(3).id)
-        self.assertEqual([line["event"] for line in self.outbox()], [event_of(2).id, event_of(3).id])
+        self.assertEqual([line["event"] for line in self.outbox()[1:]], [event_of(2).id, event_of(3).id])
         outbox.add([(event_of(5), ["a"])])
         for box in (outbox, self.open_outbox()):
-            self.assertEqual(box.known_ids(), [event_of(n).id for n in (2, 3, 5)])
+            self.assertEqual(list(box.known), [event_of(n).id for n in (2, 3, 5)])
             self.assertEqual(self.waiting(box, "a"), ["n2", "n5"])
             self.assertEqual(self.waiting(box, "b"), [])
 
@@ -8278,7 +8268,7 @@ class OutboxFile(NotifierCase):
     def test_compaction_that_cannot_open_the_new_file_writes_to_no_closed_descriptor(self) -> None:
         outbox = self.filled()
         error = OSError(errno.EMFILE, "Too many open files")
-        with mock.patch("aimwatch.COMPACT_BYTES", 0), mock.patch("aimwatch.LogWriter", side_effect=error):
+        with mock.patch("aimwatch.COMPACT_BYTES", 0), mock.patch("aimwatch.AppendFile", side_effect=error):
             outbox.compact(lambda event_id: False)
         path = os.path.join(self.root, "somebody else's")
         with contextlib.ExitStack() as files:
@@ -8302,7 +8292,7 @@ class OutboxFile(NotifierCase):
                 outbox.close()
                 again = self.open_outbox()
                 self.assertEqual(self.waiting(again, "a"), ["n5"])
-                self.assertEqual(again.known_ids(), [event_of(n).id for n in (1, 2, 3, 4, 5)])
+                self.assertEqual(list(again.known), [event_of(n).id for n in (1, 2, 3, 4, 5)])
                 self.assertEqual(again.broken()["b"][0], "HTTP 404")
                 again.close()
                 os.unlink(self.paths.outbox)
@@ -8396,7 +8386,7 @@ class Telling(TellingCase):
             handler.wfile.write(b"ok")
 
         self.configure(a=hook(self.webhook(answer).url))
-        self.dispatcher().tell([event_of(1)])
+        self.dispatcher().notify([event_of(1)])
         self.wait_sent("a", 1)
         self.assertEqual([sorted(record) for record in seen], [["event", "facts", "kind", "time", "to"]])
         self.assertEqual(seen[0]["to"], ["a"])
@@ -8410,7 +8400,7 @@ class Telling(TellingCase):
         )
         dispatcher = self.dispatcher()
         events = [event_of(n, kind) for n, kind in enumerate((*aimwatch.EVENTS, "trouble"))]
-        dispatcher.tell(events)
+        dispatcher.notify(events)
         to = {record["kind"]: record["to"] for record in self.outbox() if "event" in record}
         expected = {
             "stalled": ["b", "c"], "failed": ["a", "b", "c"], "recovered": ["b", "c"],
@@ -8436,7 +8426,7 @@ class Telling(TellingCase):
         )  # fmt: skip
         dispatcher = self.dispatcher()
         for number in (1, 2, 3):
-            dispatcher.tell([event_of(number)])
+            dispatcher.notify([event_of(number)])
             self.wait_sent("d", number)
         self.assertEqual(self.numbers(good), [1, 2, 3])
         self.assertEqual((self.sent("a"), self.sent("b"), self.sent("c")), ([], [], []))
@@ -8447,19 +8437,19 @@ class Telling(TellingCase):
         server = self.webhook((500, ""), (429, "", {"Retry-After": "0"}), (200, "<html>"), (200, "ok"))
         self.configure(a=hook(server.url))
         dispatcher = self.dispatcher()
-        dispatcher.tell([event_of(1)])
+        dispatcher.notify([event_of(1)])
         self.wait_sent("a", 1)
-        dispatcher.tell([event_of(2)])
+        dispatcher.notify([event_of(2)])
         self.wait_sent("a", 2)
         self.assertEqual(self.numbers(server), [1, 1, 1, 1, 2])
         self.assertEqual(self.sent("a"), [event_of(1).id, event_of(2).id])
 
     def test_hanging_post_is_tried_again(self) -> None:
         gate = self.gate()
-        with mock.patch.object(aimwatch.attempt, "__defaults__", (0.3,)):
+        with mock.patch.object(aimwatch, "ATTEMPT_S", 0.3):
             server = self.webhook(lambda handler: gate.wait(30), (200, "ok"))
             self.configure(a=hook(server.url))
-            self.dispatcher().tell([event_of(1)])
+            self.dispatcher().notify([event_of(1)])
             self.wait_sent("a", 1)
         self.assertIn("no complete answer within 0.3 s; trying again", self.logged.lines[0])
 
@@ -8477,9 +8467,9 @@ class Telling(TellingCase):
         )
         self.configure(a=hook(server.url))
         with mock.patch.object(aimwatch, "back_off_s", lambda n, r: float(n)), mock.patch.object(
-            aimwatch.Courier, "_rest", rest
+            aimwatch.NotifierThread, "_rest", rest
         ), mock.patch.object(aimwatch, "MIN_POST_GAP_S", 1.0):
-            self.dispatcher().tell([event_of(1)])
+            self.dispatcher().notify([event_of(1)])
             self.assertTrue(done.wait(10))
         self.assertEqual(rests, [7.0, 2.0, aimwatch.BROKEN_RETRY_S, 4.0, 1.0])
 
@@ -8487,7 +8477,7 @@ class Telling(TellingCase):
         server = self.webhook((500, "a"), (500, "b"), (404, "c"), (404, "d"), (200, "ok"))
         self.configure(abcdefghijk=hook(server.url))
         with mock.patch.object(aimwatch, "BROKEN_RETRY_S", 0.01):
-            self.dispatcher().tell([event_of(1)])
+            self.dispatcher().notify([event_of(1)])
             self.wait_for(lambda: len(self.logged.lines) >= 4)
         self.assertEqual(
             self.logged.lines,
@@ -8495,7 +8485,7 @@ class Telling(TellingCase):
                 "WARNING notifier slack abcdefgh: HTTP 500: a; trying again",
                 "WARNING notifier slack abcdefgh: HTTP 404: c; what waits is kept until it is mended; see 'notifiers list'",
                 "INFO notifier slack abcdefgh is reached again",
-                "INFO notifier slack abcdefgh was told of 1 event",
+                "INFO notifier slack abcdefgh was sent 1 event",
             ],
         )
 
@@ -8509,7 +8499,7 @@ class Telling(TellingCase):
             d=hook("http://u:PASSWORD@127.0.0.1/services/SECRETSECRET"),
         )
         dispatcher = self.dispatcher()
-        dispatcher.tell([event_of(1)])
+        dispatcher.notify([event_of(1)])
         dispatcher.drain(10.0)
         self.assertGreaterEqual(len(self.logged.lines), 3)
         self.assert_hidden("\n".join(self.logged.lines))
@@ -8518,8 +8508,8 @@ class Telling(TellingCase):
         good = self.webhook()
         self.configure(a=hook(self.refused_url()), b=hook(good.url))
         first = self.dispatcher()
-        first.tell([event_of(1)])
-        first.tell([event_of(2)])
+        first.notify([event_of(1)])
+        first.notify([event_of(2)])
         self.wait_sent("b", 1, 2)
         first.stop(5.0)
         self.box.close()
@@ -8527,7 +8517,7 @@ class Telling(TellingCase):
         self.configure(a=hook(mended.url), b=hook(good.url))
         second = self.dispatcher()
         self.wait_sent("a", 1, 2)
-        second.tell([event_of(3)])
+        second.notify([event_of(3)])
         self.wait_sent("a", 3)
         self.wait_sent("b", 3)
         self.assertEqual(self.numbers(mended), [1, 2, 3])
@@ -8538,10 +8528,10 @@ class Telling(TellingCase):
         server = self.held(gate, held)
         self.configure(a=hook(server.url))
         dispatcher = self.dispatcher()
-        dispatcher.tell([event_of(0)])
+        dispatcher.notify([event_of(0)])
         self.assertTrue(held.wait(10))
         for number in range(1, 10):
-            dispatcher.tell([event_of(number)])
+            dispatcher.notify([event_of(number)])
         gate.set()
         self.wait_sent("a", *range(10))
         self.assertEqual(len(server.requests), 2)
@@ -8551,7 +8541,7 @@ class Telling(TellingCase):
         self.configure(a={"type": "logger", "arguments": {"message": "{event} {run.name}"}})
         dispatcher = self.dispatcher()
         for number in range(20):
-            dispatcher.tell([event_of(number)])
+            dispatcher.notify([event_of(number)])
         self.wait_sent("a", *range(20))
         self.assertEqual(self.logged.lines, [f"WARNING stalled n{n}" for n in range(20)])
 
@@ -8570,7 +8560,7 @@ class Telling(TellingCase):
             self.logged.lines[0], "ERROR notifier bad argument 'url': the URL must start .*; it is not used"
         )
         self.assert_hidden(self.logged.lines[0])
-        dispatcher.tell([event_of(1)])
+        dispatcher.notify([event_of(1)])
         self.wait_sent("good", 1)
 
     # ---- changes of config.json
@@ -8585,11 +8575,11 @@ class Telling(TellingCase):
         first, second = self.webhook(), self.webhook()
         self.configure(a=hook(first.url))
         dispatcher = self.dispatcher()
-        dispatcher.tell([event_of(1)])
+        dispatcher.notify([event_of(1)])
         self.configure(b=hook(second.url))
         dispatcher.reload_if_changed()
         self.assertIn("INFO notifiers reloaded: slack a, slack b", self.logged.lines)
-        dispatcher.tell([event_of(2)])
+        dispatcher.notify([event_of(2)])
         self.wait_sent("a", 1, 2)
         self.wait_sent("b", 2)
         self.assertEqual(self.numbers(second), [2])
@@ -8598,13 +8588,13 @@ class Telling(TellingCase):
         broken, good = self.webhook((500, "")), self.webhook()
         self.configure(a=hook(broken.url), b=hook(good.url))
         dispatcher = self.dispatcher()
-        dispatcher.tell([event_of(1)])
+        dispatcher.notify([event_of(1)])
         with self.config.edit() as raw:
             del raw["notifications"]["notifiers"]["a"]
         dispatcher.reload_if_changed()
         self.assertEqual(dispatcher.describe(), "slack b")
         self.assertEqual(self.box.waiting_for("a"), [])
-        dispatcher.tell([event_of(2)])
+        dispatcher.notify([event_of(2)])
         self.wait_sent("b", 1, 2)
         self.assertEqual([r["to"] for r in self.outbox() if r.get("event") == event_of(2).id], [["b"]])
 
@@ -8612,10 +8602,10 @@ class Telling(TellingCase):
         dead, good = self.refused_url(), self.webhook()
         self.configure(a=hook(dead), b=hook(good.url))
         dispatcher = self.dispatcher()
-        dispatcher.tell([event_of(1)])
+        dispatcher.notify([event_of(1)])
         self.configure(a=hook(dead, status="disabled"))
         dispatcher.reload_if_changed()
-        dispatcher.tell([event_of(2)])
+        dispatcher.notify([event_of(2)])
         self.wait_sent("b", 1, 2)
         server = self.webhook()
         self.configure(a=hook(server.url))
@@ -8627,7 +8617,7 @@ class Telling(TellingCase):
         broken = self.webhook((404, "no_service"))
         self.configure(a=hook(broken.url))
         dispatcher = self.dispatcher()
-        dispatcher.tell([event_of(1)])
+        dispatcher.notify([event_of(1)])
         dispatcher.drain(10.0)
         mended = self.webhook()
         self.configure(a=hook(mended.url))
@@ -8640,12 +8630,12 @@ class Telling(TellingCase):
         server = self.held(gate, held)
         self.configure(a=hook(server.url))
         dispatcher = self.dispatcher()
-        dispatcher.tell([event_of(1)])
+        dispatcher.notify([event_of(1)])
         self.assertTrue(held.wait(10))
         self.configure(a=hook(server.url, events=["stalled"]))
         dispatcher.reload_if_changed()
         gate.set()
-        dispatcher.tell([event_of(2)])
+        dispatcher.notify([event_of(2)])
         self.wait_sent("a", 1, 2)
         self.assertEqual(self.numbers(server), [1, 2])
 
@@ -8661,7 +8651,7 @@ class Telling(TellingCase):
             self.logged.lines[0],
             r"ERROR .*config\.json is not JSON .*; the last good configuration stays in force",
         )
-        dispatcher.tell([event_of(1)])
+        dispatcher.notify([event_of(1)])
         self.wait_sent("a", 1)
         os.unlink(self.paths.config)
         self.configure(a=hook(server.url), b=hook(self.webhook().url))
@@ -8675,27 +8665,27 @@ class Telling(TellingCase):
             a=hook(self.webhook().url), b=hook(self.webhook().url, events=["finished"])
         )  # fmt: skip
         dispatcher = self.dispatcher()
-        dispatcher.tell([event_of(1)])
-        for courier in dispatcher._couriers.values():
-            with self.subTest(courier.notifier.id):
+        dispatcher.notify([event_of(1)])
+        for courier in dispatcher._threads.values():
+            with self.subTest(courier.id):
                 self.assertTrue(courier.wait_tried(time.monotonic() + 5.0))
 
     def test_drain_ends_when_everything_was_tried(self) -> None:
         with mock.patch.object(aimwatch, "back_off_s", lambda failures, random: 600.0):
             self.configure(a=hook(self.refused_url()), b=hook(self.webhook().url))
             dispatcher = self.dispatcher()
-            dispatcher.tell([event_of(1)])
+            dispatcher.notify([event_of(1)])
             dispatcher.drain(60.0)
         self.assertEqual((self.sent("a"), self.sent("b")), ([], [event_of(1).id]))
         refused = [line for line in self.logged.lines if line.startswith("WARNING notifier slack a: ")]
-        told = "INFO notifier slack b was told of 1 event"
+        told = "INFO notifier slack b was sent 1 event"
         self.assertEqual((len(refused), sorted(self.logged.lines)), (1, [told, *refused]))
 
     def test_stop_does_not_wait_for_a_post_that_hangs(self) -> None:
         gate, held = self.gate(), threading.Event()
         self.configure(a=hook(self.held(gate, held).url))
         dispatcher = self.dispatcher()
-        dispatcher.tell([event_of(1)])
+        dispatcher.notify([event_of(1)])
         self.assertTrue(held.wait(10))
         dispatcher.stop(0.05)
         # The courier, whose attempt has 10 s, is still at it.
@@ -8707,7 +8697,7 @@ class Telling(TellingCase):
         with mock.patch.object(aimwatch, "back_off_s", lambda failures, random: 600.0):
             self.configure(a=hook(self.refused_url()))
             dispatcher = self.dispatcher()
-            dispatcher.tell([event_of(1)])
+            dispatcher.notify([event_of(1)])
             dispatcher.drain(10.0)
             dispatcher.stop(10.0)
         self.assertEqual([t for t in threading.enumerate() if t.name == "aimwatch-slack"], [])
@@ -8716,7 +8706,7 @@ class Telling(TellingCase):
         gate, held = self.gate(), threading.Event()
         self.configure(a=hook(self.held(gate, held).url))
         dispatcher = self.dispatcher()
-        dispatcher.tell([event_of(1)])
+        dispatcher.notify([event_of(1)])
         self.assertTrue(held.wait(10))
         dispatcher.stop(0.0)
         self.box.close()
@@ -8736,7 +8726,7 @@ class Telling(TellingCase):
         full = mock.patch("os.write", side_effect=OSError(errno.ENOSPC, "No space left on device"))
         with mock.patch("aimwatch.RETRY_S", 0.0):
             with full:
-                dispatcher.tell([event_of(1)])
+                dispatcher.notify([event_of(1)])
                 self.wait_for(lambda: not self.box.is_waiting(event_of(1).id))
             self.box.flush()
         self.wait_sent("a", 1)
@@ -8748,7 +8738,7 @@ class Mending(TellingCase):
 
     def dispatcher(self) -> aimwatch.Dispatcher:
         dispatcher = super().dispatcher()
-        dispatcher.tell_of_broken()
+        dispatcher.notify_of_broken()
         return dispatcher
 
     def restart(self, dispatcher: aimwatch.Dispatcher) -> aimwatch.Dispatcher:
@@ -8771,14 +8761,14 @@ class Mending(TellingCase):
         bad, good = self.webhook(*(answers or ((404, "no_service"),))), self.webhook()
         self.configure(bad=hook(bad.url), good=hook(good.url))
         dispatcher = self.dispatcher()
-        dispatcher.tell([event_of(1)])
+        dispatcher.notify([event_of(1)])
         self.wait_for(self.box.broken)
         return dispatcher, bad, good
 
     def test_it_is_told_through_the_others_once_over_restarts(self) -> None:
         dispatcher, _, good = self.break_()
         for _ in range(3):
-            dispatcher.tell_of_broken()
+            dispatcher.notify_of_broken()
             dispatcher = self.restart(dispatcher)
         self.wait_for(lambda: not self.box.waiting_for("good"))
         expected = (
@@ -8792,20 +8782,20 @@ class Mending(TellingCase):
         bad = self.webhook((410, ""))
         self.configure(bad=hook(bad.url))
         dispatcher = self.dispatcher()
-        dispatcher.tell([event_of(1)])
+        dispatcher.notify([event_of(1)])
         self.wait_for(self.box.broken)
-        dispatcher.tell_of_broken()
+        dispatcher.notify_of_broken()
         good = self.webhook()
         self.configure(good=hook(good.url))
         dispatcher.reload_if_changed()
-        dispatcher.tell_of_broken()
+        dispatcher.notify_of_broken()
         self.wait_for(lambda: good.requests)
         self.assertEqual(len(self.troubles(good)), 1)
 
     def test_list_says_why_since_when_and_how_much_waits(self) -> None:
         before = time.time()
         dispatcher, _, _ = self.break_()
-        dispatcher.tell([event_of(2), event_of(3)])
+        dispatcher.notify([event_of(2), event_of(3)])
         found = self.listed()
         self.assertEqual((found["problem"], found["waiting"]), ("HTTP 404: no_service", 3))
         self.assertTrue(before - 0.01 <= found["broken_since"] <= time.time(), found)
@@ -8828,7 +8818,7 @@ class Mending(TellingCase):
 
     def test_what_waits_is_delivered_when_the_address_is_changed(self) -> None:
         dispatcher, _, _ = self.break_()
-        dispatcher.tell([event_of(2)])
+        dispatcher.notify([event_of(2)])
         server = self.webhook()
         self.configure(bad=hook(server.url))
         self.mended(dispatcher, server, 1, 2)
@@ -8858,27 +8848,27 @@ class Mending(TellingCase):
 
     def test_it_is_told_again_when_it_breaks_again(self) -> None:
         dispatcher, bad, good = self.break_()
-        dispatcher.tell_of_broken()
+        dispatcher.notify_of_broken()
         self.wait_for(lambda: self.troubles(good))
         bad.answers = [(200, "ok")]
         self.run_cli("notifiers", "enable", "bad")
         self.mended(dispatcher, bad, 1)
         bad.answers = [(403, "invalid_token")]
-        dispatcher.tell([event_of(2)])
+        dispatcher.notify([event_of(2)])
         self.wait_for(self.box.broken)
-        dispatcher.tell_of_broken()
+        dispatcher.notify_of_broken()
         self.wait_for(lambda: len(self.troubles(good)) == 2)
         self.assertIn("invalid_token", self.troubles(good)[1])
 
     def test_another_reason_is_shown_and_not_told_again(self) -> None:
         dispatcher, bad, good = self.break_()
-        dispatcher.tell_of_broken()
+        dispatcher.notify_of_broken()
         since = self.listed()["broken_since"]
         bad.answers = [(410, "gone for good")]
         self.run_cli("notifiers", "enable", "bad")
         dispatcher.reload_if_changed()
         self.wait_for(lambda: self.listed()["problem"] == "HTTP 410: gone for good")
-        dispatcher.tell_of_broken()
+        dispatcher.notify_of_broken()
         dispatcher = self.restart(dispatcher)
         self.assertEqual(self.listed()["broken_since"], since)
         self.wait_for(lambda: not self.box.waiting_for("good"))
@@ -8897,7 +8887,7 @@ class Mending(TellingCase):
         good = self.webhook()
         self.configure(bad=hook("ftp://hooks.example.com/SECRETSECRET"), good=hook(good.url))
         dispatcher = self.dispatcher()
-        dispatcher.tell([event_of(1)])
+        dispatcher.notify([event_of(1)])
         self.wait_sent("good", 1)
         dispatcher = self.restart(dispatcher)
         self.assertEqual(len(self.troubles(good)), 1)
@@ -8944,10 +8934,10 @@ class HangingNotifiers(TellingCase):
             command={"type": "command", "arguments": {"command": [program]}},
             good=hook(good.url),
         )
-        with mock.patch.object(aimwatch.attempt, "__defaults__", (1.5,)):
+        with mock.patch.object(aimwatch, "ATTEMPT_S", 1.5):
             dispatcher = self.dispatcher()
             for number in (1, 2, 3):
-                dispatcher.tell([event_of(number)])
+                dispatcher.notify([event_of(number)])
                 self.wait_sent("good", number)
             self.wait_for(lambda: len(reached) == 4 and os.path.exists(f"{program}.reached"))
             self.assertEqual(self.numbers(good), [1, 2, 3])
@@ -8985,9 +8975,9 @@ class Poison(TellingCase):
                 self.configure(a=hook(server.url))
                 dispatcher = self.dispatcher()
                 bad = aimwatch.Event(f"bad{status}", "failed", facts_of("failed", 1, run_name="poison"))
-                dispatcher.tell([bad])
+                dispatcher.notify([bad])
                 self.wait_for(lambda: "bad" in "".join(self.sent("a")))
-                dispatcher.tell([event_of(2)])
+                dispatcher.notify([event_of(2)])
                 self.wait_sent("a", 2)
                 texts = server.texts()
                 self.assertIn("Run 'poison' failed", texts[0])
@@ -8998,10 +8988,22 @@ class Poison(TellingCase):
                 self.box.close()
                 os.unlink(self.paths.outbox)
 
+    def test_batch_that_is_refused_is_sent_once_more_in_plain_words(self) -> None:
+        server = self.server(400, "n13")
+        self.configure(a=hook(server.url))
+        self.dispatcher().notify([event_of(number, "failed") for number in range(10, 16)])
+        self.wait_for(lambda: not self.box.waiting_for("a"))
+        refused, plain = server.texts()
+        self.assertIn("Run 'n13' failed", refused)
+        self.assertTrue(plain.startswith("6 events: 6 failed\n"), plain)
+        for number in range(10, 16):
+            self.assertEqual(plain.count(f"Run '{number:024x}' failed"), 1)
+        self.assertNotIn("node7", plain)
+
     def test_template_that_is_refused_is_left_out(self) -> None:
         server = self.server(400, "poison")
         self.configure(a={"type": "slack", "arguments": {"url": server.url, "message": "poison {run.name}"}})
-        self.dispatcher().tell([event_of(1)])
+        self.dispatcher().notify([event_of(1)])
         self.wait_sent("a", 1)
         self.assertEqual(len(server.requests), 2)
 
@@ -9009,7 +9011,7 @@ class Poison(TellingCase):
         server, good = self.server(400, ""), self.webhook()
         self.configure(a=hook(server.url), b=hook(good.url))
         dispatcher = self.dispatcher()
-        dispatcher.tell([event_of(1)])
+        dispatcher.notify([event_of(1)])
         self.wait_for(self.box.broken)
         self.assertEqual(self.box.broken()["a"][0], "HTTP 400: invalid_payload")
         self.assertEqual(len(server.requests), 2)
@@ -9017,10 +9019,10 @@ class Poison(TellingCase):
 
 
 class Pacing(TellingCase):
-    def courier(self) -> aimwatch.Courier:
+    def courier(self) -> aimwatch.NotifierThread:
         box = aimwatch.Outbox(self.paths.outbox)
         self.addCleanup(box.close)
-        return aimwatch.Courier(notifier_of("slack", url=GOOD_URL), box)
+        return aimwatch.NotifierThread(notifier_of("slack", url=GOOD_URL), box)
 
     def test_gap_grows_in_a_storm_and_goes_back(self) -> None:
         courier, clock = self.courier(), Clock(5000.0)
@@ -9038,11 +9040,10 @@ class Pacing(TellingCase):
 
     def test_a_second_at_least_lies_between_two_posts_whatever_came_of_the_first(self) -> None:
         courier = self.courier()
-        event = event_of(1)
         with mock.patch.object(aimwatch, "MIN_POST_GAP_S", 1.0):
             for kind in ("sent", "retry", "refused", "broken"):
                 with self.subTest(kind):
-                    rest_s = courier._settle([event], aimwatch.Outcome(kind, "x"))
+                    rest_s = courier._judge("slack n", 1, aimwatch.Outcome(kind, "x"))
                     self.assertGreaterEqual(rest_s, 1.0)
 
     def test_notifier_that_was_changed_keeps_the_pace(self) -> None:
@@ -9050,11 +9051,11 @@ class Pacing(TellingCase):
         self.configure(a=hook(server.url))
         with mock.patch.object(aimwatch, "MIN_POST_GAP_S", 0.4):
             dispatcher = self.dispatcher()
-            dispatcher.tell([event_of(1)])
+            dispatcher.notify([event_of(1)])
             self.wait_sent("a", 1)
             self.configure(a=hook(server.url, events=["stalled"]))
             dispatcher.reload_if_changed()
-            dispatcher.tell([event_of(2)])
+            dispatcher.notify([event_of(2)])
             self.wait_sent("a", 2)
         first, second = (request[4] for request in server.requests)
         self.assertGreater(second - first, 0.39)
@@ -9063,42 +9064,10 @@ class Pacing(TellingCase):
         self.configure(a=hook(self.webhook((500, "")).url))
         dispatcher = self.dispatcher()
         with mock.patch.object(aimwatch, "MAX_WAITING", 10), mock.patch.object(aimwatch, "COMPACT_BYTES", 0):
-            dispatcher.tell([event_of(number) for number in range(100)])
+            dispatcher.notify([event_of(number) for number in range(100)])
             self.box.compact(lambda event_id: False)
         self.assertEqual([event.facts["run.name"] for event in self.box.waiting_for("a")][0], "n90")
         self.assertIn("ERROR notifier a: 90 events given up: too many wait", self.logged.lines)
-        courier = dispatcher._couriers["a"]
-        self.wait_for(lambda: len(courier._queue) == 10)
-
-
-class RefusedBatch(NotifierCase):
-    def test_one_that_is_refused_costs_the_others_no_word(self) -> None:
-        def answer(handler: Any) -> None:
-            poisoned = "n13" in server.requests[-1][3]
-            body = b"invalid_payload" if poisoned else b"ok"
-            handler.send_response(400 if poisoned else 200)
-            handler.send_header("Content-Length", str(len(body)))
-            handler.end_headers()
-            handler.wfile.write(body)
-
-        server = self.webhook(answer)
-        self.configure(a=hook(server.url))
-        paths = self.paths
-        outbox = aimwatch.Outbox(paths.outbox)
-        dispatcher = aimwatch.Dispatcher(paths, outbox, self.config)
-        self.addCleanup(outbox.close)
-        self.addCleanup(dispatcher.stop, 1.0)
-        with mock.patch.object(aimwatch, "MIN_POST_GAP_S", 0.0), mock.patch.object(
-            aimwatch, "MAX_POST_GAP_S", 0.0
-        ):
-            dispatcher.load()
-            dispatcher.tell([event_of(number, "failed") for number in range(10, 16)])
-            self.wait_for(lambda: not outbox.waiting_for("a"))
-        accepted = [text for text in server.texts() if "n13" not in text]
-        for number in (10, 11, 12, 14, 15):
-            self.assertEqual(sum(f"Run 'n{number}' failed" in text for text in accepted), 1)
-        self.assertEqual(sum(f"{13:024x}" in text for text in accepted), 1, "in the fewest words")
-        self.assertEqual(outbox.broken(), {})
 
 
 class KilledTeller(NotifierCase):
@@ -10498,7 +10467,7 @@ class TestWatcherRestarted(WatchCase):
         self.check_in("a", 1)
         watcher = self.watch()
         self.check_in("a", 2, "failed")
-        with mock.patch.object(watcher.dispatcher, "tell", side_effect=MemoryError):
+        with mock.patch.object(watcher.dispatcher, "notify", side_effect=MemoryError):
             self.assertRaises(MemoryError, watcher.poll)
         self.stop(watcher)
         self.watch()
@@ -10714,7 +10683,7 @@ class TestSweep(WatchCase):
                     self.stop(watcher)
                     watcher = self.watch(once=True)
                 self.assertLess(os.stat(self.paths.outbox).st_size, 25_000)
-        self.assertLess(len(watcher.outbox.known_ids()), 60)
+        self.assertLess(len(watcher.outbox.known), 60)
         self.wait_for(lambda: not watcher.outbox.waiting_for("a"))
         self.stop(watcher)
         last = self.outbox()[-1]
@@ -11079,7 +11048,7 @@ class TestMessagesOfRuns(WatchCase):
         said = []
         for owner, name in (
             (os, "rename"), (aimwatch, "read_bounded"), (aimwatch, "message_facts"),
-            (aimwatch, "replace_file"), (aimwatch.Outbox, "add"), (aimwatch.Dispatcher, "tell"),
+            (aimwatch, "replace_file"), (aimwatch.Outbox, "add"), (aimwatch.Dispatcher, "notify"),
             (aimwatch, "remove_messages"), (aimwatch.Watcher, "_sweep"),
         ):  # fmt: skip
             for after in (False, True):
@@ -11818,9 +11787,7 @@ class TestClosedDoors(WatchCase):
         with mock.patch.object(aimwatch, "COMPACT_BYTES", 1):
             watcher._compact()
         self.look(watcher, 8)
-        self.assertTrue(
-            watcher.outbox.knows(next(i for i in watcher.outbox.known_ids() if i.startswith("a-1-")))
-        )
+        self.assertTrue(watcher.outbox.knows(next(i for i in watcher.outbox.known if i.startswith("a-1-"))))
         self.stop(watcher)
 
     def test_log_of_any_size_is_read_in_little_time_and_memory(self) -> None:
