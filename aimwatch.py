@@ -7455,7 +7455,6 @@ MAX_LISTING_S = 10.0
 FACTS_S = 2.0
 #: How often it is seen whether somebody is to be reminded.
 REMIND_INTERVAL_S = 5.0
-#: How long the check-ins of ended runs stay, for `status` and for Aim's watcher to see.
 SWEEP_INTERVAL_S = 60.0
 #: watcher.json is written when its last writing was this many times its own cost ago.
 SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S = 100.0, 10.0
