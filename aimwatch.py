@@ -6468,12 +6468,13 @@ class Outbox(OutboxState):
 
     def _look(self) -> bool:
         """Make the file again where it was removed; its folder too, but never `.aim`."""
-        if self._file.look():
-            return True
+        folder = os.path.dirname(self.path)
         with contextlib.suppress(OSError):
             self._guard()
-            os.mkdir(os.path.dirname(self.path))
-        return self._file.look()
+            if not os.path.isdir(folder):
+                os.mkdir(folder)
+            return self._file.look()
+        return False
 
     def forget_notifiers(self, keep: Set[str]) -> None:
         """Give up what waits for notifiers that were removed."""
