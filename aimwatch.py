@@ -400,8 +400,9 @@ class FileLock:
     _registry: Dict[str, FileLock] = {}
     _guard = threading.RLock()
 
-    def __init__(self, path: str, *, flock: bool = False) -> None:
+    def __init__(self, path: str, *, flock: bool = False, mode: int = 0o666) -> None:
         self.path = path
+        self._mode = mode
         self._flock = flock
         self._key = _real_path(path)
         self._fd, self._pid = -1, 0
@@ -425,7 +426,7 @@ class FileLock:
             return False
         try:
             while self._key not in self._registry:
-                fd = os.open(self.path, os.O_RDWR | O_SAFE | (os.O_CREAT if create else 0), 0o666)
+                fd = os.open(self.path, os.O_RDWR | O_SAFE | (os.O_CREAT if create else 0), self._mode)
                 try:
                     locked = _try_lock(fd, fcntl.LOCK_EX)
                     if locked is not False and self._flock and not _try_flock(fd):
@@ -5563,7 +5564,7 @@ class NotifierConfig:
         """Yield the content for a change and write it back, under a lock and in one step."""
         try:
             os.makedirs(self._folder, exist_ok=True)
-            with FileLock(self._lock_path) as lock:
+            with FileLock(self._lock_path, mode=0o600) as lock:  # who may not edit may not lock it either
                 if lock.acquire(wait_s=CONFIG_LOCK_WAIT_S) is False:
                     raise ConfigError(
                         f"{self._lock_path} has been locked for {CONFIG_LOCK_WAIT_S:g} s: try again"
