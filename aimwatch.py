@@ -48,7 +48,6 @@ import datetime
 import errno
 import fcntl
 import gc
-import heapq
 import itertools
 import json
 import logging
@@ -6874,22 +6873,10 @@ FLAP_STALLS, FLAP_WINDOW_S, FLAP_GRACE_S = 3, 3600.0, 900.0
 class WatchedRun:
     """What the watcher knows of one run; times in `_s` are on its looking clock."""
 
-    __slots__ = (
-        "hash",
-        "idx",
-        "name",
-        "promise_s",
-        "queued_s",
-        "since_s",
-        "since_utc",
-        "stalls",
-        "state",
-        "utc",
-    )
+    __slots__ = ("hash", "idx", "name", "promise_s", "since_s", "since_utc", "stalls", "state", "utc")
 
     def __init__(self, check_in: CheckIn, name: str, now_s: float, now_utc: float) -> None:
         self.hash = check_in.run_hash
-        self.queued_s = math.inf
         #: When it stalled, the newest last. The last of a flapping run: when it last was silent too long.
         self.stalls: List[float] = []
         self.take(check_in, name, now_s, now_utc)
@@ -6983,14 +6970,15 @@ class RunTable:
         self.runs: Dict[str, WatchedRun] = {}
         self.reported: List[str] = []
         self.names: Set[str] = set()
-        self._due: List[Tuple[float, str]] = []
+        #: No run is overdue before this moment.
+        self._next_s = math.inf
         self._missing: Dict[str, int] = {}
 
     def restore(self, watched: WatchedRun) -> None:
         """Take in what an earlier watcher knew."""
         self.runs[watched.hash] = watched
         self.names.add(watched.name)
-        self._queue(watched)
+        self._next_s = min(self._next_s, self.deadline_s(watched))
 
     def deadline_s(self, watched: WatchedRun) -> float:
         """Return when, on the looking clock, a run's silence is too long; never for no promise."""
@@ -6998,13 +6986,6 @@ class RunTable:
             return math.inf
         grace_s = self.grace_s + (FLAP_GRACE_S if watched.flaps else 0.0)
         return watched.since_s + watched.promise_s + grace_s
-
-    def _queue(self, watched: WatchedRun) -> None:
-        # One entry a run: a later deadline is found when the earlier one comes up.
-        deadline = self.deadline_s(watched)
-        if deadline < watched.queued_s:
-            watched.queued_s = deadline
-            heapq.heappush(self._due, (deadline, watched.hash))
 
     def take(self, listing: Iterable[str], now_s: float, now_utc: float, first: bool = False) -> List[Change]:
         """Compare a listing with the last one and return what changed. At first sight of a
@@ -7017,11 +6998,13 @@ class RunTable:
         for name in fresh:
             if self.take_heartbeat(name, now_s, now_utc, gone):
                 continue
-            check_in = self._parse(name)
-            if check_in is not None:
+            check_in = parse_check_in(name)
+            if check_in is not None and check_in.flag in FLAG_STATES:
                 best = newest.get(check_in.run_hash)
                 if best is None or best[0].idx < check_in.idx:
                     newest[check_in.run_hash] = (check_in, name)
+            elif check_in is None or check_in.flag not in AIM_ONLY_FLAGS:
+                self.reported.append(name)
         changes: List[Change] = []
         for check_in, name in newest.values():
             changes += self._take_check_in(check_in, name, now_s, now_utc)
@@ -7046,19 +7029,11 @@ class RunTable:
             watched.note_sign(now_s, self.grace_s)
         watched.idx, watched.utc, watched.promise_s = int(idx), utc, int(expect)
         watched.name, watched.since_s, watched.since_utc = name, now_s, now_utc
-        if now_s + watched.promise_s + self.grace_s < watched.queued_s:
-            self._queue(watched)
+        if now_s + watched.promise_s < self._next_s:
+            self._next_s = min(self._next_s, self.deadline_s(watched))
         if self._missing:
             self._missing.pop(run, None)
         return True
-
-    def _parse(self, name: str) -> Optional[CheckIn]:
-        check_in = parse_check_in(name)
-        if check_in is not None and check_in.flag in FLAG_STATES:
-            return check_in
-        if check_in is None or check_in.flag not in AIM_ONLY_FLAGS:
-            self.reported.append(name)
-        return None
 
     def _take_check_in(self, check_in: CheckIn, name: str, now_s: float, now_utc: float) -> List[Change]:
         watched = self.runs.get(check_in.run_hash)
@@ -7071,14 +7046,13 @@ class RunTable:
         elif check_in.idx > watched.idx or self._missing.get(check_in.run_hash, 0) >= MISSING_POLLS:
             self._missing.pop(check_in.run_hash, None)
             old_state, silent_s = watched.state, now_s - watched.since_s
-            if watched.stalls:
-                watched.note_sign(now_s, self.grace_s)
+            watched.note_sign(now_s, self.grace_s)
             watched.take(check_in, name, now_s, now_utc)
         else:
             return []
         if watched.state in (FINISHED, FAILED):
             watched.stalls = []
-        self._queue(watched)
+        self._next_s = min(self._next_s, self.deadline_s(watched))
         kinds = TRANSITIONS.get((old_state, watched.state), ())
         if (old_state, check_in.flag) == (RUNNING, STARTING):
             kinds = (STARTED,)
@@ -7107,18 +7081,14 @@ class RunTable:
 
     def overdue(self, now_s: float) -> List[Change]:
         """Return the runs whose silence became too long by `now_s`; they are stalled now."""
-        changes = []
-        while self._due and self._due[0][0] <= now_s:
-            due_s, run = heapq.heappop(self._due)
-            watched = self.runs.get(run)
-            if watched is None or due_s != watched.queued_s:
-                continue  # an earlier entry of the run has come up before
-            watched.queued_s = math.inf
+        changes: List[Change] = []
+        if now_s < self._next_s:
+            return changes
+        for watched in self.runs.values():
             if self.deadline_s(watched) <= now_s:
                 note = watched.note_stall(now_s)
                 changes.append(Change(STALLED, watched, now_s - watched.since_s, RUNNING, note))
-            else:
-                self._queue(watched)
+        self._next_s = min(map(self.deadline_s, self.runs.values()), default=math.inf)
         return changes
 
 
@@ -7179,19 +7149,6 @@ def writer_state(paths: RepoPaths, run_hash: str) -> str:
     if state == "absent":
         return "gone" if os.path.exists(paths.run_log(run_hash)) else "unknown"
     return {"held": "alive", "free": "gone"}.get(state, "unknown")
-
-
-def process_state(pid: str) -> str:
-    """Return whether a process of this machine is `alive` or `gone`."""
-    if not pid.isdigit() or not 0 < int(pid) < 1 << 31:
-        return "unknown"
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return "gone"
-    except OSError:
-        pass  # it is somebody else's
-    return "alive"
 
 
 def describe_metrics(state: RunState, limit: int = 5) -> str:
@@ -7262,8 +7219,6 @@ def change_facts(paths: RepoPaths, change: Change, in_full: bool = True) -> Fact
         facts["run.reason"] = change.note
         if in_full:
             facts["run.process"] = writer_state(paths, watched.hash)
-            if facts["run.process"] == "unknown" and facts.get("run.host") == this_host():
-                facts["run.process"] = process_state(facts.get("run.pid", ""))
             facts["run.frames"] = hanging_frames(paths, watched.hash)
     if change.kind == RECOVERED:
         how = "finished" if watched.state == FINISHED else "checked in again"
