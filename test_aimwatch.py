@@ -160,6 +160,15 @@ BESIDE = {
 }  # fmt: skip
 
 
+def is_alive(pid: int) -> bool:
+    """True while there is a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 class Clock:
     """A clock that moves when told to."""
 
@@ -7972,7 +7981,7 @@ class Commands(NotifierCase):
         with open(started) as file:
             pid = int(file.read())
         watcher.dispatcher.stop(0.0)
-        self.wait_for(lambda: aimwatch.process_state(str(pid)) == "gone")
+        self.wait_for(lambda: not is_alive(pid))
 
     def test_how_a_program_ends_is_judged(self) -> None:
         for text, kind, detail in (
@@ -9969,20 +9978,6 @@ class TestRunTable(unittest.TestCase):
             shown = [name for name in shown if name != missed]
             self.assertEqual(sorted(told), naive.step(shown, now))
 
-    def test_long_promises_renewed_often_keep_the_queue_at_one_entry_a_run(self) -> None:
-        hashes = [f"r{number}" for number in range(10_000)]
-        for turn in range(8):
-            self.table.take([named(run, turn + 1, expect=3600) for run in hashes], turn, UTC)
-            self.table.overdue(turn)
-        self.assertEqual(len(self.table._due), 10_000)
-
-    def test_promises_now_long_now_short_keep_the_queue_bounded(self) -> None:
-        for second in range(5000):
-            expect = 5 if second % 20 < 10 else 600
-            self.take(named("a", second + 1, expect=expect), now=second)
-            self.assertEqual(self.table.overdue(second), [])
-        self.assertLess(len(self.table._due), 100)
-
 
 class TestLookingClock(unittest.TestCase):
     def setUp(self) -> None:
@@ -10198,6 +10193,49 @@ class TestWatcher(WatchCase):
         self.assertIn("our_run", facts["run.frames"])
         self.assertEqual(facts["run.pid"], str(os.getpid()))
         self.assertIn("failed: ValueError: loss is NaN\n", aimwatch.default_message(facts))
+
+    def test_many_deaths_at_once_do_not_keep_the_watcher_from_looking(self) -> None:
+        names = [f"n{number}" for number in range(50)]
+        for name in names:
+            self.check_in(name, 1)
+        watcher = self.watch()
+        for name in names:
+            self.check_in(name, 2, "failed")
+
+        def slow(paths: Any, run_hash: str) -> Dict[str, str]:
+            self.clock.pass_(0.25)
+            return {**aimwatch.short_facts(paths, run_hash), "run.reason": "why"}
+
+        begun = self.clock()
+        with mock.patch.object(aimwatch, "run_facts", slow):
+            watcher.poll()
+        self.assertEqual(self.clock() - begun, 2.0)
+        self.assertEqual(sorted(self.told()), sorted((name, "failed") for name in names))
+        self.assertEqual(sum("run.reason" in item["facts"] for item in self.events()), 8)
+
+    def test_alert_reads_the_beginning_the_last_checkpoint_and_the_end_of_a_log(self) -> None:
+        noise = "[1,1,0.5,1775000000.0]\n" * 4000
+        state = aimwatch.RunState("r")
+        lines = [
+            {"format": 1, "hash": "r", "created_at": 1775000000.0, "host": "node7"},
+            {"props": {"name": "night", "experiment": "resnet"}},
+            {"series": 1, "name": "loss", "context": {}},
+        ]
+        for line in lines:
+            self.assertTrue(state.apply(line))
+        head = "".join(json.dumps(line) + "\n" for line in lines)
+        checkpoint = aimwatch.to_json(state.to_checkpoint()) + "\n"
+        tail = '[1,7,0.25,1775000009.0]\n{"log":40,"time":1775000009.0,"message":"out of memory"}\n'
+        for text in (head + tail, head + noise + tail, head + noise * 8 + checkpoint + noise + tail,
+                     head + noise + checkpoint[:-9] + "\n" + tail + '{"log":40,"ti'):  # fmt: skip
+            with self.subTest(length=len(text)):
+                with open(self.paths.run_log("r"), "w", encoding="ascii") as file:
+                    file.write(text)
+                with mock.patch.object(aimwatch, "_apply_line", wraps=aimwatch._apply_line) as applied:
+                    facts = aimwatch.run_facts(self.paths, "r")
+                self.assertEqual([facts[f"run.{name}"] for name in ("name", "experiment", "host", "metrics", "errors")],
+                                 ["night", "resnet", "node7", "loss=0.25 (step 7)", "  out of memory"])  # fmt: skip
+                self.assertLess(applied.call_count, 2500)
 
     def test_first_sight_is_silent_on_ended_runs_and_tells_stalled_ones(self) -> None:
         self.check_in("ended", 1, "finished")
@@ -10908,6 +10946,44 @@ class TestMutes(WatchCase):
         self.look(watcher, 20)
         self.assertEqual(len(self.told()), 2)
 
+    def test_recovery_during_a_mute_is_told_when_it_ends(self) -> None:
+        for run in ("checks", "ends", "fails", "steady"):
+            self.check_in(run, 1, expect=0 if run == "steady" else 3)
+        watcher = self.watch()
+        self.look(watcher, 6)
+        before = len(self.told())
+        for run in ("checks", "ends", "fails", "steady"):
+            self.mute(run)
+        self.look(watcher, 2)
+        for run, flag in (
+            ("checks", "check_in"),
+            ("ends", "finished"),
+            ("fails", "failed"),
+            ("steady", "check_in"),
+        ):
+            self.check_in(run, 2, flag)
+        self.look(watcher, 3)
+        self.stop(watcher)
+        watcher = self.watch()
+        self.assertEqual(len(self.told()), before)
+        self.look(watcher, 60)
+        self.assertEqual(sorted(self.told()[before:]),
+                         [("checks", "recovered"), ("ends", "recovered"), ("fails", "failed")])  # fmt: skip
+        reasons = {
+            item["facts"]["run.hash"]: item["facts"].get("run.reason") for item in self.events()[before:]
+        }
+        self.assertEqual((reasons["checks"], reasons["ends"]),
+                         ("checked in again while it was muted", "finished while it was muted"))  # fmt: skip
+
+    def test_folder_that_cannot_be_read_ends_no_mute(self) -> None:
+        self.check_in("a", 1, expect=3)
+        watcher = self.watch()
+        self.mute("a")
+        self.look(watcher, 1)
+        with mock.patch.object(aimwatch, "read_mutes", side_effect=OSError(errno.ESTALE, "stale")):
+            self.look(watcher, 8)
+        self.assertEqual(self.told(), [])
+
     def test_run_that_was_told_before_is_told_again_at_the_end_once(self) -> None:
         self.check_in("a", 1, expect=3)
         watcher = self.watch()
@@ -11304,6 +11380,41 @@ class TestStart(WatcherProcessCase):
         who = rf"process {first.pid} on {os.uname().nodename} \(since .+\) already watches {self.root}"
         self.assertRegex(err.splitlines()[-1], rf"^.*: {who}$")
         self.assertIsNone(first.poll())
+
+    def test_looking_who_watches_does_not_end_the_watch(self) -> None:
+        self.watch()
+        for _ in range(2):
+            self.assertTrue(aimwatch.watcher_state(self.paths, self.saved(), time.time())[0])
+            code, _, err = self.call("start", "--once")
+            self.assertEqual(code, 1)
+            self.assertIn(f"process {os.getpid()} on ", err)
+
+    @unittest.skipUnless(sys.platform == "linux", "elsewhere both kinds of lock may be one")
+    def test_watcher_of_aim_and_ours_exclude_each_other(self) -> None:
+        taking = "import fcntl, sys\nfile = open(sys.argv[1], 'w')\nfcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        taking += "print('taken', flush=True)\nsys.stdin.read()"
+        aims = subprocess.Popen([sys.executable, "-c", taking, self.paths.watcher_lock],
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        self.addCleanup(aims.stdout.close)
+        assert aims.stdin and aims.stdout and aims.stdout.readline() == b"taken\n"
+        code, _, err = self.call("start", "--once")
+        aims.stdin.close()
+        aims.wait()
+        self.assertEqual(code, 1)
+        self.assertIn(f"Aim's watcher already watches {self.root}", err)
+        self.watch()
+        refused = self.command(sys.executable, "-c", taking, self.paths.watcher_lock)
+        self.assertIn("BlockingIOError", refused.communicate()[1])
+
+    def test_soft_lock_of_aims_watcher_is_a_warning_that_names_its_owner(self) -> None:
+        for text, owner in (("4711\nnode7\n", "4711 node7"), ("", f"user {os.geteuid()}")):
+            with open(f"{self.paths.watcher_lock}.softlock", "w", encoding="ascii") as file:
+                file.write(text)
+            with self.assertLogs(aimwatch.log, "WARNING") as logged:
+                self.stop(self.watch())
+            self.assertIn(
+                f"watcher.lock.softlock is there: Aim's watcher ({owner}) may watch too", logged.output[0]
+            )
 
     def test_watcher_killed_and_started_again_repeats_and_loses_nothing(self) -> None:
         expected: List[Tuple[str, str]] = []
