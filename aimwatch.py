@@ -2402,9 +2402,6 @@ class Run:
         self._warned_odd = False
         #: Log lines since the last checkpoint.
         self._lines = 0
-        #: How many records are in the state and perhaps not in the log: 1 while one is added, seen by a
-        #: signal's handler, and for good where an exception, such as Ctrl-C, came in between.
-        self._adding = 0
         self._dropped = 0
         self._look_at_s, self._lock_at_s = 0.0, time.time() + LOCK_S
         self._lock_lost = 0
@@ -2648,11 +2645,10 @@ class Run:
             line = f"[{series.id},{step},{json_text(value)},{now:.3f}]\n"
         else:
             line = f"[{series.id},{step},{json_text(value)},{now:.3f},{json_text(epoch)}]\n"
-        self._adding += 1  # not in a `finally`: what an exception leaves behind is to be remembered
+        # The log first: what a signal's handler writes as the whole state must not count a point too many.
+        self._log.append(line.encode("ascii"))
         series.add(step, value, now, epoch)
         self._state.last_time = now
-        self._log.append(line.encode("ascii"))
-        self._adding -= 1
         self._lines += 1
         if self._lines >= CHECKPOINT_LINES:
             self._checkpoint()
@@ -2910,13 +2906,10 @@ class Run:
             now = time.time()
             if self._pid and now >= self._look_at_s:
                 self._look(now)
-            self._adding += 1
             # From the line, so that the state shares nothing with what the caller holds.
             applied = self._state.apply(from_json(line))
             if applied:
                 self._log.append(line)
-            self._adding -= 1
-            if applied:
                 # A long line counts as many, so that what is read from a checkpoint on stays small.
                 self._lines += 1 + len(line) // 1000
                 if self._lines >= CHECKPOINT_LINES:
@@ -2924,11 +2917,11 @@ class Run:
             return applied
 
     def _checkpoint(self) -> None:
-        """Write the whole state, unless it may count a record that was never written, or is too long a line
-        for its readers: they then read the records themselves."""
+        """Write the whole state, unless it is too long a line for its readers: they then read the records
+        themselves."""
         self._lines = 0
         self._look_at_s = 0.0  # also where the clock was set back
-        line = b"" if self._adding else self._checkpoint_line()
+        line = self._checkpoint_line()
         if line:
             self._log.append(line)
 
@@ -3065,14 +3058,6 @@ class Run:
         if not self._is_mine() or self._ended is not None:
             return
         self._ended = flag
-        try:
-            self._record_end(flag, reason, frames)
-        except BaseException:
-            self._ended = None  # a second Ctrl-C, say: what ends the process then must say so
-            raise
-        self._promised = False
-
-    def _record_end(self, flag: str, reason: Optional[str], frames: List[str]) -> None:
         _process.stacks.disarm(self._paths.stack(self.hash))
         idx = self._file.next_idx()
         self._disk_idx, self._deadline, self._window = idx, 0.0, (math.nan, 0.0)
@@ -3081,6 +3066,7 @@ class Run:
             end.update(reason=reason, frames=frames)
         # The log first: who sees the check-in must find the reason.
         self._record(end)
+        self._promised = False
         for retry in range(END_RETRIES):
             try:
                 self._file.write(idx, flag, 0)
@@ -3103,7 +3089,7 @@ class Run:
                 self._look(time.time())
                 self._checkpoint()
                 size = self._log.close()
-                if size >= 0 and not self._adding:
+                if size >= 0:
                     self._index_itself(size)
                 self._marker.release()
 

@@ -1372,6 +1372,26 @@ ENDS: Tuple[Tuple[str, str, int, Any, Any], ...] = (
 )  # fmt: skip
 
 
+#: What, code before the run begins and after, exit status, output, and why the run ended.
+USERS_HOOKS = (
+    ("excepthook", "def hook(kind, error, trace): print('user', error, flags('r'), flags('s'))\n"
+     "sys.excepthook = hook\nother = Run('s')\n", "boom()", 1, ["user boom starting failed starting failed"],
+     "ValueError: boom"),
+    ("later excepthook that calls ours", "", "ours = sys.excepthook\ndef hook(*args):\n print('before', flags())\n"
+     " ours(*args)\n print('after', flags())\nsys.excepthook = hook\nboom()", 1,
+     ["before starting", "after starting failed"], "ValueError: boom"),
+    ("later excepthook that calls nothing", "", "sys.excepthook = lambda *args: print('user')\nboom()", 1, ["user"],
+     "ValueError: boom"),
+    ("SIGTERM handler", "def handler(number, frame): print(number, flags(), frame is not None); sys.exit(7)\n"
+     "signal.signal(signal.SIGTERM, handler)\n", "term()", 7, ["15 starting failed True"], "terminated by SIGTERM"),
+    ("later SIGTERM handler", "", "run.report_progress(expect_next_in=60)\n"
+     "signal.signal(signal.SIGTERM, lambda *args: sys.exit(5))\nother = Run('s')\nterm()", 5, [], EXIT_REASON),
+    ("SIGTERM is ignored", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n",
+     "os.kill(os.getpid(), signal.SIGTERM)\nprint(flags())\n"
+     "print(signal.getsignal(signal.SIGTERM) == signal.SIG_IGN)\nrun.close()", 0, ["starting", "True"], None),
+)  # fmt: skip
+
+
 class ProcessCase(Case):
     def end_of(self, run_hash: str) -> Any:
         return aimwatch.read_log(self.paths.run_log(run_hash), run_hash).end
@@ -1476,36 +1496,12 @@ class HowARunEnds(ProcessCase):
 
     # ---- excepthook
 
-    def test_excepthook_of_the_user_is_called_with_the_run_already_failed(self) -> None:
-        begin = (
-            "def hook(kind, error, trace): print('user', error, flags())\n"
-            "sys.excepthook = hook\nrun = Run('r')\n"
-        )
-        code, out, err = self.finished_process("boom()", begin=begin)
-        self.assertEqual((code, out, err), (1, ["user boom starting failed"], ""))
-
-    def test_excepthook_installed_later_that_calls_ours_is_called_first(self) -> None:
-        code = (
-            "ours = sys.excepthook\ndef hook(*args):\n print('before', flags())\n ours(*args)\n"
-            " print('after', flags())\nsys.excepthook = hook\nboom()"
-        )
-        _, out, err = self.finished_process(code)
-        self.assertEqual(out, ["before starting", "after starting failed"])
-        self.assertIn("ValueError: boom", err)
-
-    def test_excepthook_installed_later_that_calls_nothing_does_not_hide_the_failure(self) -> None:
-        _, out, _ = self.finished_process("sys.excepthook = lambda *args: print('user')\nboom()")
-        self.assertEqual(out, ["user"])
-        self.assertEqual(self.end_of("r")["reason"], "ValueError: boom")
-
-    def test_excepthook_of_two_runs_is_one(self) -> None:
-        begin = (
-            "sys.excepthook = lambda *args: print('user', flags('r'), flags('s'))\n"
-            "run = Run('r'); other = Run('s')\n"
-        )
-        self.assertEqual(
-            self.finished_process("boom()", begin=begin)[1], ["user starting failed starting failed"]
-        )
+    def test_hooks_and_handlers_of_the_user_are_called_and_the_end_is_recorded(self) -> None:
+        for what, begin, code, status, out, reason in USERS_HOOKS:
+            with self.subTest(what):
+                found = self.finished_process(code, begin=textwrap.dedent(begin) + "run = Run('r')\n")
+                self.assertEqual(found[:2], (status, out), found[2])
+                self.assertEqual(self.end_of("r").get("reason"), reason)
 
     # ---- SIGTERM
 
@@ -1533,19 +1529,6 @@ term()
 """
         self.assertEqual(self.finished_process(code)[0], -signal.SIGTERM)
         self.assertEqual(self.flags("r-"), ["starting", "failed"])
-
-    def test_second_interrupt_leaves_a_run_that_failed(self) -> None:
-        code = """
-run.report_progress(expect_next_in=60)
-real = run._file.write
-def write(*args):
-    run._file.write = real
-    raise KeyboardInterrupt
-run._file.write = write
-raise KeyboardInterrupt
-"""
-        self.assertIn("KeyboardInterrupt", self.finished_process(code)[2])
-        self.assertEqual(self.flags("r-"), ["check_in", "failed"])
 
     def test_many_runs_do_not_wait_one_after_the_other_when_a_process_ends(self) -> None:
         code = """
@@ -1584,16 +1567,6 @@ print(flags("g"))
 """
         self.assertEqual(self.finished_process(code, "")[1], ["finished"])
 
-    def test_sigterm_handler_of_the_user_is_called_after_ours(self) -> None:
-        begin = (
-            "def handler(number, frame): print(number, flags(), frame is not None); sys.exit(7)\n"
-            "signal.signal(signal.SIGTERM, handler)\nrun = Run('r'); other = Run('s')\n"
-        )
-        code, out, _ = self.finished_process("term()", begin=begin)
-        self.assertEqual((code, out), (7, ["15 starting failed True"]))
-        for run_hash in "rs":
-            self.assertEqual(self.end_of(run_hash)["reason"], "terminated by SIGTERM")
-
     def test_sigterm_handler_that_returns_lets_the_run_go_on(self) -> None:
         begin = "signal.signal(signal.SIGTERM, lambda *args: print(flags()))\nrun = Run('r')\n"
         for expect in (0, 60):
@@ -1608,23 +1581,6 @@ print(flags("g"))
                 self.assertEqual((exit_code, err), (0, ""))
                 self.assertEqual(out, ["check_in failed", "check_in failed", "check_in"])
                 self.assertEqual((self.end_of("r")["end"], self.flags("r-")), ("finished", ["finished"]))
-
-    def test_sigterm_handler_installed_later_is_respected(self) -> None:
-        code = (
-            "run.report_progress(expect_next_in=60)\n"
-            "signal.signal(signal.SIGTERM, lambda *args: sys.exit(5))\nother = Run('s')\nterm()"
-        )
-        self.assertEqual(self.finished_process(code)[0], 5)
-        self.assertEqual(self.end_of("r")["reason"], EXIT_REASON)
-
-    def test_sigterm_that_is_ignored_stays_ignored(self) -> None:
-        begin = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nrun = Run('r')\n"
-        code = (
-            "os.kill(os.getpid(), signal.SIGTERM)\nprint(flags())\n"
-            "print(signal.getsignal(signal.SIGTERM) == signal.SIG_IGN)\nrun.close()"
-        )
-        self.assertEqual(self.finished_process(code, begin=begin)[:2], (0, ["starting", "True"]))
-        self.assertEqual(self.end_of("r")["end"], "finished")
 
     def test_sigterm_while_another_thread_holds_the_log_is_not_held_up_for_ever(self) -> None:
         code = (
@@ -4447,66 +4403,28 @@ class KilledWriters(RecordingCase):
 
 
 class InterruptedWriters(RecordingCase):
-    """A signal comes when a point is counted and not yet written."""
-
-    LIFE = """if 1:
-        import os, signal, sys
-        import aimwatch
-        what, number = sys.argv[1], getattr(signal, sys.argv[2])
-        def handler(signum, frame):
-            if what == "tracks":
-                run.track(100, "other")
-            if what == "leaves":
-                raise SystemExit(3)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs in the background ignores it
-        if what != "plain":
-            signal.signal(signal.SIGTERM, handler)  # the user's, and first: it is called
-        run = aimwatch.Run("r")
-        real = aimwatch.SeriesState.add
-        def add(series, *point):
-            real(series, *point)
-            if series.count == 6:
-                os.kill(os.getpid(), number)
-        aimwatch.SeriesState.add = add
-        try:
-            for n in range(20):
-                run.track(n, "m")
-        except KeyboardInterrupt:
-            for n in range(20, 25):
-                run.track(n, "m")
-            run["p"] = 1
-            aimwatch.CHECKPOINT_LINES = 3
-            run.track(25, "m")
-            run.close()
-        if what == "tracks":
-            run.report_successful_finish()
-            run.close()
-    """
-
-    def test_summary_counts_the_points_that_were_written(self) -> None:
-        for what, number, values, state in (
-            ("plain", "SIGTERM", [0, 1, 2, 3, 4], "failed"),
-            ("leaves", "SIGTERM", [0, 1, 2, 3, 4], "failed"),
-            ("tracks", "SIGTERM", list(range(20)), "finished"),
-            ("plain", "SIGINT", [0, 1, 2, 3, 4, *range(20, 26)], "failed"),
-        ):
-            with self.subTest(what=what, number=number):
-                for folder in (self.paths.runs, self.paths.pending):
-                    for name in os.listdir(folder):
-                        os.unlink(os.path.join(folder, name))
-                process = self.process(self.LIFE, what, number)
-                process.wait()
-                for indexed in (False, True):
-                    (row,) = aimwatch.Repo(self.root).metric_rows("metric.name == 'm'")
-                    metric = self.reread("r").get_metric("m")
-                    assert metric is not None
-                    self.assertEqual(metric.values, [float(value) for value in values])
-                    self.assertEqual((metric.count, metric.last), (len(values), values[-1]))
-                    self.assertEqual((row.count, row.last), (len(values), values[-1]))
-                    self.assertEqual(self.reread("r")._state.end["end"], state)  # type: ignore[index]
-                    if not indexed:
-                        aimwatch.Repo(self.root).reindex()
-                self.assertEqual(os.listdir(self.paths.pending), [])
+    def test_signal_in_the_middle_of_a_point_leaves_a_log_that_is_whole(self) -> None:
+        code = """
+import os, signal, aimwatch
+run = aimwatch.Run("r")
+real = aimwatch.SeriesState.add
+def add(series, *point):
+    if series.count == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+    real(series, *point)
+aimwatch.SeriesState.add = add
+for n in range(20):
+    run.track(n, "m")
+"""
+        self.assertEqual(self.process(code).wait(), -signal.SIGTERM)
+        for _ in ("pending", "indexed"):
+            metric = self.reread("r").get_metric("m")
+            assert metric is not None
+            self.assertEqual(metric.values, [0, 1, 2, 3, 4, 5])
+            self.assertIn(metric.count, (5, 6))  # `track` did not return from the last
+            self.assertEqual(self.reread("r")._state.end["end"], "failed")  # type: ignore[index]
+            aimwatch.Repo(self.root).reindex()
+        self.assertEqual(os.listdir(self.paths.pending), [])
 
 
 class FullDiskForReal(RecordingCase):
