@@ -1930,7 +1930,7 @@ class Rhythm:
     #: A gap longer than all before, as the first validation is, may be half as long as the run so far. After
     #: an hour, a run that had none is the less likely to have one.
     HOUR_S = 3600.0
-    #: One gap teaches no more than this, or ten times what was known: the job may have been stopped overnight.
+    #: One gap teaches no more than this, or ten times what was known: the job may stop overnight.
     ONE_GAP_S = 600.0
 
     def __init__(self) -> None:
