@@ -1352,6 +1352,8 @@ class AppendFile:
             written = os.write(self._fd, b"\n" + line if self._torn else line)
         except OSError as error:
             self._complain(error)
+            if self._must_sync:  # it may be that of an earlier write, and is reported only once
+                self._sync_error = str(error.strerror)
             return False
         missing = len(line) + self._torn - written
         self._torn = missing > 0 and (written > 0 or self._torn)
