@@ -302,7 +302,11 @@ def open_regular(path: str, how: int = os.O_NOFOLLOW) -> int:
     return fd
 
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+#: Not the joiners U+200C and U+200D: words of Persian and families of emoji need them.
+_CONTROL = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff"
+    r"\U000e0000-\U000e007f]"
+)
 
 
 def printable(text: str, limit: int = 500) -> str:
@@ -5307,6 +5311,8 @@ def checked_headers(value: Any) -> Dict[str, str]:
     ConfigError, not showing a value."""
     if isinstance(value, str):
         lines = [line.partition(":") for line in value.splitlines() if line.strip()]
+        if not all(colon for _, colon, _ in lines):  # a bare token, which no message may show
+            raise ConfigError("a line is no header: write 'Name: value'")
         value = {name.strip(): text.strip() for name, _, text in lines}
     if not isinstance(value, dict):
         raise ConfigError(f"must be an object of names and values, not {type(value).__name__}")
@@ -5314,7 +5320,7 @@ def checked_headers(value: Any) -> Dict[str, str]:
         if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
             raise ConfigError("a header has no name that can be one: write 'Name: value'")
         if not isinstance(text, str) or not re.fullmatch(r"[\t -~]+", text):
-            raise ConfigError(f"header {name} must have a value of printable ASCII")
+            raise ConfigError("a header must have a value of printable ASCII")
     return value
 
 
@@ -5747,9 +5753,10 @@ def clean_facts(facts: Facts) -> Facts:
 
 def without_mentions(text: str) -> str:
     """Return `text` in which nothing calls for somebody in any of the chats (`@all`, `<@&1>`,
-    `<users/all>`): a zero-width space parts it."""
+    `<users/all>`), and no link hides where it leads to (`[name](url)`, `<url|name>`): a zero-width space
+    parts it."""
     return re.sub(
-        r"(?<!\w)@(?=[\w\[&!])|@(?=everyone|here|channel|all)|<(?=users/)",
+        r"(?<!\w)@(?=[\w\[&!])|@(?=everyone|here|channel|all)|<(?=users/|\w+:)|\](?=[(\[:])",
         lambda match: match.group() + "\u200b",
         text,
     )
@@ -8019,12 +8026,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
 
 
+#: Longer lines of the log on stderr are cut.
+MAX_LOG_LINE = 4000
+
+
 class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes log lines to stderr, above a status line that it keeps at the bottom."""
 
     def __init__(self) -> None:
         super().__init__()
         self.status = ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines of a record without what a hostile log could tell the terminal to do."""
+        return "\n".join(printable(line, MAX_LOG_LINE) for line in super().format(record).split("\n"))
 
     def emit(self, record: logging.LogRecord) -> None:
         self._erase()
@@ -9001,8 +9016,7 @@ def _print_cells(args: Any, columns: Sequence[str], rows: List[List[Any]], noun:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(columns)
         for row in chosen:
-            cells = [json.dumps(cell) if isinstance(cell, (dict, list)) else cell for cell in row]
-            writer.writerow(["" if cell is None else cell for cell in cells])
+            writer.writerow(map(_csv_cell, row))
     else:
         text = [[shown(cell, column) for cell, column in zip(row, columns)] for row in chosen]
         if text:
@@ -9010,6 +9024,24 @@ def _print_cells(args: Any, columns: Sequence[str], rows: List[List[Any]], noun:
         more = f", {len(rows) - len(chosen)} more with --limit 0" if len(chosen) < len(rows) else ""
         counted = "1 run" if (len(chosen), noun) == (1, "runs") else f"{len(chosen)} {noun}"
         print(counted + more, file=sys.stderr)
+
+
+def _csv_cell(value: Any) -> Any:
+    """Return a value as CSV. Text that a spreadsheet would run as a formula is marked as text."""
+    if isinstance(value, (dict, list)):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        return "" if value is None else value
+    text = printable(value, len(value) * 10) if sys.stdout.isatty() else value
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _json_cell(value: Any) -> Any:

@@ -408,7 +408,8 @@ class SmallHelpers(Case):
             ("loss = 0.5", "loss = 0.5"), ("größer 模型 🚀", "größer 模型 🚀"), ("", ""),
             ("a\nb\r\tc", "a\\x0ab\\x0d\\x09c"), ("\x1b[2J", "\\x1b[2J"), ("\x7f\x9b", "\\x7f\\x9b"),
             ("\u202eexe", "\\x202eexe"), ("\u2028\u200b\ufeff", "\\x2028\\x200b\\xfeff"),
-            ("\udcff", "\\xdcff"),
+            ("\udcff", "\\xdcff"), ("\u061c", "\\x61c"), ("a\U000e0061", "a\\xe0061"),
+            ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e"), ("\U0001f469\u200d\U0001f680", "\U0001f469\u200d\U0001f680"),
         ):  # fmt: skip
             with self.subTest(text=text):
                 self.assertEqual(aimwatch.printable(text), shown)
@@ -5912,6 +5913,16 @@ class RunCommands(StoredCase):
             ["", "\u043f\u043e\u0442\u0435\u0440\u044f", "second\nline\x1b[31m"],
         )
 
+    def test_csv_is_safe_for_a_spreadsheet_and_a_terminal(self) -> None:
+        for value, cell in (
+            ("=1+1", "'=1+1"), ("+a", "'+a"), ("-a", "'-a"), ("@x", "'@x"), ("\tx", "'\tx"), ("-1.5", "-1.5"),
+            ("+inf", "+inf"), ("plain", "plain"), ("\x1b[31m", "\x1b[31m"), (-1.5, -1.5), (None, ""), ([1], "[1]"),
+        ):  # fmt: skip
+            with self.subTest(value=value):
+                self.assertEqual(aimwatch._csv_cell(value), cell)
+        with mock.patch("sys.stdout", _Terminal()):
+            self.assertEqual(aimwatch._csv_cell("=\x1b[31m"), "'=\\x1b[31m")
+
     def test_metrics_are_listed(self) -> None:
         out, err = self.fine("metrics")
         self.assertEqual(out.splitlines()[0].split(), "RUN METRIC CONTEXT LAST STEP MIN MAX COUNT".split())
@@ -6980,7 +6991,7 @@ class Messages(unittest.TestCase):
         for line in aimwatch.message_for_batch(None, batch).split("\n")[4:-1]:
             self.assertIn("' stalled: silent for 3 min", line)
 
-    def test_mentions_of_every_chat_are_parted(self) -> None:
+    def test_mentions_and_disguised_links_of_every_chat_are_parted(self) -> None:
         for text in (
             "@everyone",
             "ann@everyone",
@@ -6992,12 +7003,18 @@ class Messages(unittest.TestCase):
             "@[123]",
             "<users/all>",
             "@all",
+            "[docs](https://evil.test)",
+            "![](https://evil.test/pixel)",
+            "[docs][1]",
+            "[1]: https://evil.test",
+            "<https://evil.test|docs>",
         ):
             with self.subTest(text):
                 safe = aimwatch.without_mentions(text)
-                self.assertNotRegex(safe, r"@[\w\[&!]|<users")
+                self.assertNotRegex(safe, r"@[\w\[&!]|<users|\][(\[:]|<https")
                 self.assertEqual(safe.replace("\u200b", ""), text)
-        self.assertEqual(aimwatch.without_mentions("ann@host, a @ b, <b>"), "ann@host, a @ b, <b>")
+        for plain in ("ann@host, a @ b, <b>", "https://site.test/x", "[1, 2] (3)", "a < b"):
+            self.assertEqual(aimwatch.without_mentions(plain), plain)
 
     def test_slack_escape_leaves_nothing_with_a_meaning(self) -> None:
         self.assertEqual(
@@ -9346,8 +9363,10 @@ class NotifiersAdd(NotifierCase):
             (("workplace", "--group-id", "a b", "--access-token", "t"), "group ID 'a b': it must be letters and digits$"),
             ((*slack, "--message", "{run.oops}"), "the message names {run.oops}, which does not exist: use"),
             (("webhook",), "notifiers add webhook --yes needs --webhook-url or --webhook-url-file$"),
-            ((*hook, "--header", "no colon SECRET"), "a header has no name that can be one: write 'Name: value'$"),
-            ((*hook, "--header", "X-K: PASSWORD\u00e9"), "header X-K must have a value of printable ASCII$"),
+            ((*hook, "--header", "no colon SECRET"), "a line is no header: write 'Name: value'$"),
+            ((*hook, "--header", "TOKEN"), "a line is no header: write 'Name: value'$"),
+            ((*hook, "--header", "a b: TOKEN"), "a header has no name that can be one: write 'Name: value'$"),
+            ((*hook, "--header", "X-K: PASSWORD\u00e9"), "a header must have a value of printable ASCII$"),
             ((*hook, "--body", "{"), "the body must be JSON, such as"),
             ((*hook, "--body", '"text"'), "the body must be a JSON object or list$"),
             ((*hook, "--body", '{"a": "{run.oops}"}'), "the message names {run.oops}, which does not exist"),
@@ -12056,6 +12075,18 @@ def parser_commands(parser: Any = None, path: Tuple[str, ...] = ()) -> Dict[Tupl
 
 
 class TestCommandLine(Case):
+    def test_log_lines_cannot_steer_the_terminal(self) -> None:
+        err = io.StringIO()
+        handlers, propagate, level = aimwatch.log.handlers[:], aimwatch.log.propagate, aimwatch.log.level
+        try:
+            with contextlib.redirect_stderr(err):
+                aimwatch._log_to_stderr(timed=False)
+            aimwatch.log.warning("run %s\nsays %s", "\x1b[2J", "\u202e\u061c")
+        finally:
+            aimwatch.log.handlers[:], aimwatch.log.propagate = handlers, propagate
+            aimwatch.log.setLevel(level)
+        self.assertEqual(err.getvalue(), "aimwatch: run \\x1b[2J\nsays \\x202e\\x61c\n")
+
     def test_init_creates_and_then_finds(self) -> None:
         for given in ("new", os.path.join("other", ".aim"), "third" + os.sep):
             with self.subTest(given=given):
