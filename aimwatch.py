@@ -2408,8 +2408,7 @@ class Run:
         self._warned_odd = False
         #: Log lines since the last checkpoint.
         self._lines = 0
-        self._dropped = 0
-        self._look_at_s, self._lock_at_s = 0.0, time.time() + LOCK_S
+        self._look_at_s, self._lock_at_mono = 0.0, _monotonic() + LOCK_S
         self._lock_lost = 0
         #: Log messages that could not be put into `news` yet.
         self._messages = b""
@@ -2531,7 +2530,7 @@ class Run:
 
     def _write_check_in(
         self, flag: str, expect_s: float, margin_s: float, asked: Any, strict: bool = False
-    ) -> bool:
+    ) -> None:
         """Write a check-in and note what it covers; no lock is held while it is written."""
         if self._pid and self._lock.acquire(blocking=False):
             try:
@@ -2552,7 +2551,7 @@ class Run:
                 self._complained = True
                 log.warning("cannot check in below %s: %s", self._paths.check_ins, error.strerror)
             self._window = (asked, now + RETRY_S)
-            return False
+            return
         if self._complained:
             self._complained = False
             log.warning("checking in below %s works again", self._paths.check_ins)
@@ -2566,7 +2565,6 @@ class Run:
             _process.stacks.arm(self._paths.stack(self.hash), now + written_s + STACKS_AFTER_S)
         elif self._stacks_on:
             _process.stacks.disarm(self._paths.stack(self.hash))
-        return True
 
     def report_successful_finish(self, *, block: bool = True) -> None:
         """Say that the run reached its end. `block` is Aim's; the report is always written."""
@@ -2969,11 +2967,6 @@ class Run:
             log.debug("run %s: %s", self.hash, error)
         if self._messages:
             self._write_messages()
-        if self._log.dropped > self._dropped and self._log.flush():
-            # What was given up may have declared a series; from here on the log is whole again.
-            self._dropped = self._log.dropped
-            for line in self._summary()[1:]:
-                self._log.append(line)
 
     def _hold_marker(self, now_s: float) -> None:
         """Lock the marker again, once a minute, and at once where it was removed or its descriptor closed.
@@ -2982,7 +2975,7 @@ class Run:
         copies the repository. Whoever holds it already is not affected.
         """
         if self._marker.is_there():
-            if now_s < self._lock_at_s:
+            if _monotonic() < self._lock_at_mono:
                 return
             locked = self._marker.retake()
         else:
@@ -2993,7 +2986,7 @@ class Run:
                 self._record({"resume": round(now_s, 3)})
         self._lock_lost = self._lock_lost + 1 if locked is False else 0
         if not self._lock_lost:
-            self._lock_at_s = now_s + LOCK_S
+            self._lock_at_mono = _monotonic() + LOCK_S
         elif self._lock_lost == 2:  # once, it may be somebody's look at whether it is held
             log.error(
                 "run %s has lost its lock, and another process holds %s: this process opened and closed "
@@ -3125,7 +3118,8 @@ class Run:
             return True
         if self.read_only:
             raise AimwatchError(
-                f"{what}: run {self.hash} was opened with read_only=True: open it without to write"
+                f"{what}: run {self.hash} is only read here (read_only=True, or what a query found): "
+                f"open it with Run({self.hash!r}) to write"
             )
         if not self._complained:
             self._complained = True

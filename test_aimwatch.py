@@ -1969,9 +1969,20 @@ class SecondWriter(ProcessCase):
         run = self.run_object("r")
         open(self.paths.marker("r")).close()
         self.assertTrue(self.is_free())
-        run._look_at_s = run._lock_at_s = 0.0  # a minute has passed
+        run._look_at_s = run._lock_at_mono = 0.0  # a minute has passed
         run.track(1, "m")
         self.assertFalse(self.is_free())
+
+    def test_lock_is_looked_after_once_a_minute(self) -> None:
+        run, clock = self.run_object("r"), Clock(2e9)
+        with mock.patch("time.time", clock), mock.patch.object(aimwatch, "_monotonic", clock), mock.patch(
+            "fcntl.lockf"
+        ) as lockf:
+            run._look_at_s, run._lock_at_mono = 0.0, clock.now + 60
+            for _ in range(1250):
+                run.track(1, "m")
+                clock.pass_(0.1)
+        self.assertEqual(lockf.call_count, 2)
 
     def test_run_that_an_indexer_took_for_dead_meanwhile_goes_on(self) -> None:
         run = self.run_object("r")
@@ -1995,7 +2006,7 @@ class SecondWriter(ProcessCase):
         self.assertEqual(other.stdout.readline(), "has it\n")
         with mock.patch.object(aimwatch, "LOOK_S", 0), self.assertLogs("aimwatch") as logs:
             for n in range(5):
-                run._lock_at_s = 0.0  # a minute has passed
+                run._lock_at_mono = 0.0  # a minute has passed
                 run.track(n, "m")
         self.assertEqual(len(logs.output), 1)
         self.assertIn(f"ERROR:aimwatch:run r has lost its lock, and another process holds {self.paths.marker('r')}: ",
@@ -2493,22 +2504,36 @@ class ReadOnlyRun(Case):
         self.assertEqual((self.check_ins(), self.records("r"), os.listdir(self.paths.pending)), before)
 
     def test_writing_is_refused_with_the_way_out(self) -> None:
-        self.run_object("r").close()
-        reader = Run("r", repo=self.root, read_only=True)
-        calls: Dict[str, Any] = {
-            "report_progress": lambda: reader.report_progress(expect_next_in=60),
-            "report_successful_finish": reader.report_successful_finish,
-            "setting name": lambda: setattr(reader, "name", "x"),
-            "setting experiment": lambda: setattr(reader, "experiment", "x"),
-        }
-        for what, call in calls.items():
-            with self.subTest(what):
-                with self.assertRaises(aimwatch.AimwatchError) as caught:
+        with self.run_object("r") as run:
+            run["p"] = 1
+        repo = aimwatch.Repo(self.root)
+        found = repo.get_run("r")
+        assert found is not None
+        for how, reader in (
+            ("read_only", Run("r", repo=self.root, read_only=True)),
+            ("get_run", found),
+            ("iter_runs", next(iter(repo.iter_runs()))),
+        ):
+            calls: Dict[str, Any] = {
+                "report_progress": lambda run=reader: run.report_progress(expect_next_in=60),
+                "report_successful_finish": reader.report_successful_finish,
+                "setting name": lambda run=reader: setattr(run, "name", "x"),
+                "setting experiment": lambda run=reader: setattr(run, "experiment", "x"),
+                "setting a param": lambda run=reader: run.set("q", 1),
+                "deleting a param": lambda run=reader: run.__delitem__("p"),
+                "track": lambda run=reader: run.track(1, "m"),
+                "log": lambda run=reader: run.log_error("x"),
+            }
+            for what, call in calls.items():
+                with self.subTest(how=how, what=what), self.assertRaises(aimwatch.AimwatchError) as caught:
                     call()
                 self.assertEqual(
                     str(caught.exception),
-                    f"{what}: run r was opened with read_only=True: open it without to write",
+                    f"{what}: run r is only read here (read_only=True, or what a query found): "
+                    "open it with Run('r') to write",
                 )
+            self.assertEqual((reader["p"], reader.active), (1, False))
+            reader.close()
         with self.assertRaises(aimwatch.ArgumentTypeError):
             reader.report_progress(expect_next_in=None)  # type: ignore[arg-type]
 
@@ -3993,6 +4018,19 @@ class Tracking(RecordingCase):
         run = self.run_object("r")
         run.track(99, "m")
         self.assertEqual(run.metrics()[0].last_step, 50)
+
+    def test_new_series_costs_the_same_however_many_there_are(self) -> None:
+        run = self.run_object("r")
+        for n in range(200):
+            run.track(n, "m", context={"n": n})
+
+        class Series(dict):  # type: ignore[type-arg]
+            def __iter__(_) -> Any:
+                raise AssertionError("all series are looked at")
+
+        run._state.series = Series(run._state.series)
+        run.track(1, "new")
+        self.assertEqual(list(run._state.series.values())[-1].name, "new")
 
     def test_threads_track_at_once_and_nothing_is_lost_or_torn(self) -> None:
         run = self.run_object("r")
