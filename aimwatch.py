@@ -6962,6 +6962,8 @@ class RunTable:
         #: No run is overdue before this moment.
         self._next_s = math.inf
         self._missing: Dict[str, int] = {}
+        #: The runs whose check-in has now been missing for MISSING_POLLS listings.
+        self.vanished: List[str] = []
 
     def restore(self, watched: WatchedRun) -> None:
         """Take in what an earlier watcher knew."""
@@ -6997,8 +6999,7 @@ class RunTable:
         changes: List[Change] = []
         for check_in, name in newest.values():
             changes += self._take_check_in(check_in, name, now_s, now_utc)
-        if gone or self._missing:
-            self._note_missing(gone)
+        self._note_missing(gone)
         return [] if first else changes
 
     def take_heartbeat(self, name: str, now_s: float, now_utc: float, gone: Set[str]) -> bool:
@@ -7054,14 +7055,10 @@ class RunTable:
                 self._missing[watched.hash] = 0
         for run in self._missing:
             self._missing[run] += 1
-        vanished = set(self.vanished())
-        if vanished:  # any other check-in that they left counts from the next listing on
-            self.names = {name for name in self.names if name.partition("-")[0] not in vanished}
-
-    def vanished(self) -> List[str]:
-        """Return the runs whose check-in has been missing for MISSING_POLLS listings, after which
-        any other check-in of theirs counts."""
-        return [run for run, polls in self._missing.items() if polls == MISSING_POLLS]
+        self.vanished = [run for run, polls in self._missing.items() if polls == MISSING_POLLS]
+        if self.vanished:  # any other check-in that they left counts from the next listing on
+            left = set(self.vanished)
+            self.names = {name for name in self.names if name.partition("-")[0] not in left}
 
     def forget(self, run: str) -> None:
         """Drop a run that is not there any more."""
@@ -7085,13 +7082,14 @@ class RunTable:
 MAX_REMINDERS = 10
 
 
-def reminders(runs: Iterable[WatchedRun], now_s: float, every_s: float) -> List[Change]:
-    """Return the reminder that each stalled run is due, the newest alone."""
+def reminders(runs: Iterable[WatchedRun], last_s: float, now_s: float, every_s: float) -> List[Change]:
+    """Return the reminder of each stalled run that became due after `last_s`, the newest alone."""
     found = []
     for watched in runs:
         if watched.state == STALLED and watched.stalls:
-            number = min(int((now_s - watched.stalls[-1]) / every_s), MAX_REMINDERS)
-            if number > 0:
+            before, number = (int((at_s - watched.stalls[-1]) / every_s) for at_s in (last_s, now_s))
+            if before < min(number, MAX_REMINDERS):
+                number = min(number, MAX_REMINDERS)
                 note = f"reminder {number} of at most {MAX_REMINDERS}"
                 silent_s = now_s - watched.since_s
                 found.append(Change(STALLED, watched, silent_s, STALLED, note, f"-reminder-{number}"))
@@ -7373,25 +7371,22 @@ def list_bounded(folder: str, most: int) -> Tuple[List[str], bool]:
 class StopSignal:
     """Tells a loop to end, from a signal handler.
 
-    threading.Event will not do: a handler that interrupts its `wait` at the wrong instruction waits
-    for a lock that the interrupted frame holds.
+    It sleeps in short pieces: time.sleep goes on after a handler, and every lock of `threading` can be
+    the one that the handler's own thread was just taking.
     """
 
     def __init__(self) -> None:
         self.is_set = False
-        self._lock = threading.Lock()
-        self._lock.acquire()
 
     def set(self) -> None:
         """End the wait, and every later one at once."""
-        if not self.is_set:
-            self.is_set = True
-            self._lock.release()
+        self.is_set = True
 
     def wait(self, seconds: float) -> None:
         """Wait for `set`, at most that long."""
-        if not self.is_set and self._lock.acquire(timeout=seconds):
-            self._lock.release()
+        deadline = time.monotonic() + seconds
+        while not self.is_set and time.monotonic() < deadline:
+            time.sleep(max(0.0, min(0.2, deadline - time.monotonic())))
 
 
 DEFAULT_GRACE_S, DEFAULT_POLL_INTERVAL_S = 100.0, 1.0
@@ -7399,8 +7394,6 @@ DEFAULT_GRACE_S, DEFAULT_POLL_INTERVAL_S = 100.0, 1.0
 MAX_LISTING_S = 10.0
 #: A poll that has read about runs for so long says little of the others: it must look again.
 FACTS_S = 2.0
-#: How often it is seen whether somebody is to be reminded.
-REMIND_INTERVAL_S = 5.0
 SWEEP_INTERVAL_S = 60.0
 #: watcher.json is written when its last writing was this many times its own cost ago.
 SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S = 100.0, 10.0
@@ -7501,7 +7494,7 @@ class Watcher:
                 self.paths.outbox,
             )
         looking = self.looking
-        looking.total_s = bounded(saved.get("looked_s"))
+        looking.total_s = self._reminded_s = bounded(saved.get("looked_s"))
         looking.hold_until_s = min(bounded(saved.get("hold_until_s")), looking.total_s + HOLD_S)
         between_s = self._time_since(saved)
         if self._once and between_s is not None:
@@ -7549,8 +7542,12 @@ class Watcher:
         first, self._first = self._first, False
         self._may_save = False
         changes = self.table.take(listing, self.looking.total_s, self._utc(), first)
+        now_s = self.looking.total_s
         if self.looking.accuses:
-            changes += self.table.overdue(self.looking.total_s) + self._reminders()
+            changes += self.table.overdue(now_s)
+            if self._remind_every_s:
+                changes += reminders(self.table.runs.values(), self._reminded_s, now_s, self._remind_every_s)
+            self._reminded_s = now_s
         self._report_names()
         muted, deadline = self._read_mutes(), self._clock() + FACTS_S
         self._events = [
@@ -7587,13 +7584,6 @@ class Watcher:
                 "remove what is not needed there",
             )
         return listing
-
-    def _reminders(self) -> List[Change]:
-        now_s = self.looking.total_s
-        if not self._remind_every_s or now_s - self._reminded_s < REMIND_INTERVAL_S:
-            return []
-        self._reminded_s = now_s
-        return reminders(self.table.runs.values(), now_s, self._remind_every_s)
 
     def _unmuted(self, changes: Sequence[Change], muted: Set[str]) -> List[Change]:
         """Return of `changes` those that are to be alerted now: for the runs whose mute has ended, what
@@ -7724,19 +7714,20 @@ class Watcher:
         self.table.reported.clear()
 
     def _forget_vanished(self) -> None:
-        for run in self.table.vanished():
+        for run in self.table.vanished:
             # A run of ours whose log is there has lost its check-in, not its life.
             ended = self.table.runs[run].state in (FINISHED, FAILED)
             if ended or not os.path.exists(self.paths.run_log(run)):
                 self.table.forget(run)
 
     def _sweep(self) -> None:
-        """Remove the check-ins of our runs that ended and were alerted a while ago; shorten the outbox."""
+        """Shorten the outbox, and remove check-ins of our runs that ended and were alerted a while ago."""
         now_s = self.looking.total_s
         if now_s - self._swept_s < SWEEP_INTERVAL_S and not self._once:
             return
         self._swept_s = now_s
-        self._compact()
+        if self._save(now=True):  # what is alerted is known from watcher.json alone from here on
+            self.outbox.compact(lambda event_id: event_id.startswith(BROKEN))
         ended = {run for run, watched in self.table.runs.items() if self._can_sweep(watched, now_s)}
         if not ended:
             return
@@ -7757,31 +7748,14 @@ class Watcher:
             and os.path.exists(self.paths.run_log(watched.hash))
         )
 
-    def _compact(self) -> None:
-        """Shorten the outbox to what may be asked for again: of a run that goes on for months, what
-        its newest check-in led to."""
-        self._save(now=True)  # the ids of events that it still holds must be known to the outbox
-        runs, broken = self.table.runs, self.outbox.broken()
-
-        def keep(event_id: str) -> bool:
-            run, _, rest = event_id.partition("-")
-            if event_id.endswith(f"-{LOG}"):
-                return os.path.lexists(os.path.join(self.paths.news, run + TAKEN))
-            idx = rest.partition("-")[0]
-            return (
-                idx.isdigit() and int(idx) >= runs[run].idx if run in runs else run == BROKEN and bool(broken)
-            )
-
-        self.outbox.compact(keep)
-
-    def _save(self, now: bool = False) -> None:
-        """Write watcher.json, at a rate that its own cost bounds."""
+    def _save(self, now: bool = False) -> bool:
+        """Write watcher.json, at a rate that its own cost bounds; True where that was done."""
         if not self._may_save:
-            return  # an error ends the watch between a look and its events: the next watcher must see anew
+            return False  # an error ends the watch between a look and its events: the next must see anew
         begun = self._clock()
         pause_s = min(self._save_cost_s * SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S)
         if begun - self._saved_mono < pause_s and not now:
-            return
+            return False
         content = {
             "version": 1,
             "host": this_host(),
@@ -7806,8 +7780,9 @@ class Watcher:
             if self._save_cost_s != MAX_SAVE_INTERVAL_S:
                 log.warning("cannot write %s: %s", self.paths.watcher, error.strerror)
             self._saved_mono, self._save_cost_s = begun, MAX_SAVE_INTERVAL_S
-            return
+            return False
         self._saved_mono, self._save_cost_s = begun, self._clock() - begun
+        return True
 
     @property
     def is_blind(self) -> bool:
@@ -7868,37 +7843,37 @@ def sd_notify(text: str) -> None:
 
 
 class HangAlarm(threading.Thread):
-    """Tells when a look does not come back, as on a share whose server is gone, where the watcher's
-    own thread hangs in a system call. What it tells is in no outbox: that lies on the share."""
+    """Alerts when a look does not come back, as on a share whose server is gone, where the watcher's
+    own thread hangs in a system call. What it alerts is in no outbox: that lies on the share."""
 
-    def __init__(self, watcher: Watcher, limit_s: float = HOLD_S) -> None:
+    def __init__(self, watcher: Watcher) -> None:
         super().__init__(name="aimwatch-hang", daemon=True)
         self._watcher = watcher
-        self._limit_s = limit_s
-        self._stopping = threading.Event()
+        #: When the look began that was alerted.
+        self._alerted: Optional[float] = None
 
     def run(self) -> None:
-        told_of: Optional[float] = None
-        while not self._stopping.wait(self._limit_s / 20):
-            since = self._watcher.looking_since
-            if since is not None and since != told_of and time.monotonic() - since > self._limit_s:
-                told_of = since
-                self._tell(
-                    f"a look at the repository has not come back for {human_s(self._limit_s)}: the file "
-                    "system hangs, or is very slow; no run in it is watched until it answers"
-                )
-            elif told_of is not None and since != told_of:
-                told_of = None
-                self._tell("the repository answers again; its runs are watched")
+        while True:
+            time.sleep(HOLD_S / 20)
+            self.check(time.monotonic())
 
-    def _tell(self, reason: str) -> None:
+    def check(self, now_mono: float) -> None:
+        """Alert once a look that takes too long, and once that it came back."""
+        since = self._watcher.looking_since
+        if since is not None and since != self._alerted and now_mono - since > HOLD_S:
+            self._alerted = since
+            self._alert(
+                f"a look at the repository has not come back for {human_s(HOLD_S)}: the file "
+                "system hangs, or is very slow; no run in it is watched until it answers"
+            )
+        elif self._alerted is not None and since != self._alerted:
+            self._alerted = None
+            self._alert("the repository answers again; its runs are watched")
+
+    def _alert(self, reason: str) -> None:
         log.error("%s: %s", self._watcher.paths.root, reason)
         facts = {"event": TROUBLE, "run.reason": reason, "repo": self._watcher.paths.root}
         self._watcher.dispatcher.alarm(Event(f"hangs-{time.time():.2f}", TROUBLE, facts))
-
-    def stop(self) -> None:
-        """End at once."""
-        self._stopping.set()
 
 
 class Pinger(threading.Thread):
@@ -7909,24 +7884,15 @@ class Pinger(threading.Thread):
         super().__init__(name="aimwatch-ping", daemon=True)
         self._notifier = Notifier("ping", "webhook", True, {"url": url}, (), None)
         self._due = threading.Event()
-        self._stopping = False
         self._failing = False
 
     def healthy(self) -> None:
         """Say that a poll went well; one that comes while a GET is under way is dropped."""
         self._due.set()
 
-    def stop(self) -> None:
-        """End, without waiting for a GET that is under way."""
-        self._stopping = True
-        self._due.set()
-
     def run(self) -> None:
-        while True:
-            self._due.wait()
+        while self._due.wait():
             self._due.clear()
-            if self._stopping:
-                return
             self.ping()
 
     def ping(self) -> bool:
@@ -8249,8 +8215,7 @@ def cmd_start(args: Any) -> int:
         return _one_pass(watcher, stop, pinger)
     reindexing = ReindexThread(paths)
     reindexing.start()
-    alarm = HangAlarm(watcher)
-    alarm.start()
+    HangAlarm(watcher).start()
     if pinger is not None:
         pinger.start()
     terminal = sys.stderr.isatty()
@@ -8279,9 +8244,6 @@ def cmd_start(args: Any) -> int:
     finally:
         handler.show("")
         sd_notify("STOPPING=1")
-        alarm.stop()
-        if pinger is not None:
-            pinger.stop()
         watcher.close()
         reindexing.stop(0.5)
     log.info("stopped")
