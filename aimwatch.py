@@ -5419,11 +5419,7 @@ NOTIFIER_FIELDS: Dict[str, Tuple[Field, ...]] = {
     ),
     "command": (
         Field(
-            "command",
-            "command",
-            "Program, with its whole path, and arguments",
-            checked_command,
-            required=True,
+            "command", "command", "Program with its whole path, and arguments", checked_command, required=True
         ),
         _MESSAGE,
     ),
@@ -6402,8 +6398,6 @@ def _outbox_line(record: Dict[str, Any]) -> bytes:
 COMPACT_BYTES = 1 << 20
 #: So many events are kept for a notifier that is not reached, when the outbox is shortened.
 MAX_WAITING = 10_000
-#: How many deliveries one line records: a line that is too long is not read.
-MAX_SENT_IDS = 10_000
 
 
 class Outbox(OutboxState):
@@ -6431,8 +6425,7 @@ class Outbox(OutboxState):
 
     def sent(self, event_ids: Sequence[str], notifier_id: str) -> None:
         """Record that events were sent to a notifier."""
-        for start in range(0, len(event_ids), MAX_SENT_IDS):
-            self._record([{"sent": list(event_ids[start : start + MAX_SENT_IDS]), "to": notifier_id}])
+        self._record([{"sent": list(event_ids), "to": notifier_id}])
 
     def note_broken(self, notifier_id: str, reason: str) -> None:
         """Record that a notifier does not work, and why now, unless that is known."""
@@ -6530,30 +6523,27 @@ class NotifierThread(threading.Thread):
     def __init__(self, notifier: Notifier, outbox: Outbox) -> None:
         super().__init__(name=f"aimwatch-{notifier.type}", daemon=True)
         self.id = notifier.id
-        #: As it is configured now; None while it is disabled or removed.
+        #: As it is configured now; None while it is not in use.
         self.notifier: Optional[Notifier] = notifier
         self._outbox = outbox
         self._changed = threading.Condition()
         #: An event that cannot be in the outbox, since the disk does not answer.
         self._alarm: Optional[Event] = None
-        self._stopping = self._hurry = False
+        self._stopping = self._hurry = self._broken = False
         self._failures = 0
-        #: Whether the last attempt found it broken, and whether the last message was refused as it was.
-        self._broken = self._plain = False
         self._gap_s, self._posted_mono = MIN_POST_GAP_S, -math.inf
 
     def use(self, notifier: Optional[Notifier]) -> None:
-        """Go on with the notifier as it is configured now. One that is changed, or was broken and may have
-        been mended, rests no longer."""
+        """Go on with the notifier as it is configured now. One that was changed, or does not work and may
+        have been mended, rests no longer."""
         with self._changed:
             if notifier != self.notifier:
-                self.notifier = notifier
-                self._failures, self._plain, self._hurry = 0, False, True
+                self.notifier, self._failures, self._hurry = notifier, 0, True
             self._hurry = self._hurry or self._broken
             self._changed.notify_all()
 
     def wake(self, alarm: Optional[Event] = None) -> None:
-        """Look into the outbox, and send an alarm, which takes the place of an earlier one."""
+        """Look into the outbox; send an alarm first, which takes the place of an earlier one."""
         with self._changed:
             self._alarm = alarm or self._alarm
             self._changed.notify_all()
@@ -6579,68 +6569,54 @@ class NotifierThread(threading.Thread):
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or self._batch())
-                notifier, alarm, batch = self.notifier, self._alarm, self._batch()
+                notifier, alarm, batch, self._hurry = self.notifier, self._alarm, self._batch(), False
             if self._stopping:
                 return
-            if notifier is None or not batch:
-                continue
             try:
-                rest_s = self._send(notifier, batch, alarm)
+                if notifier is not None and batch:
+                    self._rest(self._send(notifier, batch, alarm))
             except Exception as error:
                 # A thread that died of it would take every later alert with it.
                 log.error("notifier %s: %s: trying again", self.id[:8], type(error).__name__)
-                rest_s = MAX_BACK_OFF_S
-            self._rest(rest_s)
+                self._rest(MAX_BACK_OFF_S)
 
     def _send(self, notifier: Notifier, batch: List[Event], alarm: Optional[Event]) -> float:
-        """Send `batch`, or an alarm, in one message and return how long to rest."""
-        facts = [{**event.facts, "id": event.id} for event in batch]
-        outcome = deliver(notifier, facts, self._plain, lambda: not self._stopping)
-        if outcome.kind == REFUSED and self._plain:
-            outcome = outcome._replace(kind=BROKEN)
+        """Send `batch`, which may be an alarm, in one message, and return how long to rest."""
+        name = f"{notifier.type} {self.id[:8]}"
+        outcome = self._deliver(notifier, batch, name)
         if notifier is not self.notifier and outcome.kind != SENT:
             return MIN_POST_GAP_S  # as it is configured now, it has not been tried
-        if alarm is None:  # else the disk does not answer
-            self._record_outcome(batch, outcome)
-        rest_s = self._judge(f"{notifier.type} {self.id[:8]}", len(batch), outcome)
-        with self._changed:
-            if outcome.kind == SENT:
-                self._failures, self._plain = 0, False
-                self._alarm = None if self._alarm is alarm else self._alarm
-            elif outcome.kind == REFUSED:
-                self._plain = True
-            else:
-                self._failures += 1
-            self._broken = outcome.kind == BROKEN
-            self._changed.notify_all()
-        return rest_s
-
-    def _record_outcome(self, batch: List[Event], outcome: Outcome) -> None:
-        if outcome.kind == SENT:
+        sent, broken = outcome.kind == SENT, outcome.kind == BROKEN
+        if sent and alarm is None:  # with an alarm, the disk does not answer
             self._outbox.sent([event.id for event in batch], self.id)
-        elif outcome.kind == BROKEN:
+        elif broken and alarm is None:
             self._outbox.note_broken(self.id, outcome.detail)
-
-    def _judge(self, name: str, count: int, outcome: Outcome) -> float:
-        """Log what came of an attempt, and return how long to rest."""
-        if outcome.kind == SENT:
-            if self._failures:
-                log.info("notifier %s is reached again", name)
-            if not name.startswith("logger"):  # whose messages say it themselves
-                log.info("notifier %s was sent %s", name, plural(count, "event"))
-            return 0.0 if name.startswith("logger") else self._gap()
-        then = "trying again"
-        if outcome.kind == BROKEN:
-            then = "what waits is kept until it is mended; see 'notifiers list'"
-        elif outcome.kind == REFUSED:
-            then = "trying again in plain words"
-        if not self._failures or (outcome.kind == BROKEN) != self._broken:
+        if sent and self._failures:
+            log.info("notifier %s is reached again", name)
+        if sent and notifier.type != "logger":  # whose messages say it themselves
+            log.info("notifier %s was sent %s", name, plural(len(batch), "event"))
+        elif not sent and (not self._failures or broken != self._broken):
+            then = "what waits is kept until it is mended; see 'notifiers list'" if broken else "trying again"
             log.warning("notifier %s: %s; %s", name, outcome.detail, then)
-        if outcome.kind == BROKEN:
-            return BROKEN_RETRY_S
+        with self._changed:
+            self._failures, self._broken = 0 if sent else self._failures + 1, broken
+            if sent and self._alarm is alarm:
+                self._alarm = None
+            self._changed.notify_all()
+        if sent:
+            return 0.0 if notifier.type == "logger" else self._gap()
+        return rest_after(outcome, self._failures, int.from_bytes(os.urandom(4), "big") / 2**32)
+
+    def _deliver(self, notifier: Notifier, batch: List[Event], name: str) -> Outcome:
+        """Send one message; once more in plain words where the other side does not take it."""
+        facts = [{**event.facts, "id": event.id} for event in batch]
+        outcome = deliver(notifier, facts, goes_on=lambda: not self._stopping)
         if outcome.kind == REFUSED:
-            return MIN_POST_GAP_S
-        return max(back_off_s(self._failures + 1, _random()), outcome.wait_s, MIN_POST_GAP_S)
+            log.warning("notifier %s: %s; trying again in plain words", name, outcome.detail)
+            self._rest(MIN_POST_GAP_S)
+            if not self._stopping:
+                outcome = deliver(notifier, facts, plain=True, goes_on=lambda: not self._stopping)
+        return outcome._replace(kind=BROKEN) if outcome.kind == REFUSED else outcome
 
     def _gap(self) -> float:
         """Return the pause after a post; it grows while there is more to send each time, so that a
@@ -6657,11 +6633,14 @@ class NotifierThread(threading.Thread):
             least_s = min(seconds, MIN_POST_GAP_S)
             self._changed.wait_for(lambda: self._stopping, least_s)
             self._changed.wait_for(lambda: self._stopping or self._hurry, seconds - least_s)
-            self._hurry = False
 
 
-def _random() -> float:
-    return int.from_bytes(os.urandom(4), "big") / 2**32
+def rest_after(outcome: Outcome, failures: int, random: float) -> float:
+    """Return how long a notifier rests after it failed that many times in a row; `random` in [0, 1)
+    spreads watchers that failed together."""
+    if outcome.kind == BROKEN:
+        return BROKEN_RETRY_S
+    return max(back_off_s(failures, random), outcome.wait_s, MIN_POST_GAP_S)
 
 
 class Dispatcher:
@@ -6672,10 +6651,8 @@ class Dispatcher:
         self._outbox = outbox
         self._config = config
         self._stamp: Any = None
-        #: The notifiers in force, by id.
-        self._usable: Dict[str, Notifier] = {}
-        #: Enabled notifiers whose configuration is wrong: what they must hear of waits.
-        self._unusable: Dict[str, Notifier] = {}
+        #: The enabled notifiers, by id. Those with a problem are not used, and what they must hear of waits.
+        self._notifiers: Dict[str, Notifier] = {}
         self._threads: Dict[str, NotifierThread] = {}
         #: From which level on people hear of log messages.
         self.log_level = logging.WARNING
@@ -6685,24 +6662,21 @@ class Dispatcher:
         self._stamp = self._stat()
         notifiers = self._config.notifiers()
         self.log_level = self._config.log_level()
-        enabled = [item for item in notifiers if item.enabled]
-        self._unusable = {item.id: item for item in enabled if item.problem}
-        self._usable = {item.id: item for item in enabled if not item.problem}
-        if not self._usable:
-            fallback = fallback_notifier()
-            self._usable = {fallback.id: fallback}
-        self._outbox.forget_notifiers({item.id for item in notifiers} | set(self._usable))
-        for item in self._unusable.values():
+        usable = [item for item in notifiers if item.enabled and not item.problem] or [fallback_notifier()]
+        unusable = [item for item in notifiers if item.enabled and item.problem]
+        self._notifiers = {item.id: item for item in (*usable, *unusable)}
+        self._outbox.forget_notifiers({*self._notifiers, *(item.id for item in notifiers)})
+        for item in unusable:
             log.error("notifier %s %s; it is not used", item.id[:8], item.problem)
             self._outbox.note_broken(item.id, printable(item.problem or "", 300))
-        for notifier_id, notifier in self._usable.items():
-            if not self._outbox.waiting_for(notifier_id):
-                self._outbox.note_mended(notifier_id)
-            if notifier_id not in self._threads:
-                self._threads[notifier_id] = NotifierThread(notifier, self._outbox)
-                self._threads[notifier_id].start()
-        for notifier_id, thread in self._threads.items():
-            thread.use(self._usable.get(notifier_id))
+        for item in usable:
+            if not self._outbox.waiting_for(item.id):
+                self._outbox.note_mended(item.id)
+            if item.id not in self._threads:
+                self._threads[item.id] = NotifierThread(item, self._outbox)
+                self._threads[item.id].start()
+        for thread in self._threads.values():
+            thread.use(next((item for item in usable if item.id == thread.id), None))
 
     def _stat(self) -> Any:
         try:
@@ -6727,19 +6701,17 @@ class Dispatcher:
 
     def describe(self) -> str:
         """Return who is notified, for people: `slack 5c42d699, logger`."""
-        return ", ".join(
-            item.type if item.id == item.type else f"{item.type} {item.id[:8]}"
-            for item in self._usable.values()
-        )
+        usable = [item for item in self._notifiers.values() if not item.problem]
+        return ", ".join(x.type if x.id == x.type else f"{x.type} {x.id[:8]}" for x in usable)
 
     def wanted(self, kind: str) -> bool:
         """True where some notifier wants events of this kind."""
-        return any(item.wants(kind) for item in (*self._usable.values(), *self._unusable.values()))
+        return any(item.wants(kind) for item in self._notifiers.values())
 
     def notify(self, events: Sequence[Event], but: Optional[str] = None) -> None:
         """Put new events into the outbox, for good, for all notifiers that want them `but` one, and
         have them sent."""
-        items = [item for item in (*self._usable.values(), *self._unusable.values()) if item.id != but]
+        items = [item for item in self._notifiers.values() if item.id != but]
         unique = {event.id: event for event in events}.values()
         self._outbox.add([(event, [item.id for item in items if item.wants(event.kind)]) for event in unique])
         for thread in self._threads.values():
@@ -6752,12 +6724,11 @@ class Dispatcher:
 
     def notify_of_broken(self) -> None:
         """Notify the others, once, of every notifier that does not work."""
-        items = {**self._usable, **self._unusable}
+        usable = {item.id for item in self._notifiers.values() if not item.problem}
         for notifier_id, (reason, since) in self._outbox.broken().items():
-            event_id = f"{BROKEN}-{notifier_id}-{since:.3f}"
-            others = set(self._usable) - {notifier_id}
-            if notifier_id in items and others and not self._outbox.knows(event_id):
-                what = f"notifier {items[notifier_id].type} {notifier_id[:8]} does not work: {reason}"
+            event_id, item = f"{BROKEN}-{notifier_id}-{since:.3f}", self._notifiers.get(notifier_id)
+            if item is not None and usable - {notifier_id} and not self._outbox.knows(event_id):
+                what = f"notifier {item.type} {notifier_id[:8]} does not work: {reason}"
                 facts = {"event": TROUBLE, "repo": self._paths.root}
                 facts["run.reason"] = printable(f"{what}; what it is to tell is kept until it is mended")
                 self.notify([Event(event_id, TROUBLE, facts)], but=notifier_id)

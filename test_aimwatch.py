@@ -8273,14 +8273,6 @@ class OutboxFile(NotifierCase):
                 again.close()
                 os.unlink(self.paths.outbox)
 
-    def test_delivery_of_very_many_events_is_read_again(self) -> None:
-        outbox = self.open_outbox()
-        events = [aimwatch.Event(f"{n:060d}", "failed", {"event": "failed"}) for n in range(25)]
-        outbox.add([(event, ["a"]) for event in events])
-        with mock.patch("aimwatch.MAX_SENT_IDS", 10), mock.patch("aimwatch.MAX_LINE_BYTES", 1000):
-            outbox.sent([event.id for event in events], "a")
-            self.assertEqual(self.open_outbox().waiting_for("a"), [])
-
     def test_delivery_proves_that_the_notifier_works(self) -> None:
         outbox = self.filled()
         outbox.note_broken("a", "HTTP 404")
@@ -9019,7 +9011,7 @@ class Pacing(TellingCase):
         with mock.patch.object(aimwatch, "MIN_POST_GAP_S", 1.0):
             for kind in ("sent", "retry", "refused", "broken"):
                 with self.subTest(kind):
-                    rest_s = courier._judge("slack n", 1, aimwatch.Outcome(kind, "x"))
+                    rest_s = aimwatch.rest_after(aimwatch.Outcome(kind, "x"), 1, 0.5)
                     self.assertGreaterEqual(rest_s, 1.0)
 
     def test_notifier_that_was_changed_keeps_the_pace(self) -> None:
