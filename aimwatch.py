@@ -1880,7 +1880,8 @@ def _last_checkpoint(fd: int, size: int, least: int = 0) -> int:
 #
 # What a training script holds. A wrong argument raises where it stands; after the constructor has
 # returned, no failure of a disk or a share reaches the training loop. One lazy thread waits for a missed
-# promise, and nothing else runs beside the training. A forked child does nothing to its parent's run.
+# promise, and where the log is on a network share, another syncs it. A forked child does nothing to its
+# parent's run.
 # ======================================================================================
 
 _INF, _MINUS_INF = math.inf, -math.inf

@@ -1097,14 +1097,9 @@ class HeartbeatPromise(HandDriven):
         run.close()
 
     def test_deadline_on_disk_keeps_every_promise(self) -> None:
-        for seed in range(12):
+        for seed in range(18):
             with self.subTest(seed=seed):
-                self.follow(seed, after_rename_s=0.0)
-
-    def test_deadline_on_disk_keeps_every_promise_though_the_disk_is_slow(self) -> None:
-        for seed in range(6):
-            with self.subTest(seed=seed):
-                self.follow(1000 + seed, after_rename_s=3.0)
+                self.follow(seed, after_rename_s=3.0 if seed % 3 == 0 else 0.0)  # a disk may be slow
 
     def test_written_promise_has_its_margin_in_whole_seconds(self) -> None:
         run = self.run_object()
@@ -1140,12 +1135,6 @@ class HeartbeatPromise(HandDriven):
         self.clock.pass_(0.1)
         run.report_progress()
         self.assertNotEqual(self.check_ins(), names)
-
-    def test_first_report_is_written(self) -> None:
-        for expect in (0, 60):
-            run = self.run_object()
-            run.report_progress(expect_next_in=expect)
-            self.assertEqual(self.flags(run.hash), ["check_in"])
 
     def test_wrong_value_raises_and_writes_nothing(self) -> None:
         wrong_type = "expect_next_in must be a number of seconds, not {} ({}): use 0 for no promise"
@@ -1617,7 +1606,8 @@ CHILDREN = (
     ("leaves with", "with run: pass\nsys.exit(0)", 0),
     ("leaves with an exception", "with run: boom()", 1),
     ("reports", "run.report_progress(expect_next_in=5, block=True); run.report_progress()\n"
-     "run.report_successful_finish(); run.name = 'child'; sys.exit(0)", 0),
+     "run.report_successful_finish(); run.name = 'child'; run.track(2, 'm'); run['x'] = 1\n"
+     "run.log_error('x'); sys.exit(0)", 0),
     ("opens the run", "try: Run('r')\nexcept aimwatch.RunBusyError as error: print(error); sys.exit(0)",
      0),
 )  # fmt: skip
@@ -1767,22 +1757,19 @@ class ResumedRun(ProcessCase):
         return int(self.check_ins("r-")[-1].split("-")[1])
 
     def test_number_goes_on(self) -> None:
-        run = self.run_object("r")
-        for _ in range(3):
-            run.report_progress(block=True)
-        run.close()
-        self.assertEqual(self.idx(), 5)
-        self.run_object("r")
-        self.assertEqual((self.idx(), self.flags("r-")), (6, ["starting"]))
-
-    def test_number_goes_on_though_the_check_ins_were_removed(self) -> None:
-        run = self.run_object("r")
-        run.report_progress(expect_next_in=60)
-        run.close()
-        for name in self.check_ins():
-            os.unlink(os.path.join(self.paths.check_ins, name))
-        self.run_object("r")
-        self.assertEqual(self.idx(), 4)
+        for removed in (False, True):
+            with self.subTest(check_ins_removed=removed):
+                run = self.run_object("r")
+                begun = self.idx()
+                for _ in range(3):
+                    run.report_progress(block=True)
+                run.close()
+                self.assertEqual(self.idx(), begun + 4)
+                if removed:
+                    for name in self.check_ins():
+                        os.unlink(os.path.join(self.paths.check_ins, name))
+                with Run("r", repo=self.root):
+                    self.assertEqual((self.idx(), self.flags("r-")), (begun + 5, ["starting"]))
 
     def test_failed_file_goes_away_and_the_end_is_taken_back(self) -> None:
         run = self.run_object("r")
@@ -2404,18 +2391,13 @@ class RunArguments(Case):
         self.assertRegex(one.hash, "^[0-9a-f]{24}$")
         self.assertNotEqual(one.hash, two.hash)
 
-    def test_text_of_the_wrong_type_is_refused(self) -> None:
-        run = self.run_object()
-        for name in ("name", "experiment"):
-            for value, kind in ((5, "int"), (None, "NoneType"), (b"x", "bytes")):
-                with self.subTest(name=name, value=value):
-                    with self.assertRaises(aimwatch.ArgumentTypeError) as caught:
-                        setattr(run, name, value)
-                    self.assertEqual(str(caught.exception), f"{name} must be a string, not {kind}")
-
     def test_repository_is_given_as_text_as_a_path_or_as_a_repo(self) -> None:
+        class Path:
+            def __fspath__(path) -> str:
+                return self.root
+
         repo = aimwatch.Repo(self.root)
-        for given in (self.root, pathlib.Path(self.root), pathlib.Path(self.root, ".aim"), repo):
+        for given in (self.root, pathlib.Path(self.root), pathlib.Path(self.root, ".aim"), Path(), repo):
             with self.subTest(given=given):
                 run = Run(repo=given)
                 self.addCleanup(run.close)
@@ -2448,15 +2430,6 @@ class RunArguments(Case):
         )  # fmt: skip
         self.assertEqual(run.name, f"Run: {run.hash}")
         self.assertEqual(run.experiment, "default")
-
-    def test_path_may_be_any_path_object(self) -> None:
-        class Path:
-            def __fspath__(path) -> str:
-                return self.root
-
-        run = Run(repo=Path())  # type: ignore[arg-type]
-        self.addCleanup(run.close)
-        self.assertEqual(len(self.check_ins(run.hash)), 1)
 
     def test_closed_run_says_once_that_it_is_closed(self) -> None:
         run = self.run_object("r")
@@ -2679,39 +2652,6 @@ class FullDisk(HandDriven):
             with self.subTest(cut=cut):
                 self.assertEqual(list(state.errors), ["one", "two"])
                 self.assertLessEqual(state.skipped, 1)
-
-    def test_short_write_then_a_full_disk_loses_nothing(self) -> None:
-        run = self.run_object("r")
-        answers: List[Any] = [7, no_space, 3, 0, 9, no_space]
-
-        def write(fd: int, data: Any, real: Any = os.write) -> int:
-            answer = answers.pop(0) if answers else len(data)
-            return int(answer()) if callable(answer) else int(real(fd, data[:answer]))
-
-        with mock.patch("os.write", write):
-            for n in range(12):
-                run.name = f"name {n}"
-                self.clock.pass_(1)
-        names = []
-        with open(self.paths.run_log("r"), "rb") as file:
-            for text in file.read().splitlines():
-                with contextlib.suppress(ValueError):
-                    names.append(json.loads(text).get("props", {}).get("name"))
-        self.assertEqual(names[1:], [f"name {n}" for n in range(12)])
-
-    def test_full_buffer_gives_up_the_oldest_and_says_how_many(self) -> None:
-        run = self.run_object("r")
-        with self.assertLogs("aimwatch") as logs, mock.patch.object(aimwatch, "MAX_WAITING_BYTES", 100):
-            with self.full("os.write"):
-                for n in range(10):
-                    run.name = f"name {n}"  # 27 bytes each
-            self.clock.pass_(1)
-            run.name = "last"
-        self.assertIn("can be written again (7 records lost)", logs.output[-1])
-        names = [record["props"]["name"] for record in self.records("r")[1:]]
-        self.assertEqual(names, ["name 7", "name 8", "name 9", "name 9", "last"])
-        # What was given up may have been needed to read the rest: a checkpoint makes up for it.
-        self.assertEqual(self.records("r")[4]["checkpoint"], 1)
 
     def test_log_that_stays_unwritable_is_an_error_at_the_end_and_no_exception(self) -> None:
         with self.assertLogs("aimwatch", logging.ERROR) as logs:
@@ -4061,26 +4001,6 @@ class Tracking(RecordingCase):
         self.assertEqual(sum(map(len, reader["thread"].values())), 36)
         from_tail, whole = self.states("r")
         self.assertEqual(repr(self.summary(from_tail)), repr(self.summary(whole)))
-
-    def test_child_of_a_fork_records_nothing(self) -> None:
-        run = self.run_object("r")
-        run.track(1, "m")
-        before = self.records("r")
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            with contextlib.suppress(BaseException):
-                run.track(2, "m")
-                run["x"] = 1
-                run.log_info("x")
-                run.name = "child"
-                run.close()
-                code = 0
-            os._exit(code)
-        self.assertEqual(os.waitpid(pid, 0)[1], 0)
-        self.assertEqual(self.records("r"), before)
-        run.track(3, "m")
-        self.assertEqual(self.points("r"), [(0, 1.0), (1, 3.0)])
 
 
 class Params(RecordingCase):
