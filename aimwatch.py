@@ -355,6 +355,27 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def find_by_prefix(prefix: str, names: Iterable[str], what: str, way_out: str) -> str:
+    """Return the name that is `prefix`, or the only one that starts with it.
+
+    Arguments:
+        what: what has such names, such as "run".
+        way_out: what the message goes on with where there is none, such as " here: 'x list' lists them".
+
+    Raises AimwatchError for none or several.
+    """
+    names = list(names)
+    # Everything starts with "", which is what a script gives whose variable is not set.
+    found = [prefix] if prefix in names else [name for name in names if prefix and name.startswith(prefix)]
+    if len(found) == 1:
+        return found[0]
+    shown = printable(repr(prefix), 80)
+    if not found:
+        raise AimwatchError(f"no {what} {shown}{way_out}")
+    some = ", ".join(sorted(found)[:5]) + (", ..." if len(found) > 5 else "")
+    raise AimwatchError(f"{what} {shown} is ambiguous: {some}")
+
+
 def this_host() -> str:
     """Return this machine's name as `uname` gives it."""
     return os.uname().nodename
@@ -3097,7 +3118,7 @@ class Run:
         """Put the closed run into the index if that is quick; its marker asks others to otherwise."""
         try:
             wait_s = _process.patience_s(INDEX_ITSELF_S)
-            with Index(self._paths).writing(wait_s, most_runs=MAX_NEWS) as db:
+            with Index(self._paths).writing(wait_s, most_runs=MAX_PENDING) as db:
                 db.execute("BEGIN IMMEDIATE")
                 index_run(db, self._state, size)
                 db.execute("COMMIT")
@@ -3259,242 +3280,166 @@ def utc_datetime(epoch_s: float) -> datetime.datetime:
 # ======================================================================================
 # Index
 #
-# A cache of what the run logs say, made for questions, and rebuilt without a word whenever it is
-# missing, damaged or of another version. The same tables in memory hold the runs whose newest records
-# the file lacks; a question goes to both, and the first that has a run answers for it.
+# `run_row` says in one shape what is known of a run: the index stores it, queries see it, tables and
+# JSON show it. The index is a cache of the run logs, and is filled anew from them, without a word,
+# whenever it is missing, damaged or of another version.
 # ======================================================================================
 
 #: Counted up with every change of the tables or of what stands in them.
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
-# No column but the ids has a type: a type's affinity would make '5' equal to 5. A value is NULL for None,
-# an INTEGER for a bool, a BLOB for what SQLite lacks: NaN (it would become NULL), dicts and lists.
-# A path is the keys as JSON strings with commas between ("hparams","lr"), so that no key, whatever
-# it contains, can be taken for two. Dicts are taken apart; a list is one value, read from `runs.params`.
+# A row is stored as three JSON texts, since most questions want only one of them. A fact is a scalar of a
+# run by which queries find it: its path is the name of a field, or the keys of a param as JSON strings
+# with commas between ("hparams","lr"), so that no key, whatever it contains, is taken for two. No column
+# of values has a type: a type's affinity would make '5' equal to 5.
 _SCHEMA = """
 CREATE TABLE runs (
-    id INTEGER PRIMARY KEY, hash NOT NULL UNIQUE, created_at NOT NULL, end_time, last_time, state NOT NULL,
-    reason, archived NOT NULL, name, description, experiment, host, pid, user, job, log_size, argv, tags,
-    params);
-CREATE INDEX runs_by_experiment ON runs (experiment);
-CREATE INDEX runs_by_name ON runs (name);
-CREATE INDEX runs_by_creation ON runs (created_at);
-CREATE TABLE params (run INTEGER, path, value, PRIMARY KEY (run, path)) WITHOUT ROWID;
-CREATE INDEX params_by_value ON params (path, value);
-CREATE TABLE tags (run INTEGER, tag, PRIMARY KEY (run, tag)) WITHOUT ROWID;
-CREATE INDEX tags_by_tag ON tags (tag);
-CREATE TABLE contexts (context, path, value, PRIMARY KEY (context, path)) WITHOUT ROWID;
-CREATE TABLE metrics (
-    run INTEGER, name, context, count, min, max, last, first_step, last_step, last_epoch, last_time,
-    series, PRIMARY KEY (run, name, context)) WITHOUT ROWID;
-CREATE INDEX metrics_by_name ON metrics (name, context, last)
+    id INTEGER PRIMARY KEY, hash NOT NULL UNIQUE, created_at NOT NULL, archived NOT NULL, active NOT NULL,
+    log_size NOT NULL, head NOT NULL, params NOT NULL, metrics NOT NULL);
+CREATE TABLE facts (path, value, run INTEGER, PRIMARY KEY (path, value, run)) WITHOUT ROWID
 """
+_STORED = "hash, created_at, archived, log_size, head, params, metrics"
+_PUT_RUN = f"INSERT INTO runs (id, active, {_STORED}) VALUES (?{', ?' * 8})"
+_PUT_FACT = "INSERT OR IGNORE INTO facts VALUES (?, ?, ?)"
+_DROP_FACT = "DELETE FROM facts WHERE path = ? AND value = ? AND run = ?"
 
-_RUN_COLUMNS = (
-    "hash, created_at, end_time, last_time, state, reason, archived, name, description, experiment,"
-    " host, pid, user, job, log_size, argv, tags"
-)
-_METRIC_COLUMNS = "name, context, count, min, max, last, first_step, last_step, last_epoch, last_time, series"
-_PUT_RUN = f"INSERT OR REPLACE INTO runs (id, {_RUN_COLUMNS}, params) VALUES (?{', ?' * 18})"
-_PUT_PARAM = "INSERT INTO params VALUES (?, ?, ?)"
-_PUT_TAG = "INSERT OR IGNORE INTO tags VALUES (?, ?)"
-_PUT_METRIC = f"INSERT OR REPLACE INTO metrics VALUES (?{', ?' * 11})"
-_PUT_CONTEXT = "INSERT OR IGNORE INTO contexts VALUES (?, ?, ?)"
-
-#: The SQLite value that stands for a float that is not a number; json.loads reads it back.
-_NAN = b"NaN"
-# Makes a new float of every NaN: one and the same is `in` a list that holds it, and lists of it are equal.
-_DECODER = json.JSONDecoder(parse_constant=float)
+_SERIES_FIELDS = ("count", "min", "max", "last", "first_step", "last_step", "last_epoch", "last_time")
+_HEADER_FIELDS = ("host", "pid", "user", "job", "argv", "cwd", "python")
 
 
-class IndexUnusable(AimwatchError):
-    """The index is of another version, or no index at all: it is to be built anew."""
+def run_row(state: RunState, log_size: int = 0) -> Dict[str, Any]:
+    """Return what is known of a run, less its points and messages: the one shape of a run.
 
-
-class RunRow(NamedTuple):
-    """One run as the index knows it; times are UTC seconds, `argv` and `tags` JSON bytes."""
-
-    hash: str
-    created_at: float
-    end_time: float | None
-    last_time: float
-    state: str
-    reason: str | None
-    archived: int
-    name: str | None
-    description: str | None
-    experiment: str | None
-    host: str | None
-    pid: int | None
-    user: str | None
-    job: str | None
-    log_size: int
-    argv: bytes
-    tags: bytes
-
-
-class MetricRow(NamedTuple):
-    """One metric series as the index knows it, and the hash of the run that tracked it."""
-
-    run: str
-    run_created_at: float
-    name: str
-    context_json: bytes
-    count: int  # type: ignore[assignment]  # a tuple's count() gives way to the better name
-    min: float | None
-    max: float | None
-    last: float | None
-    first_step: int | None
-    last_step: int | None
-    last_epoch: float | None
-    last_time: float
-    series: int
-
-    @property
-    def context(self) -> Dict[str, Any]:
-        return dict(json.loads(self.context_json))
-
-    def to_series(self) -> SeriesState:
-        """Return the series as a run's state has it."""
-        series = SeriesState(self.series, self.name, self.context)
-        for field in ("count", "min", "max", "last", "first_step", "last_step", "last_epoch", "last_time"):
-            value = getattr(self, field)
-            setattr(series, field, math.nan if isinstance(value, bytes) else value)
-        return series
-
-
-def open_index(
-    path: str, *, busy_timeout_s: float = BUSY_S, read_only: bool = False, make: bool = True
-) -> sqlite3.Connection:
-    """Open the index at `path` (':memory:' for an overlay), making its tables in an empty file.
-
-    Without `make`, a file that is missing, or has no tables, is no index: the runs that lost their
-    markers when they came into the one that was here would be in neither. Raises IndexUnusable for
-    what is to be built anew and sqlite3.Error for a file that is damaged or not a database.
+    Times are in seconds since the epoch; `name` and `end_time` are None where there is none.
     """
-    import sqlite3
-    from urllib.parse import quote
-
-    mode = "ro" if read_only else "rwc" if make else "rw"
-    uri = path if path == ":memory:" else f"file:{quote(path)}?mode={mode}"
-    db = sqlite3.connect(uri, timeout=busy_timeout_s, isolation_level=None, uri=True, check_same_thread=False)
+    props, end = state.props, state.end or {}
     try:
-        db.create_function("py_op", 3, _py_op)
-        db.create_function("py_at", 2, _py_at)
-        if not make:
-            _check_size(db, path)
-        elif db.execute("PRAGMA user_version").fetchone() == (0,) and not read_only:
-            _create_tables(db)
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version != INDEX_VERSION:
-            raise IndexUnusable(
-                f"{path} has version {version}, not {INDEX_VERSION}: set it aside and run reindex"
-            )
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def _check_size(db: sqlite3.Connection, path: str) -> None:
-    """Refuse a file that was cut short: SQLite takes a last page that is not whole for zeros."""
-    db.execute("BEGIN")  # with the lock that a read takes, no writer changes the size meanwhile
-    db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    (pages,), (page_size,) = (db.execute(f"PRAGMA page_{what}").fetchone() for what in ("count", "size"))
-    if os.stat(path).st_size < pages * page_size:
-        raise IndexUnusable(f"{path} was cut short")
-    db.execute("COMMIT")
-
-
-def _create_tables(db: sqlite3.Connection) -> None:
-    db.execute("PRAGMA journal_mode = DELETE")
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        # Asked again under the lock: another process may have been quicker.
-        if db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
-            for statement in _SCHEMA.split(";"):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version = {INDEX_VERSION}")
-    except BaseException:
-        db.execute("ROLLBACK")
-        raise
-    db.execute("COMMIT")
-
-
-def index_run(db: sqlite3.Connection, state: RunState, log_size: int = 0) -> None:
-    """Write or replace one run, inside the caller's transaction."""
-    run_id = _forget(db, state.hash)
-    end, props, header = state.end or {}, state.props, state.header
-    tags = props.get("tags") if isinstance(props.get("tags"), list) else []
-    try:
-        decoded = decode_value(state.params)
-        params, param_rows = _json_bytes(decoded), _flatten(decoded)
+        params = decode_value(state.params)
     except RecursionError:
-        # Nested deeper than Python can follow. The run must still be found by everything else.
-        params, param_rows = b"{}", []
-    row: list[Any] = [
-        state.hash,
-        state.created_at,
-        end.get("time"),
-        state.last_time,
-        end.get("end", "running"),
-    ]
-    row += [end.get("reason"), 1 if props.get("archived") else 0]
-    row += [props.get("name") or default_name(state.hash), props.get("description")]
-    row += [props.get("experiment") or DEFAULT_EXPERIMENT]
-    row += [header.get(name) for name in ("host", "pid", "user", "job")]
-    row += [log_size, header.get("argv", []), tags]
-    run_id = db.execute(_PUT_RUN, (run_id, *map(sql_value, row), params)).lastrowid
-    db.executemany(_PUT_PARAM, [(run_id, path, value) for path, value in param_rows])
-    if tags:
-        db.executemany(_PUT_TAG, [(run_id, sql_value(tag)) for tag in tags])
-    if state.series:
-        _index_metrics(db, run_id, list(state.series.values()))
+        params = {}  # nested too deeply; the run is found by everything else
+    tags, frames = props.get("tags"), end.get("frames")
+    return {
+        "hash": state.hash,
+        "name": props.get("name") or None,
+        "experiment": props.get("experiment") or DEFAULT_EXPERIMENT,
+        "description": props.get("description"),
+        "tags": list(tags) if isinstance(tags, list) else [],
+        "archived": bool(props.get("archived")),
+        "state": end.get("end", "running"),
+        "reason": end.get("reason"),
+        "frames": frames if isinstance(frames, list) else [],
+        "created_at": state.created_at,
+        "end_time": float(end["time"]) if end else None,
+        "last_time": state.last_time,
+        **{field: state.header.get(field) for field in _HEADER_FIELDS},
+        "params": params,
+        "metrics": [_metric_of(series) for series in state.series.values()],
+        "log_size": log_size,
+    }
 
 
-def _index_metrics(db: sqlite3.Connection, run_id: int | None, series: list[SeriesState]) -> None:
-    metric_rows, context_rows = [], []
-    for s in series:
-        context = decode_value(s.context)
-        key = _key(context)
-        # Floats also of a live run's ints, so that a run reads the same whoever indexed it.
-        floats = [float(value) for value in (s.min, s.max, s.last)]
-        numbers = [s.count, *floats, s.first_step, s.last_step, s.last_epoch, s.last_time, s.id]
-        metric_rows.append((run_id, sql_value(s.name), key, *map(sql_value, numbers)))
-        context_rows.append((key, "", _json_bytes(context)))
-        context_rows += [(key, path, value) for path, value in _flatten(context)]
-    db.executemany(_PUT_METRIC, metric_rows)
-    db.executemany(_PUT_CONTEXT, context_rows)
+def _metric_of(series: SeriesState) -> Dict[str, Any]:
+    metric = {"name": series.name, "context": decode_value(series.context)}
+    metric.update((field, getattr(series, field)) for field in _SERIES_FIELDS)
+    # Floats also of a live run's ints, so that a run reads the same whoever indexed it.
+    metric.update((field, float(metric[field])) for field in ("min", "max", "last"))
+    return {**metric, "series": series.id}
 
 
-def delete_run(db: sqlite3.Connection, run_hash: str) -> bool:
-    """Take a run out of the index, inside the caller's transaction; false if it was not there."""
-    return _forget(db, run_hash) is not None
+def series_of(metric: Dict[str, Any]) -> SeriesState:
+    """Return the series of a run's state from which a metric in its row was made."""
+    series = SeriesState(metric["series"], metric["name"], metric["context"])
+    for field in _SERIES_FIELDS:
+        setattr(series, field, metric[field])
+    return series
 
 
-def _forget(db: sqlite3.Connection, run_hash: str) -> int | None:
-    # Contexts stay: many runs share them, and there are few.
-    found = db.execute("SELECT id FROM runs WHERE hash = ?", (run_hash,)).fetchone()
-    if found is None:
-        return None
-    for table, column in (("runs", "id"), ("params", "run"), ("tags", "run"), ("metrics", "run")):
-        db.execute(f"DELETE FROM {table} WHERE {column} = ?", found)
-    return int(found[0])
+#: The keys of a row, in the order in which it is shown.
+ROW_FIELDS = tuple(run_row(RunState("")))
+
+# The index is read by this program alone, so NaN and infinities stand in its texts as Python writes them.
+_to_text = json.JSONEncoder(separators=(",", ":")).encode
+_from_text = json.JSONDecoder(parse_constant=float).decode
 
 
-def read_params(db: sqlite3.Connection, run_hash: str) -> dict[str, Any] | None:
-    """Return all params of a run, nested as they were set, or None if the index lacks the run."""
-    found = db.execute("SELECT params FROM runs WHERE hash = ?", (run_hash,)).fetchone()
-    return None if found is None else json.loads(found[0])
+class StoredRow(Dict[str, Any]):
+    """A row as the index has it; each of its three texts is decoded when something in it is wanted."""
+
+    def __init__(
+        self,
+        run_hash: str,
+        created_at: float,
+        archived: int,
+        log_size: int,
+        head: str,
+        params: str,
+        metrics: str,
+    ) -> None:
+        super().__init__(hash=run_hash, created_at=created_at, archived=bool(archived), log_size=log_size)
+        self._texts = {"head": head, "params": params, "metrics": metrics}
+
+    def __missing__(self, key: str) -> Any:
+        part = key if key in self._texts else "head"
+        try:
+            value = _from_text(self._texts[part])
+        except (ValueError, RecursionError):
+            raise IndexUnusable(f"the index holds no JSON for run {self['hash']}") from None
+        self.update(value if part == "head" else {part: value})
+        return dict.__getitem__(self, key)
+
+    def whole(self) -> Dict[str, Any]:
+        """Return the row as `run_row` made it."""
+        return {field: self[field] for field in ROW_FIELDS}
 
 
-def sql_value(value: Any) -> int | float | str | bytes | None:
-    """Turn a JSON value into what SQLite stores and compares like Python; lists and dicts: JSON bytes."""
+def stored_parts(row: Dict[str, Any]) -> Tuple[Any, ...]:
+    """Return a row as the columns of `runs` hold it, and as `StoredRow` takes it."""
+    head = {field: row[field] for field in ROW_FIELDS if field not in ("params", "metrics", "log_size")}
+    fixed = row["hash"], row["created_at"], int(row["archived"]), row["log_size"]
+    return (*fixed, _to_text(head), _to_text(row["params"]), _to_text(row["metrics"]))
+
+
+def facts_of(row: Dict[str, Any]) -> Iterator[Tuple[str, Any]]:
+    """Yield the facts of a run. Queries are narrowed by them and then evaluated over the rows, so one too
+    many costs time, and one too few would hide a run."""
+    found = [(field, row[field]) for field in ("hash", "created_at", "experiment")]
+    found += [("name", row["name"] or default_name(row["hash"])), ("active", row["end_time"] is None)]
+    found += [("tag", tag) for tag in row["tags"]]
+    for metric in row["metrics"]:
+        # Of a NaN there must be a fact too, since it says that the run has the metric.
+        last = metric["last"]
+        found.append((metric_path(metric["name"]), "nan" if last != last else last))
+    todo: List[Tuple[str, Any]] = [("", row["params"])]
+    while todo:
+        path, value = todo.pop()
+        if isinstance(value, dict):
+            todo += [(f"{path},{json.dumps(key)}" if path else json.dumps(key), value[key]) for key in value]
+        else:
+            found.append((path, value))
+    for path, value in found:
+        fact = fact_value(value)
+        if fact is not None:
+            yield path, fact
+
+
+def metric_path(name: str) -> str:
+    """Return the path of the facts that say how the metrics of a name, in any context, ended."""
+    return f"metric {json.dumps(name)}"
+
+
+#: A fact holds so much of a text; the row has the rest.
+_FACT_CHARS = 100
+
+
+def fact_value(value: Any) -> Optional[Union[int, float, str]]:
+    """Return what stands for a scalar in a fact; None where nothing does.
+
+    Equal scalars have equal facts, and the facts of numbers are in the order of the numbers.
+    """
     if isinstance(value, str):
         # A lone surrogate, legal in JSON, cannot be stored as UTF-8.
-        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode("utf-8")
-    if isinstance(value, float):
-        return _NAN if math.isnan(value) else value
+        text = value[:_FACT_CHARS]
+        return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, int):
         if -(2**63) <= value < 2**63:
             return int(value)
@@ -3502,196 +3447,190 @@ def sql_value(value: Any) -> int | float | str | bytes | None:
             return float(value)
         except OverflowError:
             return math.inf if value > 0 else -math.inf
-    return None if value is None else _json_bytes(value)
+    return value if isinstance(value, float) and value == value else None
 
 
-def _from_sql(value: Any) -> Any:
-    return _DECODER.decode(value.decode()) if isinstance(value, bytes) else value
-
-
-def _json_bytes(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
-
-
-def _key(value: Any) -> Any:
-    # What `params.value` holds: scalars themselves; of a dict or list a digest that is the same for all
-    # that are equal in Python, so that it can be found by an index.
-    return _fingerprint(value, "", None)[0]
-
-
-def _flatten(document: dict[str, Any]) -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    _fingerprint(document, "", rows)
-    return rows
-
-
-def _fingerprint(value: Any, path: str, rows: list[tuple[str, Any]] | None) -> tuple[Any, str]:
-    # Returns the key, and the text that goes into the digest of whatever holds the value. The keys of
-    # everything below a dict are added to `rows` on the way, which keeps this linear in the size.
-    parts = []
-    if isinstance(value, dict):
-        for name in sorted(value):
-            quoted = json.dumps(name)
-            child_path = f"{path},{quoted}" if path else quoted
-            key, text = _fingerprint(value[name], child_path, rows)
-            parts.append(f"{quoted}:{text}")
-            if rows is not None:
-                rows.append((child_path, key))
-    elif isinstance(value, (list, tuple)):
-        parts = [_fingerprint(item, "", None)[1] for item in value]
-    else:
-        key = sql_value(value)
-        if isinstance(key, float) and key.is_integer():
-            return key, str(int(key))
-        return key, json.dumps(key) if isinstance(key, str) else str(key)
-    kind = "{}" if isinstance(value, dict) else "[]"
-    if not parts:
-        return kind.encode(), kind
-    from hashlib import blake2b  # here, since few who import this module ever index a list
-
-    digest = blake2b(",".join(parts).encode(), digest_size=16).hexdigest()
-    return (kind[0] + digest).encode(), kind[0] + digest
+class IndexUnusable(AimwatchError):
+    """The index is of another version, cut short, or no index at all: it is to be filled anew."""
 
 
 class IndexBusy(AimwatchError):
     """Another process writes the index; what was to be written keeps its marker for later."""
 
 
+def sqlite_error() -> Any:
+    """Return what SQLite raises; nothing loads it before it is used. A damaged name may be no text."""
+    import sqlite3
+
+    return sqlite3.Error, UnicodeDecodeError
+
+
+def is_damage(error: Exception) -> bool:
+    """True for what a new index mends, as opposed to a lock or a disk that is full."""
+    import sqlite3
+
+    if isinstance(error, sqlite3.OperationalError):
+        return not re.search("locked|busy|full|readonly|disk I/O", str(error))
+    return isinstance(error, (sqlite3.DatabaseError, IndexUnusable, UnicodeDecodeError, FileNotFoundError))
+
+
+def open_index(path: str, *, busy_timeout_s: float = BUSY_S, read_only: bool = False) -> sqlite3.Connection:
+    """Open the index at `path`.
+
+    Raises IndexUnusable or sqlite3.Error; `is_damage` tells whether it is to be filled anew.
+    """
+    db = _connect(path, busy_timeout_s, "ro" if read_only else "rw")
+    try:
+        # With the lock that a read takes, no writer changes the size meanwhile.
+        db.execute("BEGIN")
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version != INDEX_VERSION:
+            raise IndexUnusable(f"{path} has version {version}, not {INDEX_VERSION}")
+        (pages,), (page_size,) = (db.execute(f"PRAGMA page_{what}").fetchone() for what in ("count", "size"))
+        if os.stat(path).st_size < pages * page_size:
+            # SQLite takes a last page that is not whole for zeros.
+            raise IndexUnusable(f"{path} was cut short")
+        db.execute("COMMIT")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def create_index(path: str) -> None:
+    """Make an index without runs where nothing is. Raises sqlite3.Error."""
+    with contextlib.closing(_connect(path, BUSY_S, "rwc")) as db:
+        db.execute("PRAGMA journal_mode = DELETE")
+        db.execute("BEGIN IMMEDIATE")
+        for statement in _SCHEMA.split(";"):
+            db.execute(statement)
+        db.execute(f"PRAGMA user_version = {INDEX_VERSION}")
+        db.execute("COMMIT")
+
+
+def _connect(path: str, busy_timeout_s: float, mode: str) -> sqlite3.Connection:
+    import sqlite3
+    from urllib.parse import quote
+
+    uri = f"file:{quote(path)}?mode={mode}"
+    return sqlite3.connect(
+        uri, timeout=busy_timeout_s, isolation_level=None, uri=True, check_same_thread=False
+    )
+
+
+def index_run(db: sqlite3.Connection, state: RunState, log_size: int = 0) -> None:
+    """Write or replace one run, inside the caller's transaction."""
+    row = run_row(state, log_size)
+    run_id = _forget(db, state.hash)
+    active = int(row["end_time"] is None)
+    run_id = db.execute(_PUT_RUN, (run_id, active, *stored_parts(row))).lastrowid
+    db.executemany(_PUT_FACT, [(path, value, run_id) for path, value in facts_of(row)])
+
+
+def delete_run(db: sqlite3.Connection, run_hash: str) -> bool:
+    """Take a run out of the index, inside the caller's transaction; False if it was not there."""
+    return _forget(db, run_hash) is not None
+
+
+def _forget(db: sqlite3.Connection, run_hash: str) -> Optional[int]:
+    found = db.execute(f"SELECT id, {_STORED} FROM runs WHERE hash = ?", (run_hash,)).fetchone()
+    if found is None:
+        return None
+    run_id, *parts = found
+    db.executemany(_DROP_FACT, [(path, value, run_id) for path, value in facts_of(StoredRow(*parts))])
+    db.execute("DELETE FROM runs WHERE id = ?", (run_id,))
+    return int(run_id)
+
+
+#: So many rows are read at a time, with no lock between, so that a long question lets writers in.
+_ROWS_AT_A_TIME = 500
+
+
+def stored_rows(db: sqlite3.Connection, ids: Sequence[int]) -> Iterator[StoredRow]:
+    """Yield the rows of the runs with these row numbers."""
+    for at in range(0, len(ids), _ROWS_AT_A_TIME):
+        some = ids[at : at + _ROWS_AT_A_TIME]
+        # All at once: a cursor left open would keep writers from committing.
+        where = f"id IN ({','.join('?' * len(some))})"
+        for parts in db.execute(f"SELECT {_STORED} FROM runs WHERE {where}", some).fetchall():
+            yield StoredRow(*parts)
+
+
+def mark_pending(paths: RepoPaths, run_hash: str) -> None:
+    """Give a run the marker that says that the index lacks some of it. Raises OSError."""
+    # Never opened where it is there: this process may hold it locked, and would lose the lock.
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(paths.marker(run_hash), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+
+
 class Index:
     """The file `index.sqlite` of a repository, and who may write it.
 
-    A record lock on `index.lock` keeps writers apart, so that one that rebuilds the file and one
-    that adds to it never lose each other's work; readers need only SQLite's own locks. Wherever
-    the file is missing, damaged or of another version it is built anew from the run logs.
+    A lock on `index.lock` keeps writers apart, so that nobody adds to a file that another removes;
+    readers need only SQLite's own locks.
     """
 
     def __init__(self, paths: RepoPaths) -> None:
         self.paths = paths
-        #: What could not be read when the index was built anew.
-        self.problems: List[str] = []
+        #: How often this object has put an empty index in the place of what was there.
+        self.renewals = 0
+
+    @contextlib.contextmanager
+    def locked(self, wait_s: float) -> Iterator[None]:
+        """Keep every other writer out until the block ends. Raises IndexBusy after `wait_s`."""
+        with FileLock(self.paths.index_lock) as lock:
+            if lock.acquire(wait_s) is False:
+                raise IndexBusy(f"{self.paths.index} is being written by another process: try again later")
+            yield
 
     @contextlib.contextmanager
     def writing(self, wait_s: float = 10.0, most_runs: float = math.inf) -> Iterator[sqlite3.Connection]:
         """Yield the index, to be written by nobody else until the block ends.
 
-        Raises IndexBusy after `wait_s`, or where the index must be built of more than `most_runs`
+        Raises IndexBusy after `wait_s`, or where more than `most_runs` would have to be marked as pending
         first, and OSError or sqlite3.Error where it cannot be written.
         """
         deadline = _monotonic() + wait_s
         with self.locked(wait_s):
-            # Whoever waits here may hold markers, and must let go before those who want them give up.
+            # The writer may hold markers, and must release them before those who want them give up.
             busy_s = max(0.05, min(deadline - _monotonic(), BUSY_S))
-            with contextlib.closing(self._open_or_rebuild(most_runs, busy_s)) as db:
+            try:
+                db = open_index(self.paths.index, busy_timeout_s=busy_s)
+            except Exception as error:
+                # What SQLite says of a file that is missing is also what it says of a folder in its place.
+                if not is_damage(error):
+                    raise
+                if most_runs < math.inf and len(list_runs(self.paths)) > most_runs:
+                    raise IndexBusy(f"{self.paths.index} has to be filled first") from None
+                self.renew()
+                db = open_index(self.paths.index, busy_timeout_s=busy_s)
+            with contextlib.closing(db):
                 yield db
 
-    @contextlib.contextmanager
-    def locked(self, wait_s: float) -> Iterator[None]:
-        """Keep every other writer out until the block ends. Raises IndexBusy after `wait_s`."""
-        deadline = _monotonic() + wait_s
-        busy = IndexBusy(f"{self.paths.index} is being written by another process: try again later")
-        if not _process.index.acquire(timeout=wait_s):
-            raise busy
-        with contextlib.ExitStack() as undo:
-            undo.callback(_process.index.release)
-            fd = os.open(self.paths.index_lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            undo.callback(os.close, fd)
-            while try_lock(fd) is False:
-                if _monotonic() >= deadline:
-                    raise busy
-                time.sleep(0.01)
-            yield
+    def renew(self) -> None:
+        """Put an empty index in the place of what is there, with every run marked as pending.
 
-    def _open_or_rebuild(self, most_runs: float, busy_s: float) -> sqlite3.Connection:
-        try:
-            return open_index(self.paths.index, busy_timeout_s=busy_s, make=False)
-        except Exception as error:
-            if not _is_damage(error):
-                raise
-        if most_runs < math.inf and len(list_runs(self.paths)) > most_runs:
-            raise IndexBusy(f"{self.paths.index} has to be built first")
-        self.rebuild()
-        return open_index(self.paths.index, busy_timeout_s=busy_s, make=False)
-
-    def is_usable(self) -> bool:
-        """True where there is an index of this version; damage further in is found by its use."""
-        try:
-            open_index(self.paths.index, read_only=True, make=False).close()
-        except Exception as error:
-            return not _is_damage(error)
-        return True
-
-    def mend(self, wait_s: float) -> None:
-        """Build a damaged index anew. Raises as `writing` does."""
-        with self.locked(wait_s):
-            self.rebuild()
-
-    def rebuild(self, progress: Callable[[int, int], None] = lambda done, of: None) -> None:
-        """Build the index anew beside the old one and replace it.
-
-        To be called by the holder of the lock. Killed at any moment, it leaves the old one.
+        For the holder of the lock. Whatever cuts this short, no run is without its marker.
         """
-        for leftover in self._leftovers():
-            os.unlink(leftover)
-        with contextlib.suppress(*sqlite_error(), IndexUnusable, OSError):
-            # Rolls back what a killed writer began: until the new file is there, this one counts.
-            open_index(self.paths.index, make=False).close()
-        temporary = f"{self.paths.index}.{os.urandom(6).hex()}.tmp"
+        os.makedirs(self.paths.pending, exist_ok=True)
+        for run_hash in list_runs(self.paths):
+            mark_pending(self.paths, run_hash)
+        folder = os.open(self.paths.pending, os.O_RDONLY)
         try:
-            db = open_index(temporary)
-            with contextlib.closing(db):
-                # Nobody reads this file before it is whole and synced, so it needs no journal.
-                db.execute("PRAGMA synchronous = OFF")
-                db.execute("PRAGMA journal_mode = OFF")
-                hashes = list_runs(self.paths)
-                db.execute("BEGIN")
-                for done, run_hash in enumerate(hashes):
-                    progress(done, len(hashes))
-                    state, size, problem = load_run(self.paths, run_hash)
-                    if state is not None:
-                        problem = index_or_say(db, self.paths, state, size)
-                    if problem:
-                        self.problems.append(problem)
-                db.execute("COMMIT")
-                progress(len(hashes), len(hashes))
-            fd = os.open(temporary, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            with contextlib.suppress(FileNotFoundError):
-                # It belongs to the file that goes, and would be rolled back into the new one.
-                os.unlink(f"{self.paths.index}-journal")
-            os.replace(temporary, self.paths.index)
+            os.fsync(folder)  # a power cut must not take the markers and leave the empty index
         finally:
+            os.close(folder)
+        # In this order: without its journal, what a killed writer left would look like an index.
+        for path in (self.paths.index, f"{self.paths.index}-journal"):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-
-    def _leftovers(self) -> List[str]:
-        """Return the files of rebuilds that were killed; the lock says that none is under way."""
-        name = os.path.basename(self.paths.index)
-        found = (item for item in os.listdir(self.paths.own) if item.startswith(f"{name}."))
-        return [os.path.join(self.paths.own, item) for item in found if item.endswith(".tmp")]
-
-
-def _is_damage(error: Exception) -> bool:
-    """True for what a new index mends, as opposed to a lock or a disk that is full."""
-    import sqlite3
-
-    if isinstance(error, FileNotFoundError):
-        return True
-    if isinstance(error, sqlite3.OperationalError):
-        return not re.search("locked|busy|full|readonly|disk I/O", str(error))
-    return isinstance(error, (sqlite3.DatabaseError, IndexUnusable, UnicodeDecodeError))
+                os.unlink(path)
+        create_index(self.paths.index)
+        self.renewals += 1
 
 
 def list_runs(paths: RepoPaths) -> List[str]:
     """Return the hashes of all runs that have a log."""
-    try:
-        names = os.listdir(paths.runs)
-    except FileNotFoundError:
-        return []
-    hashes = (name[: -len(".jsonl")] for name in names if name.endswith(".jsonl"))
-    return [run_hash for run_hash in hashes if RUN_HASH.fullmatch(run_hash)]
+    return [name[: -len(".jsonl")] for name in names_in(paths.runs, rf"{RUN_HASH.pattern}\.jsonl")]
 
 
 def load_run(paths: RepoPaths, run_hash: str) -> Tuple[Optional[RunState], int, str]:
@@ -3708,37 +3647,40 @@ def load_run(paths: RepoPaths, run_hash: str) -> Tuple[Optional[RunState], int, 
     return state, size, ""
 
 
-def index_or_say(db: sqlite3.Connection, paths: RepoPaths, state: RunState, size: int) -> str:
-    """Write one run into an index, and return what kept it out or "". One log, whatever somebody
-    wrote into it, must not keep all the others out. Raises sqlite3.Error."""
-    try:
-        index_run(db, state, size)
-    except sqlite_error():
-        raise
-    except Exception as error:
-        delete_run(db, state.hash)
-        return f"{paths.run_log(state.hash)}: {type(error).__name__}: {error}"
-    return ""
-
-
 class Reindexer:
     """Brings the index up to date with the runs that have a marker in `pending`."""
 
     def __init__(self, paths: RepoPaths) -> None:
         self.paths = paths
         self.index = Index(paths)
-        self.problems = self.index.problems
+        #: What could not be read.
+        self.problems: List[str] = []
         #: Size of the log when a run that still lives was indexed last, so that it is not read in vain.
         self._sizes: Dict[str, int] = {}
         self._probe_mono = 0.0
 
     def pending(self) -> List[str]:
         """Return the hashes that have a marker."""
-        try:
-            names = os.listdir(self.paths.pending)
-        except FileNotFoundError:
-            return []
-        return [name for name in names if RUN_HASH.fullmatch(name)]
+        return names_in(self.paths.pending, RUN_HASH.pattern)
+
+    def run_all(
+        self,
+        rebuild: bool = False,
+        wait_s: float = 10.0,
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> List[str]:
+        """Index every pending run, or with `rebuild` every run; return what could not be read. Raises as
+        `run` does."""
+        with self.index.locked(wait_s) if rebuild else self.index.writing(wait_s):
+            if rebuild:
+                self.index.renew()
+        self.mark_lost()
+        renewals = -1
+        while renewals != self.index.renewals:  # all runs are pending again
+            renewals = self.index.renewals
+            self.problems.clear()
+            self.run(self.pending(), wait_s=wait_s, progress=progress)
+        return list(dict.fromkeys(self.problems))
 
     def run(
         self,
@@ -3753,31 +3695,15 @@ class Reindexer:
         """
         try:
             return self._run(hashes, batch_s, wait_s, progress)
-        except sqlite_error() as error:
+        except (*sqlite_error(), IndexUnusable) as error:
             if re.search("locked|busy", str(error)):  # by somebody who asks, for longer than we wait
                 raise IndexBusy(f"{self.paths.index} is in use: try again later") from None
-            if not _is_damage(error):
+            if not is_damage(error):
                 raise
-            # Found in the middle of the file; without it, it is built anew.
-            log.warning("%s: %s; building it anew", self.paths.index, error)
-            self.index.mend(wait_s)
-            return self._run(hashes, batch_s, wait_s, progress)
-
-    def run_all(
-        self,
-        rebuild: bool = False,
-        wait_s: float = 10.0,
-        progress: Callable[[int, int], None] = lambda done, of: None,
-    ) -> List[str]:
-        """Index every pending run, after building the index anew where it must be or `rebuild` says
-        so; return what could not be read. Raises as `run` does."""
-        if rebuild or not self.index.is_usable():
+            log.warning("%s: %s; filling it anew", self.paths.index, error)
             with self.index.locked(wait_s):
-                if rebuild or not self.index.is_usable():  # another process may have been quicker
-                    self.index.rebuild(progress)
-        self.mark_lost()
-        self.run(self.pending(), wait_s=wait_s, progress=progress)
-        return list(dict.fromkeys(self.problems))
+                self.index.renew()
+            return self._run(hashes, batch_s, wait_s, progress)
 
     def _run(
         self, hashes: Sequence[str], batch_s: float, wait_s: float, progress: Callable[[int, int], None]
@@ -3785,13 +3711,13 @@ class Reindexer:
         complete, done = 0, 0
         self.signs = last_check_ins(self.paths)
         while done < len(hashes):
-            with self.index.writing(wait_s) as db, _process.markers, contextlib.ExitStack() as markers:
+            with self.index.writing(wait_s) as db, contextlib.ExitStack() as locks:
                 finished: List[str] = []
                 begun = _monotonic()
                 db.execute("BEGIN IMMEDIATE")
                 while done < len(hashes) and len(finished) < MAX_BATCH:
                     progress(done, len(hashes))
-                    if self._one(db, hashes[done], markers):
+                    if self._one(db, hashes[done], locks):
                         finished.append(hashes[done])
                     done += 1
                     if _monotonic() - begun >= batch_s:
@@ -3805,19 +3731,16 @@ class Reindexer:
         progress(done, len(hashes))
         return complete
 
-    def _one(self, db: sqlite3.Connection, run_hash: str, markers: contextlib.ExitStack) -> bool:
+    def _one(self, db: sqlite3.Connection, run_hash: str, locks: contextlib.ExitStack) -> bool:
         """Index one run; True where its writer is gone and its marker can go after the commit."""
-        gone = False
-        if not _process.writes(self.paths.marker(run_hash)):
-            try:
-                fd = os.open(self.paths.marker(run_hash), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-            except FileNotFoundError:
-                return False  # another indexer was quicker
-            except OSError as error:
-                self.problems.append(f"{self.paths.marker(run_hash)}: {error.strerror}")
-                return False
-            markers.callback(os.close, fd)
-            gone = try_lock(fd) is True
+        marker = locks.enter_context(FileLock(self.paths.marker(run_hash)))
+        try:
+            gone = marker.acquire(create=False) is True
+        except FileNotFoundError:
+            return False  # another indexer was quicker
+        except OSError as error:
+            self.problems.append(f"{marker.path}: {error.strerror}")
+            return False
         try:
             size = os.stat(self.paths.run_log(run_hash)).st_size
         except FileNotFoundError:
@@ -3828,18 +3751,20 @@ class Reindexer:
         if gone and db.execute(_INDEXED_TO, (run_hash,)).fetchone() == (size,):
             return True
         state, size, problem = load_run(self.paths, run_hash)
+        if state is not None:
+            if gone and state.end is None:
+                size = finalize_dead(self.paths, state, self.signs.get(run_hash, 0.0))
+            try:
+                index_run(db, state, size)
+                return gone and size >= 0
+            except (*sqlite_error(), IndexUnusable):
+                raise
+            except Exception as error:  # one log, whatever is in it, must not keep all the others out
+                problem = f"{self.paths.run_log(run_hash)}: {type(error).__name__}: {error}"
+        delete_run(db, run_hash)
         if problem:
             self.problems.append(problem)
-        if state is None:
-            # What a rebuild would not find is not to be found now either.
-            delete_run(db, run_hash)
-            return gone and not problem
-        if gone and state.end is None:
-            size = finalize_dead(self.paths, state, self.signs.get(run_hash, 0.0))
-        problem = index_or_say(db, self.paths, state, size)
-        if problem:
-            self.problems.append(problem)
-        return gone and size >= 0 and not problem
+        return gone and not problem
 
     def mark_lost(self) -> None:
         """Give a marker to every run that the index does not have, has though it has no log, or thinks
@@ -3847,14 +3772,11 @@ class Reindexer:
         # In this order, a run that comes or ends meanwhile is marked once too often at most.
         logs, pending = set(list_runs(self.paths)), set(self.pending())
         with contextlib.suppress(*sqlite_error(), OSError, IndexUnusable):
-            with contextlib.closing(open_index(self.paths.index, read_only=True, make=False)) as db:
-                alive = dict(db.execute("SELECT hash, end_time IS NULL FROM runs"))
+            with contextlib.closing(open_index(self.paths.index, read_only=True)) as db:
+                alive = dict(db.execute("SELECT hash, active FROM runs"))
             lost = (logs ^ alive.keys()) | {run_hash for run_hash in alive if alive[run_hash]}
             for run_hash in lost - pending:
-                with _process.markers:
-                    if not _process.writes(self.paths.marker(run_hash)):
-                        how = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-                        os.close(os.open(self.paths.marker(run_hash), how, 0o666))
+                mark_pending(self.paths, run_hash)
 
     def forget_sizes(self) -> None:
         """Let `changed` return every pending run again."""
@@ -3872,26 +3794,15 @@ class Reindexer:
                 size = os.stat(self.paths.run_log(run_hash)).st_size
             except OSError:
                 size = -1
-            if self._sizes.get(run_hash) != size or (probe and self._is_free(run_hash)):
+            grown = self._sizes.get(run_hash) != size
+            if grown or (probe and lock_state(self.paths.marker(run_hash)) == "free"):
                 self._sizes[run_hash] = size
                 found.append(run_hash)
         return found
 
-    def _is_free(self, run_hash: str) -> bool:
-        marker = self.paths.marker(run_hash)
-        if _process.writes(marker):
-            return False
-        with contextlib.suppress(OSError), _process.markers:
-            fd = os.open(marker, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-            try:
-                return try_lock(fd, fcntl.LOCK_SH) is True
-            finally:
-                os.close(fd)
-        return False
-
 
 #: The size of the log that the index covers, of a run whose end it knows.
-_INDEXED_TO = "SELECT log_size FROM runs WHERE hash = ? AND end_time IS NOT NULL"
+_INDEXED_TO = "SELECT log_size FROM runs WHERE hash = ? AND NOT active"
 #: How often the pending runs that record nothing are looked at.
 PROBE_S = 30.0
 #: A transaction holds at most this many markers open.
@@ -3903,10 +3814,9 @@ def last_check_ins(paths: RepoPaths) -> Dict[str, float]:
     """Return when each run says that it checked in last, in seconds since the epoch."""
     signs: Dict[str, float] = {}
     with contextlib.suppress(OSError):
-        for name in os.listdir(paths.check_ins):
-            check_in = parse_check_in(name)
-            if check_in is not None:
-                utc_s = float(check_in.utc)
+        for check_in in filter(None, map(parse_check_in, os.listdir(paths.check_ins))):
+            utc_s = float(check_in.utc)
+            if utc_s < MAX_TIME_S:  # a later one is a mistake, and no time that a log may hold
                 signs[check_in.run_hash] = max(utc_s, signs.get(check_in.run_hash, 0.0))
     return signs
 
@@ -3917,14 +3827,15 @@ def finalize_dead(paths: RepoPaths, state: RunState, last_check_in: float) -> in
     marker must stay. The caller holds the run's marker, which makes it the log's only writer."""
     last = max(state.last_time, state.created_at, last_check_in)
     end: Dict[str, Any] = {"end": FAILED, "time": last, "idx": state.next_idx - 1, "reason": DIED}
-    state.apply(end)
+    if not state.apply(end):
+        return -1  # what no reader would take must not be written again and again
     try:
-        writer = LogWriter(paths.run_log(state.hash))
+        writer = AppendFile(paths.run_log(state.hash), list)
     except OSError:
         return -1
-    writer.append(end)
+    writer.append(to_json(end).encode("ascii") + b"\n")
     with contextlib.suppress(RecursionError):  # params that somebody else nested too deeply
-        writer.append(state.to_checkpoint())
+        writer.append(to_json(state.to_checkpoint()).encode("ascii") + b"\n")
     # Before the marker goes: a power cut must not leave a run without an end that nobody looks at.
     writer.sync()
     return writer.close()
@@ -3933,17 +3844,13 @@ def finalize_dead(paths: RepoPaths, state: RunState, last_check_in: float) -> in
 # ======================================================================================
 # Query language
 #
-# A query is one Python expression over `run` (and `metric`), parsed by `ast` and compiled to one SQL
-# condition with bound parameters: nothing of it is evaluated, and no text of it gets into the SQL.
-# Python's meaning holds; what is missing is None, what is impossible ('a' > 3, None + 1, 1 / 0) is
-# false as a comparison and None as a value, and `not` is the opposite of true and false alone.
+# A query is one Python expression over `run` (and `metric`), parsed by `ast`, checked node by node and
+# made into functions of a row; no text of it is ever executed. Python's meaning holds; what is missing
+# is None, what is impossible ('a' > 3, None + 1, 1 / 0) is false as a comparison and None as a value.
 # ======================================================================================
 
-# What is compared with a constant becomes plain SQL that can use an index. Everything else goes through
-# py_op, where Python itself computes, so that there is one place that knows what `//` or `in` mean.
-
-#: A term of more tokens could overflow the C stack inside `ast.parse`; deeper nesting overflows the
-#: parser of an SQLite as old as 3.26, and more constants its limit of 999 variables.
+#: A term of more tokens could overflow the C stack inside `ast.parse`, and deeper nesting Python's own.
+#: Every constant may be compared with every run.
 _MAX_TERM_TOKENS = 250
 _MAX_BRACKETS = 40
 _MAX_DEPTH = 12
@@ -3956,7 +3863,7 @@ _TOKEN = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 
-_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+_COMPARISONS: Dict[str, Callable[[Any, Any], Any]] = {
     "==": operator.eq,
     "<": operator.lt,
     "<=": operator.le,
@@ -3964,11 +3871,11 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     ">=": operator.ge,
     "in": lambda item, whole: item in whole,
 }
-_COMPARISON_SIGNS: dict[type, str] = {
+_COMPARISON_SIGNS: Dict[type, str] = {
     ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=",
     ast.In: "in", ast.NotIn: "not in", ast.Is: "is", ast.IsNot: "is not",
 }  # fmt: skip
-_OPPOSITES = {"!=": "==", "not in": "in", "is not": "is"}
+_OPPOSITES = {"!=": "==", "not in": "in", "is not": "=="}
 _MIRRORED = {"==": "==", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
@@ -3979,11 +3886,9 @@ def _as_number(value: Any) -> Any:
 
 
 def _sum(left: Any, right: Any) -> Any:
-    return (
-        left + right
-        if isinstance(left, str) and isinstance(right, str)
-        else _as_number(left) + _as_number(right)
-    )
+    if isinstance(left, str) and isinstance(right, str):
+        return left + right
+    return _as_number(left) + _as_number(right)
 
 
 def _power(base: Any, exponent: Any) -> Any:
@@ -3998,14 +3903,14 @@ def _has_affix(method: Callable[..., bool], text: Any, affix: Any) -> Any:
     return method(text, tuple(affix) if isinstance(affix, list) else affix)
 
 
-_OPERATORS: dict[type, str] = {
+_OPERATORS: Dict[type, str] = {
     ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%", ast.Pow: "**",
     ast.USub: "neg", ast.UAdd: "pos",
 }  # fmt: skip
 _METHODS = ("startswith", "endswith", "lower", "upper")
 _FUNCTIONS = ("abs", "bool", "float", "int", "len", "max", "min", "round", "sum")
 _TIME_PARTS = ("year", "month", "day", "hour", "minute", "second")
-_OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
+_OPERATIONS: Dict[str, Callable[[Any, Any], Any]] = {
     "+": _sum,
     "-": lambda left, right: _as_number(left) - _as_number(right),
     "*": lambda left, right: _as_number(left) * _as_number(right),
@@ -4015,8 +3920,6 @@ _OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "**": _power,
     "neg": lambda value, _: -_as_number(value),
     "pos": lambda value, _: +_as_number(value),
-    "and": lambda left, right: left and right,
-    "or": lambda left, right: left or right,
     "startswith": lambda text, affix: _has_affix(str.startswith, text, affix),
     "endswith": lambda text, affix: _has_affix(str.endswith, text, affix),
     "lower": lambda text, _: str.lower(text),
@@ -4034,36 +3937,28 @@ _OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
 for _part in _TIME_PARTS:
     _OPERATIONS[_part] = lambda seconds, _, part=_part: getattr(_utc(seconds), part)  # type: ignore[misc]
 
-_MOMENT_OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {"+": operator.add, "-": operator.sub}
-
 _IMPOSSIBLE = (TypeError, ValueError, ArithmeticError, LookupError, RecursionError, OSError)
 
 
 def _compute(name: str, left: Any, right: Any = None) -> Any:
-    """Do with two Python values what the query asks for; impossible comparisons are false, values None."""
+    """Do with two values what the query asks for; None where that is impossible."""
     try:
-        return _COMPARISONS[name](left, right) if name in _COMPARISONS else _OPERATIONS[name](left, right)
-    except _IMPOSSIBLE:
-        return False if name in _COMPARISONS else None
-
-
-def _py_op(name: str, left: Any, right: Any) -> Any:
-    # Called by SQLite, where an exception would be an error of the whole query.
-    try:
-        return sql_value(_compute(name, _from_sql(left), _from_sql(right)))
-    except _IMPOSSIBLE:
-        return 0 if name in _COMPARISONS else None
-
-
-def _py_at(document: Any, path: str) -> Any:
-    # Called by SQLite: the value at a path of keys and list positions, None where there is none.
-    try:
-        value = _from_sql(document)
-        for step in json.loads(f"[{path}]"):
-            value = value[str(step) if isinstance(value, dict) else step]
-        return sql_value(value)
+        return _OPERATIONS[name](left, right)
     except _IMPOSSIBLE:
         return None
+
+
+def _holds(sign: str, left: Any, right: Any) -> bool:
+    """Compare two values; False where that is impossible."""
+    try:
+        return bool(_COMPARISONS[sign](_with_own_nan(left), right))
+    except _IMPOSSIBLE:
+        return False
+
+
+def _with_own_nan(value: Any) -> Any:
+    # Inside lists, Python takes one and the same NaN for equal to itself. Here every NaN equals nothing.
+    return _from_text(_to_text(value)) if isinstance(value, (list, dict)) or value != value else value
 
 
 def _utc(seconds: Any) -> datetime.datetime:
@@ -4075,91 +3970,107 @@ def _utc_seconds(moment: datetime.datetime) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
 
 
-class Conjunct(NamedTuple):
-    """One of the conditions that `and` joins: as SQL that gathers the runs for which it is true, as
-    SQL that asks of a run at a time, and the query that gathers ("" where nothing does it quickly)."""
-
-    gathering: str
-    asking: str
-    source: str
+#: What a part of a query comes to for a row and, in a query over metrics, one of its metrics.
+Evaluated = Callable[[Dict[str, Any], Any], Any]
+#: A condition on `facts` and its parameters: a run without such a fact is not among the answers.
+Narrowing = Tuple[str, List[Any]]
 
 
 class CompiledQuery(NamedTuple):
-    """An SQL condition over `runs r` (and `metrics m`) with the values of its named parameters.
+    """What a query asks of a row, and how the index can leave out most runs for which it is false."""
 
-    Where it is `conjuncts` joined by `and`, `sql` is one way to ask, and `planned` may know a better.
-    """
-
-    sql: str
-    args: dict[str, Any]
+    test: Evaluated
     over: str
     speaks_of_archived: bool
-    conjuncts: Sequence[Conjunct] = ()
+    narrowings: Sequence[Narrowing] = ()
 
-    def planned(self, db: sqlite3.Connection) -> str:
-        """Return the condition so that it begins with the conjunct that leaves the fewest runs.
+    def matches(self, rows: Iterable[Dict[str, Any]]) -> Iterator[Tuple[Dict[str, Any], Any]]:
+        """Yield the rows for which the query is true, with None, or with each metric for which it is."""
+        for row in rows:
+            if row["archived"] and not self.speaks_of_archived:
+                continue
+            for metric in row["metrics"] if self.over == "metric" else (None,):
+                if self.test(row, metric):
+                    yield row, metric
 
-        The others are then asked of these alone. SQLite cannot tell which that is: whether 10 runs
-        or all have `lr == 0.1` is nothing that it keeps. When many are left, gathering is faster.
+    def candidates(self, db: sqlite3.Connection) -> List[int]:
+        """Return the row numbers of the runs for which the query may be true.
+
+        Those conditions narrow that leave few runs. Whether 10 runs or all have `lr == 0.1` is nothing
+        that SQLite keeps, so it is counted, up to a limit.
         """
-        counts = []
-        for nth, conjunct in enumerate(self.conjuncts):
-            if conjunct.source:
-                counted = f"SELECT count(*) FROM ({conjunct.source} LIMIT {_MANY})"
-                counts.append((db.execute(counted, self.args).fetchone()[0], nth))
-        if not counts:
-            return self.sql
-        fewest, best = min(counts)
-        parts = [
-            part.gathering if nth == best or fewest == _MANY else part.asking
-            for nth, part in enumerate(self.conjuncts)
-        ]
-        return f"({_joined(parts, ast.And())}{'' if self.speaks_of_archived else ' AND r.archived = 0'})"
+        narrowings = list(self.narrowings[:_MOST_NARROWINGS])
+        if len(narrowings) > 1:
+            few = [
+                (where, args)
+                for where, args in narrowings
+                if db.execute(f"SELECT count(*) FROM (SELECT 1 FROM facts WHERE {where} LIMIT {_MANY})", args)
+                .fetchone()[0] < _MANY
+            ]  # fmt: skip
+            narrowings = few or narrowings
+        sql = " INTERSECT ".join(f"SELECT run FROM facts WHERE {where}" for where, _ in narrowings)
+        args = [arg for _, args in narrowings for arg in args]
+        return sorted({run for (run,) in db.execute(sql or "SELECT id FROM runs", args)})
 
 
-#: So many runs are too many to be asked one by one.
+#: So many runs are too many to look at one by one, where another condition leaves fewer.
 _MANY = 2000
-#: With more conditions than these joined by `and`, planning would take longer than it saves.
-_MOST_PLANNED = 8
-_INDEXED_COLUMNS = tuple(
-    f"(r.{name} IS NOT NULL AND " for name in ("hash", "name", "experiment", "created_at")
-)
+#: With more, looking for the best would take longer than it saves. And more values are not looked up.
+_MOST_NARROWINGS, _MOST_VALUES = 8, 100
 
-#: In the place of a value that is known only in SQL.
+#: In the place of a value that is known only for a row.
 _UNKNOWN = object()
 
 
 class _Value(NamedTuple):
-    """What a part of the query stands for: a constant, or an SQL expression.
+    """What a part of the query stands for. `const` is its value where that is the same for every row.
 
-    A `column` (NULL where the value is None) can be tested as it stands in `within + test + ")"`, which
-    is true or false, never NULL, and lets SQLite search an index instead of asking run by run.
-    `members` makes the SQL of `text in value`, where an index can answer.
+    The index holds it, or says something of it, in the facts at the path `fact`: the value itself
+    ("value", or "flag" where it is true or false), its elements ("member"), or that it is not None ("some").
     """
 
-    sql: str = ""
+    of: Evaluated
     const: Any = _UNKNOWN
-    column: str = ""
-    within: str = ""
-    members: Callable[[_Compiler, str], str] | None = None
-    is_condition: bool = False
+    fact: str = ""
+    kind: str = "value"
     is_time: bool = False
 
 
-def compile_query(text: str, over: str = "run", now_utc_s: float | None = None) -> CompiledQuery:
+def _constant(value: Any) -> _Value:
+    return _Value(lambda row, metric: value, value)
+
+
+def compile_query(text: str, over: str = "run", now_utc_s: Optional[float] = None) -> CompiledQuery:
     """Compile a query over "run" or "metric"; an empty one is true for all. Raises QueryError."""
+    if not text.strip():
+        return CompiledQuery(lambda row, metric: True, over, False)
+    tree = _parse(text)
     compiler = _Compiler(text, over, time.time() if now_utc_s is None else now_utc_s)
-    conjuncts: List[Conjunct] = []
-    sql = "1"
-    if text.strip():
-        node = _parse(text)
-        sql = compiler.condition(node)
-        terms = node.values if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And) else []
-        if over == "run" and len(terms) <= _MOST_PLANNED:
-            conjuncts = [compiler.conjunct(term) for term in terms]
-    if not compiler.speaks_of_archived:
-        sql = f"({sql} AND r.archived = 0)"
-    return CompiledQuery(sql, compiler.args, over, compiler.speaks_of_archived, conjuncts)
+    terms = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
+    compiler.conjuncts = set(terms)
+    test = compiler.condition(tree)
+    return CompiledQuery(test, over, compiler.speaks_of_archived, compiler.narrowings)
+
+
+def _narrowing(value: _Value, sign: str, const: Any) -> Optional[Narrowing]:
+    """Return what holds of the facts of every run for which a comparison with a constant is true."""
+    if not value.fact or const is _UNKNOWN or const is None:
+        return None
+    items = list(const) if isinstance(const, (list, dict)) else [const]
+    if value.kind == "some":
+        return None if None in items else ("path = ?", [value.fact])
+    facts = [fact_value(item) for item in items]
+    if None in facts or not 0 < len(facts) <= _MOST_VALUES or value.kind == "member":
+        return None
+    if sign == "in" and isinstance(const, (list, dict)):
+        return f"path = ? AND value IN ({', '.join('?' * len(facts))})", [value.fact, *facts]
+    if sign == "==" and items[0] is const:
+        return "path = ? AND value = ?", [value.fact, facts[0]]
+    if sign in _MIRRORED and isinstance(const, (int, float)):
+        # The fact of a large int is a float, rounded, and so may equal what the int exceeds.
+        other_end = " AND value < ''" if sign.startswith(">") else ""  # SQLite sorts texts after numbers
+        return f"path = ? AND value {sign[0]}= ?{other_end}", [value.fact, facts[0]]
+    return None
 
 
 def _parse(text: str) -> ast.expr:
@@ -4173,7 +4084,7 @@ def _parse(text: str) -> ast.expr:
         raise QueryError("nested too deeply: write it with fewer parentheses", 1) from None
     except ValueError as error:
         raise QueryError(f"not readable as text ({error})", 1) from None
-    _check_depth(text, tree)
+    _check_size(text, tree)
     return tree
 
 
@@ -4202,7 +4113,7 @@ def _check_tokens(text: str) -> None:
     # Refuses what ast.parse could not survive. `depth` overstates how deep in the syntax tree a token can
     # stand: `and`, `or` and commas make lists, everything else may stand below what is to its left.
     depth = 0
-    opened: list[tuple[int, int]] = []
+    opened: List[Tuple[int, int]] = []
     for token in _TOKEN.finditer(text):
         kind, reason = token.lastgroup, ""
         if kind == "foreign":
@@ -4233,15 +4144,20 @@ def _error_at(text: str, position: int, reason: str) -> QueryError:
     return QueryError(reason, position - line_start + 1, text.count("\n", 0, position) + 1)
 
 
-def _check_depth(text: str, tree: ast.expr) -> None:
-    waiting: list[tuple[ast.AST, int]] = [(tree, 0)]
+def _check_size(text: str, tree: ast.expr) -> None:
+    constants: Set[Tuple[type, Any]] = set()
+    waiting: List[Tuple[ast.AST, int]] = [(tree, 0)]
     while waiting:
         node, depth = waiting.pop()
         if depth > _MAX_DEPTH and isinstance(node, ast.expr):
             raise _refusal(text, node, f"nested too deeply (more than {_MAX_DEPTH} levels): write it flatter")
+        if isinstance(node, ast.Constant):
+            constants.add((type(node.value), node.value))
         for child in ast.iter_child_nodes(node):
             # A chain of attributes becomes one path, however long it is.
             waiting.append((child, depth if isinstance(node, (ast.Attribute, ast.Subscript)) else depth + 1))
+    if len(constants) > _MAX_CONSTANTS:
+        raise QueryError(f"more than {_MAX_CONSTANTS} different constants: ask in several queries", 1)
 
 
 def _refusal(text: str, node: ast.expr, reason: str) -> QueryError:
@@ -4249,53 +4165,29 @@ def _refusal(text: str, node: ast.expr, reason: str) -> QueryError:
     # it is the last name that the reader should look at.
     line, offset = node.lineno, node.col_offset
     if isinstance(node, ast.Attribute):
-        line, offset = (
-            node.end_lineno or line,
-            (node.end_col_offset or 0) - len(node.attr.encode("utf-8")),
-        )
+        line = node.end_lineno or line
+        offset = (node.end_col_offset or 0) - len(node.attr.encode("utf-8"))
     before = f"({text}".split("\n")[line - 1].encode("utf-8", "replace")[:offset]
     return QueryError(reason, len(before.decode("utf-8", "ignore")) + (line > 1), line)
 
 
-_RUN_FIELDS: dict[str, _Value] = {
-    name: _Value(
-        sql=f"r.{column}",
-        column=f"r.{column}",
-        within=f"(r.{column} IS NOT NULL AND ",
-        is_time=is_time,
-    )
-    for name, column, is_time in (
-        ("hash", "hash", False),
-        ("name", "name", False),
-        ("description", "description", False),
-        ("experiment", "experiment", False),
-        ("archived", "archived", False),
-        ("creation_time", "created_at", False),
-        ("created_at", "created_at", True),
-        ("end_time", "end_time", False),
-        ("finalized_at", "end_time", True),
-    )
-}
-_RUN_FIELDS["active"] = _Value(sql="(r.end_time IS NULL)", is_condition=True)
-_RUN_FIELDS["tags"] = _Value(
-    sql="r.tags",
-    members=lambda compiler, text: (
-        compiler.within("tags", "run", "r.id", f"tag = {compiler.bind(sql_value(text))}") + "1)"
-    ),
-)
-_METRIC_FIELDS = (
-    "last",
-    "min",
-    "max",
-    "count",
-    "first_step",
-    "last_step",
-    "last_epoch",
-    "last_time",
-)
-_TEXT_OR_LIST = "(typeof(value) = 'text' OR value >= x'5b' AND value < x'5c')"
-_FALSE_VALUES = "(0, '', x'7b7d', x'5b5d')"  # as in Python: no number, no text, {} and []
+def _from_row(name: str, **more: Any) -> _Value:
+    return _Value(lambda row, metric: row[name], **more)
 
+
+_RUN_FIELDS: Dict[str, _Value] = {
+    "hash": _from_row("hash", fact="hash"),
+    "name": _Value(lambda row, metric: row["name"] or default_name(row["hash"]), fact="name"),
+    "description": _from_row("description"),
+    "experiment": _from_row("experiment", fact="experiment"),
+    "archived": _from_row("archived"),
+    "tags": _from_row("tags", fact="tag", kind="member"),
+    "creation_time": _from_row("created_at", fact="created_at"),
+    "created_at": _from_row("created_at", fact="created_at", is_time=True),
+    "end_time": _from_row("end_time"),
+    "finalized_at": _from_row("end_time", is_time=True),
+    "active": _Value(lambda row, metric: row["end_time"] is None, fact="active", kind="flag"),
+}
 
 _INSTEAD = {
     "BitAnd": "'&' is not in the query language: write and",
@@ -4310,110 +4202,54 @@ _INSTEAD = {
 
 
 class _Compiler:
-    """Turns the nodes of one query into SQL and collects its parameters."""
+    """Turns the nodes of one query into functions, and notes how the index can narrow it."""
 
     def __init__(self, text: str, over: str, now_utc_s: float) -> None:
         self.text = text
         self.over = over
         self.now_utc_s = now_utc_s
-        self.args: dict[str, Any] = {}
         self.speaks_of_archived = False
-        self.run_by_run = False
-        self._names: dict[tuple[type, Any], str] = {}
+        #: The nodes that must all be true for the query to be true.
+        self.conjuncts: Set[ast.expr] = set()
+        self.narrowings: List[Narrowing] = []
 
-    def condition(self, node: ast.expr) -> str:
-        """Return SQL that is 1 where the node is true in Python and 0 elsewhere, never NULL."""
+    def condition(self, node: ast.expr) -> Evaluated:
+        """Return a function whose result is as true as the node is in Python."""
         if isinstance(node, ast.BoolOp):
-            return self.conditions(node)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            return f"(NOT {self.condition(node.operand)})"
-        if isinstance(node, ast.Compare):
-            return self.comparison(node)
-        return self.truth(self.value(node))
+            return _chosen(node, [self.condition(value) for value in node.values])
+        value = self.value(node)
+        if value.kind == "flag":
+            self.narrow(node, value, "==", True)
+        return value.of
 
-    def conditions(self, node: ast.BoolOp) -> str:
-        # `a == 1 and b < 2`: where an equality leaves few runs, asking these one by one for `b` is faster
-        # than gathering all runs for which the other condition is true.
-        outer, parts = self.run_by_run, []
-        pinned = isinstance(node.op, ast.And) and any(map(_is_equality, node.values))
-        for value in node.values:
-            self.run_by_run = outer or (pinned and not _is_equality(value))
-            parts.append(self.condition(value))
-        self.run_by_run = outer
-        # A generated query repeats itself, and SQLite takes seconds for thousands of equal terms.
-        return _joined(list(dict.fromkeys(parts)), node.op)
-
-    def conjunct(self, node: ast.expr) -> Conjunct:
-        gathering = self.condition(node)
-        self.run_by_run = True
-        asking = self.condition(node)
-        self.run_by_run = False
-        source = ""
-        if gathering.startswith("r.id IN (SELECT "):
-            source = gathering[len("r.id IN (") : -1]
-        elif gathering.startswith(_INDEXED_COLUMNS):
-            source = f"SELECT id FROM runs r WHERE {gathering}"
-        return Conjunct(gathering, asking, source)
-
-    def truth(self, value: _Value) -> str:
-        if value.const is not _UNKNOWN:
-            return "1" if value.const else "0"
-        if value.is_condition:
-            return value.sql
-        if value.column:
-            return f"{value.within}{value.column} NOT IN {_FALSE_VALUES})"
-        return f"coalesce({value.sql} NOT IN {_FALSE_VALUES}, 0)"
-
-    def comparison(self, node: ast.Compare) -> str:
+    def comparison(self, node: ast.Compare) -> Evaluated:
         values = [self.value(operand) for operand in (node.left, *node.comparators)]
         signs = [_COMPARISON_SIGNS[type(op)] for op in node.ops]
-        parts = [self.pair(node, sign, *values[nth : nth + 2]) for nth, sign in enumerate(signs)]
-        return _joined(parts, ast.And())
+        tests = [self.pair(node, sign, *values[nth : nth + 2]) for nth, sign in enumerate(signs)]
+        if len(tests) == 1:
+            return tests[0]
+        return lambda row, metric: all(test(row, metric) for test in tests)
 
-    def pair(self, node: ast.expr, sign: str, left: _Value, right: _Value) -> str:
-        if sign in _OPPOSITES:
-            return f"(NOT {self.pair(node, _OPPOSITES[sign], left, right)})"
-        if sign == "is":
-            if right.const is not None:
-                self.refuse(node, "'is' compares with None only: write ==")
-            sign = "=="
+    def pair(self, node: ast.expr, sign: str, left: _Value, right: _Value) -> Evaluated:
+        if sign in ("is", "is not") and right.const is not None:
+            self.refuse(node, "'is' compares with None only: write ==")
         left, right = self.as_seconds(node, left, right), self.as_seconds(node, right, left)
-        if left.const is not _UNKNOWN and right.const is not _UNKNOWN:
-            return "1" if _compute(sign, left.const, right.const) else "0"
-        if left.const is not _UNKNOWN and sign in _MIRRORED:
-            left, right, sign = right, left, _MIRRORED[sign]
-        if right.const is None and sign == "==":
-            return (
-                f"(NOT {left.within}{left.column} IS NOT NULL))" if left.column else f"({left.sql} IS NULL)"
-            )
-        if sign == "in" and right.members and isinstance(left.const, str):
-            return right.members(self, left.const)
-        if sign == "in" and isinstance(right.const, list) and None in right.const:
-            rest = _Value(const=[item for item in right.const if item is not None])
-            return _joined([self.pair(node, "==", left, _NONE), self.pair(node, "in", left, rest)], ast.Or())
-        test = (
-            self.test(left.column, sign, right.const) if left.column and right.const is not _UNKNOWN else ""
-        )
-        return f"{left.within}{test})" if test else f"py_op('{sign}', {self.sql(left)}, {self.sql(right)})"
+        left_of, right_of = left.of, right.of
+        if sign in _OPPOSITES:
+            opposite = _OPPOSITES[sign]
+            return lambda row, metric: not _holds(opposite, left_of(row, metric), right_of(row, metric))
+        sign = "==" if sign == "is" else sign
+        self.narrow(node, left, sign, right.const)
+        if sign in _MIRRORED:
+            self.narrow(node, right, _MIRRORED[sign], left.const)
+        elif right.kind == "member" and isinstance(left.const, str):
+            self.narrow(node, right._replace(kind="value"), "==", left.const)
+        return lambda row, metric: _holds(sign, left_of(row, metric), right_of(row, metric))
 
-    def test(self, column: str, sign: str, const: Any) -> str:
-        """Return SQL that compares a column, or "" if only Python can do it; a type never equals another."""
-        if sign == "==":
-            return f"{column} = {self.bind(_key(const))}" if _equals_its_copy(const) else "0"
-        if sign == "in":
-            if not isinstance(const, (list, dict)):
-                return ""
-            keys = [self.bind(_key(item)) for item in const if _equals_its_copy(item)]
-            return f"{column} IN ({', '.join(keys)})" if keys else "0"
-        if isinstance(const, str):  # SQLite sorts numbers before text and text before blobs
-            other_end = "< x''" if sign.startswith(">") else ">= ''"
-            return f"{column} {sign} {self.bind(sql_value(const))} AND {column} {other_end}"
-        if isinstance(const, (int, float)):
-            if const != const:
-                return "0"
-            other_end = f" AND {column} < ''" if sign.startswith(">") else ""
-            return f"{column} {sign} {self.bind(sql_value(const))}{other_end}"
-        return ""
+    def narrow(self, node: ast.expr, value: _Value, sign: str, const: Any) -> None:
+        if node in self.conjuncts:
+            found = _narrowing(value, sign, const)
+            self.narrowings += [found] if found else []
 
     def as_seconds(self, node: ast.expr, value: _Value, other: _Value) -> _Value:
         # A time is kept as seconds. Compared with a number it would be silently wrong, so that is refused.
@@ -4423,9 +4259,9 @@ class _Compiler:
                 self.refuse(node, "a time compares with run.created_at and run.finalized_at only")
             return value
         if isinstance(const, datetime.datetime):
-            return _Value(const=_utc_seconds(const))
+            return _constant(_utc_seconds(const))
         if isinstance(const, list) and all(isinstance(item, datetime.datetime) for item in const):
-            return _Value(const=[_utc_seconds(item) for item in const])
+            return _constant([_utc_seconds(item) for item in const])
         if not value.is_time and const is not None:
             self.refuse(
                 node,
@@ -4439,19 +4275,23 @@ class _Compiler:
         if isinstance(node, ast.Constant):
             if not isinstance(node.value, (str, int, float, type(None))):
                 self.refuse(node, f"{node.value!r:.40} is not in the query language: write text or a number")
-            return _Value(const=node.value)
+            return _constant(node.value)
         if isinstance(node, ast.Call):
             return self.call(node)
         if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
-            return _Value(const=[self.const(item) for item in node.elts])
+            return _constant([self.const(item) for item in node.elts])
         if isinstance(node, ast.Dict):
-            return _Value(
-                const={self.const_key(k, node): self.const(v) for k, v in zip(node.keys, node.values)}
-            )
+            pairs = zip(node.keys, node.values)
+            return _constant({self.const_key(key, node): self.const(value) for key, value in pairs})
         if isinstance(node, ast.BoolOp):
-            return self.chosen(node)
-        if isinstance(node, ast.Compare) or (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)):
-            return _Value(sql=self.condition(node), is_condition=True)
+            values = [self.value(operand) for operand in node.values]
+            self.refuse_times(node, values)
+            return self.folded(_chosen(node, [value.of for value in values]), values)
+        if isinstance(node, ast.Compare):
+            return _Value(self.comparison(node))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            operand = self.condition(node.operand)
+            return _Value(lambda row, metric: not operand(row, metric))
         if isinstance(node, (ast.BinOp, ast.UnaryOp)):
             sign = _OPERATORS.get(type(node.op), "")
             operands = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
@@ -4460,38 +4300,40 @@ class _Compiler:
             return self.operation(node, sign, *map(self.value, operands))
         return self.refuse_kind(node, node)
 
-    def chosen(self, node: ast.BoolOp) -> _Value:
-        # `and` and `or` where a value is asked for: as in Python, one of their operands.
-        sign = "and" if isinstance(node.op, ast.And) else "or"
-        result = self.value(node.values[0])
-        for item in node.values[1:]:
-            result = self.operation(item, sign, result, self.value(item))
-        return result
+    def folded(self, of: Evaluated, values: Sequence[_Value]) -> _Value:
+        """Return what a function of some values comes to: a constant where they all are."""
+        if any(value.const is _UNKNOWN for value in values):
+            return _Value(of)
+        return _constant(of({}, None))
 
-    def operation(self, node: ast.expr, name: str, left: _Value, right: _Value | None = None) -> _Value:
-        right = right or _NONE
-        if left.is_time or right.is_time:
-            self.refuse(
-                node,
-                "times are only compared: count in seconds with run.creation_time and run.end_time",
-            )
-        has_moment = _has_moment(left.const) or _has_moment(right.const)
-        if left.const is _UNKNOWN or right.const is _UNKNOWN:
-            if has_moment:
-                self.refuse(node, "datetime and timedelta are added and subtracted among themselves only")
-            return _Value(sql=f"py_op('{name}', {self.sql(left)}, {self.sql(right)})")
-        if has_moment and name in _MOMENT_OPERATIONS:
+    def operation(self, node: ast.expr, name: str, left: _Value, right: Optional[_Value] = None) -> _Value:
+        right = right or _constant(None)
+        known = left.const is not _UNKNOWN and right.const is not _UNKNOWN
+        if known and name in "+-" and (_has_moment(left.const) or _has_moment(right.const)):
             try:
-                return _Value(const=_MOMENT_OPERATIONS[name](left.const, right.const))
+                moments = left.const + right.const if name == "+" else left.const - right.const
+                return _constant(moments)
             except (TypeError, OverflowError) as error:
                 self.refuse(node, f"impossible with these times ({error})")
-        return _Value(const=_compute(name, left.const, right.const))
+        self.refuse_times(node, [left, right])
+        left_of, right_of = left.of, right.of
+        return self.folded(
+            lambda row, metric: _compute(name, left_of(row, metric), right_of(row, metric)), [left, right]
+        )
+
+    def refuse_times(self, node: ast.expr, values: Sequence[_Value]) -> None:
+        if any(value.is_time for value in values):
+            self.refuse(
+                node, "times are only compared: count in seconds with run.creation_time and run.end_time"
+            )
+        if any(_has_moment(value.const) for value in values):
+            self.refuse(node, "datetime and timedelta are added and subtracted among themselves only")
 
     def call(self, node: ast.Call) -> _Value:
         function = node.func
         name = _dotted(function)
         if name in ("datetime", "timedelta", "datetime.now", "datetime.utcnow"):
-            return _Value(const=self.moment(node, name))
+            return _constant(self.moment(node, name))
         if node.keywords:
             self.refuse(node, "arguments have no names here: write the values alone")
         values = [self.value(argument) for argument in node.args]
@@ -4504,7 +4346,7 @@ class _Compiler:
         known = ", ".join((*_METHODS, *_FUNCTIONS, "datetime, timedelta"))
         return self.refuse(function, f"this call is not in the query language: it can call {known}")
 
-    def moment(self, node: ast.Call, name: str) -> datetime.datetime | datetime.timedelta:
+    def moment(self, node: ast.Call, name: str) -> Union[datetime.datetime, datetime.timedelta]:
         values = [self.const(argument) for argument in node.args]
         named = {str(keyword.arg): self.const(keyword.value) for keyword in node.keywords}
         try:
@@ -4520,7 +4362,7 @@ class _Compiler:
 
     def chain(self, node: ast.expr) -> _Value:
         """Resolve `run.a["b"].c`: a name, then attributes and subscripts that are all constants."""
-        steps: list[tuple[Any, bool]] = []
+        steps: List[Tuple[Any, bool]] = []
         root = node
         while isinstance(root, (ast.Attribute, ast.Subscript)):
             if isinstance(root, ast.Attribute):
@@ -4534,8 +4376,7 @@ class _Compiler:
             if name:
                 self.refuse(root, f"unknown name '{name}': write run.{name} for a param, '{name}' for text")
             self.refuse(
-                node,
-                "only run and metric have attributes and subscripts: write run.name or the like",
+                node, "only run and metric have attributes and subscripts: write run.name or the like"
             )
         if name == "metric" and self.over == "run":
             self.refuse(root, "there is no metric in a query over runs: write run.metrics['loss', {}].last")
@@ -4543,7 +4384,7 @@ class _Compiler:
             self.refuse(node, f"'{name}' alone has no value: write {name}.name or the like")
         return self.run_value(node, steps) if name == "run" else self.metric_value(node, steps)
 
-    def subscript(self, node: ast.Subscript) -> list[Any]:
+    def subscript(self, node: ast.Subscript) -> List[Any]:
         index: Any = node.slice
         if type(index).__name__ in ("Slice", "ExtSlice"):
             self.refuse_kind(node.value, index)
@@ -4554,94 +4395,58 @@ class _Compiler:
             self.refuse(node.value, "in [...] stands text or a whole number")
         return keys
 
-    def run_value(self, node: ast.expr, steps: list[tuple[Any, bool]]) -> _Value:
+    def run_value(self, node: ast.expr, steps: List[Tuple[Any, bool]]) -> _Value:
         (first, is_attribute), names = steps[0], [name for name, _ in steps]
         if is_attribute and first == "metrics":
             return self.summary(node, names[1:])
-        if not is_attribute or (first not in _RUN_FIELDS and first != "duration"):
-            return self.document(names, "params", "run", "r.id", "r.params")
-        self.speaks_of_archived |= first == "archived"
-        if first == "duration":
-            now = self.bind(self.now_utc_s)
-            field_value = _Value(sql=f"(coalesce(r.end_time, {now}) - r.created_at)")
+        if is_attribute and first == "duration":
+            now = self.now_utc_s
+            field = _Value(
+                lambda row, metric: (now if row["end_time"] is None else row["end_time"]) - row["created_at"]
+            )
+        elif is_attribute and first in _RUN_FIELDS:
+            field = _RUN_FIELDS[first]
         else:
-            field_value = _RUN_FIELDS[first]
+            fact = ",".join(map(json.dumps, names)) if all(isinstance(name, str) for name in names) else ""
+            return _Value(_at(lambda row, metric: row["params"], names), fact=fact)
+        self.speaks_of_archived |= first == "archived"
         if not names[1:]:
-            return field_value
-        if field_value.is_time and names[1:] in [[part] for part in _TIME_PARTS]:
-            return _Value(sql=f"py_op('{names[1]}', {field_value.sql}, NULL)")
+            return field
+        if field.is_time and names[1:] in [[part] for part in _TIME_PARTS]:
+            seconds_of, part = field.of, names[1]
+            return _Value(lambda row, metric: _compute(part, seconds_of(row, metric)))
         if first == "tags":
-            return _Value(sql=f"py_at(r.tags, {self.bind(_path(names[1:]))})")
+            return _Value(_at(field.of, names[1:]))
         return self.refuse(node, f"run.{first} has no '{names[1]}' here")
 
-    def summary(self, node: ast.expr, names: list[Any]) -> _Value:
+    def summary(self, node: ast.expr, names: List[Any]) -> _Value:
         context = names[1] if len(names) == 3 else {}
         texts = bool(names) and isinstance(names[0], str) and isinstance(names[-1], str)
         if len(names) not in (2, 3) or not texts or not isinstance(context, dict):
             self.refuse(node, "write run.metrics['loss', {'subset': 'val'}].last")
-        if names[-1] not in _METRIC_FIELDS:
-            self.refuse(node, f"a metric has no '{names[-1]}' here, but {', '.join(_METRIC_FIELDS)}")
-        of = f"name = {self.bind(sql_value(names[0]))} AND context = {self.bind(_key(context))}"
-        return _Value(
-            sql=f"(SELECT {names[-1]} FROM metrics WHERE run = r.id AND {of})",
-            column=names[-1],
-            within=self.within("metrics", "run", "r.id", of),
-        )
+        name, field = names[0], names[-1]
+        if field not in _SERIES_FIELDS:
+            self.refuse(node, f"a metric has no '{field}' here, but {', '.join(_SERIES_FIELDS)}")
 
-    def metric_value(self, node: ast.expr, steps: list[tuple[Any, bool]]) -> _Value:
+        def of(row: Dict[str, Any], metric: Any) -> Any:
+            for item in row["metrics"]:
+                if item["name"] == name and item["context"] == context:
+                    return item[field]
+            return None
+
+        return _Value(of, fact=metric_path(name), kind="value" if field == "last" else "some")
+
+    def metric_value(self, node: ast.expr, steps: List[Tuple[Any, bool]]) -> _Value:
         names = [name for name, _ in steps]
-        whole = "(SELECT value FROM contexts WHERE context = m.context AND path = '')"
-        if names == ["context"]:
-            return _Value(
-                sql=whole,
-                column="m.context",
-                within="(m.context IS NOT NULL AND ",
-                members=lambda compiler, text: compiler.has_path("contexts", "context", "m.context", [text]),
-            )
-        if names[0] == "context":
-            return self.document(names[1:], "contexts", "context", "m.context", whole)
-        if len(names) > 1 or names[0] not in ("name", *_METRIC_FIELDS):
+        first = names[0]
+        if first == "context":
+            return _Value(_at(lambda row, metric: metric["context"], names[1:]))
+        if len(names) > 1 or first not in ("name", *_SERIES_FIELDS):
             self.refuse(
                 node,
-                f"a metric has no '{names[-1]}' here, but name, context, {', '.join(_METRIC_FIELDS)}",
+                f"a metric has no '{names[-1]}' here, but name, context, {', '.join(_SERIES_FIELDS)}",
             )
-        column = f"m.{names[0]}"
-        return _Value(sql=column, column=column, within=f"({column} IS NOT NULL AND ")
-
-    def document(self, names: list[Any], table: str, key: str, owner: str, whole: str) -> _Value:
-        """Return the value at a path of a run's params or a metric's context."""
-        dict_keys = names[
-            : next((nth for nth, name in enumerate(names) if not isinstance(name, str)), len(names))
-        ]
-        of = f"path = {self.bind(_path(dict_keys))}"
-        one = f"FROM {table} WHERE {key} = {owner} AND {of}"
-        if len(dict_keys) < len(names):
-            return _Value(sql=f"(SELECT py_at({whole}, {self.bind(_path(names))}) {one})")
-        looked_up = (
-            f"CASE typeof(value) WHEN 'blob' THEN py_at({whole}, {self.bind(_path(names))}) ELSE value END"
-        )
-
-        def members(compiler: _Compiler, text: str) -> str:
-            # What has a child of that name is a dict. Only a text or a list is left for Python to look into.
-            child = compiler.has_path(table, key, owner, [*names, text])
-            by_python = f"py_op('in', {compiler.bind(sql_value(text))}, {looked_up})"
-            return f"({child} OR EXISTS (SELECT 1 {one} AND {_TEXT_OR_LIST} AND {by_python}))"
-
-        return _Value(
-            sql=f"(SELECT {looked_up} {one})",
-            column="value",
-            within=self.within(table, key, owner, of),
-            members=members,
-        )
-
-    def has_path(self, table: str, key: str, owner: str, names: list[Any]) -> str:
-        """Return SQL that is true where a dict has that key, whatever stands there."""
-        return f"{self.within(table, key, owner, f'path = {self.bind(_path(names))}')}1)"
-
-    def within(self, table: str, key: str, owner: str, of: str) -> str:
-        if self.run_by_run:
-            return f"EXISTS (SELECT 1 FROM {table} WHERE {key} = {owner} AND {of} AND "
-        return f"{owner} IN (SELECT {key} FROM {table} WHERE {of} AND "
+        return _Value(lambda row, metric: metric[first])
 
     def const(self, node: ast.expr) -> Any:
         value = self.value(node).const
@@ -4649,21 +4454,11 @@ class _Compiler:
             self.refuse(node, "only a constant can stand here")
         return value
 
-    def const_key(self, node: ast.expr | None, whole: ast.expr) -> str:
+    def const_key(self, node: Optional[ast.expr], whole: ast.expr) -> str:
         key = None if node is None else self.const(node)
         if not isinstance(key, str):
             self.refuse(node or whole, "the keys of a dict are texts")
         return str(key)
-
-    def sql(self, value: _Value) -> str:
-        return value.sql if value.const is _UNKNOWN else self.bind(sql_value(value.const))
-
-    def bind(self, value: Any) -> str:
-        name = self._names.setdefault((type(value), value), f"v{len(self._names)}")
-        self.args[name] = value
-        if len(self.args) > _MAX_CONSTANTS:
-            raise QueryError(f"more than {_MAX_CONSTANTS} different constants: ask in several queries", 1)
-        return f":{name}"
 
     def refuse_kind(self, node: ast.expr, what: ast.AST) -> NoReturn:
         kind = type(what).__name__
@@ -4681,38 +4476,39 @@ class _Compiler:
         raise _refusal(self.text, node, reason)
 
 
-_NONE = _Value(const=None)
+def _chosen(node: ast.BoolOp, operands: Sequence[Evaluated]) -> Evaluated:
+    """Return `and` or `or`: as in Python, the first operand that decides, else the last."""
+    decisive = isinstance(node.op, ast.Or)
+
+    def of(row: Dict[str, Any], metric: Any) -> Any:
+        for operand in operands:
+            value = operand(row, metric)
+            if bool(value) is decisive:
+                break
+        return value
+
+    return of
+
+
+def _at(whole_of: Evaluated, keys: Sequence[Any]) -> Evaluated:
+    """Return what stands at a path of keys and list positions; None where nothing does."""
+
+    def of(row: Dict[str, Any], metric: Any) -> Any:
+        value = whole_of(row, metric)
+        try:
+            for key in keys:
+                value = value[str(key) if isinstance(value, dict) else key]
+        except (TypeError, LookupError):
+            return None
+        return value
+
+    return of
 
 
 def _has_moment(const: Any) -> bool:
     if isinstance(const, (list, dict)):
         return any(map(_has_moment, const.values() if isinstance(const, dict) else const))
     return isinstance(const, (datetime.datetime, datetime.timedelta))
-
-
-def _equals_its_copy(const: Any) -> bool:
-    # False for NaN and for a list or dict with a NaN in it, which equal nothing.
-    return bool(const == _from_sql(_json_bytes(const)))
-
-
-def _joined(conditions: list[str], op: ast.boolop) -> str:
-    # SQLite counts `a AND b AND c` as nested and allows 1,000 levels, hence groups of groups.
-    word = " AND " if isinstance(op, ast.And) else " OR "
-    while len(conditions) > 1:
-        groups = [conditions[nth : nth + 50] for nth in range(0, len(conditions), 50)]
-        conditions = [f"({word.join(group)})" for group in groups]
-    return conditions[0]
-
-
-def _is_equality(node: ast.expr) -> bool:
-    if not isinstance(node, ast.Compare) or not isinstance(node.ops[0], ast.Eq):
-        return False
-    left, right = sorted((node.left, node.comparators[0]), key=lambda side: isinstance(side, ast.Constant))
-    return isinstance(left, (ast.Attribute, ast.Subscript)) and isinstance(right, ast.Constant)
-
-
-def _path(names: Sequence[Any]) -> str:
-    return ",".join(map(json.dumps, names))
 
 
 def _dotted(node: ast.expr) -> str:
@@ -4729,55 +4525,6 @@ def _dotted(node: ast.expr) -> str:
 # ======================================================================================
 
 
-def select_runs(dbs: Sequence[sqlite3.Connection], query: CompiledQuery, hidden: Set[str]) -> List[RunRow]:
-    """Return the runs for which the query is true, newest first.
-
-    Of several databases the first that has a run answers for it: overlays stand before the index.
-    Runs in `hidden` are not there any more.
-    """
-    columns = "r." + _RUN_COLUMNS.replace(", ", ", r.")
-    found = _select(dbs, query, f"SELECT {columns} FROM runs r", hidden)
-    rows = [RunRow(*row) for row in found]
-    rows.sort(key=operator.attrgetter("created_at", "hash"), reverse=True)
-    return rows
-
-
-def select_metrics(
-    dbs: Sequence[sqlite3.Connection], query: CompiledQuery, hidden: Set[str]
-) -> List[MetricRow]:
-    """Return the metric series for which the query is true, those of the newest run first."""
-    columns = "m." + _METRIC_COLUMNS.replace(", ", ", m.").replace("m.context", "c.value")
-    source = (
-        f"SELECT r.hash, r.created_at, {columns} FROM metrics m JOIN runs r ON r.id = m.run"
-        " JOIN contexts c ON c.context = m.context AND c.path = ''"
-    )
-    rows = [MetricRow(*row) for row in _select(dbs, query, source, hidden)]
-    rows.sort(key=operator.attrgetter("name", "context_json"))
-    rows.sort(key=operator.attrgetter("run_created_at", "run"), reverse=True)
-    return rows
-
-
-def _select(
-    dbs: Sequence[sqlite3.Connection], query: CompiledQuery, source: str, hidden: Set[str]
-) -> List[Tuple[Any, ...]]:
-    import sqlite3
-
-    rows: List[Tuple[Any, ...]] = []
-    shadowed = set(hidden)
-    for nth, db in enumerate(dbs, 1):
-        try:
-            # All rows at once: a cursor left open would keep writers from committing.
-            found = db.execute(f"{source} WHERE {query.planned(db)}", query.args).fetchall()
-        except sqlite3.OperationalError as error:
-            if not re.search("too (large|many|big|complex)|stack overflow", str(error)):
-                raise
-            raise QueryError(f"more than this SQLite can take ({error}): write it shorter", 1) from None
-        rows += [row for row in found if row[0] not in shadowed] if shadowed else found
-        if nth < len(dbs):
-            shadowed.update(run_hash for (run_hash,) in db.execute("SELECT hash FROM runs"))
-    return rows
-
-
 class RunResult(NamedTuple):
     """What Aim's queries yield for each run."""
 
@@ -4788,12 +4535,21 @@ class QueryResult(Sequence[Run]):
     """The runs that a query found, newest first. A `Run` is made when it is asked for, and reads
     its log when more is asked of it than its hash."""
 
-    def __init__(self, paths: RepoPaths, rows: List[RunRow]) -> None:
-        self.rows = rows
+    def __init__(self, paths: RepoPaths, found: List[StoredRow]) -> None:
         self._paths = paths
+        self._found = found
+
+    @property
+    def rows(self) -> List[Dict[str, Any]]:
+        """What is known of each run, as `run_row` has it."""
+        return self.first_rows(len(self._found))
+
+    def first_rows(self, count: int) -> List[Dict[str, Any]]:
+        """Return the rows of the newest `count` runs."""
+        return [row.whole() for row in self._found[:count]]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._found)
 
     @overload
     def __getitem__(self, at: int) -> Run: ...
@@ -4803,8 +4559,8 @@ class QueryResult(Sequence[Run]):
 
     def __getitem__(self, at: Union[int, slice]) -> Union[Run, List[Run]]:
         if isinstance(at, slice):
-            return [unread_run(self._paths, row.hash) for row in self.rows[at]]
-        return unread_run(self._paths, self.rows[at].hash)
+            return [Run.to_read(self._paths, row["hash"]) for row in self._found[at]]
+        return Run.to_read(self._paths, self._found[at]["hash"])
 
     def iter_runs(self) -> Iterator[RunResult]:
         """Yield objects with a `.run`, as Aim's queries do."""
@@ -4835,18 +4591,12 @@ class Repo:
         self._index = Index(self._paths)
         #: Threads ask one after the other: the overlay is brought up to date for each question.
         self._asking = threading.RLock()
-        self._overlay: Any = None
-        #: Size of the log of every run in the overlay; -1 for one whose log is gone.
-        self._overlay_sizes: Dict[str, int] = {}
+        #: The runs whose newest records the index lacks, as `stored_parts` gives them.
+        self._overlay: Dict[str, Tuple[Any, ...]] = {}
 
     def __fspath__(self) -> str:
         # So that Run(repo=...) takes it, as in Aim.
         return self.path
-
-    def __del__(self) -> None:
-        overlay = self.__dict__.get("_overlay")
-        if overlay is not None:
-            overlay.close()
 
     @classmethod
     def from_path(cls, path: str, read_only: Optional[bool] = None, init: bool = False) -> Repo:
@@ -4863,22 +4613,13 @@ class Repo:
     def get_run(self, run_hash: str) -> Optional[Run]:
         """Return a run to read, or None where there is none of that hash."""
         if RUN_HASH.fullmatch(run_hash) and os.path.exists(self._paths.run_log(run_hash)):
-            return unread_run(self._paths, run_hash)
+            return Run.to_read(self._paths, run_hash)
         return None
 
     def find_run(self, prefix: str) -> str:
-        """Return the hash that starts with `prefix`. Raises RepoError for none or several."""
-        hashes = list_runs(self._paths)
-        # Everything starts with "", which is what a script gives whose variable is not set.
-        starting = [item for item in hashes if prefix and item.startswith(prefix)]
-        found = [prefix] if prefix in hashes else starting
-        if len(found) == 1:
-            return found[0]
-        shown = printable(repr(prefix), 80)
-        if not found:
-            raise RepoError(f"no run {shown} in {self.path}: '{command_line()} runs' lists them")
-        some = ", ".join(sorted(found)[:5]) + (", ..." if len(found) > 5 else "")
-        raise RepoError(f"run {shown} is ambiguous: {some}")
+        """Return the hash that starts with `prefix`. Raises AimwatchError for none or several."""
+        way_out = f" in {self.path}: '{command_line()} runs' lists them"
+        return find_by_prefix(prefix, list_runs(self._paths), "run", way_out)
 
     def iter_runs(self) -> Iterator[Run]:
         """Yield every run, archived ones too, newest first."""
@@ -4893,15 +4634,19 @@ class Repo:
 
         Raises RunBusyError for a run that a process still writes.
         """
+        paths = self._paths
         checked_run_hash(run_hash)
         with self._held(run_hash):
-            found = os.path.exists(self._paths.run_log(run_hash))
-            self._remove_check_ins(run_hash)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._paths.run_log(run_hash))
+            found = os.path.exists(paths.run_log(run_hash))
+            own = [(paths.check_ins, name) for name in own_check_ins(paths, run_hash)]
+            own += [(paths.news, name) for name in names_in(paths.news, rf"{run_hash}([.-].*)?")]
+            own += [(paths.mutes, name) for name in names_in(paths.mutes, rf"{run_hash}-.*")]
+            own += [os.path.split(path) for path in (paths.stack(run_hash), paths.run_log(run_hash))]
+            for folder, name in own:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(folder, name))
         # The marker stays until the index has forgotten the run, now or when somebody reindexes.
-        with contextlib.suppress(IndexBusy, OSError, *sqlite_error()):
-            Reindexer(self._paths).run([run_hash], wait_s=2.0)
+        self._try_to_index([run_hash], 2.0)
         return found
 
     def close_run(self, run_hash: str) -> bool:
@@ -4910,11 +4655,10 @@ class Repo:
 
         Raises RunBusyError for a run that a process still writes, RepoError for none of that hash.
         """
-        checked_run_hash(run_hash)
-        if not os.path.exists(self._paths.run_log(run_hash)):
+        path = self._paths.run_log(checked_run_hash(run_hash))
+        if not os.path.exists(path):
             raise RepoError(f"no run {run_hash} in {self.path}: '{command_line()} runs' lists them")
         with self._held(run_hash):
-            path = self._paths.run_log(run_hash)
             try:
                 state = read_log(path, run_hash)
             except OSError as error:
@@ -4929,78 +4673,88 @@ class Repo:
             open_ended = bool(names) and f"-{FINISHED}-" not in names[-1]
             if open_ended:
                 CheckInFile(self._paths.check_ins, run_hash, idx, names).write(idx, FINISHED, 0)
-        with contextlib.suppress(IndexBusy, OSError, *sqlite_error()):
-            Reindexer(self._paths).run([run_hash], wait_s=2.0)
+        self._try_to_index([run_hash], 2.0)
         return open_ended
 
     @contextlib.contextmanager
     def _held(self, run_hash: str) -> Iterator[None]:
-        marker = self._paths.marker(run_hash)
-        busy = RunBusyError(f"run {run_hash} is being written by a process: end that first")
-        if _process.writes(marker):
-            raise busy
         os.makedirs(self._paths.pending, exist_ok=True)
-        with _process.markers:
-            fd = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            try:
-                if try_lock(fd) is False:
-                    raise busy
-                yield
-            finally:
-                os.close(fd)
+        with FileLock(self._paths.marker(run_hash)) as marker:
+            if marker.acquire() is False:
+                raise RunBusyError(f"run {run_hash} is being written by a process: end that first")
+            yield
 
-    def _remove_check_ins(self, run_hash: str) -> None:
-        for name in own_check_ins(self._paths, run_hash):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(self._paths.check_ins, name))
+    def _try_to_index(self, hashes: Sequence[str], wait_s: float) -> None:
+        """Index some runs if that can be done now; their markers ask others to otherwise."""
+        with contextlib.suppress(IndexBusy, IndexUnusable, OSError, *sqlite_error()):
+            Reindexer(self._paths).run(hashes, wait_s=wait_s)
 
     # ---------------------------------------------------------------- queries
 
-    def query_runs(self, q: str = "", **ignored: Any) -> QueryResult:
+    def query_runs(self, q: str = "", **options: Any) -> QueryResult:
         """Return the runs for which a query is true, newest first; "" is true for all.
 
         Archived runs are left out unless the query speaks of `archived`. Raises QueryError, naming
-        the column, for what the language does not have. Aim's other arguments are ignored.
+        the column, for what the language does not have. With `paginated`, the runs after the one whose
+        hash is `offset`; `report_mode` is Aim's and has no effect.
         """
-        compiled = compile_query(q, "run")
-        return QueryResult(self._paths, self._answer(select_runs, compiled))
+        _check_options("query_runs", options)
+        found = [row for row, _ in self._answer(compile_query(q, "run"))]
+        hashes = [row["hash"] for row in found] if options.get("paginated") else []
+        at = hashes.index(options["offset"]) + 1 if options.get("offset") in hashes else 0
+        return QueryResult(self._paths, found[at:])
 
-    def query_metrics(self, q: str = "", **ignored: Any) -> List[Metric]:
-        """Return the metric series for which a query over `run` and `metric` is true."""
-        return [Metric(unread_run(self._paths, row.run), row.to_series()) for row in self.metric_rows(q)]
+    def query_metrics(self, q: str = "", **options: Any) -> List[Metric]:
+        """Return the metric series for which a query over `run` and `metric` is true, those of the newest
+        run first."""
+        _check_options("query_metrics", options)
+        return [
+            Metric(Run.to_read(self._paths, row["hash"]), series_of(metric))
+            for row, metric in self.metric_rows(q)
+        ]
 
-    def metric_rows(self, q: str = "") -> List[MetricRow]:
-        """Return what the index knows of the series for which a query is true."""
-        return self._answer(select_metrics, compile_query(q, "metric"))
+    def metric_rows(self, q: str = "") -> List[Tuple[StoredRow, Dict[str, Any]]]:
+        """Return the series for which a query is true, each with the row of its run."""
+        found = self._answer(compile_query(q, "metric"))
+        found.sort(key=lambda pair: (pair[1]["name"], _to_text(pair[1]["context"])))
+        found.sort(key=lambda pair: (pair[0]["created_at"], pair[0]["hash"]), reverse=True)
+        return found
 
-    def _answer(self, select: Callable[..., List[Any]], query: CompiledQuery) -> List[Any]:
+    def _answer(self, query: CompiledQuery) -> List[Tuple[StoredRow, Any]]:
         with self._asking:
-            return self._select(select, query)
-
-    def _select(self, select: Callable[..., List[Any]], query: CompiledQuery) -> List[Any]:
-        for attempt in range(5):
-            file = self._index_file()
-            index = self._open_index()
-            if index is None:
-                break
-            try:
-                with contextlib.closing(index):
-                    hidden = self._read_news(index)
-                    found = select([self._overlay, index], query, hidden)
-                if self._index_file() == file:
-                    return found
-                # Replaced meanwhile: what the new file has got, and lost its marker, was not in this one.
-            except sqlite_error() as error:
-                if attempt < 4 and (self._index_file() != file or "readonly" in str(error)):
-                    continue  # replaced meanwhile, or to be rolled back after a writer was killed
-                if attempt or not _is_damage(error):
-                    log.warning("%s: %s; reading the run logs", self._paths.index, error)
+            for attempt in range(5):
+                file = self._index_file()
+                index = self._open_index()
+                if index is None:
                     break
-                log.warning("%s: %s; building it anew", self._paths.index, error)
-                with contextlib.suppress(*sqlite_error(), IndexBusy, OSError):
-                    self._index.mend(1.0)
-        hidden = self._read_news(None)
-        return select([self._overlay], query, hidden)
+                try:
+                    with contextlib.closing(index):
+                        found = self._select(query, index)
+                    if self._index_file() == file:
+                        return found
+                    # Another file is there: a run may have come into it, and lost its marker.
+                except (*sqlite_error(), IndexUnusable) as error:
+                    if attempt < 4 and (self._index_file() != file or "readonly" in str(error)):
+                        continue  # replaced meanwhile, or to be rolled back after a writer was killed
+                    if attempt or not is_damage(error):
+                        log.warning("%s: %s; reading the run logs", self._paths.index, error)
+                        break
+                    log.warning("%s: %s; filling it anew", self._paths.index, error)
+                    with contextlib.suppress(*sqlite_error(), IndexBusy, OSError), self._index.locked(1.0):
+                        self._index.renew()
+            return self._select(query, None)
+
+    def _select(
+        self, query: CompiledQuery, index: Optional[sqlite3.Connection]
+    ) -> List[Tuple[StoredRow, Any]]:
+        """Return what a query finds in the overlay and in the index, newest run first."""
+        not_in_index = self._read_pending(index)
+        found: List[Any] = list(query.matches(StoredRow(*parts) for parts in self._overlay.values()))
+        if index is not None:
+            rows = stored_rows(index, query.candidates(index))
+            found += query.matches(row for row in rows if row["hash"] not in not_in_index)
+        found.sort(key=lambda pair: (pair[0]["created_at"], pair[0]["hash"]), reverse=True)
+        return found
 
     def _index_file(self) -> Any:
         try:
@@ -5010,49 +4764,47 @@ class Repo:
         return info.st_dev, info.st_ino
 
     def _open_index(self) -> Optional[sqlite3.Connection]:
-        """Return the index to read, built if it must be and can be; None to do without."""
-        for build in (False, True):
+        """Return the index to read, made if it must be and can be; None to do without."""
+        for make in (False, True):
             try:
-                if build:
+                if make:
                     with self._index.writing(1.0):
                         pass
                 # Never to write: SQLite would take the journal of a writer of a new file for one left
                 # beside the old file, and remove it under that writer.
-                return open_index(self._paths.index, read_only=True, make=False)
+                return open_index(self._paths.index, read_only=True)
             except (*sqlite_error(), IndexBusy, IndexUnusable, OSError) as error:
                 if re.search("locked|busy", str(error)):
                     break
         return None
 
-    def _read_news(self, index: Optional[sqlite3.Connection]) -> Set[str]:
-        """Bring the overlay to what the index lacks; return the runs that are not there any more."""
-        news, hidden = self._news(index)
-        if index is not None and len(news) > MAX_NEWS:
+    def _read_pending(self, index: Optional[sqlite3.Connection]) -> Set[str]:
+        """Bring the overlay to what the index lacks; return the runs for which the index does not speak:
+        those in the overlay, and those whose log is gone or cannot be read."""
+        sizes, hidden = self._lacking(index)
+        if index is not None and len(sizes) > MAX_PENDING:
             # Worth a try to keep it for the next who asks; what is not indexed is read below.
-            with contextlib.suppress(*sqlite_error(), IndexBusy, OSError):
-                Reindexer(self._paths).run(list(news), wait_s=0.1)
-            news, hidden = self._news(index)
-        if self._overlay is None:
-            self._overlay, self._overlay_sizes = open_index(":memory:"), {}
-        for run_hash in set(self._overlay_sizes) - set(news):
-            delete_run(self._overlay, run_hash)
-            del self._overlay_sizes[run_hash]
-        for run_hash, size in news.items():
-            if self._overlay_sizes.get(run_hash) != size:
+            self._try_to_index(list(sizes), 0.1)
+            sizes, hidden = self._lacking(index)
+        known, self._overlay = self._overlay, {}
+        for run_hash, size in sizes.items():
+            parts = known.get(run_hash)
+            if parts is None or parts[3] != size:
                 state, _, problem = load_run(self._paths, run_hash)
                 if problem:
                     log.warning("%s", problem)
-                if state is not None and not index_or_say(self._overlay, self._paths, state, size):
-                    self._overlay_sizes[run_hash] = size
-                else:
+                if state is None:
                     hidden.add(run_hash)
-        return hidden
+                    continue
+                parts = stored_parts(run_row(state, size))
+            self._overlay[run_hash] = parts
+        return hidden | self._overlay.keys()
 
-    def _news(self, index: Optional[sqlite3.Connection]) -> Tuple[Dict[str, int], Set[str]]:
+    def _lacking(self, index: Optional[sqlite3.Connection]) -> Tuple[Dict[str, int], Set[str]]:
         """Return the runs that the index lacks or knows too little of, with the size of their
         logs, and the runs that have a marker and no log: they were deleted."""
         hashes = list_runs(self._paths) if index is None else Reindexer(self._paths).pending()
-        news: Dict[str, int] = {}
+        sizes: Dict[str, int] = {}
         hidden = set()
         for run_hash in hashes:
             try:
@@ -5066,8 +4818,8 @@ class Repo:
             if index is not None:
                 known = index.execute(_LOG_SIZE, (run_hash,)).fetchone()
             if known != (size,):
-                news[run_hash] = size
-        return news, hidden
+                sizes[run_hash] = size
+        return sizes, hidden
 
     # ---------------------------------------------------------------- the index
 
@@ -5077,31 +4829,26 @@ class Repo:
         return Reindexer(self._paths).run_all(rebuild)
 
 
-#: A question that meets more news than this tries to put them into the index.
-MAX_NEWS = 50
+#: A question that meets more pending runs than this tries to put them into the index.
+MAX_PENDING = 50
 _LOG_SIZE = "SELECT log_size FROM runs WHERE hash = ?"
+#: Arguments of Aim's queries.
+_QUERY_OPTIONS = ("report_mode", "paginated", "offset")
 
 
-def sqlite_error() -> Any:
-    """Return what SQLite raises; nothing loads it before it is used. A damaged name may be no text."""
-    import sqlite3
+def _check_options(function: str, options: Dict[str, Any]) -> None:
+    for name in options:
+        if name not in _QUERY_OPTIONS:
+            import difflib
 
-    return sqlite3.Error, UnicodeDecodeError
+            near = difflib.get_close_matches(name, ("q", *_QUERY_OPTIONS), 1, 0.3)
+            hint = f": did you mean {near[0]}?" if near else f": it takes q, {', '.join(_QUERY_OPTIONS)}"
+            raise ArgumentTypeError(f"{function}() has no argument {name!r}{hint}")
 
 
 def own_check_ins(paths: RepoPaths, run_hash: str) -> List[str]:
     """Return the names in `check_ins` that are this run's, by number."""
-    try:
-        names = os.listdir(paths.check_ins)
-    except FileNotFoundError:
-        return []
-    parsed = ((name, parse_check_in(name)) for name in names if name.startswith(f"{run_hash}-"))
-    return sorted(name for name, item in parsed if item is not None)
-
-
-def unread_run(paths: RepoPaths, run_hash: str) -> Run:
-    """Return a run to read, whose log is not read before something is asked of it."""
-    return Run.to_read(paths, run_hash)
+    return sorted(filter(parse_check_in, names_in(paths.check_ins, f"{run_hash}-.*")))
 
 
 # ======================================================================================
@@ -8871,42 +8618,33 @@ def _listing(columns: Sequence[str], also: str = "") -> List[Argument]:
     ]
 
 
-def run_cell(run: Run, row: RunRow, column: str) -> Any:
+def run_cell(row: Dict[str, Any], column: str) -> Any:
     """Return what a column of `runs` shows of a run: a field, `metric:<name>`, or a param's path."""
     if column == "created":
-        return row.created_at
+        return row["created_at"]
     if column == "ended":
-        return row.end_time
+        return row["end_time"]
     if column == "duration":
-        return (time.time() if row.end_time is None else row.end_time) - row.created_at
-    if column == "name" and row.name == default_name(row.hash):
-        return None
-    if column == "tags":
-        return json.loads(row.tags)
-    if column in RunRow._fields:
-        return _from_sql(getattr(row, column))
+        return (time.time() if row["end_time"] is None else row["end_time"]) - row["created_at"]
+    if column in ROW_FIELDS:
+        return row[column]
     if column.startswith("metric:"):
-        name = column.partition(":")[2]
-        found = [metric for metric in run.metrics() if metric.name == name]
-        return max(found, key=lambda metric: metric.last_step).last if found else None
-    return run.get(tuple(column.split(".")))
-
-
-def _run_cells(run: Run, row: RunRow, columns: Sequence[str]) -> List[Any]:
-    cells: List[Any] = []
-    for column in columns:
+        found = [metric for metric in row["metrics"] if metric["name"] == column[len("metric:") :]]
+        return max(found, key=lambda metric: int(metric["last_step"]))["last"] if found else None
+    value = row["params"]
+    for key in column.split("."):
         try:
-            cells.append(run_cell(run, row, column))
-        except RepoError as error:  # its log cannot be read; the others are listed all the same
-            log.debug("%s", error)
-            cells.append(None)
-    return cells
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        except (TypeError, ValueError, LookupError):
+            return None
+    return value
 
 
-def metric_cell(row: MetricRow, series: SeriesState, column: str) -> Any:
+def metric_cell(run_hash: str, metric: Dict[str, Any], column: str) -> Any:
     """Return what a column of `metrics` shows of a series."""
-    fields = {"run": row.run, "metric": row.name, "context": row.context, "step": row.last_step}
-    return fields[column] if column in fields else getattr(series, column)
+    if column == "run":
+        return run_hash
+    return metric[{"metric": "name", "step": "last_step"}.get(column, column)]
 
 
 def shown(value: Any, column: str) -> str:
@@ -9013,12 +8751,10 @@ def cmd_runs(args: Any) -> int:
     columns = _columns(args, RUN_COLUMNS)
     limit = args.limit if args.limit is not None else DEFAULT_LIMIT
     # Without --sort, cells are only made of what is shown.
-    rows = result.rows if args.sort or args.json or args.csv or not limit else result.rows[:limit]
-    cells = [
-        _run_cells(run, row, columns)
-        for run, row in ((unread_run(repo._paths, row.hash), row) for row in rows)
-    ]
-    cells += [[None] * len(columns)] * (len(result.rows) - len(rows))
+    every = args.sort or args.json or args.csv or not limit
+    rows = result.rows if every else result.first_rows(limit)
+    cells = [[run_cell(row, column) for column in columns] for row in rows]
+    cells += [[None] * len(columns)] * (len(result) - len(rows))
     _print_cells(args, columns, cells, "runs")
     return 0
 
@@ -9034,8 +8770,8 @@ def cmd_metrics(args: Any) -> int:
     columns = _columns(args, METRIC_COLUMNS)
     for column in columns:
         _column_index(column, METRIC_COLUMNS)
-    rows = [(row, row.to_series()) for row in repo.metric_rows(args.query)]
-    cells = [[metric_cell(row, series, column) for column in columns] for row, series in rows]
+    found = repo.metric_rows(args.query)
+    cells = [[metric_cell(row["hash"], metric, column) for column in columns] for row, metric in found]
     _print_cells(args, columns, cells, "series")
     return 0
 
@@ -9045,25 +8781,30 @@ def cmd_show(args: Any) -> int:
     """Show everything that is known of one run, and its log messages."""
     repo = Repo(args.repo)
     run_hash = repo.find_run(args.hash)
-    run = unread_run(repo._paths, run_hash)
-    state = run._state.to_checkpoint()  # reads the log first, and says what is wrong with it
-    messages = list(read_messages(repo._paths.run_log(run_hash)))
+    path = repo._paths.run_log(run_hash)
+    state, size, problem = load_run(repo._paths, run_hash)
+    if state is None:
+        raise RepoError(f"cannot read {problem or path}")
+    row = run_row(state, size)
+    messages = list(read_messages(path))
     if args.json:
-        state.pop("checkpoint")
-        state["series"] = [_series_object(metric) for metric in run.metrics()]
-        print(json.dumps({"hash": run_hash, **state, "messages": messages}, indent=2))
+        metrics = [{key: _json_cell(value) for key, value in metric.items()} for metric in row["metrics"]]
+        print(json.dumps({**encode_value(row, []), "metrics": metrics, "messages": messages}, indent=2))
         return 0
-    _show_run(run)
-    if run[...]:
+    _show_fields(row)
+    if state.skipped:
+        print(f"{'damage:':<13}{plural(state.skipped, 'line')} of the log could not be read")
+    if row["params"]:
         print("\nparams")
-        print("\n".join(f"  {line}" for line in _param_lines(run[...], "")))
-    if run.metrics():
+        print("\n".join(f"  {line}" for line in _param_lines(row["params"], "")))
+    if row["metrics"]:
         print("\nmetrics")
-        rows = [
-            [shown(item, column) for item, column in zip(_metric_row(metric), METRIC_COLUMNS[1:])]
-            for metric in run.metrics()
+        columns = METRIC_COLUMNS[1:]
+        cells = [
+            [shown(metric_cell(run_hash, metric, column), column) for column in columns]
+            for metric in row["metrics"]
         ]
-        print("\n".join(f"  {line}" for line in table([name.upper() for name in METRIC_COLUMNS[1:]], rows)))
+        print("\n".join(f"  {line}" for line in table([name.upper() for name in columns], cells)))
     if messages:
         print("\nlog messages")
         for message in messages:
@@ -9071,45 +8812,32 @@ def cmd_show(args: Any) -> int:
     return 0
 
 
-def _show_run(run: Run) -> None:
-    header, end = run._state.header, run._state.end or {}
-    argv = header.get("argv")
-    ended = f"{local_time(run.end_time)} ({end.get('end')})" if run.end_time is not None else "not yet"
+def _show_fields(row: Dict[str, Any]) -> None:
+    ended = "not yet" if row["end_time"] is None else f"{local_time(row['end_time'])} ({row['state']})"
     fields = {
-        "run": run.hash,
-        "name": run.name,
-        "experiment": run.experiment,
-        "description": run.description,
-        "tags": ", ".join(run.tags),
-        "archived": "yes" if run.archived else None,
-        "created": local_time(run.creation_time),
+        "run": row["hash"],
+        "name": row["name"] or default_name(row["hash"]),
+        "experiment": row["experiment"],
+        "description": row["description"],
+        "tags": ", ".join(row["tags"]),
+        "archived": "yes" if row["archived"] else None,
+        "created": local_time(row["created_at"]),
         "ended": ended,
-        "duration": human_s(run.duration),
-        "reason": end.get("reason"),
-        "host": header.get("host"),
-        "process": header.get("pid"),
-        "user": header.get("user"),
-        "job": header.get("job"),
-        "folder": header.get("cwd"),
-        "command": " ".join(map(str, argv)) if isinstance(argv, list) else None,
-        "python": header.get("python"),
+        "duration": human_s(run_cell(row, "duration")),
+        "reason": row["reason"],
+        "host": row["host"],
+        "process": row["pid"],
+        "user": row["user"],
+        "job": row["job"],
+        "folder": row["cwd"],
+        "command": " ".join(map(str, row["argv"])) if isinstance(row["argv"], list) else None,
+        "python": row["python"],
     }
     for name, value in fields.items():
         if value is not None and value != "":
             print(f"{name + ':':<13}{printable(str(value), 1000)}")
-    frames = end.get("frames")
-    for frame in frames if isinstance(frames, list) else ():
+    for frame in row["frames"]:
         print(f"             {printable(str(frame), 300)}")
-    if run._state.skipped:
-        print(f"{'damage:':<13}{plural(run._state.skipped, 'line')} of the log could not be read")
-
-
-def _metric_row(metric: Metric) -> List[Any]:
-    return [metric.name, metric.context, metric.last, metric.last_step, metric.min, metric.max, metric.count]
-
-
-def _series_object(metric: Metric) -> Dict[str, Any]:
-    return dict(zip(METRIC_COLUMNS[1:], map(_json_cell, _metric_row(metric))))
 
 
 def _param_lines(value: Any, path: str) -> Iterator[str]:
@@ -9137,7 +8865,7 @@ def _message_line(message: Dict[str, Any]) -> str:
 def cmd_plot(args: Any) -> int:
     """Draw a metric of a run as a chart in the terminal."""
     repo = Repo(args.repo)
-    run = unread_run(repo._paths, repo.find_run(args.hash))
+    run = Run.to_read(repo._paths, repo.find_run(args.hash))
     found = [metric for metric in run.metrics() if metric.name == args.metric]
     if not found:
         known = ", ".join(sorted({printable(metric.name, 60) for metric in run.metrics()})) or "none"
@@ -9194,7 +8922,10 @@ def cmd_rm(args: Any) -> int:
     hashes = [repo.find_run(prefix) for prefix in args.hash]
     if not args.yes:
         for run_hash in hashes:
-            print(f"{run_hash}  {printable(unread_run(repo._paths, run_hash).name, 100)}")
+            state = load_run(repo._paths, run_hash)[0]
+            print(
+                f"{run_hash}  {printable(str(state.props.get('name') or '') if state else '', 100)}".rstrip()
+            )
         if not _confirm(f"Remove {plural(len(hashes), 'run')} for good?", False):
             raise AimwatchError("aborted: nothing was removed")
     for run_hash in hashes:
