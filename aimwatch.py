@@ -5280,15 +5280,9 @@ class NotifierConfig:
         return level if isinstance(level, int) else logging.WARNING
 
     def find(self, prefix: str, raw: Dict[str, Any]) -> str:
-        """Return the ID that starts with `prefix`. Raises ConfigError for none or several."""
-        ids = list(raw["notifications"]["notifiers"])
-        found = [prefix] if prefix in ids else [x for x in ids if prefix and x.startswith(prefix)]
-        if len(found) == 1:
-            return found[0]
-        shown = printable(prefix, 60)
-        if not found:
-            raise ConfigError(f"no notifier {shown!r}: '{command_line()} notifiers list' shows them")
-        raise ConfigError(f"notifier {shown!r} is ambiguous: {', '.join(found)}")
+        """Return the ID that starts with `prefix`. Raises AimwatchError for none or several."""
+        way_out = f": '{command_line()} notifiers list' shows them"
+        return find_by_prefix(prefix, raw["notifications"]["notifiers"], "notifier", way_out)
 
     @contextlib.contextmanager
     def edit(self) -> Iterator[Dict[str, Any]]:
@@ -8062,17 +8056,18 @@ def watcher_state(paths: RepoPaths, saved: Dict[str, Any], now_utc: float) -> Tu
     return True, f"watched by {who}, for {up}; {ago}"
 
 
+def _check_in_names(paths: RepoPaths) -> List[str]:
+    try:
+        return names_in(paths.check_ins, ".*")
+    except OSError as error:
+        raise RepoError(f"cannot list {paths.check_ins}: {error.strerror}") from None
+
+
 def status_rows(paths: RepoPaths, saved: Dict[str, Any]) -> List[Dict[str, Any]]:
     """Return one object for every run with check-ins: what it last said, and its state as the
     watcher knows it, where a watcher has seen that very check-in."""
-    try:
-        listing = os.listdir(paths.check_ins)
-    except FileNotFoundError:
-        listing = []
-    except OSError as error:
-        raise RepoError(f"cannot list {paths.check_ins}: {error.strerror}") from None
     runs = RunTable(0)
-    runs.take(listing, 0, 0)
+    runs.take(_check_in_names(paths), 0, 0)
     known = {watched.name: watched for watched in saved_runs(saved)}
     now = time.time()
     mutes: Dict[str, int] = {}
@@ -8144,13 +8139,10 @@ def _print_status(rows: Sequence[Dict[str, Any]], now: float) -> None:
 
 def _find_live(paths: RepoPaths, prefix: str) -> str:
     """Return the hash of a run, ours or Aim's, that starts with `prefix`."""
-    try:
-        parsed = map(parse_check_in, os.listdir(paths.check_ins))
-        hashes = {check_in.run_hash for check_in in parsed if check_in is not None}
-    except OSError as error:
-        raise RepoError(f"cannot list {paths.check_ins}: {error.strerror}") from None
-    found = [prefix] if prefix in hashes else [item for item in hashes if prefix and item.startswith(prefix)]
-    return found[0] if len(found) == 1 else Repo(paths.root).find_run(prefix)
+    parsed = map(parse_check_in, _check_in_names(paths))
+    hashes = {check_in.run_hash for check_in in parsed if check_in is not None}
+    way_out = f" in {paths.root}: '{command_line()} runs' lists them"
+    return find_by_prefix(prefix, hashes.union(list_runs(paths)), "run", way_out)
 
 
 @command(

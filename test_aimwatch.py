@@ -10810,8 +10810,9 @@ class TestMutes(WatchCase):
         self.check_in("aimrun2", 1)
         self.assertIn(f"muted run {ours.hash} until ", self.mute(ours.hash[:7]))
         self.assertIn("muted run aimrun1 until ", self.mute("aimrun1"))
-        for prefix in ("aimrun", "nothing", ""):
+        for prefix in ("nothing", ""):
             self.assertIn(f"no run '{prefix}' in {self.root}: ", self.mute(prefix, code=1))
+        self.assertIn("run 'aimrun' is ambiguous: aimrun1, aimrun2\n", self.mute("aimrun", code=1))
         self.mute("aimrun1", "2h")
         self.assertEqual(len(os.listdir(self.paths.mutes)), 2)
         self.assertIn("unmuted run aimrun1", self.run_cli("unmute", "aimrun1")[1])
