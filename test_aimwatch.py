@@ -9636,48 +9636,39 @@ class TestRunTable(unittest.TestCase):
         self.assertEqual([self.state(run) for run in "abc"], ["failed", "finished", "running"])
         self.assertEqual([change.run.hash for change in self.table.overdue(6.0)], ["c"])
 
-    def test_highest_number_wins_among_several_files_of_a_run(self) -> None:
-        aims = [
-            named("a", 1, "starting"), named("a", 12, "progress", 30), named("a", 10, expect=2),
-            named("a", 9, "finished"),
-        ]  # fmt: skip
-        for turn in range(len(aims)):
-            with self.subTest(turn=turn):
-                self.table = aimwatch.RunTable(5.0)
-                self.assertEqual(self.take(*aims[turn:], *aims[:turn]), ["started"])
-                self.assertEqual((self.table.runs["a"].idx, self.state()), (10, "running"))
-        self.assertEqual(self.take(*aims[:3], named("a", 13, "finished"), aims[3]), ["finished"])
-        self.assertEqual(self.table.reported, [])
+    #: Of one run under a grace of 5 s: at what time which of its files are listed (number, flag, promise), and
+    #: what is told.
+    LISTINGS = {
+        "silence is told at promise and grace, and once":
+            "100: 1c10 = started; 114.9: 1c10 =; 115: 1c10 = stalled; 116: 1c10 =; 9e9: 1c10 =",
+        "a renewed promise moves the deadline": "0: 1c10 = started; 10: 2c10 =; 24.9: 2c10 =; 25: 2c10 = stalled",
+        "a shorter promise brings it forward": "0: 1c1000 = started; 1: 2c1 =; 6.9: 2c1 =; 7: 2c1 = stalled",
+        "a withdrawn promise is none": "0: 1c1 = started; 1: 2c0 =; 9e9: 2c0 =",
+        "a start may promise": "0: 1s1 = started; 6: 1s1 = stalled; 7: 2c1 = recovered",
+        "no promise is never kept": "0: 1c0 = started; 9e9: 1c0 =",
+        "an end is never overdue": "0: 1f1 = finished; 9e9: 1f1 =; 9e9: 2x1 = failed; 9e9: 2x1 =",
+        "a run that starts again while it runs": "0: 1c0 = started; 1: 2s0 = started",
+        "the highest number wins": "0: 1s0 12p30 10c0 9f0 = started; 1: 1s0 12p30 10c0 9f0 =; 2: 13f0 10c0 = finished",
+        "a lower number says nothing": "0: 8f0 = finished; 1: 8f0 5c0 =; 2: 8f0 7x0 =",
+        "a file that one listing misses": "0: 3c10 = started; 5: =; 6: 3c10 =; 14.9: 3c10 =; 15: 3c10 = stalled",
+        "an older file while the newest is missed":
+            "0: 5s0 8c1 = started; 6: 5s0 8c1 = stalled; 7: =; 7: 5s0 =; 7: 5s0 8c1 =; 8: 5s0 9c1 = recovered",
+        "numbers that begin anew": "0: 9x0 = failed; 1: =; 1: =; 1: =; 2: 1c0 = recovered",
+    }  # fmt: skip
 
-    def test_file_that_is_renamed_moves_the_deadline(self) -> None:
-        self.take(named("a", 1, expect=10))
-        self.take(named("a", 2, expect=10), now=10.0)
-        self.assertEqual(self.table.overdue(24.9), [])
-        self.assertEqual(kinds(self.table.overdue(25.0)), ["stalled"])
-
-    def test_lower_number_beside_the_highest_says_nothing(self) -> None:
-        self.take(named("a", 8, "finished"))
-        self.assertEqual(self.take(named("a", 8, "finished"), named("a", 5)), [])
-        self.assertEqual(self.state(), "finished")
-
-    def test_file_missing_from_one_listing_changes_nothing(self) -> None:
-        name = named("a", 3, expect=10)
-        self.take(name)
-        self.assertEqual(self.take(now=5.0), [])
-        self.assertEqual(self.table.vanished, [])
-        self.assertEqual(self.take(name, now=6.0), [])
-        self.assertEqual(self.take(name, now=7.0), [])
-        self.assertEqual(self.table.vanished, [])
-        self.assertEqual(self.table.overdue(14.9), [])
-        self.assertEqual(kinds(self.table.overdue(15.0)), ["stalled"])
-
-    def test_older_file_says_nothing_while_the_newest_is_missing_from_one_listing(self) -> None:
-        old, new = named("a", 5, "starting"), named("a", 8, expect=1)
-        self.take(old, new)
-        self.assertEqual(kinds(self.table.overdue(6.0)), ["stalled"])
-        for listing in ((), (old,), (old, new)):
-            self.assertEqual(self.take(*listing, now=7.0), [], listing)
-        self.assertEqual(self.state(), "stalled")
+    def test_listings_one_after_the_other_tell_what_they_must(self) -> None:
+        flags = {"s": "starting", "c": "check_in", "p": "progress", "f": "finished", "x": "failed"}
+        for what, script in self.LISTINGS.items():
+            self.table = aimwatch.RunTable(5.0)
+            for step in script.split(";"):
+                with self.subTest(what, step=step):
+                    now, listing, expected = re.split("[:=]", step)
+                    files = re.findall("([0-9]+)([a-z])([0-9]+)", listing)
+                    names = [named("a", int(idx), flags[flag], int(expect)) for idx, flag, expect in files]
+                    random.shuffle(names)
+                    told = self.take(*names, now=float(now)) + kinds(self.table.overdue(float(now)))
+                    self.assertEqual(told, expected.split())
+            self.assertEqual(self.table.reported, [])
 
     def test_run_vanishes_once_after_three_listings_without_it(self) -> None:
         self.take(named("a", 3), named("b", 1))
@@ -9689,37 +9680,6 @@ class TestRunTable(unittest.TestCase):
         self.table.forget("a")
         self.assertEqual(sorted(self.table.runs), ["b"])
         self.assertEqual(self.take(named("b", 1), named("a", 1)), ["started"])
-
-    def test_name_that_states_nothing_is_reported(self) -> None:
-        bad = ["README", "a-b-check_in-1-1", "a-1-other-1-1", "x-y", ""]
-        self.assertEqual(self.take(*bad, named("a", 1), named("a", 2, "new_logs")), ["started"])
-        self.assertEqual(sorted(self.table.reported), sorted(bad))
-        self.table.reported.clear()
-        self.take(*bad)
-        self.assertEqual(self.table.reported, [])
-
-    def test_silence_is_told_at_promise_and_grace_and_once(self) -> None:
-        self.take(named("a", 1, expect=10), now=100.0)
-        self.assertEqual(self.table.overdue(114.999), [])
-        (change,) = self.table.overdue(115.0)
-        self.assertEqual((change.kind, change.run.hash, change.silent_s), ("stalled", "a", 15.0))
-        self.assertEqual(self.table.overdue(115.0) + self.table.overdue(9e9), [])
-
-    def test_run_without_promise_or_at_its_end_is_never_overdue(self) -> None:
-        self.take(named("a", 1), named("b", 1, "finished", 1), named("c", 1, "failed", 1))
-        self.take(named("d", 1, expect=1))
-        self.take(named("d", 2, expect=0))
-        self.assertEqual(self.table.overdue(9e9), [])
-
-    def test_promise_that_gets_shorter_brings_the_deadline_forward(self) -> None:
-        self.take(named("a", 1, expect=1000))
-        self.take(named("a", 2, expect=1), now=1.0)
-        self.assertEqual(self.table.overdue(6.9), [])
-        self.assertEqual(kinds(self.table.overdue(7.0)), ["stalled"])
-
-    def test_promise_of_seconds_and_starting_with_a_promise_count_like_any_other(self) -> None:
-        self.take(named("a", 1, "starting", 1))
-        self.assertEqual(kinds(self.table.overdue(6.0)), ["stalled"])
 
     def test_table_agrees_with_one_that_looks_at_everything(self) -> None:
         for seed in range(25):
@@ -9756,73 +9716,33 @@ class TestRunTable(unittest.TestCase):
 
 
 class TestLookingClock(unittest.TestCase):
-    def setUp(self) -> None:
-        self.clock = aimwatch.LookingClock(100.0)
-        self.clock.look(50.0, 2.0)
+    #: (what, grace, steps of [seconds that passed, at most], seconds that count, whether it accuses)
+    CASES = (
+        ("polls one second apart", 100.0, [[1.0, 2.0], [0.25, 10.0]] * 8, 10.0, True),
+        ("a suspension counts as one poll", 100.0, [[3600.0, 2.0]], 2.0, False),
+        ("and holds for 30 s", 100.0, [[3600.0, 2.0]] + [[1.0, 2.0]] * 29, 31.0, False),
+        ("no longer", 100.0, [[3600.0, 2.0]] + [[1.0, 2.0]] * 30, 32.0, True),
+        ("a short grace holds for itself", 3.0, [[100.0, 2.0], [1.0, 2.0], [1.9, 2.0]], 4.9, False),
+        ("and no longer", 3.0, [[100.0, 2.0], [1.0, 2.0], [2.0, 2.0]], 5.0, True),
+        ("a gap of 10 s", 100.0, [[12.0, 2.0]], 2.0, True),
+        ("a longer one", 100.0, [[12.1, 2.0]], 2.0, False),
+        ("short gaps with looking between them", 100.0, [[8.0, 2.0], [0.5, 2.0]] * 10, 25.0, True),
+        ("a slow listing", 100.0, [[5.0, 10.0], [45.0, 10.0]], 15.0, False),
+        ("an unreachable repository", 100.0, [[1.0, 0.0]] * 10, 0.0, True),
+        ("its gaps add up", 100.0, [[1.0, 0.0]] * 10 + [[0.5, 0.0]], 0.0, False),
+        ("a clock that stands or goes back", 100.0, [[0.0, 2.0], [-10.0, 2.0], [0.0, 2.0]], 0.0, True),
+    )  # fmt: skip
 
-    def test_normal_polls_count_in_full(self) -> None:
-        for second in range(1, 11):
-            self.clock.look(50.0 + second, 2.0)
-            self.clock.look(50.0 + second + 0.25, 10.0)
-        self.assertEqual(self.clock.total_s, 10.25)
-        self.assertTrue(self.clock.accuses)
-
-    def test_suspension_counts_as_one_poll_and_holds_for_a_while(self) -> None:
-        self.clock.look(3650.0, 2.0)
-        self.assertEqual(self.clock.total_s, 2.0)
-        self.assertFalse(self.clock.accuses)
-        for second in range(1, 30):
-            self.clock.look(3650.0 + second, 2.0)
-            self.assertFalse(self.clock.accuses, second)
-        self.clock.look(3680.0, 2.0)
-        self.assertTrue(self.clock.accuses)
-
-    def test_short_grace_holds_no_longer_than_itself(self) -> None:
-        clock = aimwatch.LookingClock(3.0)
-        clock.look(0.0, 2.0)
-        clock.look(100.0, 2.0)
-        clock.look(101.0, 2.0)
-        clock.look(102.9, 2.0)
-        self.assertFalse(clock.accuses)
-        clock.look(103.0, 2.0)
-        self.assertTrue(clock.accuses)
-
-    def test_gap_of_up_to_ten_seconds_adds_nothing_and_holds_nothing(self) -> None:
-        self.clock.look(50.0 + 12.0, 2.0)
-        self.assertEqual(self.clock.total_s, 2.0)
-        self.assertTrue(self.clock.accuses)
-        self.clock.look(62.0 + 12.1, 2.0)
-        self.assertFalse(self.clock.accuses)
-
-    def test_short_gaps_with_looking_between_them_hold_nothing(self) -> None:
-        now = 50.0
-        for _ in range(10):
-            now += 8.0
-            self.clock.look(now, 2.0)
-            now += 0.5
-            self.clock.look(now, 2.0)
-        self.assertTrue(self.clock.accuses)
-        self.assertEqual(self.clock.total_s, 25.0)
-
-    def test_slow_listing_counts_for_ten_seconds_only(self) -> None:
-        self.clock.look(55.0, 10.0)
-        self.assertEqual(self.clock.total_s, 5.0)
-        self.clock.look(100.0, 10.0)
-        self.assertEqual(self.clock.total_s, 15.0)
-        self.assertFalse(self.clock.accuses)
-
-    def test_unreachable_repository_adds_nothing_and_its_gaps_add_up(self) -> None:
-        for second in range(1, 11):
-            self.clock.look(50.0 + second, 0.0)
-        self.assertTrue(self.clock.accuses)
-        self.clock.look(60.5, 0.0)
-        self.assertEqual(self.clock.total_s, 0.0)
-        self.assertFalse(self.clock.accuses)
-
-    def test_clock_that_stands_or_goes_back_counts_nothing(self) -> None:
-        for now in (50.0, 40.0, 40.0):
-            self.clock.look(now, 2.0)
-        self.assertEqual((self.clock.total_s, self.clock.accuses), (0.0, True))
+    def test_only_looking_counts_and_gaps_hold(self) -> None:
+        for what, grace_s, steps, total_s, accuses in self.CASES:
+            with self.subTest(what):
+                clock, now = aimwatch.LookingClock(grace_s), 50.0
+                clock.look(now, 2.0)
+                for passed_s, at_most_s in steps:
+                    now += passed_s
+                    clock.look(now, at_most_s)
+                self.assertAlmostEqual(clock.total_s, total_s)
+                self.assertEqual(clock.accuses, accuses)
 
 
 class WatchCase(Case):
@@ -9931,15 +9851,7 @@ class TestWatcher(WatchCase):
                 self.assertEqual([kind for item, kind in self.told() if item == run][1:], told)
                 self.assertEqual(self.events()[-1]["facts"]["run.reason"], how)
 
-    def test_run_that_stalls_again_is_told_again(self) -> None:
-        self.check_in("a", 1, expect=3)
-        watcher = self.watch()
-        self.look(watcher, 6)
-        self.check_in("a", 2, expect=3)
-        self.look(watcher, 6)
-        self.assertEqual([kind for _, kind in self.told()], ["stalled", "recovered", "stalled"])
-
-    def test_starts_and_finishes_go_to_those_who_asked(self) -> None:
+    def test_starts_and_finishes_go_to_those_who_asked_alone(self) -> None:
         self.configure(
             usual={"type": "logger"}, curious={"type": "logger", "events": ["started", "finished"]}
         )
@@ -9951,13 +9863,6 @@ class TestWatcher(WatchCase):
             [(item["kind"], item["to"]) for item in self.events()],
             [("started", ["curious"]), ("finished", ["curious"]), ("failed", ["usual"])],
         )
-
-    def test_starts_and_finishes_are_told_nobody_by_default(self) -> None:
-        watcher = self.watch()
-        for idx, flag in enumerate(("starting", "check_in", "finished"), 1):
-            self.check_in("a", idx, flag)
-            self.look(watcher, 1)
-        self.assertEqual(self.told(), [])
 
     def test_failure_is_told_with_the_reason_from_the_log(self) -> None:
         watcher = self.watch()
@@ -10022,15 +9927,6 @@ class TestWatcher(WatchCase):
         watcher = self.watch()
         self.look(watcher, 10)
         self.assertEqual(self.told(), [("stale", "stalled")])
-
-    def test_promise_of_0_is_never_accused(self) -> None:
-        self.check_in("a", 1, "starting")
-        self.check_in("b", 1, expect=0)
-        watcher = self.watch(poll_interval_s=1e6)
-        for _ in range(5):
-            self.clock.pass_(1e6)
-            watcher.poll()
-        self.assertEqual(self.told(), [])
 
     def test_wall_clock_that_jumps_changes_nothing(self) -> None:
         self.check_in("a", 1, expect=3)
@@ -10153,19 +10049,12 @@ class TestWatcher(WatchCase):
 
 
 class TestWatcherRestarted(WatchCase):
-    def test_failure_is_told_although_watcher_json_is_lost_or_damaged(self) -> None:
-        for name, content in (("a", None), ("b", b"[["), ("c", b'{"runs": 5}')):
-            with self.subTest(content=content):
-                self.stop(self.watch())
-                self.check_in(name, 1, "failed")
-                os.unlink(self.paths.watcher)
-                if content is not None:
-                    with open(self.paths.watcher, "wb") as file:
-                        file.write(content)
-                watcher = self.watch()
-                self.look(watcher, 1)
-                self.stop(watcher)
-                self.assertEqual(self.told()[-1:], [(name, "failed")])
+    def test_failure_is_told_although_watcher_json_is_lost(self) -> None:
+        self.stop(self.watch())
+        self.check_in("a", 1, "failed")
+        os.unlink(self.paths.watcher)
+        self.watch()
+        self.assertEqual(self.told(), [("a", "failed")])
 
     def test_silence_is_counted_on_over_restarts(self) -> None:
         self.check_in("a", 1, expect=10)
@@ -10177,29 +10066,19 @@ class TestWatcherRestarted(WatchCase):
             self.clock.pass_(2.0)
 
     def test_time_between_two_watchers_adds_nothing_and_holds_when_long(self) -> None:
-        self.check_in("a", 1, expect=3)
-        watcher = self.watch()
-        self.look(watcher, 4)
-        self.stop(watcher)
-        self.clock.pass_(3600.0)
-        watcher = self.watch()
-        self.look(watcher, 1)
-        self.assertEqual(self.told(), [])
-        self.look(watcher, 1)
-        self.assertEqual(self.told(), [("a", "stalled")])
-
-    def test_restart_after_a_reboot_holds_and_goes_on_counting(self) -> None:
-        self.check_in("a", 1, expect=3)
-        watcher = self.watch()
-        self.look(watcher, 4)
-        self.stop(watcher)
-        self.clock.now = 1.0
-        with mock.patch.object(aimwatch, "boot_id", lambda: "another"):
+        for run, boot in (("later", aimwatch.boot_id()), ("rebooted", "another")):
+            self.check_in(run, 1, expect=3)
             watcher = self.watch()
-            self.look(watcher, 1)
-            self.assertEqual(self.told(), [])
-            self.look(watcher, 1)
-            self.assertEqual(self.told(), [("a", "stalled")])
+            self.look(watcher, 4)
+            self.stop(watcher)
+            self.clock.now = self.clock.now + 3600.0 if run == "later" else 1.0
+            with self.subTest(run), mock.patch.object(aimwatch, "boot_id", return_value=boot):
+                watcher = self.watch()
+                self.look(watcher, 1)
+                self.assertNotIn((run, "stalled"), self.told())
+                self.look(watcher, 1)
+                self.assertIn((run, "stalled"), self.told())
+                self.stop(watcher)
 
     def test_told_events_are_not_told_again_whatever_became_of_watcher_json(self) -> None:
         self.configure(all={"type": "logger", "events": list(aimwatch.EVENTS)})
@@ -10214,54 +10093,18 @@ class TestWatcherRestarted(WatchCase):
         self.look(watcher, 6)
         expected = sorted(self.told())
         self.assertEqual(len(expected), 5)
-        whole: Optional[bytes] = None
-        for case, content in (
-            ("as it was", lambda whole: whole),
-            ("older than the outbox", lambda whole: older),
-            ("lost", lambda whole: None),
-            ("older again", lambda whole: older),
-            ("empty", lambda whole: b""),
-            ("torn", lambda whole: whole[: len(whole) // 2]),
-            ("foreign", lambda whole: b"\x00\xff" * 999),
-            ("of another shape", lambda whole: b"[1, 2]"),
-            ("of other types", lambda whole: b'{"looked_s": "x", "runs": {"a": 1}, "mono": []}'),
-            ("with runs of other types", lambda whole: b'{"runs": [1, [], ["x", 0, 0, "running"]]}'),
-        ):  # fmt: skip
-            with self.subTest(case):
+        for content in (None, older, b"", older[: len(older) // 2], b"\x00\xff" * 999, b"[1, 2]", b'{"runs": 5}',
+                        b'{"runs": [1, [], ["x", 0, 0, "running"]], "mono": []}'):  # fmt: skip
+            with self.subTest(content=content):
                 self.stop(watcher)
-                with open(self.paths.watcher, "rb") as file:
-                    whole = file.read()
-                os.unlink(self.paths.watcher)
-                changed = content(whole)
-                if changed is not None:
+                if content is None:
+                    os.unlink(self.paths.watcher)
+                else:
                     with open(self.paths.watcher, "wb") as file:
-                        file.write(changed)
+                        file.write(content)
                 watcher = self.watch()
                 self.look(watcher, 10)
                 self.assertEqual(sorted(self.told()), expected)
-
-    def test_numbers_in_watcher_json_that_cannot_be_do_not_end_the_watch(self) -> None:
-        for number, (field, value) in enumerate(
-            (("looked_s", "NaN"), ("looked_s", "1e999"), ("hold_until_s", "1e999"), ("mono", "NaN"))
-        ):
-            with self.subTest(field=field, value=value):
-                run = f"r{number}"
-                self.check_in(run, 1, expect=3)
-                self.stop(self.watch())
-                with open(self.paths.watcher, encoding="ascii") as file:
-                    saved = {**json.load(file), field: "HERE"}
-                with open(self.paths.watcher, "w", encoding="ascii") as file:
-                    file.write(json.dumps(saved).replace('"HERE"', value))
-                watcher = self.watcher(self.clock)
-                try:
-                    self.look(watcher, 15)
-                except ValueError as error:
-                    watcher.looking.__init__(2.0)  # what is left can be closed
-                    self.fail(f"the watch ended: {error}")
-                finally:
-                    self.stop(watcher)
-                    os.unlink(self.paths.watcher)
-                self.assertIn((run, "stalled"), self.told())
 
     def test_event_that_came_while_nobody_watched_is_told(self) -> None:
         self.check_in("a", 1)
@@ -10448,23 +10291,14 @@ class TestSweep(WatchCase):
         watcher = self.watch_slowly()
         self.pass_time(watcher, 500.0)
         self.assertEqual(self.flags(finished), ["finished"])
-        self.pass_time(watcher, 300.0)
+        self.pass_time(watcher, 300.0, 12)
         self.assertEqual(self.flags(finished), [])
+        self.assertEqual(watcher.counts()["finished"], 1)  # Aim's
         self.assertIn("failed", self.flags(failed))
         self.pass_time(watcher, 90000.0)
         self.assertEqual(self.flags(failed), [])
         self.assertEqual(self.flags("aims") + self.flags("broke"), ["finished", "failed"])
         self.assertEqual(self.flags(alive.hash), ["check_in"])
-
-    def test_runs_that_were_removed_cost_nothing_any_more(self) -> None:
-        for _ in range(3):
-            self.our_run()
-        watcher = self.watch_slowly()
-        self.pass_time(watcher, 1000.0, 12)
-        self.assertEqual(self.check_ins(), [])
-        self.assertEqual(watcher.counts()["finished"], 0)
-        with open(self.paths.watcher, encoding="ascii") as file:
-            self.assertEqual(json.load(file)["runs"], [])
 
     def test_check_in_stays_while_a_notifier_still_waits(self) -> None:
         server = self.webhook((500, "no"))
@@ -11124,19 +10958,14 @@ class TestStart(WatcherProcessCase):
         self.assertRegex(self.end(watcher), r"INFO +stopped\n$")
         self.assertEqual(watcher.returncode, 0)
 
-    def test_without_notifiers_it_says_that_events_are_only_written(self) -> None:
-        watcher = self.start_watcher()
-        self.assertIn("no notifiers are enabled, so events are only written here; ", watcher.first_line)
-        self.assertIn("notifiers add' sets one up", watcher.first_line)
-        self.assertIn("; telling logger\n", watcher.stderr.readline())
-        self.end(watcher)
-
     def test_killed_and_stopped_processes_are_told_apart(self) -> None:
         killed, stopped = self.process(BEATING), self.process(BEATING)
         hashes = [process.stdout.readline().strip() for process in (killed, stopped)]
         for run_hash in hashes:
             self.wait_for(lambda run_hash=run_hash: self.flags(run_hash) == ["check_in"])
         watcher = self.start_watcher("--grace", "0.5")
+        self.assertIn("no notifiers are enabled, so events are only written here; ", watcher.first_line)
+        self.assertIn("notifiers add' sets one up", watcher.first_line)
         killed.kill()
         stopped.send_signal(signal.SIGSTOP)
         self.wait_sent(*((run_hash, "stalled") for run_hash in hashes))
@@ -11464,14 +11293,6 @@ class TestStandby(WatcherProcessCase):
 # --------------------------------------------------------------------------------- closed doors
 
 
-def _of_user(info: os.stat_result, uid: int) -> Any:
-    """Return a stat result as if a link were another user's."""
-    fields = list(info)
-    if stat.S_ISLNK(info.st_mode):
-        fields[4] = uid
-    return os.stat_result(fields)
-
-
 class TestClosedDoors(WatchCase):
     def setUp(self) -> None:
         super().setUp()
@@ -11494,7 +11315,7 @@ class TestClosedDoors(WatchCase):
         """Put a link to `outside` in the place of a folder, with what would be removed there."""
         shutil.rmtree(folder)
         os.symlink(self.outside, folder)
-        for name in (named("a", 1, "finished"), "a-1", "a-5-40", "a.txt", "a.jsonl", "a"):
+        for name in (named("a", 1, "finished"), "a-1", "a.txt", "a.jsonl", "a"):
             with open(os.path.join(self.outside, name), "w") as file:
                 file.write("precious")
 
@@ -11515,15 +11336,23 @@ class TestClosedDoors(WatchCase):
                 before = self.content()
                 self.look(watcher, 70)
                 self.assertTrue(watcher.is_blind)
-                self.assertEqual(self.content(), before)
-                with self.assertRaises(aimwatch.RepoError) as caught:
-                    aimwatch.Watcher(self.paths)
-                self.assertEqual(
-                    str(caught.exception),
-                    f"cannot use {folder}: it is a symbolic link that belongs to user {another}: remove it",
-                )
-                self.assertEqual(self.content(), before)
                 self.stop(watcher)
+                refusal = (
+                    f"cannot use {folder}: it is a symbolic link that belongs to user {another}: remove it"
+                )
+                with self.assertRaisesRegex(aimwatch.RepoError, f"^{re.escape(refusal)}$"):
+                    aimwatch.Watcher(self.paths)
+                for argv in (
+                    ["reindex"],
+                    ["mute", "r"],
+                    ["notifiers", "add", "logger", "--yes"],
+                    ["rm", "--yes", "r"],
+                ):
+                    code, _, err = self.run_cli(*argv)
+                    self.assertEqual(code, 1, argv)
+                    self.assertIn(refusal, err)
+                with self.assertRaisesRegex(aimwatch.RepoError, "symbolic link"):
+                    Run(repo=self.root)
                 self.assertEqual(self.content(), before)
             shutil.rmtree(self.root)
             self.paths = aimwatch.find_repo(self.root, create=True)
@@ -11671,10 +11500,10 @@ class TestClosedDoors(WatchCase):
         self.look(watcher, 8)
         self.assertIn(("a", "stalled"), self.told())
 
-    def test_log_of_any_size_is_read_in_little_time_and_memory(self) -> None:
+    def test_log_of_any_size_costs_an_alert_little(self) -> None:
         header = json.dumps({"format": 1, "hash": "r", "created_at": 1775000000.0, "host": "node7"})
         series = '{"series":%d,"name":"s%d","context":{}}\n[%d,1,0.5,1775000000.0]\n'
-        many = "".join(series % (n, n, n) for n in range(150_000))
+        many = "".join(series % (n, n, n) for n in range(20_000))
         for what, text, size in (("a line of 1 TB", "", 1 << 40), ("no end of series", many, 0),
                                  ("empty lines", "\n" * (9 << 20), 0), ("noise", "x\n" * (5 << 20), 0),
                                  ("torn checkpoints", '{"checkpoint"\n' * 700_000, 0)):  # fmt: skip
@@ -11690,12 +11519,6 @@ class TestClosedDoors(WatchCase):
                 facts = aimwatch.run_facts(self.paths, "r")
                 self.assertLess(time.process_time() - begun, 2)
                 self.assertEqual((facts["run.hash"], facts["run.host"]), ("r", "node7"))
-        os.truncate(self.paths.run_log("r"), 0)
-        with contextlib.suppress(OSError):
-            os.truncate(self.paths.run_log("r"), 1 << 40)
-        begun = time.process_time()
-        self.assertEqual(aimwatch.run_facts(self.paths, "r")["run.name"], "r")
-        self.assertLess(time.process_time() - begun, 2)
 
     def test_crowded_folder_is_looked_at_in_little_memory(self) -> None:
         import tracemalloc
@@ -11719,37 +11542,6 @@ class TestClosedDoors(WatchCase):
         self.assertEqual(len(aimwatch.list_bounded(self.paths.check_ins, 20)[0]), 20)
         self.assertEqual(len(aimwatch.list_some(self.paths.check_ins, 20)), 20)
         self.assertLess(tracemalloc.get_traced_memory()[1], 100_000)
-
-    def test_no_command_and_no_run_follows_a_folder_that_another_user_linked(self) -> None:
-        self.run_object("r").close()
-        elsewhere = os.path.join(self.root, "elsewhere")
-        os.mkdir(elsewhere)
-        victim = os.path.join(elsewhere, "id_rsa")
-        for folder in (self.paths.pending, self.paths.mutes, self.paths.check_ins, self.paths.notifications):
-            with open(victim, "w"):
-                pass
-            shutil.move(folder, f"{folder}.away")
-            os.symlink(elsewhere, folder)
-            with mock.patch.object(os, "geteuid", return_value=os.geteuid() + 1), mock.patch.object(
-                os, "lstat", lambda path, real=os.lstat: _of_user(real(path), 4711)
-            ):
-                for argv in (
-                    ["reindex"],
-                    ["mute", "r"],
-                    ["notifiers", "add", "logger", "--yes"],
-                    ["rm", "--yes", "r"],
-                ):
-                    with self.subTest(folder=folder, argv=argv):
-                        code, _, err = self.run_cli(*argv)
-                        self.assertEqual(code, 1)
-                        self.assertIn(
-                            f"cannot use {folder}: it is a symbolic link that belongs to user 4711", err
-                        )
-                with self.assertRaisesRegex(aimwatch.RepoError, "symbolic link"):
-                    Run(repo=self.root)
-            self.assertEqual(os.listdir(elsewhere), ["id_rsa"])
-            os.unlink(folder)
-            shutil.move(f"{folder}.away", folder)
 
     def test_nothing_that_was_read_can_be_executed(self) -> None:
         with open(MODULE, encoding="utf-8") as file:
