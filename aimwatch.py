@@ -2094,7 +2094,7 @@ class _Stacks:
             except RuntimeError as error:  # no thread can be started
                 self._bell = None
                 log.debug("no stacks will be written: %s", error)
-        elif min(self._due.values()) < self._wakes_mono:
+        elif min(self._due.values(), default=math.inf) < self._wakes_mono:
             with contextlib.suppress(RuntimeError):  # it was about to wake
                 self._bell.release()
 
@@ -3105,7 +3105,7 @@ class Run:
     def _close_files(self) -> None:
         with self._locked():
             if self._is_mine():
-                self._closed = True
+                self._closed, self._stacks_on = True, False
                 _process.stacks.disarm(self._paths.stack(self.hash))
                 self._look(time.time())
                 self._checkpoint()
