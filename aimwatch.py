@@ -8548,22 +8548,21 @@ def cmd_notifiers_test(args: Any) -> int:
     else:
         notifiers = [item for item in notifiers if item.enabled] or [fallback_notifier()]
     _log_to_stderr(timed=True)
-    now = time.time()
     sample = {
         "event": STALLED,
         "repo": paths.root,
+        "id": "sample",
+        "time": utc_datetime(time.time()).isoformat(" ", "seconds") + " UTC",
         "run.hash": "0" * 24,
         "run.name": "sample, sent by 'notifiers test'",
         "run.experiment": "none",
         "run.host": this_host(),
         "run.pid": str(os.getpid()),
-        "run.last_seen": local_time(now),
+        "run.last_seen": local_time(time.time()),
         "run.promised": human_s(60),
         "run.silent": human_s(160),
         "run.process": "unknown",
         "run.metrics": "loss=0.25 (step 100)",
-        "id": "sample",
-        "time": utc_datetime(now).isoformat(" ", "seconds") + " UTC",
     }
     failed, broken = 0, _outbox_state(paths).broken()
     for item in notifiers:
@@ -9016,22 +9015,14 @@ DEMO_GRACE_S, DEMO_POLL_S = 1.0, 0.2
 DEMO_SLACK_S = 2.0
 
 
-class Fate(NamedTuple):
-    """One process of the demo: what becomes of it, by which signal, and what must be told."""
-
-    name: str
-    what: str
-    signal: int
-    told: Tuple[str, ...]
-
-
+#: The demo's processes: (name, what becomes of it, the signal that it is sent, what must be told).
 DEMO_FATES = (
-    Fate("finishes", "reaches its end", 0, (FINISHED,)),
-    Fate("raises", "raises an exception", 0, (FAILED,)),
-    Fate("killed", "is sent SIGKILL", signal.SIGKILL, (STALLED,)),
-    Fate("hangs", "stops working", 0, (STALLED,)),
-    Fate("terminated", "is sent SIGTERM", signal.SIGTERM, (FAILED,)),
-    Fate("stalls", "stalls and comes back", 0, (STALLED, RECOVERED, FINISHED)),
+    ("finishes", "reaches its end", 0, (FINISHED,)),
+    ("raises", "raises an exception", 0, (FAILED,)),
+    ("killed", "is sent SIGKILL", signal.SIGKILL, (STALLED,)),
+    ("hangs", "stops working", 0, (STALLED,)),
+    ("terminated", "is sent SIGTERM", signal.SIGTERM, (FAILED,)),
+    ("stalls", "stalls and comes back", 0, (STALLED, RECOVERED, FINISHED)),
 )
 
 
@@ -9092,12 +9083,12 @@ def _demo_run(paths: RepoPaths, processes: contextlib.ExitStack) -> None:
     reader.start()
     _demo_wait(lambda: os.path.exists(paths.watcher))
     silent: Dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    trainings = [(fate, start("-c", DEMO_TRAINING, fate.name, **silent)) for fate in DEMO_FATES]
-    for fate, process in trainings:
-        if fate.signal:
+    trainings = [(start("-c", DEMO_TRAINING, name, **silent), number) for name, _, number, _ in DEMO_FATES]
+    for process, number in trainings:
+        if number:
             process.stdout.readline()  # it has checked in and waits
-            process.send_signal(fate.signal)
-    expected = sum(len(fate.told) for fate in DEMO_FATES)
+            process.send_signal(number)
+    expected = sum(len(must) for _, _, _, must in DEMO_FATES)
     _demo_wait(lambda: sum(map(len, _demo_told(paths).values())) >= expected)
     watcher.send_signal(signal.SIGTERM)
     watcher.wait()
@@ -9140,14 +9131,14 @@ def _demo_told(paths: RepoPaths) -> Dict[str, List[Tuple[str, float, float]]]:
 def _demo_report(paths: RepoPaths, took_s: float) -> bool:
     by_run = _demo_told(paths)
     rows = []
-    for fate in DEMO_FATES:
-        told = by_run.get(fate.name, [])
+    for name, what, _, must in DEMO_FATES:
+        told = by_run.get(name, [])
         kinds = tuple(kind for kind, _, _ in told)
-        ok = kinds == fate.told and all(silent <= after <= silent + DEMO_SLACK_S for _, after, silent in told)
+        in_time = all(silent <= after <= silent + DEMO_SLACK_S for _, after, silent in told)
         times = ", ".join(f"{after:.1f} s" for _, after, _ in told)
         allowed = ", ".join(f"{silent:.0f} to {silent + DEMO_SLACK_S:.0f} s" for _, _, silent in told)
-        must, did = ", ".join(fate.told), ", ".join(kinds)
-        rows.append((fate.name, fate.what, must, did, times, allowed, "ok" if ok else "WRONG"))
+        verdict = "ok" if kinds == must and in_time else "WRONG"
+        rows.append((name, what, ", ".join(must), ", ".join(kinds), times, allowed, verdict))
     all_ok = all(row[-1] == "ok" for row in rows)
     header = ("RUN", "WHAT IT DOES", "MUST BE TOLD", "WAS TOLD", "AFTER", "ALLOWED", "")
     print("\n" + "\n".join(table(header, rows)))
