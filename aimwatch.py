@@ -3647,6 +3647,13 @@ def load_run(paths: RepoPaths, run_hash: str) -> Tuple[Optional[RunState], int, 
     return state, size, ""
 
 
+#: Called with how many runs are done, and of how many.
+OnProgress = Callable[[int, int], None]
+
+
+def _in_silence(done: int, of: int) -> None: ...
+
+
 class Reindexer:
     """Brings the index up to date with the runs that have a marker in `pending`."""
 
@@ -3664,10 +3671,7 @@ class Reindexer:
         return names_in(self.paths.pending, RUN_HASH.pattern)
 
     def run_all(
-        self,
-        rebuild: bool = False,
-        wait_s: float = 10.0,
-        progress: Callable[[int, int], None] = lambda done, of: None,
+        self, rebuild: bool = False, wait_s: float = 10.0, progress: OnProgress = _in_silence
     ) -> List[str]:
         """Index every pending run, or with `rebuild` every run; return what could not be read. Raises as
         `run` does."""
@@ -3687,7 +3691,7 @@ class Reindexer:
         hashes: Sequence[str],
         batch_s: float = 0.1,
         wait_s: float = 10.0,
-        progress: Callable[[int, int], None] = lambda done, of: None,
+        progress: OnProgress = _in_silence,
     ) -> int:
         """Index these runs in transactions of about `batch_s`; return how many are now complete.
 
@@ -3705,9 +3709,7 @@ class Reindexer:
                 self.index.renew()
             return self._run(hashes, batch_s, wait_s, progress)
 
-    def _run(
-        self, hashes: Sequence[str], batch_s: float, wait_s: float, progress: Callable[[int, int], None]
-    ) -> int:
+    def _run(self, hashes: Sequence[str], batch_s: float, wait_s: float, progress: OnProgress) -> int:
         complete, done = 0, 0
         self.signs = last_check_ins(self.paths)
         while done < len(hashes):
@@ -3879,73 +3881,53 @@ _OPPOSITES = {"!=": "==", "not in": "in", "is not": "=="}
 _MIRRORED = {"==": "==", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
-def _as_number(value: Any) -> Any:
-    if not isinstance(value, (int, float)):
-        raise TypeError
-    return value
+def _numeric(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function for numbers alone."""
+
+    def checked(*numbers: Any) -> Any:
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise TypeError
+        return function(*numbers)
+
+    return checked
 
 
-def _sum(left: Any, right: Any) -> Any:
+def _add(left: Any, right: Any) -> Any:
     if isinstance(left, str) and isinstance(right, str):
         return left + right
-    return _as_number(left) + _as_number(right)
+    return _numeric(operator.add)(left, right)
 
 
 def _power(base: Any, exponent: Any) -> Any:
     # A whole number of more than 4,096 bits is of no use to a comparison, and could take hours to compute.
     if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * exponent > 4096:
         base = float(base)
-    result = _as_number(base) ** _as_number(exponent)
-    return _as_number(result)  # (-8) ** 0.5 is complex
+    result = base**exponent
+    return None if isinstance(result, complex) else result
 
 
-def _has_affix(method: Callable[..., bool], text: Any, affix: Any) -> Any:
-    return method(text, tuple(affix) if isinstance(affix, list) else affix)
+def _affix(method: Callable[..., bool]) -> Callable[..., bool]:
+    return lambda text, affix: method(text, tuple(affix) if isinstance(affix, list) else affix)
 
 
-_OPERATORS: Dict[type, str] = {
-    ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%", ast.Pow: "**",
-    ast.USub: "neg", ast.UAdd: "pos",
+_OPERATORS: Dict[type, Callable[..., Any]] = {
+    ast.Add: _add, ast.Sub: _numeric(operator.sub), ast.Mult: _numeric(operator.mul),
+    ast.Div: _numeric(operator.truediv), ast.FloorDiv: _numeric(operator.floordiv),
+    ast.Mod: _numeric(operator.mod), ast.Pow: _numeric(_power),
+    ast.USub: _numeric(operator.neg), ast.UAdd: _numeric(operator.pos),
 }  # fmt: skip
-_METHODS = ("startswith", "endswith", "lower", "upper")
-_FUNCTIONS = ("abs", "bool", "float", "int", "len", "max", "min", "round", "sum")
+_MOMENT_OPERATORS: Dict[type, Callable[..., Any]] = {ast.Add: operator.add, ast.Sub: operator.sub}
+_METHODS: Dict[str, Callable[..., Any]] = {
+    "startswith": _affix(str.startswith), "endswith": _affix(str.endswith),
+    "lower": str.lower, "upper": str.upper,
+}  # fmt: skip
+_FUNCTIONS: Dict[str, Callable[..., Any]] = {
+    "abs": _numeric(abs), "bool": bool, "float": float, "int": int, "len": len, "max": max, "min": min,
+    "round": _numeric(round), "sum": sum,
+}  # fmt: skip
 _TIME_PARTS = ("year", "month", "day", "hour", "minute", "second")
-_OPERATIONS: Dict[str, Callable[[Any, Any], Any]] = {
-    "+": _sum,
-    "-": lambda left, right: _as_number(left) - _as_number(right),
-    "*": lambda left, right: _as_number(left) * _as_number(right),
-    "/": lambda left, right: _as_number(left) / _as_number(right),
-    "//": lambda left, right: _as_number(left) // _as_number(right),
-    "%": lambda left, right: _as_number(left) % _as_number(right),
-    "**": _power,
-    "neg": lambda value, _: -_as_number(value),
-    "pos": lambda value, _: +_as_number(value),
-    "startswith": lambda text, affix: _has_affix(str.startswith, text, affix),
-    "endswith": lambda text, affix: _has_affix(str.endswith, text, affix),
-    "lower": lambda text, _: str.lower(text),
-    "upper": lambda text, _: str.upper(text),
-    "abs": lambda value, _: abs(_as_number(value)),
-    "bool": lambda value, _: bool(value),
-    "float": lambda value, _: float(value),
-    "int": lambda value, _: int(value),
-    "len": lambda value, _: len(value),
-    "max": lambda values, _: max(values),
-    "min": lambda values, _: min(values),
-    "round": lambda value, _: round(_as_number(value)),
-    "sum": lambda values, _: sum(values),
-}
-for _part in _TIME_PARTS:
-    _OPERATIONS[_part] = lambda seconds, _, part=_part: getattr(_utc(seconds), part)  # type: ignore[misc]
 
 _IMPOSSIBLE = (TypeError, ValueError, ArithmeticError, LookupError, RecursionError, OSError)
-
-
-def _compute(name: str, left: Any, right: Any = None) -> Any:
-    """Do with two values what the query asks for; None where that is impossible."""
-    try:
-        return _OPERATIONS[name](left, right)
-    except _IMPOSSIBLE:
-        return None
 
 
 def _holds(sign: str, left: Any, right: Any) -> bool:
@@ -3961,8 +3943,8 @@ def _with_own_nan(value: Any) -> Any:
     return _from_text(_to_text(value)) if isinstance(value, (list, dict)) or value != value else value
 
 
-def _utc(seconds: Any) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(_as_number(seconds), datetime.timezone.utc)
+def _utc(seconds: float) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
 
 
 def _utc_seconds(moment: datetime.datetime) -> float:
@@ -4293,11 +4275,10 @@ class _Compiler:
             operand = self.condition(node.operand)
             return _Value(lambda row, metric: not operand(row, metric))
         if isinstance(node, (ast.BinOp, ast.UnaryOp)):
-            sign = _OPERATORS.get(type(node.op), "")
             operands = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
-            if not sign:
+            if type(node.op) not in _OPERATORS:
                 self.refuse_kind(node, node.op)
-            return self.operation(node, sign, *map(self.value, operands))
+            return self.operation(node, _OPERATORS[type(node.op)], *map(self.value, operands))
         return self.refuse_kind(node, node)
 
     def folded(self, of: Evaluated, values: Sequence[_Value]) -> _Value:
@@ -4306,20 +4287,24 @@ class _Compiler:
             return _Value(of)
         return _constant(of({}, None))
 
-    def operation(self, node: ast.expr, name: str, left: _Value, right: Optional[_Value] = None) -> _Value:
-        right = right or _constant(None)
-        known = left.const is not _UNKNOWN and right.const is not _UNKNOWN
-        if known and name in "+-" and (_has_moment(left.const) or _has_moment(right.const)):
+    def operation(self, node: ast.expr, function: Callable[..., Any], *values: _Value) -> _Value:
+        """Return what a function makes of some values; None where that is impossible."""
+        consts = [value.const for value in values]
+        if isinstance(node, ast.BinOp) and _UNKNOWN not in consts and _has_moment(consts):
             try:
-                moments = left.const + right.const if name == "+" else left.const - right.const
-                return _constant(moments)
-            except (TypeError, OverflowError) as error:
+                return _constant(_MOMENT_OPERATORS[type(node.op)](*consts))
+            except (KeyError, TypeError, OverflowError) as error:
                 self.refuse(node, f"impossible with these times ({error})")
-        self.refuse_times(node, [left, right])
-        left_of, right_of = left.of, right.of
-        return self.folded(
-            lambda row, metric: _compute(name, left_of(row, metric), right_of(row, metric)), [left, right]
-        )
+        self.refuse_times(node, values)
+        operands = [value.of for value in values]
+
+        def of(row: Dict[str, Any], metric: Any) -> Any:
+            try:
+                return function(*[operand(row, metric) for operand in operands])
+            except _IMPOSSIBLE:
+                return None
+
+        return self.folded(of, values)
 
     def refuse_times(self, node: ast.expr, values: Sequence[_Value]) -> None:
         if any(value.is_time for value in values):
@@ -4338,11 +4323,11 @@ class _Compiler:
             self.refuse(node, "arguments have no names here: write the values alone")
         values = [self.value(argument) for argument in node.args]
         if isinstance(function, ast.Name) and name in _FUNCTIONS and len(values) == 1:
-            return self.operation(node, name, values[0])
+            return self.operation(node, _FUNCTIONS[name], values[0])
         if isinstance(function, ast.Attribute) and function.attr in _METHODS:
             if len(values) != (1 if function.attr.endswith("with") else 0):
                 self.refuse(node, f"wrong number of arguments for {function.attr}()")
-            return self.operation(node, function.attr, self.value(function.value), *values)
+            return self.operation(node, _METHODS[function.attr], self.value(function.value), *values)
         known = ", ".join((*_METHODS, *_FUNCTIONS, "datetime, timedelta"))
         return self.refuse(function, f"this call is not in the query language: it can call {known}")
 
@@ -4413,8 +4398,9 @@ class _Compiler:
         if not names[1:]:
             return field
         if field.is_time and names[1:] in [[part] for part in _TIME_PARTS]:
-            seconds_of, part = field.of, names[1]
-            return _Value(lambda row, metric: _compute(part, seconds_of(row, metric)))
+            return self.operation(
+                node, lambda seconds: getattr(_utc(seconds), names[1]), field._replace(is_time=False)
+            )
         if first == "tags":
             return _Value(_at(field.of, names[1:]))
         return self.refuse(node, f"run.{first} has no '{names[1]}' here")
@@ -4537,19 +4523,16 @@ class QueryResult(Sequence[Run]):
 
     def __init__(self, paths: RepoPaths, found: List[StoredRow]) -> None:
         self._paths = paths
-        self._found = found
+        #: What is known of each run, decoded when it is asked for.
+        self.found = found
 
     @property
     def rows(self) -> List[Dict[str, Any]]:
         """What is known of each run, as `run_row` has it."""
-        return self.first_rows(len(self._found))
-
-    def first_rows(self, count: int) -> List[Dict[str, Any]]:
-        """Return the rows of the newest `count` runs."""
-        return [row.whole() for row in self._found[:count]]
+        return [row.whole() for row in self.found]
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self.found)
 
     @overload
     def __getitem__(self, at: int) -> Run: ...
@@ -4559,8 +4542,8 @@ class QueryResult(Sequence[Run]):
 
     def __getitem__(self, at: Union[int, slice]) -> Union[Run, List[Run]]:
         if isinstance(at, slice):
-            return [Run.to_read(self._paths, row["hash"]) for row in self._found[at]]
-        return Run.to_read(self._paths, self._found[at]["hash"])
+            return [Run.to_read(self._paths, row["hash"]) for row in self.found[at]]
+        return Run.to_read(self._paths, self.found[at]["hash"])
 
     def iter_runs(self) -> Iterator[RunResult]:
         """Yield objects with a `.run`, as Aim's queries do."""
@@ -4580,11 +4563,7 @@ class Repo:
     """
 
     def __init__(
-        self,
-        path: Optional[str] = None,
-        *,
-        read_only: Optional[bool] = None,
-        init: bool = False,
+        self, path: Optional[str] = None, *, read_only: Optional[bool] = None, init: bool = False
     ) -> None:
         self._paths = find_repo(None if path is None else os.fspath(path), create=init)
         self.path = self._paths.root
@@ -8631,11 +8610,13 @@ def run_cell(row: Dict[str, Any], column: str) -> Any:
     return value
 
 
-def metric_cell(run_hash: str, metric: Dict[str, Any], column: str) -> Any:
-    """Return what a column of `metrics` shows of a series."""
-    if column == "run":
-        return run_hash
-    return metric[{"metric": "name", "step": "last_step"}.get(column, column)]
+def metric_cell(found: Tuple[Dict[str, Any], Dict[str, Any]], column: str) -> Any:
+    """Return what a column of `metrics` shows of a series, given with the row of its run."""
+    row, metric = found
+    return row["hash"] if column == "run" else metric[_METRIC_FIELDS.get(column, column)]
+
+
+_METRIC_FIELDS = {"metric": "name", "step": "last_step"}
 
 
 def shown(value: Any, column: str) -> str:
@@ -8653,33 +8634,33 @@ def shown(value: Any, column: str) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _print_cells(args: Any, columns: Sequence[str], rows: List[List[Any]], noun: str) -> None:
-    """Print rows as the flags ask: sorted, limited, as a table, JSON or CSV."""
+def _print_list(
+    args: Any, columns: Sequence[str], items: List[Any], cell: Callable[[Any, str], Any], noun: str
+) -> None:
+    """Print what was found as the flags ask: sorted, limited, as a table, JSON or CSV."""
     if args.sort:
-        at, backwards = _column_index(args.sort.lstrip("-"), columns), args.sort.startswith("-")
+        by, backwards = args.sort.lstrip("-"), args.sort.startswith("-")
         # What is missing comes last, and text after numbers.
-        present = [row for row in rows if row[at] is not None]
-        present.sort(key=lambda row: _sort_key(row[at]), reverse=backwards)
-        rows = present + [row for row in rows if row[at] is None]
+        present = [item for item in items if cell(item, by) is not None]
+        missing = [item for item in items if cell(item, by) is None]
+        items = sorted(present, key=lambda item: _sort_key(cell(item, by)), reverse=backwards) + missing
     plain = args.json or args.csv
     limit = args.limit if args.limit is not None else (0 if plain else DEFAULT_LIMIT)
-    chosen = rows[:limit] if limit else rows
+    rows = [[cell(item, column) for column in columns] for item in (items[:limit] if limit else items)]
     if args.json:
-        objects = [dict(zip(columns, map(_json_cell, row))) for row in chosen]
-        print(json.dumps(objects, indent=2))
+        print(json.dumps([dict(zip(columns, map(_json_cell, row))) for row in rows], indent=2))
     elif args.csv:
         import csv
 
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(columns)
-        for row in chosen:
-            writer.writerow(map(_csv_cell, row))
+        writer.writerows(map(_csv_cell, row) for row in rows)
     else:
-        text = [[shown(cell, column) for cell, column in zip(row, columns)] for row in chosen]
+        text = [[shown(value, column) for value, column in zip(row, columns)] for row in rows]
         if text:
             print("\n".join(table([column.upper() for column in columns], text)))
-        more = f", {len(rows) - len(chosen)} more with --limit 0" if len(chosen) < len(rows) else ""
-        counted = "1 run" if (len(chosen), noun) == (1, "runs") else f"{len(chosen)} {noun}"
+        more = f", {len(items) - len(rows)} more with --limit 0" if len(rows) < len(items) else ""
+        counted = "1 run" if (len(rows), noun) == (1, "runs") else f"{len(rows)} {noun}"
         print(counted + more, file=sys.stderr)
 
 
@@ -8713,21 +8694,6 @@ def _sort_key(value: Any) -> Tuple[int, Any]:
     return (1, value if isinstance(value, str) else json.dumps(value))
 
 
-def _column_index(name: str, columns: Sequence[str]) -> int:
-    if name not in columns:
-        raise AimwatchError(
-            f"there is no column {printable(name, 40)!r}: the columns are {', '.join(columns)}"
-        )
-    return columns.index(name)
-
-
-def _columns(args: Any, default: Sequence[str]) -> List[str]:
-    found = args.columns or list(default)
-    if args.sort and args.sort.lstrip("-") not in found and default is RUN_COLUMNS:
-        found = [*found, args.sort.lstrip("-")]
-    return found
-
-
 @command(
     "runs",
     *_listing(
@@ -8737,16 +8703,10 @@ def _columns(args: Any, default: Sequence[str]) -> List[str]:
 )
 def cmd_runs(args: Any) -> int:
     """List the runs for which a query is true, the newest first."""
-    repo = Repo(args.repo)
-    result = repo.query_runs(args.query)
-    columns = _columns(args, RUN_COLUMNS)
-    limit = args.limit if args.limit is not None else DEFAULT_LIMIT
-    # Without --sort, cells are only made of what is shown.
-    every = args.sort or args.json or args.csv or not limit
-    rows = result.rows if every else result.first_rows(limit)
-    cells = [[run_cell(row, column) for column in columns] for row in rows]
-    cells += [[None] * len(columns)] * (len(result) - len(rows))
-    _print_cells(args, columns, cells, "runs")
+    columns = args.columns or list(RUN_COLUMNS)
+    if args.sort and args.sort.lstrip("-") not in columns:
+        columns = [*columns, args.sort.lstrip("-")]
+    _print_list(args, columns, Repo(args.repo).query_runs(args.query).found, run_cell, "runs")
     return 0
 
 
@@ -8757,13 +8717,12 @@ def cmd_runs(args: Any) -> int:
 )
 def cmd_metrics(args: Any) -> int:
     """List the metric series for which a query is true, those of the newest run first."""
-    repo = Repo(args.repo)
-    columns = _columns(args, METRIC_COLUMNS)
-    for column in columns:
-        _column_index(column, METRIC_COLUMNS)
-    found = repo.metric_rows(args.query)
-    cells = [[metric_cell(row["hash"], metric, column) for column in columns] for row, metric in found]
-    _print_cells(args, columns, cells, "series")
+    columns = args.columns or list(METRIC_COLUMNS)
+    for column in [*columns, *([args.sort.lstrip("-")] if args.sort else [])]:
+        if column not in METRIC_COLUMNS:
+            known = ", ".join(METRIC_COLUMNS)
+            raise AimwatchError(f"there is no column {printable(column, 40)!r}: the columns are {known}")
+    _print_list(args, columns, Repo(args.repo).metric_rows(args.query), metric_cell, "series")
     return 0
 
 
@@ -8792,7 +8751,7 @@ def cmd_show(args: Any) -> int:
         print("\nmetrics")
         columns = METRIC_COLUMNS[1:]
         cells = [
-            [shown(metric_cell(run_hash, metric, column), column) for column in columns]
+            [shown(metric_cell((row, metric), column), column) for column in columns]
             for metric in row["metrics"]
         ]
         print("\n".join(f"  {line}" for line in table([name.upper() for name in columns], cells)))

@@ -5511,7 +5511,7 @@ class RepoMethods(StoredCase):
         found = repo.query_runs("", report_mode=0)
         self.assertEqual([run.hash for run in found], [name for name in hashes if name != "r6"])
         self.assertEqual(([run.hash for run in found[1:3]], found[-1].hash), (["dead", "r7"], "r0"))
-        self.assertEqual([row["hash"] for row in found.first_rows(2)], ["live", "dead"])
+        self.assertEqual([row["hash"] for row in found.rows[:2]], ["live", "dead"])
         page = repo.query_runs("run.n >= 0", paginated=True, offset="r2")
         self.assertEqual([run.hash for run in page], ["r1", "r0"])
         for query, options, message in (
