@@ -1948,9 +1948,6 @@ class _Process:
 
     def __init__(self) -> None:
         self.runs: weakref.WeakSet[Run] = weakref.WeakSet()
-        #: Shims until every lock of the index and of markers is a FileLock.
-        self.markers = threading.Lock()
-        self.index = threading.Lock()
         self.stacks = _Stacks()
         self._excepthook: Optional[Callable[..., Any]] = None
         self._sigterm: Any = None
@@ -1958,10 +1955,6 @@ class _Process:
         self._terminating = False
         #: Until when all the runs of a process that ends may wait for a disk or the index.
         self._patience_mono = math.inf
-
-    def writes(self, marker: str) -> bool:
-        """Shim until every lock of a marker is a FileLock."""
-        return _real_path(marker) in FileLock._registry
 
     def add(self, run: Run) -> None:
         """Watch over one more run."""
@@ -1992,7 +1985,6 @@ class _Process:
 
     def _after_fork_in_child(self) -> None:
         # Only the forking thread exists in the child: locks held by others would never be released.
-        self.markers, self.index = threading.Lock(), threading.Lock()
         self.stacks = _Stacks()
         self._terminating = False
         # With a handler in Python, a child that computes in C would outlive its SIGTERM.

@@ -1390,13 +1390,7 @@ class ProcessCase(Case):
 
     def is_free(self, run_hash: str) -> Any:
         """Return whether no process holds the run's lock; not for a run of this process."""
-        if not os.path.exists(self.paths.marker(run_hash)):
-            return True  # indexed already
-        fd = os.open(self.paths.marker(run_hash), os.O_RDWR)
-        try:
-            return aimwatch.try_lock(fd)
-        finally:
-            os.close(fd)
+        return aimwatch.lock_state(self.paths.marker(run_hash)) in ("free", "absent")  # absent: indexed
 
     def finished_process(self, code: str, begin: str = "run = Run('r')\n") -> Any:
         """Run the code to its end; return (exit code, lines of output, standard error)."""
@@ -1631,7 +1625,7 @@ def child(code):
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
 before = look()
 """
-    IS_FREE = "os._exit(aimwatch.try_lock(os.open(run._paths.marker('r'), os.O_RDWR)))"
+    IS_FREE = "os._exit(aimwatch.lock_state(run._paths.marker('r')) == 'free')"
 
     def test_child_does_nothing_to_its_parents_run(self) -> None:
         code = (
@@ -1925,7 +1919,7 @@ class SecondWriter(ProcessCase):
         if pid == 0:
             code = 2
             with contextlib.suppress(BaseException):
-                code = int(aimwatch.try_lock(os.open(self.paths.marker("r"), os.O_RDWR)) is True)
+                code = int(aimwatch.lock_state(self.paths.marker("r")) == "free")
             os._exit(code)
         return os.waitpid(pid, 0)[1] != 0
 
@@ -1987,8 +1981,8 @@ class SecondWriter(ProcessCase):
     def test_lock_that_somebody_else_took_meanwhile_is_told_once(self) -> None:
         run = self.run_object("r")
         other = self.process(
-            "import os, sys, time\nimport aimwatch\nfd = os.open(sys.argv[1], os.O_RDWR)\n"
-            "while aimwatch.try_lock(fd) is not True: time.sleep(0.01)\nprint('has it')\ntime.sleep(600)",
+            "import sys, time\nimport aimwatch\nlock = aimwatch.FileLock(sys.argv[1])\n"
+            "while not lock.acquire(): time.sleep(0.01)\nprint('has it')\ntime.sleep(600)",
             self.paths.marker("r"),
         )
         open(self.paths.marker("r")).close()
@@ -4414,8 +4408,7 @@ class VanishedFolder(RecordingCase):
         if pid == 0:
             code = 2
             with contextlib.suppress(BaseException):
-                fd = os.open(self.paths.marker("r"), os.O_RDWR)
-                code = int(aimwatch.try_lock(fd) is not False)
+                code = int(aimwatch.lock_state(self.paths.marker("r")) != "held")
             os._exit(code)
         return os.waitpid(pid, 0)[1] == 0
 
@@ -4434,7 +4427,7 @@ class VanishedFolder(RecordingCase):
             self.live.close()
         self.assertEqual(os.listdir(self.paths.runs), ["r.jsonl"])
         (row,) = aimwatch.Repo(self.root).query_runs("run.p.a == 1 and 't' in run.tags").rows
-        self.assertEqual((row.hash, row.state), ("r", "finished"))
+        self.assertEqual((row["hash"], row["state"]), ("r", "finished"))
         live = self.run_object("r")  # and goes on as if nothing had been
         live.track(1, "m", context={"x": 1})
         self.assertEqual(live.metrics()[0].last_step, self.tracked)
