@@ -9161,16 +9161,9 @@ class NotifiersCommands(NotifierCase):
         code, out, err = self.run_cli("notifiers", "list")
         self.assertEqual((code, err), (0, ""))
         lines = [re.split(r"\s{2,}", line) for line in out.strip().split("\n")]
-        default = "stalled,failed,recovered"
-        self.assertEqual(
-            lines,
-            [
-                ["NOTIFIER ID", "TYPE", "STATUS", "EVENTS", "PROBLEM"],
-                ["5c42d699-65cc-4fc9-be9d-60fd1490a398", "slack", "enabled", default],
-                ["5935a6dc-8da2-4eb8-8f0f-9b16f37bcd02", "workplace", "disabled", default],
-                ["b6487000-b521-4a2a-a42b-8fee1b7fa43d", "logger", "enabled", default],
-            ],
-        )
+        ids, default = list(AIM_CONFIG["notifications"]["notifiers"]), "stalled,failed,recovered"
+        rows = zip(ids, ("slack", "workplace", "logger"), ("enabled", "disabled", "enabled"), 3 * [default])
+        self.assertEqual(lines, [["NOTIFIER ID", "TYPE", "STATUS", "EVENTS", "PROBLEM"], *map(list, rows)])
 
     def test_list_as_json_is_for_scripts(self) -> None:
         self.configure(a=hook(GOOD_URL, events=["log"]), b={"type": "pager", "arguments": {"k": "x"}})
