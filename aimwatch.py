@@ -1298,6 +1298,9 @@ class AppendFile:
         self._unsynced: Deque[bytes] = deque()
         self._unsynced_bytes = 0
         self._syncing, self._sync_error = False, ""
+        #: Whether the thread that syncs found the file in its place. Asking has the system send all that was
+        #: written since, so where that thread runs nobody else asks.
+        self._in_place = True
         self._opened = 0
         self._open()
         self._synced_size = self.size
@@ -1387,6 +1390,7 @@ class AppendFile:
         """Keep a line until it is known to be on the disk."""
         self._unsynced.append(line)
         self._written += 1
+        self.size += len(line)
         self._unsynced_bytes += len(line)
         while len(self._unsynced) > self._written - self._synced or self._unsynced_bytes > MAX_WAITING_BYTES:
             self._unsynced_bytes -= len(self._unsynced.popleft())
@@ -1402,14 +1406,15 @@ class AppendFile:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while self._syncing:
             time.sleep(RETRY_S)
-            self._syncing = self.sync() and self._synced < self._written
+            clean = self.sync()
+            self._in_place = self._is_in_place()
+            self._syncing = clean and self._synced < self._written
 
     def sync(self) -> bool:
         """Wait until what was written has reached the disk; False where it is known that it did not."""
-        written, fd, opened = self._written, self._fd, self._opened
+        written, size, opened = self._written, self.size, self._opened
         try:
-            size = os.fstat(fd).st_size
-            os.fsync(fd)
+            os.fsync(self._fd)
         except OSError as error:
             if self._must_sync and opened == self._opened:
                 self._complain(error)
@@ -1459,7 +1464,7 @@ class AppendFile:
         replaced it is begun anew, with the first line of the summary, what waits, and the rest of the
         summary; where only the descriptor went stale, as on a share that went away, it is opened again.
         """
-        if _is_at(self.path, self._identity) and is_still(self._fd, self._identity):
+        if self._in_place if self._syncing else self._is_in_place():
             was_gone, self._gone = self._gone, False
             if self.flush(now=was_gone):
                 self._set_right()
@@ -1472,7 +1477,7 @@ class AppendFile:
                 log.warning("%s is gone (%s); records wait in memory", self.path, error.strerror)
             self._gone = self._in_trouble = True
             return False
-        self._gone = False
+        self._gone, self._in_place = False, True
         self._close_old(old, identity)
         if self._identity != identity:
             first, *rest = self._summary()
@@ -1483,6 +1488,9 @@ class AppendFile:
             log.warning("%s was begun anew: of what it held, only the summary is there", self.path)
         self.flush(now=True)
         return True
+
+    def _is_in_place(self) -> bool:
+        return _is_at(self.path, self._identity) and is_still(self._fd, self._identity)
 
     def _close_old(self, fd: int, identity: Tuple[int, int]) -> None:
         if fd != self._fd and is_still(fd, identity):
