@@ -1683,19 +1683,17 @@ def default_name(run_hash: str) -> str:
 
 def checked_expect_s(value: Any) -> float:
     """Return a promise in seconds as a float. Raises ArgumentTypeError or ArgumentError."""
-    number = None
-    if not isinstance(value, (str, bytes, bytearray, bool)):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        except (TypeError, ValueError):
-            pass
-    if number is None:
+    try:
+        if isinstance(value, (str, bytes, bytearray, bool)):
+            raise TypeError
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    except (TypeError, ValueError):
         raise ArgumentTypeError(
-            f"expect_next_in must be a number of seconds, not {type(value).__name__} "
-            f"({printable(repr(value), 60)}): use 0 for no promise"
-        )
+            f"expect_next_in must be a number of seconds, not {type(value).__name__} ({brief(value)}): "
+            "use 0 for no promise"
+        ) from None
     if not 0 <= number <= MAX_EXPECT_S:
         raise ArgumentError(
             f"expect_next_in must be from 0 to {MAX_EXPECT_S} seconds (ten years), not {value!r}: "
@@ -2863,7 +2861,7 @@ class Run:
                 self._look(time.time())
                 self._checkpoint()
                 size = self._log.close()
-                if size >= 0:
+                if size >= 0 and self._marker.held:
                     self._index_itself(size)
                 self._marker.release()
 
