@@ -2861,7 +2861,7 @@ class Run:
                 self._look(time.time())
                 self._checkpoint()
                 size = self._log.close()
-                if size >= 0 and self._marker.held:
+                if size >= 0:
                     self._index_itself(size)
                 self._marker.release()
 

