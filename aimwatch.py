@@ -3055,6 +3055,7 @@ _PUT_FACT = "INSERT OR IGNORE INTO facts VALUES (?, ?, ?)"
 _DROP_FACT = "DELETE FROM facts WHERE path = ? AND value = ? AND run = ?"
 
 _SERIES_FIELDS = ("count", "min", "max", "last", "first_step", "last_step", "last_epoch", "last_time")
+_METRIC_KEYS = ("name", "context", *_SERIES_FIELDS, "series")
 _HEADER_FIELDS = ("host", "pid", "user", "job", "argv", "cwd", "python")
 
 
@@ -3090,11 +3091,11 @@ def run_row(state: RunState, log_size: int = 0) -> Dict[str, Any]:
 
 
 def _metric_of(series: SeriesState) -> Dict[str, Any]:
-    metric = {"name": series.name, "context": decode_value(series.context)}
-    metric.update((field, getattr(series, field)) for field in _SERIES_FIELDS)
     # Floats also of a live run's ints, so that a run reads the same whoever indexed it.
-    metric.update((field, float(metric[field])) for field in ("min", "max", "last"))
-    return {**metric, "series": series.id}
+    floats = [float(value) for value in (series.min, series.max, series.last)]
+    steps = [series.first_step, series.last_step, series.last_epoch, series.last_time, series.id]
+    context = decode_value(series.context)
+    return dict(zip(_METRIC_KEYS, [series.name, context, series.count, *floats, *steps]))
 
 
 def series_of(metric: Dict[str, Any]) -> SeriesState:
@@ -3135,6 +3136,8 @@ class StoredRow(Dict[str, Any]):
             value = _from_text(self._texts[part])
         except (ValueError, RecursionError):
             raise IndexUnusable(f"the index holds no JSON for run {self['hash']}") from None
+        if part == "metrics":
+            value = [dict(zip(_METRIC_KEYS, values)) for values in value]
         self.update(value if part == "head" else {part: value})
         return dict.__getitem__(self, key)
 
@@ -3147,7 +3150,10 @@ def stored_parts(row: Dict[str, Any]) -> Tuple[Any, ...]:
     """Return a row as the columns of `runs` hold it, and as `StoredRow` takes it."""
     head = {field: row[field] for field in ROW_FIELDS if field not in ("params", "metrics", "log_size")}
     fixed = row["hash"], row["created_at"], int(row["archived"]), row["log_size"]
-    return (*fixed, _to_text(head), _to_text(row["params"]), _to_text(row["metrics"]))
+    metrics = [
+        [metric[key] for key in _METRIC_KEYS] for metric in row["metrics"]
+    ]  # half as long without keys
+    return (*fixed, _to_text(head), _to_text(row["params"]), _to_text(metrics))
 
 
 def facts_of(row: Dict[str, Any]) -> Iterator[Tuple[str, Any]]:
@@ -3388,7 +3394,7 @@ def load_run(paths: RepoPaths, run_hash: str) -> Tuple[Optional[RunState], int, 
     """Return (state, bytes of the log that it covers, what is wrong with the log or "")."""
     path = paths.run_log(run_hash)
     try:
-        size = os.stat(path).st_size
+        size = os.lstat(path).st_size
         state = read_log(path, run_hash)
     except OSError as error:
         return None, 0, f"{path}: {error.strerror}"
@@ -3495,7 +3501,7 @@ class Reindexer:
             self.problems.append(f"{marker.path}: {error.strerror}")
             return False
         try:
-            size = os.stat(self.paths.run_log(run_hash)).st_size
+            size = os.lstat(self.paths.run_log(run_hash)).st_size
         except FileNotFoundError:
             delete_run(db, run_hash)
             return gone
@@ -3544,7 +3550,7 @@ class Reindexer:
             self._probe_mono = _monotonic() + PROBE_S
         for run_hash in self.pending():
             try:
-                size = os.stat(self.paths.run_log(run_hash)).st_size
+                size = os.lstat(self.paths.run_log(run_hash)).st_size
             except OSError:
                 size = -1
             grown = self._sizes.get(run_hash) != size
@@ -4538,7 +4544,7 @@ class Repo:
         hidden = set()
         for run_hash in hashes:
             try:
-                size = os.stat(self._paths.run_log(run_hash)).st_size
+                size = os.lstat(self._paths.run_log(run_hash)).st_size
             except FileNotFoundError:
                 hidden.add(run_hash)
                 continue
