@@ -3136,8 +3136,6 @@ class StoredRow(Dict[str, Any]):
             value = _from_text(self._texts[part])
         except (ValueError, RecursionError):
             raise IndexUnusable(f"the index holds no JSON for run {self['hash']}") from None
-        if part == "metrics":
-            value = [dict(zip(_METRIC_KEYS, values)) for values in value]
         self.update(value if part == "head" else {part: value})
         return dict.__getitem__(self, key)
 
@@ -3150,10 +3148,7 @@ def stored_parts(row: Dict[str, Any]) -> Tuple[Any, ...]:
     """Return a row as the columns of `runs` hold it, and as `StoredRow` takes it."""
     head = {field: row[field] for field in ROW_FIELDS if field not in ("params", "metrics", "log_size")}
     fixed = row["hash"], row["created_at"], int(row["archived"]), row["log_size"]
-    metrics = [
-        [metric[key] for key in _METRIC_KEYS] for metric in row["metrics"]
-    ]  # half as long without keys
-    return (*fixed, _to_text(head), _to_text(row["params"]), _to_text(metrics))
+    return (*fixed, _to_text(head), _to_text(row["params"]), _to_text(row["metrics"]))
 
 
 def facts_of(row: Dict[str, Any]) -> Iterator[Tuple[str, Any]]:
