@@ -5100,6 +5100,8 @@ def default_message(facts: Facts) -> str:
         lines.append(_with("{}", facts, "run.messages"))
         if facts.get("event") == STALLED:
             lines.append(_PROCESS_TEXT.get(facts.get("run.process", ""), ""))
+            if facts.get("run.process") == "alive" and not facts.get("run.frames"):
+                lines.append("it left no stacks: no Python code can run in it, or they are turned off")
         lines.append(_with("last metrics: {}", facts, "run.metrics"))
         lines.append(_with("last errors logged:\n{}", facts, "run.errors"))
         heading = "where it hangs" if facts.get("event") == STALLED else "where it failed"

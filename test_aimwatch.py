@@ -6547,6 +6547,15 @@ class Messages(unittest.TestCase):
         )
         self.assertEqual(aimwatch.default_message(facts_of()), expected)
 
+    def test_process_without_stacks_is_said_to_run_no_python_code(self) -> None:
+        said = "\nit left no stacks: no Python code can run in it, or they are turned off\n"
+        for process, frames, expected in (
+            ("alive", "", True), ("alive", "  t.py:1 in f", False), ("gone", "", False), ("unknown", "", False),
+        ):  # fmt: skip
+            with self.subTest(process=process, frames=frames):
+                text = aimwatch.default_message(facts_of(run_process=process, run_frames=frames))
+                self.assertEqual(said in text, expected, text)
+
     def test_default_message_of_each_event_starts_with_what_happened(self) -> None:
         reason = {"run_reason": "ValueError: {no} <b>"}
         for facts, first in (
