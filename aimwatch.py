@@ -6424,9 +6424,8 @@ class RunTable:
         grace_s = self.grace_s + (FLAP_GRACE_S if watched.flaps else 0.0)
         return watched.since_s + watched.promise_s + grace_s
 
-    def take(self, listing: Iterable[str], now_s: float, now_utc: float, first: bool = False) -> List[Change]:
-        """Compare a listing with the last one and return what changed. At first sight of a
-        repository (`first`) what was there before is noted and not alerted."""
+    def take(self, listing: Iterable[str], now_s: float, now_utc: float) -> List[Change]:
+        """Compare a listing with the last one and return what changed."""
         names = set(listing)
         fresh = names - self.names
         gone = self.names - names if len(names) - len(fresh) < len(self.names) else set()
@@ -6446,7 +6445,7 @@ class RunTable:
         for check_in, name in newest.values():
             changes += self._take_check_in(check_in, name, now_s, now_utc)
         self._note_missing(gone)
-        return [] if first else changes
+        return changes
 
     def take_heartbeat(self, name: str, now_s: float, now_utc: float, gone: Set[str]) -> bool:
         """Take in the check-in of a running run that goes on running; False for anything else.
@@ -6881,12 +6880,11 @@ class Watcher:
         self._crowded = True
         self._said_crowded = False
         self._reported: Set[str] = set()
+        #: How many looks succeeded, and why the last one did not.
+        self.looks, self.trouble = 0, ""
         self._blind_since: Optional[float] = None
-        self._said_blind = False
         self._reminded_s = self._swept_s = 0.0
         self._saved_mono, self._save_cost_s = -math.inf, 0.0
-        #: When the look that is under way began, on the real clock; None between two looks.
-        self.looking_since: Optional[float] = None
         self._lock = FileLock(paths.watcher_lock, flock=True)
         try:
             paths.refuse_planted_links()
@@ -6963,13 +6961,6 @@ class Watcher:
 
     def poll(self) -> List[Change]:
         """Look once, and alert what changed. Never raises for a repository that cannot be read."""
-        self.looking_since = time.monotonic()
-        try:
-            return self._poll()
-        finally:
-            self.looking_since = None
-
-    def _poll(self) -> List[Change]:
         before = self._clock()
         try:
             self.paths.refuse_planted_links()
@@ -6982,13 +6973,14 @@ class Watcher:
             self.looking.look(before, self.poll_interval_s + 1)
             self.looking.look(after, MAX_LISTING_S)
         else:
-            self._note_sight(after)
+            self._note_sight(self._blind_since)
         self.dispatcher.reload_if_changed()
         self._send()  # what the last watcher, or an error, left
-        first, self._first = self._first, False
+        now_s, first, self._first = self.looking.total_s, self._first, False
         self._may_save = False
-        changes = self.table.take(listing, self.looking.total_s, self._utc(), first)
-        now_s = self.looking.total_s
+        changes = self.table.take(listing, now_s, self._utc())
+        if first:
+            changes = []  # what was there before is no news
         if self.looking.accuses:
             changes += self.table.overdue(now_s)
             if self._remind_every_s:
@@ -7012,6 +7004,7 @@ class Watcher:
         self.outbox.flush()
         self.looking.look(self._clock(), MAX_LISTING_S)
         self._save()
+        self.looks += 1
         return changes
 
     def _list(self) -> List[str]:
@@ -7124,31 +7117,16 @@ class Watcher:
         self.dispatcher.notify([Event(f"{what}-{self._utc():.2f}", TROUBLE, self._dated(facts))])
 
     def _note_blind(self, error: OSError) -> None:
-        now = self._clock()
+        now, self.trouble = self._clock(), error.strerror or type(error).__name__
         if self._blind_since is None:
             self._blind_since = now
-            log.error("cannot list %s: %s", error.filename or self.paths.check_ins, error.strerror)
+            log.error("cannot list %s: %s", error.filename or self.paths.check_ins, self.trouble)
         self.looking.look(now, 0.0)
-        if not self._said_blind and now - self._blind_since > HOLD_S:
-            self._said_blind = True
-            self._alert_trouble(
-                "unreachable",
-                f"the repository {self.paths.root} cannot be read for {human_s(HOLD_S)} "
-                f"({error.strerror}): no run in it is watched until it can",
-            )
 
-    def _note_sight(self, now: float) -> None:
-        assert self._blind_since is not None
-        blind_s, self._blind_since = now - self._blind_since, None
+    def _note_sight(self, blind_since: float) -> None:
+        now, self._blind_since, self.trouble = self._clock(), None, ""
         self.looking.look(now, 0.0)
-        log.warning("%s can be read again after %s", self.paths.check_ins, human_s(blind_s))
-        if self._said_blind:
-            self._said_blind = False
-            self._alert_trouble(
-                "reachable",
-                f"the repository {self.paths.root} can be read again after {human_s(blind_s)}; "
-                "its runs are watched",
-            )
+        log.warning("%s can be read again after %s", self.paths.check_ins, human_s(now - blind_since))
 
     def _report_names(self) -> None:
         for name in self.table.reported:
@@ -7271,9 +7249,9 @@ def describe_watcher(paths: RepoPaths) -> str:
 # ======================================================================================
 # Who watches the watcher
 #
-# Signs of life for those who would notice if the watcher itself died: systemd, and a dead-man's
-# switch somewhere on the network; and an alarm for a look that does not come back. None of them can
-# delay a poll, and none is needed.
+# Signs of life for those who would notice if the watcher itself died: systemd, and a dead-man's switch
+# somewhere on the network; and an alarm for a watcher that does not see the repository. None of them
+# can delay a poll.
 # ======================================================================================
 
 
@@ -7288,38 +7266,45 @@ def sd_notify(text: str) -> None:
             link.sendto(text.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
 
 
-class HangAlarm(threading.Thread):
-    """Alerts when a look does not come back, as on a share whose server is gone, where the watcher's
-    own thread hangs in a system call. What it alerts is in no outbox: that lies on the share."""
+#: How often it is asked whether the watcher still sees the repository.
+SIGHT_CHECK_S = 1.5
+
+
+class SightAlarm(threading.Thread):
+    """Alerts, once, when the watcher does not see the repository for a while: the share is away, or the
+    look does not come back. What it alerts is in no outbox, since that lies on the share."""
 
     def __init__(self, watcher: Watcher) -> None:
-        super().__init__(name="aimwatch-hang", daemon=True)
+        super().__init__(name="aimwatch-sight", daemon=True)
         self._watcher = watcher
-        #: When the look began that was alerted.
-        self._alerted: Optional[float] = None
+        self._looks = watcher.looks
+        #: How many checks have found no new look. While the process was stopped there was none.
+        self._blind_checks = 0
 
     def run(self) -> None:
         while True:
-            time.sleep(HOLD_S / 20)
-            self.check(time.monotonic())
+            time.sleep(SIGHT_CHECK_S)
+            self.check()
 
-    def check(self, now_mono: float) -> None:
-        """Alert once a look that takes too long, and once that it came back."""
-        since = self._watcher.looking_since
-        if since is not None and since != self._alerted and now_mono - since > HOLD_S:
-            self._alerted = since
-            self._alert(
-                f"a look at the repository has not come back for {human_s(HOLD_S)}: the file "
-                "system hangs, or is very slow; no run in it is watched until it answers"
-            )
-        elif self._alerted is not None and since != self._alerted:
-            self._alerted = None
-            self._alert("the repository answers again; its runs are watched")
+    def check(self) -> None:
+        """Compare the watcher with what it was SIGHT_CHECK_S ago."""
+        watcher = self._watcher
+        limit = math.ceil((HOLD_S + watcher.poll_interval_s) / SIGHT_CHECK_S)
+        if watcher.looks != self._looks:
+            if self._blind_checks >= limit:
+                self._alert("can be read again; its runs are watched")
+            self._looks, self._blind_checks = watcher.looks, 0
+            return
+        self._blind_checks += 1
+        if self._blind_checks == limit:
+            why = watcher.trouble or "the look does not come back: the file system hangs, or is very slow"
+            self._alert(f"cannot be read for {human_s(HOLD_S)} ({why}): no run in it is watched until it can")
 
-    def _alert(self, reason: str) -> None:
-        log.error("%s: %s", self._watcher.paths.root, reason)
+    def _alert(self, what: str) -> None:
+        reason = f"the repository {self._watcher.paths.root} {what}"
+        log.error("%s", reason)
         facts = {"event": TROUBLE, "run.reason": reason, "repo": self._watcher.paths.root}
-        self._watcher.dispatcher.alarm(Event(f"hangs-{time.time():.2f}", TROUBLE, facts))
+        self._watcher.dispatcher.alarm(Event(f"sight-{time.time():.2f}", TROUBLE, facts))
 
 
 class Pinger(threading.Thread):
@@ -7661,7 +7646,7 @@ def cmd_start(args: Any) -> int:
         return _one_pass(watcher, stop, pinger)
     reindexing = ReindexThread(paths)
     reindexing.start()
-    HangAlarm(watcher).start()
+    SightAlarm(watcher).start()
     if pinger is not None:
         pinger.start()
     terminal = sys.stderr.isatty()

@@ -9172,12 +9172,6 @@ class TestRunTable(unittest.TestCase):
                 for change in changes:
                     self.assertEqual(change.silent_s, 8.0 if state else 0.0)
 
-    def test_first_listing_is_noted_and_not_told(self) -> None:
-        names = [named("a", 1, "failed"), named("b", 1, "finished"), named("c", 1, expect=1)]
-        self.assertEqual(self.table.take(names, 0.0, UTC, first=True), [])
-        self.assertEqual([self.state(run) for run in "abc"], ["failed", "finished", "running"])
-        self.assertEqual([change.run.hash for change in self.table.overdue(6.0)], ["c"])
-
     #: Of one run under a grace of 5 s: at what time which of its files are listed (number, flag, promise), and
     #: what is told.
     LISTINGS = {
@@ -9712,6 +9706,20 @@ class TestUnreachableRepository(WatchCase):
         super().setUp()
         self.away = os.path.join(self.root, "away")
 
+    def look(self, watcher: aimwatch.Watcher, seconds: int) -> None:
+        """Look each second; every three seconds the alarm is checked twice."""
+        for second in range(seconds):
+            super().look(watcher, 1)
+            for _ in range((1, 1, 0)[second % 3]):
+                self.alarm.check()
+
+    def watch(self, **options: Any) -> aimwatch.Watcher:
+        watcher = super().watch(**options)
+        self.alarm = aimwatch.SightAlarm(watcher)
+        self.alarms: List[str] = []
+        watcher.dispatcher.alarm = lambda event: self.alarms.append(event.facts["run.reason"])  # type: ignore
+        return watcher
+
     def test_it_is_told_once_itself_and_counts_against_no_run(self) -> None:
         self.check_in("a", 1, expect=3)
         self.check_in("b", 1, expect=3)
@@ -9719,56 +9727,61 @@ class TestUnreachableRepository(WatchCase):
         self.look(watcher, 4)
         os.rename(self.paths.check_ins, self.away)
         with self.assertLogs(aimwatch.log, "WARNING") as logged:
-            self.look(watcher, 31)
-            self.assertEqual(self.told(), [])
+            self.look(watcher, 30)
+            self.assertEqual(self.alarms, [])
             self.look(watcher, 200)
+            self.assertEqual(len(self.alarms), 1)
             os.rename(self.away, self.paths.check_ins)
             self.look(watcher, 2)
-        self.assertEqual(self.told(), [("", "trouble")] * 2)
-        gone, back = (aimwatch.default_message(item["facts"]) for item in self.events())
-        self.assertIn(f"the repository {self.root} cannot be read for 30 s (No such file or", gone)
-        self.assertIn("can be read again after 3 min 51 s; its runs are watched", back)
+        self.assertEqual(self.told(), [])
+        self.assertEqual(self.alarms, [
+            f"the repository {self.root} cannot be read for 30 s (No such file or directory): no run in it is watched"
+            " until it can",
+            f"the repository {self.root} can be read again; its runs are watched",
+        ])  # fmt: skip
         own = [item.getMessage() for item in logged.records if item.name == "aimwatch"]
         self.assertEqual(sum("cannot list" in message for message in own), 1)
+        self.assertEqual(sum("can be read again after 3 min 50 s" in message for message in own), 1)
         self.check_in("b", 2, expect=3)
         self.look(watcher, 1)
-        self.assertEqual(self.told()[2:], [("a", "stalled")])
+        self.assertEqual(self.told(), [("a", "stalled")])
 
-
-class TestHangAlarm(NotifierCase):
     def test_look_that_does_not_come_back_is_told_and_its_return_too(self) -> None:
+        watcher = self.watch(poll_interval_s=10.0)
+        for checks, alarms in ((26, 0), (1, 1), (100, 1)):
+            for _ in range(checks):
+                self.alarm.check()
+            self.assertEqual(len(self.alarms), alarms)
+        self.assertIn("(the look does not come back: the file system hangs, or is very slow)", self.alarms[0])
+        watcher.poll()
+        for _ in range(3):
+            self.alarm.check()
+        self.assertIn("can be read again", self.alarms[1])
+        self.assertEqual(len(self.alarms), 2)
+
+    def test_moment_without_it_is_not_told(self) -> None:
+        watcher = self.watch()
+        os.rename(self.paths.aim, self.away)
+        self.look(watcher, 20)
+        os.rename(self.away, self.paths.aim)
+        self.look(watcher, 200)
+        self.assertEqual(self.alarms, [])
+
+    def test_alarm_reaches_people_while_the_disk_does_not_answer(self) -> None:
         server = self.webhook()
         self.configure(a=hook(server.url))
-        watcher, gate, real = self.watcher(), self.gate(), os.scandir
-
-        def hang(path: str) -> Any:
-            gate.wait()
-            return real(path)
-
-        alarm = aimwatch.HangAlarm(watcher)
-        with mock.patch.object(aimwatch, "MIN_POST_GAP_S", 0.0), mock.patch.object(os, "scandir", hang):
-            look = threading.Thread(target=watcher.poll)
-            look.start()
-            since = self.wait_for(lambda: watcher.looking_since)
-            for passed_s in (29.0, 31.0, 90.0):  # however long it hangs, it is told once
-                alarm.check(since + passed_s)
+        watcher, gate = self.watcher(), threading.Event()
+        self.addCleanup(gate.set)
+        alarm = aimwatch.SightAlarm(watcher)
+        with mock.patch.object(aimwatch.AppendFile, "append", lambda *_: gate.wait()):
+            writing = threading.Thread(target=watcher.outbox.sent, args=(["x"], "a"))
+            writing.start()
+            for _ in range(30):
+                alarm.check()
             self.wait_for(lambda: server.requests)
             gate.set()
-            look.join()
-            for _ in range(2):
-                alarm.check(since + 100.0)
-            self.wait_for(lambda: len(server.requests) > 1)
-        self.assertIn("a look at the repository has not come back for 30 s", server.texts()[0])
-        self.assertIn("the repository answers again; its runs are watched", server.texts()[1])
-        self.assertEqual(len(server.requests), 2)
-
-    def test_look_that_ends_in_an_error_leaves_nothing_to_be_alarmed_about(self) -> None:
-        watcher = self.watcher()
-        with mock.patch.object(watcher, "_list", side_effect=ZeroDivisionError), self.assertRaises(
-            ZeroDivisionError
-        ):
-            watcher.poll()
-        self.assertIsNone(watcher.looking_since)
+            writing.join()
+        self.assertIn("cannot be read for 30 s", server.texts()[0])
 
 
 class TestSweep(WatchCase):
@@ -10852,7 +10865,7 @@ class TestClosedDoors(WatchCase):
         until = int(time.time()) + 3600
         for path, act in (
             (paths.run_log("r"), run), (paths.marker("r"), run), (paths.stack("r"), run),
-            (os.path.join(paths.news, "r-1-40"), run), (paths.index_lock, run),
+            (os.path.join(paths.news, "r"), run), (paths.index_lock, run),
             (paths.watcher_lock, watch), (paths.outbox, watch), (paths.watcher, watch),
             (paths.config_lock, lambda: self.configure(n={"type": "logger"})),
             (paths.config, lambda: self.configure(n={"type": "logger"})),
