@@ -8709,11 +8709,11 @@ with Run(experiment="demo") as run:
                 time.sleep(60)
 """
 DEMO_GRACE_S, DEMO_POLL_S = 1.0, 0.2
-#: How late a demo event may be told: some polls, and a busy machine.
+#: How late an alert of the demo may be: some polls, and a busy machine.
 DEMO_SLACK_S = 2.0
 
 
-#: The demo's processes: (name, what becomes of it, the signal that it is sent, what must be told).
+#: The demo's processes: (name, what becomes of it, the signal that it is sent, what must be alerted).
 DEMO_FATES = (
     ("finishes", "reaches its end", 0, (FINISHED,)),
     ("raises", "raises an exception", 0, (FAILED,)),
@@ -8787,7 +8787,7 @@ def _demo_run(paths: RepoPaths, processes: contextlib.ExitStack) -> None:
             process.stdout.readline()  # it has checked in and waits
             process.send_signal(number)
     expected = sum(len(must) for _, _, _, must in DEMO_FATES)
-    _demo_wait(lambda: sum(map(len, _demo_told(paths).values())) >= expected)
+    _demo_wait(lambda: sum(map(len, _demo_alerts(paths).values())) >= expected)
     watcher.send_signal(signal.SIGTERM)
     watcher.wait()
     reader.join()
@@ -8806,11 +8806,11 @@ def _demo_wait(done: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def _demo_told(paths: RepoPaths) -> Dict[str, List[Tuple[str, float, float]]]:
-    """Return by run what the outbox says was told of it, but for its start: (event, seconds after its
+def _demo_alerts(paths: RepoPaths) -> Dict[str, List[Tuple[str, float, float]]]:
+    """Return by run what the outbox says was sent about it, but for its start: (event, seconds after its
     check-in, seconds of silence that must pass before)."""
     events: Dict[str, Any] = {}
-    told: Dict[str, List[Tuple[str, float, float]]] = {}
+    alerts: Dict[str, List[Tuple[str, float, float]]] = {}
     with contextlib.suppress(FileNotFoundError), open(paths.outbox, "rb") as file:
         for line, whole in read_lines(file):
             record = json_object(line) or {} if whole else {}
@@ -8822,19 +8822,19 @@ def _demo_told(paths: RepoPaths) -> Dict[str, List[Tuple[str, float, float]]]:
                 silent_s = 2.0 + DEMO_GRACE_S if kind == STALLED else 0.0
                 if kind != STARTED:
                     name = events[event_id]["facts"]["run.name"]
-                    told.setdefault(name, []).append((kind, after_s, silent_s))
-    return told
+                    alerts.setdefault(name, []).append((kind, after_s, silent_s))
+    return alerts
 
 
 def _demo_report(paths: RepoPaths, took_s: float) -> bool:
-    by_run = _demo_told(paths)
+    by_run = _demo_alerts(paths)
     rows = []
     for name, what, _, must in DEMO_FATES:
-        told = by_run.get(name, [])
-        kinds = tuple(kind for kind, _, _ in told)
-        in_time = all(silent <= after <= silent + DEMO_SLACK_S for _, after, silent in told)
-        times = ", ".join(f"{after:.1f} s" for _, after, _ in told)
-        allowed = ", ".join(f"{silent:.0f} to {silent + DEMO_SLACK_S:.0f} s" for _, _, silent in told)
+        alerts = by_run.get(name, [])
+        kinds = tuple(kind for kind, _, _ in alerts)
+        in_time = all(silent <= after <= silent + DEMO_SLACK_S for _, after, silent in alerts)
+        times = ", ".join(f"{after:.1f} s" for _, after, _ in alerts)
+        allowed = ", ".join(f"{silent:.0f} to {silent + DEMO_SLACK_S:.0f} s" for _, _, silent in alerts)
         verdict = "ok" if kinds == must and in_time else "WRONG"
         rows.append((name, what, ", ".join(must), ", ".join(kinds), times, allowed, verdict))
     all_ok = all(row[-1] == "ok" for row in rows)
