@@ -4629,29 +4629,13 @@ WORKPLACE_URL = "https://graph.facebook.com/v14.0"
 #: The text that Aim puts into every new notifier, and that Aim's watcher needs there. It says
 #: nothing of what happened, so ours is sent in its place.
 AIM_DEFAULT_MESSAGE = "❗️ Something wrong with Run '{run.hash}'. Please check. ❗️"
-#: What a message template may name, with what it stands for.
-TEMPLATE_FIELDS = {
-    "event": "stalled, failed, recovered, started, finished or log",
-    "message": "the default message, whole",
-    "repo": "the repository's path",
-    "run.hash": "the run's hash",
-    "run.name": "its name",
-    "run.experiment": "its experiment",
-    "run.host": "the machine it runs on",
-    "run.pid": "its process there",
-    "run.job": "its Slurm, PBS or LSF job",
-    "run.user": "who started it",
-    "run.last_seen": "when the watcher first saw its newest check-in",
-    "run.promised": "within what time it promised to check in again",
-    "run.silent": "for how long nothing new was seen",
-    "run.process": "whether its process is there: gone, alive or unknown",
-    "run.reason": "why it failed",
-    "run.frames": "the innermost frames of the failure, or of where it hangs",
-    "run.metrics": "its last metrics",
-    "run.errors": "its last log messages at error level",
-    "run.messages": "the log messages that a log event is about",
-    "time": "when it was noticed, in UTC",
-}
+#: What a message template may name: `message` is the default message, `run.silent` for how long nothing new
+#: was seen, `run.process` whether the process is there, `run.messages` what a log event is about.
+TEMPLATE_FIELDS = (
+    *("event", "message", "repo", "time", "run.hash", "run.name", "run.experiment", "run.host", "run.pid"),
+    *("run.job", "run.user", "run.last_seen", "run.promised", "run.silent", "run.process", "run.reason"),
+    *("run.frames", "run.metrics", "run.errors", "run.messages"),
+)
 _TEMPLATE_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_.]*)\}")
 
 
@@ -5940,9 +5924,9 @@ class Outbox(OutboxState):
         for notifier_id in set(self.broken()) - keep:
             self.note_mended(notifier_id)
 
-    def compact(self, keep_id: Callable[[str], bool]) -> None:
-        """Rewrite the file, where it has grown, with what still waits, who does not work, and the
-        ids that `keep_id` wants."""
+    def compact(self) -> None:
+        """Rewrite the file, where it has grown, with what still waits and who does not work. What was sent
+        is not asked for again, but for the alert that a notifier does not work."""
         with self._writing:
             try:
                 if not (self._look() and self._file.flush()):
@@ -5956,8 +5940,9 @@ class Outbox(OutboxState):
                         given_up = plural(count, "event")
                         log.error("notifier %s: %s given up: too many wait", notifier_id[:8], given_up)
                 with self._lock:
-                    known = self.known.items()
-                    self.known = {item: to for item, to in known if item in self._waiting or keep_id(item)}
+                    for event_id in [*self.known]:
+                        if event_id not in self._waiting and not event_id.startswith(BROKEN):
+                            del self.known[event_id]
                 data = b"".join(self.lines())
                 replace_file(self.path, data)
                 # The new one first: where it cannot be opened, the old one is found to be gone, and
@@ -7151,7 +7136,7 @@ class Watcher:
             return
         self._swept_s = now_s
         if self._save(now=True):  # what is alerted is known from watcher.json alone from here on
-            self.outbox.compact(lambda event_id: event_id.startswith(BROKEN))
+            self.outbox.compact()
         ended = {run for run, watched in self.table.runs.items() if self._can_sweep(watched, now_s)}
         if not ended:
             return
