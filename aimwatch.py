@@ -2059,8 +2059,8 @@ INDEX_ITSELF_S = 2.0
 LOCK_WAIT_S = 2.0
 #: How often a run looks whether its files are still there, and takes its lock again.
 LOOK_S, LOCK_S = 1.0, 60.0
-#: How long a lock may be that of somebody who looks whether it is held, and on a run, who indexes it.
-PROBE_WAIT_S, INDEXER_WAIT_S = 0.3, BUSY_S + 1.0
+#: How long the lock on a run may be that of somebody who indexes it.
+INDEXER_WAIT_S = BUSY_S + 1.0
 MAX_STEP = 2**63
 #: A longer record is refused, and a longer log message is cut so that it is none.
 MAX_RECORD_BYTES, MAX_LOG_MESSAGE = 1 << 20, 1 << 16
@@ -2124,7 +2124,7 @@ class Run:
                 self.experiment = experiment
 
     @classmethod
-    def to_read(cls, paths: RepoPaths, run_hash: str) -> Run:
+    def _to_read(cls, paths: RepoPaths, run_hash: str) -> Run:
         """Return a run that is only read, and its log when something is first asked of it."""
         run = cls.__new__(cls)
         run._set_up(paths, run_hash, read_only=True)
@@ -4294,8 +4294,8 @@ class QueryResult(Sequence[Run]):
 
     def __getitem__(self, at: Union[int, slice]) -> Union[Run, List[Run]]:
         if isinstance(at, slice):
-            return [Run.to_read(self._paths, row["hash"]) for row in self.found[at]]
-        return Run.to_read(self._paths, self.found[at]["hash"])
+            return [Run._to_read(self._paths, row["hash"]) for row in self.found[at]]
+        return Run._to_read(self._paths, self.found[at]["hash"])
 
     def iter_runs(self) -> Iterator[RunResult]:
         """Yield objects with a `.run`, as Aim's queries do."""
@@ -4344,7 +4344,7 @@ class Repo:
     def get_run(self, run_hash: str) -> Optional[Run]:
         """Return a run to read, or None where there is none of that hash."""
         if RUN_HASH.fullmatch(run_hash) and os.path.exists(self._paths.run_log(run_hash)):
-            return Run.to_read(self._paths, run_hash)
+            return Run._to_read(self._paths, run_hash)
         return None
 
     def find_run(self, prefix: str) -> str:
@@ -4440,7 +4440,7 @@ class Repo:
         run first."""
         _check_options("query_metrics", options)
         return [
-            Metric(Run.to_read(self._paths, row["hash"]), series_of(metric))
+            Metric(Run._to_read(self._paths, row["hash"]), series_of(metric))
             for row, metric in self.metric_rows(q)
         ]
 
@@ -8539,7 +8539,7 @@ def _message_line(message: Dict[str, Any]) -> str:
 def cmd_plot(args: Any) -> int:
     """Draw a metric of a run as a chart in the terminal."""
     repo = Repo(args.repo)
-    run = Run.to_read(repo._paths, repo.find_run(args.hash))
+    run = Run._to_read(repo._paths, repo.find_run(args.hash))
     found = [metric for metric in run.metrics() if metric.name == args.metric]
     if not found:
         known = ", ".join(sorted({printable(metric.name, 60) for metric in run.metrics()})) or "none"

@@ -10707,7 +10707,7 @@ class TestSigns(WatcherProcessCase):
 
 STANDBY = """\
 import sys, aimwatch
-aimwatch.STANDBY_INTERVAL_S = aimwatch.PROBE_WAIT_S = 0.05
+aimwatch.STANDBY_INTERVAL_S = 0.05
 sys.exit(aimwatch.main(["start", "--standby", "--poll-interval", "0.1", "--grace", "0.5"]))
 """
 
