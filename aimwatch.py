@@ -3347,17 +3347,23 @@ class Index:
             # The writer may hold markers, and must release them before those who want them give up.
             busy_s = max(0.05, min(deadline - _monotonic(), BUSY_S))
             try:
-                db = open_index(self.paths.index, busy_timeout_s=busy_s)
-            except Exception as error:
-                # What SQLite says of a file that is missing is also what it says of a folder in its place.
-                if not is_damage(error):
-                    raise
-                if most_runs < math.inf and len(list_runs(self.paths)) > most_runs:
-                    raise IndexBusy(f"{self.paths.index} has to be filled first") from None
-                self.renew()
-                db = open_index(self.paths.index, busy_timeout_s=busy_s)
-            with contextlib.closing(db):
-                yield db
+                with contextlib.closing(self._open(busy_s, most_runs)) as db:
+                    yield db
+            except sqlite_error() as error:
+                if re.search("locked|busy", str(error)):  # by somebody who asks, for longer than we wait
+                    raise IndexBusy(f"{self.paths.index} is in use: try again later") from None
+                raise
+
+    def _open(self, busy_s: float, most_runs: float) -> sqlite3.Connection:
+        try:
+            return open_index(self.paths.index, busy_timeout_s=busy_s)
+        except Exception as error:
+            if not is_damage(error):
+                raise
+        if most_runs < math.inf and len(list_runs(self.paths)) > most_runs:
+            raise IndexBusy(f"{self.paths.index} has to be filled first")
+        self.renew()
+        return open_index(self.paths.index, busy_timeout_s=busy_s)
 
     def renew(self) -> None:
         """Put an empty index in the place of what is there, with every run marked as pending.
@@ -3452,8 +3458,6 @@ class Reindexer:
         try:
             return self._run(hashes, batch_s, wait_s, progress)
         except (*sqlite_error(), IndexUnusable) as error:
-            if re.search("locked|busy", str(error)):  # by somebody who asks, for longer than we wait
-                raise IndexBusy(f"{self.paths.index} is in use: try again later") from None
             if not is_damage(error):
                 raise
             log.warning("%s: %s; filling it anew", self.paths.index, error)
@@ -4452,8 +4456,9 @@ class Repo:
         return found
 
     def _answer(self, query: CompiledQuery) -> List[Tuple[StoredRow, Any]]:
+        """Return what a query finds, newest run first. Raises nothing for any state of the index."""
         with self._asking:
-            for attempt in range(5):
+            for _ in range(5):
                 file = self._index_file()
                 index = self._open_index()
                 if index is None:
@@ -4465,15 +4470,20 @@ class Repo:
                         return found
                     # Another file is there: a run may have come into it, and lost its marker.
                 except (*sqlite_error(), IndexUnusable) as error:
-                    if attempt < 4 and (self._index_file() != file or "readonly" in str(error)):
+                    if self._index_file() != file or "readonly" in str(error):
                         continue  # replaced meanwhile, or to be rolled back after a writer was killed
-                    if attempt or not is_damage(error):
-                        log.warning("%s: %s; reading the run logs", self._paths.index, error)
+                    log.warning("%s: %s; reading the run logs", self._paths.index, error)
+                    if not is_damage(error) or not self._renewed():
                         break
-                    log.warning("%s: %s; filling it anew", self._paths.index, error)
-                    with contextlib.suppress(*sqlite_error(), IndexBusy, OSError), self._index.locked(1.0):
-                        self._index.renew()
             return self._select(query, None)
+
+    def _renewed(self) -> bool:
+        try:
+            with self._index.locked(1.0):
+                self._index.renew()
+        except (*sqlite_error(), IndexBusy, OSError):
+            return False
+        return True
 
     def _select(
         self, query: CompiledQuery, index: Optional[sqlite3.Connection]
