@@ -7776,7 +7776,18 @@ def _check_in_names(paths: RepoPaths) -> List[str]:
         raise RepoError(f"cannot list {paths.check_ins}: {error.strerror}") from None
 
 
-def status_rows(paths: RepoPaths, saved: Dict[str, Any]) -> List[Dict[str, Any]]:
+def status_object(paths: RepoPaths) -> Dict[str, Any]:
+    """Return what `status --json` prints."""
+    saved = read_watcher_file(paths)
+    alive, text = watcher_state(paths, saved, time.time())
+    watcher = {"alive": alive, "text": text}
+    watcher.update((key, saved.get(key)) for key in ("host", "pid", "started_at", "seen_at"))
+    return {"repo": paths.root, "watcher": watcher, "runs": status_rows(paths, saved)}
+
+
+def status_rows(
+    paths: RepoPaths, saved: Dict[str, Any], facts_of: Callable[[RepoPaths, str], Facts] = run_facts
+) -> List[Dict[str, Any]]:
     """Return one object for every run with check-ins: what it last said, and its state as the
     watcher knows it, where a watcher has seen that very check-in."""
     runs = RunTable(0)
@@ -7789,7 +7800,7 @@ def status_rows(paths: RepoPaths, saved: Dict[str, Any]) -> List[Dict[str, Any]]
     rows = []
     for seen in runs.runs.values():
         watched = known.get(seen.name)
-        facts = run_facts(paths, seen.hash) if seen.state != FINISHED else {}
+        facts = facts_of(paths, seen.hash) if seen.state != FINISHED else {}
         rows.append(
             {
                 "hash": seen.hash,
@@ -7813,18 +7824,14 @@ def status_rows(paths: RepoPaths, saved: Dict[str, Any]) -> List[Dict[str, Any]]
 @command("status", AS_JSON, epilog="Exits 1 when any run is stalled or failed, or no watcher is alive.")
 def cmd_status(args: Any) -> int:
     """Show every live run, and whether a watcher is alive."""
-    paths = find_repo(args.repo)
-    now, saved = time.time(), read_watcher_file(paths)
-    alive, text = watcher_state(paths, saved, now)
-    rows = status_rows(paths, saved)
+    found = status_object(find_repo(args.repo))
     if args.json:
-        watcher = {"alive": alive, "text": text}
-        watcher.update((key, saved.get(key)) for key in ("host", "pid", "started_at", "seen_at"))
-        print(json.dumps({"repo": paths.root, "watcher": watcher, "runs": rows}, indent=2))
+        print(json.dumps(found, indent=2))
     else:
-        print(f"repository {paths.root}\n{text}")
-        _print_status(rows, now)
-    return 0 if alive and not any(row["state"] in (STALLED, FAILED) for row in rows) else 1
+        print(f"repository {found['repo']}\n{found['watcher']['text']}")
+        _print_status(found["runs"], time.time())
+    bad = any(row["state"] in (STALLED, FAILED) for row in found["runs"])
+    return 0 if found["watcher"]["alive"] and not bad else 1
 
 
 def _print_status(rows: Sequence[Dict[str, Any]], now: float) -> None:
@@ -8368,27 +8375,33 @@ def shown(value: Any, column: str) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def sorted_by(sort: Optional[str], items: List[Any], cell: Callable[[Any, str], Any]) -> List[Any]:
+    """Return items sorted by a column, or by `-column` the largest first. What is missing comes last, and
+    text after numbers."""
+    if not sort:
+        return items
+    by = sort.lstrip("-")
+    present = [item for item in items if cell(item, by) is not None]
+    present.sort(key=lambda item: _sort_key(cell(item, by)), reverse=sort.startswith("-"))
+    return present + [item for item in items if cell(item, by) is None]
+
+
 def _print_list(
     args: Any, columns: Sequence[str], items: List[Any], cell: Callable[[Any, str], Any], noun: str
 ) -> None:
     """Print what was found as the flags ask: sorted, limited, as a table, JSON or CSV."""
-    if args.sort:
-        by, backwards = args.sort.lstrip("-"), args.sort.startswith("-")
-        # What is missing comes last, and text after numbers.
-        present = [item for item in items if cell(item, by) is not None]
-        missing = [item for item in items if cell(item, by) is None]
-        items = sorted(present, key=lambda item: _sort_key(cell(item, by)), reverse=backwards) + missing
+    items = sorted_by(args.sort, items, cell)
     plain = args.json or args.csv
     limit = args.limit if args.limit is not None else (0 if plain else DEFAULT_LIMIT)
     rows = [[cell(item, column) for column in columns] for item in (items[:limit] if limit else items)]
     if args.json:
-        print(json.dumps([dict(zip(columns, map(_json_cell, row))) for row in rows], indent=2))
+        print(json.dumps([dict(zip(columns, map(json_cell, row))) for row in rows], indent=2))
     elif args.csv:
         import csv
 
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows(map(_csv_cell, row) for row in rows)
+        writer.writerows([csv_cell(value, sys.stdout.isatty()) for value in row] for row in rows)
     else:
         text = [[shown(value, column) for value, column in zip(row, columns)] for row in rows]
         if text:
@@ -8398,13 +8411,13 @@ def _print_list(
         print(counted + more, file=sys.stderr)
 
 
-def _csv_cell(value: Any) -> Any:
+def csv_cell(value: Any, for_terminal: bool = False) -> Any:
     """Return a value as CSV. Text that a spreadsheet would run as a formula is marked as text."""
     if isinstance(value, (dict, list)):
         return json.dumps(value)
     if not isinstance(value, str):
         return "" if value is None else value
-    text = printable(value, len(value) * 10) if sys.stdout.isatty() else value
+    text = printable(value, len(value) * 10) if for_terminal else value
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") and not _is_number(text) else text
 
 
@@ -8416,7 +8429,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _json_cell(value: Any) -> Any:
+def json_cell(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     return encode_value(value, []) if isinstance(value, (dict, list)) else value
@@ -8472,15 +8485,18 @@ def cmd_show(args: Any) -> int:
     row = run_row(state, size)
     messages = list(read_messages(path))
     if args.json:
-        metrics = [{key: _json_cell(value) for key, value in metric.items()} for metric in row["metrics"]]
-        print(json.dumps({**encode_value(row, []), "metrics": metrics, "messages": messages}, indent=2))
+        print(json.dumps(run_object(row, messages), indent=2))
         return 0
-    _show_fields(row)
+    for name, value in run_fields(row):
+        print(f"{name + ':':<13}{printable(str(value), 1000)}")
+    for frame in row["frames"]:
+        print(f"             {printable(str(frame), 300)}")
     if state.skipped:
         print(f"{'damage:':<13}{plural(state.skipped, 'line')} of the log could not be read")
     if row["params"]:
         print("\nparams")
-        print("\n".join(f"  {line}" for line in _param_lines(row["params"], "")))
+        for path, value in param_items(row["params"], ""):
+            print(printable(f"  {path} = {json.dumps(value)}", 300))
     if row["metrics"]:
         print("\nmetrics")
         columns = METRIC_COLUMNS[1:]
@@ -8492,11 +8508,18 @@ def cmd_show(args: Any) -> int:
     if messages:
         print("\nlog messages")
         for message in messages:
-            print(f"  {_message_line(message)}")
+            print(f"  {message_line(message)}")
     return 0
 
 
-def _show_fields(row: Dict[str, Any]) -> None:
+def run_object(row: Dict[str, Any], messages: List[Dict[str, Any]]) -> Dict[str, Any]:
+    """Return what `show --json` prints of a run."""
+    metrics = [{key: json_cell(value) for key, value in metric.items()} for metric in row["metrics"]]
+    return {**encode_value(row, []), "metrics": metrics, "messages": messages}
+
+
+def run_fields(row: Dict[str, Any]) -> List[Tuple[str, Any]]:
+    """Return what `show` prints at the top, each with its name."""
     ended = "not yet" if row["end_time"] is None else f"{local_time(row['end_time'])} ({row['state']})"
     fields = {
         "run": row["hash"],
@@ -8517,22 +8540,20 @@ def _show_fields(row: Dict[str, Any]) -> None:
         "command": " ".join(map(str, row["argv"])) if isinstance(row["argv"], list) else None,
         "python": row["python"],
     }
-    for name, value in fields.items():
-        if value is not None and value != "":
-            print(f"{name + ':':<13}{printable(str(value), 1000)}")
-    for frame in row["frames"]:
-        print(f"             {printable(str(frame), 300)}")
+    return [(name, value) for name, value in fields.items() if value is not None and value != ""]
 
 
-def _param_lines(value: Any, path: str) -> Iterator[str]:
+def param_items(value: Any, path: str) -> Iterator[Tuple[str, Any]]:
+    """Yield params with their dotted paths."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
-            yield from _param_lines(item, f"{path}.{key}" if path else str(key))
+            yield from param_items(item, f"{path}.{key}" if path else str(key))
     else:
-        yield printable(f"{path} = {json.dumps(value)}", 300)
+        yield path, value
 
 
-def _message_line(message: Dict[str, Any]) -> str:
+def message_line(message: Dict[str, Any]) -> str:
+    """Return a log message on one line."""
     names = {number: name for name, number in LOG_LEVELS.items()}
     level = names.get(message["log"], str(message["log"]))
     params = f" {json.dumps(message['params'])}" if message.get("params") else ""

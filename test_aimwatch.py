@@ -5685,9 +5685,8 @@ class RunCommands(StoredCase):
             ("+inf", "+inf"), ("plain", "plain"), ("\x1b[31m", "\x1b[31m"), (-1.5, -1.5), (None, ""), ([1], "[1]"),
         ):  # fmt: skip
             with self.subTest(value=value):
-                self.assertEqual(aimwatch._csv_cell(value), cell)
-        with mock.patch("sys.stdout", _Terminal()):
-            self.assertEqual(aimwatch._csv_cell("=\x1b[31m"), "'=\\x1b[31m")
+                self.assertEqual(aimwatch.csv_cell(value), cell)
+        self.assertEqual(aimwatch.csv_cell("=\x1b[31m", for_terminal=True), "'=\\x1b[31m")
 
     def test_metrics_are_listed(self) -> None:
         out, err = self.fine("metrics")
