@@ -1803,8 +1803,8 @@ def frames_of(error: Optional[BaseException] = None, frame: Optional[FrameType] 
 STACKS_AFTER_S = 0.5
 #: Of so many threads and frames at most, and so many bytes.
 MAX_STACKS, MAX_STACKS_BYTES = 100, 1 << 19
-#: How long a fork waits for the thread to be gone.
-THREAD_END_S = 0.02
+#: How long a fork waits for the thread to be gone: it may hang in a write to a dead share.
+THREAD_END_S = 0.25
 
 
 class _Stacks:
