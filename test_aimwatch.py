@@ -2170,12 +2170,6 @@ run.close()
 """
         self.assertEqual(sorted(self.finished_process(code)[1]), ["False True", "True False", "set()"])
 
-    def test_exit_does_not_wait_for_the_thread(self) -> None:
-        begun = time.monotonic()
-        status, _, err = self.finished_process("run.report_progress(expect_next_in=3600)")
-        self.assertEqual((status, err), (0, ""))
-        self.assertLess(time.monotonic() - begun, 30)
-
 
 class StacksByHand(HandDriven):
     """The thread is not started; `miss` does what it does."""
@@ -2226,16 +2220,6 @@ class StacksByHand(HandDriven):
         run.report_progress(expect_next_in=5)
         self.assertTrue(bell.acquire(blocking=False))
         self.assertEqual(self.start_thread.call_count, 1)
-
-    def test_call_that_does_not_write_leaves_it_alone(self) -> None:
-        run = self.run_object()
-        run.report_progress(expect_next_in=600)
-        with mock.patch.object(aimwatch._Stacks, "arm", self.fail), mock.patch.object(
-            aimwatch._Stacks, "disarm", self.fail
-        ):
-            for _ in range(20):
-                self.clock.pass_(1)
-                run.report_progress(expect_next_in=600)
 
     def test_stacks_are_written_once_and_removed_when_the_run_goes_on_or_ends(self) -> None:
         for goes_on in ({"expect_next_in": 60}, {}, None):
@@ -2570,18 +2554,6 @@ class FullDisk(HandDriven):
         self.clock.pass_(1)
         run.report_progress(expect_next_in=5)
         self.assertEqual(self.promised(run), 6)
-
-    def test_folder_that_is_gone_never_reaches_the_training_loop(self) -> None:
-        run = self.run_object("r")
-        away = self.paths.aim + ".away"
-        os.rename(self.paths.aim, away)
-        with self.assertLogs("aimwatch") as logs:
-            for _ in range(3):
-                run.report_progress(expect_next_in=60, block=True)
-            os.rename(away, self.paths.aim)
-            run.report_progress(expect_next_in=60, block=True)
-        self.assertEqual(len(logs.output), 3, logs.output)
-        self.assertEqual(self.flags("r-")[-1], "check_in")
 
     def test_records_wait_in_order_and_are_logged_once(self) -> None:
         run = self.run_object("r")
@@ -4574,40 +4546,6 @@ class VanishedFolder(RecordingCase):
             clock.now = 1e9  # a clock that was set back
             self.track(aimwatch.CHECKPOINT_LINES + 1)
             self.assertEqual(len(looked), 11)
-
-    def test_outbox_that_was_removed_says_again_what_waits_and_what_was_told(self) -> None:
-        facts = {"event": "failed", "run.hash": "r"}
-        events = [aimwatch.Event(f"r-{n}-failed", "failed", facts) for n in range(4)]
-        outbox = aimwatch.Outbox(self.paths.outbox)
-        outbox.add([(events[0], ["a"]), (events[1], ["a", "b"])])
-        outbox.sent([events[0].id], "a")
-        with open(self.paths.outbox, "rb") as file:
-            old = file.read()
-        for how in ("file", "folder", "replaced"):
-            if how == "folder":
-                shutil.rmtree(self.paths.own)
-            else:
-                os.unlink(self.paths.outbox)
-            if how == "replaced":
-                with open(self.paths.outbox, "wb") as file:
-                    file.write(old)
-            outbox.flush()
-            outbox.sent([events[1].id], "a")
-            again = aimwatch.Outbox(self.paths.outbox)
-            with self.subTest(how):
-                self.assertTrue(again.knows(events[0].id) and again.knows(events[1].id))
-                self.assertEqual([event.id for event in again.waiting_for("a")], [])
-                self.assertEqual([event.id for event in again.waiting_for("b")], [events[1].id])
-            again.close()
-        os.rename(self.paths.aim, self.paths.aim + ".away")
-        outbox.add([(events[2], ["a"])])
-        self.assertFalse(os.path.exists(self.paths.aim))
-        os.rename(self.paths.aim + ".away", self.paths.aim)
-        outbox.flush()
-        outbox.close()
-        again = aimwatch.Outbox(self.paths.outbox)
-        self.assertEqual([event.id for event in again.waiting_for("a")], [events[2].id])
-        again.close()
 
 
 # ------------------------------------------------------------------------------ the index's file
