@@ -184,6 +184,97 @@ def json_object(data: Union[bytes, str]) -> Optional[Dict[str, Any]]:
 
 #: Added to every `open` below a repository: no link is followed, and a FIFO hangs nobody.
 O_SAFE = os.O_NOFOLLOW | os.O_NONBLOCK
+#: Opens a folder only to reach what is in it, which needs no right to list it.
+_O_REACH = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY
+
+
+def open_folder(path: str) -> int:
+    """Return a descriptor of a folder, for `dir_fd`. Raises OSError.
+
+    Below the root of a repository each folder is opened in the one above it, and a link is followed only
+    if root or this user made it. Whoever may write there could otherwise put a link in the place of a
+    folder after it was checked, and have the files of another folder removed.
+    """
+    parts = path.split("/")
+    first = len(parts) - 1 - parts[::-1].index(".aim") if ".aim" in parts else len(parts)
+    fd = os.open("/".join(parts[:first]) or "/", _O_REACH)
+    for at in range(first, len(parts)):
+        above = fd
+        try:
+            fd = _open_folder_in(above, parts[at])
+        except OSError as error:
+            error.filename = "/".join(parts[: at + 1])
+            raise
+        finally:
+            os.close(above)
+    return fd
+
+
+def _open_folder_in(above: int, name: str) -> int:
+    try:
+        return os.open(name, _O_REACH | os.O_NOFOLLOW, dir_fd=above)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR) or not hasattr(os, "O_PATH"):
+            raise
+    link = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=above)
+    try:
+        info = os.fstat(link)
+        if stat.S_ISLNK(info.st_mode) and info.st_uid not in (0, os.geteuid()):
+            why = f"it is a symbolic link that belongs to user {info.st_uid}"
+            raise OSError(errno.ELOOP, why)
+        target = os.readlink("", dir_fd=link) if stat.S_ISLNK(info.st_mode) else name
+        return os.open(target, _O_REACH, dir_fd=above)
+    finally:
+        os.close(link)
+
+
+@contextlib.contextmanager
+def folder_of(path: str) -> Iterator[Tuple[int, str]]:
+    """Open the folder of a file, and yield its descriptor and the name in it. Raises OSError."""
+    folder, name = os.path.split(path)
+    fd = open_folder(folder or ".")
+    try:
+        yield fd, name
+    except OSError as error:
+        error.filename = path
+        raise
+    finally:
+        os.close(fd)
+
+
+def open_below(path: str, flags: int, mode: int = 0o666) -> int:
+    """Open a file as `os.open` does, in a folder that is opened as by `open_folder`, and with O_SAFE.
+
+    A file that is made in a folder with the setgid bit takes what its group may do from the folder,
+    whatever the umask: so several people share a repository. Not one with a private `mode`.
+    """
+    with folder_of(path) as (folder, name):
+        if flags & os.O_CREAT and not flags & os.O_EXCL:
+            # In a sticky folder Linux refuses O_CREAT for a file that is there and is another user's.
+            with contextlib.suppress(FileNotFoundError):
+                return os.open(name, (flags | O_SAFE) & ~os.O_CREAT, dir_fd=folder)
+        fd = os.open(name, flags | O_SAFE, mode, dir_fd=folder)
+        above = os.fstat(folder).st_mode
+        if flags & os.O_CREAT and above & stat.S_ISGID and mode & 0o060:
+            with contextlib.suppress(OSError):
+                os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) & ~0o070 | above & 0o060)
+        return fd
+
+
+def unlink_below(path: str) -> None:
+    """Remove a file from a folder that is opened as by `open_folder`. Raises OSError."""
+    with folder_of(path) as (folder, name):
+        os.unlink(name, dir_fd=folder)
+
+
+def list_below(folder: str) -> List[str]:
+    """Return the names in a folder that is opened as by `open_folder`. Raises OSError."""
+    with folder_of(os.path.join(folder, ".")) as (reached, _):
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=reached)
+        try:
+            return os.listdir(fd)
+        finally:
+            os.close(fd)
 
 
 def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
@@ -193,7 +284,7 @@ def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
     and it has its final `mode` (less the umask) from its first byte.
     """
     temporary = f"{path}.{os.urandom(6).hex()}.tmp"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    fd = open_below(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         try:
             view = memoryview(data)
@@ -202,9 +293,10 @@ def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
-        os.replace(temporary, path)
+        with folder_of(path) as (folder, name):
+            os.replace(os.path.basename(temporary), name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
-        os.unlink(temporary)
+        unlink_below(temporary)
         raise
 
 
@@ -212,7 +304,7 @@ def names_in(folder: str, pattern: str) -> List[str]:
     """Return the names in a folder that match a regular expression as a whole; [] where there is no
     such folder. Raises OSError where it cannot be listed."""
     try:
-        return list(filter(re.compile(pattern).fullmatch, os.listdir(folder)))
+        return list(filter(re.compile(pattern).fullmatch, list_below(folder)))
     except FileNotFoundError:
         return []
 
@@ -223,7 +315,7 @@ def remove_leftovers(path: str) -> None:
     folder, name = os.path.split(path)
     with contextlib.suppress(OSError):
         for found in names_in(folder, re.escape(name) + r"\.[0-9a-f]{12}\.tmp"):
-            os.unlink(os.path.join(folder, found))
+            unlink_below(os.path.join(folder, found))
 
 
 def read_bounded(path: str, limit: int, follow: bool = True) -> bytes:
@@ -287,7 +379,7 @@ def command_line(repo: Optional[str] = None) -> str:
 def open_regular(path: str, how: int = os.O_NOFOLLOW) -> int:
     """Return a descriptor to read a regular file with. Raises OSError, also for anything else: of a
     folder, `os.fdopen` would leave the descriptor open."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | how)
+    fd = open_below(path, os.O_RDONLY) if how else os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
@@ -445,7 +537,7 @@ class FileLock:
             return False
         try:
             while self._key not in self._registry:
-                fd = os.open(self.path, os.O_RDWR | O_SAFE | (os.O_CREAT if create else 0), self._mode)
+                fd = open_below(self.path, os.O_RDWR | (os.O_CREAT if create else 0), self._mode)
                 try:
                     locked = _try_lock(fd, fcntl.LOCK_EX)
                     if locked is not False and self._flock and not _try_flock(fd):
@@ -545,7 +637,7 @@ def lock_state(path: str) -> str:
     try:
         if _real_path(path) in FileLock._registry:
             return "held"
-        fd = os.open(path, os.O_RDONLY | O_SAFE)
+        fd = open_below(path, os.O_RDONLY)
         try:
             # Shared, so that two that only look do not see each other.
             return {True: "free", False: "held", None: "unknown"}[_try_lock(fd, fcntl.LOCK_SH)]
@@ -601,7 +693,8 @@ class RepoPaths:
         self.root = root
         self.aim = os.path.join(root, ".aim")
         self.check_ins = os.path.join(self.aim, "check_ins")
-        self.notifications = os.path.join(self.aim, "ext", "notifications")
+        self.ext = os.path.join(self.aim, "ext")
+        self.notifications = os.path.join(self.ext, "notifications")
         self.config = os.path.join(self.notifications, "config.json")
         self.config_lock = os.path.join(self.notifications, "config.lock")
         self.watcher_lock = os.path.join(self.notifications, "watcher.lock")
@@ -630,28 +723,53 @@ class RepoPaths:
         own = [self.own, self.runs, self.pending, self.news, self.stacks, self.mutes]
         return [self.check_ins, self.notifications, *own]
 
-    def refuse_planted_links(self) -> None:
-        """Raise OSError where a folder, or the index, is a symbolic link that somebody else made: what
-        is written and removed here must stay here."""
-        above = [self.aim, os.path.dirname(self.notifications)]
-        # SQLite follows links; every other file is opened without.
-        for path in [*above, *self.folders(), self.index, f"{self.index}-journal"]:
-            with contextlib.suppress(FileNotFoundError):
+    def check_folders(self) -> None:
+        """Raise OSError where a folder cannot be reached, or is a symbolic link that somebody else made."""
+        for folder in self.folders():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.close(open_folder(folder))
+        for path in (self.index, f"{self.index}-journal"):  # SQLite follows links
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 info = os.lstat(path)
                 if stat.S_ISLNK(info.st_mode) and info.st_uid not in (0, os.geteuid()):
                     why = f"it is a symbolic link that belongs to user {info.st_uid}"
                     raise OSError(errno.ELOOP, why, path)
 
+    refuse_planted_links = check_folders  # shim: goes with its callers
+
     def create(self) -> None:
-        """Make the folders that are missing. Raises RepoError where that is impossible."""
-        for folder in self.folders():
-            try:
-                os.makedirs(folder, exist_ok=True)
-            except OSError as error:
-                raise RepoError(
-                    f"cannot create a repository at {self.root}: {folder}: {error.strerror}: "
-                    "check the path, or choose another folder with --repo or Run(repo=...)"
-                ) from None
+        """Make the folders that are missing: in some of them only their owner writes, whatever the umask.
+        Raises RepoError where that is impossible."""
+        folder = self.root
+        try:
+            os.makedirs(folder, exist_ok=True)
+            for folder in [self.aim, self.ext, *self.folders()]:
+                with folder_of(folder) as (above, name):
+                    try:
+                        os.mkdir(name, 0o755 if folder in self.owners_folders() else 0o777, dir_fd=above)
+                    except FileExistsError:
+                        os.close(open_folder(folder))
+        except OSError as error:
+            raise RepoError(
+                f"cannot create a repository at {self.root}: {folder}: {error.strerror}: "
+                "check the path, or choose another folder with --repo or Run(repo=...)"
+            ) from None
+
+    def owners_folders(self) -> List[str]:
+        """Return the folders in which only the owner of the repository writes."""
+        return [self.aim, self.ext, self.notifications, self.own]
+
+    def share(self, group: int, owner: int = -1) -> None:
+        """Make the folders those of a group whose members all train here, and nobody but the owner watches,
+        indexes, and says who is notified. Raises OSError."""
+        for folder in [self.aim, self.ext, *self.folders()]:
+            with folder_of(folder) as (above, name):
+                fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
+                try:
+                    os.fchown(fd, owner, group)
+                    os.fchmod(fd, 0o2755 if folder in self.owners_folders() else 0o3775)
+                finally:
+                    os.close(fd)
 
 
 def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
@@ -677,15 +795,16 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
     if os.path.basename(root) == ".aim":
         root = os.path.dirname(root)
     paths = RepoPaths(root)
-    for path in (root, paths.aim):
-        if os.path.exists(path) and not os.path.isdir(path):
-            raise RepoError(f"no repository at {root}: {path} is a file, not a folder")
-    if not create and not os.path.isdir(paths.aim):
-        raise RepoError(f"no repository at {root}: run '{command_line(root)} init' or start a run there")
     try:
-        paths.refuse_planted_links()
-    except NotADirectoryError:
-        pass  # said below, with the way out
+        for folder in (root, paths.aim):
+            if not stat.S_ISDIR(os.stat(folder).st_mode):
+                raise RepoError(f"no repository at {root}: {folder} is a file, not a folder")
+        paths.check_folders()
+    except (FileNotFoundError, NotADirectoryError):
+        if not create:
+            raise RepoError(
+                f"no repository at {root}: run '{command_line(root)} init' or start a run there"
+            ) from None
     except OSError as error:
         way_out = ": remove it, or have its owner or root replace it" if error.errno == errno.ELOOP else ""
         raise RepoError(f"cannot use {error.filename}: {error.strerror}{way_out}") from None
@@ -1306,7 +1425,7 @@ class AppendFile:
         self._synced_size = self.size
 
     def _open(self) -> None:
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | O_SAFE, 0o666)
+        fd = open_below(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode):

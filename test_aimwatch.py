@@ -529,11 +529,11 @@ class FileLocks(Case):
         first.acquire()
         real, calls = os.open, []
 
-        def open_late(path: str, *args: Any) -> int:
-            fd = real(path, *args)
-            if path == first.path and not calls:
+        def open_late(path: str, *args: Any, **options: Any) -> int:
+            fd = real(path, *args, **options)
+            if path == os.path.basename(first.path) and not calls:
                 calls.append(path)
-                os.unlink(path)  # by the indexer that held the lock until now
+                os.unlink(first.path)  # by the indexer that held the lock until now
             return fd
 
         first.release()
@@ -691,7 +691,10 @@ class AppendFiles(Case):
         self.file.append(b"1\n")
         os.close(self.file._fd)  # as code that becomes a daemon closes all
         with open(os.path.join(self.root, "users"), "w+b") as users:
-            self.assertEqual(users.fileno(), self.file._fd)
+            number = self.file._fd
+            if users.fileno() != number:
+                os.dup2(users.fileno(), number)
+                self.addCleanup(os.close, number)
             self.assertTrue(self.file.look())
             self.file.append(b"2\n")
             self.assertEqual((self.content(), users.read()), (b"1\n2\n", b""))
@@ -860,7 +863,7 @@ class FindRepo(Case):
         with open(path, "w"):
             pass
         expected = (
-            f"cannot create a repository at {path}/x: {path}/x/.aim/check_ins: Not a directory: "
+            f"cannot create a repository at {path}/x: {path}/x: Not a directory: "
             "check the path, or choose another folder with --repo or Run(repo=...)"
         )
         self.assertEqual(self.refused(f"{path}/x", create=True), expected)
@@ -2655,7 +2658,7 @@ class FullDisk(HandDriven):
 
     def test_constructor_on_a_disk_that_refuses_names_file_and_way_out(self) -> None:
         fds = open_fds()
-        with self.full("os.open"), self.assertRaises(aimwatch.RepoError) as caught:
+        with self.full("aimwatch.open_below"), self.assertRaises(aimwatch.RepoError) as caught:
             Run("r", repo=self.root)
         self.assertEqual(
             str(caught.exception),
@@ -10505,13 +10508,16 @@ class TestClosedDoors(WatchCase):
     def belonging_to(self, uid: int) -> Any:
         """Return a patch in which every symbolic link belongs to that user."""
 
-        def lstat(path: Any, real: Any = os.lstat, **options: Any) -> Any:
-            info = real(path, **options)
-            fields = list(info)
-            fields[stat.ST_UID] = uid if stat.S_ISLNK(info.st_mode) else info.st_uid
-            return os.stat_result(fields)
+        def of_links(real: Any) -> Any:
+            def look(file: Any, **options: Any) -> Any:
+                info = real(file, **options)
+                fields = list(info)
+                fields[stat.ST_UID] = uid if stat.S_ISLNK(info.st_mode) else info.st_uid
+                return os.stat_result(fields)
 
-        return mock.patch("os.lstat", lstat)
+            return look
+
+        return mock.patch.multiple(os, lstat=of_links(os.lstat), fstat=of_links(os.fstat))
 
     def plant(self, folder: str) -> None:
         """Put a link to `outside` in the place of a folder, with what would be removed there."""
