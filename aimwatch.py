@@ -1811,7 +1811,7 @@ def checked_expect_s(value: Any) -> float:
     except (TypeError, ValueError):
         raise ArgumentTypeError(
             f"expect_next_in must be a number of seconds, not {type(value).__name__} ({brief(value)}): "
-            "use 0 for no promise"
+            'use 0 for no promise, "auto" for one that is learned'
         ) from None
     if not 0 <= number <= MAX_EXPECT_S:
         raise ArgumentError(
@@ -2168,8 +2168,14 @@ _process = _Process()
 
 #: What $AIMWATCH_STACKS may say to turn them off.
 _OFF = ("0", "no", "off", "false")
+#: A promise that is learned from the times between reports, and how often these are looked at.
+AUTO, LEARN_S = "auto", 1.0
 #: A promise of 0 is written again this often, so that people see the run alive.
 IDLE_CHECK_IN_S = 30.0
+#: How many of the last lines of a program's output are kept, and how much of each.
+OUTPUT_LINES, OUTPUT_LINE = 20, 300
+#: What the `Run()` of a program sends to the `aimwatch exec` that holds its run: nobody dies of it.
+HAND_OVER = signal.SIGURG
 #: How long a run that ends goes on trying to say so on a disk that refuses.
 END_RETRIES, END_RETRY_S = 4, 0.5
 #: How long a run that closes waits for the index.
@@ -2233,14 +2239,15 @@ class Run:
                 f"repo must be the path of a folder, or a Repo, not {type(repo).__name__} ({brief(repo)})"
             )
         paths = find_repo(None if repo is None else os.fsdecode(repo), create=not read_only)
-        self._set_up(paths, run_hash, read_only)
-        if read_only:
-            self._read()
-        else:
-            self._stacks_on = stacks and os.environ.get("AIMWATCH_STACKS", "").lower() not in _OFF
+        self._stacks_on = stacks and os.environ.get("AIMWATCH_STACKS", "").lower() not in _OFF
+        if read_only or run_hash_given or not self._join(paths):
+            self._set_up(paths, run_hash, read_only)
+            if read_only:
+                self._read()
+                return
             self._open(run_hash_given)
-            if experiment is not None:
-                self.experiment = experiment
+        if experiment is not None:
+            self.experiment = experiment
 
     @classmethod
     def _to_read(cls, paths: RepoPaths, run_hash: str) -> Run:
@@ -2261,6 +2268,25 @@ class Run:
         self._complained = False
         if not read_only:
             self._state = RunState(run_hash)
+
+    def _join(self, paths: RepoPaths) -> bool:
+        """Go on with the run that `aimwatch exec` began for this program; False where there is none, or
+        another of the program's processes has it."""
+        run_hash, repo = (os.environ.get(f"AIMWATCH_{name}", "") for name in ("RUN", "REPO"))
+        if not RUN_HASH.fullmatch(run_hash) or os.path.realpath(repo) != os.path.realpath(paths.root):
+            return False
+        with contextlib.suppress(OSError):
+            header = read_log(paths.run_log(run_hash), run_hash).header
+            if header.get("exec") != header.get("pid") or header.get("host") != this_host():
+                return False
+            with contextlib.suppress(OSError, TypeError, OverflowError):
+                os.kill(header["pid"], HAND_OVER)
+            self._set_up(paths, run_hash, read_only=False)
+            with contextlib.suppress(RunBusyError):
+                self._open(may_exist=True)
+                self._track_reports = True
+                return True
+        return False
 
     # ---------------------------------------------------------------- opening
 
@@ -2296,6 +2322,11 @@ class Run:
         self._disk_idx = -1
         self._deadline = 0.0
         self._promised = False
+        #: What the last report asked for; what "auto" learned, and when (monotonic), NaN after anything else.
+        self._asked: Any = 0
+        self._rhythm, self._learned_mono, self._phase_s = Rhythm(), math.nan, 0.0
+        #: In a program that `aimwatch exec` runs, `track` is a report until there is another.
+        self._track_reports = False
         self._ended: Optional[str] = None
         self._warned_odd = False
         #: Log lines since the last checkpoint.
@@ -2385,14 +2416,15 @@ class Run:
 
     # ---------------------------------------------------------------- progress
 
-    def report_progress(self, *, expect_next_in: Union[int, float] = 0, block: bool = False) -> None:
+    def report_progress(self, *, expect_next_in: Union[int, float, str] = 0, block: bool = False) -> None:
         """Say that the run is alive and promise to say so again within `expect_next_in` seconds.
 
         Made for the innermost loop: a call that the check-in on disk already covers does not
         touch the disk. Never raises for a failing disk.
 
         Arguments:
-            expect_next_in: seconds, int or float; 0 = no promise.
+            expect_next_in: seconds, int or float; 0 = no promise; "auto" = what the times between the
+                reports so far let expect, see `Rhythm`.
             block: write a check-in in any case.
 
         Raises ArgumentTypeError for something that is no number, ArgumentError for NaN, negative
@@ -2401,24 +2433,61 @@ class Run:
         covered, until_mono = self._window
         if expect_next_in == covered and _monotonic() < until_mono and not block:
             return
-        self._report(expect_next_in, block)
+        learns = isinstance(expect_next_in, str) and expect_next_in == AUTO
+        if not learns:
+            checked_expect_s(expect_next_in)
+        if self._may_write("report_progress"):
+            self._asked, self._track_reports = AUTO if learns else expect_next_in, False
+            self._report(self._asked, block)
 
     def _report(self, expect_next_in: Any, block: bool) -> None:
-        expect_s = checked_expect_s(expect_next_in)
-        if not self._may_write("report_progress"):
-            return
         now = _monotonic()
         with self._disk_lock:
+            if expect_next_in is not AUTO:
+                expect_s, self._learned_mono = checked_expect_s(expect_next_in), math.nan
+            else:
+                if not math.isnan(self._learned_mono):
+                    self._rhythm.add(now - self._learned_mono)
+                expect_s, self._learned_mono = self._phase_s or self._rhythm.expect_s, now
             margin_s = promise_margin_s(expect_s)
             # By how much the deadline on disk exceeds the one promised now; NaN: both are "none".
             over_s = self._deadline - (now + expect_s if expect_s else math.inf)
             if not block and self._ended is None and 0 <= over_s <= margin_s + 1:
-                self._window = (expect_next_in, self._deadline - expect_s)
+                until = self._deadline - expect_s
+                self._window = (
+                    expect_next_in,
+                    min(until, now + LEARN_S) if expect_next_in is AUTO else until,
+                )
                 return
         if self._ended is not None:
             self._reopen()
         self._promised = expect_s > 0
         self._write_check_in(CHECK_IN, expect_s, margin_s, expect_next_in)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, *, expect: Union[int, float]) -> Iterator[None]:
+        """Promise that a part of the work, such as a validation, takes at most `expect` seconds.
+
+        Within it, a report with "auto" promises as much again, and nothing is learned of it. After it holds
+        what was promised before::
+
+            with run.phase("eval", expect=1800):
+                evaluate(model)
+        """
+        expect_s = checked_expect_s(expect)
+        if not self._may_write("phase"):
+            yield
+            return
+        self._log_message(logging.DEBUG, f"phase {_checked_text('name', name)}", {"expect": expect_s})
+        outer_s, self._phase_s = self._phase_s, expect_s
+        self._report(expect_s, False)
+        try:
+            yield
+        finally:
+            self._phase_s = outer_s
+            if self._is_mine() and self._ended is None:
+                self._learned_mono = math.nan
+                self._report(outer_s or self._asked, False)
 
     def _write_check_in(
         self, flag: str, expect_s: float, margin_s: float, asked: Any, strict: bool = False
@@ -2452,6 +2521,8 @@ class Run:
                 self._disk_idx = idx
                 self._deadline = now + written_s if written_s else math.inf
                 until = now + (written_s - expect_s if written_s else IDLE_CHECK_IN_S)
+                if asked is AUTO:
+                    until = min(until, now + LEARN_S)
                 self._window = (asked if flag == CHECK_IN else math.nan, until)
         if self._stacks_on and written_s:
             _process.stacks.arm(self._paths.stack(self.hash), now + written_s + STACKS_AFTER_S)
@@ -2511,6 +2582,8 @@ class Run:
         try:
             if now >= self._look_at_s:
                 self._look(now)
+                if self._track_reports and self._ended is None:
+                    self._report(AUTO, False)
             for metric, number in points:
                 self._add_point(metric, number, step, epoch, context, now)
         finally:
@@ -2944,8 +3017,12 @@ class Run:
         else:
             self._end(FAILED, describe_exception(error), frames_of(error))
 
-    def _end(self, flag: str, reason: Optional[str], frames: List[str]) -> None:
-        """Record how the run ended, in its log and then as a check-in. The first end counts."""
+    def _end(self, flag: str, reason: Optional[str], frames: List[str], output: Sequence[str] = ()) -> None:
+        """Record how the run ended, in its log and then as a check-in. The first end counts.
+
+        Arguments:
+            output: the last lines that a program wrote whose run this is.
+        """
         if not self._is_mine() or self._ended is not None:
             return
         self._ended = flag
@@ -2954,7 +3031,7 @@ class Run:
         self._disk_idx, self._deadline, self._window = idx, 0.0, (math.nan, 0.0)
         end: Dict[str, Any] = {"end": flag, "time": round(time.time(), 3), "idx": idx}
         if reason is not None:
-            end.update(reason=reason, frames=frames)
+            end.update(reason=reason, frames=frames, **({"output": list(output)} if output else {}))
         # The log first: who sees the check-in must find the reason.
         self._record(end)
         self._promised = False
@@ -2980,7 +3057,7 @@ class Run:
                 self._look(time.time())
                 self._checkpoint()
                 size = self._log.close()
-                if size >= 0:
+                if size >= 0 and self._ended is not None:  # otherwise another process goes on with it
                     self._index_itself(size)
                 self._marker.release()
 
@@ -3188,7 +3265,7 @@ def run_row(state: RunState, log_size: int = 0) -> Dict[str, Any]:
         params = decode_value(state.params)
     except RecursionError:
         params = {}  # nested too deeply; the run is found by everything else
-    tags, frames = props.get("tags"), end.get("frames")
+    tags, frames = props.get("tags"), end.get("frames") or end.get("output")
     return {
         "hash": state.hash,
         "name": props.get("name") or None,
@@ -4763,7 +4840,7 @@ AIM_DEFAULT_MESSAGE = "❗️ Something wrong with Run '{run.hash}'. Please chec
 TEMPLATE_FIELDS = (
     *("event", "message", "repo", "time", "run.hash", "run.name", "run.experiment", "run.host", "run.pid"),
     *("run.job", "run.user", "run.last_seen", "run.promised", "run.silent", "run.process", "run.reason"),
-    *("run.frames", "run.metrics", "run.errors", "run.messages"),
+    *("run.frames", "run.output", "run.metrics", "run.errors", "run.messages"),
 )
 _TEMPLATE_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_.]*)\}")
 
@@ -5219,6 +5296,7 @@ def default_message(facts: Facts) -> str:
         lines.append(_with("last errors logged:\n{}", facts, "run.errors"))
         heading = "where it hangs" if facts.get("event") == STALLED else "where it failed"
         lines.append(_with(f"{heading}, innermost last:\n{{}}", facts, "run.frames"))
+        lines.append(_with("its last output:\n{}", facts, "run.output"))
     return "\n".join(line for line in [*lines, look_further(facts)] if line)
 
 
@@ -6732,6 +6810,10 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
         frames = state.end.get("frames")
         if isinstance(frames, list):
             facts["run.frames"] = "\n".join(f"  {printable(str(frame), 200)}" for frame in frames[-6:])
+        output = state.end.get("output")
+        if isinstance(output, list):
+            lines = (f"  {printable(str(line), OUTPUT_LINE)}" for line in output[-OUTPUT_LINES:])
+            facts["run.output"] = "\n".join(lines)
     return facts
 
 
@@ -6771,6 +6853,7 @@ def change_facts(paths: RepoPaths, change: Change, in_full: bool = True) -> Fact
         after = "it had failed" if change.old_state == FAILED else f"{human_s(change.silent_s)} of silence"
         facts["run.reason"] = change.note or f"{how} after {after}"
         facts.pop("run.frames", None)
+        facts.pop("run.output", None)
     return {name: value for name, value in facts.items() if value}
 
 
@@ -6815,7 +6898,7 @@ def message_facts(paths: RepoPaths, run_hash: str, messages: Sequence[Dict[str, 
     if len(messages) > len(lines):
         facts["run.reason"] += f", of which the last {len(lines)} are"
     facts["run.messages"] = "\n".join(lines)
-    for field in ("run.frames", "run.errors"):
+    for field in ("run.frames", "run.output", "run.errors"):
         facts.pop(field, None)
     return {name: value for name, value in facts.items() if value}
 
@@ -7510,6 +7593,606 @@ class ReindexThread(threading.Thread):
 
 
 # ======================================================================================
+# Runs without code
+#
+# `aimwatch exec -- command` runs any program as a run. Bytes, terminal, signals and exit status are the
+# program's own: what is done for the run is done beside it, by a thread that may fail or hang.
+# ======================================================================================
+
+#: How much is copied at a time, and how much is kept of the output.
+COPY_BYTES, TAIL_BYTES = 1 << 16, 1 << 14
+#: How long after the program's end its output is copied, where a process that it left behind writes on.
+DRAIN_S = 1.0
+#: Two signals of a kind within this time are one, sent to this process and to the program.
+SAME_SIGNAL_S = 0.2
+#: How long a run may take to open before the program starts, and to end after it did.
+OPEN_WAIT_S, END_WAIT_S = 1.0, 10.0
+FORWARDED = (
+    *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT),
+)
+_ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_=>])")
+
+
+class Output:
+    """What a program wrote: when it wrote last, and the last of it."""
+
+    def __init__(self) -> None:
+        self.at_mono = -math.inf
+        self._tail = b""
+        self._lock = threading.Lock()
+
+    def note(self, data: bytes) -> None:
+        """Take in what was just written to one of its streams."""
+        with self._lock:
+            self.at_mono = _monotonic()
+            self._tail = (self._tail + data[-TAIL_BYTES:])[-TAIL_BYTES:]
+
+    def last_lines(self) -> List[str]:
+        """Return the last lines that are not empty, as a terminal would show them, for people to read."""
+        text = _ESCAPE_SEQUENCE.sub("", self._tail.decode("utf-8", "replace"))
+        lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+        return [printable(line, OUTPUT_LINE) for line in lines if line.strip()][-OUTPUT_LINES:]
+
+
+def copy_output(source: int, target: int, note: Callable[[bytes], None], stop: int = -1) -> bool:
+    """Copy what is written until its end, or until `stop` is readable and nothing waits. False where the
+    target takes nothing any more."""
+    import select
+
+    until_mono = math.inf
+    while True:
+        if stop >= 0:
+            ready = select.select([source, stop], [], [])[0]
+            if stop in ready:
+                until_mono = min(until_mono, _monotonic() + DRAIN_S)
+                if source not in ready or _monotonic() > until_mono:
+                    return True
+        try:
+            data = os.read(source, COPY_BYTES)
+        except OSError:  # nobody has the terminal open any more
+            return True
+        if not data:
+            return True
+        note(data)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(target, view) :]
+        except OSError:
+            return False
+
+
+class Program:
+    """A program that runs as if its user had started it; what it writes passes through this process.
+
+    A third process starts it, the keeper. That leads the session of the program's terminal, without which
+    Ctrl-Z would stop nothing. It gets the signals that all processes of a job are sent, which are then not
+    passed on to a program that has them too. And it goes on copying when this process was killed, or has
+    ended and left processes behind that write.
+    """
+
+    def __init__(self, argv: Sequence[str], output: Output) -> None:
+        """Have everything ready for `start`, while this process has one thread. Raises OSError where no
+        process or terminal can be had."""
+        self.pid = 0
+        #: As `waitpid` gives it; and the errno where the program could not be started.
+        self.status: Optional[int] = None
+        self.error = 0
+        self._output = output
+        #: By signal: when to pass it on, and when the keeper got it.
+        self._due: Dict[int, float] = {}
+        self._kept: Dict[int, float] = {}
+        self._signals: Deque[int] = deque()
+        self.on_start: Callable[[int], None] = lambda pid: None
+        self.on_hand_over: Callable[[], None] = lambda: None
+        #: Pairs of what is copied: from, to. Its own ends, by its descriptor.
+        self._streams: List[Tuple[int, int]] = []
+        ends = {0: 0}
+        for fd in (1, 2):
+            if fd == 2 and os.path.sameopenfile(1, 2):
+                ends[2] = ends[1]  # two pipes would lose the order of what is written to them
+                continue
+            source, ends[fd] = _terminal_like(fd) if os.isatty(fd) else os.pipe()
+            self._streams.append((source, fd))
+        # It gets a terminal of its own where people type into it; otherwise it stays in the session of this
+        # process, and the kernel sends it what is typed in the terminal there.
+        self._terminal = -1
+        if os.isatty(0) and os.isatty(1):
+            import termios
+
+            self._terminal, ends[0], self._modes = self._streams[0][0], ends[1], termios.tcgetattr(0)
+        self._raw = False
+        self._typed = b""
+        self._control, control = os.pipe()
+        alive, self._alive = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if os.fork() == 0:
+            try:
+                os.close(self._control)
+                os.close(self._alive)
+                self._keep(argv, ends, control, alive)
+            finally:
+                os._exit(1)
+        for fd in {*ends.values(), control, alive} - {0}:
+            os.close(fd)
+
+    # ---------------------------------------------------------------- the keeper, and the program
+
+    def _keep(self, argv: Sequence[str], ends: Dict[int, int], control: int, alive: int) -> None:
+        """Start the program and wait for it, in the keeper."""
+
+        def say(kind: str, number: int) -> None:
+            with contextlib.suppress(OSError):  # there is nobody to hear it
+                os.write(control, f"{kind}{number:9d}".encode("ascii"))
+
+        if self._terminal >= 0:
+            import termios
+
+            os.setsid()
+            fcntl.ioctl(ends[1], termios.TIOCSCTTY, 0)
+        for number in FORWARDED:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda number, _: say("g", number))
+        wanted = b""
+        while not wanted.endswith(b"\n"):
+            more = os.read(alive, 1 << 16)
+            if not more:
+                return  # the other process was killed
+            wanted += more
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self._become(argv, {**os.environ, **from_json(wanted)}, ends)
+            except OSError as error:
+                say("e", error.errno or errno.ENOENT)
+            finally:
+                os._exit(127)
+        for fd in set(ends.values()) - {0}:
+            os.close(fd)
+        say("p", pid)
+        after = threading.Thread(target=self._outlive, args=(alive,))
+        after.start()
+        while True:
+            status = os.waitpid(pid, os.WUNTRACED)[1]
+            if not os.WIFSTOPPED(status):
+                break
+            say("s", os.WSTOPSIG(status))
+        say("x", status)
+        after.join()
+
+    def _become(self, argv: Sequence[str], environ: Dict[str, str], ends: Dict[int, int]) -> None:
+        if self._terminal >= 0:
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+            os.setpgid(0, 0)
+            os.tcsetpgrp(ends[1], os.getpid())
+            signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
+            signal.signal(number, signal.SIG_DFL)
+        for fd, end in ends.items():
+            os.dup2(end, fd)
+        try:
+            os.execvpe(argv[0], list(argv), environ)
+        except OSError as error:
+            import shutil
+
+            path = shutil.which(argv[0])
+            if error.errno != errno.ENOEXEC or path is None:
+                raise
+            os.execve("/bin/sh", ["sh", path, *argv[1:]], environ)  # as execvp(3) does
+
+    def _outlive(self, alive: int) -> None:
+        """Copy in the keeper what is written after the other process is gone."""
+        streams: List[Optional[Tuple[int, int]]] = list(self._streams)
+        said = b""
+        while True:
+            said, before = os.read(alive, 1), said
+            if not said:
+                break
+            number = said[0]
+            if number < len(streams):  # nobody reads it any more, which the program has to notice
+                stream, streams[number] = streams[number], None
+                if stream is not None:
+                    os.close(stream[0])
+        if self._terminal >= 0 and before != _ENDED:
+            import termios
+
+            with contextlib.suppress(OSError, termios.error):
+                termios.tcsetattr(0, termios.TCSANOW, self._modes)
+
+        def copy(stream: Tuple[int, int]) -> None:
+            copy_output(*stream, lambda _: None)
+            os.close(stream[0])
+
+        copiers = [threading.Thread(target=copy, args=(stream,)) for stream in streams if stream is not None]
+        for copier in copiers:
+            copier.start()
+        for copier in copiers:
+            copier.join()
+
+    # ---------------------------------------------------------------- this process
+
+    def start(self, environ: Dict[str, str]) -> None:
+        """Start the program, with these variables in its environment besides those of this process."""
+        self._tell_keeper(to_json(environ).encode("ascii") + b"\n")
+
+    def wait(self) -> None:
+        """Pass on bytes and signals until the program has ended and its output has been copied."""
+        import select
+
+        wake, waker = os.pipe()
+        os.set_blocking(waker, False)
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        for number in (*FORWARDED, HAND_OVER, signal.SIGWINCH):
+            if signal.getsignal(number) != signal.SIG_IGN or number == HAND_OVER:
+                signal.signal(number, lambda number, _: self._signals.append(number))
+        stop, stopper = os.pipe()
+        copiers = [
+            threading.Thread(target=self._copy, args=(number, stop), daemon=True)
+            for number in range(len(self._streams))
+        ]
+        for copier in copiers:
+            copier.start()
+        self._set_raw(True)
+        control: Optional[int] = self._control
+        while control is not None:
+            reading, writing = [control, wake], []
+            if self._typed:
+                writing.append(self._terminal)
+            elif self._raw:
+                reading.append(0)
+            wait_s = max(0.0, min(self._due.values()) - _monotonic()) if self._due else None
+            ready, writable, _ = select.select(reading, writing, [], wait_s)
+            if wake in ready:
+                os.read(wake, 4096)
+            if control in ready and not self._hear(control):
+                control = None
+            if 0 in ready:
+                self._read_keys()
+            if writable:
+                self._typed = self._typed[os.write(self._terminal, self._typed[:1024]) :]
+            self._pass_signals_on()
+        self._set_raw(False)
+        os.close(stopper)
+        while any(copier.is_alive() for copier in copiers):
+            copiers[0].join(0.05) if copiers[0].is_alive() else copiers[-1].join(0.05)
+            if self._signals and self._signals.pop() in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                break  # who reads it does not, and somebody has had enough
+        self._tell_keeper(_ENDED)
+
+    def _copy(self, number: int, stop: int) -> None:
+        source, target = self._streams[number]
+        if not copy_output(source, target, self._output.note, stop):
+            self._tell_keeper(bytes([number]))
+            os.close(source)
+
+    def _tell_keeper(self, what: bytes) -> None:
+        with contextlib.suppress(OSError):  # it was killed
+            os.write(self._alive, what)
+
+    def _hear(self, control: int) -> bool:
+        """Take in what the keeper says; False when there will be no more."""
+        said = os.read(control, 10)
+        kind, number = said[:1], int(said[1:] or 0)
+        if kind == b"p":
+            self.pid = number
+            self.on_start(number)
+        elif kind == b"e":
+            self.error = number
+        elif kind == b"g":
+            self._kept[number] = _monotonic()
+            self._due.pop(number, None)
+        elif kind == b"s":
+            if self._terminal >= 0:
+                self._stop()
+        else:
+            self.status = number if kind == b"x" else signal.SIGKILL  # of the keeper itself
+        return self.status is None
+
+    def _pass_signals_on(self) -> None:
+        now = _monotonic()
+        while self._signals:
+            number = self._signals.popleft()
+            if number == HAND_OVER:
+                self.on_hand_over()
+            elif number == signal.SIGWINCH:
+                self._fit()
+            elif now - self._kept.get(number, -math.inf) > SAME_SIGNAL_S:
+                self._due.setdefault(number, now + SAME_SIGNAL_S)
+            if number == signal.SIGCONT:
+                self._set_raw(True)
+        for number in [number for number, due in self._due.items() if now >= due and self.pid]:
+            del self._due[number]
+            with contextlib.suppress(OSError):
+                os.kill(self.pid, number)
+
+    # ---------------------------------------------------------------- its terminal
+
+    def _set_raw(self, raw: bool) -> None:
+        """Let the program's terminal treat what is typed and written, or the one of this process again."""
+        if self._terminal < 0 or raw == self._raw:
+            return
+        import termios
+        import tty
+
+        with contextlib.suppress(OSError, termios.error):
+            if raw and os.tcgetpgrp(0) != os.getpgrp():
+                return  # in the background, nothing is typed into it
+            if raw:
+                tty.setraw(0, termios.TCSANOW)
+            else:
+                termios.tcsetattr(0, termios.TCSANOW, self._modes)
+            modes = termios.tcgetattr(self._terminal)
+            modes[1] = modes[1] & ~termios.OPOST | (self._modes[1] & termios.OPOST if raw else 0)
+            termios.tcsetattr(self._terminal, termios.TCSANOW, modes)
+            self._raw = raw
+            self._fit()
+
+    def _read_keys(self) -> None:
+        try:
+            self._typed = os.read(0, 1024)
+        except OSError:
+            self._typed = b""
+        if not self._typed:
+            self._raw = False  # the terminal is gone
+
+    def _fit(self) -> None:
+        """Give the program's terminals the size of those that they stand for."""
+        for source, target in self._streams:
+            if os.isatty(target):
+                with contextlib.suppress(OSError):
+                    _copy_size(target, source)
+                if self._terminal < 0 and self.pid:
+                    self._due[signal.SIGWINCH] = 0.0  # it may have asked for the size before it was right
+
+    def _stop(self) -> None:
+        """Stop this job as its user stopped the program, and go on when that does."""
+        self._set_raw(False)
+        os.kill(0, signal.SIGTSTP)
+        # Here it goes on. Where nobody could continue it, the kernel did not stop it.
+        self._signals = deque(number for number in self._signals if number != signal.SIGCONT)
+        self._set_raw(True)
+        with contextlib.suppress(OSError):
+            os.killpg(self.pid, signal.SIGCONT)
+
+
+#: What the keeper is told when all is well.
+_ENDED = b"\xff"
+
+
+def _copy_size(source: int, target: int) -> None:
+    import termios
+
+    fcntl.ioctl(target, termios.TIOCSWINSZ, fcntl.ioctl(source, termios.TIOCGWINSZ, bytes(8)))
+
+
+def _terminal_like(fd: int) -> Tuple[int, int]:
+    """Return both ends of a new terminal with the size and the modes of `fd`, but for what that itself does
+    with what is written."""
+    import termios
+
+    outer, inner = os.openpty()
+    modes = termios.tcgetattr(fd)
+    modes[1] &= ~termios.OPOST
+    termios.tcsetattr(inner, termios.TCSANOW, modes)
+    _copy_size(fd, inner)
+    return outer, inner
+
+
+# -------------------------------------------------------------------------- its run
+
+
+def cpu_seconds(program: int) -> float:
+    """Return the processor time that a process, and all that it started, has used; 0 where there is no
+    /proc to read it from."""
+    parents: Dict[int, List[int]] = {}
+    used: Dict[int, int] = {}
+    for name in names_in("/proc", "[0-9]+"):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it has just ended
+            with open(f"/proc/{name}/stat", "rb") as file:
+                fields = file.read().rpartition(b") ")[2].split()
+            parents.setdefault(int(fields[1]), []).append(int(name))
+            used[int(name)] = sum(map(int, fields[11:15]))  # also of its children that have ended
+    total, found = 0, [program]
+    for pid in found:
+        total += used.get(pid, 0)
+        found += parents.get(pid, ())
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def count_oom_kills() -> Optional[int]:
+    """Return how many processes the kernel has killed in this control group since it was out of memory;
+    None where that cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        with open("/proc/self/cgroup", encoding="utf-8") as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+        for _, controllers, path in groups:
+            if controllers not in ("", "memory"):
+                continue
+            v2 = f"/sys/fs/cgroup{path}/memory.events"
+            name = f"/sys/fs/cgroup/memory{path}/memory.oom_control" if controllers else v2
+            with contextlib.suppress(OSError), open(name, encoding="utf-8") as file:
+                match = re.search("^oom_kill ([0-9]+)$", file.read(), re.MULTILINE)
+                if match is not None:
+                    return int(match[1])
+    return None
+
+
+def program_end(status: int, error: int, oom_kills: Optional[int]) -> Tuple[int, str]:
+    """Return the exit code of a program as a shell gives it, and why it failed; "" where it did not.
+
+    Arguments:
+        status: as `waitpid` gives it.
+        error: the errno where the program could not be started.
+        oom_kills: how many processes were killed meanwhile because memory ran out; None: nobody can tell.
+    """
+    if error:
+        return 127 if error in (errno.ENOENT, errno.ENOTDIR) else 126, f"cannot start: {os.strerror(error)}"
+    if os.WIFSIGNALED(status):
+        code, reason = 128 + os.WTERMSIG(status), f"was killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    else:
+        code = os.WEXITSTATUS(status)
+        reason = f"exited with status {code}" if code else ""
+    if code and oom_kills:
+        reason += f" (out of memory: the oom_kill count of its control group rose by {oom_kills})"
+    elif code == 128 + signal.SIGKILL and oom_kills is None:
+        reason += " (out of memory?)"
+    return code, reason
+
+
+class ProgramRun(Run):
+    """The run of a program that is not Python, or does not know of it."""
+
+    def __init__(self, argv: Sequence[str], run_hash: str, repo: str) -> None:
+        self._argv = [argument[:1000] for argument in argv][:100]
+        super().__init__(run_hash, repo=repo, stacks=False)
+
+    def _session_record(self) -> Dict[str, Any]:
+        return {**super()._session_record(), "argv": self._argv, "exec": os.getpid()}
+
+
+class ProgramReporter(threading.Thread):
+    """Holds the run of a program while that does not hold it itself: reports progress when the program
+    writes or computes, and how it ended. In a thread, since a share that hangs must not keep the program
+    from its bytes and signals."""
+
+    #: How often is looked whether there is something to report.
+    LOOK_S = 1.0
+    #: How long a program is silent before its processor time is asked for, and what share of it is life.
+    CPU_AFTER_S, CPU_SHARE = 15.0, 0.05
+    #: A run that the program has ended and let go is taken back after so long: it may be about to exit.
+    TAKE_BACK_S = 10.0
+
+    def __init__(self, open_run: Callable[[], Run], expect: Union[float, str], output: Output) -> None:
+        super().__init__(daemon=True)
+        self._open_run, self._expect, self._output = open_run, expect, output
+        self._cpu_after_s = self.CPU_AFTER_S
+        if isinstance(expect, float) and expect:
+            self._cpu_after_s = min(self.CPU_AFTER_S, expect / 4)
+        self.opened = threading.Event()
+        #: What the program has to know to join its run; empty where there is none.
+        self.environ: Dict[str, str] = {}
+        self.pid = 0
+        self._run: Optional[Run] = None
+        self._wake = threading.Event()
+        self._asked = False
+        self._end_of_program: Optional[Tuple[str, List[str]]] = None
+        self._alive_mono, self._cpu, self._cpu_mono = 0.0, math.inf, math.inf
+        self._free_since = math.inf
+
+    def watch(self, pid: int) -> None:
+        """Note the process whose processor time is a sign of life."""
+        self.pid = pid
+
+    def hand_over(self) -> None:
+        """Let the program have its run."""
+        self._asked = True
+        self._wake.set()
+
+    def finish(self, reason: str, output: List[str]) -> bool:
+        """Say how the program ended; True when that is recorded, or cannot be."""
+        self._end_of_program = reason, output
+        self._wake.set()
+        self.join(END_WAIT_S)
+        return not self.is_alive()
+
+    def run(self) -> None:
+        try:
+            self._take()
+        except Exception as error:  # whatever it is, the program runs
+            what = error if isinstance(error, AimwatchError) else describe_exception(error)
+            log.warning("exec: the program runs, and nobody watches it: %s", what)
+            return
+        finally:
+            self.opened.set()
+        while self._end_of_program is None:
+            self._wake.wait(self.LOOK_S)
+            self._wake.clear()
+            try:
+                self._look()
+            except (AimwatchError, OSError) as error:
+                log.debug("run %s: %s", self._hash, error)
+        with contextlib.suppress(AimwatchError, OSError):
+            self._finish(*self._end_of_program)
+
+    def _take(self) -> None:
+        self._run = self._open_run()
+        self._hash, self._paths = self._run.hash, self._run._paths
+        self.environ = {"AIMWATCH_RUN": self._hash, "AIMWATCH_REPO": self._paths.root}
+        self._alive_mono = _monotonic()
+        self._run.report_progress(expect_next_in=self._expect)
+
+    def _look(self) -> None:
+        asked, self._asked = self._asked, False
+        if self._run is not None and asked:
+            self._run._close_files()
+            self._run, self._free_since = None, _monotonic()
+        elif self._run is None:
+            self._take_back()
+        elif self._is_alive():
+            self._run.report_progress(expect_next_in=self._expect)
+
+    def _is_alive(self) -> bool:
+        now = _monotonic()
+        if self._output.at_mono > self._alive_mono:
+            self._alive_mono = now
+            return True
+        if now - self._alive_mono < self._cpu_after_s or now - self._cpu_mono < self._cpu_after_s:
+            return False
+        (before, cpu_mono), self._cpu, self._cpu_mono = (
+            (self._cpu, self._cpu_mono),
+            cpu_seconds(self.pid),
+            now,
+        )
+        return self._cpu - before > self.CPU_SHARE * (now - cpu_mono)
+
+    def _take_back(self) -> None:
+        """Go on with the run when the program has let it go, and goes on without."""
+        if lock_state(self._paths.marker(self._hash)) in ("held", "unknown"):
+            self._free_since = math.inf
+            return
+        self._free_since = min(self._free_since, _monotonic())
+        ended = read_log(self._paths.run_log(self._hash), self._hash).end is not None
+        # Not at once: what asked for the run may not have it yet.
+        if _monotonic() - self._free_since > (self.TAKE_BACK_S if ended else self.LOOK_S):
+            self._take()
+
+    def _finish(self, reason: str, output: List[str]) -> None:
+        if self._run is None:
+            end = read_log(self._paths.run_log(self._hash), self._hash).end
+            said = end is not None and (end["end"] == FAILED or not reason)
+            if said or lock_state(self._paths.marker(self._hash)) == "held":
+                return  # by what the program left behind
+            self._take()
+        assert self._run is not None
+        if reason:
+            self._run._end(FAILED, reason, [], output)
+        self._run.close()
+
+
+def run_program(argv: Sequence[str], open_run: Callable[[], Run], expect: Union[float, str]) -> int:
+    """Run a program as the run that `open_run` returns, and return its exit code."""
+    output = Output()
+    program = Program(argv, output)
+    reporter = ProgramReporter(open_run, expect, output)
+    reporter.start()
+    reporter.opened.wait(OPEN_WAIT_S)
+    kills_before = count_oom_kills()
+    program.start(reporter.environ)
+    program.on_start, program.on_hand_over = reporter.watch, reporter.hand_over
+    program.wait()
+    kills = count_oom_kills()
+    kills = None if kills is None or kills_before is None else kills - kills_before
+    code, reason = program_end(program.status or 0, program.error, kills)
+    if program.error:
+        print(f"{command_line()}: exec: {argv[0]}: {os.strerror(program.error)}", file=sys.stderr)
+    if not reporter.finish(reason, output.last_lines()):
+        os._exit(code)  # a share hangs, and would hang the end of this process too
+    return code
+
+
+# ======================================================================================
 # Command line
 #
 # `main` turns errors into one line on stderr and an exit code: 0 fine, 1 something is wrong,
@@ -7793,6 +8476,63 @@ def cmd_start(args: Any) -> int:
         reindexing.stop(0.5)
     log.info("stopped")
     return 0
+
+
+def learned_or_seconds(text: str) -> Union[float, str]:
+    """Return the promise of a program's run: "auto" or seconds, 0 for none."""
+    return text if text == AUTO else seconds_from(0)(text)
+
+
+def key_value(text: str) -> Tuple[List[str], Any]:
+    """Return the path and the value of `hparams.lr=0.1`: JSON, or text where it is none."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise AimwatchError(f"{text!r} is not of the form name=value, such as hparams.lr=0.1")
+    try:
+        return key.split("."), from_json(value)
+    except (ValueError, RecursionError):
+        return key.split("."), value
+
+
+@command(
+    "exec",
+    argument("--name", help="the run's name (default: none)"),
+    argument("--experiment", help="the experiment that the run belongs to"),
+    argument("--tag", action="append", default=[], help="a tag; may be given several times"),
+    argument(
+        "--param",
+        type=key_value,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a param, such as hparams.lr=0.1; may be given several times",
+    ),
+    argument(
+        "--expect",
+        type=learned_or_seconds,
+        default=AUTO,
+        metavar="S",
+        help="seconds within which it writes or computes; 0: no promise (default: learned from its output)",
+    ),
+    argument("argv", nargs="A...", metavar="COMMAND", help="the program and its arguments, after --"),
+)
+def cmd_exec(args: Any) -> int:
+    """Run a program of any kind as a run, and exit with its status."""
+    argv = args.argv[1:] if args.argv[0] == "--" else args.argv
+    if not argv:
+        raise AimwatchError("exec: no command: give the program and its arguments after --")
+    run_hash = os.urandom(12).hex()
+
+    def open_run() -> Run:
+        run = ProgramRun(argv, run_hash, find_repo(args.repo, create=True).root)
+        if run._state.end is None and not run._state.props and not run._state.params:
+            described = {"name": args.name, "experiment": args.experiment, "tags": args.tag}
+            run._set_props(**{name: value for name, value in described.items() if value})
+            for path, value in args.param:
+                run[tuple(path)] = value
+        return run
+
+    return run_program(argv, open_run, args.expect)
 
 
 #: How often a watcher that stands by asks whether the watch is free.
