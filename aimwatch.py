@@ -2277,13 +2277,14 @@ class Run:
             return False
         with contextlib.suppress(OSError):
             header = read_log(paths.run_log(run_hash), run_hash).header
-            if header.get("exec") != header.get("pid") or header.get("host") != this_host():
-                return False
-            with contextlib.suppress(OSError, TypeError, OverflowError):
-                os.kill(header["pid"], HAND_OVER)
+            wait_s = 0.0
+            if header.get("exec") == header.get("pid") and header.get("host") == this_host():
+                with contextlib.suppress(OSError, TypeError, OverflowError):
+                    os.kill(header["pid"], HAND_OVER)
+                    wait_s = INDEXER_WAIT_S
             self._set_up(paths, run_hash, read_only=False)
             with contextlib.suppress(RunBusyError):
-                self._open(may_exist=True)
+                self._open(may_exist=True, wait_s=wait_s)
                 self._track_reports = True
                 return True
         return False
@@ -2315,7 +2316,7 @@ class Run:
             del self._state  # asked again, it says so again
             raise RepoError(f"cannot read {path}: {problem}")
 
-    def _open(self, may_exist: bool) -> None:
+    def _open(self, may_exist: bool, wait_s: float = INDEXER_WAIT_S) -> None:
         # Reentrant: the SIGTERM handler runs on top of whatever the main thread was doing.
         self._lock = threading.RLock()
         self._disk_lock = threading.RLock()
@@ -2340,7 +2341,7 @@ class Run:
         self._marker = FileLock(self._paths.marker(self.hash))
         try:
             with contextlib.ExitStack() as undo:
-                self._take_marker()
+                self._take_marker(wait_s)
                 undo.callback(self._marker.release)
                 self._log = AppendFile(self._paths.run_log(self.hash), self._summary)
                 undo.callback(self._log.close)
@@ -2369,13 +2370,13 @@ class Run:
             return {"resume": now, **describe_session()}
         return {"format": LOG_FORMAT, "hash": self.hash, "created_at": now, **describe_session()}
 
-    def _take_marker(self) -> None:
+    def _take_marker(self, wait_s: float) -> None:
         """Lock `pending/<hash>`, which says that this process writes the run."""
         if any(run._is_mine() and run._marker._key == self._marker._key for run in list(_process.runs)):
             raise RunBusyError(
                 f"run {self.hash} is already open in this process: use that object, or close it first"
             )
-        locked = self._marker.acquire(INDEXER_WAIT_S)
+        locked = self._marker.acquire(wait_s)
         if locked is None:
             log.warning(
                 "%s: this file system has no record locks: a second writer of run %s would not be noticed",
@@ -2461,7 +2462,7 @@ class Run:
                 return
         if self._ended is not None:
             self._reopen()
-        self._promised = expect_s > 0
+        self._promised = expect_s > 0 and not self._track_reports
         self._write_check_in(CHECK_IN, expect_s, margin_s, expect_next_in)
 
     @contextlib.contextmanager
@@ -7905,7 +7906,9 @@ class Program:
         for number in [number for number, due in self._due.items() if now >= due and self.pid]:
             del self._due[number]
             with contextlib.suppress(OSError):
-                os.kill(self.pid, number)
+                # Whose terminal goes away is told with all that it runs there.
+                hung_up = number == signal.SIGHUP and self._terminal >= 0
+                os.kill(-self.pid if hung_up else self.pid, number)
 
     # ---------------------------------------------------------------- its terminal
 
@@ -8078,7 +8081,7 @@ class ProgramReporter(threading.Thread):
         self._wake = threading.Event()
         self._asked = False
         self._end_of_program: Optional[Tuple[str, List[str]]] = None
-        self._alive_mono, self._cpu, self._cpu_mono = 0.0, math.inf, math.inf
+        self._alive_mono, self._cpu, self._cpu_mono = 0.0, math.inf, -math.inf
         self._free_since = math.inf
 
     def watch(self, pid: int) -> None:
@@ -8525,9 +8528,10 @@ def cmd_exec(args: Any) -> int:
 
     def open_run() -> Run:
         run = ProgramRun(argv, run_hash, find_repo(args.repo, create=True).root)
-        if run._state.end is None and not run._state.props and not run._state.params:
+        if "resume" not in run._state.header:
             described = {"name": args.name, "experiment": args.experiment, "tags": args.tag}
-            run._set_props(**{name: value for name, value in described.items() if value})
+            if any(described.values()):
+                run._set_props(**{name: value for name, value in described.items() if value})
             for path, value in args.param:
                 run[tuple(path)] = value
         return run
@@ -9722,8 +9726,13 @@ def _demo_report(paths: RepoPaths, took_s: float) -> bool:
 # -------------------------------------------------------------------------- parser and main
 
 
-def build_parser() -> Any:
-    """Return the parser of the command line, made of what stands above the commands."""
+def build_parser(argv: Optional[Sequence[str]] = None) -> Any:
+    """Return the parser of the command line, made of what stands above the commands.
+
+    Arguments:
+        argv: what will be parsed: where it names a command, the others are left out, since a program that
+            is run through `exec` waits for this.
+    """
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -9753,7 +9762,9 @@ def build_parser() -> Any:
         return to.add_subparsers(title="commands", metavar="COMMAND", required=True, dest=dest)
 
     groups = {"": add_group(parser, "verb")}
-    for name, (do, arguments, epilog) in _COMMANDS.items():
+    named = [name for name in _COMMANDS if name.partition(" ")[0] in (argv or ())]
+    for name in named or _COMMANDS:
+        do, arguments, epilog = _COMMANDS[name]
         group, _, verb = name.rpartition(" ")
         if group not in groups:
             groups[group] = add_group(add(groups[""], group, _GROUPS[group]), "sub")
@@ -9781,7 +9792,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     try:
         # Given here, since a default of the parser would undo a --repo before the command.
-        args = build_parser().parse_args(argv, argparse.Namespace(repo=None))
+        argv = sys.argv[1:] if argv is None else argv
+        args = build_parser(argv).parse_args(argv, argparse.Namespace(repo=None))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
     _log_to_stderr(timed=False)

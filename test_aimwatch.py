@@ -51,9 +51,11 @@ import sqlite3
 import ssl
 import stat
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -10911,6 +10913,441 @@ def parser_commands(parser: Any = None, path: Tuple[str, ...] = ()) -> Dict[Tupl
             for name, below in action.choices.items():
                 found.update(parser_commands(below, (*path, name)))
     return found or {path: parser}
+
+
+class ExecCase(WatcherProcessCase):
+    def program(
+        self, *argv: str, options: Sequence[str] = (), stdin: Any = subprocess.DEVNULL, **popen: Any
+    ) -> Any:
+        """Start a program through `exec`, in a group of its own, with pipes of bytes; killed with the test."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "aimwatch", "--repo", self.root, "exec", *options, "--", *argv], stdin=stdin,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True, **popen},
+        )  # fmt: skip
+        self.addCleanup(self._end_group, process)
+        return process
+
+    def _end_group(self, process: Any) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+    def python(self, code: str, *argv: str, **options: Any) -> Any:
+        return self.program(sys.executable, "-c", code, *argv, **options)
+
+    def the_run(self) -> Dict[str, Any]:
+        """Return the row of the newest run."""
+        name = max(
+            os.listdir(self.paths.runs), key=lambda name: os.stat(f"{self.paths.runs}/{name}").st_ctime_ns
+        )
+        return aimwatch.run_row(aimwatch.read_log(os.path.join(self.paths.runs, name), name[:-6]))
+
+
+#: Prints each SIGUSR1 that it gets, and at SIGTERM how many they were.
+COUNTS_SIGNALS = """
+import os, signal, time
+got = []
+def usr1(*_):
+    got.append(1)
+    print("USR1", flush=True)
+def term(*_):
+    print(len(got), flush=True)
+    os._exit(0)
+signal.signal(signal.SIGUSR1, usr1)
+signal.signal(signal.SIGTERM, term)
+print("ready", os.getppid(), os.getpid(), flush=True)
+while True:
+    time.sleep(10)
+"""
+
+
+class RunsWithoutCode(ExecCase):
+    def test_status_is_the_programs_and_the_run_says_why(self) -> None:
+        script = os.path.join(self.root, "script")
+        with open(script, "w") as file:
+            file.write("echo no first line with a program; exit 6\n")
+        for argv, code, reason, said in (
+            (["true"], 0, None, ""),
+            (["sh", "-c", "exit 3"], 3, "exited with status 3", ""),
+            (["sh", "-c", "kill -9 $$"], 137, r"was killed by SIGKILL( \(out of memory\?\))?", ""),
+            (["sh", "-c", "kill -15 $$"], 143, "was killed by SIGTERM", ""),
+            (
+                ["no-such-program"],
+                127,
+                "cannot start: No such file or directory",
+                "no-such-program: No such file",
+            ),
+            ([script], 126, "cannot start: Permission denied", ": Permission denied"),
+            (["./script"], 6, "exited with status 6", ""),
+            (["sh", "-c", "exec >&- 2>&-; sleep 0.1; exit 7"], 7, "exited with status 7", ""),
+        ):
+            with self.subTest(argv):
+                os.chmod(script, 0o755 if argv[0].startswith("./") else 0o644)
+                process = self.program(*argv, cwd=self.root)
+                err = process.communicate(timeout=30)[1].decode()
+                self.assertEqual(code, process.returncode, err)
+                self.assertIn(said, err)
+                self.assertEqual(bool(said), bool(err), err)
+                row = self.the_run()
+                self.assertEqual(argv, row["argv"])
+                self.assertEqual("failed" if reason else "finished", row["state"])
+                self.assertRegex(row["reason"] or "", reason or "^$")
+
+    def test_reason_names_memory_where_the_kernel_does(self) -> None:
+        killed, group = signal.SIGKILL, " (out of memory: the oom_kill count of its control group rose by 1)"
+        for status, error, kills, expected in (
+            (0, 0, 0, (0, "")),
+            (killed, 0, 0, (137, "was killed by SIGKILL")),
+            (killed, 0, None, (137, "was killed by SIGKILL (out of memory?)")),
+            (killed, 0, 1, (137, "was killed by SIGKILL" + group)),
+            (137 << 8, 0, 1, (137, "exited with status 137" + group)),
+            (signal.SIGSEGV | 0x80, 0, None, (139, "was killed by SIGSEGV")),
+            (127 << 8, errno.ENOTDIR, 0, (127, "cannot start: Not a directory")),
+        ):
+            with self.subTest(status=status, error=error, kills=kills):
+                self.assertEqual(expected, aimwatch.program_end(status, error, kills))
+
+    def test_run_is_described_by_options(self) -> None:
+        options = (
+            "--name night --experiment e --tag a --tag b --param hparams.lr=0.5 --param data=c4 --param n=[1]"
+        )
+        self.program("true", options=options.split()).communicate(timeout=30)
+        row = self.the_run()
+        self.assertEqual(("night", "e", ["a", "b"]), (row["name"], row["experiment"], row["tags"]))
+        self.assertEqual({"hparams": {"lr": 0.5}, "data": "c4", "n": [1]}, row["params"])
+        for argv, said in (
+            (["exec"], "required: COMMAND"),
+            (["exec", "--"], "COMMAND"),
+            (["exec", "--expect", "-1", "true"], "not a number of seconds"),
+            (["exec", "--param", "lr", "--", "true"], "'lr' is not of the form name=value"),
+            (["exec", "--param", ".=1", "--", "true"], "not of the form"),
+        ):
+            with self.subTest(argv):
+                code, _, err = self.run_cli(*argv)
+                self.assertEqual(2, code)
+                self.assertIn(said, err)
+
+    def test_bytes_pass_through_in_both_directions(self) -> None:
+        data = (
+            random.Random(1).randbytes(3_000_000)
+            if hasattr(random.Random, "randbytes")
+            else os.urandom(3_000_000)
+        )
+        process = self.program("cat", stdin=subprocess.PIPE)
+        self.assertEqual((data, b""), process.communicate(data, timeout=60))
+        both = "for i in 1 2 3 4 5; do echo out; echo err >&2; done"
+        process = self.program("sh", "-c", both, stderr=subprocess.STDOUT)
+        self.assertEqual(b"out\nerr\n" * 5, process.communicate(timeout=30)[0])
+        process = self.program("sh", "-c", both)
+        self.assertEqual((b"out\n" * 5, b"err\n" * 5), process.communicate(timeout=30))
+
+    def test_last_lines_are_kept_and_defused(self) -> None:
+        out = aimwatch.Output()
+        out.note(b"lost\n" + b"x" * 20_000 + b"\n")
+        for number in range(30):
+            out.note(b"line %d\n" % number)
+        out.note(b"\n  1%\r 50%\r100%\r\n\x1b[31mred\x1b[0m \x1b]0;title\x07\a \xff \xe2\x80\xae\nno end")
+        lines = out.last_lines()
+        self.assertEqual(20, len(lines))
+        self.assertEqual(["100%", "red \\x07 \ufffd \\x202e", "no end"], lines[-3:])
+        self.assertEqual("line 13", lines[0])
+        self.program("sh", "-c", "echo to stderr >&2; exit 1").communicate(timeout=30)
+        row = self.the_run()
+        self.assertEqual(["to stderr"], row["frames"])
+        self.assertIn("to stderr", self.run_cli("show", row["hash"])[1])
+        self.assertIn("its last output:\n  to stderr", aimwatch.default_message(
+            {**aimwatch.run_facts(self.paths, row["hash"]), "event": "failed"}))  # fmt: skip
+
+    def test_program_runs_where_nobody_can_watch(self) -> None:
+        with open(os.path.join(self.root, "file"), "w"):
+            pass
+        self.root += "/file"
+        process = self.program("sh", "-c", "echo works; exit 4")
+        out, err = process.communicate(timeout=30)
+        self.assertEqual((4, b"works\n"), (process.returncode, out))
+        self.assertRegex(
+            err.decode(), r"\Aaimwatch: exec: the program runs, and nobody watches it: .*file.*\n\Z"
+        )
+
+    def test_reader_that_goes_away_is_seen_by_the_program(self) -> None:
+        process = self.program("yes")
+        process.stdout.read(10)
+        process.stdout.close()
+        self.assertEqual(128 + signal.SIGPIPE, process.wait(30))
+
+    def test_little_is_held_of_what_nobody_reads(self) -> None:
+        code = """
+import os, sys, time
+os.set_blocking(1, False)
+sent, until = 0, time.monotonic() + 1
+while time.monotonic() < until:
+    try:
+        sent += os.write(1, bytes(4096))
+        until = time.monotonic() + 1
+    except BlockingIOError:
+        time.sleep(0.01)
+print(sent, file=sys.stderr, flush=True)
+os._exit(0)
+"""
+        process = self.python(code)
+        self.assertLess(int(process.stderr.readline()), 1 << 20)
+        process.stdout.read()
+
+    def test_what_a_program_leaves_behind_writes_on(self) -> None:
+        process = self.program(
+            "sh", "-c", "exec 3<&0; (read x <&3; echo late) & echo early; exit 5", stdin=subprocess.PIPE
+        )
+        self.assertEqual(5, process.wait(30))
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+        self.assertEqual(b"early\nlate\n", process.stdout.read())
+
+    def test_program_outlives_a_killed_exec(self) -> None:
+        process = self.program("sh", "-c", "echo begun; read x; echo goes on; exit 0", stdin=subprocess.PIPE)
+        self.assertEqual(b"begun\n", process.stdout.readline())
+        process.kill()
+        process.wait()
+        self.assertEqual("free", aimwatch.lock_state(self.paths.marker(self.the_run()["hash"])))
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+        self.assertEqual(b"goes on\n", process.stdout.read())
+
+    def test_each_signal_arrives_once(self) -> None:
+        def one(process: Any, pids: List[int]) -> None:
+            process.send_signal(signal.SIGUSR1)
+
+        def group(process: Any, pids: List[int]) -> None:
+            os.killpg(process.pid, signal.SIGUSR1)
+
+        def step(process: Any, pids: List[int]) -> None:
+            for pid in (process.pid, *pids):
+                os.kill(pid, signal.SIGUSR1)
+
+        def backwards(process: Any, pids: List[int]) -> None:
+            step(process, [])
+            for pid in reversed(pids):
+                os.kill(pid, signal.SIGUSR1)
+
+        for send in (one, group, step, backwards):
+            with self.subTest(send.__name__):
+                process = self.python(COUNTS_SIGNALS)
+                pids = list(map(int, process.stdout.readline().split()[1:]))
+                send(process, pids)
+                self.assertEqual(b"USR1\n", process.stdout.readline())
+                time.sleep(3 * aimwatch.SAME_SIGNAL_S)  # within which a second one would come
+                process.terminate()
+                self.assertEqual(b"1\n", process.stdout.readline())
+                self.assertEqual(0, process.wait(30))
+
+    def test_what_was_ignored_stays_ignored(self) -> None:
+        code = "import signal; print(*(signal.getsignal(n) == signal.SIG_IGN for n in (1, 10, 13)))"
+        ignored = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+        # Python itself ignores SIGPIPE, and the program is Python too.
+        process = self.program("sh", "-c", "trap 2>&1; grep SigIgn /proc/self/status", preexec_fn=ignored)
+        shown = process.communicate(timeout=30)[0].split()
+        if shown:
+            self.assertEqual(1, int(shown[-1], 16))
+        self.assertEqual(b"False False True\n", self.python(code).communicate(timeout=30)[0])
+
+
+class HeartbeatsOfPrograms(ExecCase):
+    def numbers(self) -> List[int]:
+        return [int(name.split("-")[1]) for name in self.check_ins()]
+
+    def test_output_and_computing_are_signs_of_life(self) -> None:
+        silent, slow = (
+            "import time; time.sleep(600)",
+            "import time\nwhile True: print(end='.', flush=True); time.sleep(.1)",
+        )
+        for code, lives in ((silent, False), (slow, True), ("while True: pass", True)):
+            with self.subTest(code):
+                process = self.python(code, options=["--expect", "1"])
+                self.wait_for(lambda: self.flags()[-1:] == ["check_in"])
+                first = self.numbers()[-1]
+                if lives:
+                    self.wait_for(lambda: self.numbers()[-1] >= first + 2)
+                else:
+                    time.sleep(3)
+                    self.assertEqual(first, self.numbers()[-1])
+                self.assertEqual("00002", self.check_ins()[-1].split("-")[-1])
+                self._end_group(process)
+                for name in self.check_ins():
+                    os.unlink(os.path.join(self.paths.check_ins, name))
+
+    def test_promise_is_learned_or_given_or_none(self) -> None:
+        for options, promised in (
+            ([], "01830"),
+            (["--expect", "600"], "00630"),
+            (["--expect", "0"], "00000"),
+        ):
+            with self.subTest(options):
+                self.program("sleep", "600", options=options)
+                self.wait_for(
+                    lambda: self.check_ins()[-1:] and self.check_ins()[-1].split("-")[2] == "check_in"
+                )
+                self.assertEqual(promised, self.check_ins()[-1].split("-")[-1])
+                for name in self.check_ins():
+                    os.unlink(os.path.join(self.paths.check_ins, name))
+
+    def test_processor_time_is_that_of_all_descendants(self) -> None:
+        code = "import os\nif os.fork() or os.fork(): os.wait()\nelse:\n while True: pass"
+        process = self.process(code, start_new_session=True)
+        self.wait_for(lambda: aimwatch.cpu_seconds(process.pid) > 0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+#: Joins the run of `exec`, and tells its hash.
+JOINS = "import sys, time\nfrom aimwatch import Run\nrun = Run()\nprint(run.hash, flush=True)\n"
+
+
+class RunsOfPrograms(ExecCase):
+    def test_program_records_into_the_run_of_exec(self) -> None:
+        for code, exit_code, state, reason in (
+            ("run.track(1.0, 'loss'); run.close()", 0, "finished", None),
+            ("run.track(1.0, 'loss'); run.close(); sys.exit(3)", 3, "failed", "exited with status 3"),
+            ("run.track(1.0, 'loss')\nwith run: raise ValueError('bad')", 1, "failed", "ValueError: bad"),
+            (
+                "run.track(1.0, 'loss'); import os; os.kill(os.getpid(), 9)",
+                137,
+                "failed",
+                "was killed by SIGKILL",
+            ),
+            (
+                "run.track(1.0, 'loss'); run.report_progress(expect_next_in=9)",
+                0,
+                "failed",
+                "exited without reporting",
+            ),
+        ):
+            with self.subTest(code):
+                process = self.python(JOINS + code, options=["--name", "both"])
+                out, err = process.communicate(timeout=60)
+                self.assertEqual(exit_code, process.returncode, err)
+                row = self.the_run()
+                self.assertEqual(row["hash"], out.decode().strip())
+                self.assertEqual((state, "both", 1), (row["state"], row["name"], row["metrics"][0]["count"]))
+                self.assertIn(reason or "", row["reason"] or "")
+
+    def test_runs_one_after_the_other_are_one_and_a_second_at_once_is_another(self) -> None:
+        code = JOINS + "run.track(1.0, sys.argv[1])\nif sys.argv[2:]: time.sleep(600)\n"
+        script = '"$0" -c "$1" a; "$0" -c "$1" b; "$0" -c "$1" c wait & "$0" -c "$1" d; kill $!; echo end'
+        process = self.program("sh", "-c", script, sys.executable, code)
+        hashes = process.communicate(timeout=60)[0].split()
+        self.assertEqual(b"end", hashes.pop())
+        self.assertEqual(2, len(set(hashes)))
+        self.assertEqual(hashes[0], hashes[1])
+        self.assertEqual(0, process.returncode)
+
+    def test_exec_takes_the_run_back_and_watches_on(self) -> None:
+        code = JOINS + "run.track(1.0, 'loss')\nrun._close_files()\ninput()\n"
+        process = self.python(code, stdin=subprocess.PIPE)
+        run_hash = process.stdout.readline().decode().strip()
+        marker = self.paths.marker(run_hash)
+        self.wait_for(lambda: self.records(run_hash)[-1].get("exec") == process.pid)
+        self.assertEqual("held", aimwatch.lock_state(marker))
+        process.communicate(b"\n", timeout=30)
+        self.assertEqual("finished", self.the_run()["state"])
+
+    def test_track_is_a_sign_of_life_until_there_is_another(self) -> None:
+        process = self.python(JOINS + "while True: run.track(1.0, 'loss'); time.sleep(0.05)")
+        run_hash = process.stdout.readline().decode().strip()
+        self.wait_for(lambda: self.check_ins(run_hash)[-1].endswith("-01830"))
+
+
+class ProgramsOnATerminal(ExecCase):
+    def setUp(self) -> None:
+        super().setUp()
+        if shutil.which("bash") is None:
+            self.skipTest("no bash")
+        os.environ["PS1"] = "$ "
+        self.pid, self.terminal = pty.fork()
+        if self.pid == 0:
+            os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
+        self.addCleanup(self._leave)
+        self.resize(33, 99)
+        self.seen = b""
+        self.reads(b"$ ")
+
+    def _leave(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.close(self.terminal)
+        os.waitpid(self.pid, 0)
+
+    def resize(self, rows: int, columns: int) -> None:
+        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def types(self, text: str) -> None:
+        os.write(self.terminal, text.encode())
+
+    def reads(self, expected: bytes, limit_s: float = 20.0) -> bytes:
+        """Read up to and with what is expected, and return what came before."""
+        deadline = time.monotonic() + limit_s
+        while expected not in self.seen:
+            left = deadline - time.monotonic()
+            if left < 0 or not select.select([self.terminal], [], [], left)[0]:
+                self.fail(f"{expected!r} did not come: {self.seen!r}")
+            self.seen += os.read(self.terminal, 65536)
+        before, _, self.seen = self.seen.partition(expected)
+        return before
+
+    def runs(self, *argv: str, after: str = "") -> None:
+        command = [sys.executable, "-m", "aimwatch", "--repo", self.root, "exec", "--", *argv]
+        self.types(f"{shlex.join(command)} {after}\n" if hasattr(shlex, "join") else
+                   " ".join(map(shlex.quote, command)) + f" {after}\n")  # fmt: skip
+        self.reads(b"\n")  # its echo
+
+    def test_terminal_stays_one(self) -> None:
+        code = "import os; print(*map(os.isatty, (0, 1, 2)), *os.get_terminal_size(1), os.path.exists('/dev/tty'))"
+        for after, expected in (
+            ("", b"True True True 99 33 True"),
+            ("< /dev/null", b"False True True 99 33 True"),
+            ("2> /dev/null", b"True True False 99 33 True"),
+        ):
+            with self.subTest(after):
+                self.runs(sys.executable, "-c", code, after=after)
+                self.reads(expected + b"\r\n")
+                self.reads(b"$ ")
+
+    def test_keys_work_as_without(self) -> None:
+        self.runs("sh", "-c", "echo begun; cat; echo ended")
+        self.reads(b"begun\r\n")
+        self.types("one\n")
+        self.reads(b"one\r\none\r\n")
+        self.types("\x1a")
+        self.reads(b"Stopped")
+        self.reads(b"$ ")
+        self.types("fg\n")
+        self.reads(b"exec --")
+        self.types("two\n")
+        self.reads(b"two\r\ntwo\r\n")
+        self.types("\x04")
+        self.reads(b"ended\r\n")
+        self.reads(b"$ ")
+        self.runs("sh", "-c", "echo begun; sleep 600")
+        self.reads(b"begun\r\n")
+        self.types("\x03")
+        self.reads(b"$ ")
+        self.types("echo status $?\n")
+        self.reads(b"status 130\r\n")
+
+    def test_size_follows_and_modes_are_restored(self) -> None:
+        self.types("stty -a | md5sum\n")
+        self.reads(b"md5sum\r\n")
+        self.resize(33, 99)
+        before = self.reads(b"$ ")
+        code = "import os, time\nprint('go')\nwhile os.get_terminal_size().lines == 33: time.sleep(0.01)\nprint(*os.get_terminal_size())"
+        self.runs(sys.executable, "-c", code)
+        self.reads(b"go\r\n")
+        self.resize(44, 111)
+        self.reads(b"111 44\r\n")
+        self.reads(b"$ ")
+        self.resize(33, 99)
+        self.types("stty -a | md5sum\n")
+        self.reads(b"md5sum\r\n")
+        self.assertEqual(before.split()[0], self.reads(b"$ ").split()[0])
 
 
 class TestCommandLine(Case):
