@@ -3470,18 +3470,14 @@ def _connect(path: str, busy_timeout_s: float, mode: str) -> sqlite3.Connection:
 def index_run(db: sqlite3.Connection, state: RunState, log_size: int = 0) -> None:
     """Write or replace one run, inside the caller's transaction."""
     row = run_row(state, log_size)
-    run_id = _forget(db, state.hash)
-    active = int(row["end_time"] is None)
-    run_id = db.execute(_PUT_RUN, (run_id, active, *stored_parts(row))).lastrowid
-    db.executemany(_PUT_FACT, [(path, value, run_id) for path, value in facts_of(row)])
+    parts, facts = stored_parts(row), list(facts_of(row))  # where this fails, nothing was changed
+    run_id = delete_run(db, state.hash)
+    run_id = db.execute(_PUT_RUN, (run_id, int(row["end_time"] is None), *parts)).lastrowid
+    db.executemany(_PUT_FACT, [(path, value, run_id) for path, value in facts])
 
 
-def delete_run(db: sqlite3.Connection, run_hash: str) -> bool:
-    """Take a run out of the index, inside the caller's transaction; False if it was not there."""
-    return _forget(db, run_hash) is not None
-
-
-def _forget(db: sqlite3.Connection, run_hash: str) -> Optional[int]:
+def delete_run(db: sqlite3.Connection, run_hash: str) -> Optional[int]:
+    """Take a run out of the index, inside the caller's transaction; return the row number that it had."""
     found = db.execute(f"SELECT id, {_STORED} FROM runs WHERE hash = ?", (run_hash,)).fetchone()
     if found is None:
         return None
@@ -3571,10 +3567,9 @@ class Index:
         for run_hash in list_runs(self.paths):
             mark_pending(self.paths, run_hash)
         folder = os.open(self.paths.pending, os.O_RDONLY)
-        try:
+        with contextlib.suppress(OSError):  # not every network share can do that with a folder
             os.fsync(folder)  # a power cut must not take the markers and leave the empty index
-        finally:
-            os.close(folder)
+        os.close(folder)
         # In this order: without its journal, what a killed writer left would look like an index.
         for path in (self.paths.index, f"{self.paths.index}-journal"):
             with contextlib.suppress(FileNotFoundError):

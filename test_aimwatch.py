@@ -2982,8 +2982,8 @@ class IndexTest(IndexCase):
             with self.subTest(text):
                 self.assertEqual(self.ask(text), expected)
         for run_hash in "ab":
-            self.assertTrue(aimwatch.delete_run(self.db, run_hash))
-            self.assertFalse(aimwatch.delete_run(self.db, run_hash))
+            self.assertIsNotNone(aimwatch.delete_run(self.db, run_hash))
+            self.assertIsNone(aimwatch.delete_run(self.db, run_hash))
         for table in ("runs", "facts"):
             self.assertEqual(self.db.execute(f"SELECT count(*) FROM {table}").fetchone(), (0,), table)
 
@@ -3170,10 +3170,7 @@ class QueryTableTest(IndexCase):
             ("run.created_at > datetime(2026, 3, 31, 23, 33, 20)", "b"),
             ("datetime(2026, 4, 1) <= run.created_at < datetime(2026, 5, 1)", "b"),
             ("run.created_at.year == 2026 and run.created_at.month == 3 and run.created_at.day == 31", "a"),
-            (
-                "run.created_at.hour == 23 and run.created_at.minute == 33 and run.created_at.second == 20",
-                "a",
-            ),
+            ("run.created_at.hour == 23 and run.created_at.minute == 33 and run.created_at.second == 20", "a"),
             ("run.finalized_at is None", "b"),
             ("run.finalized_at < datetime.now() - timedelta(days=7)", "a"),
             ("run.finalized_at > run.created_at", "a"),
@@ -3181,15 +3178,9 @@ class QueryTableTest(IndexCase):
             ("run.finalized_at.year == 2026", "a"),
             # metrics of a run
             ("run.metrics['loss', {'subset': 'train'}].last == 2", "a"),
-            (
-                "run.metrics['loss', {'subset': 'train'}].min == 1 and run.metrics['loss', {'subset': 'val'}].max == 4",
-                "a",
-            ),
+            ("run.metrics['loss', {'subset': 'train'}].min == 1 and run.metrics['loss', {'subset': 'val'}].max == 4", "a"),
             ("run.metrics['loss', {'subset': 'train'}].last_step == 2", "a"),
-            (
-                "run.metrics['loss', {'subset': 'val'}].last > run.metrics['loss', {'subset': 'train'}].last",
-                "a",
-            ),
+            ("run.metrics['loss', {'subset': 'val'}].last > run.metrics['loss', {'subset': 'train'}].last", "a"),
             ("run.metrics['loss'].last is None", "a b"),
             ("run.metrics['acc'].last == run.metrics['acc'].last", "b"),
             ("run.metrics.acc.count == 2", "a"),
@@ -3198,7 +3189,7 @@ class QueryTableTest(IndexCase):
             ("(run.hash ==\n 'a')\n and run.n == 3", "a"),
             ("run.hparams.opt in'Adam'", "a"),
             ("run.text == 'x' or'y'", "a b"),
-        ):
+        ):  # fmt: skip
             with self.subTest(text):
                 self.assertEqual(self.ask(text), expected.split())
 
