@@ -7333,9 +7333,10 @@ class Commands(NotifierCase):
             self.wait_for(lambda: started)
             end = threading.Thread(target=watcher.dispatcher.stop, args=(0.0,))
             end.start()
+            end.join(0.3)  # it waits for the start
             gate.set()
             end.join()
-            self.wait_for(lambda: started[0].poll() is not None)
+            self.wait_for(lambda: started[0].poll() is not None, 5)  # long before its own time is over
         # The other way round: who comes when the watch has ended starts nothing.
         outcome = aimwatch.deliver(self.config.notifiers()[0], [facts_of()], goes_on=lambda: False)
         self.assertEqual(outcome, ("retry", "not started: the watcher ends", 0.0))
@@ -7881,6 +7882,28 @@ class Telling(TellingCase):
         dispatcher.notify([event_of(2)])
         self.wait_sent("a", 1, 2)
         self.assertEqual(self.numbers(server), [1, 2])
+
+    def test_change_ends_a_rest_and_what_comes_of_the_old_address_then_counts_for_nothing(self) -> None:
+        gate, held, good = self.gate(), threading.Event(), self.webhook()
+
+        def gone(handler: Any) -> None:
+            held.set()
+            gate.wait(30)
+            self.say_ok(handler, 404, b"no_service")
+
+        with mock.patch.object(aimwatch, "back_off_s", lambda failures, random: 600.0):
+            self.configure(a=hook(self.refused_url()))
+            dispatcher = self.dispatcher()
+            dispatcher.notify([event_of(1)])
+            self.assertTrue(dispatcher.drain(10.0))
+            self.configure(a=hook(self.webhook(gone).url))
+            dispatcher.reload_if_changed()
+            self.assertTrue(held.wait(10))
+            self.configure(a=hook(good.url))
+            dispatcher.reload_if_changed()
+            gate.set()
+            self.wait_sent("a", 1)
+        self.assertNotIn("broken", "".join(map(str, self.outbox())))
 
     def test_broken_edit_keeps_the_last_good_one_and_is_said_once(self) -> None:
         server = self.webhook()
