@@ -9012,6 +9012,17 @@ class TestRunTable(unittest.TestCase):
         self.assertEqual(sorted(self.table.runs), ["b"])
         self.assertEqual(self.take(named("b", 1), named("a", 1)), ["started"])
 
+    def test_each_reminder_is_due_once(self) -> None:
+        self.take(named("a", 1, expect=10), named("b", 1))
+        self.table.overdue(15.0)
+        notes, last_s = [], 15.0
+        for now_s in (15.0, 614.9, 615.0, 616.0, 3000.0, *range(3100, 20_000, 100)):
+            notes += [
+                item.note for item in aimwatch.reminders(self.table.runs.values(), last_s, now_s, 600.0)
+            ]
+            last_s = now_s
+        self.assertEqual(notes, [f"reminder {n} of at most 10" for n in (1, 4, 5, 6, 7, 8, 9, 10)])
+
     def test_table_agrees_with_one_that_looks_at_everything(self) -> None:
         for seed in range(25):
             # Flapping, which the other knows nothing of, has tests of its own.
