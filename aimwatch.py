@@ -2003,7 +2003,7 @@ class _Stacks:
 
     def _write(self, path: str, text: bytes) -> None:
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | O_SAFE, 0o666)
+            fd = open_below(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             try:
                 os.write(fd, text)
             finally:
@@ -2839,8 +2839,8 @@ class Run:
         What a full file does not take is in the run's log alone; what a full disk does not take waits.
         """
         try:
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | O_SAFE
-            fd = os.open(os.path.join(self._paths.news, self.hash), flags, 0o666)
+            path = os.path.join(self._paths.news, self.hash)
+            fd = open_below(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
                 room = os.fstat(fd).st_size + len(self._messages) <= MAX_MESSAGES_BYTES
                 self._messages = self._messages[os.write(fd, self._messages) :] if room else b""
@@ -8586,15 +8586,43 @@ def _offer_notifier(paths: RepoPaths, args: Any) -> None:
     )
 
 
-@command("init")
+@command(
+    "init",
+    argument("--group", metavar="NAME", help="share it: all members of the group train, its owner watches"),
+    argument("--owner", metavar="USER", help="with --group, who watches and indexes (default: you)"),
+)
 def cmd_init(args: Any) -> int:
-    """Create a repository."""
+    """Create a repository, or share one with a group."""
     given = args.repo if args.repo is not None else os.environ.get("AIMWATCH_REPO") or os.getcwd()
+    if args.owner and not args.group:
+        raise AimwatchError("--owner has a meaning with --group alone")
     try:
         print(f"repository already at {find_repo(given).root}")
     except RepoError:
         print(f"created a repository at {find_repo(given, create=True).root}")
+    if args.group:
+        _share_repo(find_repo(given, create=True), args.group, args.owner)
     return 0
+
+
+def _share_repo(paths: RepoPaths, group: str, owner: Optional[str]) -> None:
+    import grp
+    import pwd
+
+    try:
+        gid, uid = grp.getgrnam(group).gr_gid, pwd.getpwnam(owner).pw_uid if owner else -1
+    except KeyError as error:
+        raise AimwatchError(f"cannot share {paths.root}: {printable(str(error.args[0]))}") from None
+    try:
+        paths.share(gid, uid)
+    except OSError as error:
+        raise RepoError(
+            f"cannot share {error.filename or paths.root}: {error.strerror}: its owner, who must be a member "
+            "of the group, or root can do it"
+        ) from None
+    print(
+        f"shared with group {group}: all its members train there, and {owner or 'you'} alone watch and index"
+    )
 
 
 #: A watcher that holds its lock and has not looked for this long hangs.

@@ -10485,6 +10485,136 @@ class TestStandby(WatcherProcessCase):
                 aimwatch._take_watch(self.paths, args, stop)
 
 
+# -------------------------------------------------------------------- several people in one folder
+
+
+@unittest.skipIf(os.geteuid(), "only root can act as several users")
+class SharedFolder(Case):
+    """A repository that `init --group` made: OWNER watches, ANN and EVE are members of the group."""
+
+    OWNER, ANN, EVE, STRANGER, GROUP = 51001, 51002, 51003, 51004, 52001
+
+    def setUp(self) -> None:
+        super().setUp()
+        os.chmod(self.root, 0o755)
+        self.paths.share(self.GROUP, self.OWNER)
+
+    def as_user(self, uid: int, act: Callable[[], Any], umask: int = 0o022) -> Any:
+        """Return what a function returns, as JSON can hold it, in a process of that user."""
+        for name in ("argparse", "csv", "pwd", "shlex", "uuid"):
+            importlib.import_module(name)  # the user may not be able to read the interpreter's folder
+        ours, theirs = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.umask(umask)
+                os.setgroups([] if uid == self.STRANGER else [self.GROUP])
+                os.setgid(uid)
+                os.setuid(uid)
+                os.write(theirs, json.dumps(act()).encode())
+            except BaseException:
+                os.write(theirs, json.dumps(traceback.format_exc()).encode())
+            finally:
+                os._exit(0)
+        os.close(theirs)
+        with open(ours, encoding="utf-8") as file:
+            found = json.load(file)
+        os.waitpid(pid, 0)
+        return found
+
+    def train(self, name: str) -> Any:
+        def act() -> str:
+            run = Run(name, repo=self.root)
+            run.track(1.0, "loss")
+            run.log_error("odd")
+            run.report_progress(expect_next_in=60)
+            run.close()
+            return "trained"
+
+        return act
+
+    def test_each_file_takes_its_groups_rights_from_its_folder_whatever_the_umask(self) -> None:
+        for umask, name in ((0o022, "a"), (0o077, "b"), (0o002, "c")):
+            self.assertEqual(self.as_user(self.ANN, self.train(name), umask), "trained")
+            for path in (self.paths.run_log(name), self.paths.marker(name), f"{self.paths.news}/{name}"):
+                with self.subTest(umask=oct(umask), path=path):
+                    info = os.stat(path)
+                    self.assertEqual((info.st_mode & 0o070, info.st_gid), (0o060, self.GROUP))
+
+    def test_owner_indexes_what_others_trained_and_all_read_the_same(self) -> None:
+        for user, name in ((self.ANN, "a"), (self.EVE, "e")):
+            self.assertEqual(self.as_user(user, self.train(name), 0o077), "trained")
+        self.assertEqual(sorted(os.listdir(self.paths.pending)), ["a", "e"])  # for the owner's indexer
+        listing = ("runs", "--csv", "--columns", "hash,metric:loss")
+        expected = [0, "hash,metric:loss\ne,1.0\na,1.0\n", ""]
+        self.assertEqual(self.as_user(self.EVE, lambda: self.run_cli(*listing)), expected)
+        self.assertEqual(self.as_user(self.OWNER, lambda: self.run_cli("reindex"), 0o077), [0, "", ""])
+        self.assertEqual(os.listdir(self.paths.pending), [])
+        self.assertEqual(os.stat(self.paths.index).st_uid, self.OWNER)
+        for user in (self.OWNER, self.EVE, self.ANN):
+            with self.subTest(user=user):
+                self.assertEqual(self.as_user(user, lambda: self.run_cli(*listing)), expected)
+
+    def test_member_changes_nothing_that_is_the_owners_and_removes_nothing_of_others(self) -> None:
+        self.as_user(self.ANN, self.train("a"))
+        for argv in (("reindex",), ("notifiers", "add", "logger", "--yes")):
+            self.assertEqual(self.as_user(self.OWNER, lambda: self.run_cli(*argv))[0], 0)
+        own = [self.paths.index, self.paths.config, f"{self.paths.index}-journal", self.paths.watcher]
+        before = sorted(os.walk(self.paths.aim))
+
+        def attack() -> List[str]:
+            done = []
+            for path in own:
+                with contextlib.suppress(OSError):
+                    os.close(os.open(path, os.O_WRONLY | os.O_CREAT))
+                    done.append(path)
+            for folder in self.paths.folders():
+                with contextlib.suppress(OSError):
+                    os.rename(folder, f"{folder}-away")
+                    done.append(folder)
+            for path in (
+                self.paths.run_log("a"),
+                os.path.join(self.paths.check_ins, self.check_ins("a")[-1]),
+            ):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                    done.append(path)
+            return done
+
+        self.assertEqual(self.as_user(self.EVE, attack), [])
+        self.assertEqual(sorted(os.walk(self.paths.aim)), before)
+        for argv in (("notifiers", "add", "logger", "--yes"), ("reindex",), ("start", "--once")):
+            with self.subTest(argv=argv):
+                code, _, err = self.as_user(self.EVE, lambda: self.run_cli(*argv))
+                self.assertEqual(
+                    (code, "Permission denied" in err, "Traceback" in err), (1, True, False), err
+                )
+
+    def test_init_shares_a_repository_and_says_what_it_cannot(self) -> None:
+        import grp
+        import pwd
+
+        group, owner = grp.getgrgid(os.getgid()).gr_name, pwd.getpwuid(os.getuid()).pw_name
+        code, out, err = self.run_cli("init", "--group", group, "--owner", owner)
+        self.assertEqual((code, err), (0, ""))
+        self.assertIn(f"shared with group {group}: all its members train there, and {owner} alone", out)
+        modes = {folder: stat.S_IMODE(os.stat(folder).st_mode) for folder in self.paths.folders()}
+        expected = {
+            folder: 0o2755 if folder in self.paths.owners_folders() else 0o3775
+            for folder in self.paths.folders()
+        }
+        self.assertEqual(modes, expected)
+        for argv, said in (
+            (["--group", "no-such-group"], "no-such-group"),
+            (["--group", group, "--owner", "no-such-user"], "no-such-user"),
+            (["--owner", owner], "--owner has a meaning with --group alone"),
+        ):
+            with self.subTest(argv=argv):
+                code, _, err = self.run_cli("init", *argv)
+                self.assertEqual(code, 1)
+                self.assertIn(said, err)
+
+
 # --------------------------------------------------------------------------------- closed doors
 
 
