@@ -5384,7 +5384,7 @@ def _rank(facts: Facts) -> int:
 
 
 def plain_facts(facts: Facts) -> Facts:
-    """Return of `facts` what no server can take offence at: the hash, what happened, and numbers."""
+    """Return of `facts` what no server can object to: the hash, what happened, and numbers."""
     kept = ["event", "id", "run.hash", "run.silent", "run.promised", "time", "repo"]
     if facts.get("event") == TROUBLE:
         kept.append("run.reason")  # our own words, and all that there is
@@ -5396,7 +5396,7 @@ MAX_FACT_LINES = 30
 
 
 def clean_facts(facts: Facts) -> Facts:
-    """Return `facts` with every value defused and of a bounded size, wherever it came from."""
+    """Return `facts` without control characters and of a bounded size, wherever it came from."""
     return {
         name: "\n".join(printable(line, 1000) for line in value.split("\n")[:MAX_FACT_LINES])
         for name, value in facts.items()
@@ -5986,7 +5986,7 @@ class OutboxState:
                     self._waiting[event.id] = (event, set(record["to"]))
             elif "sent" in record:
                 for event_id in record["sent"]:
-                    self._settle(event_id, record["to"])
+                    self._waits_no_more(event_id, record["to"])
                 self._broken.pop(record["to"], None)
             elif isinstance(record.get("broken"), str):
                 since = float(record.get("since") or record["time"])
@@ -5994,7 +5994,7 @@ class OutboxState:
             elif "mended" in record:
                 self._broken.pop(record["mended"], None)
 
-    def _settle(self, event_id: str, notifier_id: str) -> None:
+    def _waits_no_more(self, event_id: str, notifier_id: str) -> None:
         if event_id in self._waiting:
             ids = self._waiting[event_id][1]
             ids.discard(notifier_id)
@@ -6025,7 +6025,7 @@ class OutboxState:
         old = waiting[: max(0, len(waiting) - keep)]
         with self._lock:
             for event in old:
-                self._settle(event.id, notifier_id)
+                self._waits_no_more(event.id, notifier_id)
         return len(old)
 
     def waited_for(self) -> Set[str]:
@@ -6202,13 +6202,15 @@ class NotifierThread(threading.Thread):
         with self._changed:
             if notifier != self.notifier:
                 self.notifier, self._failures, self._hurry = notifier, 0, True
+                self._alarm = self._alarm if notifier is not None else None
             self._hurry = self._hurry or self._broken
             self._changed.notify_all()
 
     def wake(self, alarm: Optional[Event] = None) -> None:
         """Look into the outbox; send an alarm first, which takes the place of an earlier one."""
         with self._changed:
-            self._alarm = alarm or self._alarm
+            if self.notifier is not None:
+                self._alarm = alarm or self._alarm
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -6277,8 +6279,9 @@ class NotifierThread(threading.Thread):
         if outcome.kind == REFUSED:
             log.warning("notifier %s: %s; trying again in plain words", name, outcome.detail)
             self._rest(MIN_POST_GAP_S)
-            if not self._stopping:
-                outcome = deliver(notifier, facts, plain=True, goes_on=lambda: not self._stopping)
+            if self._stopping:
+                return outcome._replace(kind=RETRY)
+            outcome = deliver(notifier, facts, plain=True, goes_on=lambda: not self._stopping)
         return outcome._replace(kind=BROKEN) if outcome.kind == REFUSED else outcome
 
     def _gap(self) -> float:
@@ -6393,7 +6396,7 @@ class Dispatcher:
             if item is not None and usable - {notifier_id} and not self._outbox.knows(event_id):
                 what = f"notifier {item.type} {notifier_id[:8]} does not work: {reason}"
                 facts = {"event": TROUBLE, "repo": self._paths.root}
-                facts["run.reason"] = printable(f"{what}; what it is to tell is kept until it is mended")
+                facts["run.reason"] = printable(f"{what}; what waits for it is kept until it is mended")
                 self.notify([Event(event_id, TROUBLE, facts)], but=notifier_id)
 
     def drain(self, limit_s: float) -> bool:

@@ -6991,8 +6991,12 @@ class Webhooks(NotifierCase):
 
 
 class MailServer(RawServer):
-    """A mail server that answers as told: by stage, in `answers`, a reply, bytes to send and close,
-    or a function of the connection."""
+    """A mail server that answers as told: by stage, in `answers`, a reply, or bytes to send and close."""
+
+    REPLIES = {
+        "EHLO": "250-here\r\n{offers}250 AUTH PLAIN LOGIN", "STARTTLS": "220 go ahead",
+        "AUTH": "235 welcome", "DATA": "354 go on",
+    }  # fmt: skip
 
     def __init__(self, certificate: str = "", tls: bool = False, **answers: Any) -> None:
         self.answers = answers
@@ -7017,8 +7021,8 @@ class MailServer(RawServer):
 
     def talk(self, connection: Any) -> None:
         connection.settimeout(10)
-        secure = self.tls
         with contextlib.ExitStack() as files:
+            secure = self.tls
             if secure:
                 connection = files.enter_context(self.wrap(connection))
             reader = files.enter_context(connection.makefile("rb"))
@@ -7026,46 +7030,32 @@ class MailServer(RawServer):
 
             def say(stage: str, default: str) -> bool:
                 answer = self.answers.get(stage, default)
-                if callable(answer):
-                    answer(connection)
-                    return False
                 connection.sendall(answer if isinstance(answer, bytes) else f"{answer}\r\n".encode())
                 return not isinstance(answer, bytes)
 
-            if not say("connect", "220 here"):
-                return
-            while True:
+            going = say("connect", "220 here")
+            while going:
                 line = reader.readline().decode().rstrip("\r\n")
                 self.said.append(line)
-                word = line.split(" ")[0].split(":")[0].upper()
-                offers = "250-here\r\n" + ("250-STARTTLS\r\n" if self.certificate and not secure else "")
-                if word in ("EHLO", "HELO"):
-                    going = say(word, f"{offers}250 AUTH PLAIN LOGIN")
-                elif word == "STARTTLS":
-                    going = say(word, "220 go ahead")
-                    if going and self.answers.get(word, "220").startswith("220"):
-                        connection = files.enter_context(self.wrap(connection))
-                        secure, reader = True, files.enter_context(connection.makefile("rb"))
-                elif word == "AUTH":
-                    going = say(word, "235 welcome")
-                elif word == "MAIL":
+                stage = word = re.split("[ :]", line)[0].upper()
+                if word in ("QUIT", ""):
+                    return
+                if word == "MAIL":
                     sender, to = line, []
-                    going = say(word, "250 ok")
                 elif word == "RCPT":
                     to.append(line.partition("<")[2].partition(">")[0])
-                    going = say(f"RCPT{len(to)}" if f"RCPT{len(to)}" in self.answers else word, "250 ok")
+                    stage = f"RCPT{len(to)}" if f"RCPT{len(to)}" in self.answers else word
+                offers = "250-STARTTLS\r\n" if self.certificate and not secure else ""
+                going = say(stage, self.REPLIES.get(word, "250 ok").format(offers=offers))
+                if not going or stage in self.answers:
+                    continue
+                if word == "STARTTLS":
+                    connection = files.enter_context(self.wrap(connection))
+                    secure, reader = True, files.enter_context(connection.makefile("rb"))
                 elif word == "DATA":
-                    going = say(word, "354 go on")
-                    if going and self.answers.get(word, "354").startswith("354"):
-                        lines = [item[item[:1] == b"." :] for item in iter(reader.readline, b".\r\n")]
-                        self.mails.append((sender, to, b"".join(lines), secure))
-                        going = say("END", "250 queued")
-                elif word == "QUIT" or not line:
-                    return
-                else:
-                    going = say(word, "250 ok")
-                if not going:
-                    return
+                    lines = [item[item[:1] == b"." :] for item in iter(reader.readline, b".\r\n")]
+                    self.mails.append((sender, to, b"".join(lines), secure))
+                    going = say("END", "250 queued")
 
 
 class Mail(NotifierCase):
@@ -8001,7 +7991,7 @@ class Mending(TellingCase):
             dispatcher = self.restart(dispatcher)
         self.wait_for(lambda: not self.box.waiting_for("good"))
         expected = (
-            "❗ aimwatch: notifier slack bad does not work: HTTP 404: no_service; what it is to tell is kept "
+            "❗ aimwatch: notifier slack bad does not work: HTTP 404: no_service; what waits for it is kept "
             "until it is mended"
         )
         self.assertEqual(self.troubles(good), [expected])
