@@ -11549,6 +11549,7 @@ class TestCommandLine(Case):
                 self.assertIn(f"run '{called} --repo '/no/repo s' init' or start a run there", err)
 
     def test_output_that_nobody_takes_ends_with_1_and_without_a_complaint_of_python(self) -> None:
+        os.environ.pop("PYTHONUNBUFFERED", None)
         reader, writer = os.pipe()
         os.close(reader)
         with open(writer, "wb") as broken, open("/dev/full", "wb") as full:
