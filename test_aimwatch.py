@@ -159,7 +159,7 @@ class Elsewhere:
 
 #: Classes of tests that spend their time on waiting for processes, or in them.
 BESIDE = {
-    "ForkedChildren", "HowARunEnds", "KilledTeller", "KilledWriters", "Mail", "StacksOfRealProcesses",
+    "ForkedChildren", "HowARunEnds", "KilledWatcher", "KilledWriters", "Mail", "StacksOfRealProcesses",
     "TestDemo", "TestReadme", "TestSigns", "TestStandby", "TestStart", "TestStatus", "Torture",
 }  # fmt: skip
 
@@ -5749,7 +5749,7 @@ class RunCommands(StoredCase):
 # ======================================================================================
 # Notifiers and outbox
 #
-# Configuration, messages, transports on real sockets, and what is told after every kind of death.
+# Configuration, messages, transports on real sockets, and what is sent after every kind of death.
 # ======================================================================================
 
 TOKEN = "EAAB" + "0123456789" * 18
@@ -5856,7 +5856,7 @@ class Lines(logging.Handler):
 
 
 class NotifierCase(Case):
-    """A test of telling: it ends with no thread of a notifier left."""
+    """A test of notifying: it ends with no thread of a notifier left."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -6421,7 +6421,7 @@ class Messages(unittest.TestCase):
             with self.subTest(facts=facts):
                 self.assertEqual(aimwatch.default_message(facts), expected + last)
 
-    def test_process_of_a_stalled_run_is_told_where_it_is_known(self) -> None:
+    def test_process_of_a_stalled_run_is_said_where_it_is_known(self) -> None:
         for process, line in (
             ("gone", "its process is gone"),
             ("alive", "its process is still there: it hangs, or is slower than it promised"),
@@ -6459,11 +6459,11 @@ class Messages(unittest.TestCase):
             for event in (*aimwatch.EVENTS, "trouble"):
                 with self.subTest(template=template, event=event):
                     facts = facts_of(event, run_reason="r")
-                    told = aimwatch.message_for(template, facts)
+                    text = aimwatch.message_for(template, facts)
                     if event in mine:
-                        self.assertEqual(told, aimwatch.fill_template(template or "", facts))
+                        self.assertEqual(text, aimwatch.fill_template(template or "", facts))
                     else:
-                        self.assertEqual(told, aimwatch.default_message(facts))
+                        self.assertEqual(text, aimwatch.default_message(facts))
 
     def test_batch_is_counted_and_the_worst_are_named_first(self) -> None:
         batch = [facts_of("stalled", number) for number in range(199)] + [facts_of("failed", 999)]
@@ -7224,13 +7224,13 @@ class Commands(NotifierCase):
     """The notifier that runs a program."""
 
     def script(self, text: str, mode: int = 0o755) -> str:
-        path = os.path.join(self.root, f"tell{len(os.listdir(self.root))}.sh")
+        path = os.path.join(self.root, f"notify{len(os.listdir(self.root))}.sh")
         with open(path, "w") as file:
             file.write(f"#!/bin/sh\n{text}\n")
         os.chmod(path, mode)
         return path
 
-    def tell(self, *command: str, batch: Any = None) -> aimwatch.Outcome:
+    def run_program(self, *command: str, batch: Any = None) -> aimwatch.Outcome:
         notifier = notifier_of("command", command=list(command))
         self.assertIsNone(notifier.problem)
         return aimwatch.deliver(notifier, batch or [facts_of()])
@@ -7239,7 +7239,7 @@ class Commands(NotifierCase):
         path, script = os.path.join(self.root, "seen"), self.script('cat > "$1"; echo "$#" >> "$1"')
         facts = facts_of(run_name="$(touch evil); `touch evil` '\" {run.hash}", run_reason="x" * 900)
         for count in (1, 300):
-            self.assertEqual(self.tell(script, path, "$HOME", batch=[facts] * count).kind, "sent")
+            self.assertEqual(self.run_program(script, path, "$HOME", batch=[facts] * count).kind, "sent")
             with open(path) as file:
                 document, arguments = file.read().splitlines()
             found = json.loads(document)
@@ -7253,7 +7253,7 @@ class Commands(NotifierCase):
 
     def test_what_a_program_says_is_bounded_and_it_inherits_no_secret(self) -> None:
         os.environ["AIMWATCH_PING_URL"] = "https://ping.example/SECRET"
-        outcome = self.tell(
+        outcome = self.run_program(
             self.script('echo "[$AIMWATCH_PING_URL]\033" >&2; head -c 300000 /dev/zero >&2; exit 3')
         )
         self.assertEqual(outcome.kind, "retry")
@@ -7303,7 +7303,7 @@ class Commands(NotifierCase):
             ("exec < /dev/null", "sent", "exited with status 0"),
         ):
             with self.subTest(text):
-                outcome = self.tell(self.script(text), batch=[facts_of(run_reason="x" * 900)] * 100)
+                outcome = self.run_program(self.script(text), batch=[facts_of(run_reason="x" * 900)] * 100)
                 self.assertEqual(outcome.kind, kind)
                 self.assertTrue(outcome.detail.endswith(detail), outcome)
 
@@ -7313,17 +7313,17 @@ class Commands(NotifierCase):
             (self.script("exit 0", 0o644), "Permission denied"),
             (self.root, "Permission denied"),
         ):
-            self.assertEqual(self.tell(path), ("broken", f"{path}: {detail}", 0.0))
+            self.assertEqual(self.run_program(path), ("broken", f"{path}: {detail}", 0.0))
         full = OSError(errno.EAGAIN, "Resource temporarily unavailable")
         with mock.patch("subprocess.Popen", side_effect=full):
-            self.assertEqual(self.tell("/bin/true").kind, "retry")
+            self.assertEqual(self.run_program("/bin/true").kind, "retry")
 
     def test_program_that_hangs_is_killed_with_its_children(self) -> None:
         path = os.path.join(self.root, "pids")
         script = self.script('sleep 60 & echo $! $$ > "$1.new"; mv "$1.new" "$1"; cat > /dev/null; wait')
         for limit_s in (0.2, 0.8, 3.0, 10.0):  # on a slow machine, it takes longer to begin
             with mock.patch("aimwatch.ATTEMPT_S", limit_s):
-                outcome = self.tell(script, path)
+                outcome = self.run_program(script, path)
             if os.path.exists(path):
                 break
         self.assertEqual(outcome, ("retry", f"no complete answer within {limit_s:g} s", 0.0))
@@ -7347,7 +7347,7 @@ class Commands(NotifierCase):
         script = self.script('exec 3<&0; sleep 60 <&3 & echo $! > "$1"; exit 0')
         batch = [facts_of(run_reason="x" * 900, run_frames="y" * 900)] * 100
         begun = time.monotonic()
-        self.assertEqual(self.tell(script, path, batch=batch).kind, "sent")
+        self.assertEqual(self.run_program(script, path, batch=batch).kind, "sent")
         self.assertLess(time.monotonic() - begun, 5)
         with open(path) as file:
             os.kill(int(file.read()), signal.SIGKILL)
@@ -7494,7 +7494,7 @@ class OutboxFile(NotifierCase):
                 outbox.close()
                 os.unlink(self.paths.outbox)
 
-    def test_full_disk_keeps_telling_and_writes_later(self) -> None:
+    def test_full_disk_keeps_notifying_and_writes_later(self) -> None:
         outbox = self.open_outbox()
         full = mock.patch("os.write", side_effect=OSError(errno.ENOSPC, "No space left on device"))
         with mock.patch("aimwatch.RETRY_S", 0.0):
@@ -7510,7 +7510,7 @@ class OutboxFile(NotifierCase):
         self.assertEqual(self.waiting(self.open_outbox(), "a"), ["n2"])
 
     def filled(self) -> aimwatch.Outbox:
-        """Return an outbox in which n1 was told, n2 waits for a, n3 was told and n4 is nobody's."""
+        """Return an outbox in which n1 was sent, n2 waits for a, n3 was sent and n4 is nobody's."""
         outbox = self.open_outbox()
         outbox.add([(event_of(1), ["a"]), (event_of(2), ["a", "b"])])
         outbox.add([(event_of(3), ["b"]), (event_of(4), [])])
@@ -7603,7 +7603,7 @@ class OutboxFile(NotifierCase):
         self.assertEqual(self.waiting(outbox, "a"), ["n2", "n9"])
 
 
-class TellingCase(NotifierCase):
+class NotifyingCase(NotifierCase):
     """A test of couriers and their dispatcher, with real threads and servers."""
 
     def setUp(self) -> None:
@@ -7644,7 +7644,7 @@ class TellingCase(NotifierCase):
         handler.wfile.write(text)
 
     def sent(self, notifier_id: str) -> List[str]:
-        """Return the ids of events that the outbox says a notifier was told of."""
+        """Return the ids of events that the outbox says were sent to a notifier."""
         records = [record for record in self.outbox() if record.get("to") == notifier_id]
         return [event_id for record in records for event_id in record.get("sent", ())]
 
@@ -7653,11 +7653,11 @@ class TellingCase(NotifierCase):
         self.wait_for(lambda: wanted <= set(self.sent(notifier_id)), 8)
 
     def numbers(self, server: Webhook) -> List[int]:
-        """Return the runs that a server was told of, in order."""
+        """Return the runs that a server was sent, in order."""
         return [int(name) for text in server.texts() for name in re.findall(r"Run 'n(\d+)'", text)]
 
 
-class Telling(TellingCase):
+class Notifying(NotifyingCase):
     def test_event_is_on_disk_before_it_is_sent_and_its_delivery_after(self) -> None:
         seen: List[Any] = []
 
@@ -7708,7 +7708,7 @@ class Telling(TellingCase):
         gate.set()
         self.wait_sent("a", 1, 2, 3)
 
-    def test_failure_is_tried_again_and_told_once(self) -> None:
+    def test_failure_is_tried_again_and_sent_once(self) -> None:
         server = self.webhook((500, ""), (429, "", {"Retry-After": "0"}), (200, "<html>"), (200, "ok"))
         self.configure(a=hook(server.url))
         dispatcher = self.dispatcher()
@@ -7756,7 +7756,7 @@ class Telling(TellingCase):
             ],
         )
 
-    def test_what_waited_goes_out_as_one_digest_in_order(self) -> None:
+    def test_what_waited_goes_out_as_one_message_in_order(self) -> None:
         gate, held = self.gate(), threading.Event()
         server = self.held(gate, held)
         self.configure(a=hook(server.url))
@@ -7938,7 +7938,7 @@ class Telling(TellingCase):
         )
         self.assertEqual((len(server.requests), self.sent("a")), (2, [event_of(1).id]))
 
-    def test_full_disk_keeps_nobody_from_being_told(self) -> None:
+    def test_full_disk_keeps_nobody_from_being_notified(self) -> None:
         server = self.webhook()
         self.configure(a=hook(server.url))
         dispatcher = self.dispatcher()
@@ -7952,8 +7952,8 @@ class Telling(TellingCase):
         self.assertEqual(self.numbers(server), [1])
 
 
-class Mending(TellingCase):
-    """Notifiers that do not work: told of once, kept for, and told of again."""
+class Mending(NotifyingCase):
+    """Notifiers that do not work: alerted once, kept for, and alerted again."""
 
     def dispatcher(self) -> aimwatch.Dispatcher:
         dispatcher = super().dispatcher()
@@ -7966,7 +7966,7 @@ class Mending(TellingCase):
         return self.dispatcher()
 
     def troubles(self, server: Webhook) -> List[str]:
-        """Return what a server was told of notifiers, each on its line."""
+        """Return what a server was sent about notifiers, each on its line."""
         return [line for text in server.texts() for line in text.split("\n") if "does not work" in line]
 
     def listed(self, notifier_id: str = "bad") -> Dict[str, Any]:
@@ -7984,7 +7984,7 @@ class Mending(TellingCase):
         self.wait_for(self.box.broken)
         return dispatcher, bad, good
 
-    def test_it_is_told_through_the_others_once_over_restarts(self) -> None:
+    def test_it_is_alerted_through_the_others_once_over_restarts(self) -> None:
         dispatcher, _, good = self.break_()
         for _ in range(3):
             dispatcher.notify_of_broken()
@@ -8045,7 +8045,7 @@ class Mending(TellingCase):
                 self.box.close()
                 os.unlink(self.paths.outbox)
 
-    def test_it_is_told_again_when_it_breaks_again(self) -> None:
+    def test_it_is_alerted_again_when_it_breaks_again(self) -> None:
         dispatcher, bad, good = self.break_()
         dispatcher.notify_of_broken()
         self.wait_for(lambda: self.troubles(good))
@@ -8059,7 +8059,7 @@ class Mending(TellingCase):
         self.wait_for(lambda: len(self.troubles(good)) == 2)
         self.assertIn("invalid_token", self.troubles(good)[1])
 
-    def test_mistake_in_the_configuration_is_told_and_what_comes_then_is_kept(self) -> None:
+    def test_mistake_in_the_configuration_is_alerted_and_what_comes_then_is_kept(self) -> None:
         good = self.webhook()
         self.configure(bad=hook("ftp://hooks.example.com/SECRETSECRET"), good=hook(good.url))
         dispatcher = self.dispatcher()
@@ -8087,7 +8087,7 @@ class Mending(TellingCase):
         self.mended(dispatcher, server, 1)
 
 
-class Poison(TellingCase):
+class Poison(NotifyingCase):
     """A message that the other side does not take."""
 
     def server(self, status: int, bad: str) -> Webhook:
@@ -8100,7 +8100,7 @@ class Poison(TellingCase):
         server.answers = [answer]
         return server
 
-    def test_it_is_told_in_few_words_and_blocks_nothing(self) -> None:
+    def test_it_is_sent_in_plain_words_and_blocks_nothing(self) -> None:
         for status in (400, 413, 422):
             with self.subTest(status):
                 server = self.server(status, "poison")
@@ -8150,7 +8150,7 @@ class Poison(TellingCase):
         self.assertEqual(len(self.box.waiting_for("a")), 1)
 
 
-class Pacing(TellingCase):
+class Pacing(NotifyingCase):
     def thread(self) -> aimwatch.NotifierThread:
         box = aimwatch.Outbox(self.paths.outbox)
         self.addCleanup(box.close)
@@ -8201,8 +8201,8 @@ class Pacing(TellingCase):
         self.assertIn("ERROR notifier a: 90 events given up: too many wait", self.logged.lines)
 
 
-class KilledTeller(NotifierCase):
-    """A watcher that is killed at any line between seeing an event and having told it, and started
+class KilledWatcher(NotifierCase):
+    """A watcher that is killed at any line between seeing an event and having sent it, and started
     again: everybody hears of everything, and twice only of what was on its way at a kill.
 
     WATCHER_KILLS=5000 in the environment kills it more often than the few times of an ordinary run.
@@ -8334,8 +8334,8 @@ for line in sys.stdin:
         state.load(os.path.join(root, ".aim", "aimwatch", "outbox.jsonl"))
         return state
 
-    def told(self, root: str, name: str) -> Any:
-        """Return the (run, event) of which the outbox says that a notifier was told."""
+    def recorded(self, root: str, name: str) -> Any:
+        """Return the (run, event) of which the outbox says that a notifier was sent it."""
         state = self.state(root)
         waiting = {event.id for event in state.waiting_for(name)}
         done = set(state.known) - waiting
@@ -8348,15 +8348,15 @@ for line in sys.stdin:
         heard: Dict[str, List[Tuple[str, str]]] = {name: [] for name in self.servers}
         for server in self.servers.values():
             server.requests = []
-        told: Dict[str, Any] = {name: set() for name in self.servers}
+        recorded: Dict[str, Any] = {name: set() for name in self.servers}
         for life, kill_at in enumerate([*kills, 0]):
             said = self.live(root, 2000.0 + 1000.0 * life, kill_at)
             for name in self.servers:
                 new = self.received(name)
                 self.assertEqual(len(set(new)), len(new), (kills, life, name))
-                self.assertFalse(set(new) & told[name], (kills, life, name))
+                self.assertFalse(set(new) & recorded[name], (kills, life, name))
                 heard[name] += new
-                told[name] |= self.told(root, name) & self.EXPECTED
+                recorded[name] |= self.recorded(root, name) & self.EXPECTED
             if life == 0:  # what has come back goes on
                 folder = os.path.join(root, ".aim", "check_ins")
                 for old in os.listdir(folder):
