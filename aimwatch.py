@@ -5751,9 +5751,10 @@ def send_webhook(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -
     return judge_webhook(answer._replace(body=notifier.scrub(answer.body)), time.time())
 
 
-#: The programs that run just now, by their process group, and the lock under which one is started.
+#: The programs that run just now, by their process group, and an event for each that is being started,
+#: which may take long where the program lies on a share.
 _programs: Set[int] = set()
-_starting = threading.Lock()
+_starting: List[threading.Event] = []
 
 
 def send_command(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> Outcome:
@@ -5769,24 +5770,28 @@ def send_command(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stderr:
         stdin.write(data)
         stdin.seek(0)
+        started = threading.Event()
+        _starting.append(started)
         try:
-            with _starting:
-                if not attempt.goes_on():
-                    return Outcome(RETRY, "not started: the watcher ends")
-                # A session of its own, so that what it starts is ended with it.
-                process = subprocess.Popen(
-                    argv,
-                    stdin=stdin,
-                    stdout=subprocess.DEVNULL,
-                    stderr=stderr,
-                    start_new_session=True,
-                    env=environ,
-                )
-                _programs.add(process.pid)
+            if not attempt.goes_on():
+                return Outcome(RETRY, "not started: the watcher ends")
+            # A session of its own, so that what it starts is ended with it.
+            process = subprocess.Popen(
+                argv,
+                stdin=stdin,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,
+                env=environ,
+            )
+            _programs.add(process.pid)
         except OSError as error:
             # A machine that is out of processes or memory will have some again.
             kind = RETRY if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.ETXTBSY) else BROKEN
             return Outcome(kind, f"{argv[0]}: {error.strerror}")
+        finally:
+            _starting.remove(started)
+            started.set()
         try:
             status = process.wait(attempt.left_s())
         except (TimeoutError, subprocess.TimeoutExpired):
@@ -5806,13 +5811,12 @@ def send_command(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -
 
 def end_programs() -> None:
     """Kill the programs that run, when the watcher ends: nobody would do it after their time."""
-    # At most a moment, since a start may hang on a share. Whoever waits for the lock starts nothing.
-    locked = _starting.acquire(timeout=1.0)
+    deadline = time.monotonic() + 1.0
+    for started in list(_starting):  # any that is not in the list yet will find that the watcher ends
+        started.wait(max(0.0, deadline - time.monotonic()))
     for group in list(_programs):
         with contextlib.suppress(OSError):
             os.killpg(group, signal.SIGKILL)
-    if locked:
-        _starting.release()
 
 
 def mail_message(notifier: Notifier, batch: Sequence[Facts]) -> Any:
