@@ -159,8 +159,9 @@ class Elsewhere:
 
 #: Classes of tests that spend their time on waiting for processes, or in them.
 BESIDE = {
-    "ForkedChildren", "HowARunEnds", "KilledWatcher", "KilledWriters", "Mail", "StacksOfRealProcesses",
-    "TestDemo", "TestReadme", "TestSigns", "TestStandby", "TestStart", "TestStatus", "Torture",
+    "ForkedChildren", "HeartbeatsOfPrograms", "HowARunEnds", "KilledWatcher", "KilledWriters", "Mail",
+    "RunsOfPrograms", "RunsWithoutCode", "StacksOfRealProcesses", "TestDemo", "TestReadme", "TestSigns",
+    "TestStandby", "TestStart", "TestStatus", "Torture",
 }  # fmt: skip
 
 
