@@ -468,6 +468,22 @@ def this_host() -> str:
     return os.uname().nodename
 
 
+def boot_id() -> str:
+    """Return what identifies this boot of this machine: within one, monotonic clocks compare."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return this_host()
+
+
+def freshen(folder: str) -> None:
+    """Have the next listing of a folder on a network file system fetched anew, and not taken from a cache:
+    measured, nothing else does that with NFS and sshfs alike and leaves no name."""
+    with contextlib.suppress(OSError):
+        os.utime(folder)
+
+
 # ======================================================================================
 # Locks
 #
@@ -1874,6 +1890,7 @@ def describe_session() -> Dict[str, Any]:
     """Return where this process runs, as the first line of a run log states it."""
     session: Dict[str, Any] = {
         "host": this_host(),
+        "boot": boot_id(),
         "pid": os.getpid(),
         "user": os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid()),
         "argv": [str(argument)[:500] for argument in getattr(sys, "argv", [])][:100],
@@ -3234,7 +3251,7 @@ def utc_datetime(epoch_s: float) -> datetime.datetime:
 # ======================================================================================
 
 #: Counted up with every change of the tables or of what stands in them.
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 
 # A row is stored as three JSON texts, since most questions want only one of them. A fact is a scalar of a
 # run by which queries find it: its path is the name of a field, or the keys of a param as JSON strings
@@ -3244,8 +3261,10 @@ _SCHEMA = """
 CREATE TABLE runs (
     id INTEGER PRIMARY KEY, hash NOT NULL UNIQUE, created_at NOT NULL, archived NOT NULL, active NOT NULL,
     log_size NOT NULL, head NOT NULL, params NOT NULL, metrics NOT NULL);
-CREATE TABLE facts (path, value, run INTEGER, PRIMARY KEY (path, value, run)) WITHOUT ROWID
+CREATE TABLE facts (path, value, run INTEGER, PRIMARY KEY (path, value, run)) WITHOUT ROWID;
+CREATE TABLE doubts (hash PRIMARY KEY, seen NOT NULL, since NOT NULL) WITHOUT ROWID
 """
+_TABLES = [statement.strip() for statement in _SCHEMA.split(";")]
 _STORED = "hash, created_at, archived, log_size, head, params, metrics"
 _PUT_RUN = f"INSERT INTO runs (id, active, {_STORED}) VALUES (?{', ?' * 8})"
 _PUT_FACT = "INSERT OR IGNORE INTO facts VALUES (?, ?, ?)"
@@ -3324,6 +3343,8 @@ class StoredRow(Dict[str, Any]):
         params: str,
         metrics: str,
     ) -> None:
+        if not isinstance(run_hash, str) or RUN_HASH.fullmatch(run_hash) is None:
+            raise IndexUnusable("the index has a run whose hash is none")
         super().__init__(hash=run_hash, created_at=created_at, archived=bool(archived), log_size=log_size)
         self._texts = {"head": head, "params": params, "metrics": metrics}
 
@@ -3331,10 +3352,10 @@ class StoredRow(Dict[str, Any]):
         part = key if key in self._texts else "head"
         try:
             value = _from_text(self._texts[part])
-        except (ValueError, RecursionError):
-            raise IndexUnusable(f"the index holds no JSON for run {self['hash']}") from None
-        self.update(value if part == "head" else {part: value})
-        return dict.__getitem__(self, key)
+            self.update(value if part == "head" else {part: value})
+            return dict.__getitem__(self, key)
+        except Exception:  # whatever stands there, the index is of no use
+            raise IndexUnusable(f"the index holds no row for run {self['hash']}") from None
 
     def whole(self) -> Dict[str, Any]:
         """Return the row as `run_row` made it."""
@@ -3419,22 +3440,29 @@ def is_damage(error: Exception) -> bool:
     import sqlite3
 
     if isinstance(error, sqlite3.OperationalError):
-        return not re.search("locked|busy|full|readonly|disk I/O", str(error))
+        # "unable to open": `open_index` found the file, so there is no room or right for its journal.
+        return not re.search("locked|busy|full|readonly|disk I/O|unable to open|interrupted", str(error))
     return isinstance(error, (sqlite3.DatabaseError, IndexUnusable, UnicodeDecodeError, FileNotFoundError))
 
 
 def open_index(path: str, *, busy_timeout_s: float = BUSY_S, read_only: bool = False) -> sqlite3.Connection:
     """Open the index at `path`.
 
-    Raises IndexUnusable or sqlite3.Error; `is_damage` tells whether it is to be filled anew.
+    Raises IndexUnusable, OSError or sqlite3.Error; `is_damage` tells whether it is to be filled anew.
     """
+    check_index_owner(path, write=not read_only)
+    os.stat(path)
     db = _connect(path, busy_timeout_s, "ro" if read_only else "rw")
+    if read_only:
+        _bound_statements(db)
     try:
         # With the lock that a read takes, no writer changes the size meanwhile.
         db.execute("BEGIN")
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version != INDEX_VERSION:
             raise IndexUnusable(f"{path} has version {version}, not {INDEX_VERSION}")
+        if [sql for (sql,) in db.execute(_MADE_BY).fetchall()] != _TABLES:
+            raise IndexUnusable(f"{path} has other tables")
         (pages,), (page_size,) = (db.execute(f"PRAGMA page_{what}").fetchone() for what in ("count", "size"))
         if os.stat(path).st_size < pages * page_size:
             # SQLite takes a last page that is not whole for zeros.
@@ -3446,12 +3474,47 @@ def open_index(path: str, *, busy_timeout_s: float = BUSY_S, read_only: bool = F
     return db
 
 
+#: A statement that takes longer is ended: nothing that we ask does.
+MAX_STATEMENT_S = 10.0
+_MADE_BY = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid"
+
+
+def _bound_statements(db: sqlite3.Connection) -> None:
+    """End each statement after MAX_STATEMENT_S."""
+    begun = [_monotonic()]
+    db.set_trace_callback(lambda _: begun.__setitem__(0, _monotonic()))
+    db.set_progress_handler(lambda: _monotonic() - begun[0] > MAX_STATEMENT_S, 100_000)
+
+
+def check_index_owner(path: str, write: bool) -> None:
+    """Raise OSError where somebody else could have put the index, or a journal, in its place: SQLite acts on
+    what stands in them, and removes files that they name.
+
+    Only the owner of the folder writes the index. Who that is, the file system says: on some shares all
+    files belong to another number than the user has.
+    """
+    folder = os.path.dirname(path)
+    info = os.stat(folder)
+    why = ""
+    if info.st_mode & 0o022:
+        why = f"others than its owner may write to {folder}: 'chmod go-w' it"
+    elif write and info.st_uid != os.geteuid() and (not os.geteuid() or not os.access(folder, os.W_OK)):
+        why = f"only user {info.st_uid}, who owns its folder, writes it"
+    for file in (path, f"{path}-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            found = os.lstat(file)
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != info.st_uid:
+                why = f"{file} is no file of the owner of its folder: remove it"
+    if why:
+        raise PermissionError(errno.EACCES, why, path)
+
+
 def create_index(path: str) -> None:
     """Make an index without runs where nothing is. Raises sqlite3.Error."""
     with contextlib.closing(_connect(path, BUSY_S, "rwc")) as db:
         db.execute("PRAGMA journal_mode = DELETE")
         db.execute("BEGIN IMMEDIATE")
-        for statement in _SCHEMA.split(";"):
+        for statement in _TABLES:
             db.execute(statement)
         db.execute(f"PRAGMA user_version = {INDEX_VERSION}")
         db.execute("COMMIT")
@@ -3505,7 +3568,7 @@ def mark_pending(paths: RepoPaths, run_hash: str) -> None:
     """Give a run the marker that says that the index lacks some of it. Raises OSError."""
     # Never opened where it is there: this process may hold it locked, and would lose the lock.
     with contextlib.suppress(FileExistsError):
-        os.close(os.open(paths.marker(run_hash), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        os.close(open_below(paths.marker(run_hash), os.O_WRONLY | os.O_CREAT | os.O_EXCL))
 
 
 class Index:
@@ -3522,7 +3585,9 @@ class Index:
 
     @contextlib.contextmanager
     def locked(self, wait_s: float) -> Iterator[None]:
-        """Keep every other writer out until the block ends. Raises IndexBusy after `wait_s`."""
+        """Keep every other writer out until the block ends. Raises IndexBusy after `wait_s`, and OSError for
+        anybody but the owner of the folder."""
+        check_index_owner(self.paths.index, write=True)
         with FileLock(self.paths.index_lock) as lock:
             if lock.acquire(wait_s) is False:
                 raise IndexBusy(f"{self.paths.index} is being written by another process: try again later")
@@ -3573,7 +3638,7 @@ class Index:
         # In this order: without its journal, what a killed writer left would look like an index.
         for path in (self.paths.index, f"{self.paths.index}-journal"):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+                unlink_below(path)
         create_index(self.paths.index)
         self.renewals += 1
 
@@ -3583,11 +3648,28 @@ def list_runs(paths: RepoPaths) -> List[str]:
     return [name[: -len(".jsonl")] for name in names_in(paths.runs, rf"{RUN_HASH.pattern}\.jsonl")]
 
 
+def log_size(path: str) -> int:
+    """Return the size of a run's log, from the opened file: a network file system may answer `stat` from a
+    cache. Raises OSError."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        return os.fstat(file.fileno()).st_size
+
+
+def log_sizes(paths: RepoPaths) -> Dict[str, int]:
+    """Return the sizes of all logs by run, as the file system has them at hand. Raises OSError."""
+    found = {}
+    with contextlib.suppress(FileNotFoundError), os.scandir(paths.runs) as entries:
+        for entry in entries:
+            if entry.name.endswith(".jsonl") and RUN_HASH.fullmatch(entry.name[: -len(".jsonl")]):
+                found[entry.name[: -len(".jsonl")]] = entry.stat(follow_symlinks=False).st_size
+    return found
+
+
 def load_run(paths: RepoPaths, run_hash: str) -> Tuple[Optional[RunState], int, str]:
     """Return (state, bytes of the log that it covers, what is wrong with the log or "")."""
     path = paths.run_log(run_hash)
     try:
-        size = os.lstat(path).st_size
+        size = log_size(path)
         state = read_log(path, run_hash)
     except OSError as error:
         return None, 0, f"{path}: {error.strerror}"
@@ -3614,6 +3696,8 @@ class Reindexer:
         self.problems: List[str] = []
         #: Size of the log when a run that still lives was indexed last, so that it is not read in vain.
         self._sizes: Dict[str, int] = {}
+        #: The runs whose markers this object has found locked: there, a marker that is free means death.
+        self._held: Set[str] = set()
         self._probe_mono = 0.0
 
     def pending(self) -> List[str]:
@@ -3676,7 +3760,7 @@ class Reindexer:
                 # Only now, while the locks are held: a marker may go when the disk has the run.
                 for run_hash in finished:
                     with contextlib.suppress(FileNotFoundError):
-                        os.unlink(self.paths.marker(run_hash))
+                        unlink_below(self.paths.marker(run_hash))
                 complete += len(finished)
         progress(done, len(hashes))
         return complete
@@ -3685,14 +3769,17 @@ class Reindexer:
         """Index one run; True where its writer is gone and its marker can go after the commit."""
         marker = locks.enter_context(FileLock(self.paths.marker(run_hash)))
         try:
-            gone = marker.acquire(create=False) is True
+            locked = marker.acquire(create=False)
+            gone = locked is True
+            if locked is False:
+                self._held.add(run_hash)
         except FileNotFoundError:
             return False  # another indexer was quicker
         except OSError as error:
             self.problems.append(f"{marker.path}: {error.strerror}")
             return False
         try:
-            size = os.lstat(self.paths.run_log(run_hash)).st_size
+            size = log_size(self.paths.run_log(run_hash))
         except FileNotFoundError:
             delete_run(db, run_hash)
             return gone
@@ -3703,7 +3790,9 @@ class Reindexer:
         state, size, problem = load_run(self.paths, run_hash)
         if state is not None:
             if gone and state.end is None:
-                size = finalize_dead(self.paths, state, self.signs.get(run_hash, 0.0))
+                gone = self._is_dead(db, state, size)
+            if gone and state.end is None:
+                size = finalize_dead(self.paths, state, self.signs.get(run_hash, NO_SIGN).utc_s)
             try:
                 index_run(db, state, size)
                 return gone and size >= 0
@@ -3716,17 +3805,38 @@ class Reindexer:
             self.problems.append(problem)
         return gone and not problem
 
+    def _is_dead(self, db: sqlite3.Connection, state: RunState, size: int) -> bool:
+        """True where the free marker of a run that has not ended means that its process is gone.
+
+        On many mounts a lock is seen on one machine alone. So it does so where the run belongs to this boot
+        of this machine, where the marker was found locked before, and where two passes that are far enough
+        apart have seen nothing new of the run.
+        """
+        if free_means_dead(state.header, state.hash in self._held):
+            db.execute("DELETE FROM doubts WHERE hash = ?", (state.hash,))
+            return True
+        sign, now = self.signs.get(state.hash, NO_SIGN), _monotonic()
+        seen = f"{boot_id()} {sign.idx} {sign.utc_s} {size}"
+        found = db.execute(
+            "SELECT since FROM doubts WHERE hash = ? AND seen = ?", (state.hash, seen)
+        ).fetchone()
+        if found is None:
+            db.execute("INSERT OR REPLACE INTO doubts VALUES (?, ?, ?)", (state.hash, seen, now))
+            return False
+        return bool(now - found[0] >= sign.expect_s + DOUBT_S)
+
     def mark_lost(self) -> None:
-        """Give a marker to every run that the index does not have, has though it has no log, or thinks
-        alive though it has no marker: an older index was put back, or a log was brought here."""
+        """Give a marker to every run of whose log the index has another size, or none, and to those that it
+        thinks alive though they have no marker: an older index was put back, a log was brought here, or a
+        cache of the file system showed an old size when the run was indexed."""
         # In this order, a run that comes or ends meanwhile is marked once too often at most.
-        logs, pending = set(list_runs(self.paths)), set(self.pending())
+        logs, pending = log_sizes(self.paths), set(self.pending())
         with contextlib.suppress(*sqlite_error(), OSError, IndexUnusable):
             with contextlib.closing(open_index(self.paths.index, read_only=True)) as db:
-                alive = dict(db.execute("SELECT hash, active FROM runs"))
-            lost = (logs ^ alive.keys()) | {run_hash for run_hash in alive if alive[run_hash]}
-            for run_hash in lost - pending:
-                mark_pending(self.paths, run_hash)
+                known = {row[0]: row[1:] for row in db.execute("SELECT hash, log_size, active FROM runs")}
+            for run_hash in (logs.keys() | known.keys()) - pending:
+                if known.get(run_hash) != (logs.get(run_hash), 0) and RUN_HASH.fullmatch(str(run_hash)):
+                    mark_pending(self.paths, run_hash)
 
     def forget_sizes(self) -> None:
         """Let `changed` return every pending run again."""
@@ -3745,7 +3855,10 @@ class Reindexer:
             except OSError:
                 size = -1
             grown = self._sizes.get(run_hash) != size
-            if grown or (probe and lock_state(self.paths.marker(run_hash)) == "free"):
+            state = lock_state(self.paths.marker(run_hash)) if probe else ""
+            if state == "held":
+                self._held.add(run_hash)
+            if grown or state == "free":
                 self._sizes[run_hash] = size
                 found.append(run_hash)
         return found
@@ -3760,14 +3873,44 @@ MAX_BATCH = 200
 DIED = "its process ended without saying so"
 
 
-def last_check_ins(paths: RepoPaths) -> Dict[str, float]:
-    """Return when each run says that it checked in last, in seconds since the epoch."""
-    signs: Dict[str, float] = {}
+#: How much longer than it promised a run must have shown nothing new, where no lock says what that means.
+DOUBT_S = 600.0
+
+
+def free_means_dead(header: Dict[str, Any], was_held: bool) -> bool:
+    """True where the free marker of a run says that its process is gone: on many mounts, locks are seen on
+    the machine alone that took them.
+
+    Arguments:
+        header: what the run's log says of where it runs.
+        was_held: whether this process has found the marker locked, by whomever.
+    """
+    here = this_host(), boot_id()
+    return was_held or (header.get("host"), header.get("boot", here[1])) == here
+
+
+class Sign(NamedTuple):
+    """What a run's check-ins say, less their flags."""
+
+    idx: int
+    utc_s: float
+    expect_s: int
+
+
+NO_SIGN = Sign(-1, 0.0, 0)
+
+
+def last_check_ins(paths: RepoPaths) -> Dict[str, Sign]:
+    """Return the highest number of each run's check-ins, their latest time and longest promise."""
+    signs: Dict[str, Sign] = {}
+    freshen(paths.check_ins)
     with contextlib.suppress(OSError):
-        for check_in in filter(None, map(parse_check_in, os.listdir(paths.check_ins))):
+        for check_in in filter(None, map(parse_check_in, list_below(paths.check_ins))):
             utc_s = float(check_in.utc)
-            if utc_s < MAX_TIME_S:  # a later one is a mistake, and no time that a log may hold
-                signs[check_in.run_hash] = max(utc_s, signs.get(check_in.run_hash, 0.0))
+            new = Sign(check_in.idx, utc_s if utc_s < MAX_TIME_S else 0.0, check_in.expect_next_in_s)
+            # A later time is a mistake, and none that a log may hold.
+            old = signs.get(check_in.run_hash, NO_SIGN)
+            signs[check_in.run_hash] = Sign(*map(max, zip(old, new)))  # type: ignore[arg-type]
     return signs
 
 
@@ -4571,7 +4714,7 @@ class Repo:
             own += [os.path.split(path) for path in (paths.stack(run_hash), paths.run_log(run_hash))]
             for folder, name in own:
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(folder, name))
+                    unlink_below(os.path.join(folder, name))
         # The marker stays until the index has forgotten the run, now or when somebody reindexes.
         self._try_to_index([run_hash], 2.0)
         return found
@@ -4594,7 +4737,7 @@ class Repo:
             if problem:
                 raise RepoError(f"cannot close {run_hash}: {path}: {problem}")
             if state.end is None:
-                finalize_dead(self._paths, state, last_check_ins(self._paths).get(run_hash, 0.0))
+                finalize_dead(self._paths, state, last_check_ins(self._paths).get(run_hash, NO_SIGN).utc_s)
             names = own_check_ins(self._paths, run_hash)
             idx = max([state.next_idx, *(item.idx + 1 for item in map(parse_check_in, names) if item)])
             open_ended = bool(names) and f"-{FINISHED}-" not in names[-1]
@@ -6941,15 +7084,6 @@ def read_mutes(paths: RepoPaths) -> Dict[str, Tuple[int, List[str]]]:
             until, files = mutes.get(match[1], (0, []))
             mutes[match[1]] = (max(until, int(match[2])), [*files, name])
     return mutes
-
-
-def boot_id() -> str:
-    """Return what identifies this boot of this machine: within one, monotonic clocks compare."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return this_host()
 
 
 #: No watcher that looks after MAX_NAMES runs has written so much.
