@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Watch machine-learning training runs and tell people when one fails or stalls.
+"""Watch machine-learning training runs and notify people when one fails or stalls.
 
 One file, standard library only. A training script imports it and reports progress; a watcher
-that reads nothing but the shared directory tells people, once, when a promise was not kept.
+that reads nothing but the shared directory notifies people, once, when a promise was not kept.
 
 The command line, on any machine that sees the directory::
 
@@ -21,20 +21,53 @@ The library, in the training script::
 On disk, below ``<root>/.aim`` (``check_ins`` and ``ext`` are shared with Aim):
 
     check_ins/                         one empty file per run; its name is the heartbeat
-    ext/notifications/config.json      who is told, and how (mode 0600)
+    ext/notifications/config.json      who is notified, and how (mode 0600); config.lock beside it
     ext/notifications/watcher.lock     held by the one watcher
     aimwatch/runs/<hash>.jsonl         what a run recorded, one JSON value per line
-    aimwatch/pending/<hash>            locked by the process that writes the run
+    aimwatch/pending/<hash>            empty: the index lacks some of this run; locked by its writer
+    aimwatch/index.sqlite              a cache, made of the logs; index.lock beside it
     aimwatch/news/<hash>               messages that a run logged, until the watcher takes them
     aimwatch/stacks/<hash>.txt         where a run hung that missed its promise
-    aimwatch/mutes/<hash>-<until>      empty: nothing is told of the run before that time
+    aimwatch/mutes/<hash>-<until>      empty: nobody is notified of the run before that time
     aimwatch/outbox.jsonl              what was to be sent, and what was
-    aimwatch/watcher.json              what the watcher has seen
+    aimwatch/watcher.json              what the watcher has seen, and who it is
 
-It does not: open a port, run a server, need clocks that agree, start a thread in a training
-process, read or write Aim's own run storage, or work on Windows.
+It does not: need a server or clocks that agree, change a run, read or write Aim's own run storage,
+or work on Windows. In a training process it starts one thread, which waits for a missed promise; on a
+share another, which syncs.
 
 Stable names are those in ``__all__``, the command line, and the files above.
+
+Fault model
+-----------
+Every mechanism here serves a line of this list. Defended against: SIGKILL at any instruction, a power
+cut, a full disk, a share that hangs, goes away and comes back, clocks that differ, hostile names and
+texts, servers that fail in any way.
+
+Not defended against: a repository that is deleted or moved under a live run (it goes on recording into
+a new one, which begins with a summary of what was), a name server that is silent (it delays its own
+notifier), Ctrl-C inside one microsecond, an index edited by hand, code that closes descriptors which it
+does not own, and whoever may write the folders and lies about runs.
+
+Map
+---
+Read first: `CheckIn`, `RunState`, `run_row`, `RunTable.take`, `Outbox.add`. Then what depends on them:
+
+- A heartbeat: `Run.report_progress` returns while the check-in on disk covers the promise, else
+  `CheckInFile.write` renames it. `Watcher.poll` lists the names, `RunTable.take` and `overdue` find what
+  changed, `change_facts` says what is known of it, `Outbox.add` makes it last, and the `NotifierThread`
+  of each notifier sends it, through `message_for_batch` and a transport, and notes it with `Outbox.sent`.
+- A point: `Run.track` appends a line (`AppendFile.append`). `Reindexer` reads the log (`read_log`), makes
+  a row of it (`run_row`) and stores it (`index_run`); the marker in `pending` goes after the commit.
+- A question: `compile_query` makes functions of a row. `CompiledQuery.candidates` narrows the rows by what
+  the index knows; `Repo` adds the rows of pending runs from their logs; `matches` asks each row.
+
+Locks: `FileLock` on `pending/<hash>` (who writes the run), `index.lock`, `config.lock`, `watcher.lock`. In
+memory: the registry of `FileLock`; of each `Run` one for its records and one for its promise; of the
+`Outbox` one for what waits and one for its file; a condition of each `NotifierThread`.
+
+Threads of `start`: the poll; `ReindexThread`; a `NotifierThread` for each notifier; `SightAlarm` for a
+repository that does not answer; `Pinger`.
 """
 
 from __future__ import annotations
