@@ -1025,12 +1025,14 @@ def context_key(context: Dict[str, Any]) -> str:
     return json.dumps(_numbers_alike(context), sort_keys=True)
 
 
-def _numbers_alike(value: Any) -> Any:
+def _numbers_alike(value: Any, depth: int = 0) -> Any:
+    if depth > 4 * MAX_PARAM_DEPTH:
+        return None  # no writer of ours nests so deeply
     # 1, 1.0 and True are equal in Python, and name the same series in Aim.
     if isinstance(value, dict):
-        return {key: _numbers_alike(item) for key, item in value.items()}
+        return {key: _numbers_alike(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
-        return [_numbers_alike(item) for item in value]
+        return [_numbers_alike(item, depth + 1) for item in value]
     if isinstance(value, (bool, float)) and int(value) == value:
         return int(value)
     return value
@@ -1220,14 +1222,17 @@ def _text_key(key: Any) -> str:
     return _text(key)
 
 
-def decode_value(value: Any) -> Any:
-    """Return what `encode_value` was given, as a copy."""
+def decode_value(value: Any, depth: int = 0) -> Any:
+    """Return what `encode_value` was given, as a copy; None in the place of what is nested so deeply that
+    no reader could follow."""
+    if depth > 4 * MAX_PARAM_DEPTH:
+        return None
     if isinstance(value, dict):
         if len(value) == 1 and value.get("$float") in ("nan", "inf", "-inf"):
             return float(value["$float"])
-        return {key: decode_value(item) for key, item in value.items()}
+        return {key: decode_value(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
-        return [decode_value(item) for item in value]
+        return [decode_value(item, depth + 1) for item in value]
     return value
 
 
@@ -3305,7 +3310,7 @@ _DROP_FACT = "DELETE FROM facts WHERE path = ? AND value = ? AND run = ?"
 
 _SERIES_FIELDS = ("count", "min", "max", "last", "first_step", "last_step", "last_epoch", "last_time")
 _METRIC_KEYS = ("name", "context", *_SERIES_FIELDS, "series")
-_HEADER_FIELDS = ("host", "pid", "user", "job", "argv", "cwd", "python")
+_HEADER_FIELDS = ("host", "pid", "user", "job", "cwd", "python")
 
 
 def run_row(state: RunState, log_size: int = 0) -> Dict[str, Any]:
@@ -3314,11 +3319,8 @@ def run_row(state: RunState, log_size: int = 0) -> Dict[str, Any]:
     Times are in seconds since the epoch; `name` and `end_time` are None where there is none.
     """
     props, end = state.props, state.end or {}
-    try:
-        params = decode_value(state.params)
-    except RecursionError:
-        params = {}  # nested too deeply; the run is found by everything else
     tags, frames = props.get("tags"), end.get("frames") or end.get("output")
+    argv = state.header.get("argv")
     return {
         "hash": state.hash,
         "name": props.get("name") or None,
@@ -3327,16 +3329,22 @@ def run_row(state: RunState, log_size: int = 0) -> Dict[str, Any]:
         "tags": list(tags) if isinstance(tags, list) else [],
         "archived": bool(props.get("archived")),
         "state": end.get("end", "running"),
-        "reason": end.get("reason"),
-        "frames": frames if isinstance(frames, list) else [],
+        "reason": _scalar(end.get("reason")),
+        "frames": list(map(_scalar, frames)) if isinstance(frames, list) else [],
         "created_at": state.created_at,
         "end_time": float(end["time"]) if end else None,
         "last_time": state.last_time,
-        **{field: state.header.get(field) for field in _HEADER_FIELDS},
-        "params": params,
+        **{field: _scalar(state.header.get(field)) for field in _HEADER_FIELDS},
+        "argv": list(map(_scalar, argv)) if isinstance(argv, list) else None,
+        "params": decode_value(state.params),
         "metrics": [_metric_of(series) for series in state.series.values()],
         "log_size": log_size,
     }
+
+
+def _scalar(value: Any) -> Any:
+    """Return a value of a log's own lines; None for what only a foreign log has in its place."""
+    return value if isinstance(value, (str, int, float)) else None
 
 
 def _metric_of(series: SeriesState) -> Dict[str, Any]:
@@ -3366,20 +3374,11 @@ _from_text = json.JSONDecoder(parse_constant=float).decode
 class StoredRow(Dict[str, Any]):
     """A row as the index has it; each of its three texts is decoded when something in it is wanted."""
 
-    def __init__(
-        self,
-        run_hash: str,
-        created_at: float,
-        archived: int,
-        log_size: int,
-        head: str,
-        params: str,
-        metrics: str,
-    ) -> None:
+    def __init__(self, run_hash: str, created_at: float, archived: int, log_size: int, *texts: str) -> None:
         if not isinstance(run_hash, str) or RUN_HASH.fullmatch(run_hash) is None:
             raise IndexUnusable("the index has a run whose hash is none")
         super().__init__(hash=run_hash, created_at=created_at, archived=bool(archived), log_size=log_size)
-        self._texts = {"head": head, "params": params, "metrics": metrics}
+        self._texts = dict(zip(("head", "params", "metrics"), texts))
 
     def __missing__(self, key: str) -> Any:
         part = key if key in self._texts else "head"

@@ -5098,7 +5098,8 @@ HOSTILE = (
     '{"log":1e999,"time":5}', '{"log":"x","time":5,"message":5}', '{"log":40,"time":5,"message":{"a":1},"params":5}',
     '{"log":40,"time":1e300,"message":"x"}', '{"log":35,"time":9,"message":"\\u001b]0;x\\u0007","params":[1]}',
     '{"end":"failed","time":"inf","idx":5}', '{"end":5,"time":5,"idx":5,"reason":{"a":1},"frames":5}',
-    '{"end":"finished","time":9,"idx":3,"frames":[1,{}],"reason":7}', '{"end":{"a":1},"time":5,"idx":5}',
+    '{"end":"finished","time":9,"idx":3,"frames":[1,{}],"reason":7}', '{"resume":9,"argv":' + "[" * 900 + "]" * 900 + "}",
+    '{"series":9,"name":"deep","context":' + '{"a":' * 900 + "1" + "}" * 901, '{"end":{"a":1},"time":5,"idx":5}',
     '{"checkpoint":1,"header":{"created_at":"inf"},"params":{},"props":{},"series":[],"logs":{},"errors":[],'
     '"end":null,"next_idx":1,"last_time":5}',
     '{"checkpoint":1,"header":{"created_at":5,"argv":{"a":1}},"params":{"a":1},"props":{"tags":3},"series":'
