@@ -475,6 +475,19 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def start_quiet_thread(run: Callable[..., None], *args: Any) -> None:
+    """Start a thread that takes no signal and that `threading` does not know. Raises RuntimeError.
+
+    The main thread would sleep on through a signal that the system delivers to another thread. So all are
+    blocked before the thread starts, which inherits that: it could be chosen before its first statement.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        _thread.start_new_thread(run, args)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def find_by_prefix(prefix: str, names: Iterable[str], what: str, way_out: str) -> str:
     """Return the name that is `prefix`, or the only one that starts with it.
 
@@ -1570,13 +1583,11 @@ class AppendFile:
         if not self._syncing:
             self._syncing = True
             try:
-                _thread.start_new_thread(self._sync_each_second, ())
+                start_quiet_thread(self._sync_each_second)
             except RuntimeError:  # none can be started; `close` syncs
                 self._syncing = False
 
     def _sync_each_second(self) -> None:
-        # The main thread would sleep on through a signal that the system delivers to this one.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while self._syncing:
             time.sleep(RETRY_S)
             clean = self.sync()
@@ -2023,7 +2034,7 @@ class _Stacks:
             self._bell.acquire()
             self._wakes_mono, self._native_id = 0.0, 0
             try:
-                _thread.start_new_thread(self._wait, (self._bell,))
+                start_quiet_thread(self._wait, self._bell)
             except RuntimeError as error:  # no thread can be started
                 self._bell = None
                 log.debug("no stacks will be written: %s", error)
@@ -2032,8 +2043,6 @@ class _Stacks:
                 self._bell.release()
 
     def _wait(self, bell: _thread.LockType) -> None:
-        # The main thread would sleep on through a signal that the system delivers to this one.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._native_id = threading.get_native_id()
         while self._bell is bell:
             bell.acquire(timeout=self._write_missed())
