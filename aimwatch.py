@@ -80,6 +80,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import functools
 import gc
 import itertools
 import json
@@ -475,6 +476,18 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def of_system(name: str) -> Any:
+    """Return what `_thread` has under a name, also where gevent or eventlet has put its own in the place: a
+    greenlet would wait with those that hang."""
+    gevent, eventlet = sys.modules.get("gevent.monkey"), sys.modules.get("eventlet.patcher")
+    with contextlib.suppress(Exception):
+        if gevent is not None:
+            return gevent.get_original("_thread", name)
+        if eventlet is not None:
+            return getattr(eventlet.original("_thread"), name)
+    return getattr(_thread, name)
+
+
 def start_quiet_thread(run: Callable[..., None], *args: Any) -> None:
     """Start a thread that takes no signal and that `threading` does not know. Raises RuntimeError.
 
@@ -483,7 +496,7 @@ def start_quiet_thread(run: Callable[..., None], *args: Any) -> None:
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        _thread.start_new_thread(run, args)
+        of_system("start_new_thread")(run, args)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -1959,29 +1972,113 @@ def describe_session() -> Dict[str, Any]:
     return session
 
 
-#: How many frames say where an exception was raised, or a signal came.
+#: How many frames say where an exception was raised, a signal came, or a run hangs.
 _MAX_FRAMES = 6
 #: A longer reason, or line of code, is cut.
 MAX_REASON, MAX_FRAME = 2000, 500
+#: How many causes and members of an exception are told, and how much is read of a traceback that is text.
+MAX_CAUSES, MAX_TRACEBACK = 3, 1 << 16
+#: What a file is called that is not the user's own: of a library, of Python itself, or this one.
+_LIBRARY = re.compile(
+    r"/(site|dist)-packages/|/lib(64)?/(python|pypy)[0-9][0-9.]*/|^<frozen |"
+    rf"(^|/){re.escape(os.path.basename(__file__))}$"
+)
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+#: A frame in a traceback that came as text from another process.
+_REMOTE_FRAME = re.compile(r'^ *File "([^"\n]+)", line (\d+), in (.+)(?:\n +(?!File ")(.+))?', re.MULTILINE)
 
 
-def describe_exception(error: BaseException) -> str:
-    """Return an exception's type and message in one string; its `__str__` may itself fail."""
+class End(NamedTuple):
+    """How a run ended: its flag, why, and what shows where: frames, or the last output of a program."""
+
+    flag: str
+    reason: str = ""
+    frames: Sequence[str] = ()
+    output: Sequence[str] = ()
+
+
+def describe_exception(error: BaseException, depth: int = 0) -> str:
+    """Return an exception's type and message in one string, with its notes, the members of a group, and
+    what caused it. Of a message of several lines, the first and the last; its `__str__` may itself fail."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     try:
-        message = str(error)
+        message = _ESCAPE.sub("", str(error))
     except Exception:
         message = "<its message cannot be shown>"
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if len(lines) > 1:
+        lines = [lines[0][: MAX_REASON // 3], lines[-1][: MAX_REASON // 3]]
     name = type(error).__qualname__
-    return f"{name}: {message[:MAX_REASON]}" if message else name
+    parts = [f"{name}: {' ... '.join(lines)}" if lines else name]
+    try:
+        parts += [str(note).strip().split("\n")[0] for note in getattr(error, "__notes__", ())]
+        members, cause = getattr(error, "exceptions", ()), error.__cause__
+        if depth < MAX_CAUSES and isinstance(members, tuple):
+            parts += [describe_exception(member, depth + 1) for member in members[:MAX_CAUSES]]
+        if depth < MAX_CAUSES and cause is not None and not type(cause).__name__.endswith("RemoteTraceback"):
+            parts.append(f"caused by {describe_exception(cause, depth + 1)}")
+    except Exception:  # the code of the exception's class may fail in any way
+        pass
+    return "; ".join(parts)[:MAX_REASON]
+
+
+def exit_end(status: Any, error: Optional[BaseException]) -> Optional[End]:
+    """Return how a run ends whose program exits with a status, or a text, while it handles an exception;
+    None for a success."""
+    if status is None or status == 0:
+        return None
+    reason = f"exited with status {status if isinstance(status, int) else f'1: {status}'}"
+    if error is None:
+        return End(FAILED, reason[:MAX_REASON])
+    return End(FAILED, f"{reason} ({describe_exception(error)})"[:MAX_REASON], frames_of(error))
+
+
+def telling_frames(files: Sequence[str]) -> List[int]:
+    """Return which frames of a stack say where it is, by the files of all, outermost first: the innermost
+    six, but always the last two in files of the user's own."""
+    users = [index for index, file in enumerate(files) if not _LIBRARY.search(file)]
+    kept = set(users[-2:])
+    for index in reversed(range(len(files))):
+        if len(kept) < _MAX_FRAMES:
+            kept.add(index)
+    return sorted(kept)
 
 
 def frames_of(error: Optional[BaseException] = None, frame: Optional[FrameType] = None) -> List[str]:
-    """Return the innermost frames of an exception, or of the stack that ends in a frame, outermost first:
-    `file:line in name: code`."""
-    import traceback
+    """Return the frames of an exception, or of the stack that ends in a frame, that say where it came from,
+    outermost first: `file:line in name: code`. Those of another process count, where the exception has
+    them as text."""
+    import linecache
 
-    stack = traceback.extract_stack(frame) if error is None else traceback.extract_tb(error.__traceback__)
-    return [f"{at.filename}:{at.lineno} in {at.name}: {at.line}"[:MAX_FRAME] for at in stack[-_MAX_FRAMES:]]
+    found: List[Tuple[str, int, str, Any]] = []
+    while frame is not None:
+        found.insert(
+            0, (frame.f_code.co_filename, frame.f_lineno or 0, frame.f_code.co_name, frame.f_globals)
+        )
+        frame = frame.f_back
+    trace = None if error is None else error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        found.append((code.co_filename, trace.tb_lineno, code.co_name, trace.tb_frame.f_globals))
+        trace = trace.tb_next
+    for _ in range(MAX_CAUSES):
+        if error is not None:
+            with contextlib.suppress(Exception):
+                text = _ESCAPE.sub("", str(error)[-MAX_TRACEBACK:])
+                found += [
+                    (file, int(line), name, code) for file, line, name, code in _REMOTE_FRAME.findall(text)
+                ]
+            error = error.__cause__
+    frames = []
+    for file, line, name, source in (found[index] for index in telling_frames([row[0] for row in found])):
+        if not isinstance(source, str):
+            try:
+                source = linecache.getline(file, line, source).strip()
+            except Exception:  # without a descriptor to open the file with, the frame has no code
+                source = ""
+        frames.append(f"{file}:{line} in {name}: {source}"[:MAX_FRAME])
+    return frames
 
 
 #: How long after a missed promise the stacks are written.
@@ -1990,6 +2087,27 @@ STACKS_AFTER_S = 0.5
 MAX_STACKS, MAX_STACKS_BYTES = 100, 1 << 19
 #: How long a fork waits for the thread to be gone: it may hang in a write to a dead share.
 THREAD_END_S = 0.25
+
+
+class Place(NamedTuple):
+    """A thread, or a greenlet in it, whose stack is asked for later."""
+
+    ident: int
+    greenlet: Callable[[], Any]
+
+    @classmethod
+    def here(cls) -> Place:
+        """Return that of the caller."""
+        current: Callable[[], Any] = lambda: None  # noqa: E731
+        greenlet = sys.modules.get("greenlet")
+        with contextlib.suppress(Exception):
+            current = current if greenlet is None else weakref.ref(greenlet.getcurrent())
+        return cls(of_system("get_ident")(), current)
+
+    def frame(self) -> Optional[FrameType]:
+        """Return its innermost frame, or None where it has ended."""
+        frame = getattr(self.greenlet(), "gr_frame", None)  # None for the one that runs
+        return frame or sys._current_frames().get(self.ident)
 
 
 class _Stacks:
@@ -2002,20 +2120,21 @@ class _Stacks:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        #: Path of a run's file to when it is due (monotonic), and the paths of those that were due.
-        self._due: Dict[str, float] = {}
+        self._lock = of_system("RLock")()
+        #: Path of a run's file to when it is due (monotonic) and who promised; those that were due.
+        self._due: Dict[str, Tuple[float, Place]] = {}
         self._missed: Set[str] = set()
         #: Wakes the thread that waits, until the moment (monotonic) below; None where there is none.
         self._bell: Optional[_thread.LockType] = None
         self._wakes_mono = 0.0
         self._native_id = 0
 
-    def arm(self, path: str, due_mono: float) -> None:
-        """Have all stacks written to `path` at a moment of the monotonic clock, unless armed anew before."""
+    def arm(self, path: str, due_mono: float, place: Place) -> None:
+        """Have all stacks written to `path` at a moment of the monotonic clock, unless armed anew before;
+        that of the thread which promised is the last."""
         self.disarm(path)
         with self._lock:
-            self._due[path] = due_mono
+            self._due[path] = due_mono, place
             self._start_or_wake()
 
     def disarm(self, path: str) -> None:
@@ -2030,7 +2149,7 @@ class _Stacks:
 
     def _start_or_wake(self) -> None:
         if self._bell is None:
-            self._bell = _thread.allocate_lock()
+            self._bell = of_system("allocate_lock")()
             self._bell.acquire()
             self._wakes_mono, self._native_id = 0.0, 0
             try:
@@ -2038,9 +2157,12 @@ class _Stacks:
             except RuntimeError as error:  # no thread can be started
                 self._bell = None
                 log.debug("no stacks will be written: %s", error)
-        elif min(self._due.values(), default=math.inf) < self._wakes_mono:
+        elif self._next_mono() < self._wakes_mono:
             with contextlib.suppress(RuntimeError):  # it was about to wake
                 self._bell.release()
+
+    def _next_mono(self) -> float:
+        return min((due for due, _ in self._due.values()), default=math.inf)
 
     def _wait(self, bell: _thread.LockType) -> None:
         self._native_id = threading.get_native_id()
@@ -2051,18 +2173,17 @@ class _Stacks:
         """Write the stacks for every run that missed its promise; return for how many seconds to wait."""
         with self._lock:
             now = _monotonic()
-            missed = [path for path, due in self._due.items() if due <= now]
+            missed = {path: place for path, (due, place) in self._due.items() if due <= now}
             for path in missed:
                 del self._due[path]
                 self._missed.add(path)
-        text = _all_stacks() if missed else b""
-        for path in missed:  # without the lock: a share may hang
-            self._write(path, text)
+        for path, place in missed.items():  # without the lock: a share may hang
+            self._write(path, _all_stacks(place))
         with self._lock:
             if not self._due:
                 self._bell = None
                 return 0.0
-            self._wakes_mono = min(self._due.values())
+            self._wakes_mono = self._next_mono()
             return min(max(self._wakes_mono - _monotonic(), 0.0), threading.TIMEOUT_MAX)
 
     def _write(self, path: str, text: bytes) -> None:
@@ -2100,17 +2221,22 @@ class _Stacks:
                 self._start_or_wake()
 
 
-def _all_stacks() -> bytes:
-    """Return the stacks of all threads but this one as `faulthandler` writes them, the main one last."""
+def _all_stacks(last: Place) -> bytes:
+    """Return the stacks of all threads but this one as `faulthandler` writes them: that which is asked for is
+    the last, or the main one where that has ended."""
     collects = gc.isenabled()
     gc.disable()  # up to 3.12 a collection at this place can deadlock
     try:
         frames = sys._current_frames()
+        told = last.frame()
     finally:
         if collects:
             gc.enable()
     main = threading.main_thread().ident
-    frames.pop(threading.get_ident(), None)
+    frames.pop(of_system("get_ident")(), None)
+    if told is not None:
+        frames[last.ident] = told
+        main = last.ident
     parts = ["Missed its promise\n"]
     for ident in sorted(frames, key=lambda ident: ident == main)[-MAX_STACKS:]:
         parts.append(f"Thread {ident:#018x} (most recent call first):\n")
@@ -2128,41 +2254,82 @@ def _all_stacks() -> bytes:
 END_PATIENCE_S = 3.0
 
 
-class _Process:
-    """What runs need of the process: its exit, its uncaught exception, its SIGTERM.
+def _in_full(end: Callable[..., None], *arguments: Any) -> None:
+    """Do what ends a run. Where the handler of a signal raises in it, as torch's of SIGCHLD may, what is left
+    is done all the same, and then the exception goes on."""
+    try:
+        end(*arguments)
+    except BaseException:
+        end(*arguments)
+        raise
 
-    Hooks are installed once and call whatever stood there before. They are inherited by forked
-    children, where every run declines by its pid.
+
+class _Process:
+    """What runs need of the process: its exit and its status, exceptions that nobody handles, signals, exec,
+    the cells of a notebook.
+
+    Each hook calls what stood there before. Forked children inherit them, where every run declines by its
+    pid.
     """
 
     def __init__(self) -> None:
         self.runs: weakref.WeakSet[Run] = weakref.WeakSet()
         self.stacks = _Stacks()
-        self._excepthook: Optional[Callable[..., Any]] = None
-        self._sigterm: Any = None
-        self._watches_exit = False
-        self._terminating = False
+        #: Functions of modules that are replaced, as they were.
+        self._real: Dict[str, Callable[..., Any]] = {}
+        self._ending = False
+        #: The end of a run whose program called `sys.exit`, and when.
+        self.exit: Optional[Tuple[End, float]] = None
+        #: Why a run writes nothing, of which it is said once a process; the parent at the last fork.
+        self.said: Set[str] = set()
+        self.parent = 0
+        self._shell: Any = None
+        self._cell_error = 0
         #: Until when all the runs of a process that ends may wait for a disk or the index.
         self._patience_mono = math.inf
 
     def add(self, run: Run) -> None:
         """Watch over one more run."""
         self.runs.add(run)
-        if not self._watches_exit:
-            self._watches_exit = True
-            atexit.register(self._at_exit)
-            self._excepthook, sys.excepthook = sys.excepthook, self._on_uncaught
-            os.register_at_fork(
-                before=self._before_fork,
-                after_in_parent=self._after_fork_in_parent,
-                after_in_child=self._after_fork_in_child,
-            )
-        if self._sigterm is None and threading.current_thread() is threading.main_thread():
-            current = signal.getsignal(signal.SIGTERM)
+        if not self._real:
+            self._install()
+        for signum in (signal.SIGTERM, signal.SIGHUP):
             # None: a handler that is not Python's. Ignored: somebody's decision. Both are kept.
-            if current is not None and current != signal.SIG_IGN:
-                self._sigterm = current
-                signal.signal(signal.SIGTERM, self._on_sigterm)
+            current = self._real["signal.getsignal"](signum)
+            ours = self._with_ours(signum, current)
+            if ours is not current:
+                with contextlib.suppress(ValueError):  # in another thread, and in a subinterpreter
+                    self._real["signal.signal"](signum, ours)
+        self._watch_cells()
+
+    def _install(self) -> None:
+        # What the end needs: where no descriptor is left, nothing can be imported.
+        import linecache  # noqa: F401
+        import tokenize  # noqa: F401
+
+        hooks: Tuple[Tuple[Any, str, Callable[..., Any]], ...] = (
+            (sys, "excepthook", self._on_uncaught),
+            (sys, "exit", self._on_sys_exit),
+            (threading, "excepthook", self._on_thread_exception),
+            (signal, "signal", self._on_signal_set),
+            (signal, "getsignal", self._on_signal_asked),
+            (os, "execv", self._on_exec),
+            (os, "execve", self._on_exec),
+        )
+        for module, name, hook in hooks:
+            self._real[f"{module.__name__}.{name}"] = getattr(module, name)
+            setattr(
+                module, name, functools.wraps(getattr(module, name))(_calling(hook, getattr(module, name)))
+            )
+        self._hooked = sys.excepthook
+        atexit.register(self._at_exit)
+        os.register_at_fork(
+            before=self._before_fork,
+            after_in_parent=self._after_fork_in_parent,
+            after_in_child=self._after_fork_in_child,
+        )
+
+    # ---------------------------------------------------------------- forks
 
     def _before_fork(self) -> None:
         self.stacks.end_thread()
@@ -2175,52 +2342,136 @@ class _Process:
     def _after_fork_in_child(self) -> None:
         # Only the forking thread exists in the child: locks held by others would never be released.
         self.stacks = _Stacks()
-        self._terminating = False
+        self._ending, self.exit, self.parent = False, None, os.getppid()
+        for run in list(self.runs):
+            run._window = math.nan, 0.0
         # With a handler in Python, a child that computes in C would outlive its SIGTERM.
-        if self._sigterm is not None and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
-            with contextlib.suppress(ValueError):
-                signal.signal(signal.SIGTERM, self._sigterm)
-                self._sigterm = None
+        for signum in (signal.SIGTERM, signal.SIGHUP):
+            current = self._real["signal.getsignal"](signum)
+            users = signal.SIG_DFL if current == self._on_signal else self._users(current)
+            if users is not current:
+                with contextlib.suppress(ValueError):
+                    self._real["signal.signal"](signum, users)
 
-    def _on_uncaught(self, kind: Any, error: BaseException, trace: Any) -> None:
-        if not _interactive():
+    # ---------------------------------------------------------------- signals
+
+    def _on_signal_set(self, real: Callable[..., Any], signum: int, handler: Any) -> Any:
+        if any(run._is_mine() for run in list(self.runs)):
+            handler = self._with_ours(signum, handler)
+        return self._users(real(signum, handler))
+
+    def _on_signal_asked(self, real: Callable[..., Any], signum: int) -> Any:
+        return self._users(real(signum))
+
+    def _with_ours(self, signum: int, handler: Any) -> Any:
+        """Return what is installed for a user's handler: ours in the place of the default action of SIGTERM
+        and SIGHUP, and around a handler of SIGTERM."""
+        if signum in (signal.SIGTERM, signal.SIGHUP) and handler == signal.SIG_DFL:
+            return self._on_signal
+        if signum != signal.SIGTERM or not callable(handler) or handler == self._on_signal:
+            return handler
+        if self._users(handler) is not handler:
+            return handler
+        return functools.partial(self._on_users_signal, handler)
+
+    def _users(self, handler: Any) -> Any:
+        """Return the handler that a user installed, of the one that is installed."""
+        ours = isinstance(handler, functools.partial) and handler.func == self._on_users_signal
+        return handler.args[0] if ours else handler
+
+    def _on_users_signal(self, handler: Callable[..., Any], signum: int, frame: Any) -> Any:
+        self._each(lambda run: run._note_signal(signum, frame))
+        return handler(signum, frame)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        if self._ending:
+            return  # sent to the process and to its group, say: what is under way must not be cut short
+        if self._real["signal.getsignal"](signum) != self._on_signal:
+            # A handler that was installed later calls ours: whether the process ends is for it to say.
+            self._each(lambda run: run._note_signal(signum, frame))
+            return
+        self._ending, self._patience_mono = True, _monotonic() + END_PATIENCE_S
+        try:
+            self._each(lambda run: run._end_by_signal(signum, frame))
+            self._real["signal.signal"](signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+            if os.getpid() == 1:  # to which, in a container, the kernel does not deliver it
+                os._exit(128 + signum)
+        finally:
+            self._ending, self._patience_mono = False, math.inf
+
+    # ---------------------------------------------------------------- exceptions, exit, exec
+
+    def _each(self, end: Callable[[Run], None]) -> None:
+        def end_all() -> None:
             for run in list(self.runs):
-                run._end_by_exception(error)
-        if self._excepthook is not None:
-            self._excepthook(kind, error, trace)
+                end(run)
+
+        _in_full(end_all)
 
     def patience_s(self, most_s: float) -> float:
         """Return how long a run that ends may wait now, at most `most_s`."""
         return max(0.0, min(most_s, self._patience_mono - _monotonic()))
 
-    def _on_sigterm(self, signum: int, frame: Any) -> None:
-        # Runs first, then the user's handler: it may never return, and people must be told.
-        if self._terminating:
-            return  # sent to the process and to its group, say: what is under way must not be cut short
-        self._terminating = True
-        self._patience_mono = _monotonic() + END_PATIENCE_S
-        try:
+    def _on_uncaught(self, real: Callable[..., Any], kind: Any, error: BaseException, trace: Any) -> Any:
+        if not _interactive():
+            self._each(lambda run: run._end_by_exception(error))
+        return real(kind, error, trace)
+
+    def _on_thread_exception(self, real: Callable[..., Any], hooked: Any) -> Any:
+        ident = Place.here().ident
+        if hooked.exc_value is not None:
+            self._each(
+                lambda run: run._end_by_exception(hooked.exc_value) if run._place.ident == ident else None
+            )
+        return real(hooked)
+
+    def _on_sys_exit(self, real: Callable[..., Any], *status: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            end = exit_end(status[0] if status else None, sys.exc_info()[1])
+            self.exit = None if end is None else (end, time.time())
             for run in list(self.runs):
-                run._end(FAILED, "terminated by SIGTERM", frames_of(frame=frame))
-            if not callable(self._sigterm):
-                for run in list(self.runs):
-                    run._close_files()
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                os.kill(os.getpid(), signal.SIGTERM)
-                if os.getpid() == 1:  # to which, in a container, the kernel does not deliver it
-                    os._exit(128 + signum)
-        finally:
-            self._terminating, self._patience_mono = False, math.inf
-        if callable(self._sigterm):
-            self._sigterm(signum, frame)
+                run._window = math.nan, 0.0  # the next report shows that somebody caught it
+        return real(*status)
+
+    def _on_exec(self, real: Callable[..., Any], path: Any, argv: Any, *environ: Any) -> Any:
+        # `execvp` tries one folder after the other.
+        if isinstance(path, int) or os.access(path, os.X_OK):
+            program = printable(" ".join(os.fsdecode(argument) for argument in argv), 200)
+            self._each(lambda run: run._end(End(FAILED, f"replaced by {program}")))
+        return real(path, argv, *environ)
 
     def _at_exit(self) -> None:
         # Set even where somebody replaced our excepthook without calling it.
         error = None if _interactive() else getattr(sys, "last_value", None)
         self._patience_mono = _monotonic() + END_PATIENCE_S
-        for run in list(self.runs):
-            run._at_exit(error if sys.excepthook != self._on_uncaught else None)
+        self._each(lambda run: run._at_exit(error if sys.excepthook != self._hooked else None))
         self.stacks.end_thread()
+
+    # ---------------------------------------------------------------- notebooks
+
+    def _watch_cells(self) -> None:
+        with contextlib.suppress(Exception):  # half imported, or another that has the name
+            shell = sys.modules["IPython"].get_ipython()
+            if shell is not None and shell is not self._shell:
+                shell.events.register("post_run_cell", self._after_cell)
+                self._shell, self._cell_error = shell, id(getattr(sys, "last_value", None))
+
+    def _after_cell(self, result: Any) -> None:
+        """End the runs of a cell that raised; of one that ended well, or never began, no promise stays."""
+        error, last = getattr(result, "error_in_exec", None), getattr(sys, "last_value", None)
+        if error is None and id(last) != self._cell_error and not getattr(result, "error_before_exec", None):
+            error = last  # %run shows it, and goes on
+        self._cell_error = id(last)
+        ident = Place.here().ident  # a run of another thread goes on between cells
+        self._each(lambda run: run._after_cell(error) if run._place.ident == ident else None)
+
+
+def _calling(hook: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
+    def hooked(*args: Any, **options: Any) -> Any:
+        return hook(real, *args, **options)
+
+    return hooked
 
 
 def _interactive() -> bool:
@@ -2240,6 +2491,10 @@ IDLE_CHECK_IN_S = 30.0
 OUTPUT_LINES, OUTPUT_LINE = 20, 300
 #: What the `Run()` of a program sends to the `aimwatch exec` that holds its run: nobody dies of it.
 HAND_OVER = signal.SIGURG
+#: Exceptions with which a run ends well: a trial that is given up, a generator whose user has enough.
+NOT_FAILURES = frozenset(("StopIteration", "GeneratorExit", "TrialPruned"))
+#: For how long a SIGTERM explains an end, and how long after `sys.exit` a program still records something.
+SIGNAL_S, CLEAN_UP_S = 600.0, 10.0
 #: How long a run that ends goes on trying to say so on a disk that refuses.
 END_RETRIES, END_RETRY_S = 4, 0.5
 #: How long a run that closes waits for the index.
@@ -2273,6 +2528,8 @@ class Run:
         experiment: the experiment that the run belongs to.
         stacks: whether a process that misses its promise leaves the stacks of its threads for the
             alert; $AIMWATCH_STACKS=0 turns it off for all.
+        not_failures: exceptions, as classes or by name, with which a run ends well; in any case
+            `StopIteration`, `GeneratorExit` and optuna's `TrialPruned`.
         system_tracking_interval, log_system_params, capture_terminal_logs, force_resume: accepted
             so that scripts written for Aim run unchanged; without effect here.
 
@@ -2292,6 +2549,7 @@ class Run:
         capture_terminal_logs: Optional[bool] = False,
         force_resume: Optional[bool] = False,
         stacks: bool = True,
+        not_failures: Iterable[Union[str, type]] = (),
     ) -> None:
         self._pid = 0  # so that __del__ finds a run that was never opened, whatever fails here
         run_hash_given = run_hash is not None
@@ -2302,8 +2560,15 @@ class Run:
             raise ArgumentTypeError(
                 f"repo must be the path of a folder, or a Repo, not {type(repo).__name__} ({brief(repo)})"
             )
+        if isinstance(not_failures, (str, type)):
+            raise ArgumentTypeError("not_failures must be several: not_failures=(TrialPruned,)")
+        self._not_failures = NOT_FAILURES | {getattr(item, "__name__", str(item)) for item in not_failures}
         paths = find_repo(None if repo is None else os.fsdecode(repo), create=not read_only)
         self._stacks_on = stacks and os.environ.get("AIMWATCH_STACKS", "").lower() not in _OFF
+        if not read_only and _imports_main():
+            self._set_up(paths, run_hash, read_only)
+            self._inert = "was made while a worker imports the main module"
+            return
         if read_only or run_hash_given or not self._join(paths):
             self._set_up(paths, run_hash, read_only)
             if read_only:
@@ -2320,9 +2585,27 @@ class Run:
         run._set_up(paths, run_hash, read_only=True)
         return run
 
+    @classmethod
+    def _unpickled(cls, root: str, run_hash: str, read_only: bool) -> Run:
+        run = cls._to_read(RepoPaths(root), run_hash)
+        run.read_only = read_only
+        run._inert = "was unpickled, and belongs to the process that pickled it"
+        return run
+
+    def __reduce__(self) -> Any:
+        return Run._unpickled, (self._paths.root, self.hash, self.read_only)
+
+    def __copy__(self) -> Run:
+        return self
+
+    def __deepcopy__(self, _: Any) -> Run:
+        return self
+
     def _set_up(self, paths: RepoPaths, run_hash: str, read_only: bool) -> None:
         #: The process that may write the run; 0 for a run that is read.
         self._pid = 0
+        #: Why nothing is written, where it is for another process to do that.
+        self._inert = ""
         self._closed = False
         self.hash = run_hash
         self.read_only = read_only
@@ -2356,8 +2639,13 @@ class Run:
     # ---------------------------------------------------------------- opening
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_state" and self.__dict__.get("read_only"):
-            self._read()
+        if name == "_state" and "_paths" in self.__dict__:
+            try:
+                self._read()
+            except RepoError:
+                if not self._inert:
+                    raise
+                self._state = RunState(self.hash)  # the worker may not see the repository
             return self._state
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -2392,11 +2680,17 @@ class Run:
         self._rhythm, self._learned_mono, self._phase_s = Rhythm(), math.nan, 0.0
         #: In a program that `aimwatch exec` runs, `track` is a report until there is another.
         self._track_reports = False
+        #: The flag of the end that is reported, and its record until it is on disk.
         self._ended: Optional[str] = None
+        self._to_end: Optional[Dict[str, Any]] = None
+        #: A SIGTERM that a handler of the user's takes care of, and when it came (monotonic).
+        self._signal: Optional[Tuple[End, float]] = None
+        #: The thread that reported last.
+        self._place = Place.here()
         self._warned_odd = False
         #: Log lines since the last checkpoint.
         self._lines = 0
-        self._look_at_s, self._lock_at_mono = 0.0, _monotonic() + LOCK_S
+        self._looked_s, self._look_at_s, self._lock_at_mono = 0.0, 0.0, _monotonic() + LOCK_S
         self._lock_lost = 0
         #: Log messages that could not be put into `news` yet.
         self._messages = b""
@@ -2431,7 +2725,7 @@ class Run:
     def _session_record(self) -> Dict[str, Any]:
         now = round(time.time(), 3)
         if self._state.created_at:
-            return {"resume": now, **describe_session()}
+            return {"resume": now, "signal": None, **describe_session()}
         return {"format": LOG_FORMAT, "hash": self.hash, "created_at": now, **describe_session()}
 
     def _take_marker(self, wait_s: float) -> None:
@@ -2507,6 +2801,8 @@ class Run:
 
     def _report(self, expect_next_in: Any, block: bool) -> None:
         now = _monotonic()
+        self._place = Place.here()
+        _process.exit = None  # whoever called it, somebody caught it
         with self._disk_lock:
             if expect_next_in is not AUTO:
                 expect_s, self._learned_mono = checked_expect_s(expect_next_in), math.nan
@@ -2526,6 +2822,9 @@ class Run:
                 return
         if self._ended is not None:
             self._reopen()
+        if self._signal is not None and self._noted() is None:
+            self._signal = None
+            self._record_signal(None)
         self._promised = expect_s > 0 and not self._track_reports
         self._write_check_in(CHECK_IN, expect_s, margin_s, expect_next_in)
 
@@ -2561,7 +2860,7 @@ class Run:
         if self._pid and self._lock.acquire(blocking=False):
             try:
                 now_s = time.time()
-                if now_s >= self._look_at_s:
+                if not self._looked_s <= now_s < self._look_at_s:
                     self._look(now_s)
             finally:
                 self._lock.release()
@@ -2590,7 +2889,8 @@ class Run:
                     until = min(until, now + LEARN_S)
                 self._window = (asked if flag == CHECK_IN else math.nan, until)
         if self._stacks_on and written_s:
-            _process.stacks.arm(self._paths.stack(self.hash), now + written_s + STACKS_AFTER_S)
+            due_mono = now + written_s + STACKS_AFTER_S
+            _process.stacks.arm(self._paths.stack(self.hash), due_mono, self._place)
         elif self._stacks_on:
             _process.stacks.disarm(self._paths.stack(self.hash))
 
@@ -2599,7 +2899,7 @@ class Run:
         if self._may_write("report_successful_finish"):
             if self._ended == FAILED:
                 self._reopen()
-            self._end(FINISHED, None, [])
+            _in_full(self._end, End(FINISHED))
 
     # ---------------------------------------------------------------- metrics
 
@@ -2645,7 +2945,7 @@ class Run:
         now = time.time()
         held = self._lock.acquire(True, LOCK_WAIT_S)
         try:
-            if now >= self._look_at_s:
+            if not self._looked_s <= now < self._look_at_s:
                 self._look(now)
                 if self._track_reports and self._ended is None:
                     self._report(AUTO, False)
@@ -2850,7 +3150,7 @@ class Run:
     def duration(self) -> float:
         """Seconds from the run's creation to its end, or to now while it is active."""
         end_s = self.end_time
-        return (time.time() if end_s is None else end_s) - self.creation_time
+        return max(0.0, (time.time() if end_s is None else end_s) - self.creation_time)
 
     @property
     def active(self) -> bool:
@@ -2938,7 +3238,7 @@ class Run:
             )
         with self._locked():
             now = time.time()
-            if self._pid and now >= self._look_at_s:
+            if self._pid and not self._looked_s <= now < self._look_at_s:
                 self._look(now)
             # From the line, so that the state shares nothing with what the caller holds.
             applied = self._state.apply(from_json(line))
@@ -2954,7 +3254,7 @@ class Run:
         """Write the whole state, unless it is too long a line for its readers: they then read the records
         themselves."""
         self._lines = 0
-        self._look_at_s = 0.0  # also where the clock was set back
+        self._look_at_s = 0.0
         line = self._checkpoint_line()
         if line:
             self._log.append(line)
@@ -2984,7 +3284,9 @@ class Run:
         Never where there is no `.aim`: a share that is not mounted leaves an empty folder, and what
         was written below it would be hidden when the share comes back.
         """
-        self._look_at_s = now_s + LOOK_S
+        # The clock may be set back, by a day.
+        self._looked_s, self._look_at_s = now_s, now_s + LOOK_S
+        self._place = Place.here()
         try:
             in_place = self._log.look() and self._marker.is_there()
             if not in_place and os.path.isdir(self._paths.aim):
@@ -3031,19 +3333,14 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: Optional[BaseException], trace: Any) -> None:
-        if self._is_mine():
-            if error is not None:
-                self._end_by_exception(error)
-            self._finish_and_close()
+        _in_full(self._end_and_close, error)
 
     def close(self) -> None:
         """End the run: `failed` where an exception is being handled, `finished` otherwise, unless
         its end was already reported. Calling it again does nothing."""
         if self._is_mine():
             error = sys.exc_info()[1]
-            if error is not None and error is not self._outer_error:
-                self._end_by_exception(error)
-            self._finish_and_close()
+            _in_full(self._end_and_close, None if error is self._outer_error else error)
 
     def finalize(self) -> None:
         """Aim's other name for `close`."""
@@ -3061,63 +3358,122 @@ class Run:
         if self._is_mine():
             if error is not None:
                 self._end_by_exception(error)
+            # Who tracked something long after `sys.exit` has caught it.
+            if _process.exit is not None and self._state.last_time - _process.exit[1] < CLEAN_UP_S:
+                self._end(_process.exit[0])
             self._end_unreported("exited without reporting a successful finish")
 
-    def _end_unreported(self, reason: str) -> None:
-        if self._promised:
-            self._end(FAILED, reason, [])
-        self._finish_and_close()
+    def _after_cell(self, error: Optional[BaseException]) -> None:
+        if self._is_mine() and self._ended is None:
+            if error is not None:
+                self._end_by_exception(error)
+            elif self._promised:
+                self._report(0, False)
 
-    def _finish_and_close(self) -> None:
-        self._end(FINISHED, None, [])
-        self._close_files()
+    def _end_unreported(self, reason: str) -> None:
+        if self._promised or self._noted() is not None:
+            self._end(self._noted() or End(FAILED, reason))
+        self._end_and_close()
+
+    def _end_and_close(self, error: Optional[BaseException] = None) -> None:
+        if self._is_mine():
+            if error is not None:
+                self._end_by_exception(error)
+            self._end(End(FINISHED))
+            self._close_files()
 
     def _end_by_exception(self, error: BaseException) -> None:
-        if isinstance(error, GeneratorExit):
-            return  # who iterated over a generator that holds the run has enough
+        end: Optional[End] = None
         if isinstance(error, SystemExit):
-            if error.code is None or error.code == 0:
-                return
-            self._end(FAILED, f"exited with status {error.code}"[:MAX_REASON], frames_of(error))
-        else:
-            self._end(FAILED, describe_exception(error), frames_of(error))
+            end = self._noted() or exit_end(error.code, error.__context__)
+        elif not self._not_failures & {kind.__name__ for kind in type(error).__mro__}:
+            end = End(FAILED, describe_exception(error), frames_of(error))
+        if end is not None and self._is_mine():
+            self._end(end)
 
-    def _end(self, flag: str, reason: Optional[str], frames: List[str], output: Sequence[str] = ()) -> None:
-        """Record how the run ended, in its log and then as a check-in. The first end counts.
+    # ---------------------------------------------------------------- signals
 
-        Arguments:
-            output: the last lines that a program wrote whose run this is.
-        """
-        if not self._is_mine() or self._ended is not None:
+    def _signal_end(self, signum: int, frame: Optional[FrameType]) -> End:
+        if self._place.ident != Place.here().ident:
+            frame = self._place.frame() or frame
+        return End(FAILED, f"terminated by {signal.Signals(signum).name}", frames_of(frame=frame))
+
+    def _end_by_signal(self, signum: int, frame: Optional[FrameType]) -> None:
+        if self._is_mine():
+            self._end(self._signal_end(signum, frame))
+            self._close_files()
+
+    def _note_signal(self, signum: int, frame: Optional[FrameType]) -> None:
+        """Note a signal that a handler of the user's takes care of, who may save, end the process, or not."""
+        if self._is_mine() and self._ended is None and self._noted() is None:
+            self._signal = self._signal_end(signum, frame), _monotonic()
+            self._record_signal(self._signal[0])
+
+    def _record_signal(self, end: Optional[End]) -> None:
+        noted = None if end is None else {"reason": end.reason, "frames": list(end.frames)}
+        self._record({"resume": round(time.time(), 3), "signal": noted})
+
+    def _noted(self) -> Optional[End]:
+        """Return the end by a signal that came lately: a scheduler does not wait for longer, and where the
+        process goes on, its handler did not end it."""
+        if self._signal is None or _monotonic() - self._signal[1] > SIGNAL_S:
+            return None
+        return self._signal[0]
+
+    def _with_signal(self, end: End) -> End:
+        noted = self._noted()
+        if noted is None or end.reason.startswith(noted.reason):
+            return end
+        if end.flag == FINISHED:
+            return End(FINISHED, f"after {noted.reason.split()[-1]}")
+        if end.reason.startswith("exited with"):
+            return noted
+        return end._replace(reason=f"{noted.reason} ({end.reason})", frames=end.frames or noted.frames)
+
+    # ---------------------------------------------------------------- what is recorded of the end
+
+    def _end(self, end: End) -> None:
+        """Record how the run ended, in its log and then as a check-in. The first end counts, and is said once
+        more where this was interrupted."""
+        if not self._is_mine() or (self._ended is not None and self._to_end is None):
             return
-        self._ended = flag
+        if self._to_end is None:
+            end = self._with_signal(end)
+            # The clock may have been set back, and no run ends before it began.
+            time_s = max(round(time.time(), 3), self._state.last_time)
+            record: Dict[str, Any] = {"end": end.flag, "time": time_s, "idx": self._file.next_idx()}
+            if end.reason:
+                record.update(reason=end.reason, frames=list(end.frames))
+            if end.output:
+                record["output"] = list(end.output)
+            self._ended, self._to_end = end.flag, record
+        record = self._to_end
         _process.stacks.disarm(self._paths.stack(self.hash))
-        idx = self._file.next_idx()
-        self._disk_idx, self._deadline, self._window = idx, 0.0, (math.nan, 0.0)
-        end: Dict[str, Any] = {"end": flag, "time": round(time.time(), 3), "idx": idx}
-        if reason is not None:
-            end.update(reason=reason, frames=frames, **({"output": list(output)} if output else {}))
+        self._disk_idx, self._deadline, self._window = record["idx"], 0.0, (math.nan, 0.0)
         # The log first: who sees the check-in must find the reason.
-        self._record(end)
+        self._record(record)
         self._promised = False
         for retry in range(END_RETRIES):
             try:
-                self._file.write(idx, flag, 0)
-                return
+                self._file.write(record["idx"], record["end"], 0)
+                break
             except OSError as error:
                 if not retry:
-                    log.warning("cannot report %s below %s: %s", flag, self._file.folder, error.strerror)
+                    log.warning(
+                        "cannot report %s below %s: %s", record["end"], self._file.folder, error.strerror
+                    )
             time.sleep(_process.patience_s(END_RETRY_S) if retry + 1 < END_RETRIES else 0)
+        self._to_end = None
 
     def _reopen(self) -> None:
-        """Take a reported end back: the process lived through its SIGTERM, or goes on training."""
+        """Take a reported end back: the run goes on training."""
         self._record({"resume": round(time.time(), 3)})
-        self._ended = None
+        self._ended = self._to_end = None
 
     def _close_files(self) -> None:
         with self._locked():
             if self._is_mine():
-                self._closed, self._stacks_on = True, False
+                self._stacks_on = False
                 _process.stacks.disarm(self._paths.stack(self.hash))
                 self._look(time.time())
                 self._checkpoint()
@@ -3125,6 +3481,7 @@ class Run:
                 if size >= 0 and self._ended is not None:  # otherwise another process goes on with it
                     self._index_itself(size)
                 self._marker.release()
+                self._closed = True
 
     def _index_itself(self, size: int) -> None:
         """Put the closed run into the index if that is quick; its marker asks others to otherwise."""
@@ -3155,13 +3512,41 @@ class Run:
                 f"{what}: run {self.hash} is only read here (read_only=True, or what a query found): "
                 f"open it with Run({self.hash!r}) to write"
             )
-        if not self._complained:
+        if self._take_over():
+            return True
+        if not self._complained and self._inert not in _process.said:
             self._complained = True
-            why = "was closed"
-            if self._pid != os.getpid():
+            why = self._inert or "was closed"
+            if self._inert:
+                _process.said.add(self._inert)
+            elif self._pid != os.getpid():
                 why = f"belongs to process {self._pid}, and this is a child of it"
             log.error("%s is ignored: run %s %s", what, self.hash, why)
         return False
+
+    def _take_over(self) -> bool:
+        """Go on with the run of a process that is gone, in the daemon that it left behind; not in a worker of
+        `multiprocessing`, which is about to end."""
+        pid, workers = self._pid, sys.modules.get("multiprocessing.process")
+        if pid in (0, os.getpid()) or self._closed or os.getppid() == _process.parent:
+            return False
+        if workers is not None and workers.parent_process() is not None:
+            return False
+        if lock_state(self._paths.marker(self.hash)) == "held":
+            return False
+        try:
+            self._set_up(self._paths, self.hash, read_only=False)
+            self._open(may_exist=True, wait_s=0.0)
+        except AimwatchError as error:
+            self._pid, self._complained = pid, True
+            log.debug("run %s: %s", self.hash, error)
+        return self._is_mine()
+
+
+def _imports_main() -> bool:
+    """True while a worker that `multiprocessing` or loky spawned imports the main module of its parent."""
+    workers = sys.modules.get("multiprocessing.process")
+    return workers is not None and getattr(workers.current_process(), "_inheriting", False)
 
 
 class Metric:
@@ -3960,7 +4345,10 @@ def finalize_dead(paths: RepoPaths, state: RunState, last_check_in: float) -> in
     size of its log, or -1 where that could not be written: the index may know of the end, but the
     marker must stay. The caller holds the run's marker, which makes it the log's only writer."""
     last = max(state.last_time, state.created_at, last_check_in)
+    signal = state.header.get("signal")
     end: Dict[str, Any] = {"end": FAILED, "time": last, "idx": state.next_idx - 1, "reason": DIED}
+    if isinstance(signal, dict):  # a handler of the user's ended the process
+        end.update(signal)
     if not state.apply(end):
         return -1  # what no reader would take must not be written again and again
     try:
@@ -5455,7 +5843,9 @@ def _what_happened(event: str, facts: Facts) -> str:
         return f"logged {reason}"
     if event == FAILED:
         return f"failed: {reason}" if reason else "failed"
-    return event if event in (STARTED, FINISHED) else f"{event}: {reason}"
+    if event == FINISHED:
+        return f"{event} {reason}".strip()
+    return event if event == STARTED else f"{event}: {reason}"
 
 
 def default_message(facts: Facts) -> str:
@@ -6992,6 +7382,9 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
     facts["run.experiment"] = printable(str(state.props.get("experiment") or ""), 100)
     facts["run.metrics"] = describe_metrics(state)
     facts["run.errors"] = "\n".join(f"  {printable(text, 200)}" for text in list(state.errors)[-3:])
+    signal = state.header.get("signal")
+    if state.end is None and isinstance(signal, dict):
+        facts["run.reason"] = printable(str(signal.get("reason") or ""))
     if state.end is not None:
         facts["run.reason"] = printable(str(state.end.get("reason") or ""))
         frames = state.end.get("frames")
@@ -7005,20 +7398,19 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
 
 
 def hanging_frames(paths: RepoPaths, run_hash: str) -> str:
-    """Return the innermost frames of a run's main thread, outermost first, from what its process
-    left when it missed its promise; "" where it left nothing."""
+    """Return the frames that say where a run's thread hangs, outermost first, from what its process left when
+    it missed its promise; "" where it left nothing."""
     try:
         text = read_bounded(paths.stack(run_hash), 1 << 20, follow=False).decode("utf-8", "replace")
     except OSError:
         return ""
-    # The main thread is the last, unless there are more than `faulthandler` shows.
+    # The thread that reported last is the last, unless there are more than `faulthandler` shows.
     last = text.rpartition(" (most recent call first):\n")[2]
     if "\n..." in last:
         return ""
-    frames = re.findall(r'^  File "(.*)", line ([0-9?]+) in (.*)$', last, re.MULTILINE)[:_MAX_FRAMES]
-    return "\n".join(
-        f"  {printable(f'{file}:{line} in {name}', 200)}" for file, line, name in reversed(frames)
-    )
+    frames = re.findall(r'^  File "(.*)", line ([0-9?]+) in (.*)$', last, re.MULTILINE)[::-1]
+    told = (frames[index] for index in telling_frames([file for file, _, _ in frames]))
+    return "\n".join(f"  {printable(f'{file}:{line} in {name}', 200)}" for file, line, name in told)
 
 
 def change_facts(paths: RepoPaths, change: Change, in_full: bool = True) -> Facts:
@@ -7031,7 +7423,7 @@ def change_facts(paths: RepoPaths, change: Change, in_full: bool = True) -> Fact
     facts["run.promised"] = human_s(watched.promise_s) if watched.promise_s else ""
     facts["run.silent"] = human_s(change.silent_s)
     if change.kind == STALLED:
-        facts["run.reason"] = change.note
+        facts["run.reason"] = "; ".join(filter(None, (facts.get("run.reason"), change.note)))
         if in_full:
             facts["run.process"] = writer_state(paths, watched.hash)
             facts["run.frames"] = hanging_frames(paths, watched.hash)
@@ -8347,7 +8739,7 @@ class ProgramReporter(threading.Thread):
             self._take()
         assert self._run is not None
         if reason:
-            self._run._end(FAILED, reason, [], output)
+            self._run._end(End(FAILED, reason, output=output))
         self._run.close()
 
 

@@ -1341,15 +1341,38 @@ ENDS: Tuple[Tuple[str, str, int, Any, Any], ...] = (
     ("with_no_message", "with run: raise KeyError", 1, "failed", "KeyError"),
     ("with_bad_message", "class Bad(Exception):\n __str__ = None\nwith run: raise Bad()", 1,
      "failed", "Bad: <its message cannot be shown>"),
-    ("with_interrupt", "with run: raise KeyboardInterrupt", -2, "failed", "KeyboardInterrupt"),
+    ("with_interrupt", "with run: raise KeyboardInterrupt", -2, "failed", "interrupted"),
     ("with_exit_0", "with run: sys.exit(0)", 0, "finished", None),
     ("with_exit", "with run: sys.exit()", 0, "finished", None),
     ("with_exit_3", "with run: sys.exit(3)", 3, "failed", "exited with status 3"),
-    ("with_exit_text", "with run: sys.exit('no data')", 1, "failed", "exited with status no data"),
+    ("with_exit_text", "with run: sys.exit('no data')", 1, "failed", "exited with status 1: no data"),
     ("uncaught", "run.report_progress(expect_next_in=60); boom()", 1, "failed", "ValueError: boom"),
     ("uncaught_no_promise", "boom()", 1, "failed", "ValueError: boom"),
-    ("exit_3", "sys.exit(3)", 3, "finished", None),
-    ("exit_3_promise", "run.report_progress(expect_next_in=60); sys.exit(3)", 3, "failed", EXIT_REASON),
+    ("exit_3", "sys.exit(3)", 3, "failed", "exited with status 3"),
+    ("exit_3_promise", "run.report_progress(expect_next_in=60); sys.exit(3)", 3, "failed",
+     "exited with status 3"),
+    ("exit_text", "sys.exit('no data')", 1, "failed", "exited with status 1: no data"),
+    ("exit_0", "sys.exit(0)", 0, "finished", None),
+    ("exit_while_handling", "try: boom()\nexcept ValueError: sys.exit(1)", 1, "failed",
+     "exited with status 1 (ValueError: boom)"),
+    ("with_exit_while_handling", "with run:\n try: boom()\n except ValueError: sys.exit(1)", 1, "failed",
+     "exited with status 1 (ValueError: boom)"),
+    ("exit_caught", "try: sys.exit(1)\nexcept SystemExit: run.report_progress()", 0, "finished", None),
+    ("exit_then_clean_up", "try: sys.exit(1)\nfinally: run.track(1, 'm')", 1, "failed",
+     "exited with status 1"),
+    ("exit_in_thread", "t = threading.Thread(target=sys.exit, args=(1,)); t.start(); t.join()", 0,
+     "finished", None),
+    ("argparse", "import argparse; argparse.ArgumentParser().parse_args(['--x'])", 2, "failed",
+     "exited with status 2"),
+    ("thread_raises", "def work():\n run.report_progress(expect_next_in=60); boom()\n"
+     "t = threading.Thread(target=work); t.start(); t.join()", 0, "failed", "ValueError: boom"),
+    ("other_thread_raises", "t = threading.Thread(target=boom); t.start(); t.join()", 0, "finished", None),
+    ("with_pruned", "class TrialPruned(Exception): pass\nclass Ours(TrialPruned): pass\n"
+     "with run: raise Ours", 1, "finished", None),
+    ("with_stop", "with run: next(iter(()))", 1, "finished", None),
+    ("hup", "os.kill(os.getpid(), signal.SIGHUP); time.sleep(9)", -1, "failed", "terminated by SIGHUP"),
+    ("exec_", "os.execlp('true', 'true', '-x')", 0, "failed", "replaced by true -x"),
+    ("exec_fails", "try: os.execlp('/', 'x')\nexcept OSError: run.report_progress()", 0, "finished", None),
     ("exit_promise", "run.report_progress(expect_next_in=60)", 0, "failed", EXIT_REASON),
     ("exit_no_promise", "run.report_progress()", 0, "finished", None),
     ("exit_promise_taken_back", "run.report_progress(expect_next_in=60); run.report_progress()", 0,
@@ -1381,9 +1404,43 @@ USERS_HOOKS = (
     ("later excepthook that calls nothing", "", "sys.excepthook = lambda *args: print('user')\nboom()", 1, ["user"],
      "ValueError: boom"),
     ("SIGTERM handler", "def handler(number, frame): print(number, flags(), frame is not None); sys.exit(7)\n"
-     "signal.signal(signal.SIGTERM, handler)\n", "term()", 7, ["15 starting failed True"], "terminated by SIGTERM"),
+     "signal.signal(signal.SIGTERM, handler)\n", "term()", 7, ["15 starting True"], "terminated by SIGTERM"),
     ("later SIGTERM handler", "", "run.report_progress(expect_next_in=60)\n"
-     "signal.signal(signal.SIGTERM, lambda *args: sys.exit(5))\nother = Run('s')\nterm()", 5, [], EXIT_REASON),
+     "signal.signal(signal.SIGTERM, lambda *args: sys.exit(5))\nother = Run('s')\nterm()", 5, [],
+     "terminated by SIGTERM"),
+    ("later SIGTERM handler that exits well", "", "signal.signal(signal.SIGTERM, lambda *args: sys.exit())\n"
+     "with run: term()", 0, [], "terminated by SIGTERM"),
+    ("later SIGTERM handler that raises", "", "def handler(*args): raise KeyError('stop')\n"
+     "signal.signal(signal.SIGTERM, handler)\nwith run: term()", 1, [],
+     "terminated by SIGTERM (KeyError: 'stop')"),
+    ("chained SIGTERM handler", "", """\
+earlier = signal.getsignal(signal.SIGTERM)
+def handler(*args):
+    earlier(*args)
+    print('received', flags())
+    global received
+    received = True
+received = False
+signal.signal(signal.SIGTERM, handler)
+os.kill(os.getpid(), signal.SIGTERM)
+while not received: pass
+print('saved', signal.getsignal(signal.SIGTERM) is handler)
+""", 0, ["received starting", "saved True"], "terminated by SIGTERM"),
+    ("chained SIGTERM handler, of a run that finishes", "", """\
+earlier = signal.getsignal(signal.SIGTERM)
+signal.signal(signal.SIGTERM, lambda *args: earlier(*args))
+os.kill(os.getpid(), signal.SIGTERM)
+run.report_progress(expect_next_in=60)
+run.close()
+print(flags())
+""", 0, ["finished"], "after SIGTERM"),
+    ("default action that is set back", "", "old = signal.signal(signal.SIGTERM, print)\n"
+     "signal.signal(signal.SIGTERM, signal.SIG_DFL)\nterm()", -15, [], "terminated by SIGTERM"),
+    ("handler before, a trainer's later, and back", "signal.signal(signal.SIGTERM, lambda *args: print('first'))\n",
+     "first = signal.getsignal(signal.SIGTERM)\nsignal.signal(signal.SIGTERM, lambda *a: (print('second'), first(*a)))\n"
+     "os.kill(os.getpid(), signal.SIGTERM)\nsignal.signal(signal.SIGTERM, first)\n"
+     "os.kill(os.getpid(), signal.SIGTERM)\nprint(flags())", 0, ["second", "first", "first", "starting"],
+     "terminated by SIGTERM"),
     ("SIGTERM is ignored", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n",
      "os.kill(os.getpid(), signal.SIGTERM)\nprint(flags())\n"
      "print(signal.getsignal(signal.SIGTERM) == signal.SIG_IGN)\nrun.close()", 0, ["starting", "True"], None),
@@ -1571,8 +1628,9 @@ print(flags("g"))
             exit_code, out, err = self.finished_process(code, begin=begin)
             with self.subTest(expect=expect):
                 self.assertEqual((exit_code, err), (0, ""))
-                self.assertEqual(out, ["check_in failed", "check_in failed", "check_in"])
+                self.assertEqual(out, ["check_in", "check_in", "check_in"])
                 self.assertEqual((self.end_of("r")["end"], self.flags("r-")), ("finished", ["finished"]))
+                self.assertEqual(self.end_of("r")["reason"], "after SIGTERM")
 
     def test_sigterm_while_another_thread_holds_the_log_is_not_held_up_for_ever(self) -> None:
         code = (
@@ -1673,12 +1731,12 @@ before = look()
     def test_child_has_the_sigterm_handler_that_was_there_before_the_run(self) -> None:
         # A signal that reaches a child before it runs Python code is lost to a handler written in
         # Python, and multiprocessing.Pool then waits for a worker that it has told to end.
-        look = "os._exit(signal.getsignal(signal.SIGTERM) != old)"
+        look = "import _signal; os._exit(_signal.getsignal(signal.SIGTERM) != old)"
         for begin in ("", "signal.signal(signal.SIGTERM, lambda *args: os._exit(9))\n"):
             with self.subTest(begin):
                 begin += "old = signal.getsignal(signal.SIGTERM)\n" + self.BEGIN
-                code = f"print(child({look!r}), signal.getsignal(signal.SIGTERM) != old)\nrun.close()"
-                self.assertEqual(self.finished_process(code, begin=begin)[1], ["0 True"])
+                code = f"print(child({look!r}))\nrun.close()"
+                self.assertEqual(self.finished_process(code, begin=begin)[1], ["0"])
 
     def test_child_may_have_a_run_of_its_own(self) -> None:
         for name, code, status, reason in (
@@ -2088,7 +2146,7 @@ threading.Thread(target=other, daemon=True).start()
 run = Run("r")
 path, stacks = run._paths.stack("r"), aimwatch._process.stacks
 for _ in range(200):
-    stacks.arm(path, time.monotonic())
+    stacks.arm(path, time.monotonic(), run._place)
     while not os.path.exists(path):
         busy()
 os.write(1, b"alive")
@@ -2193,7 +2251,7 @@ class StacksByHand(HandDriven):
 
     def due_in_s(self) -> List[float]:
         """Return in how many seconds stacks will be written."""
-        return sorted(round(due - self.clock.now, 3) for due in self.stacks._due.values())
+        return sorted(round(due - self.clock.now, 3) for due, _ in self.stacks._due.values())
 
     def miss(self, seconds: float) -> None:
         """Let time pass, and have the stacks written that are due then."""
@@ -2249,7 +2307,7 @@ class StacksByHand(HandDriven):
         run = self.run_object()
         run.report_progress(expect_next_in=5)
 
-        def all_stacks() -> bytes:
+        def all_stacks(_: Any) -> bytes:
             run.report_progress(expect_next_in=5)
             return b"late\n"
 
