@@ -95,7 +95,7 @@ import sys
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -463,6 +463,15 @@ def local_time(epoch_s: float) -> str:
         return "at an unknown time"
 
 
+def iso_time(epoch_s: float) -> str:
+    """Return seconds since the epoch in ISO 8601 with its zone, which is UTC, for programs to read."""
+    try:
+        moment = datetime.datetime.fromtimestamp(epoch_s, datetime.timezone.utc)
+        return moment.isoformat(timespec="milliseconds")
+    except (OverflowError, ValueError, OSError):
+        return ""
+
+
 def brief(value: Any) -> str:
     """Return what a wrong argument looks like, for the message that refuses it."""
     try:
@@ -520,6 +529,14 @@ def find_by_prefix(prefix: str, names: Iterable[str], what: str, way_out: str) -
         raise AimwatchError(f"no {what} {shown}{way_out}")
     some = ", ".join(sorted(found)[:5]) + (", ..." if len(found) > 5 else "")
     raise AimwatchError(f"{what} {shown} is ambiguous: {some}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `: did you mean x?` for the known name that is most like one, "" where none is."""
+    import difflib
+
+    near = difflib.get_close_matches(name, sorted(known), 1, 0.5)
+    return f": did you mean {printable(near[0], 60)}?" if near else ""
 
 
 def this_host() -> str:
@@ -3683,7 +3700,7 @@ def utc_datetime(epoch_s: float) -> datetime.datetime:
 # ======================================================================================
 
 #: Counted up with every change of the tables or of what stands in them.
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 
 # A row is stored as three JSON texts, since most questions want only one of them. A fact is a scalar of a
 # run by which queries find it: its path is the name of a field, or the keys of a param as JSON strings
@@ -3814,8 +3831,9 @@ def facts_of(row: Dict[str, Any]) -> Iterator[Tuple[str, Any]]:
             found.append((path, value))
     for path, value in found:
         fact = fact_value(value)
-        if fact is not None:
-            yield path, fact
+        # Of a param there is a fact whatever it is, so that people can ask which there are.
+        if fact is not None or path.startswith('"'):
+            yield path, "" if fact is None else fact
 
 
 def metric_path(name: str) -> str:
@@ -4485,6 +4503,8 @@ class CompiledQuery(NamedTuple):
     over: str
     speaks_of_archived: bool
     narrowings: Sequence[Narrowing] = ()
+    #: The params that it asks for, as dotted paths.
+    params: Sequence[str] = ()
 
     def matches(self, rows: Iterable[Dict[str, Any]]) -> Iterator[Tuple[Dict[str, Any], Any]]:
         """Yield the rows for which the query is true, with None, or with each metric for which it is."""
@@ -4551,7 +4571,7 @@ def compile_query(text: str, over: str = "run", now_utc_s: Optional[float] = Non
     terms = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
     compiler.conjuncts = set(terms)
     test = compiler.condition(tree)
-    return CompiledQuery(test, over, compiler.speaks_of_archived, compiler.narrowings)
+    return CompiledQuery(test, over, compiler.speaks_of_archived, compiler.narrowings, compiler.params)
 
 
 def _narrowing(value: _Value, sign: str, const: Any) -> Optional[Narrowing]:
@@ -4689,6 +4709,7 @@ _RUN_FIELDS: Dict[str, _Value] = {
     "end_time": _from_row("end_time"),
     "finalized_at": _from_row("end_time", is_time=True),
     "active": _Value(lambda row, metric: row["end_time"] is None, fact="active", kind="flag"),
+    **{field: _from_row(field) for field in ("state", "reason", "host", "pid", "user", "job")},
 }
 
 _INSTEAD = {
@@ -4711,6 +4732,7 @@ class _Compiler:
         self.over = over
         self.now_utc_s = now_utc_s
         self.speaks_of_archived = False
+        self.params: List[str] = []
         #: The nodes that must all be true for the query to be true.
         self.conjuncts: Set[ast.expr] = set()
         self.narrowings: List[Narrowing] = []
@@ -4913,6 +4935,7 @@ class _Compiler:
             field = _RUN_FIELDS[first]
         else:
             fact = ",".join(map(json.dumps, names)) if all(isinstance(name, str) for name in names) else ""
+            self.params.append(".".join(itertools.takewhile(lambda name: isinstance(name, str), names)))
             return _Value(_at(lambda row, metric: row["params"], names), fact=fact)
         self.speaks_of_archived |= first == "archived"
         if not names[1:]:
@@ -5115,10 +5138,32 @@ class Repo:
             return Run._to_read(self._paths, run_hash)
         return None
 
-    def find_run(self, prefix: str) -> str:
-        """Return the hash that starts with `prefix`. Raises AimwatchError for none or several."""
-        way_out = f" in {self.path}: '{command_line()} runs' lists them"
-        return find_by_prefix(prefix, list_runs(self._paths), "run", way_out)
+    def find_run(self, text: str, others: Iterable[str] = ()) -> str:
+        """Return the hash of the run that has this name, or whose hash starts with it.
+
+        Arguments:
+            others: hashes of runs that have no log here, such as Aim's.
+
+        Raises AimwatchError for none or several.
+        """
+        hashes = set(list_runs(self._paths)).union(others)
+        if text in hashes:
+            return text
+        named = (
+            self.query_runs(f"run.archived in (True, False) and run.name == {text!r}").found if text else []
+        )
+        if not named:
+            return find_by_prefix(text, hashes, "run", f" in {self.path}: '{command_line()} runs' lists them")
+        also = [run_hash for run_hash in hashes if run_hash.startswith(text)]
+        found = {row["hash"] for row in named}.union(also)
+        if len(found) > 1:
+            some = ", ".join(sorted(found)[:5]) + (", ..." if len(found) > 5 else "")
+            raise AimwatchError(f"several runs are called {printable(repr(text), 80)}: give the hash: {some}")
+        return found.pop()
+
+    def list_all_runs(self) -> List[str]:
+        """Return the hashes of all runs, as in Aim."""
+        return list_runs(self._paths)
 
     def iter_runs(self) -> Iterator[Run]:
         """Yield every run, archived ones too, newest first."""
@@ -5218,6 +5263,30 @@ class Repo:
         found.sort(key=lambda pair: (pair[1]["name"], _to_text(pair[1]["context"])))
         found.sort(key=lambda pair: (pair[0]["created_at"], pair[0]["hash"]), reverse=True)
         return found
+
+    def names(self) -> Tuple[Set[str], Set[str]]:
+        """Return the dotted paths of the params of all runs, and the names of their metrics."""
+        params: Set[str] = set()
+        metrics: Set[str] = set()
+        for path in self._fact_paths():
+            if path.startswith('"'):
+                keys = json.loads(f"[{path}]")
+                params.update(".".join(keys[: nth + 1]) for nth in range(len(keys)))
+            elif path.startswith("metric "):
+                metrics.add(json.loads(path[len("metric ") :]))
+        return params, metrics
+
+    def _fact_paths(self) -> Set[str]:
+        with self._asking, contextlib.suppress(*sqlite_error(), IndexUnusable):
+            index = self._open_index()
+            if index is not None:
+                with contextlib.closing(index):
+                    self._read_pending(index)
+                    found = {path for (path,) in index.execute(_ALL_PATHS)}
+                rows = [StoredRow(*parts) for parts in self._overlay.values()]
+                return found.union(path for row in rows for path, _ in facts_of(row))
+        rows = self.query_runs("run.archived in (True, False)").found
+        return {path for row in rows for path, _ in facts_of(row)}
 
     def _answer(self, query: CompiledQuery) -> List[Tuple[StoredRow, Any]]:
         """Return what a query finds, newest run first. Raises nothing for any state of the index."""
@@ -5337,6 +5406,13 @@ class Repo:
 #: A question that meets more pending runs than this tries to put them into the index.
 MAX_PENDING = 50
 _LOG_SIZE = "SELECT log_size FROM runs WHERE hash = ?"
+#: Goes from each path to the next, which looks at few of the facts.
+_ALL_PATHS = """
+WITH RECURSIVE found (path) AS (
+    SELECT min(path) FROM facts
+    UNION ALL SELECT (SELECT min(path) FROM facts WHERE path > found.path) FROM found WHERE path IS NOT NULL)
+SELECT path FROM found WHERE path IS NOT NULL
+"""
 #: Arguments of Aim's queries.
 _QUERY_OPTIONS = ("report_mode", "paginated", "offset")
 
@@ -5344,10 +5420,7 @@ _QUERY_OPTIONS = ("report_mode", "paginated", "offset")
 def _check_options(function: str, options: Dict[str, Any]) -> None:
     for name in options:
         if name not in _QUERY_OPTIONS:
-            import difflib
-
-            near = difflib.get_close_matches(name, ("q", *_QUERY_OPTIONS), 1, 0.3)
-            hint = f": did you mean {near[0]}?" if near else f": it takes q, {', '.join(_QUERY_OPTIONS)}"
+            hint = nearest(name, _QUERY_OPTIONS) or f": it takes q, {', '.join(_QUERY_OPTIONS)}"
             raise ArgumentTypeError(f"{function}() has no argument {name!r}{hint}")
 
 
@@ -8779,11 +8852,39 @@ def coloured(text: str, state: str, stream: Any) -> str:
     return text
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
-    """Return lines with the columns of `rows` aligned under `header`."""
+#: What is so short is never cut in a table.
+UNCUT = 11
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = 0) -> List[str]:
+    """Return lines with the columns of `rows` aligned under `header`.
+
+    Where they are wider than `width` (default: the terminal's), long cells are cut, but for the first of
+    each line, and where that is not enough, the last columns are left out.
+    """
+    import shutil
+
+    width = width or shutil.get_terminal_size().columns
     cells = [list(header)] + [[printable(cell, 60) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
+    while sum(widths) + 2 * len(widths) - 2 > width and len(widths) > 1:
+        widest = max(widths[1:])
+        if widest > UNCUT:
+            widths[widths.index(widest, 1)] -= 1
+        else:
+            widths.pop()
+    return ["  ".join(map(_fitted, row, widths)).rstrip() for row in cells]
+
+
+def _fitted(cell: str, width: int) -> str:
+    return cell.ljust(width) if len(cell) <= width else f"{cell[: width - 2]}.."
+
+
+def short_hashes(paths: RepoPaths, hashes: Iterable[str]) -> Dict[str, str]:
+    """Return for each run its hash as people see it: the first 8 characters, where no other run has these."""
+    hashes = list(hashes)
+    starts = Counter(run_hash[:8] for run_hash in {*list_runs(paths), *hashes})
+    return {run_hash: run_hash[:8] if starts[run_hash[:8]] == 1 else run_hash for run_hash in hashes}
 
 
 #: Longer lines of the log on stderr are cut.
@@ -8936,7 +9037,7 @@ def names_from(*known: str) -> Callable[[str], List[str]]:
     """Return what reads names with commas between them; where some are given, only these."""
 
     def names(text: str) -> List[str]:
-        found = [item.strip() for item in text.split(",") if item.strip()]
+        found = [item.strip() for item in re.split(r",(?![^\[\]]*\])", text) if item.strip()]
         for name in found:
             if known and name not in known:
                 raise AimwatchError(f"{name!r} is not one of {', '.join(known)}")
@@ -8945,8 +9046,8 @@ def names_from(*known: str) -> Callable[[str], List[str]]:
     return names
 
 
-ONE_HASH = argument("hash", metavar="HASH", help="the run's hash, or the first characters of it")
-HASHES = argument("hash", metavar="HASH", nargs="+", help="the run's hash, or the first characters of it")
+ONE_HASH = argument("hash", metavar="RUN", help="the run's name or hash, or the first characters of its hash")
+HASHES = argument("hash", metavar="RUN", nargs="+", help="names or hashes, or the first characters of hashes")
 NOTIFIER_ID = argument("id", metavar="ID", help="its ID, or the first characters of it")
 AS_JSON = switch("--json", "print JSON")
 ASK_NOTHING = switch("--yes", "ask nothing")
@@ -9208,13 +9309,7 @@ ONCE_COUNTS_S = 3600.0
 def watcher_state(paths: RepoPaths, saved: Dict[str, Any], now_utc: float) -> Tuple[bool, str]:
     """Return whether a watcher is alive, by its lock and by when it last looked as watcher.json says, and
     the same in words."""
-
-    def saved_s(name: str) -> Optional[float]:
-        value: Any = saved.get(name)
-        # Beyond 300 years it is neither a time nor an interval, whoever wrote it.
-        return float(value) if type(value) in (int, float) and abs(value) < 1e10 else None
-
-    seen_at, started_at = saved_s("seen_at"), saved_s("started_at")
+    seen_at, started_at = _saved_s(saved, "seen_at"), _saved_s(saved, "started_at")
     age_s = math.inf if seen_at is None else max(0.0, now_utc - seen_at)
     ago = "never looked" if seen_at is None else f"last looked {human_s(age_s)} ago"
     lock = lock_state(paths.watcher_lock)
@@ -9223,10 +9318,16 @@ def watcher_state(paths: RepoPaths, saved: Dict[str, Any], now_utc: float) -> Tu
             return True, f"watched by passes of 'start --once'; {ago}"
         return False, f"no watcher is alive; {ago}"
     who = describe_watcher(paths)
-    if age_s > STUCK_S + 3 * (saved_s("poll_interval_s") or 0.0):
+    if age_s > STUCK_S + 3 * (_saved_s(saved, "poll_interval_s") or 0.0):
         return False, f"{who} holds the watch but does not look; {ago}"
     up = "?" if started_at is None else human_s(now_utc - started_at)
     return True, f"watched by {who}, for {up}; {ago}"
+
+
+def _saved_s(saved: Dict[str, Any], name: str) -> Optional[float]:
+    value: Any = saved.get(name)
+    # Beyond 300 years it is neither a time nor an interval, whoever wrote it.
+    return float(value) if type(value) in (int, float) and abs(value) < 1e10 else None
 
 
 def _check_in_names(paths: RepoPaths) -> List[str]:
@@ -9241,7 +9342,10 @@ def status_object(paths: RepoPaths) -> Dict[str, Any]:
     saved = read_watcher_file(paths)
     alive, text = watcher_state(paths, saved, time.time())
     watcher = {"alive": alive, "text": text}
-    watcher.update((key, saved.get(key)) for key in ("host", "pid", "started_at", "seen_at"))
+    watcher.update((key, saved.get(key)) for key in ("host", "pid"))
+    for key in ("started_at", "seen_at"):
+        at = _saved_s(saved, key)
+        watcher[key] = None if at is None else Moment(at)
     return {"repo": paths.root, "watcher": watcher, "runs": status_rows(paths, saved)}
 
 
@@ -9261,19 +9365,20 @@ def status_rows(
     for seen in runs.runs.values():
         watched = known.get(seen.name)
         facts = facts_of(paths, seen.hash) if seen.state != FINISHED else {}
+        muted_until = mutes.get(seen.hash)
         rows.append(
             {
                 "hash": seen.hash,
                 "name": facts.get("run.name", seen.hash),
                 "experiment": facts.get("run.experiment"),
                 "state": watched.state if watched else seen.state,
-                "last_check_in": float(watched.since_utc if watched else seen.utc),
+                "last_check_in": Moment(watched.since_utc if watched else seen.utc),
                 "promise_s": seen.promise_s or None,
                 "host": facts.get("run.host"),
                 "pid": facts.get("run.pid"),
                 "job": facts.get("run.job"),
                 "reason": facts.get("run.reason") or None,
-                "muted_until": mutes.get(seen.hash),
+                "muted_until": None if muted_until is None else Moment(muted_until),
                 "watched": watched is not None,
             }
         )
@@ -9284,31 +9389,34 @@ def status_rows(
 @command("status", AS_JSON, epilog="Exits 1 when any run is stalled or failed, or no watcher is alive.")
 def cmd_status(args: Any) -> int:
     """Show every live run, and whether a watcher is alive."""
-    found = status_object(find_repo(args.repo))
+    paths = find_repo(args.repo)
+    found = status_object(paths)
     if args.json:
-        print(json.dumps(found, indent=2))
+        print_json(found)
     else:
         print(f"repository {found['repo']}\n{found['watcher']['text']}")
-        _print_status(found["runs"], time.time())
+        _print_status(paths, found["runs"], time.time())
     bad = any(row["state"] in (STALLED, FAILED) for row in found["runs"])
     return 0 if found["watcher"]["alive"] and not bad else 1
 
 
-def _print_status(rows: Sequence[Dict[str, Any]], now: float) -> None:
+def _print_status(paths: RepoPaths, rows: Sequence[Dict[str, Any]], now: float) -> None:
     live = [row for row in rows if row["state"] != FINISHED]
+    short = short_hashes(paths, [row["hash"] for row in live])
     cells = []
     for row in live:
         name = row["name"] if row["name"] != row["hash"] else ""
         last = f"{human_s(now - row['last_check_in'])} ago"
         promise = human_s(row["promise_s"]) if row["promise_s"] else "none"
-        muted = f"muted for {human_s(row['muted_until'] - now)}" if row["muted_until"] else None
-        reason = "; ".join(filter(None, (muted, row["reason"])))
-        cells.append((row["hash"], name, row["state"], last, promise, row["host"] or "", reason))
+        cells.append((short[row["hash"]], row["state"], last, promise, name, row["host"] or ""))
     if live:
-        header, *lines = table(("RUN", "NAME", "STATE", "LAST CHECK-IN", "PROMISE", "HOST", "REASON"), cells)
+        header, *lines = table(("RUN", "STATE", "LAST SEEN", "PROMISE", "NAME", "HOST"), cells)
         print(f"\n{header}")
         for line, row in zip(lines, live):
             print(coloured(line, row["state"], sys.stdout))
+            muted = f"muted for {human_s(row['muted_until'] - now)}" if row["muted_until"] else None
+            for text in filter(None, (muted, row["reason"])):
+                print(f"  {printable(text, 200)}")
     counts = [
         (name, sum(row["state"] == name for row in rows)) for name in (RUNNING, STALLED, FAILED, FINISHED)
     ]
@@ -9317,12 +9425,10 @@ def _print_status(rows: Sequence[Dict[str, Any]], now: float) -> None:
     )
 
 
-def _find_live(paths: RepoPaths, prefix: str) -> str:
-    """Return the hash of a run, ours or Aim's, that starts with `prefix`."""
+def _find_live(paths: RepoPaths, text: str) -> str:
+    """Return the hash of a run, ours or Aim's, that people name by its name or hash."""
     parsed = map(parse_check_in, _check_in_names(paths))
-    hashes = {check_in.run_hash for check_in in parsed if check_in is not None}
-    way_out = f" in {paths.root}: '{command_line()} runs' lists them"
-    return find_by_prefix(prefix, hashes.union(list_runs(paths)), "run", way_out)
+    return Repo(paths.root).find_run(text, {item.run_hash for item in parsed if item is not None})
 
 
 @command(
@@ -9759,6 +9865,7 @@ def cmd_notifiers_test(args: Any) -> int:
 # -------------------------------------------------------------------------- runs and metrics
 
 RUN_COLUMNS = ("hash", "name", "experiment", "state", "created", "duration", "host")
+RUN_FIELDS = ("created", "ended", "duration", *ROW_FIELDS)
 METRIC_COLUMNS = ("run", "metric", "context", "last", "step", "min", "max", "count")
 DEFAULT_LIMIT = 50
 
@@ -9789,19 +9896,40 @@ def _listing(columns: Sequence[str], also: str = "") -> List[Argument]:
     ]
 
 
+class Moment(float):
+    """A time in seconds since the epoch. JSON and CSV show it in ISO 8601, tables in local time."""
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON."""
+    print(json.dumps(json_cell(value), indent=2))
+
+
+#: `metric:loss`, `metric:loss[subset=val].min`: a metric, its context and what of it is shown.
+_METRIC_COLUMN = re.compile(
+    rf"(?s)metric:(.+?)(?:\[([^\[\]]*)\])?(?:\.({'|'.join(_SERIES_FIELDS)}))?", re.ASCII
+)
+
+
 def run_cell(row: Dict[str, Any], column: str) -> Any:
     """Return what a column of `runs` shows of a run: a field, `metric:<name>`, or a param's path."""
-    if column == "created":
-        return row["created_at"]
-    if column == "ended":
-        return row["end_time"]
+    if column in _TIMES:
+        at = row[_TIMES[column]]
+        return None if at is None else Moment(at)
     if column == "duration":
         return (time.time() if row["end_time"] is None else row["end_time"]) - row["created_at"]
     if column in ROW_FIELDS:
         return row[column]
-    if column.startswith("metric:"):
-        found = [metric for metric in row["metrics"] if metric["name"] == column[len("metric:") :]]
-        return max(found, key=lambda metric: int(metric["last_step"]))["last"] if found else None
+    metric = _METRIC_COLUMN.fullmatch(column)
+    if metric:
+        name, context, field = metric.groups()
+        found = [item for item in row["metrics"] if item["name"] == column[len("metric:") :]]
+        if not found:
+            wanted = None if context is None else dict(_pairs_in(context))
+            found = [item for item in row["metrics"] if item["name"] == name]
+            found = [item for item in found if wanted in (None, _texts_of(item["context"]))]
+        last = max(found, key=lambda item: int(item["last_step"]), default=None)
+        return None if last is None else last[field or "last"]
     value = row["params"]
     for key in column.split("."):
         try:
@@ -9811,6 +9939,16 @@ def run_cell(row: Dict[str, Any], column: str) -> Any:
     return value
 
 
+def _pairs_in(context: str) -> Iterator[Tuple[str, str]]:
+    for item in filter(None, context.split(",")):
+        key, _, value = item.partition("=")
+        yield key.strip(), value.strip()
+
+
+def _texts_of(context: Dict[str, Any]) -> Dict[str, str]:
+    return {key: str(value) for key, value in context.items()}
+
+
 def metric_cell(found: Tuple[Dict[str, Any], Dict[str, Any]], column: str) -> Any:
     """Return what a column of `metrics` shows of a series, given with the row of its run."""
     row, metric = found
@@ -9818,14 +9956,19 @@ def metric_cell(found: Tuple[Dict[str, Any], Dict[str, Any]], column: str) -> An
 
 
 _METRIC_FIELDS = {"metric": "name", "step": "last_step"}
+#: What shows a time, with the field of a row that holds it.
+_TIMES = {"created": "created_at", "ended": "end_time"}
+_TIMES.update((field, field) for field in ("created_at", "end_time", "last_time"))
 
 
 def shown(value: Any, column: str) -> str:
     """Return a cell's value as a table shows it."""
     if value is None:
         return ""
-    if column in ("created", "ended"):
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+    if isinstance(value, Moment):
+        at = time.localtime(value)
+        this_year = at.tm_year == time.localtime().tm_year
+        return time.strftime("%m-%d %H:%M" if this_year else "%Y-%m-%d", at)
     if column == "duration":
         return human_s(value)
     if isinstance(value, float):
@@ -9836,43 +9979,75 @@ def shown(value: Any, column: str) -> str:
 
 
 def sorted_by(sort: Optional[str], items: List[Any], cell: Callable[[Any, str], Any]) -> List[Any]:
-    """Return items sorted by a column, or by `-column` the largest first. What is missing comes last, and
-    text after numbers."""
+    """Return items sorted by a column, or by `-column` the largest first. What is missing comes last either
+    way, and so does NaN: a run that diverged is not the best one. Text comes after numbers."""
     if not sort:
         return items
-    by = sort.lstrip("-")
-    present = [item for item in items if cell(item, by) is not None]
-    present.sort(key=lambda item: _sort_key(cell(item, by)), reverse=sort.startswith("-"))
-    return present + [item for item in items if cell(item, by) is None]
+    values = [cell(item, sort.lstrip("-")) for item in items]
+    there = [nth for nth, value in enumerate(values) if value is not None and value == value]
+    there.sort(key=lambda nth: _sort_key(values[nth]), reverse=sort.startswith("-"))
+    rest = set(range(len(items))).difference(there)
+    return [items[nth] for nth in (*there, *sorted(rest))]
+
+
+def _sort_key(value: Any) -> Tuple[int, Any]:
+    if isinstance(value, (int, float)):
+        return (0, value)
+    return (1, value if isinstance(value, str) else json.dumps(value))
 
 
 def _print_list(
-    args: Any, columns: Sequence[str], items: List[Any], cell: Callable[[Any, str], Any], noun: str
+    args: Any,
+    paths: RepoPaths,
+    columns: Sequence[str],
+    items: List[Any],
+    cell: Callable[[Any, str], Any],
+    noun: str,
 ) -> None:
     """Print what was found as the flags ask: sorted, limited, as a table, JSON or CSV."""
     items = sorted_by(args.sort, items, cell)
-    plain = args.json or args.csv
-    limit = args.limit if args.limit is not None else (0 if plain else DEFAULT_LIMIT)
+    limit = args.limit if args.limit is not None else (0 if args.json or args.csv else DEFAULT_LIMIT)
     rows = [[cell(item, column) for column in columns] for item in (items[:limit] if limit else items)]
+    left_out = print_rows(args, paths, columns, rows)
+    if not (args.json or args.csv):
+        more = f", {len(items) - len(rows)} more with --limit 0" if len(rows) < len(items) else ""
+        counted = "1 run" if (len(rows), noun) == (1, "runs") else f"{len(rows)} {noun}"
+        missing = f"; no room for {', '.join(left_out)}" if left_out else ""
+        print(counted + more + missing, file=sys.stderr)
+
+
+def print_rows(
+    args: Any, paths: RepoPaths, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+) -> Sequence[str]:
+    """Print rows as a table, JSON or CSV, and return the columns for which the table has no room."""
     if args.json:
-        print(json.dumps([dict(zip(columns, map(json_cell, row))) for row in rows], indent=2))
+        print_json([dict(zip(columns, row)) for row in rows])
     elif args.csv:
         import csv
 
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows([csv_cell(value, sys.stdout.isatty()) for value in row] for row in rows)
-    else:
-        text = [[shown(value, column) for value, column in zip(row, columns)] for row in rows]
-        if text:
-            print("\n".join(table([column.upper() for column in columns], text)))
-        more = f", {len(items) - len(rows)} more with --limit 0" if len(rows) < len(items) else ""
-        counted = "1 run" if (len(rows), noun) == (1, "runs") else f"{len(rows)} {noun}"
-        print(counted + more, file=sys.stderr)
+    elif rows:
+        hashes = [row[nth] for row in rows for nth, column in enumerate(columns) if column in ("hash", "run")]
+        short = short_hashes(paths, hashes) if hashes else {}
+        texts = [
+            [
+                short.get(value, value) if column in ("hash", "run") else shown(value, column)
+                for value, column in zip(row, columns)
+            ]
+            for row in rows
+        ]
+        lines = table([column.upper() for column in columns], texts)
+        print("\n".join(lines))
+        return columns[len(re.split(" {2,}", lines[0].strip())) :]
+    return ()
 
 
 def csv_cell(value: Any, for_terminal: bool = False) -> Any:
     """Return a value as CSV. Text that a spreadsheet would run as a formula is marked as text."""
+    if isinstance(value, Moment):
+        return iso_time(value)
     if isinstance(value, (dict, list)):
         return json.dumps(value)
     if not isinstance(value, str):
@@ -9890,15 +10065,28 @@ def _is_number(text: str) -> bool:
 
 
 def json_cell(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
-    return encode_value(value, []) if isinstance(value, (dict, list)) else value
+    """Return a value as JSON gives it."""
+    if isinstance(value, Moment):
+        return iso_time(value) or None
+    if isinstance(value, dict):
+        return {key: json_cell(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_cell(item) for item in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _sort_key(value: Any) -> Tuple[int, Any]:
-    if isinstance(value, (int, float)):
-        return (0, -math.inf if value != value else value)
-    return (1, value if isinstance(value, str) else json.dumps(value))
+def _refuse_unknown(names: Iterable[str], is_known: Callable[[str], bool], known: Iterable[str]) -> None:
+    for name in names:
+        if not is_known(name):
+            hint = nearest(name, known) or f": the columns are {', '.join(known)}"
+            raise AimwatchError(f"there is no column {printable(repr(name), 60)}{hint}")
+
+
+def _asked_columns(args: Any, default: Sequence[str]) -> List[str]:
+    """Return the columns to show: those asked for, and the one to sort by."""
+    columns = args.columns or list(default)
+    by = (args.sort or "").lstrip("-")
+    return [*columns, by] if by and by not in columns else columns
 
 
 @command(
@@ -9910,10 +10098,26 @@ def _sort_key(value: Any) -> Tuple[int, Any]:
 )
 def cmd_runs(args: Any) -> int:
     """List the runs for which a query is true, the newest first."""
-    columns = args.columns or list(RUN_COLUMNS)
-    if args.sort and args.sort.lstrip("-") not in columns:
-        columns = [*columns, args.sort.lstrip("-")]
-    _print_list(args, columns, Repo(args.repo).query_runs(args.query).found, run_cell, "runs")
+    repo = Repo(args.repo)
+    columns = _asked_columns(args, RUN_COLUMNS)
+    query = compile_query(args.query)
+    found = repo.query_runs(args.query).found
+    more = [column for column in columns if column not in RUN_FIELDS]
+    if (more or query.params) and repo.total_runs_count():
+        params, metrics = repo.names()
+
+        def is_known(column: str) -> bool:
+            metric = _METRIC_COLUMN.fullmatch(column)
+            if metric:
+                return not metrics.isdisjoint((metric[1], column[len("metric:") :]))
+            return re.sub(r"(\.[0-9]+)+$", "", column) in params
+
+        _refuse_unknown(more, is_known, [*RUN_FIELDS, *params, *(f"metric:{name}" for name in metrics)])
+        for name in query.params:
+            if name not in params:
+                hint = nearest(name, [*_RUN_FIELDS, *params])
+                print(f"no run has a param {printable(repr(name), 60)}{hint}", file=sys.stderr)
+    _print_list(args, repo._paths, columns, found, run_cell, "runs")
     return 0
 
 
@@ -9924,18 +10128,19 @@ def cmd_runs(args: Any) -> int:
 )
 def cmd_metrics(args: Any) -> int:
     """List the metric series for which a query is true, those of the newest run first."""
-    columns = args.columns or list(METRIC_COLUMNS)
-    for column in [*columns, *([args.sort.lstrip("-")] if args.sort else [])]:
-        if column not in METRIC_COLUMNS:
-            known = ", ".join(METRIC_COLUMNS)
-            raise AimwatchError(f"there is no column {printable(column, 40)!r}: the columns are {known}")
-    _print_list(args, columns, Repo(args.repo).metric_rows(args.query), metric_cell, "series")
+    repo = Repo(args.repo)
+    columns = _asked_columns(args, METRIC_COLUMNS)
+    known = METRIC_COLUMNS + _SERIES_FIELDS
+    _refuse_unknown(columns, known.__contains__, known)
+    _print_list(args, repo._paths, columns, repo.metric_rows(args.query), metric_cell, "series")
     return 0
 
 
 @command("show", ONE_HASH, AS_JSON)
 def cmd_show(args: Any) -> int:
     """Show everything that is known of one run, and its log messages."""
+    import shutil
+
     repo = Repo(args.repo)
     run_hash = repo.find_run(args.hash)
     path = repo._paths.run_log(run_hash)
@@ -9945,7 +10150,7 @@ def cmd_show(args: Any) -> int:
     row = run_row(state, size)
     messages = list(read_messages(path))
     if args.json:
-        print(json.dumps(run_object(row, messages), indent=2))
+        print_json(run_object(row, messages))
         return 0
     for name, value in run_fields(row):
         print(f"{name + ':':<13}{printable(str(value), 1000)}")
@@ -9964,7 +10169,8 @@ def cmd_show(args: Any) -> int:
             [shown(metric_cell((row, metric), column), column) for column in columns]
             for metric in row["metrics"]
         ]
-        print("\n".join(f"  {line}" for line in table([name.upper() for name in columns], cells)))
+        width = shutil.get_terminal_size().columns - 2
+        print("\n".join(f"  {line}" for line in table([name.upper() for name in columns], cells, width)))
     if messages:
         print("\nlog messages")
         for message in messages:
@@ -9974,8 +10180,10 @@ def cmd_show(args: Any) -> int:
 
 def run_object(row: Dict[str, Any], messages: List[Dict[str, Any]]) -> Dict[str, Any]:
     """Return what `show --json` prints of a run."""
-    metrics = [{key: json_cell(value) for key, value in metric.items()} for metric in row["metrics"]]
-    return {**encode_value(row, []), "metrics": metrics, "messages": messages}
+    times = {field: Moment(row[field]) for field in _TIMES if row.get(field) is not None}
+    metrics = [{**metric, "last_time": Moment(metric["last_time"])} for metric in row["metrics"]]
+    said = [{**message, "time": Moment(message["time"])} for message in messages]
+    return {**row, **times, "metrics": metrics, "messages": said}
 
 
 def run_fields(row: Dict[str, Any]) -> List[Tuple[str, Any]]:

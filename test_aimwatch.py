@@ -5733,21 +5733,24 @@ class RunCommands(StoredCase):
         for argv, expected in (
             (["--sort", "hash"], "0abc 1abc 2abc 3abc"),
             (["--sort=-hash", "--limit", "2"], "3abc 2abc"),
-            (["--columns", "hash,lr", "--sort", "lr"], "1abc 0abc 2abc 3abc"),
-            (["--sort=-lr"], "2abc 0abc 1abc 3abc"),
+            (["--columns", "hash,lr", "--sort", "lr"], "0abc 2abc 3abc 1abc"),  # NaN is as good as nothing
+            (["--sort=-lr"], "2abc 0abc 3abc 1abc"),
             (["--sort", "metric:loss"], "0abc 1abc 3abc 2abc"),
+            (["--sort=-metric:loss[s=t].min"], "3abc 1abc 0abc 2abc"),
             (["--limit", "0"], "3abc 2abc 1abc 0abc"),
         ):
             with self.subTest(argv=argv):
                 self.assertEqual(self.column("runs", *argv), expected.split())
-        columns = "hash, lr ,opt.name,opt,metric:loss,tags,no.such"
+        columns = "hash, lr ,opt.name,opt.0,metric:loss,tags,metric:loss[s=t].count"
         rows = json.loads(self.fine("runs", "--json", "--columns", columns)[0])
         self.assertEqual(list(rows[0]), re.split(" ?, ?", columns))
+        self.assertEqual(json.loads(self.fine("runs", "--json", "--columns", "metric:loss[s=x]")[0]),
+                         4 * [{"metric:loss[s=x]": None}])  # fmt: skip
         self.assertEqual([list(row.values()) for row in rows], [
-            ["3abc", None, None, None, "inf", ["a,b"], None],
-            ["2abc", "auto", None, [1, None], None, ["a,b"], None],
-            ["1abc", "nan", None, None, 2.0, ["a,b"], None],
-            ["0abc", 0.1, "adam", {"name": "adam"}, 0.0, ["a,b"], None],
+            ["3abc", None, None, None, "inf", ["a,b"], 4],
+            ["2abc", "auto", None, 1, None, ["a,b"], None],
+            ["1abc", "nan", None, None, 2.0, ["a,b"], 2],
+            ["0abc", 0.1, "adam", None, 0.0, ["a,b"], 1],
         ])  # fmt: skip
         rows = list(csv.reader(io.StringIO(self.fine("runs", "--csv", "--columns", "hash,name,tags,lr")[0])))
         self.assertEqual(rows[0], ["hash", "name", "tags", "lr"])
@@ -5756,6 +5759,53 @@ class RunCommands(StoredCase):
             [row[1] for row in rows[1:4]],
             ["", "\u043f\u043e\u0442\u0435\u0440\u044f", "second\nline\x1b[31m"],
         )
+
+    def test_what_a_table_shows_can_be_asked(self) -> None:
+        with contextlib.suppress(ValueError), Run("4abc", repo=self.root):
+            raise ValueError("x")
+        host, user = os.uname().nodename, os.environ.get("USER") or str(os.getuid())
+        for indexed in (False, True):
+            for text, found in (
+                ("run.state == 'failed'", "4abc"), ("run.reason.startswith('ValueError')", "4abc"),
+                (f"run.host == '{host}' and run.pid == {os.getpid()} and run.state != 'failed'",
+                 "3abc 2abc 1abc 0abc"),
+                (f"run.user in ['{user}'] and run.job is None and run.hash >= '3'", "4abc 3abc"),
+            ):  # fmt: skip
+                with self.subTest(text, indexed=indexed):
+                    self.assertEqual(self.column("runs", text), found.split())
+            self.reindexed()
+
+    def test_param_that_no_run_has_is_named_with_the_one_that_is_like_it(self) -> None:
+        for text, said in (
+            ("run.hots == 'x'", "no run has a param 'hots': did you mean host?\n"),
+            ("run.opt.nam == 'x' or run.lr == 5", "no run has a param 'opt.nam': did you mean opt.name?\n"),
+            ("run['zzz'] is not None", "no run has a param 'zzz'\n"),
+            ("run.opt['name'] == 'x' and run.opt[1] == 2 and run.lr == 7", ""),
+        ):
+            for index in (True, False):
+                with self.subTest(text, index=index):
+                    self.assertEqual(self.fine("runs", text), ("", said + "0 runs\n"))
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(self.paths.index)
+
+    def test_tables_fit_the_terminal(self) -> None:
+        name = "a name of a run that is as long as names of runs sometimes are"
+        with contextlib.suppress(ValueError), Run(repo=self.root, experiment="e" * 50) as run:
+            run.name = name
+            run.track(0.123456789, "a metric of a long name", 123456, context={"subset": "validation"})
+            run.report_progress(expect_next_in=3600)
+            raise ValueError("b" * 70)
+        for width in ("60", "80"):
+            for command in (["runs"], ["metrics"], ["status"], ["show", name]):
+                with mock.patch.dict(os.environ, COLUMNS=width), self.subTest(command, width=width):
+                    code, out, err = self.run_cli(*command)
+                    table = re.search(r"(?m)^ *(RUN|HASH|METRIC) .*(\n.+?)*(?=\n\n|\n?\Z)", out)
+                    assert table is not None, out
+                    lines = [line for line in table[0].splitlines() if not line.startswith("  Value")]
+                    self.assertLessEqual(max(map(len, lines)), int(width), table[0])
+                    self.assertNotIn(run.hash, table[0])
+        with mock.patch.dict(os.environ, COLUMNS="60"):
+            self.assertEqual(self.fine("runs")[1], "5 runs; no room for duration, host\n")
 
     def test_csv_is_safe_for_a_spreadsheet_and_a_terminal(self) -> None:
         for value, cell in (
@@ -5801,6 +5851,24 @@ class RunCommands(StoredCase):
         self.assertEqual((shown["state"], shown["messages"][0]["log"]), ("failed", 30))
         (metric,) = shown["metrics"]
         self.assertEqual((metric["name"], metric["context"], metric["last"]), ("loss", {"s": "t"}, 0.0))
+
+    def test_run_is_found_by_its_name(self) -> None:
+        quoted = "it's \U0001f600 \"here\""
+        named: Dict[str, str] = {}
+        for name in ("trial-4", "trial-4", "0ab", quoted, "3abc"):
+            with Run(repo=self.root) as run:
+                run.name = name
+                run.archived = True
+                named[name] = run.hash
+        for given, found in ((quoted, named[quoted]), ("3abc", "3abc"), ("2ab", "2abc")):
+            with self.subTest(given):
+                self.assertEqual(json.loads(self.fine("show", given, "--json")[0])["hash"], found)
+        for given in ("trial-4", "0ab"):
+            code, out, err = self.run_cli("rm", "--yes", given)
+            self.assertEqual((code, out), (1, ""))
+            self.assertIn(f"several runs are called '{given}': give the hash: ", err)
+        runs = [name[: -len(".jsonl")] for name in os.listdir(self.paths.runs)]
+        self.assertEqual(sorted(aimwatch.Repo(self.root).list_all_runs()), sorted(runs))
 
     def test_hash_is_found_by_its_beginning_or_refused(self) -> None:
         with Run("0abd", repo=self.root):
@@ -5909,14 +5977,17 @@ class RunCommands(StoredCase):
                 code, out, err = self.run_cli(command, "--", text)
                 with self.subTest(command, text=text[:60]):
                     self.assertLess(time.monotonic() - begun, 20)
-                    self.assertLessEqual(err.count("\n"), 1, err)
+                    self.assertLessEqual(re.sub("no run has a param .*\n", "", err).count("\n"), 1, err)
                     self.assertTrue(code == 0 or re.search(r"query, (line \d+, )?column \d+: ", err), err)
-        for argv in (["runs", "--columns", "hash,'; DROP TABLE runs"], ["runs", "--sort", "1;DROP TABLE runs"],
-                     ["runs", "--columns", "metric:'; DROP TABLE"], ["runs", "--sort=-metric:loss"]):  # fmt: skip
-            self.assertEqual(self.run_cli(*argv)[0], 0, argv)
         for argv, message in (
             (["metrics", "--columns", "run,x;y"], "there is no column 'x;y': the columns are run, metric"),
-            (["metrics", "--sort", "x"], "there is no column 'x': the columns are run, metric"),
+            (["metrics", "--sort", "qqq"], "there is no column 'qqq': the columns are run, metric"),
+            (["runs", "--columns", "hash,'; DROP TABLE runs"], "there is no column \"'; DROP TABLE runs\": "),
+            (["runs", "--columns", "metric:'; DROP TABLE"], "there is no column \"metric:'; DROP TABLE\""),
+            (["runs", "--sort", "1;DROP TABLE runs"], "there is no column '1;DROP TABLE runs': "),
+            (["runs", "--sort=-metric:los"], "no column 'metric:los': did you mean metric:loss?"),
+            (["runs", "--columns", "opt.nam"], "there is no column 'opt.nam': did you mean opt.name?"),
+            (["runs", "--columns", "hsot"], "there is no column 'hsot': did you mean host?"),
             (["runs", "--limit", "-1"], "'-1' is not a whole number"),
             (["runs", "--limit", "x"], "'x' is not a whole number"),
             (["runs", "--json", "--csv"], "not allowed with"),
@@ -9985,8 +10056,9 @@ class TestMutes(WatchCase):
         self.assertEqual(code, 1)
         rows = {row["hash"]: row for row in json.loads(out)["runs"]}
         self.assertEqual((rows["stalls"]["state"], rows["fails"]["state"]), ("stalled", "failed"))
-        self.assertAlmostEqual(rows["stalls"]["muted_until"], time.time() + 60, delta=30)
-        self.assertRegex(self.run_cli("status")[1], r"muted for \w+ \w+( \w+ \w+)?(; \S.*)?\n")
+        until = aimwatch.datetime.datetime.fromisoformat(rows["stalls"]["muted_until"]).timestamp()
+        self.assertAlmostEqual(until, time.time() + 60, delta=30)
+        self.assertRegex(self.run_cli("status")[1], r"\n  muted for \w+ \w+( \w+ \w+)?\n")
         self.stop(watcher)
         watcher = self.watch()
         self.look(watcher, 40)
@@ -11095,13 +11167,13 @@ class TestStatus(WatcherProcessCase):
         self.assertRegex(
             lines[1], rf"^watched by process {watcher.pid} on .* \(since .*\), for .*; last looked .* ago$"
         )
-        self.assertEqual(lines[3].split(), "RUN NAME STATE LAST CHECK-IN PROMISE HOST REASON".split())
-        self.assertRegex(lines[4], rf"^{run} +running +[0-9.]+ m?s ago +2 s +{os.uname().nodename}$")
+        self.assertEqual(lines[3].split(), "RUN STATE LAST SEEN PROMISE NAME HOST".split())
+        self.assertRegex(lines[4], rf"^{run[:8]} +running +[0-9.]+ m?s ago +2 s +{os.uname().nodename}$")
         self.assertEqual(lines[-1], "1 running")
         training.kill()
         self.wait_sent((run, "stalled"))
         self.wait_for(lambda: self.status() if self.status()[0] == 1 else None)
-        self.assertRegex(self.status()[1], rf"\n{run} +stalled +.* ago +2 s .*\n\n1 stalled\n$")
+        self.assertRegex(self.status()[1], rf"\n{run[:8]} +stalled +.* ago +2 s .*\n\n1 stalled\n$")
         self.clear()
         self.check_in("b", 1, "failed")
         self.wait_sent((run, "stalled"), ("b", "failed"))
