@@ -5853,7 +5853,7 @@ class RunCommands(StoredCase):
         self.assertEqual((metric["name"], metric["context"], metric["last"]), ("loss", {"s": "t"}, 0.0))
 
     def test_run_is_found_by_its_name(self) -> None:
-        quoted = "it's \U0001f600 \"here\""
+        quoted = 'it\'s \U0001f600 "here"'
         named: Dict[str, str] = {}
         for name in ("trial-4", "trial-4", "0ab", quoted, "3abc"):
             with Run(repo=self.root) as run:
@@ -5982,8 +5982,8 @@ class RunCommands(StoredCase):
         for argv, message in (
             (["metrics", "--columns", "run,x;y"], "there is no column 'x;y': the columns are run, metric"),
             (["metrics", "--sort", "qqq"], "there is no column 'qqq': the columns are run, metric"),
-            (["runs", "--columns", "hash,'; DROP TABLE runs"], "there is no column \"'; DROP TABLE runs\": "),
-            (["runs", "--columns", "metric:'; DROP TABLE"], "there is no column \"metric:'; DROP TABLE\""),
+            (["runs", "--columns", "hash,'; DROP TABLE runs"], 'there is no column "\'; DROP TABLE runs": '),
+            (["runs", "--columns", "metric:'; DROP TABLE"], 'there is no column "metric:\'; DROP TABLE"'),
             (["runs", "--sort", "1;DROP TABLE runs"], "there is no column '1;DROP TABLE runs': "),
             (["runs", "--sort=-metric:los"], "no column 'metric:los': did you mean metric:loss?"),
             (["runs", "--columns", "opt.nam"], "there is no column 'opt.nam': did you mean opt.name?"),
@@ -11173,7 +11173,7 @@ class TestStatus(WatcherProcessCase):
         training.kill()
         self.wait_sent((run, "stalled"))
         self.wait_for(lambda: self.status() if self.status()[0] == 1 else None)
-        self.assertRegex(self.status()[1], rf"\n{run[:8]} +stalled +.* ago +2 s .*\n\n1 stalled\n$")
+        self.assertRegex(self.status()[1], rf"\n{run[:8]} +stalled +.* ago +2 s .*\n(  .*\n)?\n1 stalled\n$")
         self.clear()
         self.check_in("b", 1, "failed")
         self.wait_sent((run, "stalled"), ("b", "failed"))
@@ -11869,10 +11869,11 @@ class TestDemo(Case):
         out, err = process.communicate(timeout=60)
         self.assertEqual((process.returncode, err), (0, ""), out)
         rows = [line for line in out.splitlines() if line.endswith(("  ok", "  WRONG"))]
-        self.assertEqual([row.split()[-1] for row in rows], ["ok"] * 6)
-        self.assertEqual([row.split()[0] for row in rows],
-                         ["finishes", "raises", "killed", "hangs", "terminated", "stalls"])  # fmt: skip
-        self.assertRegex(rows[5], "  stalled, recovered, finished  stalled, recovered, finished  ")
+        self.assertLessEqual(max(map(len, rows)), 80)
+        self.assertEqual([(row.split()[0], *re.findall("  (finished|failed|stalled|recovered)  ", row)) for row in rows],
+                         [("finishes", "finished"), ("raises", "failed"), ("killed", "stalled"), ("hangs", "stalled"),
+                          ("terminated", "failed"), ("stalls", "stalled"), ("stalls", "recovered"),
+                          ("stalls", "finished")])  # fmt: skip
         self.assertRegex(out, r"\nEvery event was told once, in time \([0-9]+ s\)\.\n")
         for text in ("failed: ValueError: loss is NaN at step 10", "its process is gone",
                      "its process is still there", "failed: terminated by SIGTERM"):  # fmt: skip
