@@ -544,6 +544,20 @@ def this_host() -> str:
     return os.uname().nodename
 
 
+def process_identity(pid: Any = "self") -> Tuple[Optional[str], Optional[int]]:
+    """Return what tells a process of this boot from others of its number: its pid namespace, and when it
+    started; None where Linux does not say."""
+    space, started = None, None
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # After the name, which may hold anything: the state, and the 20th from there.
+            fields = file.read(4096).rpartition(b")")[2].split()
+        if fields[0] not in (b"Z", b"X"):
+            started = int(fields[19])
+            space = os.readlink("/proc/self/ns/pid")
+    return space, started
+
+
 def boot_id() -> str:
     """Return what identifies this boot of this machine: within one, monotonic clocks compare."""
     try:
@@ -724,12 +738,33 @@ def _try_flock(fd: int) -> bool:
 def lock_state(path: str) -> str:
     """Return whether somebody, be it this process, holds the lock on a file: `held`, `free`, `absent` for
     no such file, `unknown` where locks do not work or the file may not be read."""
+    folder, name = os.path.split(path)
+    (state,) = lock_states(folder, [name])
+    return state
+
+
+def lock_states(folder: str, names: Iterable[str]) -> Iterator[str]:
+    """Yield what `lock_state` says of each of these files in a folder, which is opened once."""
+    real, fd = os.path.realpath(folder), -1
+    try:
+        fd = open_folder(folder)
+        for name in names:
+            yield _lock_state_in(fd, name, os.path.join(real, name))
+    except OSError as error:  # the folder's; the names of a generator are not read from files
+        state = "absent" if isinstance(error, FileNotFoundError) else "unknown"
+        yield from (state for _ in names)
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _lock_state_in(folder: int, name: str, real_path: str) -> str:
     if not FileLock._guard.acquire(timeout=_REGISTRY_WAIT_S):
         return "unknown"
     try:
-        if _real_path(path) in FileLock._registry:
+        if real_path in FileLock._registry:
             return "held"
-        fd = open_below(path, os.O_RDONLY)
+        fd = os.open(name, os.O_RDONLY | O_SAFE, dir_fd=folder)
         try:
             # Shared, so that two that only look do not see each other.
             return {True: "free", False: "held", None: "unknown"}[_try_lock(fd, fcntl.LOCK_SH)]
@@ -1970,6 +2005,7 @@ def describe_session() -> Dict[str, Any]:
     session: Dict[str, Any] = {
         "host": this_host(),
         "boot": boot_id(),
+        **dict(zip(("pid_space", "pid_start"), process_identity())),
         "pid": os.getpid(),
         "user": os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid()),
         "argv": [str(argument)[:500] for argument in getattr(sys, "argv", [])][:100],
@@ -4282,6 +4318,12 @@ class Reindexer:
                 if known.get(run_hash) != (logs.get(run_hash), 0) and RUN_HASH.fullmatch(str(run_hash)):
                     mark_pending(self.paths, run_hash)
 
+    def note_dead(self, run_hash: str) -> None:
+        """Take the word of a watcher that a run's marker, where it is free, means death. `changed` returns
+        the run next time."""
+        self._held.add(run_hash)
+        self._sizes.pop(run_hash, None)
+
     def forget_sizes(self) -> None:
         """Let `changed` return every pending run again."""
         self._sizes.clear()
@@ -4314,7 +4356,7 @@ _INDEXED_TO = "SELECT log_size FROM runs WHERE hash = ? AND NOT active"
 PROBE_S = 30.0
 #: A transaction holds at most this many markers open.
 MAX_BATCH = 200
-DIED = "its process ended without saying so"
+DIED = "its process is gone: killed, out of memory, or its node was lost"
 
 
 #: How much longer than it promised a run must have shown nothing new, where no lock says what that means.
@@ -4330,7 +4372,16 @@ def free_means_dead(header: Dict[str, Any], was_held: bool) -> bool:
         was_held: whether this process has found the marker locked, by whomever.
     """
     here = this_host(), boot_id()
-    return was_held or (header.get("host"), header.get("boot", here[1])) == here
+    is_here = (header.get("host"), header.get("boot", here[1])) == here
+    # A process that lives has lost its lock, as one does that copies the repository.
+    return (is_here or was_held) and not (is_here and process_lives(header))
+
+
+def process_lives(header: Dict[str, Any]) -> bool:
+    """True where the process that a log names is still there, in the pid namespace of this one. Whether it
+    is gone, nobody can say who is in another."""
+    identity = header.get("pid_space"), header.get("pid_start")
+    return None not in identity and identity == process_identity(header.get("pid"))
 
 
 class Sign(NamedTuple):
@@ -5949,7 +6000,6 @@ def look_further(facts: Facts) -> str:
 
 
 _PROCESS_TEXT = {
-    "gone": "its process is gone",
     "alive": "its process is still there: it hangs, or is slower than it promised",
 }
 
@@ -7094,6 +7144,8 @@ TRANSITIONS = {
     (FAILED, FINISHED): (RECOVERED, FINISHED),
     (FAILED, FAILED): (FAILED,),
 }
+#: The states in which a run's process should be there.
+LIVE = (RUNNING, STALLED)
 #: No watcher has looked for so long: 300 years.
 MAX_LOOKED_S = 1e10
 
@@ -7121,8 +7173,9 @@ class LookingClock:
         self._last_mono: Optional[float] = None
         self._gap_s = 0.0
 
-    def look(self, now_mono: float, at_most_s: float) -> None:
-        """Count the time since the last call, up to `at_most_s`; the rest is a gap."""
+    def look(self, now_mono: float, at_most_s: float) -> bool:
+        """Count the time since the last call, up to `at_most_s`; the rest is a gap. False where there was
+        one."""
         passed = 0.0 if self._last_mono is None else max(0.0, now_mono - self._last_mono)
         self._last_mono = now_mono
         self.total_s += min(passed, at_most_s)
@@ -7130,6 +7183,7 @@ class LookingClock:
             self.gap(passed - at_most_s)
         elif at_most_s:
             self._gap_s = 0.0
+        return passed <= at_most_s
 
     def gap(self, seconds: float) -> None:
         """Note that the watcher did not look for that long."""
@@ -7147,22 +7201,35 @@ class LookingClock:
 FLAP_STALLS, FLAP_WINDOW_S, FLAP_GRACE_S = 3, 3600.0, 900.0
 
 
+#: A live run's marker is looked at when nothing new came from it for so long, and then so often. Its process
+#: is gone where the marker was free so long ago, and is now.
+QUIET_S, MARKER_EVERY_S, CONFIRM_S = 5.0, 10.0, 5.0
+#: So often where it was free and the run's log had to be read, which did not say that it is dead.
+DOUBTED_EVERY_S = 120.0
+
+
 class WatchedRun:
     """What the watcher knows of one run; times in `_s` are on its looking clock."""
 
-    __slots__ = ("hash", "idx", "name", "promise_s", "since_s", "since_utc", "stalls", "state", "utc")
+    __slots__ = (
+        *("hash", "idx", "name", "promise_s", "since_s", "since_utc", "stalls", "state", "utc"),
+        *("free_s", "look_s", "was_held"),
+    )
 
     def __init__(self, check_in: CheckIn, name: str, now_s: float, now_utc: float) -> None:
         self.hash = check_in.run_hash
         #: When it stalled, the newest last. The last of a flapping run: when it last was silent too long.
         self.stalls: List[float] = []
+        #: Whether this watcher has found its marker locked, when it is to look at it again, and since when
+        #: it was free; that means nothing any more when a check-in came later.
+        self.was_held, self.look_s, self.free_s = False, 0.0, -1.0
         self.take(check_in, name, now_s, now_utc)
 
     def take(self, check_in: CheckIn, name: str, now_s: float, now_utc: float) -> None:
         """Note a newer check-in, seen now, and the state that it means."""
         self.state = FLAG_STATES[check_in.flag]
         self.idx, self.utc, self.promise_s = check_in.idx, check_in.utc, check_in.expect_next_in_s
-        self.name, self.since_s, self.since_utc = name, now_s, now_utc
+        self.name, self.since_s, self.since_utc = name, now_s, now_utc or float(check_in.utc)
 
     @property
     def flaps(self) -> bool:
@@ -7184,6 +7251,21 @@ class WatchedRun:
             f"it when it is silent for {more} more, until it has been steady for {more}"
         )
 
+    def note_marker(self, state: str, now_s: float) -> bool:
+        """Note what its marker looks like now; True where nobody holds it, now and a while ago."""
+        self.was_held = self.was_held or state == "held"
+        if state not in ("free", "absent"):
+            self.free_s, self.look_s = -1.0, now_s + MARKER_EVERY_S
+            return False
+        if self.free_s < self.since_s:
+            self.free_s = now_s
+        self.look_s = self.free_s + CONFIRM_S
+        return now_s >= self.look_s
+
+    def doubt_marker(self, now_s: float) -> None:
+        """Note that its free marker says nothing, as where locks are seen on one machine alone."""
+        self.free_s, self.look_s = -1.0, now_s + DOUBTED_EVERY_S
+
     def note_sign(self, now_s: float, grace_s: float) -> None:
         """Note, before a check-in is taken in, whether a run that flaps has become steady."""
         if not self.flaps:
@@ -7195,21 +7277,22 @@ class WatchedRun:
 
     def to_list(self) -> List[Any]:
         """Return what watcher.json keeps."""
-        numbers = [round(number, 3) for number in (self.since_s, self.since_utc, *self.stalls)]
-        return [self.name, *numbers[:2], self.state, *numbers[2:]]
+        numbers = [round(number, 3) for number in (self.since_s, self.since_utc, self.free_s, *self.stalls)]
+        return [self.name, *numbers[:2], self.state, self.was_held, *numbers[2:]]
 
     @classmethod
     def from_list(cls, values: Any) -> Optional[WatchedRun]:
         """Read back what `to_list` gave; None for anything else."""
         try:
-            name, since_s, since_utc, state, *stalls = values
+            name, since_s, since_utc, state, was_held, free_s, *stalls = values
             check_in = parse_check_in(name)
             if check_in is None or check_in.flag not in FLAG_STATES or state not in STATES:
                 return None
         except (TypeError, ValueError):
             return None
         watched = cls(check_in, name, bounded(since_s), bounded(since_utc))
-        watched.state = state
+        watched.state, watched.was_held = state, was_held is True
+        watched.free_s = bounded(free_s) or -1.0
         watched.stalls = [bounded(at) for at in stalls[-FLAP_STALLS:]]
         return watched
 
@@ -7222,6 +7305,7 @@ class Change(NamedTuple):
     run: WatchedRun
     silent_s: float
     old_state: Optional[str]
+    #: Why it failed, where its log does not say; or what else there is to say.
     note: str = ""
     suffix: str = ""
 
@@ -7264,10 +7348,16 @@ class RunTable:
         if watched.state != RUNNING or not watched.promise_s:
             return math.inf
         grace_s = self.grace_s + (FLAP_GRACE_S if watched.flaps else 0.0)
-        return watched.since_s + watched.promise_s + grace_s
+        deadline_s = watched.since_s + watched.promise_s + grace_s
+        # What may be dead is not called stalled.
+        return max(deadline_s, watched.free_s + CONFIRM_S) if watched.free_s > watched.since_s else deadline_s
 
     def take(self, listing: Iterable[str], now_s: float, now_utc: float) -> List[Change]:
-        """Compare a listing with the last one and return what changed."""
+        """Compare a listing with the last one and return what changed.
+
+        Arguments:
+            now_utc: when a new name in it came (UTC seconds), for people; 0 where nobody was looking then.
+        """
         names = set(listing)
         fresh = names - self.names
         gone = self.names - names if len(names) - len(fresh) < len(self.names) else set()
@@ -7305,7 +7395,7 @@ class RunTable:
         if watched.stalls:
             watched.note_sign(now_s, self.grace_s)
         watched.idx, watched.utc, watched.promise_s = int(idx), utc, int(expect)
-        watched.name, watched.since_s, watched.since_utc = name, now_s, now_utc
+        watched.name, watched.since_s, watched.since_utc = name, now_s, now_utc or float(utc)
         if now_s + watched.promise_s < self._next_s:
             self._next_s = min(self._next_s, self.deadline_s(watched))
         if self._missing:
@@ -7364,6 +7454,28 @@ class RunTable:
         self._next_s = min(map(self.deadline_s, self.runs.values()), default=math.inf)
         return changes
 
+    def to_look_at(self, now_s: float) -> List[WatchedRun]:
+        """Return the live runs of which the marker is to be looked at now, the longest due first."""
+        found = []
+        for watched in self.runs.values():
+            if watched.look_s <= now_s and watched.state in LIVE:
+                due_s = min(watched.since_s + QUIET_S, self.deadline_s(watched))
+                if due_s <= now_s:
+                    found.append(watched)
+                else:
+                    watched.look_s = due_s  # and later still, if a check-in comes
+        return sorted(found, key=lambda watched: watched.look_s)
+
+    def suspects(self) -> bool:
+        """True where a live run's marker was free at the last look, and may be so by chance."""
+        return any(item.state in LIVE and item.free_s > item.since_s for item in self.runs.values())
+
+    def end(self, watched: WatchedRun, state: str, now_s: float, note: str) -> List[Change]:
+        """Note that a run has ended though no check-in says so, and return what that changes."""
+        old_state, watched.state, watched.stalls = watched.state, state, []
+        kinds = TRANSITIONS.get((old_state, state), ())
+        return [Change(kind, watched, now_s - watched.since_s, old_state, note) for kind in kinds]
+
 
 #: How often at most people are reminded of a stalled run.
 MAX_REMINDERS = 10
@@ -7414,15 +7526,6 @@ def read_log_parts(path: str, run_hash: str) -> RunState:
                 _apply_line(state, line)
                 left -= len(line)
     return state
-
-
-def writer_state(paths: RepoPaths, run_hash: str) -> str:
-    """Return whether the process that writes a run is `alive` or `gone`, by its lock on
-    `pending/<hash>`; `unknown` for a run that is not ours or where locks do not work."""
-    state = lock_state(paths.marker(run_hash))
-    if state == "absent":
-        return "gone" if os.path.exists(paths.run_log(run_hash)) else "unknown"
-    return {"held": "alive", "free": "gone"}.get(state, "unknown")
 
 
 def describe_metrics(state: RunState, limit: int = 5) -> str:
@@ -7495,10 +7598,13 @@ def change_facts(paths: RepoPaths, change: Change, in_full: bool = True) -> Fact
     facts["run.last_seen"] = local_time(watched.since_utc)
     facts["run.promised"] = human_s(watched.promise_s) if watched.promise_s else ""
     facts["run.silent"] = human_s(change.silent_s)
+    if change.kind == FAILED and not facts.get("run.reason"):
+        facts["run.reason"] = change.note
     if change.kind == STALLED:
         facts["run.reason"] = "; ".join(filter(None, (facts.get("run.reason"), change.note)))
         if in_full:
-            facts["run.process"] = writer_state(paths, watched.hash)
+            if lock_state(paths.marker(watched.hash)) == "held":
+                facts["run.process"] = "alive"
             facts["run.frames"] = hanging_frames(paths, watched.hash)
     if change.kind == RECOVERED:
         how = "finished" if watched.state == FINISHED else "checked in again"
@@ -7679,6 +7785,8 @@ DEFAULT_GRACE_S, DEFAULT_POLL_INTERVAL_S = 100.0, 1.0
 MAX_LISTING_S = 10.0
 #: A poll that has read about runs for so long says little of the others: it must look again.
 FACTS_S = 2.0
+#: How much of a poll is spent on looking at markers.
+MARKERS_S = 0.05
 SWEEP_INTERVAL_S = 60.0
 #: watcher.json is written when its last writing was this many times its own cost ago.
 SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S = 100.0, 10.0
@@ -7720,6 +7828,8 @@ class Watcher:
         self._crowded = True
         self._said_crowded = False
         self._reported: Set[str] = set()
+        #: Called with each run that was found to have ended without a check-in that says so.
+        self.on_dead: Callable[[str], None] = lambda run: None
         #: How many looks succeeded, and why the last one did not.
         self.looks, self.trouble = 0, ""
         self._blind_since: Optional[float] = None
@@ -7788,6 +7898,8 @@ class Watcher:
         for watched in saved_runs(saved):
             watched.since_s = min(watched.since_s, looking.total_s)
             watched.stalls = [min(at, looking.total_s) for at in watched.stalls]
+            watched.free_s = min(watched.free_s, looking.total_s)
+            watched.was_held = watched.was_held and saved.get("boot") == boot_id()
             self.table.restore(watched)
         muted = saved.get("muted")
         if isinstance(muted, dict):
@@ -7809,8 +7921,9 @@ class Watcher:
             self._note_blind(error)
             return []
         after = self._clock()
+        arrived = False
         if self._blind_since is None:
-            self.looking.look(before, self.poll_interval_s + 1)
+            arrived = self.looking.look(before, self.poll_interval_s + 1) and self.looks > 0
             self.looking.look(after, MAX_LISTING_S)
         else:
             self._note_sight(self._blind_since)
@@ -7818,10 +7931,12 @@ class Watcher:
         self._send()  # what the last watcher, or an error, left
         now_s, first, self._first = self.looking.total_s, self._first, False
         self._may_save = False
-        changes = self.table.take(listing, now_s, self._utc())
+        changes = self.table.take(listing, now_s, self._utc() if arrived else 0.0)
         if first:
             changes = []  # what was there before is no news
+            self._find_ended(self.table.to_look_at(math.inf), now_s, by_log_alone=True)
         if self.looking.accuses:
+            changes += self._find_dead(now_s)
             changes += self.table.overdue(now_s)
             if self._remind_every_s:
                 changes += reminders(self.table.runs.values(), self._reminded_s, now_s, self._remind_every_s)
@@ -7863,6 +7978,44 @@ class Watcher:
                 "remove what is not needed there",
             )
         return listing
+
+    def _find_dead(self, now_s: float) -> List[Change]:
+        """Look at the markers of the runs that are due, and return what has become of those that nobody
+        writes any more."""
+        suspects, deadline = [], self._clock() + MARKERS_S
+        due = self.table.to_look_at(now_s)
+        for watched, state in zip(due, lock_states(self.paths.pending, [item.hash for item in due])):
+            if state == "absent" and not os.path.exists(self.paths.run_log(watched.hash)):
+                state = "unknown"  # Aim's run
+            if watched.note_marker(state, now_s):
+                suspects.append(watched)
+            if self._clock() >= deadline:
+                break  # the others come first in the next poll
+        return self._find_ended(suspects, now_s)
+
+    def _find_ended(
+        self, suspects: Sequence[WatchedRun], now_s: float, by_log_alone: bool = False
+    ) -> List[Change]:
+        """Return what has become of runs, as their logs say, and as the markers do unless `by_log_alone`."""
+        changes: List[Change] = []
+        deadline = self._clock() + FACTS_S
+        for watched in suspects:
+            marker = lock_state(self.paths.marker(watched.hash))
+            if marker == "held" or self._clock() >= deadline:
+                continue
+            end = None
+            with contextlib.suppress(OSError):  # Aim's run, or a share that is away
+                state = read_log_parts(self.paths.run_log(watched.hash), watched.hash)
+                end = state.end
+                free = end is None and marker == "free" and not by_log_alone
+                if free and free_means_dead(state.header, watched.was_held):
+                    end = {"end": FAILED, "reason": DIED}
+            if end is not None:
+                changes += self.table.end(watched, end["end"], now_s, printable(str(end.get("reason") or "")))
+                self.on_dead(watched.hash)
+            elif not by_log_alone:
+                watched.doubt_marker(now_s)
+        return changes
 
     def _unmuted(self, changes: Sequence[Change], muted: Set[str]) -> List[Change]:
         """Return of `changes` those that are to be alerted now: for the runs whose mute has ended, what
@@ -8197,7 +8350,7 @@ class ReindexThread(threading.Thread):
     def __init__(self, paths: RepoPaths, interval_s: float = REINDEX_INTERVAL_S) -> None:
         super().__init__(name="aimwatch-reindex", daemon=True)
         self._paths = paths
-        self._reindexer = Reindexer(paths)
+        self.reindexer = Reindexer(paths)
         self._interval_s = interval_s
         self._stopping = threading.Event()
         self._complained: Set[str] = set()
@@ -8212,22 +8365,22 @@ class ReindexThread(threading.Thread):
     def _pass(self) -> None:
         try:
             self._paths.refuse_planted_links()
-            for run_hash in self._reindexer.changed():
+            for run_hash in self.reindexer.changed():
                 if self._stopping.is_set():
                     return
-                self._reindexer.run([run_hash], batch_s=0.0, wait_s=0.0)
-            problems = self._reindexer.problems
+                self.reindexer.run([run_hash], batch_s=0.0, wait_s=0.0)
+            problems = self.reindexer.problems
         except IndexBusy:
-            self._reindexer.forget_sizes()  # somebody else indexes; look again later
+            self.reindexer.forget_sizes()  # somebody else indexes; look again later
             return
         except Exception as error:
-            self._reindexer.forget_sizes()
+            self.reindexer.forget_sizes()
             problems = [f"reindexing: {type(error).__name__}: {error}"]
         for problem in problems:
             if problem not in self._complained and len(self._complained) < 1000:
                 self._complained.add(problem)
                 log.warning("%s", problem)
-        self._reindexer.problems.clear()
+        self.reindexer.problems.clear()
 
     def stop(self, limit_s: float) -> None:
         """End after the run in hand; wait at most `limit_s` for it."""
@@ -9115,6 +9268,7 @@ def cmd_start(args: Any) -> int:
     if args.once:
         return _one_pass(watcher, stop, pinger)
     reindexing = ReindexThread(paths)
+    watcher.on_dead = reindexing.reindexer.note_dead
     reindexing.start()
     SightAlarm(watcher).start()
     if pinger is not None:
@@ -9234,6 +9388,9 @@ def _take_watch(paths: RepoPaths, args: Any, stop: StopSignal) -> Optional[Watch
 
 def _one_pass(watcher: Watcher, stop: StopSignal, pinger: Optional[Pinger]) -> int:
     watcher.poll()
+    while watcher.table.suspects() and not (watcher.is_blind or stop.is_set):
+        stop.wait(watcher.poll_interval_s)  # the next pass may come in an hour
+        watcher.poll()
     if pinger is not None and not watcher.is_blind:
         pinger.ping()
     deadline = time.monotonic() + ATTEMPT_S + 1

@@ -352,7 +352,7 @@ class Case(unittest.TestCase):
         """Start a command; it is killed with the test. `stdout` and `stderr` are text pipes."""
         environ = {**os.environ, "AIMWATCH_REPO": self.root, "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(
-            command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            command, env=environ, stdin=options.pop("stdin", subprocess.DEVNULL), stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, **options,
         )  # fmt: skip
         self.addCleanup(self._end, process)
@@ -369,8 +369,8 @@ class Case(unittest.TestCase):
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         process.wait()
-        process.stdout.close()
-        process.stderr.close()
+        for stream in filter(None, (process.stdin, process.stdout, process.stderr)):
+            stream.close()
 
     def wait_for(self, condition: Callable[[], Any], limit_s: float = 15.0) -> Any:
         """Wait until something real has happened, and fail the test where it does not."""
@@ -5010,7 +5010,7 @@ class DeadRuns(StoredCase):
         self.assertEqual(len(repo.query_runs("run.active")), 0)
         rows = {row["hash"]: row for row in repo.query_runs("not run.active").rows}
         self.assertEqual({row["state"] for row in rows.values()}, {"failed"})
-        self.assertEqual({row["reason"] for row in rows.values()}, {"its process ended without saying so"})
+        self.assertEqual({row["reason"] for row in rows.values()}, {aimwatch.DIED})
         tracked = self.reread("tracked")
         self.assertAlmostEqual(tracked.end_time or 0, tracked.metrics()[0].times[0], delta=0.1)
         self.assertAlmostEqual(rows["reported"]["end_time"] or 0, utc, delta=0.1)
@@ -9368,7 +9368,8 @@ class TestWatcher(WatchCase):
     def test_stall_is_told_at_promise_and_grace_and_once(self) -> None:
         self.check_in("a", 1, expect=3)
         watcher = self.watch(utc=Clock(1e9))
-        self.look(watcher, 4)
+        self.check_in("a", 2, expect=3)
+        self.look(watcher, 5)
         self.assertEqual(self.told(), [])
         self.look(watcher, 1)
         self.assertEqual(self.told(), [("a", "stalled")])
@@ -9604,6 +9605,231 @@ class TestWatcher(WatchCase):
         # Others may log here too: the run object of an earlier test that is collected just now.
         ignored = [record for record in logged.records if ": ignoring " in record.getMessage()]
         self.assertEqual(len(ignored), 1000)
+
+
+#: A process with a run that says which, and then does nothing, until it gets a line to execute.
+IDLE = """
+import sys, time
+from aimwatch import Run
+run = Run(sys.argv[1])
+run.report_progress(expect_next_in=int(sys.argv[2]), block=True)
+print("ready", flush=True)
+exec(sys.stdin.readline())
+time.sleep(600)
+"""
+
+
+class TestDeath(WatchCase):
+    """What is alerted of a run whose process is gone: real processes, a clock that the test drives."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.without_sync()
+
+    def start(self, run_hash: str = "r", expect: int = 0) -> Any:
+        process = self.command(sys.executable, "-c", IDLE, run_hash, str(expect), stdin=subprocess.PIPE)
+        self.assertEqual(process.stdout.readline(), "ready\n")
+        return process
+
+    def kill(self, process: Any) -> None:
+        process.kill()
+        process.wait()
+
+    def elsewhere(self) -> None:
+        """Have this process be on another machine than all that come."""
+        patch = mock.patch.object(aimwatch, "this_host", return_value="elsewhere")
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_killed_process_is_a_failure_within_20_s_whatever_it_promised(self) -> None:
+        for expect in (0, 1, 60, 86400):
+            for quiet in (0, 3, 7, 11, 30):
+                with self.subTest(expect=expect, quiet=quiet):
+                    run = f"r{expect}_{quiet}"
+                    process, watcher = self.start(run, expect), self.watch(grace_s=100.0)
+                    self.look(watcher, quiet)
+                    self.assertEqual([kind for at, kind in self.told() if at == run], [])
+                    self.kill(process)
+                    self.look(watcher, 17)
+                    self.assertEqual([kind for at, kind in self.told() if at == run], ["failed"])
+                    self.look(watcher, 200)
+                    self.assertEqual([kind for at, kind in self.told() if at == run], ["failed"])
+                    self.stop(watcher)
+                    facts = self.events()[-1]["facts"]
+                    self.assertEqual(facts["run.reason"], aimwatch.DIED)
+                    self.assertRegex(facts["run.silent"], "^[0-9]+ s$")
+
+    def test_dead_run_is_not_called_stalled_by_a_grace_of_nothing(self) -> None:
+        watcher, process = self.watch(grace_s=0.0), self.start(expect=1)
+        self.kill(process)
+        self.look(watcher, 30)
+        self.assertEqual(self.told(), [("r", "failed")])
+
+    def test_dead_run_that_is_resumed_has_recovered(self) -> None:
+        process, watcher = self.start(), self.watch()
+        self.kill(process)
+        self.look(watcher, 20)
+        self.run_object("r")
+        self.look(watcher, 20)
+        self.assertEqual(self.told(), [("r", "failed"), ("r", "recovered")])
+        self.assertRegex(self.facts("recovered")["run.reason"], "^checked in again after it had failed$")
+
+    def test_death_is_written_down_by_the_thread_that_indexes(self) -> None:
+        process, watcher = self.start(), self.watch()
+        thread = aimwatch.ReindexThread(self.paths)
+        watcher.on_dead = thread.reindexer.note_dead
+        thread._pass()
+        self.kill(process)
+        self.look(watcher, 20)
+        thread._pass()
+        self.assertEqual(self.records("r")[-2]["reason"], aimwatch.DIED)
+        self.look(watcher, 20)
+        self.assertEqual(self.told(), [("r", "failed")])
+        self.assertFalse(os.path.exists(self.paths.marker("r")))
+
+    def test_free_marker_on_another_machine_is_death_only_where_it_was_seen_held(self) -> None:
+        self.elsewhere()
+        early, late = self.start("early"), self.start("late", expect=20)
+        self.kill(late)
+        watcher = self.watch(grace_s=2.0)
+        self.look(watcher, 21)
+        self.kill(early)
+        self.look(watcher, 60)
+        self.assertEqual(self.told(), [("late", "stalled"), ("early", "failed")])
+        self.assertNotIn("its process", aimwatch.default_message(self.facts("stalled")))
+
+    def test_what_was_seen_held_is_remembered_until_the_machine_starts_anew(self) -> None:
+        self.elsewhere()
+        for boot, told in ((aimwatch.boot_id(), [("same", "failed")]), ("another", [])):
+            run = "same" if told else "other"
+            with self.subTest(run), mock.patch.object(aimwatch, "boot_id", return_value=boot):
+                process = self.start(run)
+                with mock.patch.object(aimwatch, "boot_id", return_value="x" if not told else boot):
+                    watcher = self.watch()
+                    self.look(watcher, 12)
+                    self.stop(watcher)
+                self.kill(process)
+                watcher = self.watch()
+                self.look(watcher, 60)
+                self.stop(watcher)
+                self.assertEqual([item for item in self.told() if item[0] == run], told)
+
+    def test_process_that_lost_its_lock_and_lives_is_not_dead(self) -> None:
+        process, watcher = self.start(), self.watch()
+        process.stdin.write("open(run._paths.marker(run.hash)).close(); print('closed', flush=True)\n")
+        process.stdin.flush()
+        self.assertEqual(process.stdout.readline(), "closed\n")
+        self.assertEqual(aimwatch.lock_state(self.paths.marker("r")), "free")
+        self.look(watcher, 150)
+        self.assertEqual(self.told(), [])
+        self.kill(process)
+        self.look(watcher, 150)
+        self.assertEqual(self.told(), [("r", "failed")])
+
+    def test_process_of_the_same_number_is_not_the_one_that_wrote_the_run(self) -> None:
+        mine = {"pid": os.getpid(), "pid_space": aimwatch.process_identity()[0],
+                "pid_start": aimwatch.process_identity()[1]}  # fmt: skip
+        for change, lives in (
+            ({}, sys.platform == "linux"), ({"pid_space": "pid:[1]"}, False), ({"pid_start": 1}, False),
+            ({"pid": 2**30}, False), ({"pid": "../self"}, False), ({"pid_space": None}, False),
+        ):  # fmt: skip
+            with self.subTest(change):
+                self.assertEqual(aimwatch.process_lives({**mine, **change}), lives)
+
+    def test_end_in_the_log_counts_where_no_check_in_tells_of_it(self) -> None:
+        for end, told in ((' "failed", "reason": "out of luck"', "failed"), (' "finished"', "finished")):
+            with self.subTest(told):
+                self.configure(all={"type": "logger", "events": ["failed", "finished", "stalled"]})
+                run = f"r_{told}"
+                process, watcher = self.start(run), self.watch()
+                self.kill(process)
+                with open(self.paths.run_log(run), "a", encoding="ascii") as file:
+                    file.write(f'{{"end":{end}, "time": 1.7e9, "idx": 2}}\n')
+                os.unlink(self.paths.marker(run))
+                self.look(watcher, 20)
+                self.assertEqual(watcher.table.runs[run].state, told)
+                self.stop(watcher)
+                self.assertEqual([kind for at, kind in self.told() if at == run], [told])
+        self.assertEqual(self.facts("failed")["run.reason"], "out of luck")
+
+    def test_first_sight_is_silent_on_runs_that_died_and_were_written_down_before(self) -> None:
+        for run in ("known", "new"):
+            self.kill(self.start(run))
+        aimwatch.Reindexer(self.paths).run(["known"])
+        watcher = self.watch()
+        self.assertEqual(watcher.counts()["failed"], 1)
+        self.look(watcher, 20)
+        self.assertEqual(self.told(), [("new", "failed")])
+
+    def test_pass_of_once_waits_to_be_sure(self) -> None:
+        process = self.start()
+        with mock.patch.object(aimwatch.StopSignal, "wait", lambda stop, seconds: self.clock.pass_(seconds)):
+            for _ in range(2):
+                with contextlib.ExitStack() as stack:
+                    watcher = self.watcher(self.clock, once=True)
+                    stack.callback(watcher.close)
+                    aimwatch._one_pass(watcher, aimwatch.StopSignal(), None)
+                self.kill(process)
+                self.clock.pass_(300.0)
+        self.assertEqual(self.told(), [("r", "failed")])
+
+    #: At what time its marker is how, and whether the run is then suspect: (time, state) = when next, sure.
+    MARKERS = (
+        ("held", [(10, "held", 20, False), (20, "held", 30, False)]),
+        ("free", [(10, "free", 15, False), (15, "free", 15, True)]),
+        ("late", [(10, "free", 15, False), (14.9, "free", 15, False), (90, "free", 15, True)]),
+        ("taken again", [(10, "free", 15, False), (15, "held", 25, False), (25, "free", 30, False)]),
+        ("removed", [(10, "absent", 15, False), (15, "free", 15, True)]),
+        ("no locks", [(10, "unknown", 20, False), (20, "unknown", 30, False)]),
+    )
+
+    def test_marker_must_be_free_twice(self) -> None:
+        for what, steps in self.MARKERS:
+            table = aimwatch.RunTable(5.0)
+            table.take([named("a", 1)], 5.0, UTC)
+            (watched,) = table.runs.values()
+            self.assertEqual((table.to_look_at(9.9), table.to_look_at(10.0)), ([], [watched]))
+            for now, state, look, sure in steps:
+                with self.subTest(what, now=now):
+                    self.assertEqual(watched.note_marker(state, now), sure)
+                    self.assertEqual(watched.look_s, look)
+                    again = aimwatch.WatchedRun.from_list(json.loads(json.dumps(watched.to_list())))
+                    self.assertEqual(again.to_list() if again else None, watched.to_list())
+            table.take([named("a", 2)], 100.0, UTC)
+            self.assertFalse(
+                watched.note_marker("free", 106.0), "what was free before a check-in is forgotten"
+            )
+
+    def test_last_check_in_is_when_it_came_or_when_it_says_where_nobody_saw_it_come(self) -> None:
+        utc = Clock(2e9)
+        self.check_in("a", 1)
+        watcher = self.watch(utc=utc)
+        seen = [watcher.table.runs["a"].since_utc]
+        for idx, passes in ((2, 1.0), (3, 60.0), (4, 1.0)):
+            self.check_in("a", idx)
+            self.clock.pass_(passes)
+            watcher.poll()
+            seen.append(watcher.table.runs["a"].since_utc)
+        self.assertEqual(seen, [1795317394.84, 2e9, 1795317394.84, 2e9])
+
+    def test_look_at_the_markers_of_many_runs_is_shared_among_polls(self) -> None:
+        runs = [f"r{number:02d}" for number in range(50)]
+        for run in runs:
+            self.check_in(run, 1)
+            open(self.paths.run_log(run), "x").close()
+        watcher, looked = self.watch(), []
+
+        def slow(folder: str, names: Sequence[str]) -> Any:
+            for name in names:
+                self.clock.pass_(0.01)
+                looked.append(name)
+                yield "held"
+
+        with mock.patch.object(aimwatch, "lock_states", slow):
+            self.look(watcher, 6)
+            self.assertLessEqual(len(looked), 10)
+            self.look(watcher, 9)
+        self.assertEqual(sorted(set(looked)), runs)
 
 
 class TestWatcherRestarted(WatchCase):
@@ -11170,7 +11396,7 @@ class TestStatus(WatcherProcessCase):
         self.assertEqual(lines[3].split(), "RUN STATE LAST SEEN PROMISE NAME HOST".split())
         self.assertRegex(lines[4], rf"^{run[:8]} +running +[0-9.]+ m?s ago +2 s +{os.uname().nodename}$")
         self.assertEqual(lines[-1], "1 running")
-        training.kill()
+        training.send_signal(signal.SIGSTOP)
         self.wait_sent((run, "stalled"))
         self.wait_for(lambda: self.status() if self.status()[0] == 1 else None)
         self.assertRegex(self.status()[1], rf"\n{run[:8]} +stalled +.* ago +2 s .*\n(  .*\n)?\n1 stalled\n$")
