@@ -2333,8 +2333,9 @@ class _Process:
         self._ending = False
         #: The end of a run whose program called `sys.exit`, and when.
         self.exit: Optional[Tuple[End, float]] = None
-        #: Why a run writes nothing, of which it is said once a process; the parent at the last fork.
+        #: Why runs write nothing, which is said once a process.
         self.said: Set[str] = set()
+        #: In a forked child, the process that forked it.
         self.parent = 0
         self._shell: Any = None
         self._cell_error = 0
@@ -2385,6 +2386,7 @@ class _Process:
     # ---------------------------------------------------------------- forks
 
     def _before_fork(self) -> None:
+        self.parent = os.getpid()
         self.stacks.end_thread()
 
     def _after_fork_in_parent(self) -> None:
@@ -2395,7 +2397,7 @@ class _Process:
     def _after_fork_in_child(self) -> None:
         # Only the forking thread exists in the child: locks held by others would never be released.
         self.stacks = _Stacks()
-        self._ending, self.exit, self.parent = False, None, os.getppid()
+        self._ending, self.exit = False, None
         for run in list(self.runs):
             run._window = math.nan, 0.0
         # With a handler in Python, a child that computes in C would outlive its SIGTERM.
@@ -2740,6 +2742,8 @@ class Run:
         self._signal: Optional[Tuple[End, float]] = None
         #: The thread that reported last.
         self._place = Place.here()
+        #: Which check-in and which record were the last when a notebook's cell took back the promise.
+        self._idle_since = -1, 0.0
         self._warned_odd = False
         #: Log lines since the last checkpoint.
         self._lines = 0
@@ -3418,10 +3422,11 @@ class Run:
 
     def _after_cell(self, error: Optional[BaseException]) -> None:
         if self._is_mine() and self._ended is None:
-            if error is not None:
+            if error is not None and self._idle_since != (self._disk_idx, self._state.last_time):
                 self._end_by_exception(error)
             elif self._promised:
                 self._report(0, False)
+                self._idle_since = self._disk_idx, self._state.last_time
 
     def _end_unreported(self, reason: str) -> None:
         if self._promised or self._noted() is not None:
