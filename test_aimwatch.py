@@ -12593,8 +12593,7 @@ class TestBesideAim(WatcherProcessCase):
 class Bench:
     """Measures, and prints one aligned line per figure."""
 
-    def __init__(self) -> None:
-        self.failed = 0
+    failed = 0
 
     def line(self, what: str, ours: str, base: str, ratio: float, limit: str, ok: bool) -> None:
         self.failed += not ok
@@ -12602,32 +12601,25 @@ class Bench:
         print(f"{what:<44} {ours:>12}  {base:<44} {ratio:>8.2f}  {limit:<12} {verdict}", flush=True)
 
     def compare(
-        self, what: str, ours: Any, base_name: str, base: Any, limit: float, unit: str = "us",
-        count: int = 1, turns: int = 9, absolute: bool = False,
+        self, what: str, ours: Any, base_name: str, base: Any, limit: float, unit: str = "us", count: int = 1,
+        turns: int = 9, absolute: bool = False, prepare: Callable[[], Any] = lambda: None,
     ) -> None:  # fmt: skip
-        """Time two functions in turn; each does its thing `count` times. The limit is that of their ratio,
-        or that of ours alone where it is absolute."""
-        mine, theirs, ratio = _in_turn(ours, base, turns)
-        scale = {"ns": 1e9, "us": 1e6, "ms": 1e3, "s": 1.0}[unit] / count
+        """Time two functions in turn, which do their thing `count` times, and print the medians. The limit is
+        that of their ratio, or that of ours alone where it is absolute. `prepare` begins each turn, untimed."""
+        times = []
+        for _ in range(turns):
+            prepare()
+            begun = time.perf_counter()
+            base()
+            between = time.perf_counter()
+            ours()
+            times.append((between - begun, time.perf_counter() - between))
+        scale = {"ns": 1e9, "us": 1e6, "ms": 1e3}[unit] / count
+        theirs, mine = (scale * statistics.median(column) for column in zip(*times))
+        ratio = statistics.median(its / bare for bare, its in times)
         self.line(
-            what, f"{mine * scale:.3g} {unit}", f"{base_name} {theirs * scale:.3g} {unit}", ratio,
-            f"<= {limit:g} {unit if absolute else ''}", (mine * scale if absolute else ratio) <= limit,
-        )  # fmt: skip
-
-    def within(
-        self, what: str, ours: Any, base_name: str, base: Any, limit: float, unit: str = "ms", count: int = 1
-    ) -> None:
-        """Time two functions in turn, where the limit is a time and not a ratio."""
-        self.compare(what, ours, base_name, base, limit, unit, count, 15, absolute=True)
-
-    def rate(
-        self, what: str, ours: Any, base_name: str, base: Any, limit: float, count: int, turns: int = 5
-    ) -> None:
-        """Time two functions in turn that each do `count` things; at least `limit` a second are due."""
-        mine, theirs, ratio = _in_turn(ours, base, turns)
-        self.line(
-            what, f"{count / mine:.4g} /s", f"{base_name} {count / theirs:.4g} /s", ratio,
-            f">= {limit:g} /s", count / mine >= limit,
+            what, f"{mine:.3g} {unit}", f"{base_name} {theirs:.3g} {unit}", ratio,
+            f"<= {limit:g} {unit if absolute else ''}", (mine if absolute else ratio) <= limit,
         )  # fmt: skip
 
     def at_most(self, what: str, value: float, unit: str, limit: float) -> None:
@@ -12635,157 +12627,79 @@ class Bench:
         self.line(what, f"{value:.3g} {unit}", "its limit", value / limit, f"<= {limit:g}", value <= limit)
 
 
-def _in_turn(ours: Any, base: Any, turns: int) -> Tuple[float, float, float]:
-    """Return the medians of the seconds that each took, and of their ratios. What a function must
-    not be timed for it does in its `prepare`."""
-    mine, theirs, ratios = [], [], []
-    for _ in range(turns):
-        times = []
-        for function in (base, ours):
-            getattr(function, "prepare", lambda: None)()
-            begun = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - begun)
-        theirs.append(times[0])
-        mine.append(times[1])
-        ratios.append(times[1] / times[0])
-    return statistics.median(mine), statistics.median(theirs), statistics.median(ratios)
-
-
-def _repeat(function: Callable[[], Any], count: int) -> Callable[[], None]:
-    def repeated() -> None:
-        for _ in range(count):
-            function()
-
-    return repeated
-
-
 def bench_progress(bench: Bench, root: str) -> None:
-    run = Run(repo=root)
+    run, count = Run(repo=root), 200_000
     run.report_progress(expect_next_in=3600)
-    count = 200_000
-    monotonic = time.monotonic
+    bench.compare(
+        "report_progress, not writing", lambda: [run.report_progress(expect_next_in=3600) for _ in range(count)],
+        "time.monotonic()", lambda: [time.monotonic() for _ in range(count)], 5, "ns", count,
+    )  # fmt: skip
+    paths = aimwatch.find_repo(root)
 
-    def progress() -> None:
-        for _ in range(count):
-            run.report_progress(expect_next_in=3600)
+    def idx() -> int:
+        return max(int(name.split("-")[1]) for name in os.listdir(paths.check_ins))
 
-    def bare() -> None:
-        for _ in range(count):
-            monotonic()
-
-    bench.compare("report_progress, not writing", progress, "time.monotonic()", bare, 5, "ns", count)
-    before, begun = _idx(root, run), time.monotonic()
+    before, begun = idx(), time.monotonic()
     while time.monotonic() < begun + 3:
         run.report_progress(expect_next_in=2)
-    bench.at_most("check-ins written, E = 2 s, tight loop", (_idx(root, run) - before) / 3, "/s", 1.34)
-
-    def blocking() -> None:
-        for _ in range(200):
-            run.report_progress(expect_next_in=60, block=True)
-
-    paths = aimwatch.find_repo(root)
-    names = [os.path.join(paths.pending, name) for name in ("x", "y")]
+    bench.at_most("check-ins written, E = 2 s, tight loop", (idx() - before) / 3, "/s", 1.34)
+    names = [os.path.join(paths.pending, name) for name in "xy"]
     open(names[0], "w").close()
-
-    def renames() -> None:
-        for _ in range(100):
-            os.rename(names[0], names[1])
-            os.rename(names[1], names[0])
-
-    bench.compare("report_progress, writing", blocking, "os.rename", renames, 5, "us", 200)
+    bench.compare(
+        "report_progress, writing", lambda: [run.report_progress(expect_next_in=60, block=True) for _ in range(200)],
+        "os.rename", lambda: [os.rename(names[n % 2], names[1 - n % 2]) for n in range(200)], 5, "us", 200,
+    )  # fmt: skip
     os.unlink(names[0])
     run.close()
 
 
-def _idx(root: str, run: Run) -> int:
-    names = os.listdir(aimwatch.find_repo(root).check_ins)
-    return max(int(name.split("-")[1]) for name in names if name.startswith(run.hash))
-
-
-def _fill_check_ins(paths: aimwatch.RepoPaths, count: int, promise_s: int) -> List[str]:
-    names = []
-    for number in range(count):
-        name = aimwatch.check_in_name(f"{number:024x}", 1, "check_in", time.time(), promise_s)
-        open(os.path.join(paths.check_ins, name), "w").close()
-        names.append(name)
-    return names
-
-
 def bench_poll(bench: Bench, root: str) -> None:
     paths = aimwatch.find_repo(root, create=True)
-    names = _fill_check_ins(paths, 10_000, 330)
+    names = [named(f"{number:024x}", 1, expect=330) for number in range(10_000)]
+    for name in names:
+        open(os.path.join(paths.check_ins, name), "w").close()
     watcher = aimwatch.Watcher(paths)
     watcher.poll()
+    turns = itertools.count()
 
-    def bare() -> None:
-        os.listdir(paths.check_ins)
+    def renew(share: int) -> None:
+        """Have as many check in as do within a second: promises are renewed after their margin."""
+        for at in range(next(turns) % share, len(names), share):
+            run_hash, idx = names[at].split("-")[:2]
+            name = named(run_hash, int(idx) + 1, expect=330, utc=time.time())
+            os.rename(os.path.join(paths.check_ins, names[at]), os.path.join(paths.check_ins, name))
+            names[at] = name
+        os.listdir(paths.check_ins)  # the folder's pages are as warm for both
 
-    bench.compare("poll, 10,000 runs, none checks in", watcher.poll, "os.listdir", bare, 2, "ms", 1, 31)
-
-    def renew(share: int) -> Callable[[], None]:
-        turn = [0]
-
-        def renewed() -> None:
-            # As many as check in within one second: promises are renewed after their margin.
-            for at in range(turn[0], len(names), share):
-                parsed = aimwatch.parse_check_in(names[at])
-                assert parsed is not None
-                name = aimwatch.check_in_name(parsed.run_hash, parsed.idx + 1, "check_in",
-                                              time.time(), parsed.expect_next_in_s)  # fmt: skip
-                os.rename(os.path.join(paths.check_ins, names[at]), os.path.join(paths.check_ins, name))
-                names[at] = name
-            turn[0] = (turn[0] + 1) % share
-            bare()  # not part of the figure: the folder's pages are as warm for both
-
-        return renewed
-
-    for share, promise in ((30, "5 min"), (6, "1 min")):
-        renewed = renew(share)
-        ratios, polls, lists = [], [], []
-        for _ in range(21):
-            renewed()
-            begun = time.perf_counter()
-            bare()
-            between = time.perf_counter()
-            watcher.poll()
-            done = time.perf_counter()
-            lists.append(between - begun)
-            polls.append(done - between)
-            ratios.append(polls[-1] / lists[-1])
-        limit = 2.0 if share == 30 else 2.5
-        bench.line(
-            f"poll, 10,000 runs that promise {promise}", f"{statistics.median(polls) * 1e3:.3g} ms",
-            f"os.listdir {statistics.median(lists) * 1e3:.3g} ms", statistics.median(ratios),
-            f"<= {limit:g}", statistics.median(ratios) <= limit,
+    for what, share, limit in (
+        ("10,000 runs, none checks in", 0, 2.0), ("10,000 runs that promise 5 min", 30, 2.0),
+        ("10,000 runs that promise 1 min", 6, 2.5),
+    ):  # fmt: skip
+        bench.compare(
+            f"poll, {what}", watcher.poll, "os.listdir", lambda: os.listdir(paths.check_ins), limit, "ms", 1, 21,
+            prepare=lambda share=share: renew(share) if share else None,  # type: ignore[misc]
         )  # fmt: skip
     watcher.close()
-    seconds = 10.0
     process = subprocess.Popen(
-        [sys.executable, "-m", "aimwatch", "--repo", root, "start"],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env=_environ(root),
+        [sys.executable, "-m", "aimwatch", "--repo", root, "start"], stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environ(root),
     )  # fmt: skip
+
+    def cpu_s() -> float:
+        with open(f"/proc/{process.pid}/stat", encoding="ascii") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     time.sleep(2)
-    before = _cpu_s(process.pid)
-    time.sleep(seconds)
-    used = _cpu_s(process.pid) - before
-    resident = _proc_status(process.pid, "VmHWM") / 1024
+    before = cpu_s()
+    time.sleep(10)
+    used = cpu_s() - before
+    with open(f"/proc/{process.pid}/status", encoding="ascii") as file:
+        resident_kb = int(re.search(r"VmHWM:\s*(\d+)", file.read())[1])  # type: ignore[index]
     process.terminate()
     process.wait()
-    bench.at_most("idle watcher, 10,000 runs: of one core", 100 * used / seconds, "%", 3)
-    bench.at_most("idle watcher, 10,000 runs: resident, peak", resident, "MB", 40)
-
-
-def _proc_status(pid: int, field: str) -> int:
-    with open(f"/proc/{pid}/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(f"{field}:"))
-
-
-def _cpu_s(pid: int) -> float:
-    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
-        fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    bench.at_most("idle watcher, 10,000 runs: of one core", 100 * used / 10, "%", 3)
+    bench.at_most("idle watcher, 10,000 runs: resident, peak", resident_kb / 1024, "MB", 40)
 
 
 def _environ(root: str) -> Dict[str, str]:
@@ -12799,10 +12713,9 @@ def _environ(root: str) -> Dict[str, str]:
 def bench_import(bench: Bench, root: str) -> None:
     environ = _environ(root)
 
-    def start(code: str) -> Callable[[], None]:
-        return lambda: subprocess.run([sys.executable, "-c", code], env=environ, check=True) and None
+    def start(code: str) -> Callable[[], Any]:
+        return lambda: subprocess.run([sys.executable, "-c", code], env=environ, check=True)
 
-    start("import aimwatch")()
     bench.compare("start Python and import aimwatch", start("import aimwatch"), "import json, logging",
                   start("import json, logging, threading"), 2, "ms", 1, 15)  # fmt: skip
 
@@ -12870,40 +12783,20 @@ def bench_rhythms(bench: Bench, root: str) -> None:
 
 
 def bench_track(bench: Bench, root: str) -> None:
-    run = Run(repo=root)
-    context = {"subset": "train"}
+    run, context, count = Run(repo=root), {"subset": "train"}, 5_000
     fd = os.open(os.path.join(root, "plain"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    count, at = 5_000, [0]
 
     def track() -> None:
-        for step in range(at[0], at[0] + count):
+        for step in range(count):
             run.track(0.123456789 + step, name="loss", step=step, context=context)
 
     def bare() -> None:
-        for step in range(at[0], at[0] + count):
+        for step in range(count):
             os.write(fd, f"[1,{step},{0.123456789 + step!r},{time.time():.3f}]\n".encode("ascii"))
-        at[0] += count
 
     bench.compare("track", track, "a formatted os.write", bare, 3, "us", count, 15)
     os.close(fd)
     run.close()
-
-
-def bench_aim_track(bench: Bench, root: str) -> None:
-    theirs, ours = _both(root)
-    count, at = 500, [0]
-
-    def track(run: Any) -> Callable[[], None]:
-        def loop() -> None:
-            for step in range(at[0], at[0] + count):
-                run.track(0.5 + step, name="loss", step=step, context={"subset": "train"})
-            at[0] += count
-
-        return loop
-
-    bench.compare("track against Aim's", track(ours), "aim", track(theirs), 1 / 40, "us", count)
-    ours.close()
-    theirs.close()
 
 
 def _put_run(paths: aimwatch.RepoPaths, number: int, points: int, created_at: float = 0.0) -> str:
@@ -12930,43 +12823,41 @@ def _put_run(paths: aimwatch.RepoPaths, number: int, points: int, created_at: fl
     return state.hash
 
 
-_INDEX_TABLES = ("runs", "facts")
-
-
 def bench_index(bench: Bench, root: str) -> None:
     paths = aimwatch.find_repo(root, create=True)
     long, short = _put_run(paths, 1, 50_000), _put_run(paths, 2, 100)
-    aimwatch.create_index(os.path.join(root, "scratch.sqlite"))
-    db = aimwatch.open_index(os.path.join(root, "scratch.sqlite"))
+    plain = os.path.join(root, "plain.sqlite")
+    aimwatch.create_index(plain)
+    db = aimwatch.open_index(plain)
     db.execute("BEGIN")
 
-    def index(run_hash: str) -> Callable[[], None]:
-        def indexed() -> None:
-            for _ in range(20):
-                state, size, _ = aimwatch.load_run(paths, run_hash)
-                assert state is not None
-                aimwatch.index_run(db, state, size)
+    def index(run_hash: str) -> None:
+        for _ in range(20):
+            state, size, _ = aimwatch.load_run(paths, run_hash)
+            assert state is not None
+            aimwatch.index_run(db, state, size)
 
-        return indexed
-
-    bench.compare("index a closed run of 50,000 points", index(long), "of 100 points", index(short),
-                  2.5, "us", 20, 15)  # fmt: skip
+    bench.compare("index a closed run of 50,000 points", lambda: index(long), "of 100 points",
+                  lambda: index(short), 2.5, "us", 20, 15)  # fmt: skip
     db.close()
     shutil.rmtree(root)
     paths = aimwatch.find_repo(root, create=True)
     count = 1500
     hashes = [_put_run(paths, number, 20) for number in range(count)]
-    rows: Dict[str, List[Any]] = {}
 
     def reindex() -> None:
         assert aimwatch.Reindexer(paths).run(hashes) == count
 
+    def rebuild() -> None:
+        assert aimwatch.Repo(root).reindex(rebuild=True) == []
+
     def prepare() -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(paths.index)
+        for path in (paths.index, plain):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            aimwatch.create_index(path)
         for run_hash in hashes:
             open(paths.marker(run_hash), "w").close()
-        aimwatch.create_index(paths.index)
 
     def inserts() -> None:
         with contextlib.closing(aimwatch.open_index(plain)) as db:
@@ -12975,24 +12866,17 @@ def bench_index(bench: Bench, root: str) -> None:
                 db.executemany(f"INSERT INTO {table} VALUES ({','.join('?' * len(found[0]))})", found)
             db.execute("COMMIT")
 
-    def prepare_plain() -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(plain)
-        aimwatch.create_index(plain)
-
-    plain = os.path.join(root, "plain.sqlite")
-    for function, its in ((reindex, prepare), (inserts, prepare_plain)):
-        function.prepare = its  # type: ignore[attr-defined]
     prepare()
     reindex()
     with contextlib.closing(aimwatch.open_index(paths.index)) as db:
-        rows.update({table: db.execute(f"SELECT * FROM {table}").fetchall() for table in _INDEX_TABLES})
-    bench.rate("reindex of pending runs", reindex, "bare inserts of the rows", inserts, 1500, count)
-
-    def rebuild() -> None:
-        assert aimwatch.Repo(root).reindex(rebuild=True) == []
-
-    bench.rate("reindex --rebuild", rebuild, "bare inserts of the rows", inserts, 500, count)
+        rows = {table: db.execute(f"SELECT * FROM {table}").fetchall() for table in ("runs", "facts")}
+    for what, ours, rate in (
+        ("reindex of pending runs, each", reindex, 1500),
+        ("reindex --rebuild, each", rebuild, 500),
+    ):
+        bench.compare(
+            what, ours, "bare inserts of the rows", inserts, 1e6 // rate, "us", count, 5, True, prepare
+        )
 
 
 def bench_close(bench: Bench, root: str) -> None:
@@ -13007,29 +12891,19 @@ def bench_close(bench: Bench, root: str) -> None:
         for step in range(20):
             runs[0].track(step, name="loss", step=step)
 
-    def close() -> None:
-        runs.pop().close()
-
-    def insert() -> None:
-        plain.execute("INSERT INTO runs (params) VALUES ('{}')")
-
-    prepare()
-    close()
-    close.prepare = prepare  # type: ignore[attr-defined]
-    bench.within("close, the run indexing itself", close, "one INSERT, on the disk", insert, 2000)
+    bench.compare(
+        "close, the run indexing itself", lambda: runs.pop().close(), "one INSERT, on the disk",
+        lambda: plain.execute("INSERT INTO runs (params) VALUES ('{}')"), 2000, "ms", 1, 15, True, prepare,
+    )  # fmt: skip
     plain.close()
     assert not os.listdir(paths.pending)
     long, short = _put_run(paths, 1, 100_000), _put_run(paths, 2, 100)
-
-    def resume(run_hash: str) -> Callable[[], None]:
-        def resumed() -> None:
-            runs.append(Run(run_hash, repo=root))
-
-        resumed.prepare = lambda: [run.close() for run in runs] and runs.clear()  # type: ignore[attr-defined]
-        return resumed
-
-    bench.compare("resume a run of 100,000 points", resume(long), "of 100 points", resume(short), 2.5, "ms")
-    runs.pop().close()
+    bench.compare(
+        "resume a run of 100,000 points", lambda: runs.append(Run(long, repo=root)), "of 100 points",
+        lambda: runs.append(Run(short, repo=root)), 2.5, "ms", prepare=lambda: [run.close() for run in runs],
+    )  # fmt: skip
+    for run in runs:
+        run.close()
 
 
 def bench_query(bench: Bench, root: str) -> None:
@@ -13058,80 +12932,61 @@ def bench_query(bench: Bench, root: str) -> None:
         ("half, by metric", f"{loss} > {count / 14}", bare(by_loss, 'metric "loss"', count / 14 + 2), count // 2),
     )  # fmt: skip
     for state in ("indexed", "20 pending"):
-        if state != "indexed":
-            for number in range(20):
-                _put_run(paths, number * 400 + 1, 6)
+        for number in range(20 if state != "indexed" else 0):
+            _put_run(paths, number * 400 + 1, 6)
         for name, query, sql, found in cases:
             hits = len(repo.query_runs(query))
             assert abs(hits - found) <= 40 and abs(len(sql()) - hits) <= 40, (query, hits, len(sql()))
-            ours = _repeat(lambda query=query: repo.query_runs(query), 1)  # type: ignore[misc]
-            what = f"query, 10,000 runs {state}: {name}"
-            if found < 1000:
-                bench.within(what, ours, f"bare SQL, {hits} runs", sql, 3)
-            else:
-                limit = 20 if "metric" in name else 12
-                bench.within(what, ours, f"bare SQL, {hits} runs, each", sql, limit, "us", hits)
+            few = found < 1000
+            bench.compare(
+                f"query, 10,000 runs {state}: {name}", lambda query=query: repo.query_runs(query),  # type: ignore[misc]
+                f"bare SQL, {hits} runs{'' if few else ', each'}", sql, 3 if few else 20 if "metric" in name else 12,
+                "ms" if few else "us", 1 if few else hits, 15, True,
+            )  # fmt: skip
     db.close()
 
 
-def _both(root: str) -> Tuple[Any, Run]:
+def bench_aim(bench: Bench, root: str) -> None:
     import aim  # type: ignore[import-not-found]
-
-    aim.Repo.from_path(root, init=True)
-    return aim.Run(repo=root, system_tracking_interval=None, capture_terminal_logs=False), Run(repo=root)
-
-
-def bench_aim_query(bench: Bench, root: str) -> None:
-    import aim
     from aim.sdk.types import QueryReportMode  # type: ignore[import-not-found]
 
-    count = 100
     repo = aim.Repo.from_path(root, init=True)
-    for number in range(count):
-        run = aim.Run(repo=root, system_tracking_interval=None, capture_terminal_logs=False)
-        run["hparams"] = {"lr": number % 10 / 10, "bs": 32, "half": bool(number % 2)}
-        run.track(number, name="loss", context={"subset": "train"})
-        run.close()
-    paths = aimwatch.find_repo(root, create=True)
-    for number in range(count):
+    options = {"repo": root, "system_tracking_interval": None, "capture_terminal_logs": False}
+    theirs, ours = aim.Run(**options), Run(repo=root)
+
+    def progress(run: Any) -> Callable[[], Any]:
+        return lambda: [run.report_progress(expect_next_in=60) for _ in range(20_000)]
+
+    def track(run: Any) -> Callable[[], Any]:
+        context = {"subset": "train"}
+        return lambda: [run.track(0.5 + n, name="loss", step=n, context=context) for n in range(500)]
+
+    for what, act, limit, count in (("report_progress", progress, 1, 20_000), ("track", track, 1 / 40, 500)):
+        bench.compare(f"{what} against Aim's", act(ours), "aim", act(theirs), limit, "us", count)
+    for closing in (ours, theirs):
+        closing.close()
+    paths, own = aimwatch.find_repo(root), aimwatch.Repo(root)
+    for number in range(100):
+        with contextlib.closing(aim.Run(**options)) as run:
+            run["hparams"] = {"lr": number % 10 / 10, "bs": 32, "half": bool(number % 2)}
+            run.track(number, name="loss", context={"subset": "train"})
         _put_run(paths, number, 20)
-    ours = aimwatch.Repo(root)
 
-    def quiet(function: Callable[[], Any]) -> Callable[[], None]:
-        def silent() -> None:
-            with contextlib.redirect_stderr(io.StringIO()):
-                function()
+    def reindex() -> None:
+        with contextlib.redirect_stderr(io.StringIO()):
+            repo._recreate_index()
 
-        return silent
-
-    bench.compare("reindex of 100 runs against Aim's", lambda: ours.reindex(rebuild=True), "aim",
-                  quiet(repo._recreate_index), 1, "us", count, 3)  # fmt: skip
+    bench.compare("reindex of 100 runs against Aim's", lambda: own.reindex(rebuild=True), "aim", reindex, 1,
+                  "us", 100, 3)  # fmt: skip
     query = "run.hparams.half == True"
 
-    def theirs() -> None:
+    def ask() -> None:
         found = repo.query_runs(query, report_mode=QueryReportMode.DISABLED).iter_runs()
-        assert len(list(found)) == count // 2
+        assert len(list(found)) == len(own.query_runs(query)) == 50
 
-    def mine() -> None:
-        assert len(ours.query_runs(query)) == count // 2
-
-    bench.compare("query_runs over 100 runs against Aim's", mine, "aim", theirs, 1, "us", count)
-
-
-def bench_aim_progress(bench: Bench, root: str) -> None:
-    theirs, ours = _both(root)
-    count = 20_000
-
-    def progress(run: Any) -> Callable[[], None]:
-        def loop() -> None:
-            for _ in range(count):
-                run.report_progress(expect_next_in=60)
-
-        return loop
-
-    bench.compare("report_progress against Aim's", progress(ours), "aim", progress(theirs), 1, "us", count)
-    ours.close()
-    theirs.close()
+    bench.compare(
+        "query_runs over 100 runs against Aim's", lambda: own.query_runs(query), "aim", ask, 1, "us", 100
+    )
 
 
 def run_bench() -> int:
@@ -13141,7 +12996,7 @@ def run_bench() -> int:
     parts = [bench_import, bench_rhythms, bench_progress, bench_poll, bench_track, bench_index]
     parts += [bench_close, bench_query]
     if importlib.util.find_spec("aim") is not None:
-        parts += [bench_aim_progress, bench_aim_track, bench_aim_query]
+        parts.append(bench_aim)
     for part in parts:
         root = tempfile.mkdtemp(prefix="aimwatch-bench-")
         try:
