@@ -740,11 +740,12 @@ def lock_state(path: str) -> str:
     no such file, `unknown` where locks do not work or the file may not be read."""
     folder, name = os.path.split(path)
     (state,) = lock_states(folder, [name])
-    return state
+    return "held" if state == "ours" else state
 
 
 def lock_states(folder: str, names: Iterable[str]) -> Iterator[str]:
-    """Yield what `lock_state` says of each of these files in a folder, which is opened once."""
+    """Yield what `lock_state` says of each of these files in a folder, which is opened once; `ours` for one
+    that this process holds."""
     real, fd = os.path.realpath(folder), -1
     try:
         fd = open_folder(folder)
@@ -763,7 +764,7 @@ def _lock_state_in(folder: int, name: str, real_path: str) -> str:
         return "unknown"
     try:
         if real_path in FileLock._registry:
-            return "held"
+            return "ours"
         fd = os.open(name, os.O_RDONLY | O_SAFE, dir_fd=folder)
         try:
             # Shared, so that two that only look do not see each other.
@@ -7355,7 +7356,8 @@ class RunTable:
         grace_s = self.grace_s + (FLAP_GRACE_S if watched.flaps else 0.0)
         deadline_s = watched.since_s + watched.promise_s + grace_s
         # What may be dead is not called stalled.
-        return max(deadline_s, watched.free_s + CONFIRM_S) if watched.free_s > watched.since_s else deadline_s
+        late_s = watched.free_s + 2 * CONFIRM_S if watched.free_s > watched.since_s else 0.0
+        return max(deadline_s, late_s)
 
     def take(self, listing: Iterable[str], now_s: float, now_utc: float) -> List[Change]:
         """Compare a listing with the last one and return what changed.
@@ -7988,10 +7990,12 @@ class Watcher:
         """Look at the markers of the runs that are due, and return what has become of those that nobody
         writes any more."""
         suspects, deadline = [], self._clock() + MARKERS_S
-        due = self.table.to_look_at(now_s)
+        due, writes = self.table.to_look_at(now_s), {run.hash for run in list(_process.runs)}
         for watched, state in zip(due, lock_states(self.paths.pending, [item.hash for item in due])):
             if state == "absent" and not os.path.exists(self.paths.run_log(watched.hash)):
                 state = "unknown"  # Aim's run
+            elif state == "ours":  # the thread that indexes has it, or this process writes the run
+                state = "held" if watched.hash in writes else "free"
             if watched.note_marker(state, now_s):
                 suspects.append(watched)
             if self._clock() >= deadline:
@@ -10563,7 +10567,7 @@ DEMO_SLACK_S = 2.0
 DEMO_FATES = (
     ("finishes", "reaches its end", 0, (FINISHED,)),
     ("raises", "raises an exception", 0, (FAILED,)),
-    ("killed", "is sent SIGKILL", signal.SIGKILL, (STALLED,)),
+    ("killed", "is sent SIGKILL", signal.SIGKILL, (FAILED,)),
     ("hangs", "stops working", 0, (STALLED,)),
     ("terminated", "is sent SIGTERM", signal.SIGTERM, (FAILED,)),
     ("stalls", "stalls and comes back", 0, (STALLED, RECOVERED, FINISHED)),
@@ -10665,7 +10669,9 @@ def _demo_alerts(paths: RepoPaths) -> Dict[str, List[Tuple[str, float, float]]]:
             for event_id in record.get("sent", ()):
                 kind, after_s = events[event_id]["kind"], record["time"] - float(event_id.split("-")[2])
                 # The promise on disk: 1 s and the margin within which calls need not write.
-                silent_s = 2.0 + DEMO_GRACE_S if kind == STALLED else 0.0
+                died = events[event_id]["facts"].get("run.reason") == DIED
+                silent_s = 2.0 + DEMO_GRACE_S if kind == STALLED or died else 0.0
+                silent_s += CONFIRM_S if died else 0.0
                 if kind != STARTED:
                     name = events[event_id]["facts"]["run.name"]
                     alerts.setdefault(name, []).append((kind, after_s, silent_s))

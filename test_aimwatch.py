@@ -10689,15 +10689,17 @@ class TestStart(WatcherProcessCase):
         self.assertIn("notifiers add' sets one up", watcher.first_line)
         killed.kill()
         stopped.send_signal(signal.SIGSTOP)
-        self.wait_sent(*((run_hash, "stalled") for run_hash in hashes))
+        self.wait_sent((hashes[0], "failed"), (hashes[1], "stalled"))
         told = self.end(watcher)
-        for run_hash, process, text in (
-            (hashes[0], killed, "its process is gone"),
-            (hashes[1], stopped, "its process is still there: it hangs, or is slower than it promised"),
-        ):
-            message = rf"WARNING ❗ Run '{run_hash}' stalled: silent for [0-9.]+ s, promised a check-in"
-            message += rf" within 2 s\n  run {run_hash}\n  on .*, process {process.pid}\b.*\n"
-            self.assertRegex(told, message + rf"  last seen .*\n  {text}\n")
+        for process, what, text in (
+            (killed, f"'{hashes[0]}' failed: {aimwatch.DIED}", ""),
+            (stopped, rf"'{hashes[1]}' stalled: silent for [0-9.]+ s, promised a check-in within 2 s",
+             "  its process is still there: it hangs, or is slower than it promised\n"),
+        ):  # fmt: skip
+            message = (
+                rf"WARNING . Run {what}\n  run .*\n  on .*, process {process.pid}\b.*\n  last seen .*\n{text}"
+            )
+            self.assertRegex(told, message)
 
     def test_second_watcher_is_refused_with_host_and_pid_of_the_first(self) -> None:
         first = self.start_watcher()
@@ -12097,7 +12099,7 @@ class TestDemo(Case):
         rows = [line for line in out.splitlines() if line.endswith(("  ok", "  WRONG"))]
         self.assertLessEqual(max(map(len, rows)), 80)
         self.assertEqual([(row.split()[0], *re.findall("  (finished|failed|stalled|recovered)  ", row)) for row in rows],
-                         [("finishes", "finished"), ("raises", "failed"), ("killed", "stalled"), ("hangs", "stalled"),
+                         [("finishes", "finished"), ("raises", "failed"), ("killed", "failed"), ("hangs", "stalled"),
                           ("terminated", "failed"), ("stalls", "stalled"), ("stalls", "recovered"),
                           ("stalls", "finished")])  # fmt: skip
         self.assertRegex(out, r"\nEvery event was told once, in time \([0-9]+ s\)\.\n")
@@ -12112,7 +12114,7 @@ class TestDemo(Case):
             out.endswith(f"The repository is kept: python3 aimwatch.py --repo {root} status\n"), out
         )
         code, shown, _ = self.run_cli("--repo", root, "status")
-        self.assertEqual((code, shown.splitlines()[-1]), (1, "2 stalled, 2 failed, 2 finished"))
+        self.assertEqual((code, shown.splitlines()[-1]), (1, "1 stalled, 3 failed, 2 finished"))
 
     def test_demo_leaves_nothing_whatever_comes_of_it(self) -> None:
         for outcome, code in ((True, 0), (False, 1), (KeyboardInterrupt, 1)):
