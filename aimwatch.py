@@ -463,11 +463,11 @@ def local_time(epoch_s: float) -> str:
         return "at an unknown time"
 
 
-def iso_time(epoch_s: float) -> str:
+def iso_time(epoch_s: float, precision: str = "milliseconds") -> str:
     """Return seconds since the epoch in ISO 8601 with its zone, which is UTC, for programs to read."""
     try:
         moment = datetime.datetime.fromtimestamp(epoch_s, datetime.timezone.utc)
-        return moment.isoformat(timespec="milliseconds")
+        return moment.isoformat(timespec=precision)
     except (OverflowError, ValueError, OSError):
         return ""
 
@@ -2001,6 +2001,51 @@ def checked_run_hash(value: Any) -> str:
     return value
 
 
+def git_commit() -> Optional[str]:
+    """Return the commit that is checked out around the script, or else around the working folder, as the
+    files in `.git` say."""
+    script = next(iter(getattr(sys, "argv", ())), "")
+    ours = os.path.realpath(script) == os.path.realpath(__file__)  # `exec`: where this file lies says nothing
+    for start in ("." if ours else os.path.dirname(script), "."):
+        with contextlib.suppress(OSError):
+            folder = os.path.realpath(start)
+            while not os.path.lexists(os.path.join(folder, ".git")) and folder != "/":
+                folder = os.path.dirname(folder)
+            commit = _commit_in(os.path.join(folder, ".git"))
+            if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", commit):
+                return commit
+    return None
+
+
+def _commit_in(git: str) -> str:
+    """Return the commit that HEAD leads to. Raises OSError."""
+
+    def text_of(*path: str) -> str:
+        return read_bounded(os.path.join(*path), 1 << 22).decode("utf-8", "replace").strip()
+
+    if os.path.isfile(git):  # of a worktree or a submodule
+        git = os.path.join(os.path.dirname(git), text_of(git).partition("gitdir:")[2].strip())
+    head = text_of(git, "HEAD")
+    if not head.startswith("ref:"):
+        return head
+    ref = head[len("ref:") :].strip()
+    with contextlib.suppress(OSError):
+        return text_of(git, ref)
+    with contextlib.suppress(OSError):
+        git = os.path.join(git, text_of(git, "commondir"))
+        return text_of(git, ref)
+    lines = (line.partition(" ") for line in text_of(git, "packed-refs").splitlines())
+    return next((commit for commit, _, name in lines if name == ref), "")
+
+
+def stdout_file() -> Optional[str]:
+    """Return the path of the file that standard output goes to, where it is one, or that Slurm names."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISREG(os.fstat(1).st_mode):
+            return os.readlink("/proc/self/fd/1")
+    return os.environ.get("SLURM_JOB_STDOUT")
+
+
 def describe_session() -> Dict[str, Any]:
     """Return where this process runs, as the first line of a run log states it."""
     session: Dict[str, Any] = {
@@ -2014,6 +2059,7 @@ def describe_session() -> Dict[str, Any]:
     }
     with contextlib.suppress(OSError):  # the folder may be gone; the run is not
         session["cwd"] = os.getcwd()
+    session.update(commit=git_commit(), stdout=stdout_file())
     job = os.environ.get("SLURM_JOB_ID")
     if job:
         array = os.environ.get("SLURM_ARRAY_JOB_ID")
@@ -3763,7 +3809,7 @@ _DROP_FACT = "DELETE FROM facts WHERE path = ? AND value = ? AND run = ?"
 
 _SERIES_FIELDS = ("count", "min", "max", "last", "first_step", "last_step", "last_epoch", "last_time")
 _METRIC_KEYS = ("name", "context", *_SERIES_FIELDS, "series")
-_HEADER_FIELDS = ("host", "pid", "user", "job", "cwd", "python")
+_HEADER_FIELDS = ("host", "pid", "user", "job", "cwd", "commit", "stdout", "python")
 
 
 def run_row(state: RunState, log_size: int = 0) -> Dict[str, Any]:
@@ -5537,7 +5583,16 @@ AIM_DEFAULT_MESSAGE = "❗️ Something wrong with Run '{run.hash}'. Please chec
 #: was seen, `run.process` whether the process is there, `run.messages` what a log event is about.
 TEMPLATE_FIELDS = (
     *("event", "message", "repo", "time", "run.hash", "run.name", "run.experiment", "run.host", "run.pid"),
-    *("run.job", "run.user", "run.last_seen", "run.promised", "run.silent", "run.process", "run.reason"),
+    *(
+        "run.job",
+        "run.user",
+        "run.stdout",
+        "run.last_seen",
+        "run.promised",
+        "run.silent",
+        "run.process",
+        "run.reason",
+    ),
     *("run.frames", "run.output", "run.metrics", "run.errors", "run.messages"),
 )
 _TEMPLATE_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_.]*)\}")
@@ -5987,6 +6042,7 @@ def default_message(facts: Facts) -> str:
         where += _with(", job {}", facts, "run.job") + _with(", user {}", facts, "run.user")
         lines.append(where.lstrip(", "))
         lines.append(_with("last seen {}", facts, "run.last_seen"))
+        lines.append(_with("its output goes to {}", facts, "run.stdout"))
         lines.append(_with("{}", facts, "run.messages"))
         if facts.get("event") == STALLED:
             lines.append(_PROCESS_TEXT.get(facts.get("run.process", ""), ""))
@@ -7558,9 +7614,9 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
         state = read_log_parts(paths.run_log(run_hash), run_hash)
     except OSError:
         return facts
-    for field in ("host", "pid", "job", "user"):
+    for field in ("host", "pid", "job", "user", "stdout"):
         if state.header.get(field) is not None:
-            facts[f"run.{field}"] = printable(str(state.header[field]), 100)
+            facts[f"run.{field}"] = printable(str(state.header[field]), 300 if field == "stdout" else 100)
     facts["run.name"] = printable(str(state.props.get("name") or run_hash), 100)
     facts["run.experiment"] = printable(str(state.props.get("experiment") or ""), 100)
     facts["run.metrics"] = describe_metrics(state)
@@ -7602,7 +7658,7 @@ def change_facts(paths: RepoPaths, change: Change, in_full: bool = True) -> Fact
     watched = change.run
     facts = run_facts(paths, watched.hash) if in_full else short_facts(paths, watched.hash)
     facts["event"] = change.kind
-    facts["run.last_seen"] = local_time(watched.since_utc)
+    facts["run.last_seen"] = iso_time(watched.since_utc, "seconds")
     facts["run.promised"] = human_s(watched.promise_s) if watched.promise_s else ""
     facts["run.silent"] = human_s(change.silent_s)
     if change.kind == FAILED and not facts.get("run.reason"):
@@ -7656,7 +7712,7 @@ def message_facts(paths: RepoPaths, run_hash: str, messages: Sequence[Dict[str, 
     lines = []
     for item in messages[-QUOTED_MESSAGES:]:
         name = names.get(item["log"], item["log"])
-        lines.append(f"  {local_time(item['time'])} {name}: {printable(item['message'], 300)}")
+        lines.append(f"  {iso_time(item['time'], 'seconds')} {name}: {printable(item['message'], 300)}")
     facts = run_facts(paths, run_hash)
     facts["event"] = LOG
     facts["run.reason"] = plural(len(messages), "message")
@@ -8112,7 +8168,7 @@ class Watcher:
             return self._dated({"event": change.kind, **short_facts(self.paths, change.run.hash)})
 
     def _dated(self, facts: Facts) -> Facts:
-        return {**facts, "time": utc_datetime(self._utc()).isoformat(" ", "seconds") + " UTC"}
+        return {**facts, "time": iso_time(self._utc(), "seconds")}
 
     def _alert_trouble(self, what: str, reason: str) -> None:
         facts = {"event": TROUBLE, "run.reason": reason, "repo": self.paths.root}
@@ -9998,34 +10054,49 @@ def cmd_notifiers_test(args: Any) -> int:
         wanted = config.find(args.id, config.read())
         notifiers = [item for item in notifiers if item.id == wanted]
     else:
-        notifiers = [item for item in notifiers if item.enabled] or [fallback_notifier()]
+        notifiers = [item for item in notifiers if item.enabled]
+    if not notifiers:
+        raise AimwatchError(
+            f"nobody is notified: '{command_line(args.repo)} notifiers add' sets a notifier up"
+        )
     _log_to_stderr(timed=True)
+    delivered = [_send_sample(paths, item) for item in notifiers]
+    return 0 if all(delivered) else 1
+
+
+def _send_sample(paths: RepoPaths, item: Notifier) -> bool:
+    """Send a sample of an alert, say what came of it, and return whether it was delivered."""
     sample = {
         "event": STALLED,
         "repo": paths.root,
         "id": "sample",
-        "time": utc_datetime(time.time()).isoformat(" ", "seconds") + " UTC",
+        "time": iso_time(time.time(), "seconds"),
         "run.hash": "0" * 24,
         "run.name": "sample, sent by 'notifiers test'",
         "run.experiment": "none",
         "run.host": this_host(),
         "run.pid": str(os.getpid()),
-        "run.last_seen": local_time(time.time()),
+        "run.last_seen": iso_time(time.time(), "seconds"),
         "run.promised": human_s(60),
         "run.silent": human_s(160),
         "run.process": "unknown",
         "run.metrics": "loss=0.25 (step 100)",
     }
-    failed, broken = 0, _outbox_state(paths).broken()
-    for item in notifiers:
-        outcome = Outcome(BROKEN, item.problem) if item.problem else deliver(item, [sample])
-        failed += outcome.kind != SENT
-        verdict = "delivered" if outcome.kind == SENT else "NOT delivered"
-        print(printable(f"{item.type} {item.id}: {verdict}: {outcome.detail}"))
-        if outcome.kind == SENT and item.id in broken:
-            with config.edit():
-                pass  # a running watcher sees that the file is new, and tries again at once
-    return 1 if failed else 0
+    delivered = _deliver_now(item, sample, sys.stdout)
+    if delivered and item.id in _outbox_state(paths).broken():
+        with NotifierConfig(paths).edit():
+            pass  # a running watcher sees that the file is new, and tries again at once
+    return delivered
+
+
+def _deliver_now(item: Notifier, facts: Facts, stream: Any) -> bool:
+    """Send one message past the outbox, say on `stream` what came back, and return whether it was taken."""
+    outcome = Outcome(BROKEN, item.problem) if item.problem else deliver(item, [facts])
+    delivered = outcome.kind == SENT
+    if not delivered or stream is sys.stdout:
+        verdict = "delivered" if delivered else "NOT delivered"
+        print(printable(f"{item.type} {item.id}: {verdict}: {outcome.detail}"), file=stream)
+    return delivered
 
 
 # -------------------------------------------------------------------------- runs and metrics
@@ -10308,13 +10379,8 @@ def cmd_show(args: Any) -> int:
     import shutil
 
     repo = Repo(args.repo)
-    run_hash = repo.find_run(args.hash)
-    path = repo._paths.run_log(run_hash)
-    state, size, problem = load_run(repo._paths, run_hash)
-    if state is None:
-        raise RepoError(f"cannot read {problem or path}")
-    row = run_row(state, size)
-    messages = list(read_messages(path))
+    state, row = _read_run(repo, repo.find_run(args.hash))
+    messages = list(read_messages(repo._paths.run_log(state.hash)))
     if args.json:
         print_json(run_object(row, messages))
         return 0
@@ -10342,6 +10408,13 @@ def cmd_show(args: Any) -> int:
         for message in messages:
             print(f"  {message_line(message)}")
     return 0
+
+
+def _read_run(repo: Repo, run_hash: str) -> Tuple[RunState, Dict[str, Any]]:
+    state, size, problem = load_run(repo._paths, run_hash)
+    if state is None:
+        raise RepoError(f"cannot read {problem or repo._paths.run_log(run_hash)}")
+    return state, run_row(state, size)
 
 
 def run_object(row: Dict[str, Any], messages: List[Dict[str, Any]]) -> Dict[str, Any]:
@@ -10372,6 +10445,8 @@ def run_fields(row: Dict[str, Any]) -> List[Tuple[str, Any]]:
         "job": row["job"],
         "folder": row["cwd"],
         "command": " ".join(map(str, row["argv"])) if isinstance(row["argv"], list) else None,
+        "commit": row["commit"],
+        "output": row["stdout"],
         "python": row["python"],
     }
     return [(name, value) for name, value in fields.items() if value is not None and value != ""]
@@ -10394,6 +10469,147 @@ def message_line(message: Dict[str, Any]) -> str:
     return printable(f"{local_time(message['time'])} {level} {message['message']}{params}", 1000)
 
 
+@command("diff", ONE_HASH, argument("other", metavar="RUN", help="another run"), AS_JSON)
+def cmd_diff(args: Any) -> int:
+    """Show in what two runs differ, and what was run where."""
+    repo = Repo(args.repo)
+    hashes = [repo.find_run(args.hash), repo.find_run(args.other)]
+    values = [_compared(_read_run(repo, run_hash)[1]) for run_hash in hashes]
+    names = list(dict.fromkeys(itertools.chain(*values)))
+    rows: List[List[Any]] = [[name, *(known.get(name) for known in values)] for name in names]
+    rows = [row for row in rows if row[0] in _ALWAYS_COMPARED or json_cell(row[1]) != json_cell(row[2])]
+    if args.json:
+        print_json([dict(zip(("field", *hashes), row)) for row in rows])
+        return 0
+    short = short_hashes(repo._paths, hashes)
+    cells = [[name, *(shown(value, "") for value in both)] for name, *both in rows]
+    header = ["", *(short[run_hash] for run_hash in hashes)]
+    print("\n".join(table(header, [row for row in cells if max(map(len, row[1:])) <= 2 * UNCUT])))
+    for name, *both in cells:
+        if max(map(len, both)) > 2 * UNCUT:  # what differs may be at the end, and must not be cut
+            print(f"\n{printable(name)}")
+            for run_hash, text in zip(hashes, both):
+                print(f"  {short[run_hash]}  {printable(text, 1000)}")
+    return 0
+
+
+#: What `diff` shows of both runs even where it is the same.
+_ALWAYS_COMPARED = ("host", "folder", "command", "commit")
+
+
+def _compared(row: Dict[str, Any]) -> Dict[str, Any]:
+    """Return what is known of a run in the order and under the names in which `diff` shows it."""
+    found = {
+        name: value for name, value in run_fields(row) if name not in ("run", "created", "ended", "process")
+    }
+    found["state"] = row["state"]
+    found.update((f"param {path}", value) for path, value in param_items(row["params"], "") if path)
+    for metric in row["metrics"]:
+        context = shown(metric["context"], "context")
+        found[f"last {metric['name']}" + (f" [{context}]" if context else "")] = metric["last"]
+    return found
+
+
+POINT_COLUMNS = ("metric", "context", "step", "epoch", "value", "time")
+
+
+@command(
+    "export",
+    ONE_HASH,
+    argument("metric", metavar="METRIC", nargs="?", help="the metric's name (default: all)"),
+    AS_JSON,
+)
+def cmd_export(args: Any) -> int:
+    """Print the points of a run's metrics as CSV."""
+    repo = Repo(args.repo)
+    run = Run._to_read(repo._paths, repo.find_run(args.hash))
+    args.csv = not args.json
+    found = run.metrics() if args.metric is None else _metrics_called(run, args.metric)
+    points = (
+        (metric.name, metric.context, step, epoch, value, Moment(at))
+        for metric in found
+        for step, epoch, value, at in zip(metric.steps, metric.epochs, metric.values, metric.times)
+    )
+    print_rows(args, repo._paths, POINT_COLUMNS, list(points))
+    return 0
+
+
+def _metrics_called(run: Run, name: str) -> List[Metric]:
+    """Return the series of a name. Raises AimwatchError where there is none."""
+    found = [metric for metric in run.metrics() if metric.name == name]
+    if not found:
+        known = ", ".join(sorted({printable(metric.name, 60) for metric in run.metrics()})) or "none"
+        raise AimwatchError(f"run {run.hash} has no metric {printable(name, 60)!r}: it has {known}")
+    return found
+
+
+#: So many runs of a kind are named in a report.
+MAX_REPORTED = 20
+
+
+@command(
+    "report",
+    argument(
+        "--since",
+        type=duration,
+        default=86400.0,
+        metavar="TIME",
+        help="over how long: 90m, 12h, 7d (default: 1d)",
+    ),
+    one_of(switch("--send", "send it to the enabled notifiers, and print nothing"), AS_JSON),
+)
+def cmd_report(args: Any) -> int:
+    """Say what finished, what failed and by what, and what still runs; for cron."""
+    repo = Repo(args.repo)
+    since = time.time() - args.since
+    rows = [row.whole() for row in repo.query_runs(f"run.active or run.end_time >= {since!r}").found]
+    states = {row["hash"]: row for row in status_rows(repo._paths, read_watcher_file(repo._paths))}
+    for row in rows:
+        if row["end_time"] is None and states.get(row["hash"], row)["state"] in (STALLED, FAILED):
+            row.update(state=states[row["hash"]]["state"], reason=states[row["hash"]]["reason"] or DIED)
+    if args.json:
+        columns = ("hash", "name", "experiment", "state", "reason", "created", "ended", "host", "user")
+        print_json([{column: run_cell(row, column) for column in columns} for row in rows])
+        return 0
+    if not args.send:
+        print("\n".join(report_lines(repo._paths, rows, args.since)))
+        return 0
+    text = "\n".join(report_lines(repo._paths, rows, args.since, 5))
+    facts = {"event": "report", "repo": repo.path, "time": iso_time(time.time(), "seconds"), "message": text}
+    failed = 0
+    for item in NotifierConfig(repo._paths).notifiers():
+        if item.enabled:
+            arguments = {**item.arguments, "message": "{message}"}
+            failed += not _deliver_now(item._replace(arguments=arguments), facts, sys.stderr)
+    return 1 if failed else 0
+
+
+def report_lines(
+    paths: RepoPaths, rows: Sequence[Dict[str, Any]], over_s: float, most: int = MAX_REPORTED
+) -> List[str]:
+    """Return the lines of a report on runs: counted, then by state, the failed ones by reason."""
+    groups: Dict[str, Dict[str, List[Dict[str, Any]]]] = {}
+    for state in (FAILED, STALLED, RUNNING, FINISHED):
+        for row in rows:
+            if row["state"] == state:
+                reason = str(row["reason"] or "") if state == FAILED else ""
+                groups.setdefault(state, {}).setdefault(reason, []).append(row)
+    counts = [f"{sum(map(len, found.values()))} {state}" for state, found in groups.items()]
+    lines = [f"the last {human_s(over_s)} in {paths.root}: {', '.join(counts) or 'no runs'}"]
+    short = short_hashes(paths, [row["hash"] for row in rows])
+    for state, by_reason in groups.items():
+        lines += ["", state]
+        for reason, found in by_reason.items():
+            lines += [f"  {printable(reason, 200)}"] if reason else []
+            for row in found[:most]:
+                where = f"on {row['host']}," if row["host"] else ""
+                about = filter(None, (short[row["hash"]], row["name"], where))
+                lines.append(printable(f"    {' '.join(about)} {human_s(run_cell(row, 'duration'))}", 200))
+            if len(found) > most:
+                lines.append(f"    and {len(found) - most} more")
+    return lines
+
+
 @command(
     "plot",
     ONE_HASH,
@@ -10405,10 +10621,7 @@ def cmd_plot(args: Any) -> int:
     """Draw a metric of a run as a chart in the terminal."""
     repo = Repo(args.repo)
     run = Run._to_read(repo._paths, repo.find_run(args.hash))
-    found = [metric for metric in run.metrics() if metric.name == args.metric]
-    if not found:
-        known = ", ".join(sorted({printable(metric.name, 60) for metric in run.metrics()})) or "none"
-        raise AimwatchError(f"run {run.hash} has no metric {printable(args.metric, 60)!r}: it has {known}")
+    found = _metrics_called(run, args.metric)
     import shutil
 
     width, height = shutil.get_terminal_size((80, 24))

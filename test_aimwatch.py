@@ -5852,6 +5852,97 @@ class RunCommands(StoredCase):
         (metric,) = shown["metrics"]
         self.assertEqual((metric["name"], metric["context"], metric["last"]), ("loss", {"s": "t"}, 0.0))
 
+    def test_diff_shows_what_differs_and_where_both_ran(self) -> None:
+        out = self.fine("diff", "0abc", "1abc")[0].splitlines()
+        self.assertEqual(out[0].split(), ["0abc", "1abc"])
+        for line in ("param lr 0.1 nan", "param opt.name adam", "last loss [s=t] 0 2",
+                     f"host {os.uname().nodename} {os.uname().nodename}"):  # fmt: skip
+            self.assertIn(line, [" ".join(shown.split()) for shown in out])
+        self.assertNotIn("experiment", "\n".join(out))
+        rows = json.loads(self.fine("diff", "0abc", "3abc", "--json")[0])
+        self.assertIn({"field": "last loss [s=t]", "0abc": 0.0, "3abc": "inf"}, rows)
+        self.assertIn({"field": "experiment", "0abc": "exp", "3abc": "default"}, rows)
+        with Run("0abc", repo=self.root) as run:
+            run["path"] = "/a/path/that/is/rather/long/first"
+        with Run("1abc", repo=self.root) as run:
+            run["path"] = "/a/path/that/is/rather/long/second"
+        self.assertIn(
+            "\nparam path\n  0abc  /a/path/that/is/rather/long/first\n  1abc  /a/path/that/is/rather/long/second\n",
+            self.fine("diff", "0abc", "1abc")[0],
+        )
+
+    def test_points_are_exported(self) -> None:
+        rows = list(csv.DictReader(io.StringIO(self.fine("export", "1abc", "loss")[0])))
+        self.assertEqual([(row["step"], row["value"]) for row in rows], [("0", "1.0"), ("1", "2.0")])
+        moment = aimwatch.datetime.datetime.fromisoformat(rows[0]["time"])
+        self.assertEqual(moment.utcoffset(), aimwatch.datetime.timedelta(0))
+        self.assertAlmostEqual(moment.timestamp(), time.time(), delta=30)
+        rows = json.loads(self.fine("export", "3abc", "--json")[0])
+        self.assertEqual([(row["metric"], row["context"], row["value"]) for row in rows],
+                         4 * [("loss", {"s": "t"}, "inf")])  # fmt: skip
+        self.assertIn("has no metric 'x': it has loss", self.run_cli("export", "1abc", "x")[2])
+
+    def test_report_says_what_finished_what_failed_and_by_what(self) -> None:
+        for number in range(7):
+            with contextlib.suppress(OSError), Run(repo=self.root) as run:
+                run.name = f"full-{number}"
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.die("dead")
+        live = self.run_object("live")
+        out = self.fine("report", "--since", "1h")[0]
+        self.assertRegex(out.partition("\n")[0], f"^the last 1 h in {self.root}: 7 failed, 2 running, 4 finished$")
+        self.assertEqual(out.count("No space left on device"), 1)
+        self.assertRegex(out, rf"\n    [0-9a-f]{{8}} full-6 on {os.uname().nodename}, [0-9.]+ m?s\n")
+        self.assertEqual(len(json.loads(self.fine("report", "--json")[0])), 13)
+        self.assertRegex(self.fine("report", "--since", "0.001s")[0], "^the last 1 ms in .*: 2 running\n")
+        server = self.webhook((200, "ok"), (404, "gone"))
+        self.configure(all=hook(server.url))
+        self.assertEqual(self.fine("report", "--since", "1h", "--send"), ("", ""))
+        (text,) = server.texts()
+        self.assertTrue(text.startswith("the last 1 h in "), text)
+        self.assertIn("    and 2 more\n", text)
+        code, out, err = self.run_cli("report", "--send")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("NOT delivered: ", err)
+        live.close()
+
+    def test_run_notes_its_commit_and_where_its_output_goes(self) -> None:
+        folder = os.path.join(self.root, "code", "deep")
+        os.makedirs(folder)
+        commit, other = "0123456789abcdef" * 2 + "01234567", "f" * 40
+        git = os.path.join(self.root, "code", ".git")
+        script = 'import sys; sys.path.insert(0, sys.argv[1])\nfrom aimwatch import Run\nwith Run("c", repo=sys.argv[2]): pass'
+        with open(os.path.join(folder, "train.py"), "w", encoding="utf-8") as file:
+            file.write(script)
+
+        def noted(output: Any = subprocess.PIPE, **env: str) -> Dict[str, Any]:
+            argv = [sys.executable, os.path.join(folder, "train.py"), HERE, self.root]
+            subprocess.run(argv, cwd="/", env={**os.environ, **env}, stdout=output, check=True)
+            row = json.loads(self.fine("show", "c", "--json")[0])
+            self.fine("rm", "--yes", "c")
+            return row  # type: ignore[no-any-return]
+
+        for files, found in (
+            ({"HEAD": commit}, commit),
+            ({"HEAD": "ref: refs/heads/main", "refs/heads/main": commit}, commit),
+            ({"HEAD": "ref: refs/heads/main", "packed-refs": f"# x\n{other} refs/heads/b\n{commit} refs/heads/main"},
+             commit),
+            ({"HEAD": "ref: refs/heads/x", "commondir": "../common", "../common/refs/heads/x": commit}, commit),
+            ({"HEAD": "ref: ../../secret", "../../secret": "password"}, None), ({}, None),
+        ):  # fmt: skip
+            for name, text in files.items():
+                os.makedirs(os.path.dirname(os.path.join(git, name)), exist_ok=True)
+                with open(os.path.join(git, name), "w", encoding="utf-8") as file:
+                    file.write(f"{text}\n")
+            with self.subTest(files=files):
+                self.assertEqual(noted()["commit"], found)
+            shutil.rmtree(git, ignore_errors=True)
+        path = os.path.join(self.root, "slurm-7.out")
+        with open(path, "w", encoding="utf-8") as output:
+            self.assertEqual(noted(output)["stdout"], path)
+        self.assertEqual(noted(SLURM_JOB_STDOUT="/x/y.out")["stdout"], "/x/y.out")
+        self.assertIsNone(noted()["stdout"])
+
     def test_run_is_found_by_its_name(self) -> None:
         quoted = 'it\'s \U0001f600 "here"'
         named: Dict[str, str] = {}
@@ -9377,7 +9468,7 @@ class TestWatcher(WatchCase):
         self.assertEqual(self.told(), [("a", "stalled")])
         facts = self.facts("stalled")
         self.assertEqual((facts["run.silent"], facts["run.promised"]), ("5 s", "3 s"))
-        self.assertEqual(facts["run.last_seen"], aimwatch.local_time(1e9))
+        self.assertEqual(facts["run.last_seen"], "2001-09-09T01:46:40+00:00")
         self.assertIn(
             "Run 'a' stalled: silent for 5 s, promised a check-in within 3 s",
             aimwatch.default_message(facts),
