@@ -9973,7 +9973,7 @@ def cmd_notifiers_list(args: Any) -> int:
     paths = find_repo(args.repo)
     outbox = _outbox_state(paths)
     objects: List[Dict[str, Any]] = []
-    rows = []
+    rows, problems = [], []
     for item in NotifierConfig(paths).notifiers():
         reason, since = outbox.broken().get(item.id, (None, None))
         status, problem = "enabled" if item.enabled else "disabled", item.problem or reason
@@ -9986,21 +9986,45 @@ def cmd_notifiers_list(args: Any) -> int:
                 "arguments": masked(item.type, item.arguments),
                 "events": item.events,
                 "problem": problem,
-                "broken_since": since,
+                "broken_since": None if since is None else Moment(since),
                 "waiting": waiting,
             }
         )
-        broken = f", broken since {local_time(since)}" if since else ""
+        broken = f"broken since {local_time(since)}: " if since else ""
         waits = f" ({plural(waiting, 'event')} waiting)" if waiting else ""
-        cells = (item.id.ljust(38), item.type.ljust(8), status + broken)
-        rows.append((*cells, ",".join(item.events), f"{problem or ''}{waits}".strip()))
+        rows.append((short_id(item), item.type, status, destination(item), ",".join(item.events)))
+        problems.append(f"{broken}{problem or ''}{waits}".strip())
     if args.json:
-        print(json.dumps(objects, indent=2))
+        print_json(objects)
         return 0
-    print("\n".join(table(("NOTIFIER ID", "TYPE", "STATUS", "EVENTS", "PROBLEM"), rows)))
+    header, *lines = table(("NAME", "TYPE", "STATUS", "WHERE", "EVENTS"), rows)
+    print(header)
+    for line, problem in zip(lines, problems):
+        print(line)
+        if problem:
+            print(f"  {printable(problem)}")
     if not rows:
         print(f"none yet: '{command_line(args.repo)} notifiers add' sets one up", file=sys.stderr)
     return 0
+
+
+def short_id(item: Notifier) -> str:
+    """Return what people call a notifier: the beginning of a random ID."""
+    return item.id[:8] if re.fullmatch("[0-9a-f]{8}-[0-9a-f-]{27}", item.id) else item.id
+
+
+def destination(item: Notifier) -> str:
+    """Return where a notifier sends to, without its secrets: a host, addresses, a program."""
+    arguments = item.arguments
+    url = re.match(
+        r"https?://(?:[^/?#]*@)?([A-Za-z0-9.:\[\]-]+)", str(arguments.get("url") or arguments.get("base_url"))
+    )
+    if url:
+        return url[1]
+    if item.type == "email":
+        return ",".join(map(str, arguments.get("to") or ()))
+    command = arguments.get("command")
+    return str(command[0]) if isinstance(command, list) and command else ""
 
 
 @command("notifiers dump")
