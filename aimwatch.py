@@ -10016,9 +10016,10 @@ def short_id(item: Notifier) -> str:
 def destination(item: Notifier) -> str:
     """Return where a notifier sends to, without its secrets: a host, addresses, a program."""
     arguments = item.arguments
-    url = re.match(
-        r"https?://(?:[^/?#]*@)?([A-Za-z0-9.:\[\]-]+)", str(arguments.get("url") or arguments.get("base_url"))
-    )
+    address = arguments.get("url") or arguments.get("base_url")
+    if item.type == "workplace":
+        address = address or WORKPLACE_URL
+    url = re.match(r"https?://(?:[^/?#]*@)?([A-Za-z0-9.:\[\]-]+)", str(address))
     if url:
         return url[1]
     if item.type == "email":

@@ -9036,7 +9036,7 @@ class NotifiersCommands(NotifierCase):
         self.assertEqual((code, err), (0, ""))
         lines = [re.split(r"\s{2,}", line) for line in out.strip().split("\n")]
         ids = [notifier_id[:8] for notifier_id in AIM_CONFIG["notifications"]["notifiers"]]
-        where = ("hooks.exampl..", "graph.exampl..", "")
+        where = ("hooks.example.com", "graph.facebook.com", "")
         rows = zip(ids, ("slack", "workplace", "logger"), ("enabled", "disabled", "enabled"), where)
         self.assertEqual(
             [[cell for cell in line if ",fail" not in cell] for line in lines],
