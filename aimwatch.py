@@ -5297,10 +5297,12 @@ class Repo:
         return found
 
     def close_run(self, run_hash: str) -> bool:
-        """Declare a run ended whose process is gone, so that it counts as stalled no more; True
-        where it had not ended before.
+        """Declare a run ended whose process is gone, without notifying anybody: where it says nothing of
+        its end, it failed, and what is left of its check-ins goes, so that it counts as stalled or newly
+        failed no more. True where that changed something.
 
-        Raises RunBusyError for a run that a process still writes, RepoError for none of that hash.
+        Raises RunBusyError for a run that a process still writes, RepoError for none of that hash, or where
+        nothing can be written.
         """
         path = self._paths.run_log(checked_run_hash(run_hash))
         if not os.path.exists(path):
@@ -5313,13 +5315,18 @@ class Repo:
             problem = log_problem(state)
             if problem:
                 raise RepoError(f"cannot close {run_hash}: {path}: {problem}")
-            if state.end is None:
-                finalize_dead(self._paths, state, last_check_ins(self._paths).get(run_hash, NO_SIGN).utc_s)
             names = own_check_ins(self._paths, run_hash)
-            idx = max([state.next_idx, *(item.idx + 1 for item in map(parse_check_in, names) if item)])
-            open_ended = bool(names) and f"-{FINISHED}-" not in names[-1]
-            if open_ended:
-                CheckInFile(self._paths.check_ins, run_hash, idx, names).write(idx, FINISHED, 0)
+            # A process that resumes it counts on from there.
+            state.next_idx = max(
+                [state.next_idx, *(item.idx + 1 for item in map(parse_check_in, names) if item)]
+            )
+            open_ended = state.end is None or bool(names) and f"-{FINISHED}-" not in names[-1]
+            sign = last_check_ins(self._paths).get(run_hash, NO_SIGN)
+            if state.end is None and finalize_dead(self._paths, state, sign.utc_s) < 0:
+                raise RepoError(f"cannot close {run_hash}: {path} cannot be written")
+            for name in names if open_ended else ():
+                with contextlib.suppress(FileNotFoundError):
+                    unlink_below(os.path.join(self._paths.check_ins, name))
         self._try_to_index([run_hash], 2.0)
         return open_ended
 
@@ -6058,7 +6065,7 @@ def default_message(facts: Facts) -> str:
 
 def look_further(facts: Facts) -> str:
     """Return the line that says which command shows more."""
-    return f"look further: {command_line(facts.get('repo', ''))} status"
+    return f"look further: {command_line(facts.get('repo', ''))} {facts.get('look', 'status')}"
 
 
 _PROCESS_TEXT = {
@@ -7158,7 +7165,7 @@ class Dispatcher:
             event_id, item = f"{BROKEN}-{notifier_id}-{since:.3f}", self._notifiers.get(notifier_id)
             if item is not None and usable - {notifier_id} and not self._outbox.knows(event_id):
                 what = f"notifier {item.type} {notifier_id[:8]} does not work: {reason}"
-                facts = {"event": TROUBLE, "repo": self._paths.root}
+                facts = {"event": TROUBLE, "repo": self._paths.root, "look": "notifiers list"}
                 facts["run.reason"] = printable(f"{what}; what waits for it is kept until it is mended")
                 self.notify([Event(event_id, TROUBLE, facts)], but=notifier_id)
 
@@ -7500,6 +7507,10 @@ class RunTable:
             left = set(self.vanished)
             self.names = {name for name in self.names if name.partition("-")[0] not in left}
 
+    def is_missing(self, run: str) -> bool:
+        """True where its check-in is in the listings no more, as after `close`."""
+        return run in self._missing
+
     def forget(self, run: str) -> None:
         """Drop a run that is not there any more."""
         self.runs.pop(run, None)
@@ -7761,6 +7772,23 @@ def read_mutes(paths: RepoPaths) -> Dict[str, Tuple[int, List[str]]]:
     return mutes
 
 
+_ACK = re.compile(rf".+-({STALLED}|{FAILED})")
+
+
+def ack_name(check_in: str, state: str) -> str:
+    """Return the name of the file in `mutes` that says that somebody has taken on a run. It holds for one
+    check-in and one state, so that it is over as soon as either changes; whose file it is, that is who."""
+    return f"{check_in}-{state}"
+
+
+def read_acks(paths: RepoPaths) -> Set[str]:
+    """Return the names of all such files. Raises OSError."""
+    try:
+        return set(filter(_ACK.fullmatch, list_some(paths.mutes, MAX_MUTES)))
+    except FileNotFoundError:
+        return set()
+
+
 #: No watcher that looks after MAX_NAMES runs has written so much.
 MAX_WATCHER_BYTES = 64 << 20
 
@@ -8002,7 +8030,9 @@ class Watcher:
             changes += self._find_dead(now_s)
             changes += self.table.overdue(now_s)
             if self._remind_every_s:
-                changes += reminders(self.table.runs.values(), self._reminded_s, now_s, self._remind_every_s)
+                due = reminders(self.table.runs.values(), self._reminded_s, now_s, self._remind_every_s)
+                taken_on = self._read_acks() if due else set()
+                changes += [item for item in due if ack_name(item.run.name, STALLED) not in taken_on]
             self._reminded_s = now_s
         self._report_names()
         muted, deadline = self._read_mutes(), self._clock() + FACTS_S
@@ -8066,7 +8096,7 @@ class Watcher:
         deadline = self._clock() + FACTS_S
         for watched in suspects:
             marker = lock_state(self.paths.marker(watched.hash))
-            if marker == "held" or self._clock() >= deadline:
+            if marker == "held" or self.table.is_missing(watched.hash) or self._clock() >= deadline:
                 continue
             end = None
             with contextlib.suppress(OSError):  # Aim's run, or a share that is away
@@ -8119,6 +8149,11 @@ class Watcher:
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(self.paths.mutes, name))
         return muted
+
+    def _read_acks(self) -> Set[str]:
+        with contextlib.suppress(OSError):
+            return read_acks(self.paths)
+        return set()
 
     def _take_messages(self, first: bool, muted: Set[str], deadline: float) -> List[Tuple[str, int]]:
         """Take away what runs logged since the last poll, and make events of it for those who want them;
@@ -8197,9 +8232,15 @@ class Watcher:
 
     def _forget_vanished(self) -> None:
         for run in self.table.vanished:
-            # A run of ours whose log is there has lost its check-in, not its life.
-            ended = self.table.runs[run].state in (FINISHED, FAILED)
-            if ended or not os.path.exists(self.paths.run_log(run)):
+            ended = self.table.runs[run].state not in LIVE
+            try:
+                # A run of ours whose log has no end has lost its check-in, not its life.
+                ended = ended or read_log_parts(self.paths.run_log(run), run).end is not None
+            except FileNotFoundError:
+                ended = True
+            except OSError:
+                pass
+            if ended:
                 self.table.forget(run)
 
     def _sweep(self) -> None:
@@ -8210,6 +8251,10 @@ class Watcher:
         self._swept_s = now_s
         if self._save(now=True):  # what is alerted is known from watcher.json alone from here on
             self.outbox.compact()
+        over = self._read_acks() - {ack_name(item.name, item.state) for item in self.table.runs.values()}
+        for name in over:
+            with contextlib.suppress(OSError):
+                unlink_below(os.path.join(self.paths.mutes, name))
         ended = {run for run, watched in self.table.runs.items() if self._can_sweep(watched, now_s)}
         if not ended:
             return
@@ -9351,10 +9396,11 @@ def cmd_start(args: Any) -> int:
         watcher.poll()
         live = watcher.counts()
         log.info(
-            "watching %s: %s (%d stalled), grace %s, poll every %s; telling %s",
+            "watching %s: %s (%d stalled), %d failed, grace %s, poll every %s; notifying %s",
             paths.root,
             plural(live[RUNNING] + live[STALLED], "live run"),
             live[STALLED],
+            live[FAILED],
             human_s(args.grace),
             human_s(args.poll_interval),
             watcher.dispatcher.describe(),
@@ -9568,7 +9614,15 @@ def status_object(paths: RepoPaths) -> Dict[str, Any]:
     for key in ("started_at", "seen_at"):
         at = _saved_s(saved, key)
         watcher[key] = None if at is None else Moment(at)
-    return {"repo": paths.root, "watcher": watcher, "runs": status_rows(paths, saved)}
+    outbox, notifiers = _outbox_state(paths), []
+    with contextlib.suppress(ConfigError):  # in a shared layout, its owner alone reads it
+        for item in NotifierConfig(paths).notifiers():
+            problem = item.problem or outbox.broken().get(item.id, ("",))[0]
+            if item.enabled and problem:
+                waiting = len(outbox.waiting_for(item.id))
+                notifiers.append({"id": item.id, "type": item.type, "problem": problem, "waiting": waiting})
+    runs = status_rows(paths, saved)
+    return {"repo": paths.root, "watcher": watcher, "notifiers_that_do_not_work": notifiers, "runs": runs}
 
 
 def status_rows(
@@ -9583,17 +9637,24 @@ def status_rows(
     mutes: Dict[str, int] = {}
     with contextlib.suppress(OSError):
         mutes = {run: until for run, (until, _) in read_mutes(paths).items() if mute_holds(until, now)}
+    acks: Set[str] = set()
+    with contextlib.suppress(OSError):
+        acks = read_acks(paths)
     rows = []
     for seen in runs.runs.values():
         watched = known.get(seen.name)
         facts = facts_of(paths, seen.hash) if seen.state != FINISHED else {}
         muted_until = mutes.get(seen.hash)
+        state = watched.state if watched else seen.state
+        if state == RUNNING and facts.get("run.reason"):
+            state = FAILED  # its log knows, and no watcher has seen it yet
+        ack = ack_name(seen.name, state)
         rows.append(
             {
                 "hash": seen.hash,
                 "name": facts.get("run.name", seen.hash),
                 "experiment": facts.get("run.experiment"),
-                "state": watched.state if watched else seen.state,
+                "state": state,
                 "last_check_in": Moment(watched.since_utc if watched else seen.utc),
                 "promise_s": seen.promise_s or None,
                 "host": facts.get("run.host"),
@@ -9601,6 +9662,8 @@ def status_rows(
                 "job": facts.get("run.job"),
                 "reason": facts.get("run.reason") or None,
                 "muted_until": None if muted_until is None else Moment(muted_until),
+                "acknowledged_by": _owner_of(os.path.join(paths.mutes, ack)) if ack in acks else None,
+                "check_in": seen.name,
                 "watched": watched is not None,
             }
         )
@@ -9608,7 +9671,23 @@ def status_rows(
     return sorted(rows, key=lambda row: (order.index(row["state"]), -row["last_check_in"]))
 
 
-@command("status", AS_JSON, epilog="Exits 1 when any run is stalled or failed, or no watcher is alive.")
+def _owner_of(path: str) -> str:
+    """Return the login name of a file's owner, or the number where it has none."""
+    import pwd
+
+    with contextlib.suppress(OSError):
+        owner = os.lstat(path).st_uid
+        with contextlib.suppress(KeyError):
+            return pwd.getpwuid(owner).pw_name
+        return str(owner)
+    return "somebody"
+
+
+@command(
+    "status",
+    AS_JSON,
+    epilog="Exits 1 when any run is stalled or failed that nobody has acknowledged, or no watcher is alive.",
+)
 def cmd_status(args: Any) -> int:
     """Show every live run, and whether a watcher is alive."""
     paths = find_repo(args.repo)
@@ -9617,8 +9696,11 @@ def cmd_status(args: Any) -> int:
         print_json(found)
     else:
         print(f"repository {found['repo']}\n{found['watcher']['text']}")
+        for item in found["notifiers_that_do_not_work"]:
+            waits = f"; {plural(item['waiting'], 'event')} waiting" if item["waiting"] else ""
+            print(f"notifier {item['type']} {item['id'][:8]} does not work: {item['problem']}{waits}")
         _print_status(paths, found["runs"], time.time())
-    bad = any(row["state"] in (STALLED, FAILED) for row in found["runs"])
+    bad = any(row["state"] in (STALLED, FAILED) and not row["acknowledged_by"] for row in found["runs"])
     return 0 if found["watcher"]["alive"] and not bad else 1
 
 
@@ -9637,7 +9719,8 @@ def _print_status(paths: RepoPaths, rows: Sequence[Dict[str, Any]], now: float) 
         for line, row in zip(lines, live):
             print(coloured(line, row["state"], sys.stdout))
             muted = f"muted for {human_s(row['muted_until'] - now)}" if row["muted_until"] else None
-            for text in filter(None, (muted, row["reason"])):
+            ack = f"acknowledged by {row['acknowledged_by']}" if row["acknowledged_by"] else None
+            for text in filter(None, (ack, muted, row["reason"])):
                 print(f"  {printable(text, 200)}")
     counts = [
         (name, sum(row["state"] == name for row in rows)) for name in (RUNNING, STALLED, FAILED, FINISHED)
@@ -9683,6 +9766,32 @@ def cmd_unmute(args: Any) -> int:
     if not _leave_mutes(paths, run_hash):
         raise AimwatchError(f"run {run_hash} is not muted")
     print(f"unmuted run {run_hash}")
+    return 0
+
+
+@command(
+    "ack",
+    argument("hash", metavar="RUN", nargs="*", help="names or hashes, or the first characters of hashes"),
+    switch("--all", "every run that is stalled or failed"),
+)
+def cmd_ack(args: Any) -> int:
+    """Say that you have taken on stalled or failed runs: until their state changes, `status` shows by whom
+    and exits as if they were not there, and nobody is reminded of them."""
+    if bool(args.hash) == args.all:
+        raise AimwatchError("ack: give hashes of runs, or --all")
+    paths = find_repo(args.repo)
+    paths.create()
+    rows = {row["hash"]: row for row in status_rows(paths, read_watcher_file(paths))}
+    bad = [run_hash for run_hash, row in rows.items() if row["state"] in (STALLED, FAILED)]
+    for run_hash in bad if args.all else [_find_live(paths, prefix) for prefix in args.hash]:
+        if run_hash not in bad:
+            raise AimwatchError(f"run {run_hash} is neither stalled nor failed now")
+        path = os.path.join(paths.mutes, ack_name(rows[run_hash]["check_in"], rows[run_hash]["state"]))
+        try:
+            os.close(open_below(path, os.O_WRONLY | os.O_CREAT))
+        except OSError as error:
+            raise RepoError(f"cannot write {path}: {error.strerror}") from None
+        print(f"acknowledged run {run_hash}, which is {rows[run_hash]['state']}")
     return 0
 
 
@@ -10713,7 +10822,7 @@ def cmd_rm(args: Any) -> int:
 
 @command("close", HASHES)
 def cmd_close(args: Any) -> int:
-    """Declare runs ended whose processes are gone, so that they count as stalled no more."""
+    """Declare runs ended whose processes are gone: `status` shows them no more, and nobody is notified."""
     repo = Repo(args.repo)
     for prefix in args.hash:
         run_hash = repo.find_run(prefix)

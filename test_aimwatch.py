@@ -39,6 +39,7 @@ import operator
 import os
 import pathlib
 import pty
+import pwd
 import random
 import re
 import resource
@@ -5586,8 +5587,13 @@ class RepoMethods(StoredCase):
         self.fill()
         repo = aimwatch.Repo(self.root)
         self.assertTrue(repo.close_run("dead"))
-        self.assertEqual(self.flags("dead-"), ["finished"])
+        self.assertEqual(self.flags("dead-"), [])
+        self.assertEqual(self.reread("dead")._state.end["reason"], aimwatch.DIED)  # type: ignore[index]
         self.assertFalse(repo.close_run("dead"))
+        with contextlib.suppress(ValueError), aimwatch.Run("f", repo=self.root):
+            raise ValueError("of its own")
+        self.assertTrue(repo.close_run("f"))
+        self.assertEqual(self.reread("f")._state.end["reason"], "ValueError: of its own")  # type: ignore[index]
         self.assertFalse(repo.close_run("r1"))
         with self.assertRaisesRegex(aimwatch.RunBusyError, "run live is being written"):
             repo.close_run("live")
@@ -10341,6 +10347,113 @@ class TestFlappingAndReminders(WatchCase):
         self.assertEqual([kind for _, kind in self.told()][11:], ["recovered", "stalled", "stalled"])
 
 
+class TestAcknowledged(WatchCase):
+    def rows(self) -> Dict[str, Dict[str, Any]]:
+        return {row["hash"]: row for row in json.loads(self.run_cli("status", "--json")[1])["runs"]}
+
+    def watch(self, **options: Any) -> aimwatch.Watcher:
+        watcher = super().watch(**options)
+        alive = mock.patch.object(aimwatch, "watcher_state", return_value=(True, "watched"))
+        alive.start()
+        self.addCleanup(alive.stop)
+        return watcher
+
+    def test_acknowledged_run_is_no_reason_for_alarm_until_its_state_changes(self) -> None:
+        self.check_in("s", 1, expect=3)
+        watcher = self.watch(remind_every_s=5.0)
+        self.check_in("f", 1, "failed")
+        self.look(watcher, 6)
+        self.assertEqual(self.run_cli("status")[0], 1)
+        self.assertEqual(self.run_cli("ack", "s", "f"),
+                         (0, "acknowledged run s, which is stalled\nacknowledged run f, which is failed\n", ""))  # fmt: skip
+        user = pwd.getpwuid(os.getuid()).pw_name
+        self.assertEqual(
+            {run: row["acknowledged_by"] for run, row in self.rows().items()}, {"s": user, "f": user}
+        )
+        code, out, _ = self.run_cli("status")
+        self.assertEqual((code, out.count(f"  acknowledged by {user}\n")), (0, 2))
+        told = self.told()
+        self.look(watcher, 20)
+        self.assertEqual(self.told(), told, "nobody is reminded")
+        self.check_in("s", 2, expect=3)
+        self.look(watcher, 12)
+        self.assertEqual(self.told()[len(told):][:3], [("s", "recovered"), ("s", "stalled"), ("s", "stalled")])  # fmt: skip
+        self.assertEqual((self.run_cli("status")[0], self.rows()["s"]["acknowledged_by"]), (1, None))
+        self.assertEqual(self.run_cli("ack", "--all")[0], 0)
+        self.assertEqual(self.run_cli("status")[0], 0)
+        self.look(watcher, 61)  # what is over is swept away
+        self.assertEqual(sorted(os.listdir(self.paths.mutes)),
+                         sorted(f"{self.check_ins(run)[0]}-{state}" for run, state in (("s", "stalled"), ("f", "failed"))))  # fmt: skip
+
+    def test_acknowledged_stall_that_becomes_a_death_is_alerted(self) -> None:
+        self.check_in("s", 1, expect=3)
+        watcher = self.watch()
+        self.look(watcher, 6)
+        self.assertEqual(self.run_cli("ack", "--all")[0], 0)
+        watcher.table.end(watcher.table.runs["s"], "failed", 7.0, "")
+        self.stop(watcher)
+        self.assertEqual(self.run_cli("status")[0], 1)
+
+    def test_what_cannot_be_acknowledged_is_refused(self) -> None:
+        self.check_in("a", 1)
+        for argv, said in (
+            (["ack"], "give hashes of runs, or --all"),
+            (["ack", "a", "--all"], "give hashes of runs, or --all"),
+            (["ack", "a"], "run a is neither stalled nor failed now"),
+            (["ack", "x"], "no run 'x'"),
+        ):
+            with self.subTest(argv):
+                code, out, err = self.run_cli(*argv)
+                self.assertEqual((code, out, said in err), (1, "", True), err)
+        self.assertEqual(self.run_cli("ack", "--all"), (0, "", ""))
+        self.assertEqual(os.listdir(self.paths.mutes), [])
+
+    def test_close_notifies_nobody_whatever_state_the_run_is_in(self) -> None:
+        self.without_sync()
+        for state in ("dead", "dying", "failed", "stalled"):
+            with self.subTest(state):
+                process = self.command(
+                    *(sys.executable, "-c", IDLE, state, str(int(state == "stalled"))), stdin=subprocess.PIPE
+                )
+                self.assertEqual(process.stdout.readline(), "ready\n")
+                if state == "failed":
+                    process.communicate("raise ValueError('why')\n")
+                process.kill()
+                process.wait()
+                self.configure(all={"type": "logger", "events": list(aimwatch.EVENTS)})
+                watcher = self.watch()
+                self.look(watcher, {"dead": 20, "dying": 7, "failed": 1, "stalled": 20}[state])
+                before = self.told()
+                self.assertEqual(self.run_cli("close", state), (0, f"closed run {state}\n", ""))
+                self.assertNotIn(state, self.rows())
+                self.look(watcher, 60)
+                self.assertEqual(self.told(), before)
+                self.assertNotIn(state, watcher.table.runs)
+                self.stop(watcher)
+                (row,) = json.loads(self.run_cli("runs", f"run.hash == '{state}'", "--json")[1])
+                self.assertEqual(row["state"], "failed")
+
+    def test_status_shows_notifiers_that_do_not_work_and_what_waits_for_them(self) -> None:
+        self.configure(
+            gone={"type": "webhook", "arguments": {"url": self.webhook((404, "no")).url}},
+            odd={"type": "telepathy"}, off={"type": "telepathy", "status": "disabled"}, well={"type": "logger"},
+        )  # fmt: skip
+        watcher = self.watch()
+        self.check_in("f", 1, "failed")
+        self.look(watcher, 1)
+        self.wait_for(lambda: "gone" in watcher.outbox.broken())
+        self.look(watcher, 1)
+        shown = json.loads(self.run_cli("status", "--json")[1])["notifiers_that_do_not_work"]
+        self.assertEqual(
+            [(item["id"], item["waiting"]) for item in shown], [("gone", 2), ("odd", 2)]
+        )  # of each other, too
+        out = self.run_cli("status")[1]
+        self.assertIn("\nnotifier webhook gone does not work: HTTP 404: no; 2 events waiting\n", out)
+        trouble = [item["facts"] for item in self.events() if item["kind"] == "trouble"]
+        self.assertEqual(len(trouble), 2)
+        self.assertTrue(aimwatch.default_message(trouble[0]).endswith(" notifiers list"))
+
+
 class TestMutes(WatchCase):
     def setUp(self) -> None:
         super().setUp()
@@ -10765,12 +10878,13 @@ class TestStart(WatcherProcessCase):
     def test_summary_line_names_repository_runs_and_notifiers(self) -> None:
         self.check_in("a", 1)
         self.check_in("b", 1, "finished")
+        self.check_in("c", 1, "failed")
         self.configure(somebody={"type": "logger"})
         watcher = self.start_watcher("--grace", "30")
         self.assertRegex(
             watcher.first_line,
-            rf"INFO +watching {self.root}: 1 live run \(0 stalled\), grace 30 s, "
-            r"poll every 100 ms; telling logger somebody\n$",
+            rf"INFO +watching {self.root}: 1 live run \(0 stalled\), 1 failed, grace 30 s, "
+            r"poll every 100 ms; notifying logger somebody\n$",
         )
         self.assertRegex(self.end(watcher), r"INFO +stopped\n$")
         self.assertEqual(watcher.returncode, 0)
