@@ -5614,6 +5614,14 @@ class Notifier(NamedTuple):
     arguments: Dict[str, Any]
     events: Tuple[str, ...]
     problem: Optional[str]
+    #: What people call it, and a query: it hears only of the runs for which that is true.
+    name: str = ""
+    where: str = ""
+
+    @property
+    def shown_as(self) -> str:
+        """What it is called where people read it: its name, or the beginning of a random ID."""
+        return self.name or (self.id[:8] if len(self.id) == 36 else self.id)
 
     def wants(self, kind: str) -> bool:
         """True where events of this kind go to this notifier."""
@@ -5791,6 +5799,19 @@ def checked_command(value: Any) -> List[str]:
     return value
 
 
+def checked_query(value: Any) -> str:
+    """Return a query over runs. Raises ConfigError."""
+    try:
+        compile_query(str(value))
+    except QueryError as error:
+        raise ConfigError(str(error)) from None
+    return str(value).strip()
+
+
+#: What people may call a notifier.
+checked_notifier_name = a_text(r"[\w.-]{1,40}", "a notifier's name is of letters, digits, - . _, not {}")
+
+
 def checked_template(value: Any) -> str:
     """Return a message template. Raises ConfigError where it names an unknown field."""
     if not isinstance(value, str):
@@ -5899,7 +5920,12 @@ def read_notifier(notifier_id: str, raw: Any) -> Notifier:
     if not isinstance(events, (list, tuple)) or not all(event in EVENTS for event in events):
         events, problem = (), problem or f"'events' must be a list of {', '.join(EVENTS)}"
     enabled = raw.get("status", "enabled") == "enabled"
-    return Notifier(notifier_id, kind, enabled, arguments, tuple(events), problem)
+    name, where = (str(raw.get(key) or "") for key in ("name", "where"))
+    try:
+        checked_query(where)
+    except ConfigError as error:
+        problem = problem or f"'where': {error}"
+    return Notifier(notifier_id, kind, enabled, arguments, tuple(events), problem, printable(name, 40), where)
 
 
 class NotifierConfig:
@@ -5961,9 +5987,15 @@ class NotifierConfig:
         return level if isinstance(level, int) else logging.WARNING
 
     def find(self, prefix: str, raw: Dict[str, Any]) -> str:
-        """Return the ID that starts with `prefix`. Raises AimwatchError for none or several."""
-        way_out = f": '{command_line()} notifiers list' shows them"
-        return find_by_prefix(prefix, raw["notifications"]["notifiers"], "notifier", way_out)
+        """Return the ID of the notifier of that name, or that starts with `prefix`. Raises AimwatchError for
+        none or several."""
+        entries = raw["notifications"]["notifiers"]
+        named = [
+            item for item, entry in entries.items() if isinstance(entry, dict) and entry.get("name") == prefix
+        ]
+        if len(named) == 1 and prefix:
+            return str(named[0])
+        return find_by_prefix(prefix, entries, "notifier", f": '{command_line()} notifiers list' shows them")
 
     @contextlib.contextmanager
     def edit(self) -> Iterator[Dict[str, Any]]:
@@ -6296,7 +6328,8 @@ def dial(host: str, port: int, attempt: Attempt) -> Any:
         except OSError as error:
             link.close()
             failed = error
-    raise failed
+    # Which of several servers it was is what people ask first.
+    raise type(failed)(failed.errno, f"{host}:{port}: {failed.strerror or failed}")
 
 
 def tls_context(attempt: Attempt) -> Any:
@@ -9311,7 +9344,7 @@ def names_from(*known: str) -> Callable[[str], List[str]]:
 
 ONE_HASH = argument("hash", metavar="RUN", help="the run's name or hash, or the first characters of its hash")
 HASHES = argument("hash", metavar="RUN", nargs="+", help="names or hashes, or the first characters of hashes")
-NOTIFIER_ID = argument("id", metavar="ID", help="its ID, or the first characters of it")
+NOTIFIER_ID = argument("id", metavar="NAME", help="its name or ID, or the first characters of its ID")
 AS_JSON = switch("--json", "print JSON")
 ASK_NOTHING = switch("--yes", "ask nothing")
 
@@ -9850,11 +9883,36 @@ def _flags() -> Dict[str, List[str]]:
     return flags
 
 
+#: How a notifier of each type is added.
+NOTIFIER_EXAMPLES = {
+    "slack": "--name ops --webhook-url-file hook.txt",
+    "workplace": "--group-id 4711 --access-token-file token.txt --base-url https://workplace.example.org/graph",
+    "logger": "--events stalled,failed,recovered,finished",
+    "webhook": "--webhook-url-file hook.txt --where \"run.user == 'ann'\"",
+    "email": "--smtp-host mail.example.org --from aimwatch@example.org --to ann@example.org",
+    "command": "--command '/usr/bin/logger -t aimwatch'",
+}
+
+
 def _add_field_flags(parser: Any) -> None:
-    """Add a flag for every argument that some type of notifier has."""
+    """Add a flag for every argument that some type of notifier has; where the type is given, the help shows
+    those of that type."""
+    import argparse
+
     fields = {field.flag: field for type_fields in NOTIFIER_FIELDS.values() for field in type_fields}
+    chosen = next((kind for kind in NOTIFIER_FIELDS if kind in parser.argv), "TYPE")
+    parser.epilog += (
+        f" For example: {command_line()} notifiers add {chosen} {NOTIFIER_EXAMPLES.get(chosen, '--help')}"
+    )
     for flag, kinds in _flags().items():
         field = fields[flag]
+        if chosen in NOTIFIER_FIELDS and chosen not in kinds:
+            parser.add_argument(
+                f"--{flag}", help=argparse.SUPPRESS, action="append" if flag == "header" else "store"
+            )
+            if field.secret:
+                parser.add_argument(f"--{flag}-file", help=argparse.SUPPRESS)
+            continue
         about = f"{', '.join(kinds)}: " if len(kinds) < len(NOTIFIER_FIELDS) else ""
         about += field.prompt[:1].lower() + field.prompt[1:] if field.prompt[1:2].islower() else field.prompt
         options: Dict[str, Any] = {"action": "append"} if flag == "header" else {}
@@ -9874,6 +9932,13 @@ def _add_field_flags(parser: Any) -> None:
         metavar="TYPE",
         help=", ".join(sorted(NOTIFIER_FIELDS)),
     ),
+    argument("--name", type=checked_notifier_name, help="what to call it (default: none)"),
+    argument(
+        "--where",
+        type=checked_query,
+        metavar="QUERY",
+        help="notify only of the runs for which it is true, such as \"run.user == 'ann'\" (default: all)",
+    ),
     _add_field_flags,
     argument(
         "--events",
@@ -9887,33 +9952,63 @@ def _add_field_flags(parser: Any) -> None:
 )
 def cmd_notifiers_add(args: Any) -> int:
     """Add a notifier, by questions or wholly by flags."""
-    config = NotifierConfig(find_repo(args.repo))
+    paths = find_repo(args.repo)
+    config = NotifierConfig(paths)
     config.read()
-    _add_notifier(config, args)
+    _log_to_stderr(timed=True)
+    added = _add_notifier(config, args)
     try:
-        while not args.yes and not args.type and _confirm("Would you like to add another notifier?", False):
-            _add_notifier(config, args)
+        while not args.yes:
+            if _confirm("Send a sample now?", True):
+                _send_sample(paths, added)
+            if args.type or not _confirm("Would you like to add another notifier?", False):
+                break
+            added = _add_notifier(config, args)
     except (EOFError, KeyboardInterrupt):
         print("\nno other notifier was added")  # `main` would say that nothing was changed
     return 0
 
 
-def _add_notifier(config: NotifierConfig, args: Any) -> None:
+def _add_notifier(config: NotifierConfig, args: Any) -> Notifier:
     import uuid
 
     kind = args.type or _ask_type(args)
     notifier: Dict[str, Any] = {"id": str(uuid.uuid4()), "type": kind, "arguments": _arguments(kind, args)}
     notifier["status"] = "enabled"
-    if args.events is not None:
-        notifier["events"] = args.events
+    notifier.update(_who_hears_what(args))
     _show(notifier)
     _warn_about(notifier)
     if not args.yes and not _confirm("Save notifier configuration above?", True):
         raise AimwatchError("aborted: nothing was saved")
     with config.edit() as raw:
-        raw["notifications"]["notifiers"][notifier["id"]] = notifier
-    test = f"{command_line(args.repo)} notifiers test {notifier['id'][:8]}"
-    print(f"added {kind} notifier {notifier['id']}; try it: {test}")
+        entries = raw["notifications"]["notifiers"]
+        for entry in filter(lambda entry: isinstance(entry, dict), entries.values()):
+            if notifier.get("name") and entry.get("name") == notifier["name"]:
+                raise ConfigError(f"there is a notifier called {notifier['name']}: give another --name")
+            if all(entry.get(key) == notifier.get(key) for key in ("type", "arguments", "events", "where")):
+                raise ConfigError(
+                    f"the same notifier is there already: {entry.get('name') or entry.get('id')}"
+                )
+        entries[notifier["id"]] = notifier
+    added = read_notifier(notifier["id"], notifier)
+    print(
+        f"added {kind} notifier {added.id}; try it: {command_line(args.repo)} notifiers test {added.shown_as}"
+    )
+    return added
+
+
+def _who_hears_what(args: Any) -> Dict[str, Any]:
+    """Return a notifier's name, query and events from flags and questions, without those left out."""
+    name, where, events = args.name, args.where, args.events
+    if not args.yes:
+        if name is None:
+            name = _ask("Name (empty: none)", lambda said: said and checked_notifier_name(said))
+        if where is None:
+            where = _ask("Only runs for which, such as run.user == 'ann' (empty: all)", checked_query)
+        if events is None and _confirm("Also when a run finishes?", False):
+            events = [*DEFAULT_EVENTS, FINISHED]
+    said = {"name": name, "where": where, "events": events}
+    return {key: value for key, value in said.items() if value not in (None, "")}
 
 
 def _ask_type(args: Any) -> str:
@@ -9940,12 +10035,30 @@ def _arguments(kind: str, args: Any) -> Dict[str, Any]:
     for field in fields:
         if field.name == "password" and "user" not in arguments:
             continue
+        if field.name in ("sender", "to") and not _is_here(str(arguments["host"])):
+            field = field._replace(check=_complete_addresses(field.check))
         value = _field_value(field, given[field.flag], args, kind)
         if field.name == "message":
             value = value or AIM_DEFAULT_MESSAGE
         if value:
             arguments[field.name] = value
     return arguments
+
+
+def _is_here(host: str) -> bool:
+    return host in ("localhost", "127.0.0.1", "::1", this_host())
+
+
+def _complete_addresses(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a check of mail addresses that also refuses names which only their own machine knows."""
+
+    def complete(text: Any) -> Any:
+        found = check(text)
+        for address in found if isinstance(found, list) else [found]:
+            checked_address(address if "@" in address else f"{address}@")
+        return found
+
+    return complete
 
 
 #: Flags whose value may have several lines.
@@ -10004,7 +10117,11 @@ def _checked_field(field: Field, text: str) -> Any:
 def _show(notifier: Dict[str, Any]) -> None:
     print(f"\nType: {printable(notifier['type'])}")
     for name, value in masked(notifier["type"], notifier["arguments"]).items():
+        value = "(the default message)" if value == AIM_DEFAULT_MESSAGE else value
         print(printable(f"{name.replace('_', ' ').capitalize()}: {value}", 300))
+    for name in ("name", "where"):
+        if notifier.get(name):
+            print(printable(f"{name.capitalize()}: {notifier[name]}", 300))
     print(f"Events: {', '.join(notifier.get('events', DEFAULT_EVENTS))}\n--------")
 
 
@@ -10034,7 +10151,7 @@ def cmd_notifiers_remove(args: Any) -> int:
     notifier_id = config.find(args.id, raw)
     if not args.yes:
         notifier = read_notifier(notifier_id, raw["notifications"]["notifiers"][notifier_id])
-        _show({"type": notifier.type, "arguments": notifier.arguments})
+        _show({**notifier._asdict()})
         if not _confirm("Remove notifier configuration above?", False):
             raise AimwatchError("aborted: nothing was removed")
     with config.edit() as raw:
@@ -10094,6 +10211,8 @@ def cmd_notifiers_list(args: Any) -> int:
                 "status": status,
                 "arguments": masked(item.type, item.arguments),
                 "events": item.events,
+                "name": item.name or None,
+                "where": item.where or None,
                 "problem": problem,
                 "broken_since": None if since is None else Moment(since),
                 "waiting": waiting,
@@ -10101,25 +10220,21 @@ def cmd_notifiers_list(args: Any) -> int:
         )
         broken = f"broken since {local_time(since)}: " if since else ""
         waits = f" ({plural(waiting, 'event')} waiting)" if waiting else ""
-        rows.append((short_id(item), item.type, status, destination(item), ",".join(item.events)))
-        problems.append(f"{broken}{problem or ''}{waits}".strip())
+        rows.append((item.shown_as, item.type, status, destination(item), ",".join(item.events)))
+        only = f"only where {item.where}" if item.where else ""
+        problems.append((only, f"{broken}{problem or ''}{waits}".strip()))
     if args.json:
         print_json(objects)
         return 0
     header, *lines = table(("NAME", "TYPE", "STATUS", "WHERE", "EVENTS"), rows)
     print(header)
-    for line, problem in zip(lines, problems):
+    for line, more in zip(lines, problems):
         print(line)
-        if problem:
-            print(f"  {printable(problem)}")
+        for text in filter(None, more):
+            print(f"  {printable(text)}")
     if not rows:
         print(f"none yet: '{command_line(args.repo)} notifiers add' sets one up", file=sys.stderr)
     return 0
-
-
-def short_id(item: Notifier) -> str:
-    """Return what people call a notifier: the beginning of a random ID."""
-    return item.id[:8] if re.fullmatch("[0-9a-f]{8}-[0-9a-f-]{27}", item.id) else item.id
 
 
 def destination(item: Notifier) -> str:
@@ -10175,8 +10290,8 @@ def cmd_set_log_level(args: Any) -> int:
     argument(
         "id",
         nargs="?",
-        metavar="ID",
-        help="its ID, or the first characters of it (default: every enabled one)",
+        metavar="NAME",
+        help="its name or ID, or the first characters of its ID (default: every enabled one)",
     ),
 )
 def cmd_notifiers_test(args: Any) -> int:
@@ -10229,7 +10344,7 @@ def _deliver_now(item: Notifier, facts: Facts, stream: Any) -> bool:
     delivered = outcome.kind == SENT
     if not delivered or stream is sys.stdout:
         verdict = "delivered" if delivered else "NOT delivered"
-        print(printable(f"{item.type} {item.id}: {verdict}: {outcome.detail}"), file=stream)
+        print(printable(f"{item.type} {item.shown_as}: {verdict}: {outcome.detail}"), file=stream)
     return delivered
 
 
@@ -11096,6 +11211,7 @@ def build_parser(argv: Optional[Sequence[str]] = None) -> Any:
             groups[group] = add_group(add(groups[""], group, _GROUPS[group]), "sub")
         about = (do.__doc__ or "").partition("\n\n")[0].replace("\n    ", " ")
         added = add(groups[group], verb, about, epilog=epilog)
+        added.argv = argv or ()
         for add_to in arguments:
             add_to(added)
         added.set_defaults(do=do)

@@ -7092,8 +7092,9 @@ class Transports(NotifierCase):
         ):
             with self.subTest(answer=answer):
                 self.assertEqual(self.slack(self.webhook(answer).url), expected)
-        refused = ("retry", "ConnectionRefusedError: Connection refused", 0.0)
-        self.assertEqual(self.slack(self.refused_url()), refused)
+        url = self.refused_url()
+        at = url.split("/")[2]
+        self.assertEqual(self.slack(url), ("retry", f"ConnectionRefusedError: {at}: Connection refused", 0.0))
         outcome = self.slack(self.webhook().url.replace("http:", "https:"))
         self.assertEqual(outcome.kind, "retry")
         self.assertIn("SSL", outcome.detail)
@@ -8747,11 +8748,14 @@ class NotifiersAdd(NotifierCase):
         self.assertFalse(os.path.exists(self.paths.config))
 
     def test_questions_lead_to_a_notifier(self) -> None:
-        stdin = f"foo\nslack\nftp://x\n\n{GOOD_URL}\n{{oops}}\nlost {{run.hash}}\nmaybe\ny\nn\n"
+        stdin = f"foo\nslack\nftp://x\n\n{GOOD_URL}\n{{oops}}\nlost {{run.hash}}\n"
+        stdin += "two words\nops\nrun.x ==\nrun.user == 'ann'\ny\nmaybe\ny\nn\nn\n"
         code, out, err = self.add(stdin=stdin)
         self.assertEqual((code, err), (0, ""))
         entry = self.only_entry()
         self.assertEqual(entry["arguments"], {"url": GOOD_URL, "message": "lost {run.hash}"})
+        self.assertEqual((entry["name"], entry["where"]), ("ops", "run.user == 'ann'"))
+        self.assertEqual(entry["events"], ["stalled", "failed", "recovered", "finished"])
         for said in (
             "Select notifier type to add (slack, workplace, logger, webhook, email, command): ",
             "'foo' is not one of slack, workplace, logger, webhook, email, command.",
@@ -8759,19 +8763,24 @@ class NotifiersAdd(NotifierCase):
             "Webhook URL: This is needed.",
             "Error: the message names {oops}, which does not exist: use {event}",
             "\nType: slack\nUrl: https://hooks.example.com/***\nMessage: lost {run.hash}\n"
-            "Events: stalled, failed, recovered\n--------\n",
+            "Name: ops\nWhere: run.user == 'ann'\nEvents: stalled, failed, recovered, finished\n--------\n",
+            "Name (empty: none): Error: a notifier's name is of letters, digits, - . _, not 'two words'\n",
+            " (empty: all): Error: query, column ",
             "Save notifier configuration above? [Y/n]: Please answer y or n.",
             f"added slack notifier {entry['id']}; try it: ",
-            f" --repo {self.root} notifiers test {entry['id'][:8]}\n",
+            f" --repo {self.root} notifiers test ops\n",
+            "Send a sample now? [Y/n]: ",
             "Would you like to add another notifier? [y/N]: ",
         ):
             self.assertIn(said, out)
         self.assert_hidden(out)
 
     def test_another_may_be_added(self) -> None:
-        stdin = f"logger\n\n\ny\nworkplace\n12/3\n123\n{TOKEN} x\n{TOKEN}\n\n\n\n"
+        stdin = f"logger\n\n\n\n\n\n\ny\nworkplace\n12/3\n123\n{TOKEN} x\n{TOKEN}\n\n\n\n\n\nn\n\n"
         code, out, err = self.add(stdin=stdin)
-        self.assertEqual((code, err), (0, ""))
+        self.assertEqual(code, 0)
+        self.assertIn("Run 'sample, sent by 'notifiers test'' stalled", err)
+        self.assertRegex(out, r"\nMessage: \(the default message\)\nEvents: (?s:.*)logger \w{8}: delivered: ")
         self.assertEqual([entry["type"] for entry in self.entries().values()], ["logger", "workplace"])
         self.assertIn("Error: group ID '12/3': it must be letters and digits", out)
         self.assertIn("Error: the token must be one word of printable ASCII", out)
@@ -8782,15 +8791,15 @@ class NotifiersAdd(NotifierCase):
         headers = self.path("headers.txt", "X-Key: PASSWORD\nAuthorization: Bearer PASSWORD two\n")
         password = self.path("password.txt", "PASS WORD\n")
         mail = {"host": "relay.example", "security": "tls", "port": 465, "user": "ann", "password": "PASS WORD",
-                "sender": "watch@hpc.example", "to": ["ann@x.example", "bob"]}  # fmt: skip
+                "sender": "watch@hpc.example", "to": ["ann@x.example", "bob@x.example"]}  # fmt: skip
         mail_answers = (
             "\nrelay.example\nssl\ntls\n99999\n465\nann\npässword\nPASS WORD\nno mail\nwatch@hpc.example\n"
-            "a@b@c\nann@x.example, bob\n\ny\n"
+            "a@b@c\nann@x.example, bob\nann@x.example, bob@x.example\n\n\n\n\ny\nn\n"
         )
         for argv, stdin, arguments in (
             (f"slack --webhook-url-file {url_file} --yes", "", {"url": GOOD_URL}),
             ("slack --webhook-url-file - --yes", f"{GOOD_URL}\nrest\n", {"url": GOOD_URL}),
-            ("slack", f"{GOOD_URL}\n\ny\n", {"url": GOOD_URL}),
+            ("slack", f"{GOOD_URL}\n\n\n\n\ny\nn\n", {"url": GOOD_URL}),
             ("workplace --group-id 1 --access-token-file - --yes", TOKEN, {"group_id": 1, "access_token": TOKEN}),
             (f"workplace --group-id 12 --access-token {TOKEN} --base-url https://h/v1 --message {{run.name}} --yes",
              "", {"group_id": 12, "access_token": TOKEN, "base_url": "https://h/v1", "message": "{run.name}"}),
@@ -8798,11 +8807,11 @@ class NotifiersAdd(NotifierCase):
              {"url": GOOD_URL, "body": {"a": "{message}"},
               "headers": {"X-Key": "PASSWORD", "Authorization": "Bearer PASSWORD two"}}),
             (f"email --smtp-host relay.example --security tls --port 465 --user ann --password-file {password} "
-             "--from watch@hpc.example --to ann@x.example,bob --yes", "", mail),
+             "--from watch@hpc.example --to ann@x.example,bob@x.example --yes", "", mail),
             ("email", mail_answers, mail),
-            ("email --smtp-host relay --from a --to b --yes", "", {"host": "relay", "sender": "a", "to": ["b"]}),
+            ("email --smtp-host localhost --from a --to b --yes", "", {"host": "localhost", "sender": "a", "to": ["b"]}),
             ("command --command \"/bin/tell --to 'the team'\" --yes", "", {"command": ["/bin/tell", "--to", "the team"]}),
-            ("command", "tell\n'\n/bin/tell --to 'the team'\n\ny\n", {"command": ["/bin/tell", "--to", "the team"]}),
+            ("command", "tell\n'\n/bin/tell --to 'the team'\n\n\n\n\ny\nn\n", {"command": ["/bin/tell", "--to", "the team"]}),
         ):  # fmt: skip
             with self.subTest(argv):
                 code, out, err = self.add(*shlex.split(argv), stdin=stdin)
@@ -8859,6 +8868,7 @@ class NotifiersAdd(NotifierCase):
             (("email", "--from", "a@b", "--to", "c@d"), "email --yes needs --smtp-host$"),
             ((*mail, "--to", "a@b\nBcc: x@y"), "'Bcc:' is no mail address: write name@host$"),
             ((*mail, "--to", ","), "must be mail addresses with commas between them$"),
+            ((*mail, "--to", "a@b,bob"), "'bob@' is no mail address: write name@host$"),
             ((*mail, "--to", "a@b", "--port", "0"), "port 0 is not a number from 1 to 65535$"),
             ((*mail, "--to", "a@b", "--security", "ssl"), "'ssl' is not one of starttls, tls, none$"),
             ((*mail, "--to", "a@b", "--user", "u", "--password", "PASSW\u00d6RD"), "--password must be printable ASCII"),
@@ -8875,15 +8885,54 @@ class NotifiersAdd(NotifierCase):
                 self.assert_hidden(err)
                 self.assert_nothing_saved()
 
+    def test_name_and_duplicate_are_refused(self) -> None:
+        ops = ("logger", "--name", "ops", "--where", "run.user == 'ann'", "--yes")
+        self.assertEqual(self.add(*ops)[0], 0)
+        for argv, message in (
+            (("logger", "--name", "ops", "--yes"), "there is a notifier called ops: give another --name$"),
+            (("logger", "--where", "run.user == 'ann'", "--yes"), "the same notifier is there already: ops$"),
+            (("logger", "--name", "a b", "--yes"), "a notifier's name is of letters, digits, - . _, not 'a b'$"),
+            (("logger", "--where", "run.x =", "--yes"), "argument --where: query, column [0-9]+: "),
+        ):
+            with self.subTest(argv):
+                code, _, err = self.add(*argv)
+                self.assertIn(code, (1, 2))
+                self.assertRegex(err.rstrip("\n").rpartition("\n")[2], message)
+        self.assertEqual(len(self.entries()), 1)
+        self.assertEqual(self.add("logger", "--name", "all", "--yes")[0], 0)
+        out = self.run_cli("notifiers", "list")[1]
+        self.assertRegex(out, r"\nops  +logger +enabled .*\n  only where run.user == 'ann'\nall  +logger +enabled ")
+        self.assertEqual(self.run_cli("notifiers", "disable", "ops")[0], 0)
+        self.assertEqual(self.run_cli("notifiers", "test", "ops")[1][:12], "logger ops: ")
+        self.assertEqual(self.run_cli("notifiers", "remove", "ops", "--yes")[0], 0)
+
+    def test_help_of_a_type_is_of_its_flags_alone(self) -> None:
+        for kind, fields in aimwatch.NOTIFIER_FIELDS.items():
+            with self.subTest(kind):
+                code, out, _ = self.add(kind, "--help")
+                flags = set(re.findall(r"(?m)^  --([a-z-]+)", out))
+                self.assertEqual(
+                    flags - {"repo", "events", "yes", "name", "where"},
+                    {f for x in fields for f in ([x.flag, f"{x.flag}-file"] if x.secret else [x.flag])},
+                )
+                example = re.search(rf"For example: .* notifiers add ({kind} .*)", " ".join(out.split()))
+                assert example is not None, out
+                for name, text in (("hook.txt", GOOD_URL), ("token.txt", TOKEN)):
+                    self.path(name, text)
+                argv = [os.path.join(self.root, word) if word.endswith(".txt") else word
+                        for word in shlex.split(example[1])]  # fmt: skip
+                self.assertEqual(self.add(*argv, "--yes")[0], 0)
+        self.assertIn("For example: ", self.add("--help")[1])
+
     def test_no_is_an_abort(self) -> None:
         for answer in ("n", "N", "no"):
-            code, _, err = self.add("logger", stdin=f"\n{answer}\n")
+            code, _, err = self.add("logger", stdin=f"\n\n\n\n{answer}\n")
             self.assertEqual(code, 1)
             self.assert_one_line(err, ": aborted: nothing was saved$")
             self.assert_nothing_saved()
 
     def test_end_of_input_and_ctrl_c_at_every_prompt_save_nothing(self) -> None:
-        for answers in (("slack", GOOD_URL, ""), ("workplace", "123", TOKEN, ""), ("logger", "")):
+        for answers in (("slack", GOOD_URL, "", "", "", ""), ("workplace", "123", TOKEN, ""), ("logger", "")):
             for count in range(len(answers) + 1):
                 for end in (EOFError, KeyboardInterrupt):
                     said = [*answers[:count], end]
@@ -8900,7 +8949,7 @@ class NotifiersAdd(NotifierCase):
             for more in ([], ["y"], ["y", "workplace", "1"]):
                 self.write_config({"notifications": {"notifiers": {}}})
                 with self.subTest(end=end.__name__, more=more), mock.patch.object(
-                    builtins, "input", side_effect=["logger", "", "", *more, end]
+                    builtins, "input", side_effect=["logger", "", "", "", "", "", "n", *more, end]
                 ):
                     code, out, err = self.add()
                     self.assertEqual((code, err), (0, ""))
@@ -8918,7 +8967,7 @@ class NotifiersAdd(NotifierCase):
             (">&-", "logger --yes", 0),
         ):
             with self.subTest(redirect=redirect, argv=argv):
-                self.path("no_text", b"\xff\xfe\n\n\n")
+                self.path("no_text", b"\xff\xfe\n\n\n\n\n\n")
                 call = f'exec "{sys.executable}" -m aimwatch notifiers add {argv} {redirect}'
                 process = self.command("bash", "-c", call, cwd=self.root)
                 err = process.communicate(timeout=30)[1]
@@ -9006,15 +9055,18 @@ class OnATerminal(NotifierCase):
         raise AssertionError("not reached")
 
     def test_secrets_are_not_echoed_and_ctrl_c_saves_nothing(self) -> None:
-        which, save = "(slack, workplace, logger, webhook, email, command): ", ("[Y/n]: ", "y\n")
-        message, more = "(empty for the default): ", ("[y/N]: ", "n\n")
+        which, message = "(slack, workplace, logger, webhook, email, command): ", "(empty for the default): "
+        rest = (
+            ("Name (empty: none): ", "\n"), ("(empty: all): ", "\n"), ("finishes? [y/N]: ", "\n"),
+            ("above? [Y/n]: ", "y\n"), ("now? [Y/n]: ", "n\n"), ("[y/N]: ", "n\n"),
+        )  # fmt: skip
         mail = (
             (which, "email\n"), ("Mail server: ", "relay\n"), ("(empty: starttls): ", "none\n"),
             ("with none 25): ", "\n"), ("(empty: no login): ", "ann\n"), ("Password (not shown): ", "PASSWORD\n"),
-            ("From: ", "a@b\n"), ("To, with commas between several: ", "c@d,e\n"), (message, "\n"), save, more,
+            ("From: ", "a@b\n"), ("To, with commas between several: ", "c@d,e@f\n"), (message, "\n"), *rest,
         )  # fmt: skip
         slack = (
-            (which, "slack\n"), ("Webhook URL (not shown): ", f"{GOOD_URL}\n"), (message, "hello\n"), save, more,
+            (which, "slack\n"), ("Webhook URL (not shown): ", f"{GOOD_URL}\n"), (message, "hello\n"), *rest,
         )  # fmt: skip
         token = (
             (which, "workplace\n"), ("Group ID: ", "1\n"), ("Access token (not shown): ", f"{TOKEN} x\n"),
@@ -9022,7 +9074,7 @@ class OnATerminal(NotifierCase):
         )  # fmt: skip
         for dialogue, code, shown, saved in (
             (slack, 0, "hello", ("url", GOOD_URL)),
-            (mail, 0, "To: ['c@d', 'e']", ("password", "PASSWORD")),
+            (mail, 0, "To: ['c@d', 'e@f']", ("password", "PASSWORD")),
             (token, 1, "aborted: nothing was changed", None),
         ):
             with self.subTest(shown=shown):
@@ -9053,7 +9105,7 @@ class NotifiersCommands(NotifierCase):
         self.configure(a=hook(GOOD_URL, events=["log"]), b={"type": "pager", "arguments": {"k": "x"}})
         code, out, err = self.run_cli("notifiers", "list", "--json")
         self.assertEqual((code, err), (0, ""))
-        rest = {"status": "enabled", "broken_since": None, "waiting": 0}
+        rest = {"status": "enabled", "broken_since": None, "waiting": 0, "name": None, "where": None}
         a = {"id": "a", "type": "slack", "events": ["log"], "problem": None, **rest}
         b = {"id": "b", "type": "pager", "events": ["stalled", "failed", "recovered"], **rest}
         b["problem"] = "type 'pager' is not one of slack, workplace, logger, webhook, email, command"
