@@ -12327,8 +12327,8 @@ class TestCommandLine(Case):
             ("runs --json --csv", "not allowed with argument --json"),
             ("notifiers", "the following arguments are required: COMMAND"),
             ("notifiers nope", "invalid choice: 'nope'"),
-            ("notifiers remove", "the following arguments are required: ID"),
-            ("notifiers enable", "the following arguments are required: ID"),
+            ("notifiers remove", "the following arguments are required: NAME"),
+            ("notifiers enable", "the following arguments are required: NAME"),
             ("notifiers add pigeon", "invalid choice: 'pigeon'"),
             ("notifiers add slack --events stalled,nope", "'nope' is not one of stalled, failed"),
             (f"notifiers add slack {GOOD_URL}", "unrecognized arguments: https://hooks.example.com/***"),
@@ -12515,7 +12515,7 @@ class TestReadme(WatcherProcessCase):
         self.assertIn(self.hash, self.run_hashes())
 
     def adds_by_answers(self, line: str) -> None:
-        out = self.shell(line, stdin="logger\nseen: {message}\ny\nn\n")
+        out = self.shell(line, stdin="logger\nseen: {message}\n\n\n\ny\nn\nn\n")
         hint = re.search(r"added logger notifier [0-9a-f-]{36}; try it: (.*)", out)
         assert hint is not None, out
         self.assertRegex(self.shell(hint[1]), r"^logger .*: delivered: ")
