@@ -2069,6 +2069,7 @@ def describe_session() -> Dict[str, Any]:
         session["job"] = f"pbs {os.environ['PBS_JOBID']}"
     elif os.environ.get("LSB_JOBID"):
         session["job"] = f"lsf {os.environ['LSB_JOBID']}"
+    session.update(describe_rank())
     return session
 
 
@@ -2086,6 +2087,43 @@ _LIBRARY = re.compile(
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 #: A frame in a traceback that came as text from another process.
 _REMOTE_FRAME = re.compile(r'^ *File "([^"\n]+)", line (\d+), in (.+)(?:\n +(?!File ")(.+))?', re.MULTILINE)
+
+
+#: Who starts several processes as one job says in these which of them this is, and how many there are.
+RANK_VARIABLES = (
+    ("RANK", "WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+)
+#: What is the same in all processes of a job and in no other job, and what tells its starts apart.
+JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
+START_VARIABLES = (
+    *("SLURM_STEP_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
+
+
+def describe_rank() -> Dict[str, Any]:
+    """Return the `rank` of this process, the size of its `world`, and its `group`, the same for all of
+    them; {} for a process that is alone."""
+    env = os.environ
+    for rank_name, world_name in RANK_VARIABLES:
+        values = env.get(rank_name, ""), env.get(world_name, "")
+        if not all(re.fullmatch("[0-9]{1,7}", value) for value in values):
+            continue
+        rank, world = map(int, values)
+        if not rank < world or world == 1:
+            return {}
+        job: List[str] = [env[name] for name in JOB_VARIABLES if env.get(name)]
+        local = env.get("LOCAL_WORLD_SIZE") == str(world)
+        if not job and (local or env.get("MASTER_ADDR", "localhost") in ("localhost", "127.0.0.1")):
+            job = [this_host(), str(os.getppid())]  # the launcher
+        import hashlib
+
+        told = to_json([job, world, *(env.get(name) for name in START_VARIABLES)])
+        return {"rank": rank, "world": world, "group": hashlib.sha1(told.encode("ascii")).hexdigest()[:12]}
+    return {}
 
 
 class End(NamedTuple):
@@ -2724,6 +2762,8 @@ class Run:
         run_hash, repo = (os.environ.get(f"AIMWATCH_{name}", "") for name in ("RUN", "REPO"))
         if not RUN_HASH.fullmatch(run_hash) or os.path.realpath(repo) != os.path.realpath(paths.root):
             return False
+        if describe_rank().get("rank"):
+            return False
         with contextlib.suppress(OSError):
             header = read_log(paths.run_log(run_hash), run_hash).header
             wait_s = 0.0
@@ -2829,7 +2869,14 @@ class Run:
     def _session_record(self) -> Dict[str, Any]:
         now = round(time.time(), 3)
         if self._state.created_at:
-            return {"resume": now, "signal": None, **describe_session()}
+            return {
+                "resume": now,
+                "signal": None,
+                "rank": None,
+                "world": None,
+                "group": None,
+                **describe_session(),
+            }
         return {"format": LOG_FORMAT, "hash": self.hash, "created_at": now, **describe_session()}
 
     def _take_marker(self, wait_s: float) -> None:
@@ -3796,20 +3843,20 @@ INDEX_VERSION = 4
 # of values has a type: a type's affinity would make '5' equal to 5.
 _SCHEMA = """
 CREATE TABLE runs (
-    id INTEGER PRIMARY KEY, hash NOT NULL UNIQUE, created_at NOT NULL, archived NOT NULL, active NOT NULL,
+    id INTEGER PRIMARY KEY, hash NOT NULL UNIQUE, created_at NOT NULL, hidden NOT NULL, active NOT NULL,
     log_size NOT NULL, head NOT NULL, params NOT NULL, metrics NOT NULL);
 CREATE TABLE facts (path, value, run INTEGER, PRIMARY KEY (path, value, run)) WITHOUT ROWID;
 CREATE TABLE doubts (hash PRIMARY KEY, seen NOT NULL, since NOT NULL) WITHOUT ROWID
 """
 _TABLES = [statement.strip() for statement in _SCHEMA.split(";")]
-_STORED = "hash, created_at, archived, log_size, head, params, metrics"
+_STORED = "hash, created_at, hidden, log_size, head, params, metrics"
 _PUT_RUN = f"INSERT INTO runs (id, active, {_STORED}) VALUES (?{', ?' * 8})"
 _PUT_FACT = "INSERT OR IGNORE INTO facts VALUES (?, ?, ?)"
 _DROP_FACT = "DELETE FROM facts WHERE path = ? AND value = ? AND run = ?"
 
 _SERIES_FIELDS = ("count", "min", "max", "last", "first_step", "last_step", "last_epoch", "last_time")
 _METRIC_KEYS = ("name", "context", *_SERIES_FIELDS, "series")
-_HEADER_FIELDS = ("host", "pid", "user", "job", "cwd", "commit", "stdout", "python")
+_HEADER_FIELDS = ("host", "pid", "user", "job", "cwd", "commit", "stdout", "python", "rank", "world", "group")
 
 
 def run_row(state: RunState, log_size: int = 0) -> Dict[str, Any]:
@@ -3873,10 +3920,11 @@ _from_text = json.JSONDecoder(parse_constant=float).decode
 class StoredRow(Dict[str, Any]):
     """A row as the index has it; each of its three texts is decoded when something in it is wanted."""
 
-    def __init__(self, run_hash: str, created_at: float, archived: int, log_size: int, *texts: str) -> None:
+    def __init__(self, run_hash: str, created_at: float, hidden: int, log_size: int, *texts: str) -> None:
         if not isinstance(run_hash, str) or RUN_HASH.fullmatch(run_hash) is None:
             raise IndexUnusable("the index has a run whose hash is none")
-        super().__init__(hash=run_hash, created_at=created_at, archived=bool(archived), log_size=log_size)
+        archived, self.is_member = bool(hidden & 1), bool(hidden & 2)
+        super().__init__(hash=run_hash, created_at=created_at, archived=archived, log_size=log_size)
         self._texts = dict(zip(("head", "params", "metrics"), texts))
 
     def __missing__(self, key: str) -> Any:
@@ -3896,7 +3944,9 @@ class StoredRow(Dict[str, Any]):
 def stored_parts(row: Dict[str, Any]) -> Tuple[Any, ...]:
     """Return a row as the columns of `runs` hold it, and as `StoredRow` takes it."""
     head = {field: row[field] for field in ROW_FIELDS if field not in ("params", "metrics", "log_size")}
-    fixed = row["hash"], row["created_at"], int(row["archived"]), row["log_size"]
+    # Rank 0 stands for a group: what else hides a run stands in a column, since most queries ask for it.
+    hidden = row["archived"] | (2 if row["rank"] else 0)
+    fixed = row["hash"], row["created_at"], int(hidden), row["log_size"]
     return (*fixed, _to_text(head), _to_text(row["params"]), _to_text(row["metrics"]))
 
 
@@ -4605,14 +4655,15 @@ class CompiledQuery(NamedTuple):
     test: Evaluated
     over: str
     speaks_of_archived: bool
+    speaks_of_rank: bool
     narrowings: Sequence[Narrowing] = ()
     #: The params that it asks for, as dotted paths.
     params: Sequence[str] = ()
 
-    def matches(self, rows: Iterable[Dict[str, Any]]) -> Iterator[Tuple[Dict[str, Any], Any]]:
+    def matches(self, rows: Iterable[StoredRow]) -> Iterator[Tuple[StoredRow, Any]]:
         """Yield the rows for which the query is true, with None, or with each metric for which it is."""
         for row in rows:
-            if row["archived"] and not self.speaks_of_archived:
+            if row["archived"] and not self.speaks_of_archived or row.is_member and not self.speaks_of_rank:
                 continue
             for metric in row["metrics"] if self.over == "metric" else (None,):
                 if self.test(row, metric):
@@ -4668,13 +4719,14 @@ def _constant(value: Any) -> _Value:
 def compile_query(text: str, over: str = "run", now_utc_s: Optional[float] = None) -> CompiledQuery:
     """Compile a query over "run" or "metric"; an empty one is true for all. Raises QueryError."""
     if not text.strip():
-        return CompiledQuery(lambda row, metric: True, over, False)
+        return CompiledQuery(lambda row, metric: True, over, False, False)
     tree = _parse(text)
     compiler = _Compiler(text, over, time.time() if now_utc_s is None else now_utc_s)
     terms = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
     compiler.conjuncts = set(terms)
     test = compiler.condition(tree)
-    return CompiledQuery(test, over, compiler.speaks_of_archived, compiler.narrowings, compiler.params)
+    spoken_of = "archived" in compiler.fields, "rank" in compiler.fields
+    return CompiledQuery(test, over, *spoken_of, compiler.narrowings, compiler.params)
 
 
 def _narrowing(value: _Value, sign: str, const: Any) -> Optional[Narrowing]:
@@ -4812,7 +4864,7 @@ _RUN_FIELDS: Dict[str, _Value] = {
     "end_time": _from_row("end_time"),
     "finalized_at": _from_row("end_time", is_time=True),
     "active": _Value(lambda row, metric: row["end_time"] is None, fact="active", kind="flag"),
-    **{field: _from_row(field) for field in ("state", "reason", "host", "pid", "user", "job")},
+    **{field: _from_row(field) for field in ("state", "reason", "host", "pid", "user", "job", "rank")},
 }
 
 _INSTEAD = {
@@ -4834,8 +4886,9 @@ class _Compiler:
         self.text = text
         self.over = over
         self.now_utc_s = now_utc_s
-        self.speaks_of_archived = False
         self.params: List[str] = []
+        #: The fields of a run that the query speaks of.
+        self.fields: Set[Any] = set()
         #: The nodes that must all be true for the query to be true.
         self.conjuncts: Set[ast.expr] = set()
         self.narrowings: List[Narrowing] = []
@@ -5040,7 +5093,7 @@ class _Compiler:
             fact = ",".join(map(json.dumps, names)) if all(isinstance(name, str) for name in names) else ""
             self.params.append(".".join(itertools.takewhile(lambda name: isinstance(name, str), names)))
             return _Value(_at(lambda row, metric: row["params"], names), fact=fact)
-        self.speaks_of_archived |= first == "archived"
+        self.fields.add(first)
         if not names[1:]:
             return field
         if field.is_time and names[1:] in [[part] for part in _TIME_PARTS]:
@@ -5269,8 +5322,8 @@ class Repo:
         return list_runs(self._paths)
 
     def iter_runs(self) -> Iterator[Run]:
-        """Yield every run, archived ones too, newest first."""
-        return iter(self.query_runs("run.archived in (True, False)"))
+        """Yield every run, archived ones and all ranks too, newest first."""
+        return iter(self.query_runs("run.archived in (True, False) or run.rank"))
 
     def total_runs_count(self) -> int:
         """Return how many runs there are."""
@@ -5348,7 +5401,8 @@ class Repo:
     def query_runs(self, q: str = "", **options: Any) -> QueryResult:
         """Return the runs for which a query is true, newest first; "" is true for all.
 
-        Archived runs are left out unless the query speaks of `archived`. Raises QueryError, naming
+        Archived runs are left out unless the query speaks of `archived`, and of a group of ranks all but
+        the first unless it speaks of `run.rank`. Raises QueryError, naming
         the column, for what the language does not have. With `paginated`, the runs after the one whose
         hash is `offset`; `report_mode` is Aim's and has no effect.
         """
@@ -5594,6 +5648,7 @@ TEMPLATE_FIELDS = (
         "run.job",
         "run.user",
         "run.stdout",
+        "run.rank",
         "run.last_seen",
         "run.promised",
         "run.silent",
@@ -6061,6 +6116,8 @@ def summary(facts: Facts) -> str:
 def _what_happened(event: str, facts: Facts) -> str:
     silent, reason = facts.get("run.silent", ""), facts.get("run.reason", "")
     if event == STALLED:
+        if not silent:  # a group of ranks
+            return f"stalled: {reason}"
         text = f"stalled: silent for {silent}, promised a check-in within {facts.get('run.promised', '')}"
         return f"{text}; {reason}" if reason else text
     if event == LOG:
@@ -7410,6 +7467,9 @@ class Change(NamedTuple):
     #: Why it failed, where its log does not say; or what else there is to say.
     note: str = ""
     suffix: str = ""
+    #: Of a group of ranks: which of them was the first, and the run that stands for all.
+    rank: int = -1
+    visible: str = ""
 
     @property
     def id(self) -> str:
@@ -7658,7 +7718,7 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
         state = read_log_parts(paths.run_log(run_hash), run_hash)
     except OSError:
         return facts
-    for field in ("host", "pid", "job", "user", "stdout"):
+    for field in ("host", "pid", "job", "user", "stdout", "rank"):
         if state.header.get(field) is not None:
             facts[f"run.{field}"] = printable(str(state.header[field]), 300 if field == "stdout" else 100)
     facts["run.name"] = printable(str(state.props.get("name") or run_hash), 100)
@@ -7680,18 +7740,23 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
     return facts
 
 
-def hanging_frames(paths: RepoPaths, run_hash: str) -> str:
-    """Return the frames that say where a run's thread hangs, outermost first, from what its process left when
-    it missed its promise; "" where it left nothing."""
+def main_stack(paths: RepoPaths, run_hash: str) -> List[Tuple[str, str, str]]:
+    """Return the file, line and function of each frame of the thread in which a run hangs, outermost first,
+    from what its process left when it missed its promise; [] where it left nothing."""
     try:
         text = read_bounded(paths.stack(run_hash), 1 << 20, follow=False).decode("utf-8", "replace")
     except OSError:
-        return ""
+        return []
     # The thread that reported last is the last, unless there are more than `faulthandler` shows.
     last = text.rpartition(" (most recent call first):\n")[2]
     if "\n..." in last:
-        return ""
-    frames = re.findall(r'^  File "(.*)", line ([0-9?]+) in (.*)$', last, re.MULTILINE)[::-1]
+        return []
+    return re.findall(r'^  File "(.*)", line ([0-9?]+) in (.*)$', last, re.MULTILINE)[::-1]
+
+
+def hanging_frames(paths: RepoPaths, run_hash: str) -> str:
+    """Return the frames that say where a run's thread hangs, outermost first."""
+    frames = main_stack(paths, run_hash)
     told = (frames[index] for index in telling_frames([file for file, _, _ in frames]))
     return "\n".join(f"  {printable(f'{file}:{line} in {name}', 200)}" for file, line, name in told)
 
@@ -7713,6 +7778,12 @@ def change_facts(paths: RepoPaths, change: Change, in_full: bool = True) -> Fact
             if lock_state(paths.marker(watched.hash)) == "held":
                 facts["run.process"] = "alive"
             facts["run.frames"] = hanging_frames(paths, watched.hash)
+    if change.visible:
+        facts["run.rank"], facts["run.reason"], facts["run.silent"] = str(change.rank), change.note, ""
+        if in_full and change.visible != watched.hash:
+            visible = run_facts(paths, change.visible)
+            facts.update({field: visible.get(field, "") for field in ("run.name", "run.metrics")})
+        facts["run.hash"] = change.visible
     if change.kind == RECOVERED:
         how = "finished" if watched.state == FINISHED else "checked in again"
         after = "it had failed" if change.old_state == FAILED else f"{human_s(change.silent_s)} of silence"
@@ -7766,6 +7837,243 @@ def message_facts(paths: RepoPaths, run_hash: str, messages: Sequence[Dict[str, 
     for field in ("run.frames", "run.output", "run.errors"):
         facts.pop(field, None)
     return {name: value for name, value in facts.items() if value}
+
+
+# ======================================================================================
+# Watcher: groups of ranks
+#
+# Where one process of a distributed job hangs or dies, the others wait for it, and then fail. Their
+# changes are alerted as one, the roll call: which rank was the first, and where, and what the others do.
+# ======================================================================================
+
+#: How long the first change of a group waits for those of the others.
+ROLL_CALL_S = 30.0
+#: What a rank that waits for the others has as its innermost function.
+_WAITS = re.compile(
+    r"wait|barrier|synchronize|(all|reduce|gather|scatter|broadcast|send|recv)", re.IGNORECASE
+)
+
+
+class Member(NamedTuple):
+    """What the log of a run says of the rank that it is of."""
+
+    group: str
+    rank: int
+    world: int
+    host: str
+
+
+def read_member(paths: RepoPaths, run_hash: str) -> Optional[Member]:
+    """Return which rank of which group a run is of; None for a process that is alone."""
+    try:
+        header = read_log_parts(paths.run_log(run_hash), run_hash).header
+    except OSError:
+        return None
+    group, rank, world, host = (header.get(name) for name in ("group", "rank", "world", "host"))
+    if not isinstance(group, str) or not isinstance(rank, int) or not isinstance(world, int):
+        return None
+    return Member(group, rank, world, printable(str(host), 100))
+
+
+def name_ranks(ranks: Iterable[int]) -> str:
+    """Return `rank 3`, or `ranks 0-2 and 4-7`."""
+    parts: List[List[int]] = []
+    for rank in sorted(ranks):
+        if parts and rank == parts[-1][-1] + 1:
+            parts[-1].append(rank)
+        else:
+            parts.append([rank])
+    texts: List[str] = []
+    for part in parts:
+        texts += [f"{part[0]}-{part[-1]}"] if len(part) > 2 else map(str, part)
+    named = ", ".join(texts[:-1]) + (" and " if texts[1:] else "") + texts[-1]
+    return f"{'rank' if named.isdigit() else 'ranks'} {named}"
+
+
+def where_it_hangs(paths: RepoPaths, run_hash: str) -> str:
+    """Return the innermost place in the user's own files where a run hangs, with the innermost function that
+    it has called from there: `train.py:88 main (all_reduce)`; "" where it left no stack."""
+    frames = main_stack(paths, run_hash)
+    if not frames:
+        return ""
+    own = next((frame for frame in reversed(frames) if not _LIBRARY.search(frame[0])), frames[0])
+    called = f" ({frames[-1][2]})" if own is not frames[-1] else ""
+    return printable(f"{os.path.basename(own[0])}:{own[1]} {own[2]}{called}", 200)
+
+
+class Part(NamedTuple):
+    """The part of one rank in what happened to its group: the reason and time of its failure."""
+
+    rank: int
+    run_hash: str
+    host: str
+    reason: str = ""
+    time_s: float = 0.0
+
+
+class Groups:
+    """Which runs belong together, and what has become of them that is not alerted yet."""
+
+    def __init__(self, paths: RepoPaths, wait_s: float = ROLL_CALL_S) -> None:
+        self.paths = paths
+        self._wait_s = wait_s
+        self._members: Dict[str, Optional[Member]] = {}
+        #: By group and kind of change: since when it waits for the others, and who took part so far.
+        self._waiting: Dict[Tuple[str, str], Tuple[float, List[Part]]] = {}
+
+    def member(self, run: str) -> Optional[Member]:
+        """Return which rank a run is of."""
+        if run not in self._members:
+            self._members[run] = read_member(self.paths, run)
+        return self._members[run]
+
+    def forget(self) -> None:
+        """Ask the logs again who is who: runs go, and others are resumed."""
+        self._members = {}
+
+    def members(self, group: str, runs: Dict[str, WatchedRun]) -> Dict[int, WatchedRun]:
+        """Return by rank the runs of a group that have not finished, the newest of each rank."""
+        found = {}
+        for watched in sorted(runs.values(), key=lambda watched: watched.since_s):
+            member = self.member(watched.hash) if watched.state != FINISHED else None
+            if member is not None and member.group == group:
+                found[member.rank] = watched
+        return dict(sorted(found.items()))
+
+    def whole(self, some: Set[str], runs: Dict[str, WatchedRun]) -> Set[str]:
+        """Return some runs and all that are in a group with one of them."""
+        groups = {member.group for member in map(self.member, some) if member is not None}
+        more = [watched.hash for group in groups for watched in self.members(group, runs).values()]
+        return some.union(more)
+
+    def gather(self, changes: Sequence[Change], runs: Dict[str, WatchedRun], now_s: float) -> List[Change]:
+        """Return what is to be alerted now: of the changes of ranks, one for each group when all that take
+        part in it are there, or have been waited for."""
+        alerted, spoken = [], set()
+        for change in changes:
+            if change.kind in (STARTED, RECOVERED):  # another process may have gone on with it
+                self._members.pop(change.run.hash, None)
+            member = self.member(change.run.hash)
+            if member is None:
+                alerted.append(change)
+                continue
+            key = member.group, change.kind
+            if change.kind in (STALLED, FAILED) and not change.suffix:
+                self._waiting.setdefault(key, (now_s, []))[1].append(self._part(change.run, change.note))
+            elif key not in spoken and self._speaks(change, member, runs):
+                spoken.add(key)
+                members = self.members(member.group, runs)
+                if change.kind in (STALLED, FAILED):  # again: a reminder, or a mute that is over
+                    found = [watched for watched in members.values() if watched.state == change.kind]
+                    change = self._roll_call(change, [self._part(watched) for watched in found], members)
+                elif 0 in members:
+                    change = change._replace(visible=members[0].hash, rank=member.rank)
+                alerted.append(change)
+        for (group, kind), (since_s, parts) in list(self._waiting.items()):
+            members = self.members(group, runs)
+            running = [watched for watched in members.values() if watched.state == RUNNING]
+            hang = [watched for watched in running if os.path.exists(self.paths.stack(watched.hash))]
+            if now_s - since_s < self._wait_s and (kind == FAILED or len(hang) < len(running)) and running:
+                continue
+            del self._waiting[group, kind]
+            if kind == STALLED:
+                stalled = [watched.hash for watched in members.values() if watched.state == STALLED]
+                parts = [part for part in parts if part.run_hash in stalled]
+                if len(parts) < len(stalled):
+                    continue  # that the group stalls was alerted before
+                parts += map(self._part, hang if parts else ())
+            watched = next((runs[part.run_hash] for part in parts if part.run_hash in runs), None)
+            if watched is not None:
+                change = Change(kind, watched, now_s - watched.since_s, RUNNING)
+                alerted.append(self._roll_call(change, parts, members))
+        return alerted
+
+    def _part(self, watched: WatchedRun, note: str = "") -> Part:
+        member = self.member(watched.hash) or Member("", 0, 0, "")
+        reason, time_s = note, 0.0
+        if watched.state == FAILED:
+            with contextlib.suppress(OSError):
+                end = read_log_parts(self.paths.run_log(watched.hash), watched.hash).end or {}
+                reason, time_s = str(end.get("reason") or note), float(end.get("time") or 0.0)
+        return Part(member.rank, watched.hash, member.host, printable(reason), time_s)
+
+    def _speaks(self, change: Change, member: Member, runs: Dict[str, WatchedRun]) -> bool:
+        """Return whether a change of a rank is alerted that is neither a new stall nor a new failure."""
+        if change.kind == RECOVERED and change.old_state == STALLED:
+            waiting = self._waiting.get((member.group, STALLED), (0.0, []))[1]
+            if any(part.run_hash == change.run.hash for part in waiting):
+                return False  # that it had stalled was not alerted either
+            return all(watched.state != STALLED for watched in self.members(member.group, runs).values())
+        return member.rank == 0 or change.kind not in (STARTED, FINISHED)
+
+    def _roll_call(self, change: Change, parts: Sequence[Part], members: Dict[int, WatchedRun]) -> Change:
+        """Return the change of a whole group, with what there is to say of each rank."""
+        if change.kind == STALLED:
+            first, text = self._say_stalled(parts, members)
+        else:
+            first, text = self._say_failed(parts)
+        rest = {rank: members[rank].state for rank in members.keys() - {part.rank for part in parts}}
+        for state, what in (
+            (FAILED, "failed before"),
+            (STALLED, "stalled before"),
+            (RUNNING, "still running"),
+        ):
+            ranks = [rank for rank in rest if rest[rank] == state]
+            if ranks:
+                text += f"; {name_ranks(ranks)} {what}"
+        visible = members[0].hash if 0 in members else first.run_hash
+        watched = members.get(first.rank, change.run)
+        note = f"{text}; {change.note}" if change.note else text
+        return change._replace(run=watched, note=note, rank=first.rank, visible=visible)
+
+    def _say_stalled(self, parts: Sequence[Part], members: Dict[int, WatchedRun]) -> Tuple[Part, str]:
+        places: Dict[str, List[Part]] = {}
+        for part in sorted(parts, key=lambda part: members[part.rank].since_s):
+            places.setdefault(where_it_hangs(self.paths, part.run_hash), []).append(part)
+        # The one that stopped is where the fewest are, not in a function that waits, and silent the longest.
+        order = sorted(places, key=lambda place: (len(places[place]), bool(_WAITS.search(place))))
+        first = places[order[0]][0]
+        at = time.strftime("%H:%M:%S", time.localtime(members[first.rank].since_utc))
+        if len(parts) > 1 and len(places) == 1:
+            where = f"are in {order[0]}" if order[0] else "left no stack"
+            return first, (
+                f"{name_ranks(part.rank for part in parts)} {where} (since {at}); none differs: the "
+                "network or a device is the likelier cause"
+            )
+        text = f"rank {first.rank} on {first.host} stopped{' first' * (len(parts) > 1)} ({at}), "
+        text += f"in {order[0]}" if order[0] else "and left no stack"
+        places[order[0]].remove(first)
+        for place in order:
+            if places[place]:
+                waits = "wait" if len(places[place]) > 1 else "waits"
+                where = f"{waits} in {place}" if place else "left no stack"
+                text += f"; {name_ranks(part.rank for part in places[place])} {where}"
+        return first, text
+
+    def _say_failed(self, parts: Sequence[Part]) -> Tuple[Part, str]:
+        # A launcher ends the others with SIGTERM when one has failed.
+        first, *others = sorted(
+            parts, key=lambda part: (part.reason.startswith("terminated by"), part.time_s, part.rank)
+        )
+        text = f"rank {first.rank} on {first.host}: {first.reason}"
+        if others and all(part.reason == first.reason for part in others):
+            return first, f"{name_ranks(part.rank for part in parts)}: {first.reason}"
+        for reason in dict.fromkeys(part.reason for part in others):
+            ranks = name_ranks(part.rank for part in others if part.reason == reason)
+            text += f"; then {ranks}: {shorten(reason, 200, '...')}"
+        return first, text
+
+    def to_list(self) -> List[Any]:
+        """Return what watcher.json keeps of what is not alerted yet."""
+        return [[*key, round(since_s, 3), parts] for key, (since_s, parts) in self._waiting.items()]
+
+    def restore(self, values: Iterable[Any]) -> None:
+        """Take in what `to_list` gave; anything else is passed over."""
+        for value in values:
+            with contextlib.suppress(TypeError, ValueError):
+                group, kind, since_s, parts = value
+                if isinstance(group, str) and kind in (STALLED, FAILED):
+                    self._waiting[group, kind] = bounded(since_s), [Part(*part) for part in parts]
 
 
 # ======================================================================================
@@ -7938,6 +8246,7 @@ class Watcher:
         self.paths = paths
         self.table = RunTable(grace_s)
         self.looking = LookingClock(grace_s)
+        self.groups = Groups(paths, 0.0 if once else ROLL_CALL_S)
         self.poll_interval_s = poll_interval_s
         self._once = once
         self._remind_every_s = remind_every_s
@@ -8029,6 +8338,7 @@ class Watcher:
         if isinstance(muted, dict):
             self._muted = {run: state for run, state in muted.items() if state in STATES}
         self._events = saved_events(saved)
+        self.groups.restore(_listed(saved, "groups"))
 
     def _time_since(self, saved: Dict[str, Any]) -> Optional[float]:
         """Return the seconds since watcher.json was written, None where no clock can tell."""
@@ -8068,11 +8378,16 @@ class Watcher:
                 changes += [item for item in due if ack_name(item.run.name, STALLED) not in taken_on]
             self._reminded_s = now_s
         self._report_names()
-        muted, deadline = self._read_mutes(), self._clock() + FACTS_S
+        muted = self.groups.whole(self._read_mutes(), self.table.runs)
+        deadline = self._clock() + FACTS_S
         self._events = [
             Event(change.id, change.kind, self._facts(change, self._clock() < deadline))
-            for change in self._unmuted(changes, muted)
-            if self.dispatcher.wanted(change.kind) and not self.outbox.knows(change.id)
+            for change in self.groups.gather(
+                [change for change in self._unmuted(changes, muted) if self.dispatcher.wanted(change.kind)],
+                self.table.runs,
+                now_s,
+            )
+            if not self.outbox.knows(change.id)
         ]
         taken = self._take_messages(first, muted, deadline)
         self._may_save = True
@@ -8288,6 +8603,7 @@ class Watcher:
         for name in over:
             with contextlib.suppress(OSError):
                 unlink_below(os.path.join(self.paths.mutes, name))
+        self.groups.forget()
         ended = {run for run, watched in self.table.runs.items() if self._can_sweep(watched, now_s)}
         if not ended:
             return
@@ -8331,6 +8647,7 @@ class Watcher:
             "hold_until_s": round(self.looking.hold_until_s, 3),
             "muted": self._muted,
             "events": self._events,
+            "groups": self.groups.to_list(),
             "runs": [watched.to_list() for watched in self.table.runs.values()],
         }
         try:
@@ -9682,6 +9999,7 @@ def status_rows(
         if state == RUNNING and facts.get("run.reason"):
             state = FAILED  # its log knows, and no watcher has seen it yet
         ack = ack_name(seen.name, state)
+        member = read_member(paths, seen.hash) if "run.rank" in facts else None
         rows.append(
             {
                 "hash": seen.hash,
@@ -9693,6 +10011,9 @@ def status_rows(
                 "host": facts.get("run.host"),
                 "pid": facts.get("run.pid"),
                 "job": facts.get("run.job"),
+                "rank": member.rank if member else None,
+                "world": member.world if member else None,
+                "group": member.group if member else None,
                 "reason": facts.get("run.reason") or None,
                 "muted_until": None if muted_until is None else Moment(muted_until),
                 "acknowledged_by": _owner_of(os.path.join(paths.mutes, ack)) if ack in acks else None,
@@ -9737,8 +10058,27 @@ def cmd_status(args: Any) -> int:
     return 0 if found["watcher"]["alive"] and not bad else 1
 
 
+def with_groups_as_one(rows: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Return rows of `status`, with the ranks of a group in one row that has the worst of their states."""
+    groups: Dict[str, List[Dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"] or row["hash"], []).append(row)
+    found = []
+    for members in groups.values():
+        first, worst = min(members, key=lambda row: row["rank"] or 0), dict(members[0])
+        if len(members) > 1:
+            alive = sum(row["state"] == RUNNING for row in members)
+            why = f"rank {worst['rank']}: {worst['reason']}" if worst["reason"] else None
+            worst["reason"] = "; ".join(filter(None, (f"{alive} of {worst['world']} ranks alive", why)))
+            worst.update(
+                (field, first[field]) for field in ("hash", "name", "host", "promise_s", "muted_until")
+            )
+        found.append(worst)
+    return found
+
+
 def _print_status(paths: RepoPaths, rows: Sequence[Dict[str, Any]], now: float) -> None:
-    live = [row for row in rows if row["state"] != FINISHED]
+    live = with_groups_as_one(row for row in rows if row["state"] != FINISHED)
     short = short_hashes(paths, [row["hash"] for row in live])
     cells = []
     for row in live:

@@ -11765,6 +11765,332 @@ def parser_commands(parser: Any = None, path: Tuple[str, ...] = ()) -> Dict[Tupl
     return found or {path: parser}
 
 
+class RankVariables(Case):
+    def test_launchers_say_which_rank_this_is(self) -> None:
+        names = {name for pair in aimwatch.RANK_VARIABLES for name in pair}
+        names.update(aimwatch.JOB_VARIABLES, aimwatch.START_VARIABLES, ["LOCAL_WORLD_SIZE"])
+        groups = []
+        for env, expected in (
+            ("RANK=3 WORLD_SIZE=8 MASTER_ADDR=localhost", (3, 8)),
+            ("RANK=3 WORLD_SIZE=8 MASTER_ADDR=localhost TORCHELASTIC_RESTART_COUNT=1", (3, 8)),
+            ("RANK=3 WORLD_SIZE=8 MASTER_ADDR=node1", (3, 8)),
+            ("RANK=3 WORLD_SIZE=8 MASTER_ADDR=node1 TORCHELASTIC_RUN_ID=a", (3, 8)),
+            ("SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_JOB_ID=5", (0, 2)),
+            ("SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_JOB_ID=5 SLURM_RESTART_COUNT=1", (0, 2)),
+            ("OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=4 PMIX_NAMESPACE=x", (1, 4)),
+            ("PMI_RANK=1 PMI_SIZE=4", (1, 4)),
+            ("RANK=x WORLD_SIZE=8 SLURM_PROCID=1 SLURM_NTASKS=3 SLURM_JOB_ID=7", (1, 3)),
+            ("RANK=0 WORLD_SIZE=1 SLURM_PROCID=1 SLURM_NTASKS=3", None),
+            ("RANK=8 WORLD_SIZE=8", None),
+            ("RANK=-1 WORLD_SIZE=8", None),
+            ("RANK=1", None),
+            ("RANK= WORLD_SIZE=", None),
+            ("RANK=1 WORLD_SIZE=" + "9" * 30, None),
+            ("", None),
+        ):
+            with self.subTest(env), mock.patch.dict(os.environ):
+                for name in names:
+                    os.environ.pop(name, None)
+                os.environ.update(item.split("=") for item in env.split())
+                found = aimwatch.describe_rank()
+                self.assertEqual(expected, (found["rank"], found["world"]) if found else None)
+                if found:
+                    groups.append(found["group"])
+                    os.environ.update(
+                        {name: "0" for name in ("RANK", "PMI_RANK") if name in env and "=x" not in env}
+                    )
+                    self.assertEqual(found["group"], aimwatch.describe_rank()["group"])
+        self.assertEqual(len(groups), len(set(groups)))
+
+    def test_queries_leave_out_all_ranks_but_the_first(self) -> None:
+        hashes = []
+        for rank in ("0", "1", "2", None):
+            env = {"RANK": rank, "WORLD_SIZE": "3"} if rank else {}
+            with mock.patch.dict(os.environ, env):
+                run = self.run_object(experiment="e")
+                run.track(1.0, "loss")
+                hashes.append(run.hash)
+                if rank in ("0", "1"):
+                    run.close()
+        repo = aimwatch.Repo(self.root)
+        for indexed in (False, True):
+            for query, expected in (
+                ("", "03"), ("run.experiment == 'e'", "03"), ("run.rank > 0", "12"), ("run.rank == 1", "1"),
+                ("run.rank == None", "3"), ("run.rank in (0, 2)", "02"), ("run['rank'] == 1", ""),
+            ):  # fmt: skip
+                with self.subTest(query, indexed=indexed):
+                    found = {run.hash for run in repo.query_runs(query)}
+                    self.assertEqual({hashes[int(rank)] for rank in expected}, found)
+                    of_metrics = query or "metric.name == 'loss'"
+                    found = {metric.run.hash for metric in repo.query_metrics(of_metrics)}
+                    self.assertEqual({hashes[int(rank)] for rank in expected}, found)
+            self.assertEqual(4, len(list(repo.iter_runs())))
+            repo.reindex()
+
+    def test_run_that_goes_on_alone_is_no_rank(self) -> None:
+        with mock.patch.dict(os.environ, {"RANK": "1", "WORLD_SIZE": "2"}):
+            self.run_object("r").close()
+        self.assertEqual([], list(aimwatch.Repo(self.root).query_runs("")))
+        self.run_object("r").close()
+        self.assertEqual(["r"], [run.hash for run in aimwatch.Repo(self.root).query_runs("")])
+
+
+#: The stack of a process as its file has it, innermost first: in a loader, in a collective, and in C code.
+LOADS = ["/home/ada/data.py:41 in read_shard", "/home/ada/train.py:80 in main"]
+WAITS = [
+    "/opt/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py:3252 in all_reduce",
+    "/opt/lib/python3.11/site-packages/torch/distributed/c10d_logger.py:83 in wrapper",
+    "/home/ada/train.py:88 in main",
+    "/usr/lib/python3.11/runpy.py:196 in _run_module_as_main",
+]
+
+
+class RollCalls(WatchCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.without_sync()
+        self.configure(
+            all={"type": "logger", "events": ["stalled", "failed", "recovered", "started", "finished"]}
+        )
+        self.world = 0
+
+    def start(self, world: int, group: str = "g") -> None:
+        """Put the logs and check-ins of a group whose ranks promise 10 s."""
+        self.world = world
+        for rank in range(world):
+            header = {
+                "format": 1, "hash": f"r{rank}", "created_at": 1.0, "host": f"node{rank // 4}", "pid": 1, "boot": "other",
+                "rank": rank, "world": world, "group": group,
+            }  # fmt: skip
+            with open(self.paths.run_log(f"r{rank}"), "w") as file:
+                file.write(json.dumps(header) + "\n")
+                file.write(
+                    json.dumps({"props": {"name": "resnet" if rank == 0 else f"worker {rank}"}}) + "\n"
+                )
+            self.beat(rank)
+
+    def beat(self, *ranks: int, flag: str = "check_in", expect: int = 10) -> None:
+        for rank in ranks:
+            idx = max((int(name.split("-")[1]) for name in self.check_ins(f"r{rank}-")), default=0)
+            self.check_in(f"r{rank}", idx + 1, flag, expect)
+
+    def fails(self, rank: int, reason: str, at: float) -> None:
+        with open(self.paths.run_log(f"r{rank}"), "a") as file:
+            file.write(
+                json.dumps({"end": "failed", "time": at, "idx": 99, "reason": reason, "frames": []}) + "\n"
+            )
+        self.beat(rank, flag="failed", expect=0)
+
+    def stacks(self, **places: List[str]) -> None:
+        for run, frames in places.items():
+            lines = [re.sub(r"(.*):(\d+) (.*)", r'  File "\1", line \2 \3', frame) for frame in frames]
+            with open(self.paths.stack(run), "w") as file:
+                file.write(
+                    "Missed its promise\nThread 0x1 (most recent call first):\n" + "\n".join(lines) + "\n"
+                )
+
+    def reasons(self) -> List[Tuple[str, str]]:
+        at = r"\d\d:\d\d:\d\d"
+        return [
+            (item["kind"], re.sub(at, "AT", item["facts"].get("run.reason", ""))) for item in self.events()
+        ]
+
+    def test_stall_of_a_group_is_one_alert_that_names_the_first(self) -> None:
+        last = "; none differs: the network or a device is the likelier cause"
+        for what, world, stacks, expected in (
+            ("one loads", 8, {3: LOADS}, "rank 3 on node0 stopped first (AT), in data.py:41 read_shard; "
+             "ranks 0-2 and 4-7 wait in train.py:88 main (all_reduce)"),
+            ("one of two loads", 2, {0: LOADS}, "rank 0 on node0 stopped first (AT), in data.py:41 read_shard; "
+             "rank 1 waits in train.py:88 main (all_reduce)"),
+            ("all wait", 4, {}, f"ranks 0-3 are in train.py:88 main (all_reduce) (since AT){last}"),
+            ("one left none", 4, {2: []}, "rank 2 on node0 stopped first (AT), and left no stack; "
+             "ranks 0, 1 and 3 wait in train.py:88 main (all_reduce)"),
+            ("nobody left any", 2, {0: [], 1: []}, f"ranks 0 and 1 left no stack (since AT){last}"),
+        ):  # fmt: skip
+            with self.subTest(what):
+                self.doCleanups()
+                self.setUp()
+                self.start(world)
+                watcher = self.watch()
+                self.look(watcher, 5)
+                for rank in range(world):
+                    if stacks.get(rank, WAITS):
+                        self.stacks(**{f"r{rank}": stacks.get(rank, WAITS)})
+                self.look(watcher, 60)
+                self.assertEqual([("stalled", expected)], self.reasons())
+                facts = self.facts("stalled")
+                self.assertEqual(("r0", "resnet"), (facts["run.hash"], facts["run.name"]))
+                self.assertIn(f"Run 'resnet' stalled: {facts['run.reason']}", aimwatch.summary(facts))
+
+    def test_others_are_waited_for_until_their_stacks_are_there(self) -> None:
+        self.start(3)
+        watcher = self.watch()
+        self.beat(1, 2, expect=20)
+        self.look(watcher, 14)
+        self.assertEqual([], self.reasons())
+        self.stacks(r0=LOADS, r1=WAITS)
+        self.look(watcher, 2)
+        self.assertEqual([], self.reasons())
+        self.stacks(r2=WAITS)
+        self.look(watcher, 1)
+        self.assertEqual(1, len(self.reasons()))
+        self.look(watcher, 40)
+        self.assertEqual(1, len(self.reasons()))
+
+    def test_wait_ends_also_for_a_watcher_that_was_killed(self) -> None:
+        self.start(2)
+        watcher = self.watch()
+        self.beat(0, expect=600)
+        self.look(watcher, 20)
+        self.stop(watcher)
+        watcher = self.watch()
+        self.look(watcher, 40)
+        self.assertEqual(
+            [("stalled", "rank 1 on node0 stopped (AT), and left no stack; rank 0 still running")],
+            self.reasons(),
+        )
+
+    def test_recovery_is_one_alert_and_none_where_the_stall_was_not_alerted(self) -> None:
+        self.start(3)
+        watcher = self.watch()
+        self.beat(2, expect=600)
+        self.look(watcher, 14)
+        self.beat(0, 1, expect=600)
+        self.look(watcher, 40)
+        self.assertEqual([], self.reasons())
+        self.beat(0, 1)
+        self.look(watcher, 44)
+        self.assertEqual(["stalled"], [kind for kind, _ in self.reasons()])
+        self.beat(0)
+        self.look(watcher, 3)
+        self.assertEqual(1, len(self.reasons()))
+        self.beat(1)
+        self.look(watcher, 3)
+        self.assertEqual(["stalled", "recovered"], [kind for kind, _ in self.reasons()])
+        self.assertEqual("r0", self.facts("recovered")["run.hash"])
+
+    def test_failures_that_follow_within_a_while_are_one_alert_in_their_order(self) -> None:
+        self.start(8)
+        watcher = self.watch()
+        self.look(watcher, 2)
+        self.fails(5, "terminated by SIGTERM", 90.0)  # the clock of another machine
+        self.look(watcher, 1)
+        self.fails(1, "ValueError: bad", 100.0)
+        self.look(watcher, 5)
+        self.assertEqual([], self.reasons())
+        for rank in (0, 2, 3, 4):
+            self.fails(rank, "RuntimeError: closed", 101.0)
+        self.beat(6, 7, expect=600)
+        self.look(watcher, 30)
+        first = "rank 1 on node0: ValueError: bad; then ranks 0 and 2-4: RuntimeError: closed; then rank 5: terminated by SIGTERM"
+        self.assertEqual([("failed", f"{first}; ranks 6 and 7 still running")], self.reasons())
+        self.fails(6, "KeyError: 1", 200.0)
+        self.fails(7, "KeyError: 1", 200.0)
+        self.look(watcher, 3)
+        self.assertEqual(2, len(self.reasons()))
+        self.assertTrue(self.reasons()[1][1].startswith("ranks 6 and 7: KeyError: 1; "), self.reasons())
+
+    def test_starts_and_ends_are_those_of_the_first_rank_and_once_waits_for_nobody(self) -> None:
+        watcher = self.watch()
+        self.start(3)
+        self.look(watcher, 2)
+        self.beat(0, 1, 2, flag="finished", expect=0)
+        self.look(watcher, 2)
+        self.assertEqual(["started", "finished"], [kind for kind, _ in self.reasons()])
+        self.stop(watcher)
+        self.beat(0, 1, 2)
+        self.watch(once=True).close()
+        self.fails(2, "ValueError: bad", 5.0)
+        self.watch(once=True)
+        self.assertEqual(
+            "rank 2 on node0: ValueError: bad; ranks 0 and 1 still running", self.reasons()[-1][1]
+        )
+
+    def test_mute_of_the_run_that_people_see_mutes_all_its_ranks(self) -> None:
+        self.start(2)
+        watcher = self.watch(utc=Clock(time.time()))
+        self.assertEqual(0, self.run_cli("mute", "r0", "--for", "1h")[0])
+        self.look(watcher, 60)
+        self.fails(1, "ValueError: bad", 5.0)
+        self.look(watcher, 60)
+        self.assertEqual([], self.reasons())
+
+    def test_status_shows_a_group_in_one_line(self) -> None:
+        self.start(8)
+        watcher = self.watch()
+        self.look(watcher, 1)
+        self.fails(3, "ValueError: bad", 5.0)
+        self.look(watcher, 1)
+        self.stop(watcher)
+        code, out, _ = self.run_cli("status")
+        line = next(line for line in out.splitlines() if line.startswith("r0 "))
+        self.assertRegex(line, r"r0 +resnet +failed .* 7 of 8 ranks alive; rank 3: ValueError: bad$")
+        self.assertIn("1 failed", out)
+        self.assertEqual(
+            3, len([line for line in out.splitlines() if " resnet " in line or "RUN " in line]) + 1
+        )
+        rows = json.loads(self.run_cli("status", "--json")[1])["runs"]
+        self.assertEqual(set(range(8)), {row["rank"] for row in rows})
+
+    def test_ranks_are_named_briefly(self) -> None:
+        for ranks, expected in (
+            ([3], "rank 3"), ([0, 1], "ranks 0 and 1"), ([2, 0, 1], "ranks 0-2"), ([0, 1, 2, 4, 6, 7, 8], "ranks 0-2, 4 and 6-8"),
+        ):  # fmt: skip
+            with self.subTest(ranks):
+                self.assertEqual(expected, aimwatch.name_ranks(ranks))
+
+
+#: A rank of a group whose members wait for each other at a file, and of which the second hangs before.
+RANK = """
+import os, sys, time
+from aimwatch import Run
+def read_shard():
+    time.sleep(600)
+def all_reduce():
+    time.sleep(600)
+fate, rank = sys.argv[1], os.environ["RANK"]
+with Run(fate + rank) as run:
+    if rank == "0":
+        run.name = "resnet"
+    run.report_progress(expect_next_in=1)
+    check_ins = os.path.join(os.environ["AIMWATCH_REPO"], ".aim", "check_ins")
+    while sum(name.startswith(fate) and "-check_in-" in name for name in os.listdir(check_ins)) < 3:
+        time.sleep(0.01)
+    run.report_progress(expect_next_in=1, block=True)
+    if rank == "1" and fate == "raises":
+        raise ValueError("bad")
+    read_shard() if rank == "1" else all_reduce()
+"""
+
+
+class RanksOfRealProcesses(WatcherProcessCase):
+    def test_hang_and_exception_of_one_rank(self) -> None:
+        script = os.path.join(self.root, "train.py")
+        with open(script, "w") as file:
+            file.write(RANK)
+        for fate, expected in (
+            ("hangs", r"Run 'resnet' stalled: rank 1 on .* stopped first \(.*\), in train.py:5 read_shard; "
+             r"ranks 0 and 2 wait in train.py:7 all_reduce"),
+            ("raises", r"Run 'resnet' failed: rank 1 on .*: ValueError: bad; then ranks 0 and 2: terminated by SIGTERM"),
+        ):  # fmt: skip
+            with self.subTest(fate):
+                self.configure(log={"type": "logger"})
+                watcher = self.start_watcher("--grace", "0.5")
+                ranks = []
+                for rank in range(3):
+                    os.environ.update(RANK=str(rank), WORLD_SIZE="3", TORCHELASTIC_RUN_ID=fate)
+                    ranks.append(self.command(sys.executable, script, fate))
+                if fate == "raises":
+                    ranks[1].wait(30)
+                    ranks[0].terminate()
+                    ranks[2].terminate()
+                told = next(line for line in iter(watcher.stderr.readline, "") if "Run 'resnet'" in line)
+                self.assertRegex(told, expected)
+                self.end(watcher)
+                for process in ranks:
+                    process.kill()
+
+
 class ExecCase(WatcherProcessCase):
     def program(
         self, *argv: str, options: Sequence[str] = (), stdin: Any = subprocess.DEVNULL, **popen: Any
