@@ -3835,7 +3835,7 @@ def utc_datetime(epoch_s: float) -> datetime.datetime:
 # ======================================================================================
 
 #: Counted up with every change of the tables or of what stands in them.
-INDEX_VERSION = 4
+INDEX_VERSION = 3
 
 # A row is stored as three JSON texts, since most questions want only one of them. A fact is a scalar of a
 # run by which queries find it: its path is the name of a field, or the keys of a param as JSON strings
@@ -4660,10 +4660,12 @@ class CompiledQuery(NamedTuple):
     #: The params that it asks for, as dotted paths.
     params: Sequence[str] = ()
 
-    def matches(self, rows: Iterable[StoredRow]) -> Iterator[Tuple[StoredRow, Any]]:
+    def matches(self, rows: Iterable[Dict[str, Any]]) -> Iterator[Tuple[Dict[str, Any], Any]]:
         """Yield the rows for which the query is true, with None, or with each metric for which it is."""
         for row in rows:
-            if row["archived"] and not self.speaks_of_archived or row.is_member and not self.speaks_of_rank:
+            if row["archived"] and not self.speaks_of_archived:
+                continue
+            if not self.speaks_of_rank and getattr(row, "is_member", False):
                 continue
             for metric in row["metrics"] if self.over == "metric" else (None,):
                 if self.test(row, metric):
@@ -9071,6 +9073,7 @@ class Program:
 
     def start(self, environ: Dict[str, str]) -> None:
         """Start the program, with these variables in its environment besides those of this process."""
+        self._set_raw(True)  # before the program writes its first line
         self._tell_keeper(to_json(environ).encode("ascii") + b"\n")
 
     def wait(self) -> None:
@@ -9090,7 +9093,6 @@ class Program:
         ]
         for copier in copiers:
             copier.start()
-        self._set_raw(True)
         control: Optional[int] = self._control
         while control is not None:
             reading, writing = [control, wake], []
@@ -9109,12 +9111,12 @@ class Program:
             if writable:
                 self._typed = self._typed[os.write(self._terminal, self._typed[:1024]) :]
             self._pass_signals_on()
-        self._set_raw(False)
         os.close(stopper)
         while any(copier.is_alive() for copier in copiers):
             copiers[0].join(0.05) if copiers[0].is_alive() else copiers[-1].join(0.05)
             if self._signals and self._signals.pop() in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 break  # who reads it does not, and somebody has had enough
+        self._set_raw(False)
         self._tell_keeper(_ENDED)
 
     def _copy(self, number: int, stop: int) -> None:

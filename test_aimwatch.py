@@ -3020,7 +3020,8 @@ class IndexTest(IndexCase):
             "hash": "h1", "name": "n", "experiment": "e", "description": "d", "tags": ["t", "u"],
             "archived": True, "state": "failed", "reason": "boom", "frames": ["f"], "created_at": 10.0,
             "end_time": 12.5, "last_time": 12.0, "host": "h", "pid": 7, "user": "ann", "job": "slurm 1",
-            "argv": ["train.py"], "cwd": "/c", "python": None, "params": params, "metrics": [
+            "argv": ["train.py"], "cwd": "/c", "python": None, "rank": None, "world": None, "group": None,
+            "params": params, "metrics": [
                 {"name": "loss", "context": {"s": "t"}, "count": 2, "min": 1.0, "max": 2.0, "last": 1.0,
                  "first_step": 0, "last_step": 1, "last_epoch": None, "last_time": 9.0, "series": 3}],
             "log_size": 0,
@@ -4601,7 +4602,7 @@ class VanishedFolder(RecordingCase):
 def index_content(path: str) -> Dict[str, List[Any]]:
     """Return every row of an index, with hashes in place of row numbers, so that two can be compared."""
     queries = {
-        "runs": "SELECT hash, created_at, archived, active, log_size, head, params, metrics FROM runs",
+        "runs": "SELECT hash, created_at, hidden, active, log_size, head, params, metrics FROM runs",
         "facts": "SELECT hash, path, value FROM facts LEFT JOIN runs ON id = run",
     }
     with contextlib.closing(sqlite3.connect(path)) as db:
