@@ -10159,14 +10159,17 @@ def cmd_ack(args: Any) -> int:
     rows = {row["hash"]: row for row in status_rows(paths, read_watcher_file(paths))}
     bad = [run_hash for run_hash, row in rows.items() if row["state"] in (STALLED, FAILED)]
     for run_hash in bad if args.all else [_find_live(paths, prefix) for prefix in args.hash]:
-        if run_hash not in bad:
+        group = rows[run_hash]["group"]
+        ranks = [other for other in bad if other == run_hash or group and rows[other]["group"] == group]
+        if not ranks:
             raise AimwatchError(f"run {run_hash} is neither stalled nor failed now")
-        path = os.path.join(paths.mutes, ack_name(rows[run_hash]["check_in"], rows[run_hash]["state"]))
-        try:
-            os.close(open_below(path, os.O_WRONLY | os.O_CREAT))
-        except OSError as error:
-            raise RepoError(f"cannot write {path}: {error.strerror}") from None
-        print(f"acknowledged run {run_hash}, which is {rows[run_hash]['state']}")
+        for rank in ranks:
+            path = os.path.join(paths.mutes, ack_name(rows[rank]["check_in"], rows[rank]["state"]))
+            try:
+                os.close(open_below(path, os.O_WRONLY | os.O_CREAT))
+            except OSError as error:
+                raise RepoError(f"cannot write {path}: {error.strerror}") from None
+            print(f"acknowledged run {rank}, which is {rows[rank]['state']}")
     return 0
 
 
