@@ -10251,21 +10251,16 @@ def _add_field_flags(parser: Any) -> None:
     )
     for flag, kinds in _flags().items():
         field = fields[flag]
-        if chosen in NOTIFIER_FIELDS and chosen not in kinds:
-            parser.add_argument(
-                f"--{flag}", help=argparse.SUPPRESS, action="append" if flag == "header" else "store"
-            )
-            if field.secret:
-                parser.add_argument(f"--{flag}-file", help=argparse.SUPPRESS)
-            continue
-        about = f"{', '.join(kinds)}: " if len(kinds) < len(NOTIFIER_FIELDS) else ""
+        about = f"{', '.join(kinds)}: " if chosen == "TYPE" and len(kinds) < len(NOTIFIER_FIELDS) else ""
         about += field.prompt[:1].lower() + field.prompt[1:] if field.prompt[1:2].islower() else field.prompt
         options: Dict[str, Any] = {"action": "append"} if flag == "header" else {}
         if flag == "message":
             about += "; it may name " + ", ".join("{%s}" % name for name in TEMPLATE_FIELDS)
-        parser.add_argument(f"--{flag}", metavar="TEXT", help=about, **options)
+        has = chosen == "TYPE" or chosen in kinds
+        parser.add_argument(f"--{flag}", metavar="TEXT", help=about if has else argparse.SUPPRESS, **options)
         if field.secret:
-            parser.add_argument(f"--{flag}-file", metavar="FILE", help=f"read --{flag} from FILE")
+            about = f"read --{flag} from FILE" if has else argparse.SUPPRESS
+            parser.add_argument(f"--{flag}-file", metavar="FILE", help=about)
 
 
 @command(
@@ -10380,8 +10375,13 @@ def _arguments(kind: str, args: Any) -> Dict[str, Any]:
     for field in fields:
         if field.name == "password" and "user" not in arguments:
             continue
-        if field.name in ("sender", "to") and not _is_here(str(arguments["host"])):
-            field = field._replace(check=_complete_addresses(field.check))
+        if field.name in ("sender", "to") and arguments["host"] not in (
+            "localhost",
+            "127.0.0.1",
+            this_host(),
+        ):
+            # Only the mail server of this machine knows its users by their names alone.
+            field = field._replace(check=_with_hosts(field.check))
         value = _field_value(field, given[field.flag], args, kind)
         if field.name == "message":
             value = value or AIM_DEFAULT_MESSAGE
@@ -10390,20 +10390,9 @@ def _arguments(kind: str, args: Any) -> Dict[str, Any]:
     return arguments
 
 
-def _is_here(host: str) -> bool:
-    return host in ("localhost", "127.0.0.1", "::1", this_host())
-
-
-def _complete_addresses(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return a check of mail addresses that also refuses names which only their own machine knows."""
-
-    def complete(text: Any) -> Any:
-        found = check(text)
-        for address in found if isinstance(found, list) else [found]:
-            checked_address(address if "@" in address else f"{address}@")
-        return found
-
-    return complete
+def _with_hosts(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a check of mail addresses that takes none without a host."""
+    return lambda text: check(re.sub(r"(?<![^,\s])[^@,\s]+(?![^,\s])", r"\g<0>@", text))
 
 
 #: Flags whose value may have several lines.

@@ -8869,7 +8869,7 @@ class NotifiersAdd(NotifierCase):
             ((*hook, "--body", '{"a": "{run.oops}"}'), "the message names {run.oops}, which does not exist"),
             (mail, "notifiers add email --yes needs --to$"),
             (("email", "--from", "a@b", "--to", "c@d"), "email --yes needs --smtp-host$"),
-            ((*mail, "--to", "a@b\nBcc: x@y"), "'Bcc:' is no mail address: write name@host$"),
+            ((*mail, "--to", "a@b\nBcc: x@y"), "'Bcc:@?' is no mail address: write name@host$"),
             ((*mail, "--to", ","), "must be mail addresses with commas between them$"),
             ((*mail, "--to", "a@b,bob"), "'bob@' is no mail address: write name@host$"),
             ((*mail, "--to", "a@b", "--port", "0"), "port 0 is not a number from 1 to 65535$"),
