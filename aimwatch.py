@@ -111,6 +111,7 @@ from typing import (
     Sequence,
     Set,
     Tuple,
+    TypeVar,
     Union,
     overload,
 )
@@ -118,6 +119,8 @@ from typing import (
 if TYPE_CHECKING:
     import sqlite3
     from types import FrameType
+
+    Item = TypeVar("Item")
 
 # ======================================================================================
 # Constants, errors, small helpers
@@ -139,6 +142,7 @@ __all__ = [
     "Run",
     "RunBusyError",
     "__version__",
+    "callback",
     "main",
 ]
 
@@ -2569,7 +2573,9 @@ class _Process:
     def _on_sys_exit(self, real: Callable[..., Any], *status: Any) -> Any:
         if threading.current_thread() is threading.main_thread():
             end = exit_end(status[0] if status else None, sys.exc_info()[1])
-            self.exit = None if end is None else (end, time.time())
+            # Who catches it may exit once more with the same status, as `multiprocessing` does.
+            if end is None or self.exit is None or not self.exit[0].reason.startswith(end.reason):
+                self.exit = None if end is None else (end, time.time())
             for run in list(self.runs):
                 run._window = math.nan, 0.0  # the next report shows that somebody caught it
         return real(*status)
@@ -2625,6 +2631,8 @@ _process = _Process()
 _OFF = ("0", "no", "off", "false")
 #: A promise that is learned from the times between reports, and how often these are looked at.
 AUTO, LEARN_S = "auto", 1.0
+#: What `progress` and `callback` promise where nothing else is said.
+LOOP_EXPECT: Union[float, str] = 60.0
 #: A promise of 0 is written again this often, so that people see the run alive.
 IDLE_CHECK_IN_S = 30.0
 #: How many of the last lines of a program's output are kept, and how much of each.
@@ -2831,6 +2839,10 @@ class Run:
         self._place = Place.here()
         #: Which check-in and which record were the last when a notebook's cell took back the promise.
         self._idle_since = -1, 0.0
+        #: Of loops inside each other, how many items are done, of how many; when the outermost began, and
+        #: when it is recorded again how much is done (monotonic).
+        self._loops: List[List[Any]] = []
+        self._loops_began_mono, self._part_at_mono = 0.0, _monotonic() + LOOK_S
         self._warned_odd = False
         #: Log lines since the last checkpoint.
         self._lines = 0
@@ -2869,14 +2881,8 @@ class Run:
     def _session_record(self) -> Dict[str, Any]:
         now = round(time.time(), 3)
         if self._state.created_at:
-            return {
-                "resume": now,
-                "signal": None,
-                "rank": None,
-                "world": None,
-                "group": None,
-                **describe_session(),
-            }
+            gone = ("signal", "progress", "rank", "world", "group")
+            return {"resume": now, **dict.fromkeys(gone), **describe_session()}
         return {"format": LOG_FORMAT, "hash": self.hash, "created_at": now, **describe_session()}
 
     def _take_marker(self, wait_s: float) -> None:
@@ -2978,6 +2984,55 @@ class Run:
             self._record_signal(None)
         self._promised = expect_s > 0 and not self._track_reports
         self._write_check_in(CHECK_IN, expect_s, margin_s, expect_next_in)
+
+    def progress(
+        self,
+        items: Iterable[Item],
+        *,
+        total: Optional[int] = None,
+        expect_next_in: Union[int, float, str] = LOOP_EXPECT,
+    ) -> Iterator[Item]:
+        """Report progress for each item of a loop, and how much of it is done where its length is known.
+        Loops may be nested::
+
+            for batch in run.progress(loader):
+                train(batch)
+
+        Arguments:
+            total: the number of items, for what has no `len`.
+            expect_next_in: as of `report_progress`.
+        """
+        if total is None:
+            with contextlib.suppress(Exception):  # the code of the items' class may fail in any way
+                total = len(items)  # type: ignore[arg-type]
+        done: List[Any] = [0, total]
+        if not self._loops:
+            self._loops_began_mono = _monotonic()
+        self._loops.append(done)
+        try:
+            for item in items:
+                self.report_progress(expect_next_in=expect_next_in)
+                yield item
+                done[0] += 1
+                if _monotonic() >= self._part_at_mono:
+                    part = 0.0
+                    for count, of in reversed(self._loops):
+                        part = (count + part) / of if of else 0.0
+                    self._note_part(part, self._loops_began_mono)
+        finally:
+            self._loops = [loop for loop in self._loops if loop is not done]
+            if not self._loops:
+                self._note_part(0.0, -math.inf)
+
+    def _note_part(self, part: float, began_mono: float) -> None:
+        """Record how much of the work is done, when that is some more; 0: nobody knows."""
+        now = _monotonic()
+        if now >= self._part_at_mono and self._is_mine() and self._ended is None:
+            self._part_at_mono = now + min(max((now - began_mono) / 100, LOOK_S), 60.0)
+            known = 0 < part < 1
+            if known or self._state.header.get("progress"):
+                progress = [round(part, 4), round(now - began_mono, 1)] if known else None
+                self._record({"resume": round(time.time(), 3), "progress": progress})
 
     @contextlib.contextmanager
     def phase(self, name: str, *, expect: Union[int, float]) -> Iterator[None]:
@@ -3773,6 +3828,8 @@ def _checked_name(name: Any) -> str:
 def _number(value: Any, name: Any) -> float:
     """Return a value that a series can hold: a float, or an int of at most 53 bits."""
     found = value
+    if getattr(getattr(value, "mask", None), "shape", None) == () and value.mask:
+        return math.nan  # NumPy's masked: its `.item()` is what is behind the mask
     if callable(getattr(value, "item", None)):
         with contextlib.suppress(Exception):  # of more than one element; refused below
             found = value.item()
@@ -3824,6 +3881,193 @@ def _param_path(key: Any) -> List[str]:
 def utc_datetime(epoch_s: float) -> datetime.datetime:
     """Return seconds since the epoch as a naive datetime in UTC."""
     return datetime.datetime.fromtimestamp(epoch_s, datetime.timezone.utc).replace(tzinfo=None)
+
+
+# ======================================================================================
+# Loops of frameworks
+#
+# Transformers, Lightning and Keras own the loop, and call back. None of them is imported: what is asked of
+# their objects is what all versions have. No failure here reaches the training.
+# ======================================================================================
+
+#: Hooks at which nothing runs yet, and those after which nothing may come, unless a training goes on.
+_EARLY_HOOKS = {"setup", "set_model", "on_init_end"}
+_LAST_HOOKS = {
+    *("teardown", "on_fit_end", "on_train_end", "on_validation_end", "on_test_end", "on_predict_end"),
+    *("on_evaluate", "on_predict"),
+}
+_SUBSET = re.compile(r"(train|val|valid|validation|eval|test)[_/](.+)")
+
+
+def callback(
+    run: Optional[Run] = None, expect_next_in: Union[int, float, str] = LOOP_EXPECT, **run_arguments: Any
+) -> Any:
+    """Return a callback for the trainers of Transformers and Lightning and for Keras' `fit`, which reports
+    progress, tracks metrics and records params::
+
+        Trainer(..., callbacks=[aimwatch.callback(experiment="resnet")])
+
+    Arguments:
+        run: the run; None: one is made when the training begins, in the process of rank 0.
+        expect_next_in: as of `Run.report_progress`.
+        run_arguments: what the `Run` is made with.
+    """
+    if expect_next_in != AUTO:
+        checked_expect_s(expect_next_in)
+    # Where Lightning is there, it is one of its own, which need not be in a list.
+    trainers = (sys.modules.get(name) for name in ("lightning.pytorch", "pytorch_lightning"))
+    bases = {
+        module.Callback: None for module in trainers if module is not None and hasattr(module, "Callback")
+    }
+    return type("Callback", (LoopCallback, *bases), {})(run, expect_next_in, run_arguments)
+
+
+def _callback_again(
+    run: Optional[Run], expect_next_in: Union[int, float, str], run_arguments: Dict[str, Any]
+) -> Any:
+    return callback(run, expect_next_in, **run_arguments)
+
+
+class LoopCallback:
+    """What `callback` returns: every hook of the three frameworks, by whatever name, reports progress."""
+
+    state_key = "aimwatch"
+
+    def __init__(self, run: Optional[Run], expect: Union[int, float, str], arguments: Dict[str, Any]) -> None:
+        self.run = run
+        self._given = run, expect, arguments
+        self._training = self._complained = False
+        self._began_mono = 0.0
+        self._tracked: Dict[str, Any] = {}
+        #: Of Keras: the model, what `fit` was called with, and the epoch.
+        self._model: Any = None
+        self._fit: Dict[str, Any] = {}
+        self._epoch = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("on_") or name in ("setup", "teardown", "set_model", "set_params"):
+            return functools.partial(self._hook, name)
+        return super().__getattribute__(name)
+
+    def __reduce__(self) -> Any:
+        return _callback_again, self._given
+
+    def __copy__(self) -> LoopCallback:
+        return self
+
+    def __deepcopy__(self, _: Any) -> LoopCallback:
+        return self
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return what Lightning puts into a checkpoint: nothing."""
+        return {}
+
+    def load_state_dict(self, _: Dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+    def _hook(self, name: str, *args: Any, **options: Any) -> None:
+        try:
+            self._take(name, args, options)
+        except Exception as error:  # whatever it is, the training goes on
+            if not self._complained:
+                self._complained = True
+                log.error("callback: %s: %s", name, describe_exception(error))
+
+    def _take(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> None:
+        first, second = (*args, None, None)[:2]
+        lightning, transformers = hasattr(first, "is_global_zero"), hasattr(second, "is_world_process_zero")
+        if name == "set_model":
+            self._model = first
+        elif name == "set_params":
+            self._fit = first or {}
+        if name in _EARLY_HOOKS or (lightning and not first.is_global_zero):
+            return
+        if transformers and not second.is_world_process_zero:
+            return
+        if name == "on_exception":
+            self._training = False
+            if self.run is not None:
+                self.run._end_by_exception(args[-1])
+            return
+        if self.run is None:
+            self.run = Run(**self._given[2])
+        if name in ("on_train_begin", "on_train_start"):
+            self._training, self._began_mono = True, _monotonic()
+            self._set_params(self.run, first, second, lightning, transformers, options)
+        elif name in ("on_train_end", "on_fit_end", "teardown"):
+            self._training = False
+        if name not in _LAST_HOOKS or self._training:
+            self.run.report_progress(expect_next_in=self._given[1])
+        elif self.run._ended is None:
+            self.run.report_progress()
+        if transformers:
+            self._take_transformers(self.run, name, second, options)
+        elif lightning:
+            self._take_lightning(self.run, name, first)
+        else:
+            self._take_keras(self.run, name, first, {**dict(enumerate(args)), **options})
+
+    def _set_params(
+        self, run: Run, first: Any, second: Any, lightning: bool, transformers: bool, options: Dict[str, Any]
+    ) -> None:
+        found: Dict[str, Any] = {}
+        if transformers:
+            found = first.to_dict()
+            with contextlib.suppress(AttributeError):
+                found["model"] = options["model"].config.to_dict()
+        elif lightning:
+            found = dict(second.hparams)
+        else:
+            found = dict(self._fit)
+            with contextlib.suppress(AttributeError):
+                found["optimizer"] = self._model.optimizer.get_config()
+        run["hparams"] = {**found, **(run.get("hparams") or {})}
+
+    def _take_transformers(self, run: Run, name: str, state: Any, options: Dict[str, Any]) -> None:
+        if name == "on_log":
+            self._track(run, options.get("logs"), state.global_step, state.epoch)
+        elif name == "on_step_end" and state.max_steps > 0:
+            run._note_part(state.global_step / state.max_steps, self._began_mono)
+
+    def _take_lightning(self, run: Run, name: str, trainer: Any) -> None:
+        step, epoch = trainer.global_step, trainer.current_epoch
+        if trainer.sanity_checking:
+            return
+        if name in ("on_train_epoch_end", "on_validation_end", "on_test_end") or (
+            name == "on_train_batch_end" and step % trainer.log_every_n_steps == 0
+        ):
+            # All that was ever logged is there, so what did not change is not new.
+            values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+            changed = {key: value for key, value in values.items() if self._tracked.get(key) != value}
+            self._tracked.update(changed)
+            self._track(run, changed, step, epoch)
+        if name == "on_train_batch_end" and trainer.max_epochs and trainer.max_epochs > 0:
+            batches = trainer.fit_loop.epoch_progress.current.completed + (
+                trainer.fit_loop.epoch_loop.batch_progress.current.completed / trainer.num_training_batches
+            )
+            run._note_part(batches / trainer.max_epochs, self._began_mono)
+
+    def _take_keras(self, run: Run, name: str, index: Any, values: Dict[Any, Any]) -> None:
+        logs, epochs, steps = (
+            values.get("logs", values.get(1)),
+            self._fit.get("epochs"),
+            self._fit.get("steps"),
+        )
+        if name == "on_epoch_begin":
+            self._epoch = index
+        elif name == "on_epoch_end":
+            self._track(run, logs, index, index)
+        elif name == "on_test_end" and not self._training:
+            self._track(run, values.get("logs", index), None, None, "eval")
+        elif name == "on_train_batch_end" and epochs and steps:
+            run._note_part((self._epoch + (index + 1) / steps) / epochs, self._began_mono)
+
+    def _track(self, run: Run, values: Any, step: Any, epoch: Any, subset: str = "train") -> None:
+        for key, value in (values or {}).items():
+            match = _SUBSET.fullmatch(key)
+            context = {"subset": match[1] if match else subset}
+            with contextlib.suppress(ArgumentError, ArgumentTypeError):  # what is no number
+                run.track(value, match[2] if match else key, step, epoch, context=context)
 
 
 # ======================================================================================
@@ -4511,15 +4755,18 @@ def last_check_ins(paths: RepoPaths) -> Dict[str, Sign]:
     return signs
 
 
+def end_of_dead(state: RunState) -> Dict[str, Any]:
+    """Return how a run ended that did not say so: by the signal that a handler of the user's took care of."""
+    signal = state.header.get("signal")
+    return {"end": FAILED, "reason": DIED, **(signal if isinstance(signal, dict) else {})}
+
+
 def finalize_dead(paths: RepoPaths, state: RunState, last_check_in: float) -> int:
     """Record the end of a run whose process is gone, at its last sign of life, and return the
     size of its log, or -1 where that could not be written: the index may know of the end, but the
     marker must stay. The caller holds the run's marker, which makes it the log's only writer."""
     last = max(state.last_time, state.created_at, last_check_in)
-    signal = state.header.get("signal")
-    end: Dict[str, Any] = {"end": FAILED, "time": last, "idx": state.next_idx - 1, "reason": DIED}
-    if isinstance(signal, dict):  # a handler of the user's ended the process
-        end.update(signal)
+    end = {**end_of_dead(state), "time": last, "idx": state.next_idx - 1}
     if not state.apply(end):
         return -1  # what no reader would take must not be written again and again
     try:
@@ -5646,18 +5893,9 @@ AIM_DEFAULT_MESSAGE = "❗️ Something wrong with Run '{run.hash}'. Please chec
 #: was seen, `run.process` whether the process is there, `run.messages` what a log event is about.
 TEMPLATE_FIELDS = (
     *("event", "message", "repo", "time", "run.hash", "run.name", "run.experiment", "run.host", "run.pid"),
-    *(
-        "run.job",
-        "run.user",
-        "run.stdout",
-        "run.rank",
-        "run.last_seen",
-        "run.promised",
-        "run.silent",
-        "run.process",
-        "run.reason",
-    ),
-    *("run.frames", "run.output", "run.metrics", "run.errors", "run.messages"),
+    *("run.job", "run.user", "run.rank", "run.stdout", "run.last_seen", "run.promised", "run.silent"),
+    *("run.process", "run.reason", "run.frames", "run.output", "run.metrics", "run.progress", "run.errors"),
+    "run.messages",
 )
 _TEMPLATE_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_.]*)\}")
 
@@ -6147,6 +6385,7 @@ def default_message(facts: Facts) -> str:
             if facts.get("run.process") == "alive" and not facts.get("run.frames"):
                 lines.append("it left no stacks: no Python code can run in it, or they are turned off")
         lines.append(_with("last metrics: {}", facts, "run.metrics"))
+        lines.append(_with("progress: {}", facts, "run.progress"))
         lines.append(_with("last errors logged:\n{}", facts, "run.errors"))
         heading = "where it hangs" if facts.get("event") == STALLED else "where it failed"
         lines.append(_with(f"{heading}, innermost last:\n{{}}", facts, "run.frames"))
@@ -7708,6 +7947,17 @@ def describe_metrics(state: RunState, limit: int = 5) -> str:
     return printable(", ".join(shown))
 
 
+def describe_progress(state: RunState) -> str:
+    """Return how much of a run is done: `45 %, about 2 h left`; "" where nobody knows."""
+    try:
+        part, elapsed_s = map(float, state.header["progress"])
+        left_s = elapsed_s * (1 - part) / part
+        units = [unit_s for unit_s in (86400, 3600, 60, 1) if left_s >= 2 * unit_s]
+        return f"{part:.0%}, about {human_s(round(left_s / units[0]) * units[0])} left".replace("%", " %")
+    except (ArithmeticError, IndexError, KeyError, TypeError, ValueError):
+        return ""
+
+
 def short_facts(paths: RepoPaths, run_hash: str) -> Facts:
     """Return the message fields that take no look at the run."""
     return {"run.hash": run_hash, "run.name": run_hash, "repo": paths.root}
@@ -7726,16 +7976,15 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
     facts["run.name"] = printable(str(state.props.get("name") or run_hash), 100)
     facts["run.experiment"] = printable(str(state.props.get("experiment") or ""), 100)
     facts["run.metrics"] = describe_metrics(state)
+    facts["run.progress"] = describe_progress(state)
     facts["run.errors"] = "\n".join(f"  {printable(text, 200)}" for text in list(state.errors)[-3:])
-    signal = state.header.get("signal")
-    if state.end is None and isinstance(signal, dict):
-        facts["run.reason"] = printable(str(signal.get("reason") or ""))
-    if state.end is not None:
-        facts["run.reason"] = printable(str(state.end.get("reason") or ""))
-        frames = state.end.get("frames")
+    end = state.header.get("signal") if state.end is None else state.end
+    if isinstance(end, dict):
+        facts["run.reason"] = printable(str(end.get("reason") or ""))
+        frames = end.get("frames")
         if isinstance(frames, list):
             facts["run.frames"] = "\n".join(f"  {printable(str(frame), 200)}" for frame in frames[-6:])
-        output = state.end.get("output")
+        output = end.get("output")
         if isinstance(output, list):
             lines = (f"  {printable(str(line), OUTPUT_LINE)}" for line in output[-OUTPUT_LINES:])
             facts["run.output"] = "\n".join(lines)
@@ -8454,7 +8703,7 @@ class Watcher:
                 end = state.end
                 free = end is None and marker == "free" and not by_log_alone
                 if free and free_means_dead(state.header, watched.was_held):
-                    end = {"end": FAILED, "reason": DIED}
+                    end = end_of_dead(state)
             if end is not None:
                 changes += self.table.end(watched, end["end"], now_s, printable(str(end.get("reason") or "")))
                 self.on_dead(watched.hash)
@@ -10017,6 +10266,7 @@ def status_rows(
                 "world": member.world if member else None,
                 "group": member.group if member else None,
                 "reason": facts.get("run.reason") or None,
+                "progress": facts.get("run.progress") or None,
                 "muted_until": None if muted_until is None else Moment(muted_until),
                 "acknowledged_by": _owner_of(os.path.join(paths.mutes, ack)) if ack in acks else None,
                 "check_in": seen.name,
@@ -10095,7 +10345,7 @@ def _print_status(paths: RepoPaths, rows: Sequence[Dict[str, Any]], now: float) 
             print(coloured(line, row["state"], sys.stdout))
             muted = f"muted for {human_s(row['muted_until'] - now)}" if row["muted_until"] else None
             ack = f"acknowledged by {row['acknowledged_by']}" if row["acknowledged_by"] else None
-            for text in filter(None, (ack, muted, row["reason"])):
+            for text in filter(None, (ack, muted, row["reason"], row["progress"])):
                 print(f"  {printable(text, 200)}")
     counts = [
         (name, sum(row["state"] == name for row in rows)) for name in (RUNNING, STALLED, FAILED, FINISHED)
