@@ -13552,8 +13552,8 @@ def bench_aim(bench: Bench, root: str) -> None:
         return lambda: [run.report_progress(expect_next_in=60) for _ in range(20_000)]
 
     def track(run: Any) -> Callable[[], Any]:
-        context = {"subset": "train"}
-        return lambda: [run.track(0.5 + n, name="loss", step=n, context=context) for n in range(500)]
+        context, steps = {"subset": "train"}, itertools.count()
+        return lambda: [run.track(0.5, name="loss", step=next(steps), context=context) for _ in range(500)]
 
     for what, act, limit, count in (("report_progress", progress, 1, 20_000), ("track", track, 1 / 40, 500)):
         bench.compare(f"{what} against Aim's", act(ours), "aim", act(theirs), limit, "us", count)
