@@ -2818,7 +2818,7 @@ class Run:
             del self._state  # asked again, it says so again
             raise RepoError(f"cannot read {path}: {problem}")
 
-    def _open(self, may_exist: bool, wait_s: float = INDEXER_WAIT_S) -> None:
+    def _open(self, may_exist: bool, wait_s: Optional[float] = None) -> None:
         # Reentrant: the SIGTERM handler runs on top of whatever the main thread was doing.
         self._lock = threading.RLock()
         self._disk_lock = threading.RLock()
@@ -2855,7 +2855,7 @@ class Run:
         self._marker = FileLock(self._paths.marker(self.hash))
         try:
             with contextlib.ExitStack() as undo:
-                self._take_marker(wait_s)
+                self._take_marker(INDEXER_WAIT_S if wait_s is None else wait_s)
                 undo.callback(self._marker.release)
                 self._log = AppendFile(self._paths.run_log(self.hash), self._summary)
                 undo.callback(self._log.close)
