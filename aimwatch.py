@@ -11148,7 +11148,7 @@ def json_cell(value: Any) -> Any:
 def _refuse_unknown(names: Iterable[str], is_known: Callable[[str], bool], known: Iterable[str]) -> None:
     for name in names:
         if not is_known(name):
-            hint = nearest(name, known) or f": the columns are {', '.join(known)}"
+            hint = nearest(name, known) or f": the columns are {', '.join(list(known)[:40])}"
             raise AimwatchError(f"there is no column {printable(repr(name), 60)}{hint}")
 
 
