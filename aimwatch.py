@@ -305,14 +305,39 @@ def unlink_below(path: str) -> None:
         os.unlink(name, dir_fd=folder)
 
 
-def list_below(folder: str) -> List[str]:
-    """Return the names in a folder that is opened as by `open_folder`. Raises OSError."""
-    with folder_of(os.path.join(folder, ".")) as (reached, _):
+@contextlib.contextmanager
+def _to_list(folder: str) -> Iterator[int]:
+    reached = open_folder(folder)
+    try:
         fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=reached)
         try:
-            return os.listdir(fd)
+            yield fd
         finally:
             os.close(fd)
+    except OSError as error:
+        error.filename = folder
+        raise
+    finally:
+        os.close(reached)
+
+
+def list_below(folder: str) -> List[str]:
+    """Return the names in a folder that is opened as by `open_folder`. Raises OSError."""
+    with _to_list(folder) as fd:
+        return os.listdir(fd)
+
+
+@contextlib.contextmanager
+def scan_below(folder: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+    """Do as `os.scandir` does, with a folder that is opened as by `open_folder`."""
+    with _to_list(folder) as fd, os.scandir(fd) as entries:
+        yield entries
+
+
+def rename_below(path: str, new: str) -> None:
+    """Rename a file within its folder, which is opened as by `open_folder`. Raises OSError."""
+    with folder_of(path) as (folder, name):
+        os.rename(name, os.path.basename(new), src_dir_fd=folder, dst_dir_fd=folder)
 
 
 def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
@@ -866,8 +891,6 @@ class RepoPaths:
                 if stat.S_ISLNK(info.st_mode) and info.st_uid not in (0, os.geteuid()):
                     why = f"it is a symbolic link that belongs to user {info.st_uid}"
                     raise OSError(errno.ELOOP, why, path)
-
-    refuse_planted_links = check_folders  # shim: goes with its callers
 
     def create(self) -> None:
         """Make the folders that are missing: in some of them only their owner writes, whatever the umask.
@@ -1754,7 +1777,7 @@ class AppendFile:
     def _set_right(self) -> None:
         if self._out_of_order:
             self._out_of_order = False
-            for line in self._summary()[1:]:
+            for line in self._summary():
                 self.append(line)
 
     def close(self) -> int:
@@ -4484,7 +4507,7 @@ def log_size(path: str) -> int:
 def log_sizes(paths: RepoPaths) -> Dict[str, int]:
     """Return the sizes of all logs by run, as the file system has them at hand. Raises OSError."""
     found = {}
-    with contextlib.suppress(FileNotFoundError), os.scandir(paths.runs) as entries:
+    with contextlib.suppress(FileNotFoundError), scan_below(paths.runs) as entries:
         for entry in entries:
             if entry.name.endswith(".jsonl") and RUN_HASH.fullmatch(entry.name[: -len(".jsonl")]):
                 found[entry.name[: -len(".jsonl")]] = entry.stat(follow_symlinks=False).st_size
@@ -7166,11 +7189,9 @@ MAX_WAITING = 10_000
 class Outbox(OutboxState):
     """The events of a repository and who was notified of them, in a file."""
 
-    def __init__(self, path: str, guard: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, path: str) -> None:
         super().__init__()
         self.path = path
-        #: Raises OSError where nothing may be made below the repository.
-        self._guard = guard
         self.load(path)
         #: Held while the file is written, which takes as long as the disk does. Only writers wait for it.
         self._writing = threading.Lock()
@@ -7213,11 +7234,10 @@ class Outbox(OutboxState):
 
     def _look(self) -> bool:
         """Make the file again where it was removed; its folder too, but never `.aim`."""
-        folder = os.path.dirname(self.path)
         with contextlib.suppress(OSError):
-            self._guard()
-            if not os.path.isdir(folder):
-                os.mkdir(folder)
+            folder = os.path.dirname(self.path)
+            with folder_of(folder) as (above, name), contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o755, dir_fd=above)
             return self._file.look()
         return False
 
@@ -7850,6 +7870,12 @@ class RunTable:
         self.runs.pop(run, None)
         self._missing.pop(run, None)
 
+    def is_overdue(self, now_s: float) -> bool:
+        """True where `overdue` would find a run."""
+        return now_s >= self._next_s and any(
+            self.deadline_s(watched) <= now_s for watched in self.runs.values()
+        )
+
     def overdue(self, now_s: float) -> List[Change]:
         """Return the runs whose silence became too long by `now_s`; they are stalled now."""
         changes: List[Change] = []
@@ -8054,7 +8080,7 @@ def take_messages(path: str) -> bytes:
     """Take the messages away that a run left at `path`, and return them; those that were taken and not
     removed come first. Raises OSError."""
     if not os.path.lexists(path + TAKEN):
-        os.rename(path, path + TAKEN)
+        rename_below(path, path + TAKEN)
     return read_bounded(path + TAKEN, MAX_MESSAGES_BYTES, follow=False)
 
 
@@ -8063,7 +8089,7 @@ def remove_messages(path: str, size: int) -> None:
     with contextlib.suppress(OSError):
         # A run may have opened the file before it was taken, and written to it after it was read.
         if size >= MAX_MESSAGES_BYTES or os.lstat(path + TAKEN).st_size <= size:
-            os.unlink(path + TAKEN)
+            unlink_below(path + TAKEN)
 
 
 def messages_in(data: bytes, level: int) -> List[Dict[str, Any]]:
@@ -8421,7 +8447,7 @@ MAX_NAMES = 50_000
 
 def list_some(folder: str, most: int) -> List[str]:
     """Return the names in a folder, at most so many. Raises OSError."""
-    with os.scandir(folder) as entries:
+    with scan_below(folder) as entries:
         return [entry.name for entry in itertools.islice(entries, most)]
 
 
@@ -8429,7 +8455,7 @@ def list_bounded(folder: str, most: int) -> Tuple[List[str], bool]:
     """Return (the names in a folder, True), or where there are more than `most` (the newest
     check-in of each of at most so many runs, False). Raises OSError."""
     newest: Dict[str, Tuple[int, str]] = {}
-    with os.scandir(folder) as entries:
+    with scan_below(folder) as entries:
         names = [entry.name for entry in itertools.islice(entries, most)]
         if len(names) < most:
             return names, True
@@ -8478,7 +8504,8 @@ LOCK_PROBE_S = 0.3
 
 
 class Watcher:
-    """Watches one repository and alerts; `clock` and `utc` are arguments for tests.
+    """Watches one repository and alerts; `clock`, `utc` and `wait` are arguments for tests. With `seize`,
+    also where another watcher holds the lock, which is taken for dead.
 
     Raises RepoError where another watcher holds the repository or its files cannot be written,
     ConfigError where the notifiers cannot be read.
@@ -8493,6 +8520,8 @@ class Watcher:
         remind_every_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         utc: Callable[[], float] = time.time,
+        wait: Callable[[float], None] = time.sleep,
+        seize: bool = False,
     ) -> None:
         self.paths = paths
         self.table = RunTable(grace_s)
@@ -8501,8 +8530,15 @@ class Watcher:
         self.poll_interval_s = poll_interval_s
         self._once = once
         self._remind_every_s = remind_every_s
-        self._clock, self._utc = clock, utc
+        self._clock, self._utc, self._wait = clock, utc, wait
         self._started_utc = utc()
+        #: True once it watches no more.
+        self.closed = False
+        #: What tells the last watcher.json that this watcher wrote from one of another.
+        self._saved_as: Any = None
+        #: The check-ins that are ignored since their files are another user's, and who owns the runs' logs.
+        self._forged: Set[str] = set()
+        self._log_owners: Dict[str, int] = {}
         #: Of each muted run, the state that it had when it was muted, which is what people know.
         self._muted: Dict[str, str] = {}
         #: What is to be alerted and is not in the outbox yet.
@@ -8521,16 +8557,20 @@ class Watcher:
         self._saved_mono, self._save_cost_s = -math.inf, 0.0
         self._lock = FileLock(paths.watcher_lock, flock=True)
         try:
-            paths.refuse_planted_links()
+            paths.check_folders()
             paths.create()
-            self._take_lock()
+            frozen = self._take_lock(seize)
             for path in (paths.outbox, paths.watcher):
                 remove_leftovers(path)
             self._first = not os.path.exists(paths.watcher) and not os.path.exists(paths.outbox)
-            self.outbox = Outbox(paths.outbox, paths.refuse_planted_links)
+            self.outbox = Outbox(paths.outbox)
             self.dispatcher = Dispatcher(paths, self.outbox, NotifierConfig(paths))
             self._restore()
             self.dispatcher.load()
+            if frozen:
+                reason = f"{frozen} holds the watch of {paths.root} and does not look: taken over from it"
+                log.warning("%s", reason)
+                self._alert_trouble("seized", reason)
         except OSError as error:
             self._lock.release()
             way_out = ": remove it" if error.errno == errno.ELOOP else ""
@@ -8539,13 +8579,20 @@ class Watcher:
             self._lock.release()
             raise
 
-    def _take_lock(self) -> None:
-        path = self.paths.watcher_lock
+    def _take_lock(self, seize: bool) -> str:
+        """Take the lock; return who holds it where it is seized."""
+        path, frozen = self.paths.watcher_lock, ""
         locked = self._lock.acquire(LOCK_PROBE_S)
-        if locked is False:
-            # Aim's watcher takes the other kind of lock alone.
-            who = "Aim's watcher" if lock_state(path) == "free" else describe_watcher(self.paths)
+        # Aim's watcher takes the other kind of lock alone.
+        who = "Aim's watcher" if lock_state(path) == "free" else describe_watcher(self.paths)
+        if locked is False and seize and lock_state(path) == "held":
+            frozen = who
+        elif locked is False:
             raise WatcherBusyError(f"{who} already watches {self.paths.root}")
+        elif may_live(read_watcher_file(self.paths)) and SeenAt(self.paths).moves(self._wait):
+            raise WatcherBusyError(
+                f"{who} already watches {self.paths.root}, though its lock is not seen on this machine"
+            )
         if locked is None:
             log.warning(
                 "%s: this file system has no record locks: make sure that no second watcher is started",
@@ -8560,6 +8607,7 @@ class Watcher:
             log.warning(
                 "%s is there: Aim's watcher (%s) may watch too; remove it if that has ended", soft, owner
             )
+        return frozen
 
     def _restore(self) -> None:
         """Go on where the last watcher stopped; its looking counts, the time between does not."""
@@ -8597,10 +8645,12 @@ class Watcher:
         return max(0.0, self._clock() - mono) if mono and saved.get("boot") == boot_id() else None
 
     def poll(self) -> List[Change]:
-        """Look once, and alert what changed. Never raises for a repository that cannot be read."""
+        """Look once, and alert what changed. Never raises for a repository that cannot be read, and
+        WatcherBusyError where another watcher has taken over."""
+        self._step_down()
+        self._lock_again()
         before = self._clock()
         try:
-            self.paths.refuse_planted_links()
             listing = self._list()
         except OSError as error:
             self._note_blind(error)
@@ -8621,6 +8671,8 @@ class Watcher:
             changes = []  # what was there before is no news
             self._find_ended(self.table.to_look_at(math.inf), now_s, by_log_alone=True)
         if self.looking.accuses:
+            if self.table.is_overdue(now_s):
+                changes += self._look_again(now_s)
             changes += self._find_dead(now_s)
             changes += self.table.overdue(now_s)
             if self._remind_every_s:
@@ -8654,10 +8706,64 @@ class Watcher:
         self.looks += 1
         return changes
 
+    def _step_down(self) -> None:
+        """Raise WatcherBusyError where watcher.json is another watcher's: that took this one for dead, or
+        neither sees the other's lock."""
+        found = _file_stamp(self.paths.watcher)
+        if self._saved_as in (None, found) or found is None:
+            return
+        saved = read_watcher_file(self.paths)
+        if saved and not saved.get("ended") and watcher_id(saved) != self._id():
+            self._may_save = False
+            raise WatcherBusyError(f"{describe_watcher(self.paths)} watches {self.paths.root} now")
+        self._saved_as = found
+
+    def _lock_again(self) -> None:
+        """Take the lock that somebody who seemed dead held, when it is free."""
+        if not self._lock.held:
+            with contextlib.suppress(OSError):
+                self._lock.acquire()
+
+    def _id(self) -> Tuple[Any, ...]:
+        return this_host(), boot_id(), os.getpid(), round(self._started_utc, 3)
+
+    def _look_again(self, now_s: float) -> List[Change]:
+        """List once more, and not from a cache, before anybody is accused."""
+        freshen(self.paths.check_ins)
+        try:
+            return self.table.take(self._list(), now_s, self._utc())
+        except OSError:
+            return []
+
     def _list(self) -> List[str]:
-        """Return the names in check_ins; of a folder with very many, the newest of each run."""
+        """Return the names in check_ins, less those that are forged; of a folder with very many, the newest
+        of each run."""
+        return self._without_forged(self._list_all())
+
+    def _without_forged(self, listing: List[str]) -> List[str]:
+        """Leave out the check-ins in a shared folder that somebody else made than the owner of their run's
+        log, of the folder, or this user."""
+        folder = os.stat(self.paths.check_ins)
+        if not folder.st_mode & 0o022:
+            return listing
+        trusted = {0, os.geteuid(), folder.st_uid}
+        self._forged.intersection_update(listing)
+        for name in set(listing) - self.table.names - self._forged:
+            with contextlib.suppress(OSError):  # it has just been renamed
+                uid = os.lstat(os.path.join(self.paths.check_ins, name)).st_uid
+                run = name.partition("-")[0]
+                if uid in trusted or RUN_HASH.fullmatch(run) is None:
+                    continue
+                if run not in self._log_owners:
+                    self._log_owners[run] = os.lstat(self.paths.run_log(run)).st_uid
+                if uid != self._log_owners[run]:
+                    self._forged.add(name)
+                    log.warning("%s is ignored: it is user %d's, and its run is not", printable(name), uid)
+        return [name for name in listing if name not in self._forged] if self._forged else listing
+
+    def _list_all(self) -> List[str]:
         if not self._crowded:
-            listing = os.listdir(self.paths.check_ins)
+            listing = list_below(self.paths.check_ins)
             self._crowded = len(listing) > MAX_NAMES // 2
             return listing
         listing, whole = list_bounded(self.paths.check_ins, MAX_NAMES)
@@ -8746,7 +8852,7 @@ class Watcher:
         for run in mutes.keys() - muted:
             for name in mutes[run][1]:
                 with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(self.paths.mutes, name))
+                    unlink_below(os.path.join(self.paths.mutes, name))
         return muted
 
     def _read_acks(self) -> Set[str]:
@@ -8848,6 +8954,7 @@ class Watcher:
         if now_s - self._swept_s < SWEEP_INTERVAL_S and not self._once:
             return
         self._swept_s = now_s
+        self._log_owners.clear()
         if self._save(now=True):  # what is alerted is known from watcher.json alone from here on
             self.outbox.compact()
         over = self._read_acks() - {ack_name(item.name, item.state) for item in self.table.runs.values()}
@@ -8865,7 +8972,7 @@ class Watcher:
                 swept.append(os.path.join(self.paths.check_ins, name))
         for path in swept:
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                unlink_below(path)
 
     def _can_sweep(self, watched: WatchedRun, now_s: float) -> bool:
         keep_s = KINDS[watched.state].keep_s
@@ -8875,7 +8982,7 @@ class Watcher:
             and os.path.exists(self.paths.run_log(watched.hash))
         )
 
-    def _save(self, now: bool = False) -> bool:
+    def _save(self, now: bool = False, ended: bool = False) -> bool:
         """Write watcher.json, at a rate that its own cost bounds; True where that was done."""
         if not self._may_save:
             return False  # an error ends the watch between a look and its events: the next must see anew
@@ -8885,14 +8992,13 @@ class Watcher:
             return False
         content = {
             "version": 1,
-            "host": this_host(),
-            "pid": os.getpid(),
-            "started_at": round(self._started_utc, 3),
+            **dict(zip(_WATCHER_ID, self._id())),
+            "ended": ended,
             "seen_at": round(self._utc(), 3),
             "mono": round(begun, 3),
-            "boot": boot_id(),
             "grace_s": self.table.grace_s,
             "poll_interval_s": self.poll_interval_s,
+            "save_interval_s": round(max(pause_s, self.poll_interval_s), 3),
             "once": self._once,
             "looked_s": round(self.looking.total_s, 3),
             "hold_until_s": round(self.looking.hold_until_s, 3),
@@ -8902,8 +9008,8 @@ class Watcher:
             "runs": [watched.to_list() for watched in self.table.runs.values()],
         }
         try:
-            self.paths.refuse_planted_links()
             replace_file(self.paths.watcher, to_json(content).encode("ascii"))
+            self._saved_as = _file_stamp(self.paths.watcher)
         except OSError as error:
             if self._save_cost_s != MAX_SAVE_INTERVAL_S:
                 log.warning("cannot write %s: %s", self.paths.watcher, error.strerror)
@@ -8927,7 +9033,8 @@ class Watcher:
 
     def close(self) -> None:
         """Save what was seen, give what is being sent a moment, and release the repository."""
-        self._save(now=True)
+        self.closed = True
+        self._save(now=True, ended=True)
         self.dispatcher.stop(1.0)
         self.outbox.close()
         self._lock.release()
@@ -8938,6 +9045,88 @@ class Watcher:
         for watched in self.table.runs.values():
             counts[watched.state] += 1
         return counts
+
+
+#: What tells one watcher from all others in watcher.json.
+_WATCHER_ID = ("host", "boot", "pid", "started_at")
+
+
+def watcher_id(saved: Dict[str, Any]) -> Tuple[Any, ...]:
+    """Return what tells the watcher that wrote watcher.json from all others."""
+    return tuple(saved.get(field) for field in _WATCHER_ID)
+
+
+def is_elsewhere(saved: Dict[str, Any]) -> bool:
+    """True where the last watcher was on another machine, whose locks may not be seen on this one, and did
+    not say that it ended."""
+    host, pid, seen_at = saved.get("host"), saved.get("pid"), saved.get("seen_at")
+    known = isinstance(host, str) and isinstance(pid, int) and isinstance(seen_at, float)
+    return known and host != this_host() and not saved.get("ended") and not saved.get("once")
+
+
+def may_live(saved: Dict[str, Any]) -> bool:
+    """True where the last watcher may look though its lock is free: it is on another machine, or goes on
+    after this one was taken from it."""
+    if saved.get("host") != this_host():
+        return is_elsewhere(saved)
+    pid = saved.get("pid")
+    if saved.get("ended") or saved.get("boot") != boot_id() or not isinstance(pid, int) or pid == os.getpid():
+        return False
+    return os.path.exists(f"/proc/{pid}")
+
+
+def _file_stamp(path: str) -> Any:
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    return info.st_ino, info.st_mtime_ns, info.st_size
+
+
+#: A standby takes over from a watcher that has not looked for so long, and three intervals.
+FROZEN_S = 120.0
+#: Nobody waits longer to see whether another watcher looks.
+MAX_LOOK_ON_S = 60.0
+
+
+class SeenAt:
+    """Sees whether another watcher looks: whether the `seen_at` that it writes changes. Its clock says
+    nothing of that, and on many mounts its lock does not either."""
+
+    def __init__(self, paths: RepoPaths) -> None:
+        self._paths = paths
+        self._seen: Any = None
+        self._ended = True
+        self._since_mono = time.monotonic()
+        self._interval_s = DEFAULT_POLL_INTERVAL_S
+
+    def look(self) -> float:
+        """Return for how many seconds it has not changed."""
+        freshen(self._paths.watcher)
+        saved = read_watcher_file(self._paths)
+        seen = (*watcher_id(saved), saved.get("seen_at"))
+        if saved and seen != self._seen:
+            self._seen, self._since_mono = seen, time.monotonic()
+            self._ended = bool(saved.get("ended"))
+            interval_s = bounded(saved.get("save_interval_s")) or bounded(saved.get("poll_interval_s"))
+            self._interval_s = interval_s or DEFAULT_POLL_INTERVAL_S
+        return time.monotonic() - self._since_mono
+
+    def moves(self, wait: Callable[[float], None] = time.sleep) -> bool:
+        """Look for two intervals whether it changes."""
+        self.look()
+        first = self._seen
+        left_s = min(2 * self._interval_s + 1, MAX_LOOK_ON_S)
+        while self._seen == first and left_s > 0:
+            wait(min(0.25, left_s))
+            left_s -= 0.25
+            self.look()
+        return bool(self._seen != first)
+
+    def is_frozen(self) -> bool:
+        """True where it has not changed for so long that its watcher is taken for dead."""
+        still_s = self.look()
+        return not self._ended and still_s > FROZEN_S + 3 * self._interval_s
 
 
 def describe_watcher(paths: RepoPaths) -> str:
@@ -8986,9 +9175,9 @@ class SightAlarm(threading.Thread):
         self._blind_checks = 0
 
     def run(self) -> None:
-        while True:
-            time.sleep(SIGHT_CHECK_S)
+        while not self._watcher.closed:
             self.check()
+            time.sleep(SIGHT_CHECK_S)
 
     def check(self) -> None:
         """Compare the watcher with what it was SIGHT_CHECK_S ago."""
@@ -9075,7 +9264,6 @@ class ReindexThread(threading.Thread):
 
     def _pass(self) -> None:
         try:
-            self._paths.refuse_planted_links()
             for run_hash in self.reindexer.changed():
                 if self._stopping.is_set():
                     return
@@ -9973,17 +10161,30 @@ def cmd_start(args: Any) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     pinger = Pinger(args.ping_url) if args.ping_url else None
-    watcher = _take_watch(paths, args, stop)
-    if watcher is None:
-        return 0
-    if args.once:
-        return _one_pass(watcher, stop, pinger)
+    if pinger is not None and not args.once:
+        pinger.start()
+    while True:
+        watcher = _take_watch(paths, args, stop)
+        if watcher is None:
+            return 0
+        if args.once:
+            return _one_pass(watcher, stop, pinger)
+        try:
+            return _watch(watcher, args, stop, handler, pinger)
+        except WatcherBusyError as error:  # another one has taken over
+            if not args.standby:
+                raise
+            log.error("%s", error)
+
+
+def _watch(
+    watcher: Watcher, args: Any, stop: StopSignal, handler: _LogHandler, pinger: Optional[Pinger]
+) -> int:
+    paths = watcher.paths
     reindexing = ReindexThread(paths)
     watcher.on_dead = reindexing.reindexer.note_dead
     reindexing.start()
     SightAlarm(watcher).start()
-    if pinger is not None:
-        pinger.start()
     terminal = sys.stderr.isatty()
 
     def after_poll() -> None:
@@ -10081,10 +10282,18 @@ STANDBY_INTERVAL_S = 2.0
 
 def _take_watch(paths: RepoPaths, args: Any, stop: StopSignal) -> Optional[Watcher]:
     """Return the watcher, with --standby as soon as no other one watches; None when stopped before."""
-    held_by = ""
+    held_by, seen_at, frozen = "", SeenAt(paths), False
     while not stop.is_set:
         try:
-            return Watcher(paths, args.grace, args.poll_interval, args.once, args.remind_every)
+            return Watcher(
+                paths,
+                args.grace,
+                args.poll_interval,
+                args.once,
+                args.remind_every,
+                wait=stop.wait,
+                seize=frozen,
+            )
         except RepoError as error:
             # Who stands by is there for the bad day: a share that is away ends nobody's standing by.
             if not args.standby or not (held_by or isinstance(error, WatcherBusyError)):
@@ -10095,6 +10304,7 @@ def _take_watch(paths: RepoPaths, args: Any, stop: StopSignal) -> Optional[Watch
                 sd_notify(f"READY=1\nSTATUS=standing by for {paths.root}")
         sd_notify("WATCHDOG=1")
         stop.wait(STANDBY_INTERVAL_S)
+        frozen = seen_at.is_frozen()
     return None
 
 
@@ -10182,15 +10392,21 @@ def watcher_state(paths: RepoPaths, saved: Dict[str, Any], now_utc: float) -> Tu
     age_s = math.inf if seen_at is None else max(0.0, now_utc - seen_at)
     ago = "never looked" if seen_at is None else f"last looked {human_s(age_s)} ago"
     lock = lock_state(paths.watcher_lock)
-    if lock in ("free", "absent") or (lock == "unknown" and age_s > STUCK_S):
+    elsewhere = is_elsewhere(saved)
+    if elsewhere:  # neither its clock nor, perhaps, its lock can be told here
+        moves = SeenAt(paths).moves()
+        age_s, ago = (0.0, "it looks") if moves else (math.inf, ago)
+    if (lock in ("free", "absent") and not (elsewhere and age_s == 0)) or (
+        lock == "unknown" and age_s > STUCK_S
+    ):
         if saved.get("once") and age_s < ONCE_COUNTS_S:
             return True, f"watched by passes of 'start --once'; {ago}"
         return False, f"no watcher is alive; {ago}"
     who = describe_watcher(paths)
     if age_s > STUCK_S + 3 * (_saved_s(saved, "poll_interval_s") or 0.0):
         return False, f"{who} holds the watch but does not look; {ago}"
-    up = "?" if started_at is None else human_s(now_utc - started_at)
-    return True, f"watched by {who}, for {up}; {ago}"
+    up = "" if started_at is None or elsewhere else f", for {human_s(now_utc - started_at)}"
+    return True, f"watched by {who}{up}; {ago}"
 
 
 def _saved_s(saved: Dict[str, Any], name: str) -> Optional[float]:
@@ -10429,10 +10645,10 @@ def _leave_mutes(paths: RepoPaths, run_hash: str, *names: str) -> List[str]:
         before: List[str] = read_mutes(paths).get(run_hash, (0, []))[1]
         for name in names:
             path = os.path.join(paths.mutes, name)
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | O_SAFE, 0o666))
+            os.close(open_below(path, os.O_WRONLY | os.O_CREAT))
         for name in set(before).difference(names):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(paths.mutes, name))
+                unlink_below(os.path.join(paths.mutes, name))
     except OSError as error:
         raise RepoError(f"cannot change the mutes in {paths.mutes}: {error.strerror}") from None
     return before

@@ -703,7 +703,9 @@ class AppendFiles(Case):
             self.file.append(b"six\n")
             self.assertEqual(self.file.close(), len(self.content()))
         lines = [line for line in self.content().replace(b"\0", b"").split(b"\n") if line]
-        self.assertEqual(lines, [b"one", b"four", b"two", b"three", b"four", b"five", b"summary", b"six"])
+        self.assertEqual(
+            lines, [b"one", b"four", b"two", b"three", b"four", b"five", b"first", b"summary", b"six"]
+        )
         self.assertEqual(len(logs.output), 2, logs.output)
         self.assertIn("records wait in memory", logs.output[0])
         self.assertIn("(0 records lost)", logs.output[1])
@@ -9376,13 +9378,13 @@ class TestWatcher(WatchCase):
     def test_listing_that_takes_long_is_not_silence(self) -> None:
         self.check_in("a", 1, expect=20)
         watcher = self.watch()
-        real = os.listdir
+        real = aimwatch.list_below
 
         def slow(path: str) -> List[str]:
             self.clock.pass_(300.0 if path == self.paths.check_ins else 0.0)
             return real(path)
 
-        with mock.patch.object(aimwatch.os, "listdir", slow):
+        with mock.patch.object(aimwatch, "list_below", slow):
             watcher.poll()
         self.look(watcher, 11)
         self.assertEqual(self.told(), [])
@@ -10896,6 +10898,132 @@ class TestStandby(WatcherProcessCase):
                 aimwatch._take_watch(self.paths, args, stop)
 
 
+# -------------------------------------------------------------------- machines that see each other late
+
+
+class TestTwoMachines(WatcherProcessCase):
+    """File systems whose listings are stale, and whose locks are seen on one machine alone."""
+
+    def elsewhere(self, name: str = "elsewhere") -> Any:
+        return mock.patch.object(aimwatch, "this_host", return_value=name)
+
+    def without_shared_locks(self) -> None:
+        """Have every lock be taken, whoever else holds it."""
+        patch = mock.patch.object(aimwatch.FileLock, "acquire", return_value=True)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def watching(self, *argv: str) -> Any:
+        """Return a real watcher that has looked."""
+        process = self.start_watcher(*argv)
+        self.wait_for(lambda: self.saved().get("pid") == process.pid)
+        return process
+
+    def test_listing_is_fetched_anew_before_anybody_is_accused(self) -> None:
+        cached: List[List[str]] = []
+        real_list, real_utime = aimwatch.list_below, os.utime
+
+        def stale(folder: str) -> List[str]:
+            if folder == self.paths.check_ins and cached:
+                return cached[0]
+            names = real_list(folder)
+            if folder == self.paths.check_ins:
+                cached[:] = [names]
+            return names
+
+        def utime(path: str, *args: Any, **options: Any) -> None:
+            real_utime(path, *args, **options)
+            if path == self.paths.check_ins:
+                cached.clear()
+
+        self.check_in("live", 1, expect=1)
+        self.check_in("dead", 1, expect=1)
+        with mock.patch.object(aimwatch, "list_below", stale), mock.patch.object(os, "utime", utime):
+            watcher = self.watch(grace_s=2)
+            self.check_in("live", 2, expect=100)
+            self.look(watcher, 60)
+        self.assertEqual(self.told(), [("dead", "stalled")])
+        self.assertEqual(len(self.check_ins()), 2)  # nothing was made in the folder
+
+    def test_watcher_whose_lock_is_not_seen_is_seen_by_what_it_writes(self) -> None:
+        first = self.watching()
+        self.without_shared_locks()
+        with self.elsewhere(), mock.patch.object(aimwatch, "lock_state", return_value="free"):
+            with self.assertRaisesRegex(
+                aimwatch.WatcherBusyError, "though its lock is not seen on this machine"
+            ):
+                aimwatch.Watcher(self.paths)
+            code, out, _ = self.run_cli("status")
+            self.assertIn(f"watched by process {first.pid} on ", out)
+            self.assertIn("; it looks\n", out)
+            self.assertEqual(code, 0)
+            first.kill()
+            first.wait()
+            self.assertIn("no watcher is alive", self.run_cli("status")[1])
+            self.watcher().close()
+
+    def test_no_clock_decides_whether_a_watcher_of_another_machine_looks(self) -> None:
+        first = self.watching()
+        for ahead_s in (600, -600):
+            real = time.time
+            with self.subTest(ahead_s=ahead_s), self.elsewhere(), mock.patch.object(
+                time, "time", lambda: real() + ahead_s
+            ):
+                self.assertIn("; it looks\n", self.run_cli("status")[1])
+        first.send_signal(signal.SIGSTOP)
+        with self.elsewhere():
+            self.assertIn("holds the watch but does not look", self.run_cli("status")[1])
+
+    def test_watcher_steps_down_for_one_that_took_over_and_leaves_its_file_alone(self) -> None:
+        self.without_shared_locks()
+        first = self.watch()
+        with self.elsewhere():
+            second = self.watcher(wait=lambda _: None)
+            second.poll()
+            with open(self.paths.watcher, "rb") as file:
+                saved = file.read()
+        with self.assertRaisesRegex(aimwatch.WatcherBusyError, "on elsewhere .* watches .* now"):
+            first.poll()
+        self.stop(first)
+        with open(self.paths.watcher, "rb") as file:
+            self.assertEqual(file.read(), saved)
+
+    def test_standby_takes_over_from_one_that_holds_the_lock_and_does_not_look(self) -> None:
+        self.configure(n={"type": "logger"})
+        first = self.watching("--standby")
+        first.send_signal(signal.SIGSTOP)
+        args = types.SimpleNamespace(grace=1, poll_interval=0.1, once=False, remind_every=0, standby=True)
+        patches = mock.patch.multiple(aimwatch, FROZEN_S=0.5, STANDBY_INTERVAL_S=0.1)
+        with patches, self.assertLogs(aimwatch.log, "INFO") as logged:
+            second = aimwatch._take_watch(self.paths, args, aimwatch.StopSignal())
+        assert second is not None
+        self.addCleanup(second.close)
+        self.assertIn("standing by: ", logged.output[0])
+        self.assertIn(f"process {first.pid} on ", logged.output[1])
+        self.assertIn("holds the watch of ", logged.output[1])
+        (seized,) = [event for event in self.events() if event["kind"] == "trouble"]
+        self.assertIn("taken over from it", seized["facts"]["run.reason"])
+        stop = aimwatch.StopSignal()
+        watching = threading.Thread(target=second.run, args=(stop,))
+        watching.start()
+        self.addCleanup(watching.join)
+        self.addCleanup(stop.set)
+        self.wait_for(lambda: self.saved()["pid"] == os.getpid())
+        first.send_signal(signal.SIGCONT)
+        line = first.stderr.readline()
+        while "standing by" not in line:
+            self.assertNotEqual(line, "")
+            line = first.stderr.readline()
+        self.assertEqual(self.saved()["pid"], os.getpid())
+
+    def test_standby_does_not_take_over_from_what_never_watched_here(self) -> None:
+        seen_at = aimwatch.SeenAt(self.paths)
+        with mock.patch.object(aimwatch, "FROZEN_S", -100.0):
+            self.assertFalse(seen_at.is_frozen())  # Aim's watcher writes no watcher.json
+            self.stop(self.watch())
+            self.assertFalse(seen_at.is_frozen())  # it said that it ended
+
+
 # -------------------------------------------------------------------- several people in one folder
 
 
@@ -10912,7 +11040,7 @@ class SharedFolder(Case):
 
     def as_user(self, uid: int, act: Callable[[], Any], umask: int = 0o022) -> Any:
         """Return what a function returns, as JSON can hold it, in a process of that user."""
-        for name in ("argparse", "csv", "pwd", "shlex", "uuid"):
+        for name in ("argparse", "csv", "encodings.ascii", "pwd", "shlex", "uuid"):
             importlib.import_module(name)  # the user may not be able to read the interpreter's folder
         ours, theirs = os.pipe()
         pid = os.fork()
@@ -11000,6 +11128,30 @@ class SharedFolder(Case):
                 self.assertEqual((code, "Traceback" in err), (1, False), err)
                 self.assertRegex(err, "Permission denied|only user 51001, who owns its folder, writes it")
 
+    def test_check_in_that_is_not_its_runs_owners_is_ignored_and_named_once(self) -> None:
+        self.as_user(self.ANN, self.train("a"))
+
+        def forge() -> str:
+            return aimwatch.check_in_name("a", 99, "finished", 1.0, 0)
+
+        def put(name: str) -> Callable[[], None]:
+            return lambda: os.close(os.open(os.path.join(self.paths.check_ins, name), os.O_CREAT))
+
+        watcher = self.watcher()
+        watcher.poll()
+        self.as_user(self.EVE, put(forge()))
+        self.as_user(self.EVE, put(aimwatch.check_in_name("aims_own", 1, "check_in", 1.0, 60)))
+        with self.assertLogs(aimwatch.log, "WARNING") as logged:
+            watcher.poll()
+            watcher.poll()
+        self.assertEqual(len(logged.output), 1)
+        self.assertIn(f"{forge()} is ignored: it is user {self.EVE}'s", logged.output[0])
+        self.assertNotEqual(watcher.table.runs["a"].idx, 99)
+        self.assertIn("aims_own", watcher.table.runs)
+        self.as_user(self.ANN, put(aimwatch.check_in_name("a", 98, "failed", 1.0, 0)))
+        watcher.poll()
+        self.assertEqual(watcher.table.runs["a"].idx, 98)
+
     def test_init_shares_a_repository_and_says_what_it_cannot(self) -> None:
         import grp
         import pwd
@@ -11073,7 +11225,7 @@ class TestClosedDoors(WatchCase):
                 self.plant(folder)
                 before = self.content()
                 self.look(watcher, 70)
-                self.assertTrue(watcher.is_blind)
+                self.assertEqual(watcher.is_blind, folder in (self.paths.check_ins, self.paths.aim))
                 self.stop(watcher)
                 refusal = (
                     f"cannot use {folder}: it is a symbolic link that belongs to user {another}: remove it"
@@ -11115,7 +11267,7 @@ class TestClosedDoors(WatchCase):
         open(self.paths.marker("a"), "w").close()
         with self.belonging_to(os.geteuid() + 4242), self.assertLogs(aimwatch.log, "WARNING") as logged:
             thread._pass()
-        self.assertIn("symbolic link", logged.output[0])
+        self.assertIn("is no file of the owner of its folder", logged.output[0])
         self.assertEqual(os.listdir(self.outside), [])
 
     def test_no_file_is_written_or_removed_through_a_link_whosever_it_is(self) -> None:
