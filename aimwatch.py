@@ -5935,6 +5935,8 @@ class Notifier(NamedTuple):
     #: What people call it, and a query: it hears only of the runs for which that is true.
     name: str = ""
     where: str = ""
+    #: Whether it says itself which events it wants, which Aim's never do.
+    asks: bool = False
 
     @property
     def shown_as(self) -> str:
@@ -6243,7 +6245,17 @@ def read_notifier(notifier_id: str, raw: Any) -> Notifier:
         checked_query(where)
     except ConfigError as error:
         problem = problem or f"'where': {error}"
-    return Notifier(notifier_id, kind, enabled, arguments, tuple(events), problem, printable(name, 40), where)
+    return Notifier(
+        notifier_id,
+        kind,
+        enabled,
+        arguments,
+        tuple(events),
+        problem,
+        printable(name, 40),
+        where,
+        "events" in raw,
+    )
 
 
 class NotifierConfig:
@@ -10155,8 +10167,18 @@ def cmd_start(args: Any) -> int:
     handler = _log_to_stderr(timed=True)
     _give_memory_back()
     paths = find_repo(args.repo)
-    if not any(item.enabled for item in NotifierConfig(paths).notifiers()):
+    notifiers = [item for item in NotifierConfig(paths).notifiers() if item.enabled]
+    if not notifiers:
         _offer_notifier(paths, args)
+    elif not os.path.exists(paths.watcher) and not any(item.asks for item in notifiers):
+        log.info(
+            "notifiers hear of %s; Aim's watcher also sends starts, finishes and log messages: "
+            "'%s notifiers enable %s --events %s' has them sent here too",
+            ", ".join(DEFAULT_EVENTS),
+            command_line(args.repo),
+            notifiers[0].shown_as,
+            ",".join(EVENTS),
+        )
     stop = StopSignal()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -10694,6 +10716,12 @@ def _flags() -> Dict[str, List[str]]:
     return flags
 
 
+WANTED_EVENTS = argument(
+    "--events",
+    type=names_from(*EVENTS),
+    metavar="LIST",
+    help=f"of what to notify: any of {','.join(EVENTS)} (default: {','.join(DEFAULT_EVENTS)})",
+)
 #: How a notifier of each type is added.
 NOTIFIER_EXAMPLES = {
     "slack": "--name ops --webhook-url-file hook.txt",
@@ -10746,12 +10774,7 @@ def _add_field_flags(parser: Any) -> None:
         help="notify only of the runs for which it is true, such as \"run.user == 'ann'\" (default: all)",
     ),
     _add_field_flags,
-    argument(
-        "--events",
-        type=names_from(*EVENTS),
-        metavar="LIST",
-        help=f"what to tell: any of {','.join(EVENTS)} (default: {','.join(DEFAULT_EVENTS)})",
-    ),
+    WANTED_EVENTS,
     ASK_NOTHING,
     epilog="What is not given is asked for. A secret on the command line shows in process lists: use the "
     "-file flags, where - is standard input.",
@@ -10813,7 +10836,7 @@ def _who_hears_what(args: Any) -> Dict[str, Any]:
             where = _ask("Only runs for which, such as run.user == 'ann' (empty: all)", checked_query)
         if events is None and _confirm("Also when a run finishes?", False):
             events = [*DEFAULT_EVENTS, FINISHED]
-    said = {"name": name, "where": where, "events": events}
+    said = {"name": name, "where": where, "events": list(DEFAULT_EVENTS) if events is None else events}
     return {key: value for key, value in said.items() if value not in (None, "")}
 
 
@@ -10960,10 +10983,10 @@ def cmd_notifiers_remove(args: Any) -> int:
     return 0
 
 
-@command("notifiers enable", NOTIFIER_ID)
+@command("notifiers enable", NOTIFIER_ID, WANTED_EVENTS)
 def cmd_notifiers_enable(args: Any) -> int:
-    """Have a notifier tell what happens again."""
-    return _switch_notifier(args, "enabled")
+    """Have a notifier hear of what happens again, or of other events."""
+    return _switch_notifier(args, "enabled", args.events)
 
 
 @command("notifiers disable", NOTIFIER_ID)
@@ -10972,7 +10995,7 @@ def cmd_notifiers_disable(args: Any) -> int:
     return _switch_notifier(args, "disabled")
 
 
-def _switch_notifier(args: Any, status: str) -> int:
+def _switch_notifier(args: Any, status: str, events: Optional[Sequence[str]] = None) -> int:
     config = NotifierConfig(find_repo(args.repo))
     with config.edit() as raw:
         notifier_id = config.find(args.id, raw)
@@ -10980,6 +11003,8 @@ def _switch_notifier(args: Any, status: str) -> int:
         if not isinstance(entry, dict):
             raise ConfigError(f"notifier {notifier_id} is not an object: remove it and add it again")
         entry["status"] = status
+        if events is not None:
+            entry["events"] = events
     print(f"{status} notifier {args.id}")
     return 0
 

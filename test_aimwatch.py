@@ -8646,6 +8646,17 @@ class NotifiersCommands(NotifierCase):
             ],
         )
 
+    def test_first_start_on_a_configuration_of_aims_says_what_it_does_not_send(self) -> None:
+        self.configure(abc={"type": "logger"})
+        code, _, err = self.run_cli("start", "--once")
+        hint = re.search(r"notifiers hear of stalled, failed, recovered; .*: '.* (notifiers enable .*)' has", err)
+        assert hint is not None, err
+        self.assertNotIn("notifiers hear of", self.run_cli("start", "--once")[2])
+        self.assertEqual(self.run_cli(*hint[1].split())[0], 0)
+        self.assertEqual(self.config.notifiers()[0].events, aimwatch.EVENTS)
+        os.unlink(self.paths.watcher)
+        self.assertNotIn("notifiers hear of", self.run_cli("start", "--once")[2])
+
     def test_list_as_json_is_for_scripts(self) -> None:
         self.configure(a=hook(GOOD_URL, events=["log"]), b={"type": "pager", "arguments": {"k": "x"}})
         code, out, err = self.run_cli("notifiers", "list", "--json")
@@ -10334,7 +10345,7 @@ class TestStart(WatcherProcessCase):
         self.check_in("a", 1)
         self.check_in("b", 1, "finished")
         self.check_in("c", 1, "failed")
-        self.configure(somebody={"type": "logger"})
+        self.configure(somebody={"type": "logger", "events": ["failed"]})
         watcher = self.start_watcher("--grace", "30")
         self.assertRegex(
             watcher.first_line,
