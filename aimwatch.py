@@ -8008,7 +8008,7 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
         state = read_log_parts(paths.run_log(run_hash), run_hash)
     except OSError:
         return facts
-    for field in ("host", "pid", "job", "user", "stdout", "rank"):
+    for field in ("host", "pid", "job", "user", "stdout", "rank", "world", "group"):
         if state.header.get(field) is not None:
             facts[f"run.{field}"] = printable(str(state.header[field]), 300 if field == "stdout" else 100)
     facts["run.name"] = printable(str(state.props.get("name") or run_hash), 100)
@@ -8144,12 +8144,14 @@ _WAITS = re.compile(
 
 
 class Member(NamedTuple):
-    """What the log of a run says of the rank that it is of."""
+    """Which rank of which group a run is of, and of one that failed, why and when."""
 
     group: str
     rank: int
-    world: int
     host: str
+    run_hash: str
+    reason: str = ""
+    time_s: float = 0.0
 
 
 def read_member(paths: RepoPaths, run_hash: str) -> Optional[Member]:
@@ -8158,10 +8160,10 @@ def read_member(paths: RepoPaths, run_hash: str) -> Optional[Member]:
         header = read_log_parts(paths.run_log(run_hash), run_hash).header
     except OSError:
         return None
-    group, rank, world, host = (header.get(name) for name in ("group", "rank", "world", "host"))
-    if not isinstance(group, str) or not isinstance(rank, int) or not isinstance(world, int):
+    group, rank = header.get("group"), header.get("rank")
+    if not isinstance(group, str) or not isinstance(rank, int):
         return None
-    return Member(group, rank, world, printable(str(host), 100))
+    return Member(group, rank, printable(str(header.get("host")), 100), run_hash)
 
 
 def name_ranks(ranks: Iterable[int]) -> str:
@@ -8190,16 +8192,6 @@ def where_it_hangs(paths: RepoPaths, run_hash: str) -> str:
     return printable(f"{os.path.basename(own[0])}:{own[1]} {own[2]}{called}", 200)
 
 
-class Part(NamedTuple):
-    """The part of one rank in what happened to its group: the reason and time of its failure."""
-
-    rank: int
-    run_hash: str
-    host: str
-    reason: str = ""
-    time_s: float = 0.0
-
-
 class Groups:
     """Which runs belong together, and what has become of them that is not alerted yet."""
 
@@ -8208,7 +8200,7 @@ class Groups:
         self._wait_s = wait_s
         self._members: Dict[str, Optional[Member]] = {}
         #: By group and kind of change: since when it waits for the others, and who took part so far.
-        self._waiting: Dict[Tuple[str, str], Tuple[float, List[Part]]] = {}
+        self._waiting: Dict[Tuple[str, str], Tuple[float, List[Member]]] = {}
 
     def member(self, run: str) -> Optional[Member]:
         """Return which rank a run is of."""
@@ -8248,13 +8240,15 @@ class Groups:
                 continue
             key = member.group, change.kind
             if change.kind in (STALLED, FAILED) and not change.suffix:
-                self._waiting.setdefault(key, (now_s, []))[1].append(self._part(change.run, change.note))
+                self._waiting.setdefault(key, (now_s, []))[1].append(
+                    self._taking_part(change.run, change.note)
+                )
             elif key not in spoken and self._speaks(change, member, runs):
                 spoken.add(key)
                 members = self.members(member.group, runs)
                 if change.kind in (STALLED, FAILED):  # again: a reminder, or a mute that is over
                     found = [watched for watched in members.values() if watched.state == change.kind]
-                    change = self._roll_call(change, [self._part(watched) for watched in found], members)
+                    change = self._roll_call(change, list(map(self._taking_part, found)), members)
                 elif 0 in members:
                     change = change._replace(visible=members[0].hash, rank=member.rank)
                 alerted.append(change)
@@ -8270,21 +8264,22 @@ class Groups:
                 parts = [part for part in parts if part.run_hash in stalled]
                 if len(parts) < len(stalled):
                     continue  # that the group stalls was alerted before
-                parts += map(self._part, hang if parts else ())
+                parts += map(self._taking_part, hang if parts else ())
             watched = next((runs[part.run_hash] for part in parts if part.run_hash in runs), None)
             if watched is not None:
                 change = Change(kind, watched, now_s - watched.since_s, RUNNING)
                 alerted.append(self._roll_call(change, parts, members))
         return alerted
 
-    def _part(self, watched: WatchedRun, note: str = "") -> Part:
-        member = self.member(watched.hash) or Member("", 0, 0, "")
-        reason, time_s = note, 0.0
+    def _taking_part(self, watched: WatchedRun, note: str = "") -> Member:
+        """Return the member that a run is, with why it failed; `note`: as the watcher has found."""
+        member = self.member(watched.hash) or Member("", 0, "", watched.hash)
+        end: Dict[str, Any] = {}
         if watched.state == FAILED:
             with contextlib.suppress(OSError):
                 end = read_log_parts(self.paths.run_log(watched.hash), watched.hash).end or {}
-                reason, time_s = str(end.get("reason") or note), float(end.get("time") or 0.0)
-        return Part(member.rank, watched.hash, member.host, printable(reason), time_s)
+        reason, time_s = printable(str(end.get("reason") or note)), float(end.get("time") or 0.0)
+        return member._replace(reason=reason, time_s=time_s)
 
     def _speaks(self, change: Change, member: Member, runs: Dict[str, WatchedRun]) -> bool:
         """Return whether a change of a rank is alerted that is neither a new stall nor a new failure."""
@@ -8295,28 +8290,23 @@ class Groups:
             return all(watched.state != STALLED for watched in self.members(member.group, runs).values())
         return member.rank == 0 or change.kind not in (STARTED, FINISHED)
 
-    def _roll_call(self, change: Change, parts: Sequence[Part], members: Dict[int, WatchedRun]) -> Change:
+    def _roll_call(self, change: Change, parts: Sequence[Member], members: Dict[int, WatchedRun]) -> Change:
         """Return the change of a whole group, with what there is to say of each rank."""
         if change.kind == STALLED:
             first, text = self._say_stalled(parts, members)
         else:
             first, text = self._say_failed(parts)
         rest = {rank: members[rank].state for rank in members.keys() - {part.rank for part in parts}}
-        for state, what in (
-            (FAILED, "failed before"),
-            (STALLED, "stalled before"),
-            (RUNNING, "still running"),
-        ):
+        for state in dict.fromkeys(rest.values()):
             ranks = [rank for rank in rest if rest[rank] == state]
-            if ranks:
-                text += f"; {name_ranks(ranks)} {what}"
+            text += f"; {name_ranks(ranks)} {'still running' if state == RUNNING else f'{state} before'}"
         visible = members[0].hash if 0 in members else first.run_hash
         watched = members.get(first.rank, change.run)
         note = f"{text}; {change.note}" if change.note else text
         return change._replace(run=watched, note=note, rank=first.rank, visible=visible)
 
-    def _say_stalled(self, parts: Sequence[Part], members: Dict[int, WatchedRun]) -> Tuple[Part, str]:
-        places: Dict[str, List[Part]] = {}
+    def _say_stalled(self, parts: Sequence[Member], members: Dict[int, WatchedRun]) -> Tuple[Member, str]:
+        places: Dict[str, List[Member]] = {}
         for part in sorted(parts, key=lambda part: members[part.rank].since_s):
             places.setdefault(where_it_hangs(self.paths, part.run_hash), []).append(part)
         # The one that stopped is where the fewest are, not in a function that waits, and silent the longest.
@@ -8339,7 +8329,7 @@ class Groups:
                 text += f"; {name_ranks(part.rank for part in places[place])} {where}"
         return first, text
 
-    def _say_failed(self, parts: Sequence[Part]) -> Tuple[Part, str]:
+    def _say_failed(self, parts: Sequence[Member]) -> Tuple[Member, str]:
         # A launcher ends the others with SIGTERM when one has failed.
         first, *others = sorted(
             parts, key=lambda part: (part.reason.startswith("terminated by"), part.time_s, part.rank)
@@ -8362,7 +8352,7 @@ class Groups:
             with contextlib.suppress(TypeError, ValueError):
                 group, kind, since_s, parts = value
                 if isinstance(group, str) and kind in (STALLED, FAILED):
-                    self._waiting[group, kind] = bounded(since_s), [Part(*part) for part in parts]
+                    self._waiting[group, kind] = bounded(since_s), [Member(*part) for part in parts]
 
 
 # ======================================================================================
@@ -9308,319 +9298,246 @@ class ReindexThread(threading.Thread):
 
 #: How much is copied at a time, and how much is kept of the output.
 COPY_BYTES, TAIL_BYTES = 1 << 16, 1 << 14
-#: How long after the program's end its output is copied, where a process that it left behind writes on.
+#: How long a program that has ended is waited for whose output does not end, since others write it.
 DRAIN_S = 1.0
 #: Two signals of a kind within this time are one, sent to this process and to the program.
 SAME_SIGNAL_S = 0.2
-#: How long a run may take to open before the program starts, and to end after it did.
-OPEN_WAIT_S, END_WAIT_S = 1.0, 10.0
 FORWARDED = (
     *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM),
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT),
 )
-_ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_=>])")
 
 
-class Output:
-    """What a program wrote: when it wrote last, and the last of it."""
+class Keeper:
+    """Starts a program and copies what it writes, in a process of its own between `exec` and the program.
 
-    def __init__(self) -> None:
-        self.at_mono = -math.inf
-        self._tail = b""
-        self._lock = threading.Lock()
-
-    def note(self, data: bytes) -> None:
-        """Take in what was just written to one of its streams."""
-        with self._lock:
-            self.at_mono = _monotonic()
-            self._tail = (self._tail + data[-TAIL_BYTES:])[-TAIL_BYTES:]
-
-    def last_lines(self) -> List[str]:
-        """Return the last lines that are not empty, as a terminal would show them, for people to read."""
-        text = _ESCAPE_SEQUENCE.sub("", self._tail.decode("utf-8", "replace"))
-        lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
-        return [printable(line, OUTPUT_LINE) for line in lines if line.strip()][-OUTPUT_LINES:]
-
-
-def copy_output(source: int, target: int, note: Callable[[bytes], None], stop: int = -1) -> bool:
-    """Copy what is written until its end, or until `stop` is readable and nothing waits. False where the
-    target takes nothing any more."""
-    import select
-
-    until_mono = math.inf
-    while True:
-        if stop >= 0:
-            ready = select.select([source, stop], [], [])[0]
-            if stop in ready:
-                until_mono = min(until_mono, _monotonic() + DRAIN_S)
-                if source not in ready or _monotonic() > until_mono:
-                    return True
-        try:
-            data = os.read(source, COPY_BYTES)
-        except OSError:  # nobody has the terminal open any more
-            return True
-        if not data:
-            return True
-        note(data)
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(target, view) :]
-        except OSError:
-            return False
-
-
-class Program:
-    """A program that runs as if its user had started it; what it writes passes through this process.
-
-    A third process starts it, the keeper. That leads the session of the program's terminal, without which
-    Ctrl-Z would stop nothing. It gets the signals that all processes of a job are sent, which are then not
-    passed on to a program that has them too. And it goes on copying when this process was killed, or has
-    ended and left processes behind that write.
+    It leads the session of the program's terminal, without which Ctrl-Z would stop nothing. It gets the
+    signals that all processes of a job are sent, so that they are not passed on to a program that has them
+    too. And it goes on copying when `exec` was killed, or has ended while others still write.
     """
 
-    def __init__(self, argv: Sequence[str], output: Output) -> None:
-        """Have everything ready for `start`, while this process has one thread. Raises OSError where no
-        process or terminal can be had."""
-        self.pid = 0
-        #: As `waitpid` gives it; and the errno where the program could not be started.
-        self.status: Optional[int] = None
-        self.error = 0
-        self._output = output
-        #: By signal: when to pass it on, and when the keeper got it.
-        self._due: Dict[int, float] = {}
-        self._kept: Dict[int, float] = {}
-        self._signals: Deque[int] = deque()
-        self.on_start: Callable[[int], None] = lambda pid: None
-        self.on_hand_over: Callable[[], None] = lambda: None
-        #: Pairs of what is copied: from, to. Its own ends, by its descriptor.
-        self._streams: List[Tuple[int, int]] = []
-        ends = {0: 0}
-        for fd in (1, 2):
-            if fd == 2 and os.path.sameopenfile(1, 2):
-                ends[2] = ends[1]  # two pipes would lose the order of what is written to them
-                continue
-            source, ends[fd] = _terminal_like(fd) if os.isatty(fd) else os.pipe()
-            self._streams.append((source, fd))
-        # It gets a terminal of its own where people type into it; otherwise it stays in the session of this
-        # process, and the kernel sends it what is typed in the terminal there.
-        self._terminal = -1
-        if os.isatty(0) and os.isatty(1):
-            import termios
+    def __init__(self, says: int, streams: Sequence[Tuple[int, int]], ends: Dict[int, int]) -> None:
+        """`streams`: from where to where it copies; `ends`: what the program gets as its descriptors."""
+        self._says, self._streams, self._ends = says, streams, ends
+        self._lock = threading.Lock()
+        self._tail, self._said_mono = b"", -math.inf
 
-            self._terminal, ends[0], self._modes = self._streams[0][0], ends[1], termios.tcgetattr(0)
-        self._raw = False
-        self._typed = b""
-        self._control, control = os.pipe()
-        alive, self._alive = os.pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if os.fork() == 0:
-            try:
-                os.close(self._control)
-                os.close(self._alive)
-                self._keep(argv, ends, control, alive)
-            finally:
-                os._exit(1)
-        for fd in {*ends.values(), control, alive} - {0}:
-            os.close(fd)
+    def _say(self, kind: str, number: int, data: bytes = b"") -> None:
+        with contextlib.suppress(OSError):  # `exec` was killed
+            os.write(self._says, f"{kind}{number:9d}".encode("ascii") + data)
 
-    # ---------------------------------------------------------------- the keeper, and the program
-
-    def _keep(self, argv: Sequence[str], ends: Dict[int, int], control: int, alive: int) -> None:
-        """Start the program and wait for it, in the keeper."""
-
-        def say(kind: str, number: int) -> None:
-            with contextlib.suppress(OSError):  # there is nobody to hear it
-                os.write(control, f"{kind}{number:9d}".encode("ascii"))
-
-        if self._terminal >= 0:
+    def run(self, argv: Sequence[str], hears: int, session: bool) -> None:
+        """Run the program as soon as its environment is told, and return when nothing more is written."""
+        if session:
             import termios
 
             os.setsid()
-            fcntl.ioctl(ends[1], termios.TIOCSCTTY, 0)
+            fcntl.ioctl(self._ends[1], termios.TIOCSCTTY, 0)
         for number in FORWARDED:
             if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, _: say("g", number))
-        wanted = b""
-        while not wanted.endswith(b"\n"):
-            more = os.read(alive, 1 << 16)
-            if not more:
-                return  # the other process was killed
-            wanted += more
+                signal.signal(number, lambda number, _: self._say("g", number))
+        with os.fdopen(hears, "rb") as file:
+            environ = {**os.environ, **from_json(file.read())}
         pid = os.fork()
         if pid == 0:
             try:
-                self._become(argv, {**os.environ, **from_json(wanted)}, ends)
+                self._become(argv, environ, session)
             except OSError as error:
-                say("e", error.errno or errno.ENOENT)
+                self._say("e", error.errno or errno.ENOENT)
             finally:
                 os._exit(127)
-        for fd in set(ends.values()) - {0}:
+        for fd in set(self._ends.values()) - {0}:
             os.close(fd)
-        say("p", pid)
-        after = threading.Thread(target=self._outlive, args=(alive,))
-        after.start()
+        self._say("p", pid)
+        stop, stopper = os.pipe()
+        drained = [threading.Event() for _ in self._streams]
+        copiers = [
+            threading.Thread(target=self._copy, args=(*stream, stop, event))
+            for stream, event in zip(self._streams, drained)
+        ]
+        for copier in copiers:
+            copier.start()
         while True:
             status = os.waitpid(pid, os.WUNTRACED)[1]
             if not os.WIFSTOPPED(status):
                 break
-            say("s", os.WSTOPSIG(status))
-        say("x", status)
-        after.join()
-
-    def _become(self, argv: Sequence[str], environ: Dict[str, str], ends: Dict[int, int]) -> None:
-        if self._terminal >= 0:
-            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-            os.setpgid(0, 0)
-            os.tcsetpgrp(ends[1], os.getpid())
-            signal.signal(signal.SIGTTOU, signal.SIG_DFL)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
-            signal.signal(number, signal.SIG_DFL)
-        for fd, end in ends.items():
-            os.dup2(end, fd)
-        try:
-            os.execvpe(argv[0], list(argv), environ)
-        except OSError as error:
-            import shutil
-
-            path = shutil.which(argv[0])
-            if error.errno != errno.ENOEXEC or path is None:
-                raise
-            os.execve("/bin/sh", ["sh", path, *argv[1:]], environ)  # as execvp(3) does
-
-    def _outlive(self, alive: int) -> None:
-        """Copy in the keeper what is written after the other process is gone."""
-        streams: List[Optional[Tuple[int, int]]] = list(self._streams)
-        said = b""
-        while True:
-            said, before = os.read(alive, 1), said
-            if not said:
-                break
-            number = said[0]
-            if number < len(streams):  # nobody reads it any more, which the program has to notice
-                stream, streams[number] = streams[number], None
-                if stream is not None:
-                    os.close(stream[0])
-        if self._terminal >= 0 and before != _ENDED:
-            import termios
-
-            with contextlib.suppress(OSError, termios.error):
-                termios.tcsetattr(0, termios.TCSANOW, self._modes)
-
-        def copy(stream: Tuple[int, int]) -> None:
-            copy_output(*stream, lambda _: None)
-            os.close(stream[0])
-
-        copiers = [threading.Thread(target=copy, args=(stream,)) for stream in streams if stream is not None]
-        for copier in copiers:
-            copier.start()
+            self._say("s", pid)
+        os.close(stopper)
+        for event in drained:
+            event.wait()
+        self._say("t", len(self._tail), self._tail)
+        self._say("x", status)
         for copier in copiers:
             copier.join()
 
-    # ---------------------------------------------------------------- this process
+    def _become(self, argv: Sequence[str], environ: Dict[str, str], session: bool) -> None:
+        if session:
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+            os.setpgid(0, 0)
+            os.tcsetpgrp(self._ends[1], os.getpid())
+        for number in (signal.SIGTTOU, signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores the latter
+            signal.signal(number, signal.SIG_DFL)
+        for fd, end in self._ends.items():
+            os.dup2(end, fd)
+        os.execvpe(argv[0], list(argv), environ)
+
+    def _copy(self, source: int, target: int, stop: int, drained: threading.Event) -> None:
+        """Copy until the end, or until nobody reads it, which the program then notices. When `stop` can be
+        read, the program has ended: what it wrote is copied once there is nothing more."""
+        import select
+
+        until_mono = math.inf
+        with contextlib.suppress(OSError):  # also of a terminal that nobody has open any more
+            while True:
+                ready = select.select([source] if drained.is_set() else [source, stop], [], [])[0]
+                if stop in ready:
+                    until_mono = min(until_mono, _monotonic() + DRAIN_S)
+                    if source not in ready or _monotonic() > until_mono:
+                        drained.set()
+                        continue
+                data = os.read(source, COPY_BYTES)
+                if not data:
+                    break
+                self._note(data)
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(target, view) :]
+        os.close(source)
+        drained.set()
+
+    def _note(self, data: bytes) -> None:
+        with self._lock:
+            self._tail = (self._tail + data[-TAIL_BYTES:])[-TAIL_BYTES:]
+            if _monotonic() - self._said_mono > ProgramReporter.LOOK_S / 2:
+                self._said_mono = _monotonic()
+                self._say("o", 0)
+
+
+class Program:
+    """A program that runs as if its user had started it, beneath a `Keeper`."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        """Have everything ready for `start`, while this process has one thread."""
+        self.pid, self.wrote_mono = 0, -math.inf
+        #: As `waitpid` gives it; the errno where it could not be started; the last of what it wrote.
+        self.status, self.error, self.output = 0, 0, b""
+        #: By signal: when to pass it on, and when the keeper got it.
+        self._due: Dict[int, float] = {}
+        self._kept: Dict[int, float] = {}
+        self._signals: Deque[int] = deque()
+        self._raw, self._typed = False, b""
+        self._terminal, source, end = -1, -1, -1
+        if os.isatty(1):
+            self._terminal, end = self._make_terminal()
+        else:
+            source, end = os.pipe()
+        streams, ends = [(max(self._terminal, source), 1)], {0: 0, 1: end, 2: end}
+        # Of two pipes to one file, the order of what is written would be lost.
+        if not os.path.sameopenfile(1, 2) and not (os.isatty(1) and os.isatty(2)):
+            other, ends[2] = os.pipe()
+            streams.append((other, 2))
+        # Where people type into its terminal, it gets a session for it. Otherwise it stays in that of this
+        # process, and the kernel sends it what is typed in the terminal there.
+        self._session = self._terminal >= 0 and os.isatty(0)
+        if self._session:
+            ends[0] = end
+        self._hears, says = os.pipe()
+        hears, self._tells = os.pipe()
+        if os.fork() == 0:
+            try:
+                os.close(self._tells)
+                Keeper(says, streams, ends).run(argv, hears, self._session)
+            finally:
+                os._exit(1)
+        for fd in {*ends.values(), says, hears, *(source for source, _ in streams)} - {0, self._terminal}:
+            os.close(fd)
+
+    def _make_terminal(self) -> Tuple[int, int]:
+        """Return both ends of a terminal like that of standard output, but for what that one itself does
+        with what is written."""
+        import termios
+
+        outer, inner = os.openpty()
+        self._modes = termios.tcgetattr(1)
+        modes = self._modes[:]
+        modes[1] &= ~termios.OPOST
+        termios.tcsetattr(inner, termios.TCSANOW, modes)
+        self._fit(inner)
+        return outer, inner
 
     def start(self, environ: Dict[str, str]) -> None:
-        """Start the program, with these variables in its environment besides those of this process."""
-        self._set_raw(True)  # before the program writes its first line
-        self._tell_keeper(to_json(environ).encode("ascii") + b"\n")
+        """Start it, with these variables in its environment besides those of this process."""
+        self._set_raw(True)  # before it writes its first line
+        with os.fdopen(self._tells, "w") as file:
+            file.write(to_json(environ))
 
-    def wait(self) -> None:
-        """Pass on bytes and signals until the program has ended and its output has been copied."""
+    def wait(self, on_hand_over: Callable[[], None]) -> None:
+        """Pass on what is typed, and signals, until the program has ended and its output is copied."""
         import select
 
         wake, waker = os.pipe()
         os.set_blocking(waker, False)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        for number in (*FORWARDED, HAND_OVER, signal.SIGWINCH):
-            if signal.getsignal(number) != signal.SIG_IGN or number == HAND_OVER:
-                signal.signal(number, lambda number, _: self._signals.append(number))
-        stop, stopper = os.pipe()
-        copiers = [
-            threading.Thread(target=self._copy, args=(number, stop), daemon=True)
-            for number in range(len(self._streams))
-        ]
-        for copier in copiers:
-            copier.start()
-        control: Optional[int] = self._control
-        while control is not None:
-            reading, writing = [control, wake], []
-            if self._typed:
-                writing.append(self._terminal)
-            elif self._raw:
-                reading.append(0)
+        for wanted in (*FORWARDED, HAND_OVER, signal.SIGWINCH):
+            if signal.getsignal(wanted) != signal.SIG_IGN or wanted == HAND_OVER:
+                signal.signal(wanted, lambda number, _: self._signals.append(number))
+        ended = False
+        while not ended:
+            reading = [self._hears, wake, *([0] if self._raw and not self._typed else [])]
             wait_s = max(0.0, min(self._due.values()) - _monotonic()) if self._due else None
-            ready, writable, _ = select.select(reading, writing, [], wait_s)
+            ready, writable, _ = select.select(reading, [self._terminal] if self._typed else [], [], wait_s)
             if wake in ready:
                 os.read(wake, 4096)
-            if control in ready and not self._hear(control):
-                control = None
             if 0 in ready:
-                self._read_keys()
+                with contextlib.suppress(OSError):
+                    self._typed = os.read(0, 1024)
+                self._raw = bool(self._typed)  # otherwise the terminal is gone
             if writable:
-                self._typed = self._typed[os.write(self._terminal, self._typed[:1024]) :]
-            self._pass_signals_on()
-        os.close(stopper)
-        while any(copier.is_alive() for copier in copiers):
-            copiers[0].join(0.05) if copiers[0].is_alive() else copiers[-1].join(0.05)
-            if self._signals and self._signals.pop() in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                break  # who reads it does not, and somebody has had enough
+                self._typed = self._typed[os.write(self._terminal, self._typed) :]
+            ended = self._hears in ready and self._hear()
+            while self._signals:
+                self._take_signal(self._signals.popleft(), on_hand_over)
+            for number in [number for number, due in self._due.items() if _monotonic() >= due and self.pid]:
+                del self._due[number]
+                with contextlib.suppress(OSError):
+                    os.kill(-self.pid if self._session else self.pid, number)
         self._set_raw(False)
-        self._tell_keeper(_ENDED)
 
-    def _copy(self, number: int, stop: int) -> None:
-        source, target = self._streams[number]
-        if not copy_output(source, target, self._output.note, stop):
-            self._tell_keeper(bytes([number]))
-            os.close(source)
-
-    def _tell_keeper(self, what: bytes) -> None:
-        with contextlib.suppress(OSError):  # it was killed
-            os.write(self._alive, what)
-
-    def _hear(self, control: int) -> bool:
-        """Take in what the keeper says; False when there will be no more."""
-        said = os.read(control, 10)
-        kind, number = said[:1], int(said[1:] or 0)
+    def _hear(self) -> bool:
+        """Take in what the keeper says; True when there will be no more."""
+        said = os.read(self._hears, 10)
+        kind, number = said[:1], int(said[1:] or 9)
         if kind == b"p":
             self.pid = number
-            self.on_start(number)
         elif kind == b"e":
             self.error = number
+        elif kind == b"o":
+            self.wrote_mono = _monotonic()
         elif kind == b"g":
             self._kept[number] = _monotonic()
             self._due.pop(number, None)
-        elif kind == b"s":
-            if self._terminal >= 0:
-                self._stop()
-        else:
-            self.status = number if kind == b"x" else signal.SIGKILL  # of the keeper itself
-        return self.status is None
+        elif kind == b"s" and self._session:
+            self._stop()
+        elif kind == b"t" and number:
+            self.output = os.read(self._hears, number)
+        elif kind in (b"x", b""):  # or the keeper was killed with SIGKILL, that is 9
+            self.status = number
+        return kind in (b"x", b"")
 
-    def _pass_signals_on(self) -> None:
+    def _take_signal(self, number: int, on_hand_over: Callable[[], None]) -> None:
         now = _monotonic()
-        while self._signals:
-            number = self._signals.popleft()
-            if number == HAND_OVER:
-                self.on_hand_over()
-            elif number == signal.SIGWINCH:
-                self._fit()
-            elif now - self._kept.get(number, -math.inf) > SAME_SIGNAL_S:
-                self._due.setdefault(number, now + SAME_SIGNAL_S)
-            if number == signal.SIGCONT:
-                self._set_raw(True)
-        for number in [number for number, due in self._due.items() if now >= due and self.pid]:
-            del self._due[number]
-            with contextlib.suppress(OSError):
-                # Whose terminal goes away is told with all that it runs there.
-                hung_up = number == signal.SIGHUP and self._terminal >= 0
-                os.kill(-self.pid if hung_up else self.pid, number)
-
-    # ---------------------------------------------------------------- its terminal
+        if number == HAND_OVER:
+            on_hand_over()
+        elif number == signal.SIGWINCH:
+            self._fit(self._terminal)
+        elif now - self._kept.get(number, -math.inf) > SAME_SIGNAL_S:
+            self._due.setdefault(number, now + SAME_SIGNAL_S)
+        if number == signal.SIGCONT:
+            self._set_raw(True)
 
     def _set_raw(self, raw: bool) -> None:
         """Let the program's terminal treat what is typed and written, or the one of this process again."""
-        if self._terminal < 0 or raw == self._raw:
+        if not self._session or raw == self._raw:
             return
         import termios
         import tty
@@ -9636,24 +9553,13 @@ class Program:
             modes[1] = modes[1] & ~termios.OPOST | (self._modes[1] & termios.OPOST if raw else 0)
             termios.tcsetattr(self._terminal, termios.TCSANOW, modes)
             self._raw = raw
-            self._fit()
+            self._fit(self._terminal)
 
-    def _read_keys(self) -> None:
-        try:
-            self._typed = os.read(0, 1024)
-        except OSError:
-            self._typed = b""
-        if not self._typed:
-            self._raw = False  # the terminal is gone
+    def _fit(self, terminal: int) -> None:
+        import termios
 
-    def _fit(self) -> None:
-        """Give the program's terminals the size of those that they stand for."""
-        for source, target in self._streams:
-            if os.isatty(target):
-                with contextlib.suppress(OSError):
-                    _copy_size(target, source)
-                if self._terminal < 0 and self.pid:
-                    self._due[signal.SIGWINCH] = 0.0  # it may have asked for the size before it was right
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(terminal, termios.TIOCSWINSZ, fcntl.ioctl(1, termios.TIOCGWINSZ, bytes(8)))
 
     def _stop(self) -> None:
         """Stop this job as its user stopped the program, and go on when that does."""
@@ -9666,65 +9572,46 @@ class Program:
             os.killpg(self.pid, signal.SIGCONT)
 
 
-#: What the keeper is told when all is well.
-_ENDED = b"\xff"
-
-
-def _copy_size(source: int, target: int) -> None:
-    import termios
-
-    fcntl.ioctl(target, termios.TIOCSWINSZ, fcntl.ioctl(source, termios.TIOCGWINSZ, bytes(8)))
-
-
-def _terminal_like(fd: int) -> Tuple[int, int]:
-    """Return both ends of a new terminal with the size and the modes of `fd`, but for what that itself does
-    with what is written."""
-    import termios
-
-    outer, inner = os.openpty()
-    modes = termios.tcgetattr(fd)
-    modes[1] &= ~termios.OPOST
-    termios.tcsetattr(inner, termios.TCSANOW, modes)
-    _copy_size(fd, inner)
-    return outer, inner
-
-
 # -------------------------------------------------------------------------- its run
+
+_ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_=>])")
+
+
+def last_lines(output: bytes) -> List[str]:
+    """Return the last lines that are not empty, as a terminal would show them, for people to read."""
+    text = _ESCAPE_SEQUENCE.sub("", output.decode("utf-8", "replace"))
+    lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+    return [printable(line, OUTPUT_LINE) for line in lines if line.strip()][-OUTPUT_LINES:]
 
 
 def cpu_seconds(program: int) -> float:
     """Return the processor time that a process, and all that it started, has used; 0 where there is no
     /proc to read it from."""
-    parents: Dict[int, List[int]] = {}
+    children: Dict[int, List[int]] = {}
     used: Dict[int, int] = {}
     for name in names_in("/proc", "[0-9]+"):
         with contextlib.suppress(OSError, ValueError, IndexError):  # it has just ended
             with open(f"/proc/{name}/stat", "rb") as file:
                 fields = file.read().rpartition(b") ")[2].split()
-            parents.setdefault(int(fields[1]), []).append(int(name))
+            children.setdefault(int(fields[1]), []).append(int(name))
             used[int(name)] = sum(map(int, fields[11:15]))  # also of its children that have ended
-    total, found = 0, [program]
+    found = [program]
     for pid in found:
-        total += used.get(pid, 0)
-        found += parents.get(pid, ())
-    return total / os.sysconf("SC_CLK_TCK")
+        found += children.get(pid, ())
+    return sum(used.get(pid, 0) for pid in found) / os.sysconf("SC_CLK_TCK")
 
 
 def count_oom_kills() -> Optional[int]:
-    """Return how many processes the kernel has killed in this control group since it was out of memory;
-    None where that cannot be read."""
+    """Return how many processes of this control group the kernel has killed since memory ran out; None where
+    that cannot be read."""
     with contextlib.suppress(OSError, ValueError):
         with open("/proc/self/cgroup", encoding="utf-8") as file:
-            groups = [line.rstrip("\n").split(":", 2) for line in file]
-        for _, controllers, path in groups:
-            if controllers not in ("", "memory"):
-                continue
-            v2 = f"/sys/fs/cgroup{path}/memory.events"
-            name = f"/sys/fs/cgroup/memory{path}/memory.oom_control" if controllers else v2
-            with contextlib.suppress(OSError), open(name, encoding="utf-8") as file:
-                match = re.search("^oom_kill ([0-9]+)$", file.read(), re.MULTILINE)
-                if match is not None:
-                    return int(match[1])
+            groups = dict(line.rstrip("\n").split(":", 2)[1:] for line in file)
+        for kind, name in (("", "memory.events"), ("memory", "memory.oom_control")):  # cgroup v2, and v1
+            if kind in groups:
+                with open(f"/sys/fs/cgroup/{kind}{groups[kind]}/{name}", encoding="utf-8") as file:
+                    found = re.search("^oom_kill ([0-9]+)$", file.read(), re.MULTILINE)
+                return int(found[1]) if found else None
     return None
 
 
@@ -9770,40 +9657,40 @@ class ProgramReporter(threading.Thread):
     LOOK_S = 1.0
     #: How long a program is silent before its processor time is asked for, and what share of it is life.
     CPU_AFTER_S, CPU_SHARE = 15.0, 0.05
-    #: A run that the program has ended and let go is taken back after so long: it may be about to exit.
-    TAKE_BACK_S = 10.0
+    #: A run that the program let go is taken back after so long: the program may be about to exit.
+    TAKE_BACK_S = 5.0
+    #: How long a run may take to open before the program starts, and to end after it did.
+    OPEN_S, END_S = 1.0, 10.0
 
-    def __init__(self, open_run: Callable[[], Run], expect: Union[float, str], output: Output) -> None:
+    def __init__(self, program: Program, open_run: Callable[[], Run], expect: Union[float, str]) -> None:
         super().__init__(daemon=True)
-        self._open_run, self._expect, self._output = open_run, expect, output
-        self._cpu_after_s = self.CPU_AFTER_S
-        if isinstance(expect, float) and expect:
-            self._cpu_after_s = min(self.CPU_AFTER_S, expect / 4)
-        self.opened = threading.Event()
-        #: What the program has to know to join its run; empty where there is none.
-        self.environ: Dict[str, str] = {}
-        self.pid = 0
+        self._program, self._open_run, self._expect = program, open_run, expect
+        quick = isinstance(expect, float) and expect > 0
+        self._cpu_after_s = min(self.CPU_AFTER_S, float(expect) / 4) if quick else self.CPU_AFTER_S
+        self._opened, self._wake = threading.Event(), threading.Event()
         self._run: Optional[Run] = None
-        self._wake = threading.Event()
+        self._environ: Dict[str, str] = {}
         self._asked = False
-        self._end_of_program: Optional[Tuple[str, List[str]]] = None
+        self._end: Optional[End] = None
         self._alive_mono, self._cpu, self._cpu_mono = 0.0, math.inf, -math.inf
         self._free_since = math.inf
 
-    def watch(self, pid: int) -> None:
-        """Note the process whose processor time is a sign of life."""
-        self.pid = pid
+    def environ(self) -> Dict[str, str]:
+        """Open the run, and return what lets the program join it; {} where it does not open."""
+        self.start()
+        self._opened.wait(self.OPEN_S)
+        return self._environ
 
     def hand_over(self) -> None:
         """Let the program have its run."""
         self._asked = True
         self._wake.set()
 
-    def finish(self, reason: str, output: List[str]) -> bool:
+    def finish(self, end: End) -> bool:
         """Say how the program ended; True when that is recorded, or cannot be."""
-        self._end_of_program = reason, output
+        self._end = end
         self._wake.set()
-        self.join(END_WAIT_S)
+        self.join(self.END_S)
         return not self.is_alive()
 
     def run(self) -> None:
@@ -9814,89 +9701,73 @@ class ProgramReporter(threading.Thread):
             log.warning("exec: the program runs, and nobody watches it: %s", what)
             return
         finally:
-            self.opened.set()
-        while self._end_of_program is None:
+            self._opened.set()
+        while self._end is None:
             self._wake.wait(self.LOOK_S)
             self._wake.clear()
-            try:
+            with contextlib.suppress(AimwatchError, OSError):
                 self._look()
-            except (AimwatchError, OSError) as error:
-                log.debug("run %s: %s", self._hash, error)
         with contextlib.suppress(AimwatchError, OSError):
-            self._finish(*self._end_of_program)
+            self._finish(self._end)
 
     def _take(self) -> None:
         self._run = self._open_run()
         self._hash, self._paths = self._run.hash, self._run._paths
-        self.environ = {"AIMWATCH_RUN": self._hash, "AIMWATCH_REPO": self._paths.root}
+        self._environ = {"AIMWATCH_RUN": self._hash, "AIMWATCH_REPO": self._paths.root}
         self._alive_mono = _monotonic()
         self._run.report_progress(expect_next_in=self._expect)
 
     def _look(self) -> None:
-        asked, self._asked = self._asked, False
-        if self._run is not None and asked:
-            self._run._close_files()
-            self._run, self._free_since = None, _monotonic()
-        elif self._run is None:
-            self._take_back()
-        elif self._is_alive():
-            self._run.report_progress(expect_next_in=self._expect)
-
-    def _is_alive(self) -> bool:
         now = _monotonic()
-        if self._output.at_mono > self._alive_mono:
+        if self._run is None:
+            if lock_state(self._paths.marker(self._hash)) in ("held", "unknown"):
+                self._free_since = math.inf
+            self._free_since = min(self._free_since, now)
+            if now - self._free_since > self.TAKE_BACK_S:
+                self._take()
+        elif self._asked:
+            self._run._close_files()
+            self._run, self._free_since = None, now
+        elif self._is_alive(now):
+            self._run.report_progress(expect_next_in=self._expect)
+        self._asked = False
+
+    def _is_alive(self, now: float) -> bool:
+        if self._program.wrote_mono > self._alive_mono:
             self._alive_mono = now
             return True
-        if now - self._alive_mono < self._cpu_after_s or now - self._cpu_mono < self._cpu_after_s:
+        if now - max(self._alive_mono, self._cpu_mono) < self._cpu_after_s:
             return False
-        (before, cpu_mono), self._cpu, self._cpu_mono = (
-            (self._cpu, self._cpu_mono),
-            cpu_seconds(self.pid),
-            now,
-        )
-        return self._cpu - before > self.CPU_SHARE * (now - cpu_mono)
+        before, before_mono = self._cpu, self._cpu_mono
+        self._cpu, self._cpu_mono = cpu_seconds(self._program.pid), now
+        return self._cpu - before > self.CPU_SHARE * (now - before_mono)
 
-    def _take_back(self) -> None:
-        """Go on with the run when the program has let it go, and goes on without."""
-        if lock_state(self._paths.marker(self._hash)) in ("held", "unknown"):
-            self._free_since = math.inf
-            return
-        self._free_since = min(self._free_since, _monotonic())
-        ended = read_log(self._paths.run_log(self._hash), self._hash).end is not None
-        # Not at once: what asked for the run may not have it yet.
-        if _monotonic() - self._free_since > (self.TAKE_BACK_S if ended else self.LOOK_S):
-            self._take()
-
-    def _finish(self, reason: str, output: List[str]) -> None:
+    def _finish(self, how: End) -> None:
         if self._run is None:
             end = read_log(self._paths.run_log(self._hash), self._hash).end
-            said = end is not None and (end["end"] == FAILED or not reason)
+            said = end is not None and (end["end"] == FAILED or how.flag == FINISHED)
             if said or lock_state(self._paths.marker(self._hash)) == "held":
                 return  # by what the program left behind
             self._take()
         assert self._run is not None
-        if reason:
-            self._run._end(End(FAILED, reason, output=output))
+        self._run._end(how)
         self._run.close()
 
 
 def run_program(argv: Sequence[str], open_run: Callable[[], Run], expect: Union[float, str]) -> int:
     """Run a program as the run that `open_run` returns, and return its exit code."""
-    output = Output()
-    program = Program(argv, output)
-    reporter = ProgramReporter(open_run, expect, output)
-    reporter.start()
-    reporter.opened.wait(OPEN_WAIT_S)
+    program = Program(argv)
+    reporter = ProgramReporter(program, open_run, expect)
     kills_before = count_oom_kills()
-    program.start(reporter.environ)
-    program.on_start, program.on_hand_over = reporter.watch, reporter.hand_over
-    program.wait()
+    program.start(reporter.environ())
+    program.wait(reporter.hand_over)
     kills = count_oom_kills()
     kills = None if kills is None or kills_before is None else kills - kills_before
-    code, reason = program_end(program.status or 0, program.error, kills)
+    code, reason = program_end(program.status, program.error, kills)
     if program.error:
         print(f"{command_line()}: exec: {argv[0]}: {os.strerror(program.error)}", file=sys.stderr)
-    if not reporter.finish(reason, output.last_lines()):
+    lines = last_lines(program.output)
+    if not reporter.finish(End(FAILED, reason, output=lines) if reason else End(FINISHED)):
         os._exit(code)  # a share hangs, and would hang the end of this process too
     return code
 
@@ -10240,11 +10111,6 @@ def _watch(
     return 0
 
 
-def learned_or_seconds(text: str) -> Union[float, str]:
-    """Return the promise of a program's run: "auto" or seconds, 0 for none."""
-    return text if text == AUTO else seconds_from(0)(text)
-
-
 def key_value(text: str) -> Tuple[List[str], Any]:
     """Return the path and the value of `hparams.lr=0.1`: JSON, or text where it is none."""
     key, equals, value = text.partition("=")
@@ -10271,8 +10137,7 @@ def key_value(text: str) -> Tuple[List[str], Any]:
     ),
     argument(
         "--expect",
-        type=learned_or_seconds,
-        default=AUTO,
+        type=seconds_from(0),
         metavar="S",
         help="seconds within which it writes or computes; 0: no promise (default: learned from its output)",
     ),
@@ -10295,7 +10160,7 @@ def cmd_exec(args: Any) -> int:
                 run[tuple(path)] = value
         return run
 
-    return run_program(argv, open_run, args.expect)
+    return run_program(argv, open_run, AUTO if args.expect is None else args.expect)
 
 
 #: How often a watcher that stands by asks whether the watch is free.
@@ -10488,7 +10353,7 @@ def status_rows(
         if state == RUNNING and facts.get("run.reason"):
             state = FAILED  # its log knows, and no watcher has seen it yet
         ack = ack_name(seen.name, state)
-        member = read_member(paths, seen.hash) if "run.rank" in facts else None
+        rank, world = (facts.get(f"run.{field}", "") for field in ("rank", "world"))
         rows.append(
             {
                 "hash": seen.hash,
@@ -10500,9 +10365,9 @@ def status_rows(
                 "host": facts.get("run.host"),
                 "pid": facts.get("run.pid"),
                 "job": facts.get("run.job"),
-                "rank": member.rank if member else None,
-                "world": member.world if member else None,
-                "group": member.group if member else None,
+                "rank": int(rank) if rank.isdecimal() else None,
+                "world": int(world) if world.isdecimal() else None,
+                "group": facts.get("run.group"),
                 "reason": facts.get("run.reason") or None,
                 "progress": facts.get("run.progress") or None,
                 "muted_until": None if muted_until is None else Moment(muted_until),

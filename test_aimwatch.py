@@ -11654,8 +11654,7 @@ while True:
 class RunsWithoutCode(ExecCase):
     def test_status_is_the_programs_and_the_run_says_why(self) -> None:
         script = os.path.join(self.root, "script")
-        with open(script, "w") as file:
-            file.write("echo no first line with a program; exit 6\n")
+        open(script, "w").close()
         for argv, code, reason, said in (
             (["true"], 0, None, ""),
             (["sh", "-c", "exit 3"], 3, "exited with status 3", ""),
@@ -11668,11 +11667,9 @@ class RunsWithoutCode(ExecCase):
                 "no-such-program: No such file",
             ),
             ([script], 126, "cannot start: Permission denied", ": Permission denied"),
-            (["./script"], 6, "exited with status 6", ""),
             (["sh", "-c", "exec >&- 2>&-; sleep 0.1; exit 7"], 7, "exited with status 7", ""),
         ):
             with self.subTest(argv):
-                os.chmod(script, 0o755 if argv[0].startswith("./") else 0o644)
                 process = self.program(*argv, cwd=self.root)
                 err = process.communicate(timeout=30)[1].decode()
                 self.assertEqual(code, process.returncode, err)
@@ -11732,12 +11729,9 @@ class RunsWithoutCode(ExecCase):
         self.assertEqual((b"out\n" * 5, b"err\n" * 5), process.communicate(timeout=30))
 
     def test_last_lines_are_kept_and_defused(self) -> None:
-        out = aimwatch.Output()
-        out.note(b"lost\n" + b"x" * 20_000 + b"\n")
-        for number in range(30):
-            out.note(b"line %d\n" % number)
-        out.note(b"\n  1%\r 50%\r100%\r\n\x1b[31mred\x1b[0m \x1b]0;title\x07\a \xff \xe2\x80\xae\nno end")
-        lines = out.last_lines()
+        output = b"lost\n" + b"x" * 400 + b"\n" + b"".join(b"line %d\n" % number for number in range(30))
+        output += b"\n  1%\r 50%\r100%\r\n\x1b[31mred\x1b[0m \x1b]0;title\x07\a \xff \xe2\x80\xae\nno end"
+        lines = aimwatch.last_lines(output)
         self.assertEqual(20, len(lines))
         self.assertEqual(["100%", "red \\x07 \ufffd \\x202e", "no end"], lines[-3:])
         self.assertEqual("line 13", lines[0])
