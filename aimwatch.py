@@ -3670,7 +3670,7 @@ class Run:
         if self._to_end is None:
             end = self._with_signal(end)
             # The clock may have been set back, and no run ends before it began.
-            time_s = max(round(time.time(), 3), self._state.last_time)
+            time_s = max(round(time.time(), 3), self._state.created_at, self._state.last_time)
             record: Dict[str, Any] = {"end": end.flag, "time": time_s, "idx": self._file.next_idx()}
             if end.reason:
                 record.update(reason=end.reason, frames=list(end.frames))
@@ -3998,7 +3998,8 @@ class LoopCallback:
 
     def _take(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> None:
         first, second = (*args, None, None)[:2]
-        lightning, transformers = hasattr(first, "is_global_zero"), hasattr(second, "is_world_process_zero")
+        lightning = hasattr(first, "is_global_zero")
+        transformers = not lightning and hasattr(second, "is_world_process_zero")
         if name == "set_model":
             self._model = first
         elif name == "set_params":
@@ -7990,7 +7991,7 @@ def describe_progress(state: RunState) -> str:
     try:
         part, elapsed_s = map(float, state.header["progress"])
         left_s = elapsed_s * (1 - part) / part
-        units = [unit_s for unit_s in (86400, 3600, 60, 1) if left_s >= 2 * unit_s]
+        units = [unit_s for unit_s in (86400, 3600, 60, 1) if left_s >= 1.5 * unit_s]
         return f"{part:.0%}, about {human_s(round(left_s / units[0]) * units[0])} left".replace("%", " %")
     except (ArithmeticError, IndexError, KeyError, TypeError, ValueError):
         return ""

@@ -23,6 +23,7 @@ import enum
 import errno
 import fcntl
 import fractions
+import functools
 import gc
 import hashlib
 import http
@@ -38,6 +39,7 @@ import mmap
 import operator
 import os
 import pathlib
+import pickle
 import pty
 import pwd
 import random
@@ -1673,6 +1675,569 @@ class RunInAThread(ProcessCase):
         self.assertEqual(self.finished_process(code, begin="")[:2], (-15, ["True"]))
         for run_hash in "rs":
             self.assertEqual(self.end_of(run_hash)["reason"], "terminated by SIGTERM")
+
+
+# ---------------------------------------------------------------------- inside frameworks
+
+
+#: What raises, why the run ended, and, for some, a word that its frames must have.
+WORDS: Tuple[Tuple[str, str, str], ...] = (
+    ("raise ValueError('Caught KeyError in worker 1.\\n  File \"/job/data.py\", line 3, in load\\n    x[1]\\n'"
+     "'\\x1b[31mKeyError: 1\\x1b[0m\\n')", "ValueError: Caught KeyError in worker 1. ... KeyError: 1",
+     "/job/data.py:3 in load: x[1]"),
+    ("try: boom()\nexcept ValueError as e: raise RuntimeError('step 7') from e",
+     "RuntimeError: step 7; caused by ValueError: boom", ""),
+    ("e = OSError('disk'); e.__notes__ = ['in epoch 3\\nand more']; raise e", "OSError: disk; in epoch 3", ""),
+    ("class Group(Exception): exceptions = (ValueError('a'), KeyError('b'))\nraise Group('two')",
+     "Group: two; ValueError: a; KeyError: 'b'", ""),
+    ("class Odd(Exception): __notes__ = exceptions = property(lambda self: 1 / 0)\nraise Odd('x')", "Odd: x", ""),
+    ("import multiprocessing\nmultiprocessing.get_context('fork').Pool(1).map(eval, ['int(\"x\")'])",
+     "ValueError: invalid literal for int() with base 10: 'x'", "in mapstar"),
+)  # fmt: skip
+
+#: A main module as somebody writes it who does not think of workers: it begins a run wherever it is imported.
+NO_GUARD = """
+import multiprocessing, sys
+from aimwatch import Run
+run = Run()
+def work(other):
+    for each in (run, other):
+        each.report_progress(expect_next_in=1)
+        each.track(1, "m")
+    return other.name, other["lr"]
+if __name__ == "__main__":
+    run.name, run["lr"] = "main", 0.1
+    for method in sys.argv[1:]:
+        context = multiprocessing.get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload(["__main__"])
+        with context.Pool(1) as pool:
+            print(pool.map(work, [run]))
+    run.report_successful_finish()
+"""
+
+#: The grandchild closes what it inherited, as daemons do, and opens files of its own.
+DAEMON = """
+run = Run("r")
+run.report_progress(expect_next_in=60)
+run.name = "before"
+if os.fork():
+    time.sleep(0.1)
+    os._exit(0)
+os.setsid()
+if os.fork():
+    os._exit(0)
+os.closerange(3, 64)
+theirs = [open(os.path.join(os.environ["AIMWATCH_REPO"], str(number)), "wb") for number in range(12)]
+deadline = time.monotonic() + 30
+while not run._is_mine() and time.monotonic() < deadline:
+    run.report_progress(expect_next_in=60)
+run.track(1, "m")
+run.report_successful_finish()
+run.close()
+assert all(os.fstat(file.fileno()).st_size == 0 for file in theirs)
+print("daemon", os.getpid())
+"""
+
+
+class InsideFrameworks(ProcessCase):
+    def test_reason_has_the_words_that_matter_and_frames_of_other_processes(self) -> None:
+        for code, reason, frame in WORDS:
+            with self.subTest(reason):
+                self.finished_process(f"run = Run('r')\n{code}", "")
+                self.assertEqual(self.end_of("r")["reason"], reason)
+                self.assertIn(frame, "\n".join(self.end_of("r")["frames"]))
+
+    def test_last_two_frames_of_the_users_own_are_kept(self) -> None:
+        ours, lib = "/job/train.py", "/x/lib/python3.11/selectors.py"
+        site = "/x/lib/python3.11/site-packages/torch/nn.py"
+        for files, told in (
+            ([ours] * 9, [3, 4, 5, 6, 7, 8]),
+            ([ours, ours, ours, *[site] * 9], [1, 2, 8, 9, 10, 11]),
+            ([ours, lib, ours, *[lib] * 3], [0, 1, 2, 3, 4, 5]),
+            ([lib] * 7, [1, 2, 3, 4, 5, 6]),
+            ([ours, ours, "<frozen runpy>", *[aimwatch.__file__] * 9], [0, 1, 8, 9, 10, 11]),
+        ):
+            self.assertEqual(aimwatch.telling_frames(files), told)
+
+    def test_signal_that_a_handler_took_is_the_reason_where_the_process_dies_of_it(self) -> None:
+        code = "signal.signal(signal.SIGTERM, lambda *args: os._exit(9))\nterm()"
+        self.assertEqual(self.finished_process(code)[0], 9)
+        state = aimwatch.read_log(self.paths.run_log("r"), "r")
+        self.assertIsNone(state.end)
+        self.assertEqual(aimwatch.run_facts(self.paths, "r")["run.reason"], "terminated by SIGTERM")
+        self.assertGreater(aimwatch.finalize_dead(self.paths, state, 0.0), 0)
+        self.assertEqual(self.end_of("r")["reason"], "terminated by SIGTERM")
+        self.assertIn(" in term: ", self.end_of("r")["frames"][-1])
+
+    def test_signal_explains_no_end_that_comes_much_later(self) -> None:
+        code = (
+            "signal.signal(signal.SIGTERM, lambda *args: None)\nos.kill(os.getpid(), signal.SIGTERM)\n"
+            "aimwatch.SIGNAL_S = 0.0\ntime.sleep(0.01)\nrun.report_progress(block=True)"
+        )
+        self.finished_process(code)
+        self.assertEqual((self.end_of("r")["end"], self.end_of("r").get("reason")), ("finished", None))
+
+    def test_exception_in_the_middle_of_an_end_goes_on_and_the_end_is_recorded(self) -> None:
+        for name in ("_record", "_look", "_checkpoint", "_index_itself"):
+            with self.subTest(name):
+                code = f"""
+real = run.{name}
+def once(*args):
+    run.{name} = real
+    raise RuntimeError("a worker was killed")
+run.report_progress(expect_next_in=60)
+try:
+    with run:
+        run.{name} = once
+except RuntimeError as error:
+    print(error)
+"""
+                self.assertEqual(self.finished_process(code)[:2], (0, ["a worker was killed"]))
+                self.assertEqual((self.end_of("r")["end"], self.flags("r-")), ("finished", ["finished"]))
+                self.assertTrue(self.is_free("r"))
+
+    def test_subinterpreter_has_a_run_without_signals(self) -> None:
+        code = """
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+code = "from aimwatch import Run\\nwith Run('r') as run: run.report_progress(expect_next_in=60); run.track(1, 'm')"
+found = interpreters.run_string(interpreters.create(), code)
+assert found is None, found
+"""
+        status, _, err = self.finished_process(code, "")
+        if "No module named" in err or "not support loading in subinterpreters" in err:
+            self.skipTest("no subinterpreters here")
+        self.assertEqual((status, self.flags("r-")), (0, ["finished"]), err)
+
+    def test_copy_is_the_run_and_what_is_unpickled_is_inert(self) -> None:
+        code = """
+import copy, pickle
+run["lr"] = 0.1
+assert copy.copy(run) is run and copy.deepcopy([run])[0] is run
+c = copy.copy(run)
+del c
+gc.collect()
+other = pickle.loads(pickle.dumps(run))
+for _ in range(2):
+    other.report_progress(expect_next_in=1)
+    other.track(2, "m")
+    other["lr"] = 0.2
+    other.close()
+print(other.hash, other["lr"], other.name)
+again = pickle.loads(pickle.dumps(other))
+again.report_successful_finish()
+run.track(1, "m")
+del other, again
+print(flags(), len(run.metrics()))
+"""
+        _, out, err = self.finished_process(code)
+        self.assertEqual(out, ["r 0.1 Run: r", "starting 1"])
+        self.assertEqual(
+            err,
+            "report_progress is ignored: run r was unpickled, and belongs to the process that pickled it\n",
+        )
+
+    def test_worker_that_imports_the_main_module_begins_no_run(self) -> None:
+        path = os.path.join(self.root, "main.py")
+        with open(path, "w") as file:
+            file.write(NO_GUARD)
+        process = self.command(sys.executable, path, "spawn", "forkserver")
+        out, err = process.communicate(timeout=60)
+        self.assertEqual((process.returncode, out.splitlines()), (0, ["[('main', 0.1)]"] * 2), err)
+        self.assertEqual(self.flags(), ["finished"])
+        for worker in ("was unpickled", "was made while a worker imports"):
+            self.assertEqual(err.count(worker), 2, err)
+
+    def test_daemon_takes_the_run_over_and_writes_to_no_file_of_others(self) -> None:
+        process = self.process(BEGIN + DAEMON, "r")
+        out, err = process.communicate(timeout=60)
+        self.assertRegex(out, r"^daemon \d+\n$", err)
+        state = aimwatch.read_log(self.paths.run_log("r"), "r")
+        self.assertEqual((self.flags("r-"), state.props["name"]), (["finished"], "before"))
+        self.assertEqual((state.header["pid"], state.series[1].count), (int(out.split()[1]), 1))
+
+    def test_child_whose_parent_lives_takes_nothing_over(self) -> None:
+        code = (
+            "for _ in range(2):\n pid = os.fork()\n if pid == 0: break\n"
+            "if pid == 0:\n run.report_progress(expect_next_in=5); os._exit(run._is_mine())\n"
+            "print(os.waitpid(pid, 0)[1])"
+        )
+        self.assertEqual(self.finished_process(code)[1], ["0"])
+
+    def test_stack_of_the_thread_that_reported_is_the_one_that_is_told(self) -> None:
+        code = """
+aimwatch.promise_margin_s = lambda expect_s: 0.0
+def train():
+    run.report_progress(expect_next_in=0.1)
+    time.sleep(600)
+threading.Thread(target=train, daemon=True).start()
+while not os.path.exists(run._paths.stack("r")):
+    time.sleep(0.01)
+"""
+        process = self.ready_process(code)
+        self.wait_for(lambda: " in train" in aimwatch.hanging_frames(self.paths, "r"))
+        process.terminate()
+        process.wait(60)
+        self.assertIn(" in train: ", self.end_of("r")["frames"][-1])
+
+    def test_stacks_are_written_by_a_thread_of_the_system_where_greenlets_are_in_its_place(self) -> None:
+        code = """
+import types
+def start_new_thread(*args):
+    raise AssertionError("a greenlet")
+gevent = types.ModuleType("gevent.monkey")
+real = {name: getattr(aimwatch._thread, name) for name in ("start_new_thread", "allocate_lock", "get_ident", "RLock")}
+gevent.get_original = lambda module, name: real[name]
+aimwatch._thread.start_new_thread = start_new_thread
+sys.modules["gevent.monkey"] = gevent
+class Greenlet:
+    def __init__(self):
+        def waits(): yield
+        self.waits = waits()
+        self.gr_frame = self.waits.gi_frame
+current = Greenlet()
+greenlet = types.ModuleType("greenlet")
+greenlet.getcurrent = lambda: current
+sys.modules["greenlet"] = greenlet
+aimwatch.promise_margin_s = lambda expect_s: 0.0
+run = Run("r")
+run.report_progress(expect_next_in=0.1)
+while not os.path.exists(run._paths.stack("r")):
+    time.sleep(0.01)
+time.sleep(0.1)
+os._exit(0)
+"""
+        self.assertEqual(self.finished_process(code, "")[0], 0)
+        self.assertIn(" in waits", aimwatch.hanging_frames(self.paths, "r"))
+
+    def test_reason_is_told_where_no_descriptor_is_left(self) -> None:
+        code = """
+import resource
+run.report_progress(expect_next_in=60)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+files = []
+try:
+    while True: files.append(open(os.devnull))
+except OSError as error:
+    if error.errno != 24: raise
+boom()
+"""
+        # Up to 3.9, a thread that ends has the C library open a file, and that aborts the process.
+        begin = "run = Run('r', stacks=sys.version_info >= (3, 10))\n"
+        status, _, err = self.finished_process(code, begin)
+        self.assertEqual((status, "Error in sys.excepthook" in err), (1, False))
+        self.assertEqual(self.end_of("r")["reason"], "ValueError: boom")
+
+    def test_cells_of_a_notebook(self) -> None:
+        code = """
+import types
+class Shell:
+    events = types.SimpleNamespace(register=lambda name, hook: hooks.append((name, hook)))
+hooks, shell = [], Shell()
+sys.modules["IPython"] = types.SimpleNamespace(get_ipython=lambda: shell)
+def cell(error=None, before=None, shown=None):
+    if shown or error:
+        sys.last_value = shown or error
+    for name, hook in hooks:
+        assert name == "post_run_cell"
+        hook(types.SimpleNamespace(error_in_exec=error, error_before_exec=before))
+    print(flags(), run._state.end and run._state.end.get("reason"))
+run = Run("r")
+cell()
+run.report_progress(expect_next_in=60); cell()
+cell(ValueError("a typo"))
+run.report_progress(expect_next_in=60); cell(before=SyntaxError("x"))
+run.report_progress(expect_next_in=60); cell(KeyboardInterrupt())
+run.report_progress(expect_next_in=60); cell(shown=KeyError("in %run"))
+run.report_progress(expect_next_in=60); cell()
+del sys.last_value
+"""
+        out = self.finished_process(code, "")[1]
+        self.assertEqual(out, [
+            "starting None", "check_in None", "check_in None", "check_in None", "check_in failed interrupted",
+            "check_in failed KeyError: 'in %run'", "check_in None",
+        ])  # fmt: skip
+        self.assertEqual(self.end_of("r")["end"], "finished")
+
+    def test_exceptions_that_are_no_failures(self) -> None:
+        for given in (("Pruned",), (KeyError, "Pruned")):
+            code = f"class Pruned(Exception): pass\nwith Run('r', not_failures={given!r}".replace(
+                "<class 'KeyError'>", "KeyError"
+            )
+            self.finished_process(f"{code}): raise Pruned", "")
+            self.assertEqual(self.end_of("r")["end"], "finished")
+        with self.assertRaisesRegex(aimwatch.ArgumentTypeError, "must be several"):
+            Run(repo=self.root, not_failures="Pruned")  # type: ignore[arg-type]
+
+
+class ClockThatIsSetBack(HandDriven):
+    def test_run_looks_for_its_files_and_ends_after_it_began(self) -> None:
+        run = self.run_object("r")
+        run.track(1, "m")
+        with mock.patch.object(aimwatch.time, "time", lambda: run.creation_time - 86_400):
+            shutil.rmtree(self.paths.own)
+            run.track(2, "m")
+            run.track(3, "m")
+            self.assertTrue(os.path.exists(self.paths.run_log("r")))
+            self.assertEqual(run.duration, 0)
+            run.close()
+        state = aimwatch.read_log(self.paths.run_log("r"), "r")
+        self.assertGreaterEqual(state.end["time"], state.created_at)  # type: ignore[index]
+
+
+class Loops(HandDriven):
+    """`progress`, and `callback` as the three frameworks call it."""
+
+    def shown(self, run: Run) -> str:
+        return aimwatch.run_facts(self.paths, run.hash).get("run.progress", "")
+
+    def test_progress_reports_each_item_and_says_how_much_is_done(self) -> None:
+        run = self.run_object()
+        shown = []
+        for _ in run.progress(range(2), expect_next_in=600):
+            for _ in run.progress([1] * 10, expect_next_in=100):
+                self.clock.pass_(360)
+                shown.append(self.shown(run))
+                self.assertEqual(self.check_ins(run.hash)[-1].split("-")[-1], "00110")
+        self.assertEqual(shown[1:3], ["5 %, about 2 h left", "10 %, about 2 h left"])
+        self.assertEqual((shown[10], shown[-1]), ("50 %, about 1 h left", "95 %, about 6 min left"))
+        self.assertEqual(self.shown(run), "")
+        with self.assertRaises(aimwatch.ArgumentError):
+            list(run.progress([1], expect_next_in=-1))
+
+    def test_progress_of_what_has_no_length(self) -> None:
+        run = self.run_object()
+
+        class Bad:
+            __len__ = None
+
+            def __iter__(self) -> Any:
+                return iter("ab")
+
+        for items, total in ((iter("abc"), None), (Bad(), None), (iter("abcd"), 8)):
+            for _ in run.progress(items, total=total):
+                self.clock.pass_(100)
+                shown = self.shown(run)
+            self.assertEqual(shown, "38 %, about 8 min left" if total else "")
+
+    def test_alert_and_status_say_how_much_is_done(self) -> None:
+        run = self.run_object("r")
+        loop = run.progress(range(4))
+        next(loop)
+        self.clock.pass_(7200)
+        next(loop)
+        self.assertEqual(self.shown(run), "25 %, about 6 h left")
+        self.assertIn("25 %, about 6 h left", self.run_cli("status")[1])
+        facts = {**aimwatch.run_facts(self.paths, "r"), "event": "stalled"}
+        self.assertIn("progress: 25 %, about 6 h left", aimwatch.default_message(facts))
+
+    def series(self, run: Any) -> Dict[str, Any]:
+        return {
+            f"{s.name} {s.context['subset']}": (s.count, s.last, s.last_step)
+            for s in run._state.series.values()
+        }
+
+    def test_transformers(self) -> None:
+        callback = aimwatch.callback(repo=self.root, experiment="e")
+        args = types.SimpleNamespace(to_dict=lambda: {"lr": 0.1})
+        state = mock.Mock(spec=["is_world_process_zero", "global_step", "max_steps", "epoch"])
+        state.is_world_process_zero, state.global_step, state.max_steps, state.epoch = False, 0, 4, 0.0
+        callback.on_init_end(args, state, None)
+        callback.on_train_begin(args, state, None, model=None)
+        self.assertEqual(self.check_ins(), [])
+        state.is_world_process_zero = True
+        callback.on_train_begin(args, state, None, model=None)
+        run = callback.run
+        for step in range(1, 4):
+            state.global_step, state.epoch = step, step / 4
+            self.clock.pass_(50)
+            for hook in ("on_step_begin", "on_substep_end", "on_step_end"):
+                self.assertIsNone(getattr(callback, hook)(args, state, None))
+            callback.on_log(args, state, None, logs={"loss": 0.5, "eval_loss": 0.7, "who": "me"})
+        callback.on_evaluate(args, state, None)
+        self.assertTrue(run._promised)
+        self.assertEqual(self.shown(run), "75 %, about 50 s left")
+        self.assertEqual(self.series(run), {"loss train": (3, 0.5, 3), "loss eval": (3, 0.7, 3)})
+        callback.on_train_end(args, state, None)
+        callback.on_prediction_step(args, state, None)
+        self.assertTrue(run._promised)
+        callback.on_evaluate(args, state, None)
+        self.assertFalse(run._promised)
+        self.assertEqual((run["hparams"], run.experiment), ({"lr": 0.1}, "e"))
+        run.close()
+
+    def test_lightning(self) -> None:
+        base = type("Callback", (), {"on_train_start": lambda *args: self.fail("not ours"), "state_key": "x"})
+        with mock.patch.dict(sys.modules, {"lightning.pytorch": mock.Mock(Callback=base)}):
+            callback = aimwatch.callback(repo=self.root)
+        self.assertIsInstance(callback, base)
+        again = pickle.loads(pickle.dumps(callback))
+        self.assertEqual((again.run, again.state_key, again.state_dict()), (None, "aimwatch", {}))
+        trainer = mock.Mock(is_global_zero=False, sanity_checking=False, global_step=4, current_epoch=0,
+                            log_every_n_steps=2, max_epochs=2, num_training_batches=8)  # fmt: skip
+        trainer.fit_loop.epoch_progress.current.completed = 0
+        trainer.fit_loop.epoch_loop.batch_progress.current.completed = 4
+        module = mock.Mock(hparams={"lr": 0.1})
+        callback.setup(trainer, module, stage="fit")
+        callback.on_train_start(trainer, module)
+        self.assertIsNone(callback.run)
+        trainer.is_global_zero = True
+        trainer.callback_metrics = {"train_loss": 0.5, "val/acc": 0.9}
+        callback.on_train_start(trainer, module)
+        self.clock.pass_(60)
+        callback.on_train_batch_end(trainer, module, None, None, 3)
+        trainer.global_step, trainer.callback_metrics = 8, {"train_loss": 0.4, "val/acc": 0.9}
+        callback.on_train_batch_end(trainer, module, None, None, 7)
+        self.assertEqual(self.shown(callback.run), "25 %, about 3 min left")
+        self.assertEqual(self.series(callback.run), {"loss train": (2, 0.4, 8), "acc val": (1, 0.9, 4)})
+        self.assertEqual(callback.run["hparams"], {"lr": 0.1})
+        callback.on_exception(trainer, module, ValueError("boom"))
+        callback.teardown(trainer, module, stage="fit")
+        self.assertEqual(callback.run._state.end["reason"], "ValueError: boom")
+        callback.run.close()
+
+    def test_keras(self) -> None:
+        run = self.run_object("r")
+        run["hparams"] = {"epochs": "my own"}
+        callback = aimwatch.callback(run, 30)
+        callback.set_model(mock.Mock(optimizer=mock.Mock(get_config=lambda: {"name": "sgd"})))
+        callback.set_params({"epochs": 2, "steps": 4})
+        callback.on_train_begin(None)
+        callback.on_epoch_begin(0, None)
+        for batch in range(4):
+            self.clock.pass_(60)
+            callback.on_train_batch_end(batch, logs={"loss": 9})
+        callback.on_test_end({"loss": 1})
+        callback.on_epoch_end(0, {"loss": 0.5, "val_loss": 0.6})
+        self.assertEqual(self.shown(run), "50 %, about 4 min left")
+        self.assertTrue(run._promised)
+        callback.on_train_end(None)
+        self.assertFalse(run._promised)
+        callback.on_test_end({"loss": 0.7})
+        self.assertEqual(
+            self.series(run), {"loss train": (1, 0.5, 0), "loss val": (1, 0.6, 0), "loss eval": (1, 0.7, 0)}
+        )
+        self.assertEqual(run["hparams"], {"epochs": "my own", "steps": 4, "optimizer": {"name": "sgd"}})
+
+    def test_no_failure_of_ours_reaches_the_trainer(self) -> None:
+        with self.assertRaises(aimwatch.ArgumentError):
+            aimwatch.callback(expect_next_in=-1)
+        callback = aimwatch.callback(repo=os.path.join(self.root, "file"))
+        with open(os.path.join(self.root, "file"), "w"):
+            pass
+        with self.assertLogs("aimwatch", "ERROR") as logged:
+            callback.on_train_begin(None)
+            callback.on_train_batch_end(0, None)
+        self.assertEqual(len(logged.output), 1)
+        with self.assertRaises(AttributeError):
+            callback.nothing  # noqa: B018
+
+
+@functools.lru_cache(maxsize=None)
+def has(*names: str) -> bool:
+    """Return whether packages are there, without an import of them in this process."""
+    return all(importlib.util.find_spec(name) is not None for name in names)
+
+
+LIGHTNING = """
+import aimwatch, lightning.pytorch as pl, os, signal, sys, torch
+from torch.utils.data import DataLoader, TensorDataset
+class Model(pl.LightningModule):
+    def __init__(self, run=None):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+        self.save_hyperparameters()
+    def training_step(self, batch, index):
+        if (self.current_epoch, index) == (1, 2) and sys.argv[1] == "raise": raise ValueError("bad batch")
+        if (self.current_epoch, index) == (1, 2) and sys.argv[1] == "term": os.kill(os.getpid(), signal.SIGTERM)
+        loss = self.layer(batch[0]).mean()
+        self.log("train_loss", loss)
+        return loss
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+class Save(pl.Callback):
+    def on_exception(self, trainer, module, error): trainer.save_checkpoint("saved.ckpt")
+run = aimwatch.Run("r")
+trainer = pl.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+                     enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+                     callbacks=[aimwatch.callback(run), Save()])
+trainer.fit(Model(run), DataLoader(TensorDataset(torch.randn(32, 4)), batch_size=8))
+"""
+TRANSFORMERS = """
+import aimwatch, torch, sys
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+class Data(torch.utils.data.Dataset):
+    def __len__(self): return 8
+    def __getitem__(self, index):
+        if sys.argv[1] == "raise" and index == 5: raise ValueError("bad text")
+        return {"input_ids": torch.zeros(4, dtype=torch.long), "labels": torch.tensor(index % 2)}
+model = BertForSequenceClassification(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1,
+                                                 num_attention_heads=1, intermediate_size=8))
+args = TrainingArguments("out", num_train_epochs=1, per_device_train_batch_size=2, logging_steps=1,
+                         save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True)
+Trainer(model, args, train_dataset=Data(), callbacks=[aimwatch.callback(run_hash="r")]).train()
+"""
+KERAS = """
+import os, sys
+os.environ["KERAS_BACKEND"] = "torch"
+import aimwatch, keras, numpy
+class Bad(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        if sys.argv[1] == "raise": raise ValueError("bad epoch")
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+model.compile("sgd", "mse")
+data = numpy.random.rand(16, 4)
+model.fit(data, data.sum(1), epochs=2, callbacks=[aimwatch.callback(run_hash="r"), Bad()], verbose=0)
+"""
+#: Packages, code, its argument, exit status, end, reason, and the metric that must be there.
+REAL: Tuple[Tuple[Tuple[str, ...], str, str, int, str, Any, str], ...] = (
+    (("torch", "lightning"), LIGHTNING, "fit", 0, "finished", None, "loss"),
+    (("torch", "lightning"), LIGHTNING, "raise", 1, "failed", "ValueError: bad batch", "loss"),
+    (("torch", "lightning"), LIGHTNING, "term", 0, "failed", "terminated by SIGTERM (SIGTERMException)", "loss"),
+    (("torch", "transformers", "accelerate"), TRANSFORMERS, "fit", 0, "finished", None, "loss"),
+    (("torch", "transformers", "accelerate"), TRANSFORMERS, "raise", 1, "failed", "ValueError: bad text", ""),
+    (("torch", "keras"), KERAS, "fit", 0, "finished", None, "loss"),
+    (("torch", "keras"), KERAS, "raise", 1, "failed", "ValueError: bad epoch", "loss"),
+    (("hydra",), "import hydra\nfrom aimwatch import Run\n@hydra.main(version_base=None, config_path=None)\n"
+     "def main(config):\n global run\n run = Run('r'); raise KeyError('no layer')\nmain()", "x=1", 1, "failed",
+     "exited with status 1 (KeyError: 'no layer')", ""),
+    (("optuna",), "import optuna\nfrom aimwatch import Run\nwith Run('r'): raise optuna.TrialPruned", "", 1,
+     "finished", None, ""),
+    (("joblib",), "from aimwatch import Run\nfrom joblib import Parallel, delayed\ndef f(run, x): return 1 // x\n"
+     "with Run('r') as run: Parallel(n_jobs=2)(delayed(f)(run, x) for x in (1, 0))", "", 1, "failed",
+     "ZeroDivisionError: integer division or modulo by zero", ""),
+    (("omegaconf",), "from omegaconf import OmegaConf\nfrom aimwatch import Run\nwith Run('r') as run:\n"
+     " run['c'] = OmegaConf.create({'lr': 0.1, 'l': [1, 2]}); assert run['c'] == {'lr': 0.1, 'l': [1, 2]}", "", 0,
+     "finished", None, ""),
+    (("gevent",), "from gevent import monkey\nmonkey.patch_all()\nimport gevent, aimwatch, os, time\n"
+     "run = aimwatch.Run('r'); aimwatch.promise_margin_s = lambda s: 0.0\n"
+     "def train():\n run.report_progress(expect_next_in=0.1)\n gevent.sleep(600)\n"
+     "gevent.spawn(train)\nwhile not os.path.exists(run._paths.stack('r')): time.sleep(0.01)\n"
+     "time.sleep(0.1)\nframes = aimwatch.hanging_frames(run._paths, 'r')\nassert ' in train' in frames, frames\n"
+     "run.close()", "", 0, "finished", None, ""),
+)  # fmt: skip
+
+
+class RealFrameworks(ProcessCase):
+    def test_each_that_is_installed(self) -> None:
+        rows = [row for row in REAL if has(*row[0])]
+        if not rows:
+            self.skipTest("none is installed")
+        for packages, code, argument, status, end, reason, metric in rows:
+            with self.subTest(packages[-1], what=argument):
+                shutil.rmtree(self.paths.aim)
+                process = self.process(code, argument, cwd=self.root)
+                err = process.communicate(timeout=300)[1]
+                self.assertEqual(process.returncode, status, err)
+                state = aimwatch.read_log(self.paths.run_log("r"), "r")
+                self.assertEqual((state.end or {}).get("end"), end)
+                self.assertEqual((state.end or {}).get("reason"), reason)
+                self.assertIn(metric, [series.name for series in state.series.values()] + [""])
+                if argument == "term":
+                    self.assertTrue(os.path.exists(os.path.join(self.root, "saved.ckpt")))
 
 
 # -------------------------------------------------------------- resume, refuse, read, full disks
