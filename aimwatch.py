@@ -11106,7 +11106,7 @@ def run_cell(row: Dict[str, Any], column: str) -> Any:
             found = [item for item in row["metrics"] if item["name"] == name]
             found = [item for item in found if wanted in (None, _texts_of(item["context"]))]
         last = max(found, key=lambda item: int(item["last_step"]), default=None)
-        return None if last is None else last[field or "last"]
+        return None if last is None else _of_metric(last, field or "last")
     value = row["params"]
     for key in column.split("."):
         try:
@@ -11129,7 +11129,11 @@ def _texts_of(context: Dict[str, Any]) -> Dict[str, str]:
 def metric_cell(found: Tuple[Dict[str, Any], Dict[str, Any]], column: str) -> Any:
     """Return what a column of `metrics` shows of a series, given with the row of its run."""
     row, metric = found
-    return row["hash"] if column == "run" else metric[_METRIC_FIELDS.get(column, column)]
+    return row["hash"] if column == "run" else _of_metric(metric, _METRIC_FIELDS.get(column, column))
+
+
+def _of_metric(metric: Dict[str, Any], field: str) -> Any:
+    return Moment(metric[field]) if field == "last_time" else metric[field]
 
 
 _METRIC_FIELDS = {"metric": "name", "step": "last_step"}
