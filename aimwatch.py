@@ -374,11 +374,13 @@ def names_in(folder: str, pattern: str) -> List[str]:
 
 def remove_leftovers(path: str) -> None:
     """Remove what `replace_file` left beside `path` where it was killed. For the only one who may
-    replace that file just now."""
+    replace that file just now; on a share, whose locks may not be seen, nothing younger than an hour."""
     folder, name = os.path.split(path)
+    oldest_s = time.time() - 3600 if is_network(folder) else math.inf
     with contextlib.suppress(OSError):
         for found in names_in(folder, re.escape(name) + r"\.[0-9a-f]{12}\.tmp"):
-            unlink_below(os.path.join(folder, found))
+            if os.lstat(os.path.join(folder, found)).st_mtime < oldest_s:
+                unlink_below(os.path.join(folder, found))
 
 
 def read_bounded(path: str, limit: int, follow: bool = True) -> bytes:
@@ -6270,47 +6272,50 @@ class NotifierConfig:
     def read(self) -> Dict[str, Any]:
         """Return the file's content, or an empty configuration where there is no file.
 
-        Raises ConfigError where the file is damaged, of another shape or unreadable.
+        Raises ConfigError where the file is damaged, of another shape, unreadable, or not to be trusted.
         """
-        return self._read()[0]
+        return self._read()
 
-    def _read(self) -> Tuple[Dict[str, Any], Optional[os.stat_result]]:
-        """Do as `read`, and return also what the file was that was read."""
+    def _read(self, again: bool = True) -> Dict[str, Any]:
         way_out = "mend it, or move it away and add the notifiers again"
         try:
             data, info = read_with_stat(self.path, MAX_LINE_BYTES)
+            self._check_trust(info)
             raw = json.loads(data.decode("utf-8"))
         except FileNotFoundError:
-            return {"notifications": {"version": "1.0", "log_level": 30, "notifiers": {}}}, None
+            return {"notifications": {"version": "1.0", "log_level": 30, "notifiers": {}}}
         except OSError as error:
             raise ConfigError(f"cannot read {self.path}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
+            if again and is_network(self._folder):  # it may have been cut at the size of an older one
+                freshen(self.path)
+                return self._read(again=False)
             where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
             raise ConfigError(f"{self.path} is not JSON{where}: {way_out}") from None
         top = raw.get("notifications") if isinstance(raw, dict) else None
         if not isinstance(top, dict) or not isinstance(top.setdefault("notifiers", {}), dict):
             shape = '{"notifications": {"notifiers": {...}}}'
             raise ConfigError(f"{self.path} has another shape than {shape}: {way_out}")
-        return raw, info
+        return raw  # type: ignore[no-any-return]
+
+    def _check_trust(self, info: os.stat_result) -> None:
+        """Raise ConfigError for a file that others could write: it says where everything goes, and what
+        programs run as the one who watches. What counts is the file that was read."""
+        owners = {info.st_uid}
+        with contextlib.suppress(OSError):
+            owners.add(os.lstat(self.path).st_uid)  # of a link
+        # On some shares files belong to another number than their user has.
+        mine = os.geteuid() and len(owners) == 1 and os.access(self.path, os.W_OK)
+        if info.st_mode & 0o022 or not (mine or owners <= {0, os.geteuid()}):
+            raise ConfigError(
+                f"{self.path} is not used: it must be a file that belongs to you (or root) and that nobody "
+                "else can write: chmod 600"
+            )
 
     def notifiers(self) -> List[Notifier]:
         """Return every notifier, usable or not. Raises ConfigError like `read`."""
-        content, info = self._read()
-        entries = content["notifications"]["notifiers"]
-        found = [read_notifier(notifier_id, raw) for notifier_id, raw in entries.items()]
-        # Whoever may write to the repository must not thereby run programs as the one who watches it. What
-        # counts is the file that was read, since another one may stand at the path by now.
-        trusted = info is not None and info.st_uid in (0, os.geteuid()) and not info.st_mode & 0o022
-        if trusted and not os.path.islink(self.path):
-            return found
-        distrust = (
-            f"is not run: {self.path} must be a file that belongs to you (or root) and that nobody "
-            "else can write: chmod 600"
-        )
-        return [
-            item._replace(problem=item.problem or distrust) if item.type == "command" else item
-            for item in found
-        ]
+        entries = self.read()["notifications"]["notifiers"]
+        return [read_notifier(notifier_id, raw) for notifier_id, raw in entries.items()]
 
     def log_level(self) -> int:
         """Return from which level on people hear of log messages. Raises ConfigError like `read`."""
@@ -6339,14 +6344,41 @@ class NotifierConfig:
                         f"{self._lock_path} has been locked for {CONFIG_LOCK_WAIT_S:g} s: try again"
                     )
                 remove_leftovers(self.path)
+                shared = is_network(self._folder)
+                if shared:
+                    freshen(self.path)
                 raw = self.read()
+                before = json.dumps(raw)
                 yield raw
-                replace_file(self.path, (json.dumps(raw, indent=4) + "\n").encode(), 0o600)
+                self._write(raw)
+                for _ in range(CONFIG_LOOKS if shared else 0):
+                    # Where the lock is not seen, another machine may have written what it had read before.
+                    time.sleep(CONFIG_LOOK_S)
+                    freshen(self.path)
+                    now = self.read()
+                    after = merge(json.loads(before), raw, now)
+                    if after == now:
+                        break
+                    self._write(after)
         except OSError as error:
             raise ConfigError(f"cannot write {self.path}: {error.strerror}") from None
 
+    def _write(self, raw: Dict[str, Any]) -> None:
+        replace_file(self.path, (json.dumps(raw, indent=4) + "\n").encode(), 0o600)
+
+
+def merge(before: Any, after: Any, now: Any) -> Any:
+    """Return `now` with what was changed between `before` and `after`."""
+    if not all(isinstance(value, dict) for value in (before, after, now)):
+        return now if after == before else after
+    result = {key: merge(before.get(key), value, now.get(key)) for key, value in after.items()}
+    result.update((key, value) for key, value in now.items() if key not in after and key not in before)
+    return {key: value for key, value in result.items() if key in now or before.get(key) != after[key]}
+
 
 CONFIG_LOCK_WAIT_S = 10.0
+#: On a network file system, how often at most is looked whether a change is still there, and when.
+CONFIG_LOOKS, CONFIG_LOOK_S = 5, 0.5
 
 
 def fallback_notifier() -> Notifier:
@@ -7451,6 +7483,7 @@ class Dispatcher:
         self._outbox = outbox
         self._config = config
         self._stamp: Any = None
+        self._complaint = ""
         #: The enabled notifiers, by id. Those with a problem are not used, and what they must hear of waits.
         self._notifiers: Dict[str, Notifier] = {}
         self._threads: Dict[str, NotifierThread] = {}
@@ -7459,9 +7492,16 @@ class Dispatcher:
 
     def load(self) -> None:
         """Read the configuration. Raises ConfigError; what was in force stays in force."""
-        self._stamp = self._stat()
-        notifiers = self._config.notifiers()
-        self.log_level = self._config.log_level()
+        stamp = self._stat()
+        try:
+            notifiers = self._config.notifiers()
+            self.log_level = self._config.log_level()
+        except ConfigError as error:
+            # What could not be read, as on a share that is away for a moment, is read again at the next look.
+            if not isinstance(error.__context__, OSError):
+                self._stamp = stamp
+            raise
+        self._stamp, self._complaint = stamp, ""
         usable = [item for item in notifiers if item.enabled and not item.problem] or [fallback_notifier()]
         unusable = [item for item in notifiers if item.enabled and item.problem]
         self._notifiers = {item.id: item for item in (*usable, *unusable)}
@@ -7497,7 +7537,9 @@ class Dispatcher:
                 self.load()
                 log.info("notifiers reloaded: %s", self.describe())
             except ConfigError as error:
-                log.error("%s; the last good configuration stays in force", error)
+                if str(error) != self._complaint:
+                    log.error("%s; the last good configuration stays in force", error)
+                self._complaint = str(error)
 
     def describe(self) -> str:
         """Return who is notified, for people: `slack 5c42d699, logger`."""

@@ -6656,6 +6656,75 @@ CONFIG_COMMANDS = (
 )  # fmt: skip
 
 
+class ConfigOnAShare(NotifierCase):
+    """Where the lock is not seen, and a file is read as it was, or cut."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        for patch in (
+            mock.patch.object(aimwatch, "is_network", return_value=True),
+            mock.patch.object(aimwatch, "CONFIG_LOOK_S", 0.0),
+        ):
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def ids(self) -> List[str]:
+        return sorted(self.config.read()["notifications"]["notifiers"])
+
+    def test_change_that_another_machine_wrote_over_is_made_again(self) -> None:
+        self.configure(a={"type": "logger"}, b={"type": "logger"})
+        real, other = aimwatch.replace_file, [b""]
+        with open(self.paths.config, "rb") as file:
+            other[0] = file.read().replace(b'"b"', b'"other"')  # what was read there before our change
+
+        def overwritten(path: str, data: bytes, mode: int = 0o666) -> None:
+            real(path, data, mode)
+            if other:
+                real(path, other.pop(), mode)
+
+        with mock.patch.object(aimwatch, "replace_file", overwritten), self.config.edit() as raw:
+            notifiers = raw["notifications"]["notifiers"]
+            notifiers["new"] = {"id": "new", "type": "logger", "status": "enabled", "arguments": {}}
+            del notifiers["a"]
+        self.assertEqual(self.ids(), ["new", "other"])
+
+    def test_file_that_is_cut_at_an_older_size_is_read_again(self) -> None:
+        self.configure(a={"type": "logger"})
+        real, cut = aimwatch.read_with_stat, [True]
+
+        def read(path: str, limit: int, follow: bool = True) -> Any:
+            return real(path, 40 if cut[0] else limit, follow)
+
+        def fresh(path: str) -> None:
+            cut[0] = False
+
+        with mock.patch.object(aimwatch, "read_with_stat", read):
+            with mock.patch.object(aimwatch, "freshen"), self.assertRaises(aimwatch.ConfigError):
+                self.config.read()
+            with mock.patch.object(aimwatch, "freshen", fresh):
+                self.assertEqual(self.ids(), ["a"])
+
+    def test_temporary_file_of_another_machine_is_left_alone_for_an_hour(self) -> None:
+        names = [f"{self.paths.config}.{digit * 12}.tmp" for digit in "ab"]
+        for name, age_s in zip(names, (10, 4000)):
+            open(name, "w").close()
+            os.utime(name, (time.time() - age_s,) * 2)
+        self.configure(a={"type": "logger"})
+        self.assertEqual([os.path.exists(name) for name in names], [True, False])
+
+    def test_change_that_could_not_be_read_is_read_at_the_next_look(self) -> None:
+        self.configure(a={"type": "logger"})
+        watcher = self.watcher()
+        self.configure(b={"type": "logger"})
+        stale = mock.patch.object(aimwatch, "read_with_stat", side_effect=OSError(errno.ESTALE, "Stale"))
+        with stale, self.assertLogs(aimwatch.log, "ERROR") as logged:
+            watcher.poll()
+            watcher.poll()
+        self.assertEqual(len(logged.output), 1)
+        watcher.poll()
+        self.assertIn("b", watcher.dispatcher.describe())
+
+
 class DamagedConfig(NotifierCase):
     def test_damaged_file_is_named_by_every_command_and_left_alone(self) -> None:
         for data, message in DAMAGED_FILES:
@@ -7853,38 +7922,50 @@ class Commands(NotifierCase):
         with open(path) as file:
             os.kill(int(file.read()), signal.SIGKILL)
 
-    def test_file_that_others_can_write_runs_nothing(self) -> None:
-        script = self.script("exit 0")
-        self.configure(a={"type": "command", "arguments": {"command": [script]}})
-        self.assertIsNone(self.config.notifiers()[0].problem)
+    def refused(self) -> bool:
+        try:
+            self.config.notifiers()
+        except aimwatch.ConfigError as error:
+            self.assertRegex(str(error), "is not used: .* nobody else can write: chmod 600$")
+            return True
+        return False
+
+    def test_file_that_others_can_write_is_not_used(self) -> None:
+        self.configure(a={"type": "command", "arguments": {"command": [self.script("exit 0")]}})
+        self.assertFalse(self.refused())
         for mode in (0o620, 0o602, 0o666):
             os.chmod(self.paths.config, mode)
-            self.assertRegex(str(self.config.notifiers()[0].problem), "is not run: .* chmod 600$")
+            self.assertTrue(self.refused())
+            code, _, err = self.run_cli("notifiers", "add", "logger", "--yes")
+            self.assertEqual((code, "is not used" in err), (1, True))
         os.chmod(self.paths.config, 0o600)
-        with mock.patch("os.geteuid", return_value=os.geteuid() + 1 or 1):
-            owner = os.stat(self.paths.config).st_uid
-            self.assertEqual(self.config.notifiers()[0].problem is None, owner == 0)
-        real = self.paths.config + ".real"
-        os.rename(self.paths.config, real)
-        os.symlink(real, self.paths.config)
-        self.assertRegex(str(self.config.notifiers()[0].problem), "is not run")
+        owner = os.stat(self.paths.config).st_uid
+        with mock.patch("os.geteuid", return_value=os.geteuid() + 1 or 1), mock.patch(
+            "os.access", return_value=False
+        ):
+            self.assertEqual(self.refused(), owner != 0)
+        os.rename(self.paths.config, self.paths.config + ".real")
+        os.symlink(self.paths.config + ".real", self.paths.config)
+        self.assertFalse(self.refused())
+        if os.geteuid() == 0:
+            os.chown(self.paths.config, 51003, -1, follow_symlinks=False)
+            self.assertTrue(self.refused())
 
-    def test_file_that_is_swapped_while_it_is_read_runs_nothing(self) -> None:
-        script = self.script("exit 0")
-        self.configure(a={"type": "command", "arguments": {"command": [script]}})
-        good, bad = self.paths.config + ".good", self.paths.config + ".bad"
-        shutil.copy(self.paths.config, bad)
-        os.chmod(bad, 0o666)
+    def test_file_that_is_swapped_while_it_is_read_is_not_used(self) -> None:
+        self.configure(a={"type": "command", "arguments": {"command": [self.script("exit 0")]}})
+        good = self.paths.config + ".good"
         os.rename(self.paths.config, good)
-        os.rename(bad, self.paths.config)
-        real = json.loads
+        shutil.copy(good, self.paths.config)
+        os.chmod(self.paths.config, 0o666)
+        real = aimwatch.read_with_stat
 
-        def swap(text: Any, **options: Any) -> Any:
-            os.replace(good, self.paths.config)  # once it has been read
-            return real(text, **options)
+        def swap(path: str, limit: int, follow: bool = True) -> Any:
+            found = real(path, limit, follow)
+            os.replace(good, self.paths.config)
+            return found
 
-        with mock.patch("json.loads", swap):
-            self.assertRegex(str(self.config.notifiers()[0].problem), "is not run")
+        with mock.patch.object(aimwatch, "read_with_stat", swap):
+            self.assertTrue(self.refused())
 
 
 # ============================================================================== Outbox
