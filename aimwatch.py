@@ -6281,7 +6281,7 @@ class NotifierConfig:
         try:
             data, info = read_with_stat(self.path, MAX_LINE_BYTES)
             self._check_trust(info)
-            raw = json.loads(data.decode("utf-8"))
+            raw = json.loads(data.decode("utf-8-sig"))
         except FileNotFoundError:
             return {"notifications": {"version": "1.0", "log_level": 30, "notifiers": {}}}
         except OSError as error:
@@ -6708,6 +6708,11 @@ def tls_context(attempt: Attempt) -> Any:
     return context
 
 
+def is_passing(error: BaseException) -> bool:
+    """True for "can't start new thread": a machine that is out of processes will have some again."""
+    return isinstance(error, RuntimeError) and "new thread" in str(error)
+
+
 def judge_error(error: BaseException) -> Outcome:
     """Judge an attempt that ended in an exception: it is tried again, since networks heal; but
     where it is our own making, in plain words, since the next time would end the same."""
@@ -6717,7 +6722,7 @@ def judge_error(error: BaseException) -> Outcome:
     if isinstance(reason, BaseException):
         error = reason
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    heals = isinstance(error, (OSError, http.client.HTTPException, MemoryError))
+    heals = isinstance(error, (OSError, http.client.HTTPException, MemoryError)) or is_passing(error)
     return Outcome(RETRY if heals else REFUSED, printable(f"{type(error).__name__}: {text}", 200))
 
 
@@ -6787,7 +6792,7 @@ def judge_status(answer: Answer, now_s: float) -> Optional[Outcome]:
     """Judge an HTTP status that means the same everywhere; None for a success."""
     said = printable(" ".join(answer.body.split()), 120)
     text = f"HTTP {answer.status}" + (f": {said}" if said else "")
-    if answer.status == 429:
+    if answer.status in (429, 503):
         return Outcome(RETRY, text, retry_after_s(answer.headers.get("retry-after", ""), now_s))
     if 300 <= answer.status < 400:
         return Outcome(BROKEN, f"HTTP {answer.status}: redirected; give the final URL")
@@ -6984,24 +6989,56 @@ def end_programs() -> None:
             os.killpg(group, signal.SIGKILL)
 
 
-def mail_message(notifier: Notifier, batch: Sequence[Facts]) -> Any:
-    """Return the mail about a batch of events as an `EmailMessage`."""
-    import email.message
+def mail_text(notifier: Notifier, batch: Sequence[Facts]) -> str:
+    """Return the mail about a batch of events (RFC 5322).
+
+    It is put together here, in ASCII: `email` would decode what looks like an encoded word in a text, and
+    so undo what `printable` did, up to forged headers (CVE-2024-6923).
+    """
+    import binascii
     import email.utils
 
     arguments = notifier.arguments
     text = message_for_batch(arguments.get("message"), batch)
-    message = email.message.EmailMessage()
-    message["Subject"] = printable(text.partition("\n")[0], 150)
-    message["From"] = arguments["sender"]
-    message["To"] = ", ".join(arguments["to"])
-    message["Date"] = email.utils.formatdate(localtime=True)
-    message["Message-ID"] = email.utils.make_msgid(domain=this_host())
-    # Says that a program wrote this, so that no absence notice answers (RFC 3834).
-    message["Auto-Submitted"] = "auto-generated"
-    text = text.encode("utf-8", "replace").decode()  # a template may hold half a character
-    message.set_content(text, cte="quoted-printable")  # not every relay takes 8 bits
-    return message
+    domain = re.sub(r"[^A-Za-z0-9.-]", "-", this_host())
+    headers = (
+        f"Subject: {encoded_words(printable(text.partition(chr(10))[0], 150))}",
+        f"From: {arguments['sender']}",
+        f"To: {', '.join(arguments['to'])}",
+        f"Date: {email.utils.formatdate(localtime=True)}",
+        f"Message-ID: {email.utils.make_msgid(domain=domain)}",
+        # Says that a program wrote this, so that no absence notice answers (RFC 3834).
+        "Auto-Submitted: auto-generated",
+        "MIME-Version: 1.0",
+        'Content-Type: text/plain; charset="utf-8"',
+        "Content-Transfer-Encoding: quoted-printable",  # not every relay takes 8 bits
+    )
+    # A template may hold half a character.
+    body = binascii.b2a_qp(text.encode("utf-8", "replace"), istext=True).decode("ascii")
+    return "\n".join((*headers, "", body, ""))
+
+
+def encoded_words(text: str) -> str:
+    """Return text as the value of a mail header: as encoded words (RFC 2047) of at most 75 characters,
+    unless it is short and nothing in it could be taken for one."""
+    if re.fullmatch("[ -~]{0,60}", text) and "=?" not in text:
+        return text
+    import base64
+
+    pieces, piece = [], b""
+    for character in text:
+        data = character.encode("utf-8", "replace")
+        if len(piece) + len(data) > 39:
+            pieces.append(piece)
+            piece = b""
+        piece += data
+    pieces.append(piece)
+    return "\n ".join(f"=?utf-8?b?{base64.b64encode(piece).decode()}?=" for piece in pieces)
+
+
+def address_literal(address: str) -> str:
+    """Return an IP address as a mail server knows a host by that has no name (RFC 5321 4.1.3)."""
+    return f"[IPv6:{address.partition('%')[0]}]" if ":" in address else f"[{address}]"
 
 
 def judge_mail(error: BaseException) -> Outcome:
@@ -7025,23 +7062,24 @@ def send_email(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> 
 
     arguments = notifier.arguments
     security = arguments.get("security") or "starttls"
-    message = mail_message(notifier, batch)
+    text = mail_text(notifier, batch)
 
     class Server(smtplib.SMTP):
         def _get_socket(self, host: str, port: int, timeout: float) -> Any:
             link = dial(host, port, attempt)
             return tls_context(attempt).wrap_socket(link, server_hostname=host) if security == "tls" else link
 
-    # Without a name of ours, it would ask the name server for one, which an air-gapped host lacks.
-    ours = this_host() if "." in this_host() else "[127.0.0.1]"
     try:
         port = arguments.get("port") or MAIL_PORTS[security]
-        with contextlib.closing(Server(arguments["host"], port, ours)) as server:
+        with contextlib.closing(Server(arguments["host"], port, "localhost")) as server:
+            # Without a name of ours, it would ask the name server for one, which an air-gapped host lacks.
+            ours = this_host()
+            server.local_hostname = ours if "." in ours else address_literal(server.sock.getsockname()[0])
             if security == "starttls":
                 server.starttls(context=tls_context(attempt))
             if arguments.get("user"):
                 server.login(arguments["user"], arguments.get("password") or "")
-            refused = server.send_message(message)
+            refused = server.sendmail(arguments["sender"], arguments["to"], text)
             # Its answer is not waited for: the mail is accepted, and must not be sent again.
             with contextlib.suppress(OSError, smtplib.SMTPException):
                 server.putcmd("quit")
@@ -7338,6 +7376,8 @@ class Outbox(OutboxState):
 
 #: At least this long between two posts to one notifier, and at most so long while events keep coming.
 MIN_POST_GAP_S, MAX_POST_GAP_S = 1.0, 5.0
+#: A notifier that was tried in vain for so long counts as one that does not work.
+OUTAGE_S, UNREACHED = 900.0, "tried in vain"
 #: A notifier whose address or token is refused is tried again this often, and when it is changed.
 BROKEN_RETRY_S = 3600.0
 
@@ -7360,6 +7400,8 @@ class NotifierThread(threading.Thread):
         self._alarm: Optional[Event] = None
         self._stopping = self._hurry = self._broken = False
         self._failures = 0
+        #: When the first of these failures was.
+        self._failed_mono = 0.0
         self._gap_s, self._posted_mono = MIN_POST_GAP_S, -math.inf
 
     def use(self, notifier: Optional[Notifier]) -> None:
@@ -7408,8 +7450,12 @@ class NotifierThread(threading.Thread):
                     self._rest(self._send(notifier, batch, alarm))
             except Exception as error:
                 # A thread that died of it would take every later alert with it.
-                log.error("notifier %s: %s: trying again", self.id[:8], type(error).__name__)
-                self._rest(MAX_BACK_OFF_S)
+                text = self.notifier.scrub(str(error)) if self.notifier is not None else ""
+                log.error("notifier %s: %s: %s: trying again", self.id[:8], type(error).__name__, text)
+                with self._changed:
+                    self._failures += 1
+                    self._changed.notify_all()
+                self._rest(back_off_s(self._failures, 0.5))
 
     def _send(self, notifier: Notifier, batch: List[Event], alarm: Optional[Event]) -> float:
         """Send `batch`, which may be an alarm, in one message, and return how long to rest."""
@@ -7422,6 +7468,10 @@ class NotifierThread(threading.Thread):
             self._outbox.sent([event.id for event in batch], self.id)
         elif broken and alarm is None:
             self._outbox.note_broken(self.id, outcome.detail)
+        elif not sent and alarm is None:
+            self._failed_mono = self._failed_mono if self._failures else _monotonic()
+            if _monotonic() - self._failed_mono >= OUTAGE_S and self.id not in self._outbox.broken():
+                self._outbox.note_broken(self.id, f"{UNREACHED} for {human_s(OUTAGE_S)}: {outcome.detail}")
         if sent and self._failures:
             log.info("notifier %s is reached again", name)
         if sent and notifier.type != "logger":  # whose messages say it themselves
@@ -7475,6 +7525,10 @@ def rest_after(outcome: Outcome, failures: int, random: float) -> float:
     return max(back_off_s(failures, random), outcome.wait_s, MIN_POST_GAP_S)
 
 
+#: The id of an alert about a notifier that does not work, and what that of its end has more.
+_OUTAGE, MENDED = re.compile(rf"{BROKEN}-(.+)-[0-9]+\.[0-9]{{3}}"), "-mended"
+
+
 class Dispatcher:
     """Puts events into the outbox for the notifiers that want them, and follows changes of config.json."""
 
@@ -7487,6 +7541,14 @@ class Dispatcher:
         #: The enabled notifiers, by id. Those with a problem are not used, and what they must hear of waits.
         self._notifiers: Dict[str, Notifier] = {}
         self._threads: Dict[str, NotifierThread] = {}
+        #: False where a thread could not be started, which is tried again.
+        self._complete = True
+        #: The alerts about notifiers that do not work after which none came that they work again.
+        self._outages: Dict[str, str] = {}
+        for event_id in [*outbox.known]:
+            match = _OUTAGE.fullmatch(event_id)
+            if match is not None and not outbox.knows(event_id + MENDED):
+                self._outages[event_id] = match[1]
         #: From which level on people hear of log messages.
         self.log_level = logging.WARNING
 
@@ -7512,11 +7574,20 @@ class Dispatcher:
         for item in usable:
             if not self._outbox.waiting_for(item.id):
                 self._outbox.note_mended(item.id)
-            if item.id not in self._threads:
-                self._threads[item.id] = NotifierThread(item, self._outbox)
-                self._threads[item.id].start()
+            self._start_thread(item)
         for thread in self._threads.values():
             thread.use(next((item for item in usable if item.id == thread.id), None))
+
+    def _start_thread(self, item: Notifier) -> None:
+        if item.id not in self._threads:
+            thread = NotifierThread(item, self._outbox)
+            try:
+                thread.start()
+                self._threads[item.id] = thread
+            except RuntimeError as error:
+                if self._complete:
+                    log.error("notifier %s waits: %s; trying again", item.id[:8], error)
+                self._complete = False
 
     def _stat(self) -> Any:
         try:
@@ -7532,7 +7603,13 @@ class Dispatcher:
             # What waits is kept for those that are in it: an editor may be about to write it anew.
             log.error("%s is gone; the last good configuration stays in force", self._config.path)
             self._stamp = None
-        elif stamp != self._stamp:
+            return
+        if not self._complete:
+            self._complete = True
+            for item in self._notifiers.values():
+                if not item.problem:
+                    self._start_thread(item)
+        if stamp != self._stamp:
             try:
                 self.load()
                 log.info("notifiers reloaded: %s", self.describe())
@@ -7565,14 +7642,22 @@ class Dispatcher:
             thread.wake(event)
 
     def notify_of_broken(self) -> None:
-        """Notify the others, once, of every notifier that does not work."""
+        """Notify the others, once, of every notifier that does not work, and when it works again."""
         usable = {item.id for item in self._notifiers.values() if not item.problem}
+        broken = {f"{BROKEN}-{one}-{since:.3f}" for one, (_, since) in self._outbox.broken().items()}
+        for event_id in self._outages.keys() - broken:
+            item = self._notifiers.get(self._outages.pop(event_id))
+            if item is not None:
+                facts = {"event": TROUBLE, "repo": self._paths.root, "look": "notifiers list"}
+                facts["run.reason"] = f"notifier {item.type} {item.id[:8]} works again"
+                self.notify([Event(event_id + MENDED, TROUBLE, facts)], but=item.id)
         for notifier_id, (reason, since) in self._outbox.broken().items():
             event_id, item = f"{BROKEN}-{notifier_id}-{since:.3f}", self._notifiers.get(notifier_id)
             if item is not None and usable - {notifier_id} and not self._outbox.knows(event_id):
                 what = f"notifier {item.type} {notifier_id[:8]} does not work: {reason}"
                 facts = {"event": TROUBLE, "repo": self._paths.root, "look": "notifiers list"}
                 facts["run.reason"] = printable(f"{what}; what waits for it is kept until it is mended")
+                self._outages[event_id] = notifier_id
                 self.notify([Event(event_id, TROUBLE, facts)], but=notifier_id)
 
     def drain(self, limit_s: float) -> bool:
@@ -9329,7 +9414,8 @@ class ReindexThread(threading.Thread):
     def stop(self, limit_s: float) -> None:
         """End after the run in hand; wait at most `limit_s` for it."""
         self._stopping.set()
-        self.join(limit_s)
+        if self.is_alive():
+            self.join(limit_s)
 
 
 # ======================================================================================
@@ -9869,33 +9955,96 @@ def short_hashes(paths: RepoPaths, hashes: Iterable[str]) -> Dict[str, str]:
 MAX_LOG_LINE = 4000
 
 
-class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
+class _LogHandler(logging.Handler):
     """Writes log lines to stderr, above a status line that it keeps at the bottom."""
 
     def __init__(self) -> None:
         super().__init__()
         self.status = ""
+        self._stream = sys.stderr
+        #: What another thread is to write, and how many lines there was no room for.
+        self._queue: Optional[Deque[bytes]] = None
+        self._dropped = 0
+        self._filled, self._closed = threading.Event(), False
+
+    def start(self) -> None:
+        """From now on, have a thread write: a full pipe, or a terminal that was stopped with Ctrl-S, may
+        keep no poll, no notifier and no end of the process waiting."""
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            target = self._stream.fileno()
+            threading.Thread(target=self._run, args=(target,), name="aimwatch-log", daemon=True).start()
+            self._queue = deque()
+
+    def _run(self, target: int) -> None:
+        while not self._closed:
+            self._filled.wait()
+            queue = self._queue or deque()
+            while queue:
+                data, dropped = queue[0], self._dropped
+                if dropped:
+                    data = b"%d log lines were dropped: stderr took none\n" % dropped + data
+                while data:
+                    try:
+                        data = data[os.write(target, data) :]
+                    except BlockingIOError:  # somebody made it so
+                        time.sleep(0.05)
+                    except OSError:
+                        break
+                self._dropped -= dropped
+                queue.popleft()
+            self._filled.clear()
+            if queue:  # it was filled in between
+                self._filled.set()
+
+    def flush(self) -> None:
+        """Wait until all is written, for a second at most."""
+        deadline = time.monotonic() + 1.0
+        while self._queue and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """Write what waits, and end the thread."""
+        self.flush()
+        self._closed = True
+        self._filled.set()
+        super().close()
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the lines of a record without what a hostile log could tell the terminal to do."""
         return "\n".join(printable(line, MAX_LOG_LINE) for line in super().format(record).split("\n"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._erase()
-        super().emit(record)
-        self.show(self.status)
+        try:
+            text = self.format(record)
+        except Exception:
+            self.handleError(record)
+            return
+        self._write(f"{self._erasure()}{text}\n{self.status}")
 
-    def _erase(self) -> None:
-        if self.status:
-            self.stream.write("\r\x1b[K")
+    def _erasure(self) -> str:
+        return "\r\x1b[K" if self.status else ""
 
     def show(self, status: str) -> None:
         """Draw the status line anew."""
-        with contextlib.suppress(OSError, ValueError):
-            self._erase()
-            self.status = status
-            self.stream.write(status)
-            self.stream.flush()
+        before = self._erasure()
+        self.status = status
+        if (before or status) and not self._queue:  # where lines wait, they draw it
+            self._write(before + status)
+
+    def _write(self, text: str) -> None:
+        if self._queue is None:
+            with contextlib.suppress(OSError, ValueError):
+                self._stream.write(text)
+                self._stream.flush()
+        elif len(self._queue) < MAX_QUEUED_LINES:
+            self._queue.append(text.encode("utf-8", "backslashreplace"))
+            self._filled.set()
+        else:
+            self._dropped += 1
+
+
+#: So many log lines wait for a stderr that takes none.
+MAX_QUEUED_LINES = 1000
 
 
 def _log_to_stderr(timed: bool) -> _LogHandler:
@@ -10079,6 +10228,7 @@ def _give_memory_back() -> None:
 def cmd_start(args: Any) -> int:
     """Watch the repository until told to stop, or once."""
     handler = _log_to_stderr(timed=True)
+    handler.start()
     _give_memory_back()
     paths = find_repo(args.repo)
     notifiers = [item for item in NotifierConfig(paths).notifiers() if item.enabled]
@@ -10097,8 +10247,6 @@ def cmd_start(args: Any) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     pinger = Pinger(args.ping_url) if args.ping_url else None
-    if pinger is not None and not args.once:
-        pinger.start()
     while True:
         watcher = _take_watch(paths, args, stop)
         if watcher is None:
@@ -10119,11 +10267,22 @@ def _watch(
     paths = watcher.paths
     reindexing = ReindexThread(paths)
     watcher.on_dead = reindexing.reindexer.note_dead
-    reindexing.start()
-    SightAlarm(watcher).start()
+    threads: List[threading.Thread] = [reindexing, SightAlarm(watcher)]
+    if pinger is not None and not pinger.is_alive():
+        threads.append(pinger)
     terminal = sys.stderr.isatty()
 
+    def start_threads() -> None:
+        while threads:
+            try:
+                threads[0].start()
+            except RuntimeError as error:  # a machine that is out of processes will have some again
+                log.error("%s: %s; trying again", threads[0].name, error)
+                break
+            del threads[0]
+
     def after_poll() -> None:
+        start_threads()
         sd_notify("WATCHDOG=1")
         if pinger is not None and not watcher.is_blind:
             pinger.healthy()
@@ -10132,6 +10291,7 @@ def _watch(
 
     try:
         watcher.poll()
+        start_threads()
         live = watcher.counts()
         log.info(
             "watching %s: %s (%d stalled), %d failed, grace %s, poll every %s; notifying %s",
@@ -10810,7 +10970,7 @@ def _flag_value(flag: str, args: Any) -> Optional[str]:
         if path == "-":
             whole = flag in _MANY_LINES and args.yes  # without --yes, what follows answers questions
             return (sys.stdin.read(MAX_ANSWER_BYTES) if whole else sys.stdin.readline()).rstrip("\n")
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return file.read(MAX_ANSWER_BYTES).strip("\n")
     except OSError as error:
         raise AimwatchError(f"cannot read {path}: {error.strerror}") from None

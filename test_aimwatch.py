@@ -7222,12 +7222,16 @@ class Judgements(unittest.TestCase):
             (502, page, "retry", "HTTP 502"),
         )
 
-    def test_429_waits_as_long_as_was_asked(self) -> None:
+    def test_429_and_503_wait_as_long_as_was_asked(self) -> None:
         for judge in (aimwatch.judge_slack, aimwatch.judge_workplace, aimwatch.judge_webhook):
-            for headers, wait_s in (({"retry-after": "30"}, 30.0), ({}, 0.0)):
+            for status, headers, wait_s in (
+                (429, {"retry-after": "30"}, 30.0),
+                (429, {}, 0.0),
+                (503, {"retry-after": "7"}, 7.0),
+            ):
                 with self.subTest(judge=judge.__name__, headers=headers):
-                    found = judge(aimwatch.Answer(429, headers, "rate_limited"), NOW_S)
-                    self.assertEqual(found, ("retry", "HTTP 429: rate_limited", wait_s))
+                    found = judge(aimwatch.Answer(status, headers, "rate_limited"), NOW_S)
+                    self.assertEqual(found, ("retry", f"HTTP {status}: rate_limited", wait_s))
 
     def test_workplace_answers(self) -> None:
         def error(code: Any) -> str:
@@ -7775,6 +7779,32 @@ class Mail(NotifierCase):
                 self.assertEqual(mail.defects, [])
                 self.assertNotIn("\x1b", mail.get_content() + mail["subject"])
                 self.assertEqual([line for line in server.said if "evil" in line], [])
+
+    def test_what_a_run_says_is_never_parsed_as_mail(self) -> None:
+        forged = "=?utf-8?q?x=0D=0ABcc:_evil@x.example=0D=0A=0D=0Aall_is_well?="
+        for name in (forged, forged * 3, "é" * 200, "\U0001f980" * 90, "=?", "plain", "a\ud800b"):
+            with self.subTest(name):
+                server = self.server()
+                self.assertEqual(
+                    self.send(server, facts_of(run_name=name), message="{run.name}").kind, "sent"
+                )
+                head = server.mails[0][2].partition(b"\r\n\r\n")[0].decode("ascii")
+                self.assertEqual(re.findall(r"(?m)^(\S+?):", head),
+                                 ["Subject", "From", "To", "Date", "Message-ID", "Auto-Submitted", "MIME-Version",
+                                  "Content-Type", "Content-Transfer-Encoding"])  # fmt: skip
+                self.assertLessEqual(max(map(len, head.splitlines())), 76 if name != "plain" else 100)
+                raw = head.partition("Subject: ")[2].partition("\r\nFrom")[0]
+                words = re.findall(r"=\?utf-8\?b\?([A-Za-z0-9+/=]+)\?=", raw)
+                self.assertEqual(b"".join(map(base64.b64decode, words)).decode() or raw,
+                                 aimwatch.printable(name, 150))  # fmt: skip
+
+    def test_server_is_greeted_with_a_name_or_the_address_of_the_connection(self) -> None:
+        for host, said in (("node7", "[127.0.0.1]"), ("node7.hpc.example", "node7.hpc.example")):
+            server = self.server()
+            with mock.patch.object(aimwatch, "this_host", return_value=host):
+                self.send(server)
+            self.assertIn(f"ehlo {said}", server.said)
+        self.assertEqual(aimwatch.address_literal("fe80::1%eth0"), "[IPv6:fe80::1]")
 
     def test_long_lines_and_lines_of_dots_arrive_whole(self) -> None:
         server = self.server()
@@ -8527,6 +8557,84 @@ class Mending(NotifyingCase):
         )
         self.assertEqual(self.troubles(good), [expected])
         self.assertEqual([event.kind for event in self.box.waiting_for("bad")], ["stalled"])
+
+    def test_outage_that_lasts_is_alerted_through_the_others_and_so_is_its_end(self) -> None:
+        now, gate = Clock(1000.0), threading.Event()
+
+        def answer(handler: Any) -> None:
+            self.say_ok(handler, *((200, b"ok") if gate.is_set() else (405, b"no")))
+
+        bad, good = self.webhook(answer), self.webhook()
+        self.configure(bad=hook(bad.url), good=hook(good.url))
+        with mock.patch.object(aimwatch, "_monotonic", now):
+            dispatcher = self.dispatcher()
+            dispatcher.notify([event_of(1)])
+            self.wait_for(lambda: len(bad.requests) > 2)
+            now.pass_(899.0)
+            tried = len(bad.requests)
+            self.wait_for(lambda: len(bad.requests) > tried + 2)
+            self.assertEqual(self.box.broken(), {})
+            now.pass_(1.0)
+            self.wait_for(self.box.broken)
+            for _ in range(3):
+                dispatcher.notify_of_broken()
+                dispatcher = self.restart(dispatcher)
+            self.wait_for(lambda: not self.box.waiting_for("good"))
+            self.assertEqual(self.listed()["problem"], "tried in vain for 15 min: HTTP 405: no")
+            self.assertEqual(len(self.troubles(good)), 1)
+            gate.set()
+            self.wait_for(lambda: not self.box.broken())
+            for _ in range(3):
+                dispatcher.notify_of_broken()
+                dispatcher = self.restart(dispatcher)
+        self.wait_for(lambda: not self.box.waiting_for("good"))
+        self.assertIn("tried in vain for 15 min: HTTP 405: no", self.troubles(good)[0])
+        again = [text for text in good.texts() if "aimwatch: notifier slack bad works again" in text]
+        self.assertEqual((len(self.troubles(good)), len(again)), (1, 1))
+        self.assertFalse([text for text in bad.texts() if "works again" in text])
+
+    def test_thread_that_cannot_be_started_is_tried_again(self) -> None:
+        server = self.webhook()
+        self.configure(n=hook(server.url))
+        begins = [RuntimeError("can't start new thread")] * 6
+        real = aimwatch.NotifierThread.start
+
+        def start(thread: Any) -> None:
+            if begins:
+                raise begins.pop()
+            real(thread)
+
+        with mock.patch.object(aimwatch.NotifierThread, "start", start):
+            dispatcher = self.dispatcher()
+            dispatcher.notify([event_of(1)])
+            for _ in range(7):
+                dispatcher.reload_if_changed()
+        self.wait_sent("n", 1)
+        said = [line for line in self.logged.lines if "can't start new thread" in line]
+        self.assertTrue(said, self.logged.lines)
+
+    def test_fault_while_sending_is_tried_again_soon_and_said_with_its_text(self) -> None:
+        server = self.webhook()
+        self.configure(n=hook(server.url))
+        faults, rests = [RuntimeError("can't start new thread")] * 4, []
+        real = aimwatch.NotifierThread._deliver
+
+        def deliver(thread: Any, *args: Any) -> Any:
+            if faults:
+                raise faults.pop()
+            return real(thread, *args)
+
+        def back_off(failures: int, random: float) -> float:
+            rests.append(failures)
+            return 0.0
+
+        with mock.patch.object(aimwatch.NotifierThread, "_deliver", deliver), mock.patch.object(
+            aimwatch, "back_off_s", back_off
+        ):
+            self.dispatcher().notify([event_of(1)])
+            self.wait_sent("n", 1)
+        self.assertEqual(rests, [1, 2, 3, 4])
+        self.assertIn("RuntimeError: can't start new thread: trying again", self.logged.lines[0])
 
     def test_list_says_why_since_when_and_how_much_waits(self) -> None:
         before = time.time()
@@ -11139,6 +11247,60 @@ class NotifySocket:
             found = self.next()
             if found != text:
                 return found
+
+
+class TestBlockedLog(WatcherProcessCase):
+    def test_stderr_that_takes_nothing_stops_no_alert_and_no_end(self) -> None:
+        server = self.webhook()
+        self.configure(w={"type": "slack", "arguments": {"url": server.url}}, l={"type": "logger"})
+        reading, writing = os.pipe()
+        self.addCleanup(os.close, reading)
+        with open(writing, "w") as full:
+            os.set_blocking(writing, False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(writing, b"x" * 4096)
+            os.set_blocking(writing, True)
+            watcher = subprocess.Popen(
+                [sys.executable, "-m", "aimwatch", "start", "--poll-interval", "0.1"],
+                env={**os.environ, "AIMWATCH_REPO": self.root}, stdin=subprocess.DEVNULL, stderr=full,
+            )  # fmt: skip
+        self.addCleanup(watcher.wait)
+        self.addCleanup(watcher.kill)
+        for number in range(5):
+            self.wait_for(lambda: self.saved().get("pid") == watcher.pid)
+            self.check_in(f"r{number}", 1, "failed")
+            self.wait_for(lambda number=number: any(f"r{number}" in text for text in server.texts()))
+        watcher.terminate()
+        self.assertEqual(watcher.wait(20), 0)
+
+    def test_lines_that_find_no_room_are_counted(self) -> None:
+        reading, writing = os.pipe()
+        with open(reading, "rb") as reader, open(writing, "w") as stream:
+            with contextlib.redirect_stderr(stream):
+                handler = aimwatch._LogHandler()
+            os.set_blocking(writing, False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(writing, b"x" * 4096)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(writing, b"x")
+            os.set_blocking(writing, True)
+            handler.start()
+            self.addCleanup(handler.close)
+            for number in range(1500):
+                handler.emit(logging.LogRecord("n", 20, "", 0, f"line {number}", (), None))
+            text = reader.read(1 << 16).decode().lstrip("x")
+            while "\nline 999\n" not in text:
+                text += os.read(reader.fileno(), 1 << 16).decode()
+            handler.emit(logging.LogRecord("n", 20, "", 0, "last", (), None))
+            while "last" not in text:
+                text += os.read(reader.fileno(), 1 << 16).decode()
+        lines = text.replace("x", "").split("\n")
+        numbers = [int(line[5:]) for line in lines if line.startswith("line")]
+        dropped = sum(int(line.split()[0]) for line in lines if "log lines were dropped" in line)
+        self.assertEqual((numbers, len(numbers) + dropped), (list(range(len(numbers))), 1500))
 
 
 class TestSigns(WatcherProcessCase):
