@@ -7074,7 +7074,7 @@ def send_email(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> 
         with contextlib.closing(Server(arguments["host"], port, "localhost")) as server:
             # Without a name of ours, it would ask the name server for one, which an air-gapped host lacks.
             ours = this_host()
-            server.local_hostname = ours if "." in ours else address_literal(server.sock.getsockname()[0])
+            server.local_hostname = ours if "." in ours else address_literal(server.sock.getsockname()[0])  # type: ignore[union-attr]
             if security == "starttls":
                 server.starttls(context=tls_context(attempt))
             if arguments.get("user"):
