@@ -11400,17 +11400,19 @@ def _print_list(
 
 
 def print_rows(
-    args: Any, paths: RepoPaths, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+    args: Any, paths: RepoPaths, columns: Sequence[str], rows: Iterable[Sequence[Any]]
 ) -> Sequence[str]:
     """Print rows as a table, JSON or CSV, and return the columns for which the table has no room."""
-    if args.json:
-        print_json([dict(zip(columns, row)) for row in rows])
-    elif args.csv:
+    if args.csv:
         import csv
 
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows([csv_cell(value, sys.stdout.isatty()) for value in row] for row in rows)
+        return ()
+    rows = list(rows)
+    if args.json:
+        print_json([dict(zip(columns, row)) for row in rows])
     elif rows:
         hashes = [row[nth] for row in rows for nth, column in enumerate(columns) if column in ("hash", "run")]
         short = short_hashes(paths, hashes) if hashes else {}
@@ -11676,7 +11678,7 @@ def cmd_export(args: Any) -> int:
         for metric in found
         for step, epoch, value, at in zip(metric.steps, metric.epochs, metric.values, metric.times)
     )
-    print_rows(args, repo._paths, POINT_COLUMNS, list(points))
+    print_rows(args, repo._paths, POINT_COLUMNS, points)
     return 0
 
 
