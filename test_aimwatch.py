@@ -13684,6 +13684,58 @@ def bench_rhythms(bench: Bench, root: str) -> None:
         )
 
 
+def bench_exec(bench: Bench, root: str) -> None:
+    environ = {**_environ(root), "AIMWATCH_REPO": root}
+    ours = [sys.executable, "-m", "aimwatch", "exec", "--"]
+    bare = [sys.executable, "-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"]
+
+    def started(*command: str) -> Any:
+        """Return a process whose program has written its first byte."""
+        process = subprocess.Popen(
+            [*command, "sh", "-c", "echo; exec cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environ,
+        )
+        process.stdout.read(1)  # type: ignore[union-attr]
+        return process
+
+    def end(process: Any) -> None:
+        process.stdin.close()
+        process.stdout.read()
+        process.stdout.close()
+        process.wait()
+
+    took_s: List[List[float]] = [[], []]
+    for _ in range(21):
+        for times, command in zip(took_s, (bare, ours)):
+            begun = time.perf_counter()
+            process = started(*command)
+            times.append(time.perf_counter() - begun)
+            end(process)
+    cost_ms = 1000 * (statistics.median(took_s[1]) - statistics.median(took_s[0]))
+    bench.at_most("exec: until the program runs, beyond Python's", cost_ms, "ms", 30)
+    chunk, size, rate = bytes(1 << 16), 200 << 20, 200e6
+
+    def pump(process: Any) -> None:
+        reader = threading.Thread(
+            target=lambda: [0 for _ in iter(lambda: process.stdout.read1(1 << 16), b"")]
+        )
+        reader.start()
+        begun = time.perf_counter()
+        for sent in range(0, size, len(chunk)):
+            process.stdin.write(chunk)
+            time.sleep(max(0.0, sent / rate - (time.perf_counter() - begun)))
+        process.stdin.close()
+        reader.join()
+
+    processes: List[Any] = []
+    bench.compare(
+        "exec: cat at 200 MB/s", lambda: pump(processes[0]), "cat", lambda: pump(processes[1]), 1.05, "ms", 1, 5,
+        prepare=lambda: processes.__setitem__(slice(None), [started(*ours), started(*bare)]),
+    )  # fmt: skip
+
+
 def bench_track(bench: Bench, root: str) -> None:
     run, context, count = Run(repo=root), {"subset": "train"}, 5_000
     fd = os.open(os.path.join(root, "plain"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -13895,7 +13947,7 @@ def run_bench() -> int:
     """Run every part in a repository of its own; 1 where a figure is over its limit."""
     bench = Bench()
     print(f"{'figure':<44} {'aimwatch':>12}  {'baseline':<44} {'ratio':>8}  limit")
-    parts = [bench_import, bench_rhythms, bench_progress, bench_poll, bench_track, bench_index]
+    parts = [bench_import, bench_exec, bench_rhythms, bench_progress, bench_poll, bench_track, bench_index]
     parts += [bench_close, bench_query]
     if importlib.util.find_spec("aim") is not None:
         parts.append(bench_aim)
