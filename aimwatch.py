@@ -1806,6 +1806,32 @@ class AppendFile:
         return size
 
 
+#: How much of a run's log is read for an alert: so much of its beginning, after its last checkpoint, and
+#: of its end. The checkpoint is looked for so far back.
+FACTS_BYTES, CHECKPOINT_REACH = 16 << 10, 8 << 20
+
+
+def read_log_parts(path: str, run_hash: str) -> RunState:
+    """Return what those parts of a log say that an alert needs: where a run writes on without end, that
+    it died must be said all the same, and soon. Raises OSError."""
+    state = RunState(run_hash)
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        checkpoint = _last_checkpoint(file.fileno(), size, max(0, size - CHECKPOINT_REACH))
+        for start in (0, checkpoint, size - FACTS_BYTES):
+            if start > file.tell():
+                file.seek(start - 1)
+                file.readline(FACTS_BYTES)  # the rest of a line
+            left = FACTS_BYTES
+            while left > 0:
+                line = file.readline(MAX_LINE_BYTES)
+                if not line:
+                    return state
+                _apply_line(state, line)
+                left -= len(line)
+    return state
+
+
 def read_log(path: str, run_hash: str) -> RunState:
     """Return what the run log at `path` says. Raises OSError where it cannot be read.
 
@@ -7150,11 +7176,13 @@ def back_off_s(failures: int, random: float) -> float:
 
 class Event(NamedTuple):
     """Something to notify people of. The id names run, check-in and kind, so a second sight of the same
-    event is the same event. `facts` are the fields of a message."""
+    event is the same event. `facts` are the fields of a message; `not_for` the ids of the notifiers whose
+    `where` is not true of the run."""
 
     id: str
     kind: str
     facts: Facts
+    not_for: Sequence[str] = ()
 
 
 class OutboxState:
@@ -7540,6 +7568,7 @@ class Dispatcher:
         self._complaint = ""
         #: The enabled notifiers, by id. Those with a problem are not used, and what they must hear of waits.
         self._notifiers: Dict[str, Notifier] = {}
+        self._queries: Dict[str, CompiledQuery] = {}
         self._threads: Dict[str, NotifierThread] = {}
         #: False where a thread could not be started, which is tried again.
         self._complete = True
@@ -7567,6 +7596,7 @@ class Dispatcher:
         usable = [item for item in notifiers if item.enabled and not item.problem] or [fallback_notifier()]
         unusable = [item for item in notifiers if item.enabled and item.problem]
         self._notifiers = {item.id: item for item in (*usable, *unusable)}
+        self._queries = {item.id: compile_query(item.where) for item in usable if item.where}
         self._outbox.forget_notifiers({*self._notifiers, *(item.id for item in notifiers)})
         for item in unusable:
             log.error("notifier %s %s; it is not used", item.id[:8], item.problem)
@@ -7631,10 +7661,28 @@ class Dispatcher:
         """Put new events into the outbox, for good, for all notifiers that want them `but` one, and
         have them sent."""
         items = [item for item in self._notifiers.values() if item.id != but]
-        unique = {event.id: event for event in events}.values()
-        self._outbox.add([(event, [item.id for item in items if item.wants(event.kind)]) for event in unique])
+        self._outbox.add(
+            [
+                (event, [one.id for one in items if one.wants(event.kind) and one.id not in event.not_for])
+                for event in {event.id: event for event in events}.values()
+            ]
+        )
         for thread in self._threads.values():
             thread.wake()
+
+    def not_for(self, run_hash: str, state: str) -> List[str]:
+        """Return the ids of the notifiers whose `where` is not true of a run. One of which nobody can tell
+        is for all: rather one message too many."""
+        if not self._queries:
+            return []
+        try:
+            row = run_row(read_log_parts(self._paths.run_log(run_hash), run_hash))
+        except FileNotFoundError:
+            row = run_row(RunState(run_hash))  # Aim's
+        except OSError:
+            return []
+        row["state"] = state
+        return [one for one, query in self._queries.items() if not query.test(row, None)]
 
     def alarm(self, event: Event) -> None:
         """Send every notifier an event that cannot be put into the outbox, since the disk does not answer."""
@@ -8076,31 +8124,6 @@ def reminders(runs: Iterable[WatchedRun], last_s: float, now_s: float, every_s: 
 # messages. Every read is bounded, and none follows a link.
 # ======================================================================================
 
-#: How much of a run's log is read for an alert: so much of its beginning, after its last checkpoint, and
-#: of its end. The checkpoint is looked for so far back.
-FACTS_BYTES, CHECKPOINT_REACH = 16 << 10, 8 << 20
-
-
-def read_log_parts(path: str, run_hash: str) -> RunState:
-    """Return what those parts of a log say that an alert needs: where a run writes on without end, that
-    it died must be said all the same, and soon. Raises OSError."""
-    state = RunState(run_hash)
-    with os.fdopen(open_regular(path), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        checkpoint = _last_checkpoint(file.fileno(), size, max(0, size - CHECKPOINT_REACH))
-        for start in (0, checkpoint, size - FACTS_BYTES):
-            if start > file.tell():
-                file.seek(start - 1)
-                file.readline(FACTS_BYTES)  # the rest of a line
-            left = FACTS_BYTES
-            while left > 0:
-                line = file.readline(MAX_LINE_BYTES)
-                if not line:
-                    return state
-                _apply_line(state, line)
-                left -= len(line)
-    return state
-
 
 def describe_metrics(state: RunState, limit: int = 5) -> str:
     """Return the newest metrics of a run: `loss=0.12 (step 400, subset=train), ...`."""
@@ -8145,6 +8168,8 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
     facts["run.progress"] = describe_progress(state)
     facts["run.errors"] = "\n".join(f"  {printable(text, 200)}" for text in list(state.errors)[-3:])
     end = state.header.get("signal") if state.end is None else state.end
+    if state.end is not None:
+        facts["run.state"] = state.end["end"]
     if isinstance(end, dict):
         facts["run.reason"] = printable(str(end.get("reason") or ""))
         frames = end.get("frames")
@@ -8183,7 +8208,7 @@ def change_facts(paths: RepoPaths, change: Change, in_full: bool = True) -> Fact
     unless `in_full`."""
     watched = change.run
     facts = run_facts(paths, watched.hash) if in_full else short_facts(paths, watched.hash)
-    facts["event"] = change.kind
+    facts["event"], facts["run.state"] = change.kind, watched.state
     facts["run.last_seen"] = iso_time(watched.since_utc, "seconds")
     facts["run.promised"] = human_s(watched.promise_s) if watched.promise_s else ""
     facts["run.silent"] = human_s(change.silent_s)
@@ -8566,7 +8591,8 @@ def saved_events(saved: Dict[str, Any]) -> List[Event]:
     for item in _listed(saved, "events"):
         with contextlib.suppress(AttributeError, TypeError):
             event = Event(*item)
-            if all(isinstance(text, str) for text in (event.id, event.kind, *event.facts.values())):
+            texts = (event.id, event.kind, *event.facts.values(), *event.not_for)
+            if all(isinstance(text, str) for text in texts):
                 found.append(event)
     return found
 
@@ -8814,7 +8840,7 @@ class Watcher:
         muted = self.groups.whole(self._read_mutes(), self.table.runs)
         deadline = self._clock() + FACTS_S
         self._events = [
-            Event(change.id, change.kind, self._facts(change, self._clock() < deadline))
+            self._event(change, self._clock() < deadline)
             for change in self.groups.gather(
                 [change for change in self._unmuted(changes, muted) if self.dispatcher.wanted(change.kind)],
                 self.table.runs,
@@ -9014,7 +9040,9 @@ class Watcher:
                     event_id = f"{run}-{size}-{messages[-1]['time']:.3f}-{LOG}"
                     if not self.outbox.knows(event_id):
                         facts = message_facts(self.paths, run, messages)
-                        self._events.append(Event(event_id, LOG, self._dated(facts)))
+                        self._events.append(
+                            Event(event_id, LOG, self._dated(facts), self.dispatcher.not_for(run, RUNNING))
+                        )
             except OSError as error:
                 if error.errno not in (errno.ELOOP, errno.EINVAL):
                     continue  # the share is away, perhaps: tried again at the next poll
@@ -9029,6 +9057,11 @@ class Watcher:
             self._save(now=True)
             self.dispatcher.notify([event for event in self._events if not self.outbox.knows(event.id)])
             self._events = []
+
+    def _event(self, change: Change, in_full: bool) -> Event:
+        run = change.visible or change.run.hash
+        not_for = self.dispatcher.not_for(run, change.run.state) if in_full else ()
+        return Event(change.id, change.kind, self._facts(change, in_full), not_for)
 
     def _facts(self, change: Change, in_full: bool) -> Facts:
         try:
@@ -10553,7 +10586,7 @@ def status_rows(
         facts = facts_of(paths, seen.hash) if seen.state != FINISHED else {}
         muted_until = mutes.get(seen.hash)
         state = watched.state if watched else seen.state
-        if state == RUNNING and facts.get("run.reason"):
+        if state == RUNNING and facts.get("run.state") == FAILED:
             state = FAILED  # its log knows, and no watcher has seen it yet
         ack = ack_name(seen.name, state)
         rank, world = (facts.get(f"run.{field}", "") for field in ("rank", "world"))
