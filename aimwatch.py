@@ -5952,6 +5952,10 @@ TEMPLATE_FIELDS = (
 _TEMPLATE_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_.]*)\}")
 
 
+#: What is known of an event, by the names that templates use.
+Facts = Dict[str, str]
+
+
 class Notifier(NamedTuple):
     """One notifier as configured. `problem` says why it cannot be used, or is None."""
 
@@ -6059,7 +6063,7 @@ checked_port = a_text(
     number=True,
 )
 checked_address = a_text(
-    r"(?=[!-~]+\Z)[^@,;:<>\"()\[\]\\]+(@[A-Za-z0-9.-]+)?", "{} is no mail address: write name@host"
+    r"(?=[!-~]+\Z)[^@,;:<>\"()\[\]\\{}]+(@[A-Za-z0-9.-]+)?", "{} is no mail address: write name@host"
 )
 
 
@@ -6121,12 +6125,28 @@ def checked_body(value: Any) -> Any:
 
 
 def checked_addresses(value: Any) -> List[str]:
-    """Return mail addresses from a list, or from text with commas between them. Raises ConfigError."""
+    """Return mail addresses, in which `{run.user}` may stand, from a list, or from text with commas between
+    them. Raises ConfigError."""
     if isinstance(value, str):
         value = [item for item in re.split(r"[,\s]+", value) if item]
     if not isinstance(value, list) or not value:
         raise ConfigError("must be mail addresses with commas between them")
-    return [checked_address(item) for item in value]
+    for item in value:
+        checked_address(item.replace(_USER, "user") if isinstance(item, str) else item)
+    return [item.strip() for item in value]
+
+
+#: What stands in a mail address for the login name of who trains.
+_USER = "{run.user}"
+
+
+def recipients(notifier: Notifier, facts: Facts) -> List[str]:
+    """Return the addresses that get a mail about an event. One with the user in it gets none where that is
+    unknown, or is no name that a mail address can have."""
+    user = facts.get("run.user", "")
+    known = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", user)
+    addresses = notifier.arguments.get("to") or ()
+    return [item.replace(_USER, user) for item in addresses if known or _USER not in item]
 
 
 def checked_command(value: Any) -> List[str]:
@@ -6419,7 +6439,6 @@ def fallback_notifier() -> Notifier:
 # template is filled by look-up alone, so that nothing in it or in a run's data is evaluated.
 # ======================================================================================
 
-Facts = Dict[str, str]
 MAX_MESSAGE = 3000
 
 
@@ -7015,7 +7034,7 @@ def end_programs() -> None:
             os.killpg(group, signal.SIGKILL)
 
 
-def mail_text(notifier: Notifier, batch: Sequence[Facts]) -> str:
+def mail_text(notifier: Notifier, batch: Sequence[Facts], to: Sequence[str]) -> str:
     """Return the mail about a batch of events (RFC 5322).
 
     It is put together here, in ASCII: `email` would decode what looks like an encoded word in a text, and
@@ -7030,7 +7049,7 @@ def mail_text(notifier: Notifier, batch: Sequence[Facts]) -> str:
     headers = (
         f"Subject: {encoded_words(printable(text.partition(chr(10))[0], 150))}",
         f"From: {arguments['sender']}",
-        f"To: {', '.join(arguments['to'])}",
+        f"To: {', '.join(to)}",
         f"Date: {email.utils.formatdate(localtime=True)}",
         f"Message-ID: {email.utils.make_msgid(domain=domain)}",
         # Says that a program wrote this, so that no absence notice answers (RFC 3834).
@@ -7088,7 +7107,10 @@ def send_email(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> 
 
     arguments = notifier.arguments
     security = arguments.get("security") or "starttls"
-    text = mail_text(notifier, batch)
+    to = recipients(notifier, batch[0])
+    if not to:
+        return Outcome(SENT, "no address is left for it, since its user is unknown")
+    text = mail_text(notifier, batch, to)
 
     class Server(smtplib.SMTP):
         def _get_socket(self, host: str, port: int, timeout: float) -> Any:
@@ -7105,7 +7127,7 @@ def send_email(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> 
                 server.starttls(context=tls_context(attempt))
             if arguments.get("user"):
                 server.login(arguments["user"], arguments.get("password") or "")
-            refused = server.sendmail(arguments["sender"], arguments["to"], text)
+            refused = server.sendmail(arguments["sender"], to, text)
             # Its answer is not waited for: the mail is accepted, and must not be sent again.
             with contextlib.suppress(OSError, smtplib.SMTPException):
                 server.putcmd("quit")
@@ -7464,7 +7486,11 @@ class NotifierThread(threading.Thread):
     def _batch(self) -> List[Event]:
         if self.notifier is None:
             return []
-        return [self._alarm] if self._alarm is not None else self._outbox.waiting_for(self.id)
+        batch = [self._alarm] if self._alarm is not None else self._outbox.waiting_for(self.id)
+        if batch and _USER in str(self.notifier.arguments.get("to")):  # each user hears of their own alone
+            to = recipients(self.notifier, batch[0].facts)
+            batch = [event for event in batch if recipients(self.notifier, event.facts) == to]
+        return batch
 
     def run(self) -> None:
         while True:

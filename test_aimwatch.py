@@ -7780,6 +7780,28 @@ class Mail(NotifierCase):
                 self.assertNotIn("\x1b", mail.get_content() + mail["subject"])
                 self.assertEqual([line for line in server.said if "evil" in line], [])
 
+    def test_address_with_the_user_in_it_gets_mail_about_their_runs_alone(self) -> None:
+        for to, user, expected in (
+            (["{run.user}@x"], "ann", ["ann@x"]), (["{run.user}+ml@x", "ops@x"], "b.ob-1", ["b.ob-1+ml@x", "ops@x"]),
+            (["ops@x", "{run.user}@x"], "", ["ops@x"]), (["{run.user}@x"], "a@evil,b", []), (["{run.user}@x"], "", []),
+            (["{run.user}@x"], "a\r\nBcc: b", []), (["{run.user}@x"], "-oX", []), (["{run.user}@x"], "é", []),
+        ):  # fmt: skip
+            with self.subTest(to=to, user=user):
+                server = self.server()
+                self.assertEqual(self.send(server, facts_of(run_user=user), to=to).kind, "sent")
+                self.assertEqual([mail[1] for mail in server.mails], [expected] if expected else [])
+                if expected:
+                    self.assertEqual(self.parsed(server)["to"], ", ".join(expected))
+        for bad in ("{run.name}@x", "{run.user", "{run.user}@x,y@@z"):
+            self.assertIsNotNone(self.server().notifier(to=[bad]).problem, bad)
+        server = self.server()
+        thread = aimwatch.NotifierThread(server.notifier(to=["{run.user}@x", "ops@x"]), mock.Mock())
+        events = [event_of(n) for n in range(4)]
+        for event, user in zip(events, ("ann", "bob", "ann", "")):
+            event.facts["run.user"] = user
+        thread._outbox.waiting_for.return_value = events  # type: ignore[attr-defined]
+        self.assertEqual(thread._batch(), [events[0], events[2]])
+
     def test_what_a_run_says_is_never_parsed_as_mail(self) -> None:
         forged = "=?utf-8?q?x=0D=0ABcc:_evil@x.example=0D=0A=0D=0Aall_is_well?="
         for name in (forged, forged * 3, "é" * 200, "\U0001f980" * 90, "=?", "plain", "a\ud800b"):
@@ -10578,6 +10600,54 @@ class TestFlappingAndReminders(WatchCase):
             self.clock.pass_(350)
             watcher.poll()
         self.assertEqual([kind for _, kind in self.told()][11:], ["recovered", "stalled", "stalled"])
+
+
+class TestWhere(WatchCase):
+    def test_notifier_hears_of_the_runs_for_which_its_query_is_true(self) -> None:
+        log = {"type": "logger", "events": ["failed", "stalled", "log"]}
+        self.configure(
+            all=log, vision={**log, "where": "run.experiment == 'vision'"}, big={**log, "where": "run.lr > 1"},
+            mine={**log, "where": f"run.host == '{os.uname().nodename}'"},
+            failed={**log, "where": "run.state == 'failed'"},
+        )  # fmt: skip
+        watcher = self.watch()
+        heard = {}
+        for run_hash, experiment, rate in (("a", "vision", 0.5), ("b", "text", 5)):
+            with contextlib.suppress(ValueError), self.create(run_hash, experiment=experiment) as run:
+                run["lr"] = rate
+                run.log_error("look here")
+                raise ValueError("why")
+        self.check_in("aim", 1, "failed")
+        self.look(watcher, 1)
+        for item in self.events():
+            if item["kind"] != "trouble":
+                heard[item["facts"]["run.hash"], item["kind"]] = item["to"]
+        self.assertEqual(heard, {
+            ("a", "failed"): ["all", "vision", "mine", "failed"], ("a", "log"): ["all", "vision", "mine"],
+            ("b", "failed"): ["all", "big", "mine", "failed"], ("b", "log"): ["all", "big", "mine"],
+            ("aim", "failed"): ["all", "failed"],
+        })  # fmt: skip
+
+    def create(self, run_hash: str, **options: Any) -> Run:
+        return aimwatch.Run(run_hash, repo=self.root, **options)
+
+    def test_what_nobody_could_read_goes_to_everybody(self) -> None:
+        self.configure(one={"type": "logger", "where": "run.experiment == 'x'"})
+        self.check_in("a", 1)
+        watcher = self.watch()
+        self.check_in("a", 2, "failed")
+        with mock.patch.object(aimwatch, "read_log_parts", side_effect=OSError(errno.EIO, "broken")):
+            self.look(watcher, 1)
+        self.assertEqual([item["to"] for item in self.events()], [["one"]])
+
+    def test_whom_it_is_for_is_known_also_when_the_watcher_was_killed_before_the_outbox(self) -> None:
+        self.configure(all={"type": "logger"}, none={"type": "logger", "where": "run.experiment == 'x'"})
+        self.check_in("a", 1)
+        watcher = self.watch()
+        self.check_in("a", 2, "failed")
+        self.kill_in(aimwatch.Outbox, "add", False, watcher)
+        self.watch()
+        self.assertEqual([item["to"] for item in self.events()], [["all"]])
 
 
 class TestAcknowledged(WatchCase):
