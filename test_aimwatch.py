@@ -2196,13 +2196,13 @@ model.fit(data, data.sum(1), epochs=2, callbacks=[aimwatch.callback(run_hash="r"
 REAL: Tuple[Tuple[Tuple[str, ...], str, str, int, str, Any, str], ...] = (
     (("torch", "lightning"), LIGHTNING, "fit", 0, "finished", None, "loss"),
     (("torch", "lightning"), LIGHTNING, "raise", 1, "failed", "ValueError: bad batch", "loss"),
-    (("torch", "lightning"), LIGHTNING, "term", 0, "failed", "terminated by SIGTERM (SIGTERMException)", "loss"),
+    (("torch", "lightning"), LIGHTNING, "term", 0, "failed", "terminated by SIGTERM", "loss"),
     (("torch", "transformers", "accelerate"), TRANSFORMERS, "fit", 0, "finished", None, "loss"),
     (("torch", "transformers", "accelerate"), TRANSFORMERS, "raise", 1, "failed", "ValueError: bad text", ""),
     (("torch", "keras"), KERAS, "fit", 0, "finished", None, "loss"),
     (("torch", "keras"), KERAS, "raise", 1, "failed", "ValueError: bad epoch", "loss"),
     (("hydra",), "import hydra\nfrom aimwatch import Run\n@hydra.main(version_base=None, config_path=None)\n"
-     "def main(config):\n global run\n run = Run('r'); raise KeyError('no layer')\nmain()", "x=1", 1, "failed",
+     "def main(config):\n global run\n run = Run('r'); raise KeyError('no layer')\nmain()", "+x=1", 1, "failed",
      "exited with status 1 (KeyError: 'no layer')", ""),
     (("optuna",), "import optuna\nfrom aimwatch import Run\nwith Run('r'): raise optuna.TrialPruned", "", 1,
      "finished", None, ""),
@@ -2228,7 +2228,7 @@ class RealFrameworks(ProcessCase):
             self.skipTest("none is installed")
         for packages, code, argument, status, end, reason, metric in rows:
             with self.subTest(packages[-1], what=argument):
-                shutil.rmtree(self.paths.aim)
+                shutil.rmtree(self.paths.aim, ignore_errors=True)
                 process = self.process(code, argument, cwd=self.root)
                 err = process.communicate(timeout=300)[1]
                 self.assertEqual(process.returncode, status, err)
