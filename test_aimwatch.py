@@ -13090,11 +13090,20 @@ class TestDemo(Case):
 
 #: What stands before a block of Python in README.md.
 TRAINING_STUB = """\
-batches = [1, 2, 3]
+batches = data = [1, 2, 3]
 
 
 def train(batch):
     return 0.25
+
+
+class model:
+    def fit(data, epochs, callbacks):
+        for callback in callbacks:
+            callback.on_train_begin({})
+            for epoch in range(epochs):
+                callback.on_epoch_end(epoch, {"loss": 0.25})
+            callback.on_train_end({})
 
 
 """
