@@ -5168,16 +5168,9 @@ _RUN_FIELDS: Dict[str, _Value] = {
     **{field: _from_row(field) for field in ("state", "reason", "host", "pid", "user", "job", "rank")},
 }
 
-_INSTEAD = {
-    "BitAnd": "'&' is not in the query language: write and",
-    "MatMult": "'@' is not in the query language",
-    "BitOr": "'|' is not in the query language: write or",
-    "Invert": "'~' is not in the query language: write not",
-    "NamedExpr": "':=' is not in the query language: write ==",
-    "ExtSlice": "a slice [a:b] is not in the query language: write startswith, endswith or in",
-    "Slice": "a slice [a:b] is not in the query language: write startswith, endswith or in",
-    "Starred": "'*' is not in the query language here: write the values",
-}
+#: What to write in the place of a kind of node.
+_INSTEAD = dict.fromkeys(("Slice", "ExtSlice"), "startswith, endswith or in")
+_INSTEAD.update(BitAnd="and", BitOr="or", Invert="not", NamedExpr="==")
 
 
 class _Compiler:
@@ -5448,15 +5441,7 @@ class _Compiler:
 
     def refuse_kind(self, node: ast.expr, what: ast.AST) -> NoReturn:
         kind = type(what).__name__
-        if isinstance(node, ast.BinOp):  # the operator stands behind its left side
-            line, offset = node.left.end_lineno or 1, node.left.end_col_offset or 0
-            rest = f"({self.text}".split("\n")[line - 1].encode("utf-8", "replace")[offset:]
-            offset += len(rest) - len(rest.lstrip(b" \t)"))
-            node = ast.Name("", ast.Load(), lineno=line, col_offset=offset)
-        self.refuse(
-            node,
-            _INSTEAD.get(kind, f"'{kind}' is not in the query language: write it with and, or, not"),
-        )
+        self.refuse(node, f"no {kind} in the query language: write {_INSTEAD.get(kind, 'and, or, not, ==')}")
 
     def refuse(self, node: ast.expr, reason: str) -> NoReturn:
         raise _refusal(self.text, node, reason)
@@ -10591,6 +10576,10 @@ def status_object(paths: RepoPaths) -> Dict[str, Any]:
     return {"repo": paths.root, "watcher": watcher, "notifiers_that_do_not_work": notifiers, "runs": runs}
 
 
+#: What `status` says of a run as its log has it.
+_STATUS_FACTS = ("experiment", "host", "pid", "job", "group", "reason", "progress")
+
+
 def status_rows(
     paths: RepoPaths, saved: Dict[str, Any], facts_of: Callable[[RepoPaths, str], Facts] = run_facts
 ) -> List[Dict[str, Any]]:
@@ -10620,22 +10609,16 @@ def status_rows(
             {
                 "hash": seen.hash,
                 "name": facts.get("run.name", seen.hash),
-                "experiment": facts.get("run.experiment"),
                 "state": state,
                 "last_check_in": Moment(watched.since_utc if watched else seen.utc),
                 "promise_s": seen.promise_s or None,
-                "host": facts.get("run.host"),
-                "pid": facts.get("run.pid"),
-                "job": facts.get("run.job"),
                 "rank": int(rank) if rank.isdecimal() else None,
                 "world": int(world) if world.isdecimal() else None,
-                "group": facts.get("run.group"),
-                "reason": facts.get("run.reason") or None,
-                "progress": facts.get("run.progress") or None,
                 "muted_until": None if muted_until is None else Moment(muted_until),
                 "acknowledged_by": _owner_of(os.path.join(paths.mutes, ack)) if ack in acks else None,
                 "check_in": seen.name,
                 "watched": watched is not None,
+                **{field: facts.get(f"run.{field}") or None for field in _STATUS_FACTS},
             }
         )
     order = [FAILED, STALLED, RUNNING, FINISHED]
@@ -10774,7 +10757,7 @@ def cmd_ack(args: Any) -> int:
     rows = {row["hash"]: row for row in status_rows(paths, read_watcher_file(paths))}
     bad = [run_hash for run_hash, row in rows.items() if row["state"] in (STALLED, FAILED)]
     for run_hash in bad if args.all else [_find_live(paths, prefix) for prefix in args.hash]:
-        group = rows[run_hash]["group"]
+        group = rows[run_hash]["group"] if run_hash in rows else None
         ranks = [other for other in bad if other == run_hash or group and rows[other]["group"] == group]
         if not ranks:
             raise AimwatchError(f"run {run_hash} is neither stalled nor failed now")
@@ -11763,7 +11746,7 @@ MAX_REPORTED = 20
         metavar="TIME",
         help="over how long: 90m, 12h, 7d (default: 1d)",
     ),
-    one_of(switch("--send", "send it to the enabled notifiers, and print nothing"), AS_JSON),
+    switch("--send", "send it to the enabled notifiers, and print nothing"),
 )
 def cmd_report(args: Any) -> int:
     """Say what finished, what failed and by what, and what still runs; for cron."""
@@ -11774,10 +11757,6 @@ def cmd_report(args: Any) -> int:
     for row in rows:
         if row["end_time"] is None and states.get(row["hash"], row)["state"] in (STALLED, FAILED):
             row.update(state=states[row["hash"]]["state"], reason=states[row["hash"]]["reason"] or DIED)
-    if args.json:
-        columns = ("hash", "name", "experiment", "state", "reason", "created", "ended", "host", "user")
-        print_json([{column: run_cell(row, column) for column in columns} for row in rows])
-        return 0
     if not args.send:
         print("\n".join(report_lines(repo._paths, rows, args.since)))
         return 0
@@ -11821,8 +11800,6 @@ def report_lines(
     "plot",
     ONE_HASH,
     argument("metric", metavar="METRIC", help="the metric's name; each context is drawn"),
-    argument("--width", type=whole_number, metavar="N", help="in characters (default: the terminal's)"),
-    argument("--height", type=whole_number, metavar="N", help="in lines (default: 16 at most)"),
 )
 def cmd_plot(args: Any) -> int:
     """Draw a metric of a run as a chart in the terminal."""
@@ -11835,7 +11812,7 @@ def cmd_plot(args: Any) -> int:
     for metric in found:
         print(printable(f"{metric.name} {shown(metric.context, 'context')}".rstrip(), width))
         points = [(step, value) for step, value in zip(metric.steps, metric.values) if math.isfinite(value)]
-        lines = chart(points, max(20, args.width or width - 12), max(4, args.height or min(height - 4, 16)))
+        lines = chart(points, max(20, width - 12), max(4, min(height - 4, 16)))
         try:
             print("\n".join(lines))
         except UnicodeEncodeError:  # pragma: no cover - stdout escapes what it cannot write
@@ -11915,7 +11892,7 @@ def cmd_reindex(args: Any) -> int:
     paths = find_repo(args.repo)
     reindexer = Reindexer(paths)
     try:
-        problems = reindexer.run_all(args.rebuild, REINDEX_WAIT_S, _show_progress)
+        problems = reindexer.run_all(args.rebuild, REINDEX_WAIT_S, _progress_bar())
     except (OSError, *sqlite_error()) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise AimwatchError(f"cannot write {paths.index}: {why}") from None
@@ -11931,9 +11908,18 @@ def cmd_reindex(args: Any) -> int:
 REINDEX_WAIT_S = 60.0
 
 
-def _show_progress(done: int, of: int) -> None:
-    if sys.stderr.isatty() and of:
-        print(f"\r{done}/{of} runs\x1b[K", end="", file=sys.stderr, flush=True)
+def _progress_bar() -> OnProgress:
+    """Return what draws a bar with rate and time left where stderr is a terminal."""
+    begun = time.monotonic()
+
+    def show(done: int, of: int) -> None:
+        if sys.stderr.isatty() and done and (done % 20 == 0 or done == of):
+            rate = done / max(time.monotonic() - begun, 0.001)
+            bar = "#" * (done * 30 // of)
+            left = f"{rate:.0f}/s, {human_s((of - done) / rate)} left"
+            print(f"\r[{bar:<30}] {done}/{of} runs, {left}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    return show
 
 
 # -------------------------------------------------------------------------- demo

@@ -3685,14 +3685,14 @@ class RefusalTest(IndexCase):
             ("run.a == rb'x'", 10, "leave out the prefix"),
             ("run.a == 1j", 10, "1j is not in the query language"),
             ("run.a == ...", 10, "Ellipsis is not"),
-            ("run.a & 1", 7, "'&' is not in the query language: write and"),
-            ("(run.a) @ 1", 9, "'@' is not in the query language"),
+            ("run.a & 1", 1, "no BitAnd in the query language: write and"),
+            ("(run.a) @ 1", 1, "no MatMult in the query language"),
             (" run.a ==", 9, "not a Python expression"),
             ("run.a == 5 or", 13, "not a Python expression"),
-            ("run.a == 1 and ~run.b", 16, "'~' is not in the query language: write not"),
-            ("(x := 5) == 5", 2, "':=' is not"),
-            ("run.name[0:4] == 'a'", 5, "a slice [a:b] is not"),
-            ("run.a[0:1, 2] == 'a'", None, "a slice [a:b] is not"),
+            ("run.a == 1 and ~run.b", 16, "no Invert in the query language: write not"),
+            ("(x := 5) == 5", 2, "no NamedExpr in the query language: write =="),
+            ("run.name[0:4] == 'a'", 5, "no Slice in the query language: write startswith"),
+            ("run.a[0:1, 2] == 'a'", None, "Slice in the query language"),
             ("run.a[1.5] == 1", 5, "in [...] stands text or a whole number"),
             ("run[True] == 1", 1, "in [...] stands text or a whole number"),
             ("run.a[run.b] == 1", 11, "only a constant can stand here"),
@@ -6136,7 +6136,6 @@ class RunCommands(StoredCase):
         )
         self.assertEqual(out.count("No space left on device"), 1)
         self.assertRegex(out, rf"\n    [0-9a-f]{{8}} full-6 on {os.uname().nodename}, [0-9.]+ m?s\n")
-        self.assertEqual(len(json.loads(self.fine("report", "--json")[0])), 13)
         self.assertRegex(self.fine("report", "--since", "0.001s")[0], "^the last 1 ms in .*: 2 running\n")
         server = self.webhook((200, "ok"), (404, "gone"))
         self.configure(all=hook(server.url))
@@ -6229,15 +6228,15 @@ class RunCommands(StoredCase):
                 run.track(NAN if step else 1e308, "one", step)
                 run.track((-1) ** step * 1.7e308, "huge", step - 2**62)
             run.track(NAN, "none")
-        for name, argv, lines in (("sine", ["--width", "40", "--height", "8"], 10), ("one", [], 18),
-                                  ("huge", ["--height", "5"], 7), ("none", [], 2)):  # fmt: skip
-            with mock.patch.dict(os.environ, COLUMNS="100", LINES="30"):
-                out = self.fine("plot", "p", name, *argv)[0].splitlines()
+        for name, width, height, lines in (
+            ("huge", 100, 9, 7), ("one", 100, 30, 18), ("none", 100, 30, 2), ("sine", 52, 12, 10)
+        ):  # fmt: skip
+            with mock.patch.dict(os.environ, COLUMNS=str(width), LINES=str(height)):
+                out = self.fine("plot", "p", name)[0].splitlines()
             with self.subTest(name):
                 self.assertEqual((out[0], len(out)), (name, lines))
-                self.assertLessEqual(max(map(len, out)), 100)
-        self.assertEqual(out[1], "no finite values")
-        out = self.fine("plot", "p", "sine", "--width", "40", "--height", "8")[0].splitlines()
+                self.assertLessEqual(max(map(len, out)), width)
+                self.assertEqual(out[1] == "no finite values", name == "none")
         self.assertTrue(out[1].startswith("         1 ") and out[8].startswith("   -0.9999 "), out)
         self.assertEqual(out[9].split(), ["0", "199"])
         self.assertTrue(all(len(line) <= 51 for line in out))
@@ -6282,7 +6281,8 @@ class RunCommands(StoredCase):
 
         with mock.patch.object(aimwatch.sys, "stderr", Terminal()) as stderr:
             self.assertEqual(aimwatch.main(["--repo", self.root, "reindex", "--rebuild"]), 0)
-        self.assertTrue(stderr.getvalue().endswith("\r5/5 runs\x1b[K\r\x1b[K"), stderr.getvalue())
+        self.assertTrue(stderr.getvalue().startswith(f"\r[{'#' * 30}] 5/5 runs, "))
+        self.assertTrue(stderr.getvalue().endswith("/s, 0 ms left\x1b[K\r\x1b[K"), stderr.getvalue())
 
     def test_bad_queries_and_columns_are_one_line_and_change_nothing(self) -> None:
         self.reindexed()
