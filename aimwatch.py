@@ -10801,10 +10801,8 @@ def _ask(prompt: str, check: Callable[[str], Any], secret: bool = False) -> Any:
             said = input(f"{prompt}: ")
         try:
             return check(said)
-        except ConfigError as error:
-            print(f"Error: {error}")
         except AimwatchError as error:
-            print(error)
+            print(f"Error: {error}" if isinstance(error, ConfigError) else error)
 
 
 def _confirm(question: str, default: bool) -> bool:
@@ -10974,11 +10972,7 @@ def _arguments(kind: str, args: Any) -> Dict[str, Any]:
     for field in fields:
         if field.name == "password" and "user" not in arguments:
             continue
-        if field.name in ("sender", "to") and arguments["host"] not in (
-            "localhost",
-            "127.0.0.1",
-            this_host(),
-        ):
+        if field.name in ("sender", "to") and arguments["host"] not in (*_LOCAL_HOSTS, this_host()):
             # Only the mail server of this machine knows its users by their names alone.
             field = field._replace(check=_with_hosts(field.check))
         value = _field_value(field, given[field.flag], args, kind)
@@ -10994,6 +10988,7 @@ def _with_hosts(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda text: check(re.sub(r"(?<![^,\s])[^@,\s]+(?![^,\s])", r"\g<0>@", text))
 
 
+_LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
 #: Flags whose value may have several lines.
 _MANY_LINES = ("header", "body")
 
@@ -11049,12 +11044,11 @@ def _checked_field(field: Field, text: str) -> Any:
 
 def _show(notifier: Dict[str, Any]) -> None:
     print(f"\nType: {printable(notifier['type'])}")
-    for name, value in masked(notifier["type"], notifier["arguments"]).items():
+    shown = masked(notifier["type"], notifier["arguments"])
+    shown.update((name, notifier[name]) for name in ("name", "where") if notifier.get(name))
+    for name, value in shown.items():
         value = "(the default message)" if value == AIM_DEFAULT_MESSAGE else value
         print(printable(f"{name.replace('_', ' ').capitalize()}: {value}", 300))
-    for name in ("name", "where"):
-        if notifier.get(name):
-            print(printable(f"{name.capitalize()}: {notifier[name]}", 300))
     print(f"Events: {', '.join(notifier.get('events', DEFAULT_EVENTS))}\n--------")
 
 
@@ -11062,7 +11056,7 @@ def _warn_about(notifier: Dict[str, Any]) -> None:
     for name in ("url", "base_url"):
         url = notifier["arguments"].get(name, "")
         host = re.sub(r"(?i)^http://(?:[^/?#]*@)?(\[[^\]]*\]|[^/:?#]*).*$", r"\1", url)
-        if host != url and host not in ("localhost", "127.0.0.1", "[::1]"):
+        if host != url and host not in _LOCAL_HOSTS:
             print(
                 f"Warning: {host} is another machine, and over http:// everybody between reads "
                 "what is sent, the address included: use https:// where you can."
@@ -11174,17 +11168,14 @@ def cmd_notifiers_list(args: Any) -> int:
 
 def destination(item: Notifier) -> str:
     """Return where a notifier sends to, without its secrets: a host, addresses, a program."""
-    arguments = item.arguments
-    address = arguments.get("url") or arguments.get("base_url")
+    arguments = masked(item.type, item.arguments)
     if item.type == "workplace":
-        address = address or WORKPLACE_URL
-    url = re.match(r"https?://(?:[^/?#]*@)?([A-Za-z0-9.:\[\]-]+)", str(address))
-    if url:
-        return url[1]
-    if item.type == "email":
-        return ",".join(map(str, arguments.get("to") or ()))
-    command = arguments.get("command")
-    return str(command[0]) if isinstance(command, list) and command else ""
+        arguments = {"url": WORKPLACE_URL, **arguments}
+    names = ("base_url", "url", "to", "command")
+    where = next((arguments[name] for name in names if arguments.get(name)), "")
+    if isinstance(where, list):
+        return ",".join(map(str, where if item.type == "email" else where[:1]))
+    return re.sub(r"^https?://|/.*", "", str(where))
 
 
 @command("notifiers dump")
