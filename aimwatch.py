@@ -8232,7 +8232,9 @@ def change_facts(paths: RepoPaths, change: Change, in_full: bool = True) -> Fact
                 facts["run.process"] = "alive"
             facts["run.frames"] = hanging_frames(paths, watched.hash)
     if change.visible:
-        facts["run.rank"], facts["run.reason"], facts["run.silent"] = str(change.rank), change.note, ""
+        facts["run.rank"] = str(change.rank)
+        if not change.suffix:
+            facts["run.reason"], facts["run.silent"] = change.note, ""
         if in_full and change.visible != watched.hash:
             visible = run_facts(paths, change.visible)
             facts.update({field: visible.get(field, "") for field in ("run.name", "run.metrics")})
@@ -8363,14 +8365,15 @@ class Groups:
         self.paths = paths
         self._wait_s = wait_s
         self._members: Dict[str, Optional[Member]] = {}
+        self._reads_until = math.inf
         #: By group and kind of change: since when it waits for the others, and who took part so far.
         self._waiting: Dict[Tuple[str, str], Tuple[float, List[Member]]] = {}
 
     def member(self, run: str) -> Optional[Member]:
         """Return which rank a run is of."""
-        if run not in self._members:
+        if run not in self._members and _monotonic() < self._reads_until:
             self._members[run] = read_member(self.paths, run)
-        return self._members[run]
+        return self._members.get(run)
 
     def forget(self) -> None:
         """Ask the logs again who is who: runs go, and others are resumed."""
@@ -8395,6 +8398,9 @@ class Groups:
         """Return what is to be alerted now: of the changes of ranks, one for each group when all that take
         part in it are there, or have been waited for."""
         alerted, spoken = [], set()
+        self._reads_until = (
+            _monotonic() + FACTS_S
+        )  # so many runs may have died at once that it must look again
         for change in changes:
             if change.kind in (STARTED, RECOVERED):  # another process may have gone on with it
                 self._members.pop(change.run.hash, None)
@@ -8409,13 +8415,8 @@ class Groups:
                 )
             elif key not in spoken and self._speaks(change, member, runs):
                 spoken.add(key)
-                members = self.members(member.group, runs)
-                if change.kind in (STALLED, FAILED):  # again: a reminder, or a mute that is over
-                    found = [watched for watched in members.values() if watched.state == change.kind]
-                    change = self._roll_call(change, list(map(self._taking_part, found)), members)
-                elif 0 in members:
-                    change = change._replace(visible=members[0].hash, rank=member.rank)
-                alerted.append(change)
+                visible = self.members(member.group, runs).get(0, change.run).hash
+                alerted.append(change._replace(visible=visible, rank=member.rank))
         for (group, kind), (since_s, parts) in list(self._waiting.items()):
             members = self.members(group, runs)
             running = [watched for watched in members.values() if watched.state == RUNNING]
@@ -8466,8 +8467,7 @@ class Groups:
             text += f"; {name_ranks(ranks)} {'still running' if state == RUNNING else f'{state} before'}"
         visible = members[0].hash if 0 in members else first.run_hash
         watched = members.get(first.rank, change.run)
-        note = f"{text}; {change.note}" if change.note else text
-        return change._replace(run=watched, note=note, rank=first.rank, visible=visible)
+        return change._replace(run=watched, note=text, rank=first.rank, visible=visible)
 
     def _say_stalled(self, parts: Sequence[Member], members: Dict[int, WatchedRun]) -> Tuple[Member, str]:
         places: Dict[str, List[Member]] = {}
@@ -9484,9 +9484,8 @@ FORWARDED = (
 class Keeper:
     """Starts a program and copies what it writes, in a process of its own between `exec` and the program.
 
-    It leads the session of the program's terminal, without which Ctrl-Z would stop nothing. It gets the
-    signals that all processes of a job are sent, so that they are not passed on to a program that has them
-    too. And it goes on copying when `exec` was killed, or has ended while others still write.
+    It gets the signals that all processes of a job are sent, so that they are not passed on to a program
+    that has them too. And it goes on copying when `exec` was killed, or has ended while others still write.
     """
 
     def __init__(self, says: int, streams: Sequence[Tuple[int, int]], ends: Dict[int, int]) -> None:
@@ -9499,13 +9498,8 @@ class Keeper:
         with contextlib.suppress(OSError):  # `exec` was killed
             os.write(self._says, f"{kind}{number:9d}".encode("ascii") + data)
 
-    def run(self, argv: Sequence[str], hears: int, session: bool) -> None:
+    def run(self, argv: Sequence[str], hears: int) -> None:
         """Run the program as soon as its environment is told, and return when nothing more is written."""
-        if session:
-            import termios
-
-            os.setsid()
-            fcntl.ioctl(self._ends[1], termios.TIOCSCTTY, 0)
         for number in FORWARDED:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self._say("g", number))
@@ -9514,12 +9508,16 @@ class Keeper:
         pid = os.fork()
         if pid == 0:
             try:
-                self._become(argv, environ, session)
+                for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
+                    signal.signal(number, signal.SIG_DFL)
+                for fd, end in self._ends.items():
+                    os.dup2(end, fd)
+                os.execvpe(argv[0], list(argv), environ)
             except OSError as error:
                 self._say("e", error.errno or errno.ENOENT)
             finally:
                 os._exit(127)
-        for fd in set(self._ends.values()) - {0}:
+        for fd in set(self._ends.values()):
             os.close(fd)
         self._say("p", pid)
         stop, stopper = os.pipe()
@@ -9530,29 +9528,15 @@ class Keeper:
         ]
         for copier in copiers:
             copier.start()
-        while True:
-            status = os.waitpid(pid, os.WUNTRACED)[1]
-            if not os.WIFSTOPPED(status):
-                break
-            self._say("s", pid)
+        status = os.waitpid(pid, 0)[1]
         os.close(stopper)
         for event in drained:
             event.wait()
-        self._say("t", len(self._tail), self._tail)
+        with self._lock:  # what is so long is not written in one piece
+            self._say("t", len(self._tail), self._tail)
         self._say("x", status)
         for copier in copiers:
             copier.join()
-
-    def _become(self, argv: Sequence[str], environ: Dict[str, str], session: bool) -> None:
-        if session:
-            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-            os.setpgid(0, 0)
-            os.tcsetpgrp(self._ends[1], os.getpid())
-        for number in (signal.SIGTTOU, signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores the latter
-            signal.signal(number, signal.SIG_DFL)
-        for fd, end in self._ends.items():
-            os.dup2(end, fd)
-        os.execvpe(argv[0], list(argv), environ)
 
     def _copy(self, source: int, target: int, stop: int, drained: threading.Event) -> None:
         """Copy until the end, or until nobody reads it, which the program then notices. When `stop` can be
@@ -9587,7 +9571,11 @@ class Keeper:
 
 
 class Program:
-    """A program that runs as if its user had started it, beneath a `Keeper`."""
+    """A program that runs as if its user had started it, beneath a `Keeper`.
+
+    It stays in the session and group of this process, and in its terminal: the kernel sends it what is typed
+    there, and Ctrl-Z stops all three. What it writes goes through a terminal where standard output is one.
+    """
 
     def __init__(self, argv: Sequence[str]) -> None:
         """Have everything ready for `start`, while this process has one thread."""
@@ -9598,31 +9586,22 @@ class Program:
         self._due: Dict[int, float] = {}
         self._kept: Dict[int, float] = {}
         self._signals: Deque[int] = deque()
-        self._raw, self._typed = False, b""
-        self._terminal, source, end = -1, -1, -1
-        if os.isatty(1):
-            self._terminal, end = self._make_terminal()
-        else:
-            source, end = os.pipe()
-        streams, ends = [(max(self._terminal, source), 1)], {0: 0, 1: end, 2: end}
+        self._terminal = -1
+        source, end = self._make_terminal() if os.isatty(1) else os.pipe()
+        streams, ends = [(source, 1)], {1: end, 2: end}
         # Of two pipes to one file, the order of what is written would be lost.
         if not os.path.sameopenfile(1, 2) and not (os.isatty(1) and os.isatty(2)):
             other, ends[2] = os.pipe()
             streams.append((other, 2))
-        # Where people type into its terminal, it gets a session for it. Otherwise it stays in that of this
-        # process, and the kernel sends it what is typed in the terminal there.
-        self._session = self._terminal >= 0 and os.isatty(0)
-        if self._session:
-            ends[0] = end
         self._hears, says = os.pipe()
         hears, self._tells = os.pipe()
         if os.fork() == 0:
             try:
                 os.close(self._tells)
-                Keeper(says, streams, ends).run(argv, hears, self._session)
+                Keeper(says, streams, ends).run(argv, hears)
             finally:
                 os._exit(1)
-        for fd in {*ends.values(), says, hears, *(source for source, _ in streams)} - {0, self._terminal}:
+        for fd in {*ends.values(), says, hears, *(source for source, _ in streams)} - {self._terminal}:
             os.close(fd)
 
     def _make_terminal(self) -> Tuple[int, int]:
@@ -9630,22 +9609,26 @@ class Program:
         with what is written."""
         import termios
 
-        outer, inner = os.openpty()
-        self._modes = termios.tcgetattr(1)
-        modes = self._modes[:]
+        self._terminal, end = os.openpty()
+        modes = termios.tcgetattr(1)
         modes[1] &= ~termios.OPOST
-        termios.tcsetattr(inner, termios.TCSANOW, modes)
-        self._fit(inner)
-        return outer, inner
+        termios.tcsetattr(end, termios.TCSANOW, modes)
+        self._fit()
+        return self._terminal, end
+
+    def _fit(self) -> None:
+        import termios
+
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, fcntl.ioctl(1, termios.TIOCGWINSZ, bytes(8)))
 
     def start(self, environ: Dict[str, str]) -> None:
         """Start it, with these variables in its environment besides those of this process."""
-        self._set_raw(True)  # before it writes its first line
         with os.fdopen(self._tells, "w") as file:
             file.write(to_json(environ))
 
     def wait(self, on_hand_over: Callable[[], None]) -> None:
-        """Pass on what is typed, and signals, until the program has ended and its output is copied."""
+        """Pass signals on until the program has ended and its output is copied."""
         import select
 
         wake, waker = os.pipe()
@@ -9656,25 +9639,25 @@ class Program:
                 signal.signal(wanted, lambda number, _: self._signals.append(number))
         ended = False
         while not ended:
-            reading = [self._hears, wake, *([0] if self._raw and not self._typed else [])]
             wait_s = max(0.0, min(self._due.values()) - _monotonic()) if self._due else None
-            ready, writable, _ = select.select(reading, [self._terminal] if self._typed else [], [], wait_s)
+            ready = select.select([self._hears, wake], [], [], wait_s)[0]
             if wake in ready:
                 os.read(wake, 4096)
-            if 0 in ready:
-                with contextlib.suppress(OSError):
-                    self._typed = os.read(0, 1024)
-                self._raw = bool(self._typed)  # otherwise the terminal is gone
-            if writable:
-                self._typed = self._typed[os.write(self._terminal, self._typed) :]
             ended = self._hears in ready and self._hear()
+            now = _monotonic()
             while self._signals:
-                self._take_signal(self._signals.popleft(), on_hand_over)
-            for number in [number for number, due in self._due.items() if _monotonic() >= due and self.pid]:
+                number = self._signals.popleft()
+                if number == HAND_OVER:
+                    on_hand_over()
+                elif number == signal.SIGWINCH:
+                    self._fit()
+                    self._due[number] = 0.0  # it may have asked for the size before it was right
+                elif now - self._kept.get(number, -math.inf) > SAME_SIGNAL_S:
+                    self._due.setdefault(number, now + SAME_SIGNAL_S)
+            for number in [number for number, due in self._due.items() if now >= due and self.pid]:
                 del self._due[number]
                 with contextlib.suppress(OSError):
-                    os.kill(-self.pid if self._session else self.pid, number)
-        self._set_raw(False)
+                    os.kill(self.pid, number)
 
     def _hear(self) -> bool:
         """Take in what the keeper says; True when there will be no more."""
@@ -9689,60 +9672,12 @@ class Program:
         elif kind == b"g":
             self._kept[number] = _monotonic()
             self._due.pop(number, None)
-        elif kind == b"s" and self._session:
-            self._stop()
-        elif kind == b"t" and number:
-            self.output = os.read(self._hears, number)
-        elif kind in (b"x", b""):  # or the keeper was killed with SIGKILL, that is 9
+        elif kind == b"t":
+            while len(self.output) < number:
+                self.output += os.read(self._hears, number - len(self.output)) or b"\n" * number
+        else:  # or the keeper was killed with SIGKILL, that is 9
             self.status = number
         return kind in (b"x", b"")
-
-    def _take_signal(self, number: int, on_hand_over: Callable[[], None]) -> None:
-        now = _monotonic()
-        if number == HAND_OVER:
-            on_hand_over()
-        elif number == signal.SIGWINCH:
-            self._fit(self._terminal)
-        elif now - self._kept.get(number, -math.inf) > SAME_SIGNAL_S:
-            self._due.setdefault(number, now + SAME_SIGNAL_S)
-        if number == signal.SIGCONT:
-            self._set_raw(True)
-
-    def _set_raw(self, raw: bool) -> None:
-        """Let the program's terminal treat what is typed and written, or the one of this process again."""
-        if not self._session or raw == self._raw:
-            return
-        import termios
-        import tty
-
-        with contextlib.suppress(OSError, termios.error):
-            if raw and os.tcgetpgrp(0) != os.getpgrp():
-                return  # in the background, nothing is typed into it
-            if raw:
-                tty.setraw(0, termios.TCSANOW)
-            else:
-                termios.tcsetattr(0, termios.TCSANOW, self._modes)
-            modes = termios.tcgetattr(self._terminal)
-            modes[1] = modes[1] & ~termios.OPOST | (self._modes[1] & termios.OPOST if raw else 0)
-            termios.tcsetattr(self._terminal, termios.TCSANOW, modes)
-            self._raw = raw
-            self._fit(self._terminal)
-
-    def _fit(self, terminal: int) -> None:
-        import termios
-
-        with contextlib.suppress(OSError):
-            fcntl.ioctl(terminal, termios.TIOCSWINSZ, fcntl.ioctl(1, termios.TIOCGWINSZ, bytes(8)))
-
-    def _stop(self) -> None:
-        """Stop this job as its user stopped the program, and go on when that does."""
-        self._set_raw(False)
-        os.kill(0, signal.SIGTSTP)
-        # Here it goes on. Where nobody could continue it, the kernel did not stop it.
-        self._signals = deque(number for number in self._signals if number != signal.SIGCONT)
-        self._set_raw(True)
-        with contextlib.suppress(OSError):
-            os.killpg(self.pid, signal.SIGCONT)
 
 
 # -------------------------------------------------------------------------- its run
@@ -9790,12 +9725,7 @@ def count_oom_kills() -> Optional[int]:
 
 def program_end(status: int, error: int, oom_kills: Optional[int]) -> Tuple[int, str]:
     """Return the exit code of a program as a shell gives it, and why it failed; "" where it did not.
-
-    Arguments:
-        status: as `waitpid` gives it.
-        error: the errno where the program could not be started.
-        oom_kills: how many processes were killed meanwhile because memory ran out; None: nobody can tell.
-    """
+    `oom_kills`: how many processes were killed meanwhile since memory ran out; None: nobody can tell."""
     if error:
         return 127 if error in (errno.ENOENT, errno.ENOTDIR) else 126, f"cannot start: {os.strerror(error)}"
     if os.WIFSIGNALED(status):
