@@ -117,8 +117,7 @@ class Halves(unittest.TestSuite):
                 os._exit(status)
         os.close(theirs)
         halves[0].run(result)
-        with open(ours, encoding="utf-8") as file:
-            report = file.read()
+        report = read_file(ours).decode()
         status = os.waitpid(pid, 0)[1]
         if status:
             result.errors.append((Elsewhere("BESIDE"), f"the process that ran it ended with status {status}"))  # type: ignore[arg-type]
@@ -166,6 +165,17 @@ BESIDE = {
     "RunsOfPrograms", "RunsWithoutCode", "StacksOfRealProcesses", "TestDemo", "TestReadme", "TestSigns",
     "TestStandby", "TestStart", "TestStatus", "Torture",
 }  # fmt: skip
+
+
+def write_file(path: str, data: Any = b"", mode: str = "wb") -> None:
+    """Write a file, text as UTF-8."""
+    with open(path, mode) as file:
+        file.write(data if isinstance(data, bytes) else data.encode())
+
+
+def read_file(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def is_alive(pid: int) -> bool:
@@ -455,8 +465,7 @@ class SmallHelpers(Case):
                     aimwatch.replace_file(path, b"12345", mode)
                 self.assertEqual(modes, [expected] * 3)
                 self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), expected)
-                with open(path, "rb") as file:
-                    self.assertEqual(file.read(), b"12345")
+                self.assertEqual(read_file(path), b"12345")
                 modes.clear()
 
     def test_replace_file_that_fails_leaves_the_old_file_and_nothing_else(self) -> None:
@@ -466,8 +475,7 @@ class SmallHelpers(Case):
             with self.subTest(call=call):
                 with mock.patch(call, side_effect=no_space), self.assertRaises(OSError):
                     aimwatch.replace_file(path, b"new")
-                with open(path, "rb") as file:
-                    self.assertEqual(file.read(), b"old")
+                self.assertEqual(read_file(path), b"old")
                 self.assertEqual(sorted(os.listdir(self.root)), [".aim", "file"])
 
 
@@ -598,8 +606,7 @@ class AppendFiles(Case):
     def test_line_goes_into_the_file_at_once_and_never_joins_a_torn_one(self) -> None:
         self.file.append(b"1\n")
         self.assertEqual(self.content(), b"1\n")
-        with open(self.path, "ab") as file:
-            file.write(b"to")
+        write_file(self.path, b"to", "ab")
         again = aimwatch.AppendFile(self.path, list)
         again.append(b"2\n")
         self.assertEqual((self.content(), again.close()), (b"1\nto\n2\n", 7))
@@ -806,8 +813,7 @@ class FindRepo(Case):
     def test_file_where_a_folder_should_be_is_named(self) -> None:
         path, odd = os.path.join(self.root, "file"), self.folder("odd")
         for name in (path, f"{odd}/.aim"):
-            with open(name, "w"):
-                pass
+            write_file(name)
         for create in (False, True):
             for given, root, file in ((path, path, path), (odd, odd, f"{odd}/.aim")):
                 with self.subTest(given=given, create=create):
@@ -818,8 +824,7 @@ class FindRepo(Case):
 
     def test_path_that_cannot_be_created_is_refused_with_the_reason(self) -> None:
         path = os.path.join(self.root, "file")
-        with open(path, "w"):
-            pass
+        write_file(path)
         expected = (
             f"cannot create a repository at {path}/x: {path}/x: Not a directory: "
             "check the path, or choose another folder with --repo or Run(repo=...)"
@@ -887,8 +892,7 @@ class CheckInNames(Case):
 
     def test_number_too_large_to_go_on_from_does_not_make_a_run_invisible(self) -> None:
         self.run_object("r").close()
-        with open(f"{self.paths.check_ins}/r-{'9' * 18}-check_in-5-6", "w"):
-            pass
+        write_file(f"{self.paths.check_ins}/r-{'9' * 18}-check_in-5-6")
         run = self.run_object("r")
         run.report_progress(expect_next_in=60)
         parsed = [one for one in map(aimwatch.parse_check_in, self.check_ins()) if one is not None]
@@ -1842,8 +1846,7 @@ print(flags(), len(run.metrics()))
 
     def test_worker_that_imports_the_main_module_begins_no_run(self) -> None:
         path = os.path.join(self.root, "main.py")
-        with open(path, "w") as file:
-            file.write(NO_GUARD)
+        write_file(path, NO_GUARD)
         process = self.command(sys.executable, path, "spawn", "forkserver")
         out, err = process.communicate(timeout=60)
         self.assertEqual((process.returncode, out.splitlines()), (0, ["[('main', 0.1)]"] * 2), err)
@@ -2126,8 +2129,7 @@ class Loops(HandDriven):
         with self.assertRaises(aimwatch.ArgumentError):
             aimwatch.callback(expect_next_in=-1)
         callback = aimwatch.callback(repo=os.path.join(self.root, "file"))
-        with open(os.path.join(self.root, "file"), "w"):
-            pass
+        write_file(os.path.join(self.root, "file"))
         with self.assertLogs("aimwatch", "ERROR") as logged:
             callback.on_train_begin(None)
             callback.on_train_batch_end(0, None)
@@ -2696,8 +2698,7 @@ class StacksByHand(HandDriven):
     def test_process_that_resumes_a_run_removes_what_the_last_one_left(self) -> None:
         for options in ({}, {"stacks": False}):
             with self.subTest(options=options):
-                with open(self.paths.stack("again"), "w") as file:
-                    file.write("Timeout!")
+                write_file(self.paths.stack("again"), "Timeout!")
                 with Run("again", repo=self.root, **options) as run:
                     run.report_progress()
                     self.assertEqual(self.written(), [])
@@ -2740,22 +2741,19 @@ class StacksByHand(HandDriven):
 
     def test_planted_file_is_not_written_through(self) -> None:
         victim = os.path.join(self.root, "victim")
-        with open(victim, "w") as file:
-            file.write("precious")
+        write_file(victim, "precious")
         run = self.run_object()
         for plant in (lambda path: os.symlink(victim, path), os.mkfifo):
             plant(self.paths.stack(run.hash))
             run.report_progress(expect_next_in=5, block=True)
             self.miss(7)
             os.unlink(self.paths.stack(run.hash))
-        with open(victim) as file:
-            self.assertEqual(file.read(), "precious")
+        self.assertEqual(read_file(victim), b"precious")
 
 
 class HangingFrames(Case):
     def frames(self, text: str) -> List[str]:
-        with open(self.paths.stack("r"), "w") as file:
-            file.write(text)
+        write_file(self.paths.stack("r"), text)
         return aimwatch.hanging_frames(self.paths, "r").splitlines()
 
     def test_innermost_frames_of_the_main_thread_are_last(self) -> None:
@@ -2785,9 +2783,8 @@ class HangingFrames(Case):
 
     def test_no_file_of_ours_is_not_read(self) -> None:
         path, before = self.paths.stack("r"), open_fds()
-        with open(os.path.join(self.root, "x"), "w") as file:
-            file.write(' (most recent call first):\n  File "x", line 1 in x\n')
-        for make in (lambda: os.symlink(file.name, path), lambda: os.mkfifo(path), lambda: os.mkdir(path)):
+        write_file(os.path.join(self.root, "x"), ' (most recent call first):\n  File "x", line 1 in x\n')
+        for make in (lambda: os.symlink(os.path.join(self.root, "x"), path), lambda: os.mkfifo(path), lambda: os.mkdir(path)):
             make()
             self.assertEqual(aimwatch.hanging_frames(self.paths, "r"), "")
             os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
@@ -3354,8 +3351,7 @@ class IndexTest(IndexCase):
             aimwatch.index_run(reader, a_run("a"))
         reader.close()
         self.db.execute("PRAGMA user_version = 99")
-        with open(self.path, "rb") as file:
-            whole = file.read()
+        whole = read_file(self.path)
         for what, data, message in (
             ("version", whole, r"in dex\?.sqlite has version 99, not 3"),
             ("cut", whole[:60] + b"\0\0\0\3" + whole[64:-1], r"in dex\?.sqlite was cut short"),
@@ -3363,8 +3359,7 @@ class IndexTest(IndexCase):
         ):  # fmt: skip
             os.unlink(self.path)
             if data is not None:
-                with open(self.path, "wb") as file:
-                    file.write(data)
+                write_file(self.path, data)
             for read_only in (True, False):
                 with self.subTest(what), self.assertRaisesRegex(Exception, message) as caught:
                     aimwatch.open_index(self.path, read_only=read_only)
@@ -4496,8 +4491,7 @@ class KilledWriters(RecordingCase):
             counts = {metric.context["even"]: metric.count for metric in self.reread("r").metrics()}
             self.assertGreaterEqual(sum(counts.values()), recorded)
             if kill % 3 == 0:  # half a line, as a machine that lost its power leaves it
-                with open(self.paths.run_log("r"), "ab") as file:
-                    file.write(b"[1,5,0.12"[: chance.randrange(1, 9)])
+                write_file(self.paths.run_log("r"), b"[1,5,0.12"[: chance.randrange(1, 9)], "ab")
         values = []
         for even in (True, False):
             points = self.points("r", "m", {"even": even})
@@ -4721,11 +4715,9 @@ class VanishedFolder(RecordingCase):
             os.unlink(log_path)
         elif how == "another log in its place":
             os.unlink(log_path)
-            with open(log_path, "xb") as file:
-                file.write(b'{"format":1,"hash":"r","created_at":5.5}\n')
+            write_file(log_path, b'{"format":1,"hash":"r","created_at":5.5}\n')
         elif how == "older copy of the log in its place":
-            with open(log_path, "rb") as file:
-                copy = file.read()
+            copy = read_file(log_path)
             os.unlink(log_path)
             with open(log_path, "xb") as file:
                 file.write(copy[:-7])  # not to the end of a line
@@ -4924,8 +4916,7 @@ class IndexFile(StoredCase):
         self.reindexed()
         self.live["n"] = 9  # the index does not know it yet
         expected = self.answers()
-        with open(self.paths.index, "rb") as file:
-            whole = file.read()
+        whole = read_file(self.paths.index)
         noise = bytes(random.Random(2).choices(range(128, 256), k=4096))
         db = sqlite3.connect(self.paths.index)
         (page,) = db.execute("PRAGMA page_size").fetchone()
@@ -4944,8 +4935,7 @@ class IndexFile(StoredCase):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.paths.index)
             if data is not None:
-                with open(self.paths.index, "wb") as file:
-                    file.write(data)
+                write_file(self.paths.index, data)
             with self.subTest(what):
                 self.assertEqual(self.answers(), expected)
                 found = self.reindexed()
@@ -4962,20 +4952,17 @@ class IndexFile(StoredCase):
         self.fill()
         self.live.close()
         expected = self.reindexed()
-        with open(self.paths.index, "rb") as file:
-            older = file.read()
+        older = read_file(self.paths.index)
         for name in ("later", "gone", "went_on"):
             Run(name, repo=self.root).close()
         run = Run("open", repo=self.root)
         repo = aimwatch.Repo(self.root)
         repo.reindex()
-        with open(self.paths.index, "rb") as file:
-            has_gone = file.read()
+        has_gone = read_file(self.paths.index)
         run.close()
         for older_one in (older, has_gone):
             with self.subTest(has_gone=older_one is has_gone):
-                with open(self.paths.index, "wb") as file:
-                    file.write(older_one)
+                write_file(self.paths.index, older_one)
                 if older_one is has_gone:
                     os.unlink(self.paths.run_log("gone"))
                 self.assertEqual(self.reindexed()["runs"], self.rebuilt()["runs"])
@@ -5077,8 +5064,7 @@ class IndexFile(StoredCase):
         with open(self.paths.index, "rb") as file:
             header = file.read(100)
         for journal in (b"", b"noise" * 1000, b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + header + b"\xff" * 2000):
-            with open(self.paths.index + "-journal", "wb") as file:
-                file.write(journal)
+            write_file(self.paths.index + "-journal", journal)
             with self.subTest(journal=journal[:10]):
                 self.assertEqual(self.rebuilt(), content)
                 self.assertEqual(self.answers(), expected)
@@ -5238,8 +5224,7 @@ class DeadRuns(StoredCase):
         self.assertEqual(self.pending(), [])
         sizes = {name: os.path.getsize(self.paths.run_log(name)) for name in rows}
         for name in rows:
-            with open(self.paths.marker(name), "x"):
-                pass
+            write_file(self.paths.marker(name))
         self.assertEqual(self.reindexed(), self.rebuilt())
         self.assertEqual({name: os.path.getsize(self.paths.run_log(name)) for name in rows}, sizes)
         self.assertEqual(self.pending(), [])
@@ -5311,13 +5296,10 @@ class DeadRuns(StoredCase):
         self.fill()
         self.reindexed()
         for name in ("no-hash", ".hidden", "x" * 65, "gone", "empty"):
-            with open(os.path.join(self.paths.pending, name), "x"):
-                pass
-        with open(self.paths.run_log("empty"), "x"):
-            pass
+            write_file(os.path.join(self.paths.pending, name))
+        write_file(self.paths.run_log("empty"))
         os.unlink(self.paths.run_log("r4"))
-        with open(self.paths.marker("r4"), "x"):
-            pass
+        write_file(self.paths.marker("r4"))
         os.mkdir(self.paths.marker("folder"))
         os.symlink("/nowhere", self.paths.marker("link"))
         shutil.copy(self.paths.run_log("r1"), self.paths.run_log("folder"))
@@ -5450,10 +5432,11 @@ class HostileLogs(StoredCase):
         for seed, name in enumerate(names):
             chance = random.Random(seed)
             lines = [*([header] if seed % 4 else []), *chance.choices(HOSTILE, k=chance.randrange(1, 30))]
-            with open(self.paths.run_log(name), "w") as file:
-                file.write("\n".join(lines if seed != 1 else [header, *HOSTILE]) + "\n" * (seed % 2))
-            with open(self.paths.marker(name), "x"):
-                pass
+            write_file(
+                self.paths.run_log(name),
+                "\n".join(lines if seed != 1 else [header, *HOSTILE]) + "\n" * (seed % 2),
+            )
+            write_file(self.paths.marker(name))
         repo = aimwatch.Repo(self.root)
         for text, good in (
             ("", True),
@@ -5662,8 +5645,7 @@ class Reading(StoredCase):
         self.fill()
         self.reindexed()
         path, target = self.paths.run_log("r2"), os.path.join(self.root, "elsewhere")
-        with open(path, "rb") as file:
-            whole = file.read()
+        whole = read_file(path)
         newer = b'{"format":2,"hash":"r2","created_at":5}\n'
         none = "no run description in it: it is empty, or no run's log"
         for what, data, reason, is_problem in (
@@ -5674,12 +5656,10 @@ class Reading(StoredCase):
         ):  # fmt: skip
             os.replace(path, target)
             if isinstance(data, bytes):
-                with open(path, "wb") as file:
-                    file.write(data)
+                write_file(path, data)
             else:
                 data(path)  # type: ignore[operator]
-            with open(self.paths.marker("r2"), "a"):
-                pass
+            write_file(self.paths.marker("r2"), b"", "ab")
             run = aimwatch.Repo(self.root).get_run("r2")
             assert run is not None
             for look in (lambda: self.reread("r2"), lambda run=run: run.name, lambda run=run: run.metrics()):
@@ -5701,16 +5681,13 @@ class Reading(StoredCase):
                         self.assertEqual((code, out, err.lower()), (int(is_problem), "", message.lower()))
                 self.assertEqual("r2" in self.pending(), is_problem)
             if isinstance(data, bytes):
-                with open(path, "rb") as file:
-                    self.assertEqual(file.read(), data)
+                self.assertEqual(read_file(path), data)
             if what == "folder":
                 os.rmdir(path)
             else:
                 os.unlink(path)
-            with open(path, "wb") as file:
-                file.write(whole)
-            with open(self.paths.marker("r2"), "a"):
-                pass
+            write_file(path, whole)
+            write_file(self.paths.marker("r2"), b"", "ab")
             self.assertEqual(self.reindexed(), self.rebuilt())
 
 
@@ -5776,8 +5753,7 @@ class RepoMethods(StoredCase):
         others = [("stacks", "r5x.txt"), ("news", "r55"), ("mutes", "r5x-1799999999")]
         own = [("stacks", "r5.txt"), ("news", "r5"), ("news", "r5.taken"), ("mutes", "r5-1799999999")]
         for folder, name in others + own:
-            with open(os.path.join(self.paths.own, folder, name), "w"):
-                pass
+            write_file(os.path.join(self.paths.own, folder, name))
         repo.delete_run("r5")
         left = [os.path.join(folder, name) for folder, _, names in os.walk(self.root) for name in names]
         self.assertEqual([name for name in left if re.search(r"/r5\b", name)], [])
@@ -5861,8 +5837,7 @@ class ReindexThreads(StoredCase):
         self.die("another")
         self.die("fine")
         os.mkdir(self.paths.run_log("bad"))
-        with open(self.paths.marker("bad"), "x"):
-            pass
+        write_file(self.paths.marker("bad"))
         real = aimwatch.index_run
 
         def index(db: Any, state: aimwatch.RunState, size: int) -> None:
@@ -6121,8 +6096,7 @@ class RunCommands(StoredCase):
         commit, other = "0123456789abcdef" * 2 + "01234567", "f" * 40
         git = os.path.join(self.root, "code", ".git")
         script = 'import sys; sys.path.insert(0, sys.argv[1])\nfrom aimwatch import Run\nwith Run("c", repo=sys.argv[2]): pass'
-        with open(os.path.join(folder, "train.py"), "w", encoding="utf-8") as file:
-            file.write(script)
+        write_file(os.path.join(folder, "train.py"), script)
 
         def noted(output: Any = subprocess.PIPE, **env: str) -> Dict[str, Any]:
             argv = [sys.executable, os.path.join(folder, "train.py"), HERE, self.root]
@@ -6141,8 +6115,7 @@ class RunCommands(StoredCase):
         ):  # fmt: skip
             for name, text in files.items():
                 os.makedirs(os.path.dirname(os.path.join(git, name)), exist_ok=True)
-                with open(os.path.join(git, name), "w", encoding="utf-8") as file:
-                    file.write(f"{text}\n")
+                write_file(os.path.join(git, name), f"{text}\n")
             with self.subTest(files=files):
                 self.assertEqual(noted()["commit"], found)
             shutil.rmtree(git, ignore_errors=True)
@@ -6471,8 +6444,7 @@ class NotifierCase(Case):
 
     def write_config(self, text: Any) -> None:
         data = text if isinstance(text, bytes) else json.dumps(text).encode()
-        with open(self.paths.config, "wb") as file:
-            file.write(data)
+        write_file(self.paths.config, data)
 
     def entries(self) -> Dict[str, Any]:
         """Return the notifiers as config.json holds them."""
@@ -6689,8 +6661,7 @@ class DamagedConfig(NotifierCase):
                     code, out, err = self.run_cli("notifiers", *command)
                     self.assertEqual((code, out), (1, ""))
                     self.assert_one_line(err, r"config\.json " + message)
-                    with open(self.paths.config, "rb") as file:
-                        self.assertEqual(file.read(), data)
+                    self.assertEqual(read_file(self.paths.config), data)
 
     def test_what_is_no_file_is_refused_unread(self) -> None:
         os.mkdir(self.paths.config)
@@ -7376,8 +7347,7 @@ class Transports(NotifierCase):
     def tls_server(self) -> Tuple[Webhook, str]:
         """Return a server with a certificate that nobody signed, and the certificate's file."""
         path = os.path.join(self.root, "certificate.pem")
-        with open(path, "w") as file:
-            file.write(CERTIFICATE)
+        write_file(path, CERTIFICATE)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(path)
         server = self.webhook()
@@ -7592,8 +7562,7 @@ class Mail(NotifierCase):
         path = ""
         if tls is not None:
             path = os.path.join(self.root, "certificate.pem")
-            with open(path, "w") as file:
-                file.write(CERTIFICATE)
+            write_file(path, CERTIFICATE)
             for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
                 os.environ.pop(name, None)
             os.environ["SSL_CERT_FILE"] = path
@@ -7802,8 +7771,7 @@ class Commands(NotifierCase):
 
     def script(self, text: str, mode: int = 0o755) -> str:
         path = os.path.join(self.root, f"notify{len(os.listdir(self.root))}.sh")
-        with open(path, "w") as file:
-            file.write(f"#!/bin/sh\n{text}\n")
+        write_file(path, f"#!/bin/sh\n{text}\n")
         os.chmod(path, mode)
         return path
 
@@ -7844,8 +7812,7 @@ class Commands(NotifierCase):
         watcher = self.watcher()
         watcher.dispatcher.notify([event_of(1)])
         self.wait_for(lambda: os.path.exists(started))
-        with open(started) as file:
-            pid = int(file.read())
+        pid = int(read_file(started))
         watcher.dispatcher.stop(0.0)
         self.wait_for(lambda: not self.runs(pid))
 
@@ -7926,8 +7893,7 @@ class Commands(NotifierCase):
         begun = time.monotonic()
         self.assertEqual(self.run_program(script, path, batch=batch).kind, "sent")
         self.assertLess(time.monotonic() - begun, 5)
-        with open(path) as file:
-            os.kill(int(file.read()), signal.SIGKILL)
+        os.kill(int(read_file(path)), signal.SIGKILL)
 
     def refused(self) -> bool:
         try:
@@ -8021,11 +7987,9 @@ class OutboxFile(NotifierCase):
         outbox.add([(events[2], ["a"])])
         outbox.sent(["e0", "e2"], "a")
         outbox.close()
-        with open(self.paths.outbox, "rb") as file:
-            data = file.read()
+        data = read_file(self.paths.outbox)
         for cut in range(len(data) + 1):
-            with open(self.paths.outbox, "wb") as file:
-                file.write(data[:cut])
+            write_file(self.paths.outbox, data[:cut])
             known, waiting = self.whole(data[:cut])
             box = aimwatch.Outbox(self.paths.outbox)
             self.assertEqual((cut, list(box.known)), (cut, known))
@@ -8075,8 +8039,7 @@ class OutboxFile(NotifierCase):
                 outbox = self.open_outbox()
                 outbox.add([(event_of(1), ["a"])])
                 outbox.close()
-                with open(self.paths.outbox, "ab") as file:
-                    file.write(line + b"\n")
+                write_file(self.paths.outbox, line + b"\n", "ab")
                 outbox = self.open_outbox()
                 with mock.patch.object(aimwatch, "COMPACT_BYTES", 1):
                     outbox.compact()
@@ -9010,8 +8973,7 @@ class NotifiersAdd(NotifierCase):
 
     def path(self, name: str, text: Any) -> str:
         path = os.path.join(self.root, name)
-        with open(path, "wb") as file:
-            file.write(text if isinstance(text, bytes) else text.encode())
+        write_file(path, text)
         return path
 
     def assert_nothing_saved(self) -> None:
@@ -9725,8 +9687,7 @@ class WatchCase(Case):
         return found
 
     def place(self, name: str) -> None:
-        with open(os.path.join(self.paths.check_ins, name), "x"):
-            pass
+        write_file(os.path.join(self.paths.check_ins, name))
 
     def clear(self) -> None:
         for name in self.check_ins():
@@ -9821,8 +9782,7 @@ class TestWatcher(WatchCase):
         for text in (head + tail, head + noise + tail, head + noise * 8 + checkpoint + noise + tail,
                      head + noise + checkpoint[:-9] + "\n" + tail + '{"log":40,"ti'):  # fmt: skip
             with self.subTest(length=len(text)):
-                with open(self.paths.run_log("r"), "w", encoding="ascii") as file:
-                    file.write(text)
+                write_file(self.paths.run_log("r"), text)
                 with mock.patch.object(aimwatch, "_apply_line", wraps=aimwatch._apply_line) as applied:
                     facts = aimwatch.run_facts(self.paths, "r")
                 self.assertEqual([facts[f"run.{name}"] for name in ("name", "experiment", "host", "metrics", "errors")],
@@ -10106,8 +10066,7 @@ class TestDeath(WatchCase):
                 run = f"r_{told}"
                 process, watcher = self.start(run), self.watch()
                 self.kill(process)
-                with open(self.paths.run_log(run), "a", encoding="ascii") as file:
-                    file.write(f'{{"end":{end}, "time": 1.7e9, "idx": 2}}\n')
+                write_file(self.paths.run_log(run), f'{{"end":{end}, "time": 1.7e9, "idx": 2}}\n', "ab")
                 os.unlink(self.paths.marker(run))
                 self.look(watcher, 20)
                 self.assertEqual(watcher.table.runs[run].state, told)
@@ -10209,8 +10168,7 @@ class TestWatcherRestarted(WatchCase):
         self.check_in("stale", 1, expect=3)
         self.check_in("broke", 1)
         self.look(watcher, 2)
-        with open(self.paths.watcher, "rb") as file:
-            older = file.read()
+        older = read_file(self.paths.watcher)
         self.check_in("broke", 2, "failed")
         self.check_in("ended", 1, "finished")
         self.look(watcher, 6)
@@ -10223,8 +10181,7 @@ class TestWatcherRestarted(WatchCase):
                 if content is None:
                     os.unlink(self.paths.watcher)
                 else:
-                    with open(self.paths.watcher, "wb") as file:
-                        file.write(content)
+                    write_file(self.paths.watcher, content)
                 watcher = self.watch()
                 self.look(watcher, 10)
                 self.assertEqual(sorted(self.told()), expected)
@@ -10827,8 +10784,7 @@ class TestMutes(WatchCase):
         self.check_in("a", 1, expect=3)
         watcher = self.watch()
         self.assertIn("a mute ends after 30 d at the latest", self.mute("a", "31d", 1))
-        with open(os.path.join(self.paths.mutes, "a-999999999999"), "x"):
-            pass
+        write_file(os.path.join(self.paths.mutes, "a-999999999999"))
         self.look(watcher, 6)
         self.assertEqual((self.told(), os.listdir(self.paths.mutes)), ([("a", "stalled")], []))
         self.utc.pass_(-600.0)  # clocks differ
@@ -10984,8 +10940,7 @@ class TestMessagesOfRuns(WatchCase):
     def test_what_else_lies_in_the_folder_harms_nobody_and_is_not_followed(self) -> None:
         watcher = self.watch()
         outside = os.path.join(self.root, "outside")
-        with open(outside, "w", encoding="ascii") as file:
-            file.write(aimwatch.to_json({"log": 40, "time": UTC, "message": "secret"}) + "\n")
+        write_file(outside, aimwatch.to_json({"log": 40, "time": UTC, "message": "secret"}) + "\n")
         os.symlink(outside, os.path.join(self.paths.news, "link"))
         os.mkfifo(os.path.join(self.paths.news, "fifo"))
         os.mkdir(os.path.join(self.paths.news, "folder"))
@@ -11187,8 +11142,7 @@ class TestStart(WatcherProcessCase):
 
     def test_soft_lock_of_aims_watcher_is_a_warning_that_names_its_owner(self) -> None:
         for text, owner in (("4711\nnode7\n", "4711 node7"), ("", f"user {os.geteuid()}")):
-            with open(f"{self.paths.watcher_lock}.softlock", "w", encoding="ascii") as file:
-                file.write(text)
+            write_file(f"{self.paths.watcher_lock}.softlock", text)
             with self.assertLogs(aimwatch.log, "WARNING") as logged:
                 self.stop(self.watch())
             self.assertIn(
@@ -11222,8 +11176,7 @@ class TestStart(WatcherProcessCase):
             ("[]", r"config\.json has another shape than .*: mend it, or move it away"),
         ):
             with self.subTest(text=text):
-                with open(self.paths.config, "w", encoding="ascii") as file:
-                    file.write(text)
+                write_file(self.paths.config, text)
                 code, out, err = self.call("start")
                 self.assertEqual((code, out, err.count("\n")), (1, "", 1))
                 self.assertRegex(err, message)
@@ -11542,13 +11495,11 @@ class TestTwoMachines(WatcherProcessCase):
         with self.elsewhere():
             second = self.watcher(wait=lambda _: None)
             second.poll()
-            with open(self.paths.watcher, "rb") as file:
-                saved = file.read()
+            saved = read_file(self.paths.watcher)
         with self.assertRaisesRegex(aimwatch.WatcherBusyError, "on elsewhere .* watches .* now"):
             first.poll()
         self.stop(first)
-        with open(self.paths.watcher, "rb") as file:
-            self.assertEqual(file.read(), saved)
+        self.assertEqual(read_file(self.paths.watcher), saved)
 
     def test_standby_takes_over_from_one_that_holds_the_lock_and_does_not_look(self) -> None:
         self.configure(n={"type": "logger"})
@@ -11768,8 +11719,7 @@ class TestClosedDoors(WatchCase):
         shutil.rmtree(folder)
         os.symlink(self.outside, folder)
         for name in (named("a", 1, "finished"), "a-1", "a.txt", "a.jsonl", "a"):
-            with open(os.path.join(self.outside, name), "w") as file:
-                file.write("precious")
+            write_file(os.path.join(self.outside, name), "precious")
 
     def content(self) -> Dict[str, str]:
         found = {}
@@ -11823,8 +11773,7 @@ class TestClosedDoors(WatchCase):
 
     def test_no_file_is_written_or_removed_through_a_link_whosever_it_is(self) -> None:
         victim, made = os.path.join(self.outside, "victim"), os.path.join(self.outside, "made")
-        with open(victim, "w") as file:
-            file.write("precious\n")
+        write_file(victim, "precious\n")
 
         def run() -> None:
             with Run("r", repo=self.root) as run:
@@ -11894,8 +11843,7 @@ class TestClosedDoors(WatchCase):
         ):  # fmt: skip
             with self.subTest(content=content[:200]):
                 self.check_in("a", 1, expect=3)
-                with open(self.paths.watcher, "wb") as file:
-                    file.write(content.replace(b'"NOW"', str(self.clock.now).encode()))
+                write_file(self.paths.watcher, content.replace(b'"NOW"', str(self.clock.now).encode()))
                 said = "".join(map(str, self.run_cli("status")))
                 self.assertNotIn("\x1b", said + aimwatch.describe_watcher(self.paths))
                 watcher = self.watch(poll_interval_s=60.0)
@@ -11918,8 +11866,7 @@ class TestClosedDoors(WatchCase):
                                  ("empty lines", "\n" * (9 << 20), 0), ("noise", "x\n" * (5 << 20), 0),
                                  ("torn checkpoints", '{"checkpoint"\n' * 700_000, 0)):  # fmt: skip
             with self.subTest(what=what):
-                with open(self.paths.run_log("r"), "w") as file:
-                    file.write(f"{header}\n{text}")
+                write_file(self.paths.run_log("r"), f"{header}\n{text}")
                 if size:
                     try:
                         os.truncate(self.paths.run_log("r"), size)
@@ -12390,8 +12337,7 @@ with Run(fate + rank) as run:
 class RanksOfRealProcesses(WatcherProcessCase):
     def test_hang_and_exception_of_one_rank(self) -> None:
         script = os.path.join(self.root, "train.py")
-        with open(script, "w") as file:
-            file.write(RANK)
+        write_file(script, RANK)
         for fate, expected in (
             ("hangs", r"Run 'resnet' stalled: rank 1 on .* stopped first \(.*\), in train.py:5 read_shard; "
              r"ranks 0 and 2 wait in train.py:7 all_reduce"),
@@ -12556,8 +12502,7 @@ class RunsWithoutCode(ExecCase):
             {**aimwatch.run_facts(self.paths, row["hash"]), "event": "failed"}))  # fmt: skip
 
     def test_program_runs_where_nobody_can_watch(self) -> None:
-        with open(os.path.join(self.root, "file"), "w"):
-            pass
+        write_file(os.path.join(self.root, "file"))
         self.root += "/file"
         process = self.program("sh", "-c", "echo works; exit 4")
         out, err = process.communicate(timeout=30)
@@ -12899,8 +12844,7 @@ class TestCommandLine(Case):
 
     def test_repository_that_is_not_there_is_named_with_the_way_out(self) -> None:
         missing, plain = os.path.join(self.root, "x"), os.path.join(self.root, "plain")
-        with open(plain, "w"):
-            pass
+        write_file(plain)
         for argv in (
             ["start"],
             ["status"],
@@ -12921,8 +12865,9 @@ class TestCommandLine(Case):
 
     def test_commands_to_type_are_named_as_this_one_was_called(self) -> None:
         script = os.path.join(self.root, "train.py")
-        with open(script, "w") as file:
-            file.write("import sys, aimwatch\nsys.exit(aimwatch.main(['--repo', '/no/repo s', 'status']))")
+        write_file(
+            script, "import sys, aimwatch\nsys.exit(aimwatch.main(['--repo', '/no/repo s', 'status']))"
+        )
         for argv, called in (
             ((MODULE, "--repo", "/no/repo s", "status"), "python3 aimwatch.py"),
             (("-m", "aimwatch", "--repo", "/no/repo s", "status"), "python3 -m aimwatch"),
@@ -13120,8 +13065,7 @@ class TestReadme(WatcherProcessCase):
         self.hash = ""
 
     def write(self, name: str, text: str) -> str:
-        with open(os.path.join(self.folder, name), "w", encoding="utf-8") as file:
-            file.write(text)
+        write_file(os.path.join(self.folder, name), text)
         return name
 
     def placed(self, text: str) -> str:
@@ -13346,8 +13290,7 @@ class TestPackaging(Case):
             self.assertIn(f'\n__version__ = "{aimwatch.__version__}"\n', file.read())
 
     def test_module_imports_the_standard_library_alone_and_executes_nothing_that_was_read(self) -> None:
-        with open(MODULE, encoding="utf-8") as file:
-            source = file.read()
+        source = read_file(MODULE).decode()
         nodes = list(ast.walk(ast.parse(source)))
         imported = {
             name.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for name in node.names
