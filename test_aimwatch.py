@@ -2784,7 +2784,11 @@ class HangingFrames(Case):
     def test_no_file_of_ours_is_not_read(self) -> None:
         path, before = self.paths.stack("r"), open_fds()
         write_file(os.path.join(self.root, "x"), ' (most recent call first):\n  File "x", line 1 in x\n')
-        for make in (lambda: os.symlink(os.path.join(self.root, "x"), path), lambda: os.mkfifo(path), lambda: os.mkdir(path)):
+        for make in (
+            lambda: os.symlink(os.path.join(self.root, "x"), path),
+            lambda: os.mkfifo(path),
+            lambda: os.mkdir(path),
+        ):
             make()
             self.assertEqual(aimwatch.hanging_frames(self.paths, "r"), "")
             os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
