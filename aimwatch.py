@@ -75,6 +75,7 @@ from __future__ import annotations
 import _thread
 import ast
 import atexit
+import collections
 import collections.abc
 import contextlib
 import datetime
@@ -95,6 +96,7 @@ import sys
 import threading
 import time
 import weakref
+import zlib
 from collections import Counter, deque
 from typing import (
     TYPE_CHECKING,
@@ -102,6 +104,7 @@ from typing import (
     Callable,
     Deque,
     Dict,
+    FrozenSet,
     Iterable,
     Iterator,
     List,
@@ -9876,6 +9879,1194 @@ def run_program(argv: Sequence[str], open_run: Callable[[], Run], expect: Union[
 
 
 # ======================================================================================
+# The page
+#
+# `up`: what status, runs and show say, for browsers and for a cluster's monitoring. GET and HEAD alone,
+# and nothing is changed by them. `html` is the one place where a value becomes HTML. Charts are SVG, made
+# here from the smallest and the largest value of each pixel column. No page needs JavaScript.
+# ======================================================================================
+
+#: How many runs and charts a page shows, and how many runs are compared.
+PAGE_RUNS, PAGE_CHARTS, MOST_COMPARED = 100, 12, 20
+#: Marks states by shape, so that nobody depends on colours.
+_SHAPES = {FAILED: "\u2716", STALLED: "\u25b2", RUNNING: "\u25cf", FINISHED: "\u2713"}
+_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"})
+
+
+class Html(str):
+    """Text that is HTML: made by `html`."""
+
+
+def html(template: str, *values: Any) -> Html:
+    """Return a template of HTML whose `{}` are filled with values, which are text.
+
+    A list is its items, None is nothing, Html stays what it is. What would hide or reorder text is shown
+    as an escape. Attributes stand in double quotes.
+    """
+    return Html(template.format(*map(_escaped, values)))
+
+
+def _escaped(value: Any) -> str:
+    if value is None or isinstance(value, Html):
+        return value or ""
+    if isinstance(value, (list, tuple)):
+        return "".join(map(_escaped, value))
+    text = _CONTROL.sub(lambda at: at[0] if at[0] in "\n\t" else f"\\x{ord(at[0]):02x}", str(value))
+    return text.translate(_ESCAPES)
+
+
+def each(template: str, rows: Iterable[Sequence[Any]]) -> List[Html]:
+    """Return the template filled with each row of values."""
+    return [html(template, *row) for row in rows]
+
+
+def ago(seconds: float) -> Html:
+    """Return how long ago something was; the script counts it on."""
+    return html('<time data-age="{}">{} ago</time>', round(seconds), human_s(max(1, round(seconds))))
+
+
+def badge(state: str) -> Html:
+    """Return a state as word and shape."""
+    return html('<span class="state {}">{} {}</span>', state, _SHAPES.get(state, "\u25cb"), state)
+
+
+def grid(names: Sequence[str], rows: Sequence[Sequence[Any]], heads: Sequence[Any] = ()) -> Html:
+    """Return a table, which a narrow screen shows as cards."""
+    head = each('<th scope="col">{}</th>', [(item,) for item in heads or names])
+    cells = [each('<td data-name="{}">{}</td>', zip(names, row)) for row in rows]
+    lines = each("<tr>{}</tr>", zip(cells))
+    table = '<div class="wide"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
+    return html(table, head, lines) if rows else html('<p class="none">none</p>')
+
+
+def page_of(title: str, top: str, about: str, parts: Dict[str, Any]) -> str:
+    """Return a whole page: its parts by their titles, and `top`, the way from it to the first page."""
+    section = '<section id="{}" data-live><h2>{}</h2>{}</section>'
+    sections = each(section, [(name, name, content) for name, content in parts.items() if content])
+    return html(
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{} \u00b7 aimwatch</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        '<style>{}</style></head><body><header><a href="{}">aimwatch</a> {}<output></output></header>'
+        '<main>{}</main><div id="tip" role="status"></div><script>{}</script></body></html>\n',
+        title, Html(PAGE_CSS), top, about, sections, Html(PAGE_JS),
+    )  # fmt: skip
+
+
+class Ask:
+    """The parameters of a URL."""
+
+    def __init__(self, query: str) -> None:
+        import urllib.parse
+
+        self._encode = urllib.parse.urlencode
+        self.pairs = urllib.parse.parse_qsl(query, max_num_fields=200)
+        self.one = collections.defaultdict(str, self.pairs)
+
+    def number(self, name: str) -> Optional[float]:
+        """Return a parameter as a finite number, or None."""
+        with contextlib.suppress(ValueError):
+            if math.isfinite(number := float(self.one[name])):
+                return number
+        return None
+
+    def to(self, path: str = "", **changes: Any) -> str:
+        """Return the address of `path` with these parameters, changed; None takes one away."""
+        pairs = [pair for pair in self.pairs if pair[0] not in changes]
+        pairs += [(name, value) for name, value in changes.items() if value is not None]
+        return f"{path}?{self._encode(pairs)}"
+
+    def pages(self, name: str, items: Sequence[Any], size: int) -> Tuple[Sequence[Any], Html]:
+        """Return the page of items that is asked for, and links to those beside it."""
+        page, last = max(1, int(self.number(name) or 1)), max(1, -(-len(items) // size))
+        near = sorted({1, page - 1, page + 1, last} - {page}) if last > 1 or page > 1 else []
+        links = [(self.to("", **{name: nth}), nth) for nth in near if 1 <= nth <= last]
+        text = html("page {} of {} {}", page, last, each('<a href="{}">page {}</a> ', links))
+        return items[(page - 1) * size : page * size], text
+
+
+# -------------------------------------------------------------------------- points and charts
+
+#: How much of a log is parsed at a time, and how many points are kept, at 32 bytes each.
+_PARSE_BYTES, MAX_KEPT_POINTS = 1 << 18, 2_000_000
+_plain_json = json.JSONDecoder(parse_constant=_no_constant).decode
+
+
+def add_points(columns: Dict[str, Any], rows: List[Any]) -> None:
+    """Append parsed lines of a log to the columns of a series; those that are no points are left out."""
+    import array
+
+    try:
+        new = [array.array("d", [row[at] for row in rows]) for at in (1, 2, 3)]
+        if not 0 <= min(new[2]) <= max(new[2]) < MAX_TIME_S or max(map(len, rows)) > 4:
+            raise ValueError
+        new.append(array.array("d", [math.nan]) * len(rows))
+    except _NO_POINT:  # some are no points, have an epoch, or a "nan", which is text
+        points = []
+        for row in rows:
+            with contextlib.suppress(*_NO_POINT):
+                step, value, epoch, when = _parse_point(row)
+                points.append((float(step), value, when, math.nan if epoch is None else epoch))
+        new = [array.array("d", column) for column in zip(*points)]
+    for name, more in zip(("step", "value", "time", "epoch"), new):
+        columns.setdefault(name, array.array("d")).extend(more)
+
+
+class LogFollower:
+    """The points and messages of a log that grows: what was read is not read again."""
+
+    def __init__(self, path: str) -> None:
+        self._path, self._lock = path, threading.Lock()
+        self._identity, self._offset = (0, 0), 0
+        #: By series, the columns of its points as they came.
+        self.points: Dict[int, Dict[str, Any]] = {}
+        self.messages: Deque[Dict[str, Any]] = deque(maxlen=500)
+
+    def __len__(self) -> int:
+        return sum(len(columns["step"]) for columns in list(self.points.values()) if columns)
+
+    def read(self) -> LogFollower:
+        """Take in what was appended. Raises OSError."""
+        with self._lock, os.fdopen(open_regular(self._path), "rb") as file:
+            identity, size = identity_of(file.fileno()), os.fstat(file.fileno()).st_size
+            if self._identity != identity or size < self._offset:
+                self._identity, self._offset = identity, 0
+                self.points, self.messages = {}, deque(maxlen=500)
+            file.seek(self._offset)
+            while True:
+                data = file.read(_PARSE_BYTES)
+                data += b"" if data.endswith(b"\n") else file.readline(MAX_LINE_BYTES)
+                end = data.rfind(b"\n") + 1
+                if not end and len(data) < MAX_LINE_BYTES:
+                    return self  # the rest is a line that is being written
+                self._take(data[:end])
+                self._offset += end or len(data)
+
+    def _take(self, data: bytes) -> None:
+        lines = data[:-1].split(b"\n") if b'{"log"' in data else []
+        series: Dict[int, List[Any]] = {}
+        try:
+            # All lines at once, which takes a third of the time.
+            rows = _plain_json("[" + data[:-1].decode("ascii").replace("\n", ",") + "]")
+            if len(rows) != data.count(b"\n"):
+                raise ValueError("torn lines that make one")
+            for row in rows:
+                try:
+                    series[row[0]].append(row)
+                except KeyError:
+                    if type(row) is list:
+                        series[row[0]] = [row]
+        except _NO_POINT:
+            series, lines = {}, data.split(b"\n")
+            for line in lines:
+                with contextlib.suppress(*_NO_POINT):
+                    if type(row := from_json(line)) is list:
+                        series.setdefault(row[0], []).append(row)
+        for series_id, points in series.items():
+            add_points(self.points.setdefault(series_id, {}), points)
+        self.messages.extend(filter(None, map(parse_message, lines)))
+
+
+class Scale:
+    """Maps values to 0 up to 1; `low` and `high` are the ends, or their logarithms."""
+
+    def __init__(self, values: Sequence[float], is_log: bool, margin: float = 0.0) -> None:
+        self._to: Callable[[float], float] = math.log10 if is_log else float
+        self.is_log, low, high = is_log, self._to(min(values)), self._to(max(values))
+        more = (high / 2 - low / 2) * (2 * margin) if high > low else abs(low) * 0.05 or 0.5
+        self.low, self.high = max(low - more, -1.7e308), min(high + more, 1.7e308)
+
+    def at(self, value: float) -> float:
+        """Return where a value lies; what is far outside is just outside."""
+        half = self.high / 2 - self.low / 2  # the distance itself may be infinite
+        return min(max((self._to(value) / 2 - self.low / 2) / half, -9.0), 9.0)
+
+    def value(self, at: float) -> float:
+        """Return the value that lies there."""
+        found = self.low * (1 - at) + self.high * at
+        return 10.0**found if self.is_log else found
+
+    def ticks(self, steps: Sequence[float] = ()) -> List[float]:
+        """Return about five round values: multiples of one of `steps` where one of these is enough."""
+        if self.is_log and self.high - self.low >= 2:
+            first, last = math.ceil(self.low), math.floor(self.high)
+            return [10.0**power for power in range(first, last + 1, (last - first) // 7 + 1)]
+        low, high = self.value(0), self.value(1)
+        unit = 10.0 ** math.floor(math.log10(high / 5 - low / 5))
+        choices = [step for step in (*steps, unit, 2 * unit, 5 * unit) if step >= high / 5 - low / 5]
+        step = choices[0] if choices else 10 * unit
+        return [nth * step for nth in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def to_draw(xs: Any, ys: Any, edges: Sequence[float]) -> List[int]:
+    """Return which of points, sorted by x, show all that can be seen of them: in each column between two
+    edges the smallest and the largest, and one neighbour outside on either side."""
+    import bisect
+
+    start = bisect.bisect_left(xs, edges[0])
+    found = [start - 1] if start else []
+    for edge in edges[1:]:
+        end = bisect.bisect_right(xs, edge, start)
+        if end - start > 2:
+            column = ys[start:end]
+            found += sorted({start + column.index(min(column)), start + column.index(max(column))})
+        else:
+            found += range(start, end)
+        start = end
+    return [*found, start] if start < len(xs) else found
+
+
+class Curve(NamedTuple):
+    """One line of a chart; `look` is its classes: a colour and a way of dashing."""
+
+    label: str
+    look: str
+    columns: Dict[str, Any]
+    created_at: float
+
+    def on(self, axis: str, log_x: bool, log_y: bool) -> Tuple[Any, Any, List[Tuple[float, float]]]:
+        """Return where the points lie on an axis, sorted; the values there; and as pairs the points
+        whose values are no finite numbers."""
+        xs, ys = self.columns["time" if axis == "since" else axis], self.columns["value"]
+        if math.isfinite(sum(ys)) and all(map(operator.le, xs, xs[1:])) and not log_x and not log_y:
+            return xs, ys, []
+        offset = self.created_at if axis == "since" else 0.0
+        pairs = sorted(
+            (pair for pair in zip(xs, ys) if pair[0] == pair[0] and (pair[0] > offset or not log_x)),
+            key=operator.itemgetter(0),
+        )
+        finite = [pair for pair in pairs if math.isfinite(pair[1]) and (pair[1] > 0 or not log_y)]
+        odd = [pair for pair in pairs if not math.isfinite(pair[1])]
+        return [pair[0] for pair in finite], [pair[1] for pair in finite], odd
+
+
+#: What lies on the x axis of a chart: a column of points, or the time since the run was created.
+AXES = {"step": "step", "epoch": "epoch", "time": "time", "since": "time since start"}
+#: Round distances of times, in seconds.
+_TIME_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
+#: The width and height of a chart, and the left, top, width and height of the plot in it.
+CHART_SIZE, PLOT = (440, 220), (56, 10, 370, 188)
+#: How what is no finite number is marked: how far from the top, and as what.
+_MARKS = {"nan": (PLOT[3] - 2, "\u00d7"), "-inf": (PLOT[3] - 2, "\u25be"), "inf": (10, "\u25b4")}
+
+
+def chart_svg(name: str, curves: Sequence[Curve], ask: Ask) -> Html:
+    """Draw curves over one another, as the parameters x, xscale, yscale, smooth, from and to say."""
+    import bisect
+
+    axis = ask.one["x"] if ask.one["x"] in AXES else "step"
+    log_x, log_y = ask.one["xscale"] == "log", ask.one["yscale"] == "log"
+    keep = min(max(ask.number("smooth") or 0.0, 0.0), 0.999)
+    left, top, width, height = PLOT
+    data = []
+    ends: List[float] = []
+    for curve in curves:
+        xs, ys, odd = curve.on(axis, log_x, log_y)
+        offset = curve.created_at if axis == "since" else 0.0
+        ends += [at - offset for at in (*xs[:1], *xs[-1:], *(at for at, _ in odd))]
+        data.append((curve, offset, xs, ys, odd))
+    if not ends:
+        return html('<figure><figcaption>{}</figcaption><p class="none">no {}</p></figure>', name, AXES[axis])
+    low, high = (ask.number(which) for which in ("from", "to"))
+    low = min(ends) if low is None or (log_x and low <= 0) else low
+    x = Scale([low, max(low, max(ends) if high is None else high)], log_x)
+    edges = [x.value(nth / width) for nth in range(width + 1)]
+    lines: List[Tuple[str, int, List[Tuple[float, float]]]] = []
+    marks: Dict[Tuple[str, str, int], float] = {}
+    for nth, (curve, offset, xs, ys, odd) in enumerate(data):
+        for at, value in odd:
+            if -0.01 <= x.at(at - offset) <= 1.01:
+                marks[curve.look, repr(value), round(x.at(at - offset) * width / 8)] = at - offset
+        kinds = [(f"{curve.look} line", ys)]
+        if keep:
+            smooth = itertools.accumulate(ys, lambda mean, y: mean + (1 - keep) * (y - mean))
+            kinds = [(f"{curve.look} raw", ys), (f"{curve.look} line", list(smooth))]
+        for look, values in kinds:
+            parts: Dict[int, List[Tuple[float, float]]] = {}
+            for at in to_draw(xs, values, [edge + offset for edge in edges]):
+                gap = bisect.bisect_left(odd, (xs[at], -math.inf))  # no line leads over what is no number
+                parts.setdefault(gap, []).append((xs[at] - offset, values[at]))
+            lines += [(look, nth, line) for line in parts.values()]
+    in_view = [value for _, _, line in lines for at, value in line if 0 <= x.at(at) <= 1]
+    y = Scale(in_view or [1.0], log_y, 0.04)
+    shapes = []
+    for look, nth, line in lines:
+        spots = [f"{x.at(at) * width:.1f},{(1 - y.at(value)) * height:.1f}" for at, value in line]
+        path = " ".join(spots * 2 if len(spots) == 1 else spots)
+        look += " dot" * (len(spots) == 1)  # a line of no length has round ends
+        values = " ".join(f"{at!r},{value!r}" for at, value in line)
+        shape = '<polyline class="{}" points="{}" data-n="{}" data-v="{}"/>'
+        shapes.append(html(shape, look, path, nth, values))
+    for (look, kind, _), at in marks.items():
+        mark = '<text class="mark {}" x="{}" y="{}">{}<title>{} at {}</title></text>'
+        shapes.append(html(mark, look, x.at(at) * width, *_MARKS[kind], kind, f"{at:.10g}"))
+    axes = []
+    for value in y.ticks():
+        down = top + (1 - y.at(value)) * height
+        axes.append(html('<path d="M{} {}h{}"/>', left, down, width))
+        axes.append(html('<text class="y" x="{}" y="{}">{}</text>', left - 6, down, f"{value:.4g}"))
+    for value in x.ticks(_TIME_STEPS if axis in ("time", "since") else ()):
+        across = left + x.at(value) * width
+        text = f"{value:.6g}" if axis != "since" else human_s(value) if value else "0"
+        if axis == "time":
+            text = time.strftime("%b %d" if x.high - x.low > 3 * 86400 else "%H:%M:%S", time.localtime(value))
+        axes.append(html('<path d="M{} {}v{}"/>', across, top, height))
+        axes.append(html('<text class="x" x="{}" y="{}">{}</text>', across, CHART_SIZE[1] - 6, text))
+    legend = each('<li><i class="{}"></i>{}</li>', [(curve.look, curve.label) for curve in curves])
+    return html(
+        '<figure><figcaption>{}</figcaption><svg class="chart" viewBox="0 0 {} {}" role="img" tabindex="0"'
+        ' aria-label="{}" data-axis="{}" data-x="{} {} {}" data-box="{} {} {} {}">{}<svg x="{}" y="{}"'
+        ' width="{}" height="{}">{}</svg></svg><ul class="legend">{}</ul></figure>',
+        name, *CHART_SIZE, name, axis, x.low, x.high, int(log_x), *PLOT, axes, *PLOT, shapes, legend,
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------- pages
+
+
+class Reply(NamedTuple):
+    """An answer to a request."""
+
+    status: int
+    body: bytes = b""
+    kind: str = "text/plain"
+    headers: Tuple[Tuple[str, str], ...] = ()
+    etag: str = ""
+
+
+class NotThere(AimwatchError):
+    """What a URL names is not there."""
+
+
+def stamp_of(path: str) -> Any:
+    """Return what changes when a file does; None where there is none."""
+    with contextlib.suppress(OSError):
+        info = os.stat(path)
+        return info.st_ino, info.st_size, info.st_mtime_ns
+    return None
+
+
+def series_label(name: str, context: Dict[str, Any]) -> str:
+    """Return what a series is called: `loss subset=val`."""
+    return " ".join([name, *(f"{key}={value}" for key, value in sorted(context.items()))])
+
+
+def run_link(row: Dict[str, Any], text: str = "", top: str = "") -> Html:
+    """Return a link to the page of a run."""
+    return html('<a href="{}run/{}/">{}</a>', top, row["hash"], text or row["name"] or row["hash"][:8])
+
+
+class Site:
+    """Answers what is asked about a repository in a URL. It knows nothing of sockets."""
+
+    def __init__(self, paths: RepoPaths, utc: Callable[[], float] = time.time) -> None:
+        self.paths, self._utc, self._lock = paths, utc, threading.Lock()
+        #: What was made, with the stamp of that from which it was, the oldest first.
+        self._kept: Dict[Any, Tuple[Any, Any]] = {}
+        self._followers: Dict[str, LogFollower] = {}
+
+    def _keep(self, key: Any, stamp: Any, make: Callable[[], Any]) -> Any:
+        """Return what `make` returns, or returned when the stamp was the same."""
+        known, value = self._kept.get(key, (self, None))
+        if known != stamp:
+            value = make()
+            with self._lock:
+                self._kept.pop(key, None)
+                self._kept[key] = (stamp, value)
+                while len(self._kept) > 300:
+                    del self._kept[next(iter(self._kept))]
+        return value
+
+    def forget(self) -> None:
+        """Drop what is kept to answer faster."""
+        with self._lock:
+            self._kept.clear()
+            self._followers.clear()
+        _give_memory_back()
+
+    def answer(self, path: str, query: str, known_etag: str = "") -> Reply:
+        """Return the answer to GET of a path below the base path; 304 where `known_etag` is still true."""
+        route = next((route for route in _ROUTES if re.fullmatch(route[0], path)), None)
+        if route is None:
+            if not any(re.fullmatch(route[0], f"{path}/") for route in _ROUTES):
+                return Reply(404, b"There is no such page.\n")
+            where = path.rpartition("/")[2] + "/" + ("?" + query if query else "")
+            return Reply(301, headers=(("Location", where),))
+        pattern, find, kind, write = route
+        hashes = re.findall(pattern, path) if _HASH in pattern else ()
+        try:
+            if not os.path.isdir(self.paths.aim):
+                raise RepoError(f"no repository at {self.paths.root}: it was moved, or its share is away")
+            stamp = self._stamp(*hashes)
+            etag = f'"{zlib.crc32(repr(stamp).encode()):x}"'
+            if etag == known_etag:
+                return Reply(304, etag=etag)
+
+            def body() -> bytes:
+                return write(find(self, Ask(query), *hashes)).encode("utf-8", "backslashreplace")
+
+            # Every 5 s a page says anew how long ago things were.
+            stamp.append(int(self._utc()) // 5)
+            text = self._keep((path, query), stamp, body) if kind == "text/html" else body()
+            return Reply(200, text, kind, (), etag)
+        except (AimwatchError, OSError) as error:
+            status = {NotThere: 404, QueryError: 400}.get(type(error), 503)
+            text = page_of(f"{status}", "./", self.paths.root, {"Trouble": str(error)}).encode()
+            return Reply(status, text, "text/html")
+
+    def _stamp(self, *hashes: str) -> List[Any]:
+        """Return what changes when anything does that a page may show."""
+        paths = self.paths
+        files = [paths.check_ins, paths.pending, paths.mutes, paths.outbox, paths.index, paths.watcher]
+        with contextlib.suppress(OSError):
+            files += map(paths.run_log, os.listdir(paths.pending))
+        files += [path for name in hashes for path in (paths.run_log(name), paths.stack(name))]
+        return [lock_state(paths.watcher_lock), *map(stamp_of, files)]
+
+    # ---- what is known
+
+    def row(self, run_hash: str) -> Dict[str, Any]:
+        """Return the row of a run, as its log has it now. Raises AimwatchError."""
+        path = self.paths.run_log(run_hash)
+        stamp = stamp_of(path) if RUN_HASH.fullmatch(run_hash) else None
+        if stamp is None:
+            raise NotThere(f"there is no run {run_hash} in {self.paths.root}")
+
+        def make() -> Dict[str, Any]:
+            state, size, trouble = load_run(self.paths, run_hash)
+            if state is None:
+                raise RepoError(f"cannot read {trouble or path}")
+            return {**run_row(state, size), "skipped": state.skipped}
+
+        return self._keep(path, stamp, make)  # type: ignore[no-any-return]
+
+    def follower(self, run_hash: str) -> LogFollower:
+        """Return the points and messages of a run. Raises OSError."""
+        with self._lock:
+            found = self._followers.pop(run_hash, None) or LogFollower(self.paths.run_log(run_hash))
+            while sum(map(len, self._followers.values())) > MAX_KEPT_POINTS:
+                del self._followers[next(iter(self._followers))]
+            self._followers[run_hash] = found
+        return found.read()
+
+    def live_rows(self) -> List[Dict[str, Any]]:
+        """Return what `status` shows of runs that have not finished, with what their logs say besides."""
+        rows = status_rows(self.paths, read_watcher_file(self.paths))
+        rows = [row for row in rows if row["state"] != FINISHED]
+        for row in rows:
+            with contextlib.suppress(AimwatchError, OSError):
+                of_log = self.row(row["hash"])
+                row["metrics"] = of_log["metrics"]
+                if of_log["state"] != RUNNING and row["state"] != FAILED:  # who indexes saw it end
+                    row.update(state=of_log["state"], reason=of_log["reason"])
+        return rows
+
+    def runs(self, q: str) -> List[Dict[str, Any]]:
+        """Return the rows for which a query is true, newest first. Raises QueryError."""
+        # A pending run changes often, and its log says more than the index, whose answer takes longer.
+        stamp = stamp_of(self.paths.index) or self._utc()
+        rows = self._keep(("runs", q), stamp, lambda: Repo(self.paths.root).query_runs(q).found)
+        pending = set(names_in(self.paths.pending, RUN_HASH.pattern))
+        fresh = []
+        for run_hash in pending:
+            with contextlib.suppress(AimwatchError, OSError):
+                fresh.append(self.row(run_hash))
+        rows = [row for row, _ in compile_query(q).matches(fresh)] + [
+            row for row in rows if row["hash"] not in pending
+        ]
+        rows.sort(key=operator.itemgetter("created_at"), reverse=True)
+        return rows
+
+    def listing(self, ask: Ask) -> Tuple[List[str], List[Dict[str, Any]]]:
+        """Return the columns and the rows of the list of runs. Raises QueryError."""
+        columns = [name for name in ask.one["columns"].split(",") if name] or list(RUN_COLUMNS)
+        return columns, sorted_by(ask.one["sort"], self.runs(ask.one["q"]), run_cell)
+
+    def counts(self, live: List[Dict[str, Any]]) -> Dict[Tuple[str, str], int]:
+        """Return how many runs there are by (state, experiment)."""
+        rows = self.runs("")
+        counts = collections.Counter([(row["state"], row["experiment"]) for row in rows])
+        changed = {row["hash"]: row["state"] for row in live}
+        for row in rows:
+            if row["hash"] in changed:  # `live` knows who stalled
+                counts[row["state"], row["experiment"]] -= 1
+                counts[changed.pop(row["hash"]), row["experiment"]] += 1
+        counts.update((state, "") for state in changed.values())  # Aim's
+        return +counts
+
+    # ---- pages for people
+
+    def overview(self, ask: Ask) -> str:
+        """The first page: who watches, what lives, what failed, and all runs."""
+        now, saved, live = self._utc(), read_watcher_file(self.paths), self.live_rows()
+        alive, text = watcher_state(self.paths, saved, now)
+        look = ago(now - saved["seen_at"]) if isinstance(saved.get("seen_at"), (int, float)) else "never"
+        line = '<p class="{}">{} {}; last look: {}</p>'
+        mark = ("good", "\u25cf") if alive else ("bad", "\u25b2")
+        lines = [html(line, *mark, re.split(", for |;", text)[0], look)]
+        outbox = self._keep("outbox", stamp_of(self.paths.outbox), lambda: _outbox_state(self.paths))
+        for notifier_id, (reason, since) in outbox.broken().items():
+            line = '<p class="bad">\u25b2 notifier {} does not work since {}: {}; waiting: {}</p>'
+            waiting = len(outbox.waiting_for(notifier_id))
+            lines.append(html(line, notifier_id[:8], local_time(since), reason, plural(waiting, "event")))
+        totals: Dict[str, int] = dict.fromkeys(_SHAPES, 0)
+        for (state, _), count in self.counts(live).items():
+            totals[state] = totals.get(state, 0) + count
+        lines += each('<span class="chip">{} <b>{}</b></span>', zip(map(badge, totals), totals.values()))
+        bad = sum(row["state"] != RUNNING for row in live)
+        title = f"({bad}) " * bool(bad) + os.path.basename(self.paths.root)
+        tables = {"Live and failed": self._live_table(live, now), "All runs": self._list(ask, live)}
+        return page_of(title, "./", self.paths.root, {"State": lines, **tables})
+
+    def _live_table(self, live: List[Dict[str, Any]], now: float) -> Html:
+        groups: Dict[str, List[Dict[str, Any]]] = {}
+        for row in live:
+            groups.setdefault(row["group"] or row["hash"], []).append(row)
+        rows = []
+        for row, *others in list(groups.values())[:PAGE_RUNS]:
+            ranks = each(
+                "<p>{} {} {}</p>", [(badge(one["state"]), run_link(one), one["reason"]) for one in others]
+            )
+            more = '<details id="{}"><summary>{} more ranks</summary>{}</details>'
+            run = [run_link(row), html("<small>{}</small>", row["experiment"])]
+            run += [html(more, row["hash"], len(ranks), ranks)] if ranks else []
+            promise = human_s(row["promise_s"]) if row["promise_s"] else "none"
+            progress, job = each("<small>{}</small>", [(row["progress"],), (row["job"],)])
+            newest = sorted(row.get("metrics", ()), key=lambda metric: -metric["last_time"])[:3]
+            lasts = [(series_label(item["name"], item["context"]), f"{item['last']:.5g}") for item in newest]
+            metrics = each("<div>{} <b>{}</b></div>", lasts)
+            ack = f"acknowledged by {row['acknowledged_by']}" if row["acknowledged_by"] else ""
+            why = "; ".join(filter(None, [ack, "muted" if row["muted_until"] else "", row["reason"]]))
+            since = ago(now - row["last_check_in"])
+            rows.append(
+                [badge(row["state"]), run, since, [promise, progress], [row["host"], job], metrics, why]
+            )
+        left = html("<p>and {} more</p>", len(groups) - len(rows)) if len(groups) > len(rows) else ""
+        names = ("state", "run", "last check-in", "promise", "where", "last metrics", "reason")
+        return html("{}{}", grid(names, rows), left)
+
+    def _list(self, ask: Ask, live: List[Dict[str, Any]]) -> Html:
+        form = html(
+            '<form class="ask"><label>Query <input name="q" value="{}" size="40"></label><label>Columns '
+            '<input name="columns" value="{}" size="40" placeholder="{}"></label>'
+            '<input type="hidden" name="sort" value="{}"><button>Show</button></form>',
+            ask.one["q"], ask.one["columns"], ",".join(RUN_COLUMNS), ask.one["sort"],
+        )  # fmt: skip
+        try:
+            columns, found = self.listing(ask)
+        except QueryError as error:
+            line = (ask.one["q"].splitlines() or [""])[error.line - 1]
+            wrong = '{}<pre>{}\n{}^</pre><p class="bad">{}</p>'
+            return html(wrong, form, line, " " * (error.column - 1), str(error))
+        sort, heads = ask.one["sort"], [Html()]
+        for name in columns:
+            to = ask.to("", sort=f"-{name}" if sort == name else name, page=None)
+            mark = " \u25b4" * (sort == name) + " \u25be" * (sort == f"-{name}")
+            heads.append(html('<a href="{}">{}{}</a>', to, name, mark))
+        rows, pages = ask.pages("page", found, PAGE_RUNS)
+        states, cells = {row["hash"]: row["state"] for row in live}, []
+        for row in rows:
+            box = html('<input type="checkbox" name="run" value="{}" aria-label="compare">', row["hash"])
+            look: Dict[str, Any] = {name: shown(run_cell(row, name), name) for name in columns}
+            look["state"] = badge(states.get(row["hash"], row["state"]))
+            look.update(hash=run_link(row, row["hash"][:8]), name=run_link(row) if row["name"] else "")
+            cells.append([box, *(look[name] for name in columns)])
+        return html(
+            '{}<form action="compare/">{}<p><button>Compare ticked</button> {}, {} <a href="{}">CSV</a>'
+            ' <a href="{}">JSON</a></p></form>',
+            form, grid(["", *columns], cells, heads), plural(len(found), "run"), pages, ask.to("runs.csv"),
+            ask.to("api/runs"),
+        )  # fmt: skip
+
+    def run(self, ask: Ask, run_hash: str) -> str:
+        """Everything that is known of one run."""
+        row, now = self.row(run_hash), self._utc()
+        live = next((item for item in self.live_rows() if item["hash"] == run_hash), {})
+        told = dict(run_fields(row))
+        told.update(
+            (name, live[name]) for name in ("reason", "progress", "acknowledged_by") if live.get(name)
+        )
+        state, reason = live.get("state", row["state"]), told.pop("reason", "")
+        if live:
+            told["last check-in"] = ago(now - live["last_check_in"])
+            told["promise"] = human_s(live["promise_s"]) if live["promise_s"] else "none"
+            told["muted until"] = live["muted_until"] and local_time(live["muted_until"])
+        if row["skipped"]:
+            told["damage"] = f"{plural(row['skipped'], 'line')} of the log could not be read"
+        fields = each("<div><dt>{}</dt><dd>{}</dd></div>", [item for item in told.items() if item[1]])
+        where = "\n".join(map(str, row["frames"]))
+        if state == STALLED:
+            where = hanging_frames(self.paths, run_hash)
+        metrics = []
+        for metric in row["metrics"]:
+            cells = [shown(metric_cell((row, metric), name), name) for name in METRIC_COLUMNS[1:]]
+            metrics.append([*cells, html('<a href="points.csv?series={}">CSV</a>', metric["series"])])
+        messages = [f"{message_line(item)}\n" for item in self.follower(run_hash).messages]
+        head = '<h1>{} {}</h1><p class="bad"><b>{}</b></p><dl>{}</dl>'
+        texts = {
+            "Params": row["params"] and json.dumps(row["params"], indent=2, ensure_ascii=False),
+            "Log messages": messages,
+            "Notified": self._notified(run_hash),
+        }
+        parts = {
+            "State": html(head, badge(state), told["name"], reason, fields),
+            "Where": where and html("<pre>{}</pre>", where),
+            "Charts": self._charts(ask, [row]),
+            "Metrics": metrics and grid([*METRIC_COLUMNS[1:], "points"], metrics),
+            **{name: text and html("<pre>{}</pre>", text) for name, text in texts.items()},
+        }
+        return page_of(f"{state}: {told['name']}", "../../", self.paths.root, parts)
+
+    def _notified(self, run_hash: str) -> List[str]:
+        """Return what of a run was notified to whom and when, a line each."""
+        lines = []
+        with contextlib.suppress(FileNotFoundError), os.fdopen(open_regular(self.paths.outbox), "rb") as file:
+            for line, _ in read_lines(file):
+                record = json_object(line) if f'"{run_hash}-'.encode() in line else None
+                with contextlib.suppress(AttributeError, KeyError, TypeError):
+                    if record and "event" in record:
+                        whom, facts = ", ".join(record["to"]) or "nobody", record.get("facts") or {}
+                        what = f"{record['kind']}: {facts.get('run.reason') or ''}; to notify: {whom}"
+                        lines.append(f"{local_time(record['time'])} {what}\n")
+                    elif record and "sent" in record:
+                        lines.append(f"{local_time(record['time'])} sent to {record['to']}\n")
+        return lines
+
+    def _charts(self, ask: Ask, rows: Sequence[Dict[str, Any]]) -> Html:
+        """Return the charts of runs by metric, with the form that says how they are drawn."""
+        curves: Dict[str, List[Curve]] = {}
+        for nth, row in enumerate(rows):
+            points = self.follower(row["hash"]).points
+            seen: Dict[str, int] = {}
+            for metric in row["metrics"]:
+                at = seen[metric["name"]] = seen.get(metric["name"], -1) + 1
+                # Of one run a colour is a context, of several it is a run.
+                look = f"c{nth % 8} d{(at + nth // 8) % 3}" if len(rows) > 1 else f"c{at % 8} d{at // 8 % 3}"
+                name = (row["name"] or row["hash"][:8]) if len(rows) > 1 else metric["name"]
+                label, columns = series_label(name, metric["context"]), points.get(metric["series"])
+                if columns:
+                    curve = Curve(label, look, columns, row["created_at"])
+                    curves.setdefault(metric["name"], []).append(curve)
+        if not curves:
+            return Html()
+
+        choices = []
+        for name, options in _CHOICES.items():
+            items = [
+                (value, Html(" selected" * (value == ask.one[name])), options[value]) for value in options
+            ]
+            texts = each('<option value="{}"{}>{}</option>', items)
+            choices.append(html('<label>{} <select name="{}">{}</select></label>', name, name, texts))
+        kept = [pair for pair in ask.pairs if pair[0] in ("q", "run")]
+        choices += each('<input type="hidden" name="{}" value="{}">', kept)
+        chosen, pages = ask.pages("page", list(curves), PAGE_CHARTS)
+        return html(
+            '<form class="ask drawn">{}<button>Draw</button></form><div class="charts">{}</div><p>{}</p>',
+            choices, [chart_svg(name, curves[name], ask) for name in chosen],
+            pages if len(curves) > PAGE_CHARTS else "",
+        )  # fmt: skip
+
+    def compare(self, ask: Ask) -> str:
+        """Several runs: their charts over one another, and what differs."""
+        asked = [value for name, value in ask.pairs if name == "run"]
+        if ask.one["q"]:
+            asked = [row["hash"] for row in self.runs(ask.one["q"])]
+        rows = [self.row(run_hash) for run_hash in list(dict.fromkeys(asked))[:MOST_COMPARED]]
+        facts = [_compared(row) for row in rows]
+        names = [(row["name"] or row["hash"])[:12] for row in rows]
+        differ = []
+        for name in dict.fromkeys(itertools.chain(*facts)):
+            texts = [shown(fields.get(name), "") for fields in facts]
+            if len(set(texts)) > 1:
+                differ.append([name, *texts])
+        links = [run_link(row, top="../") for row in rows]
+        form = '<form class="ask"><input name="q" value="{}" size="40" aria-label="query">'
+        form += "<button>Show what a query finds</button></form><p>{}</p>"
+        told = f"{len(rows)} of {plural(len(asked), 'run')}" if rows else "Tick runs on the first page."
+        parts = {
+            "Compare": html(form, ask.one["q"], told),
+            "Charts": self._charts(ask, rows),
+            "What differs": grid(["", *names], differ, ["", *links]) if rows else "",
+        }
+        return page_of("compare", "../", self.paths.root, parts)
+
+    # ---- for machines
+
+    def points(self, ask: Ask, run_hash: str) -> List[Sequence[Any]]:
+        """All points of a series, after the names of what they have."""
+        self.row(run_hash)
+        points = read_points(self.paths.run_log(run_hash), int(ask.number("series") or 0))
+        return [("step", "value", "epoch", "time"), *((*point[:3], Moment(point[3])) for point in points)]
+
+    def list_of_runs(self, ask: Ask) -> List[Sequence[Any]]:
+        """What the list of runs shows, after the names of its columns."""
+        columns, rows = self.listing(ask)
+        page, _ = ask.pages("page", rows, PAGE_RUNS)
+        return [columns, *([run_cell(row, name) for name in columns] for row in page)]
+
+    def status(self, ask: Ask) -> Dict[str, Any]:
+        """What `status --json` prints."""
+        return status_object(self.paths)
+
+    def show(self, ask: Ask, run_hash: str) -> Dict[str, Any]:
+        """What `show --json` prints."""
+        return run_object(self.row(run_hash), list(self.follower(run_hash).messages))
+
+    def metrics(self, ask: Optional[Ask] = None) -> str:
+        """What a cluster's monitoring wants to know, as OpenMetrics text with bounded labels."""
+        now, saved, live = self._utc(), read_watcher_file(self.paths), self.live_rows()
+        counts = sorted(self.counts(live).items(), key=lambda item: -item[1])
+        largest = list(dict.fromkeys(experiment for (_, experiment), _ in counts))[:50]
+        runs: Dict[str, float] = {}
+        for (state, experiment), count in counts:
+            labels = metric_labels(state=state, experiment=experiment if experiment in largest else "other")
+            runs[labels] = runs.get(labels, 0) + count
+        ages = [max(0.0, now - row["last_check_in"]) for row in live if row["state"] != FAILED]
+        seen_at, outbox = saved.get("seen_at"), _outbox_state(self.paths)
+        known = NotifierConfig(self.paths).notifiers()[:50]
+        ids = {metric_labels(notifier=item.id[:8], type=item.type): item.id for item in known}
+        waiting: Dict[str, float] = {labels: len(outbox.waiting_for(name)) for labels, name in ids.items()}
+        logs = map(self.paths.run_log, names_in(self.paths.pending, RUN_HASH.pattern))
+        index_ns, *log_ns = [(stamp_of(path) or [0])[-1] for path in (self.paths.index, *logs)]
+        families: Dict[str, Dict[str, float]] = {
+            "runs": runs,
+            "check_in_age_sum_seconds": {"": sum(ages)},
+            "check_in_age_max_seconds": {"": max(ages, default=0.0)},
+            "watcher_alive": {"": watcher_state(self.paths, saved, now)[0]},
+            "watcher_look_age_seconds": {"": now - seen_at} if isinstance(seen_at, (int, float)) else {},
+            "notifier_broken": {labels: name in outbox.broken() for labels, name in ids.items()},
+            "notifier_waiting_events": waiting,
+            "index_lag_seconds": {"": max([0, *(each - index_ns for each in log_ns)]) / 1e9},
+        }
+        lines = []
+        for name, values in families.items():
+            lines.append(f"# TYPE aimwatch_{name} gauge")
+            lines += [f"aimwatch_{name}{labels} {value:.6g}" for labels, value in values.items()]
+        return "\n".join([*lines, "# EOF", ""])
+
+
+#: How charts may be drawn, by parameter.
+_CHOICES: Dict[str, Dict[str, str]] = {
+    "x": AXES,
+    "xscale": {"": "linear", "log": "log"},
+    "yscale": {"": "linear", "log": "log"},
+    "smooth": {"": "off", "0.6": "0.6", "0.9": "0.9", "0.99": "0.99"},
+}
+
+
+def metric_labels(**labels: str) -> str:
+    """Return labels as OpenMetrics has them."""
+    escapes = str.maketrans({"\\": "\\\\", '"': '\\"'})
+    inside = [f'{name}="{printable(value, 100).translate(escapes)}"' for name, value in labels.items()]
+    return "{" + ",".join(inside) + "}"
+
+
+def as_csv(rows: List[Sequence[Any]]) -> str:
+    """Return rows as CSV."""
+    import csv
+    import io
+
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(map(csv_cell, row) for row in rows)
+    return text.getvalue()
+
+
+def as_json(found: Any) -> str:
+    """Return what was found as JSON: rows after their names as objects."""
+    if isinstance(found, list):
+        found = [dict(zip(found[0], row)) for row in found[1:]]
+    return json.dumps(json_cell(found))
+
+
+_HASH = f"({RUN_HASH.pattern})"
+#: Paths, what is asked there, the type of the answer, and what makes it of what was found.
+_ROUTES: Tuple[Tuple[str, Callable[..., Any], str, Callable[[Any], str]], ...] = (
+    ("", Site.overview, "text/html", str),
+    ("compare/", Site.compare, "text/html", str),
+    (f"run/{_HASH}/", Site.run, "text/html", str),
+    (f"run/{_HASH}/points\\.csv", Site.points, "text/csv", as_csv),
+    ("runs\\.csv", Site.list_of_runs, "text/csv", as_csv),
+    ("metrics", Site.metrics, "application/openmetrics-text; version=1.0.0", str),
+    ("api/status", Site.status, "application/json", as_json),
+    ("api/runs", Site.list_of_runs, "application/json", as_json),
+    (f"api/runs/{_HASH}", Site.show, "application/json", as_json),
+    (f"api/runs/{_HASH}/points", Site.points, "application/json", as_json),
+)
+
+
+#: The look of every page.
+PAGE_CSS = """
+:root { --bg: #f6f7f9; --card: #fff; --text: #1c2230; --soft: #5d6778; --line: #dfe3ea; --link: #1d4ed8;
+  --run: #15803d; --bad: #c01c28; --warn: #b45309; --c0: #2563eb; --c1: #dc2626; --c2: #059669; --c3: #d97706;
+  --c4: #7c3aed; --c5: #0891b2; --c6: #be185d; --c7: #65a30d; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) { :root { --bg: #12151c; --card: #1a1f29; --text: #e3e7ef;
+  --soft: #98a2b5;
+  --line: #2d3442; --link: #8ab4ff; --run: #4ade80; --bad: #ff7b72; --warn: #fbbf24; --c0: #6ea8fe;
+  --c1: #ff7b72;
+  --c2: #3fd69b; --c3: #f5b041; --c4: #b794f6; --c5: #4dd0e1; --c6: #f472b6; --c7: #a3e635; } }
+* { box-sizing: border-box; overflow-wrap: anywhere; }
+body { margin: 0; background: var(--bg); color: var(--text); font: 14px/1.45 system-ui, sans-serif; }
+a { color: var(--link); text-decoration: none; }
+header { padding: .6em 1.2em; background: var(--card); border-bottom: 1px solid var(--line);
+  color: var(--soft); }
+header a { font: 700 1.15em system-ui; color: var(--text); margin-right: .6em; }
+  output { color: var(--bad); float: right; }
+main { max-width: 1360px; margin: 0 auto; padding: 0 1.2em 3em; }
+h1 { font-size: 1.35em; margin: .6em 0; } h2 { font-size: 1.1em; margin: 1.6em 0 .5em; }
+  #State h2 { display: none; }
+p { margin: .5em 0; } small { display: block; color: var(--soft); } .none, .good { color: var(--soft); }
+pre { font: .92em/1.5 ui-monospace, monospace; white-space: pre-wrap; padding: .7em; margin: .5em 0; }
+pre, .wide, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+.state { white-space: nowrap; font-weight: 600; color: var(--soft); } .running { color: var(--run); }
+.state.failed, .bad { color: var(--bad); } .stalled { color: var(--warn); } .chip { margin-right: 1.4em; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .45em .7em; }
+th { color: var(--soft); font-weight: 500; font-size: .9em; } th a { color: inherit; }
+tbody tr { border-top: 1px solid var(--line); } tbody tr:hover { background: var(--bg); }
+.ask { display: flex; flex-wrap: wrap; gap: .6em 1em; align-items: center; margin: .6em 0;
+  color: var(--soft); }
+input, select, button { font: inherit; color: var(--text); background: var(--card);
+  border: 1px solid var(--line);
+  border-radius: 6px; padding: .3em .6em; max-width: 75vw; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(250px, 45%), 1fr)); gap: .6em 1.4em; }
+dt { color: var(--soft); font-size: .88em; } dd { margin: 0; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); gap: 1em; }
+figure { margin: 0; padding: .7em; min-width: 0; } figcaption { font-weight: 600; }
+.legend { display: flex; flex-wrap: wrap; gap: 0 1em; margin: .3em 0 0; padding: 0; color: var(--soft);
+  font-size: .9em; }
+.legend li { list-style: none; } .legend i { display: inline-block; width: 1.2em; margin-right: .4em;
+  vertical-align: middle; border-top: 3px solid; } .legend .d1 { border-style: dashed; }
+  .legend .d2 { border-style: dotted; }
+svg.chart { display: block; width: 100%; touch-action: pan-y; cursor: crosshair; }
+svg.chart:focus-visible { outline: 2px solid var(--link); } path { stroke: var(--line); }
+svg text { font-size: 11px; fill: var(--soft); text-anchor: middle; }
+svg .y { text-anchor: end; dominant-baseline: middle; }
+  svg .mark { font: 700 13px system-ui; fill: currentColor; }
+polyline { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linejoin: round;
+  stroke-linecap: round; }
+.dot { stroke-width: 6; }
+.raw { opacity: .3; } .d1 { stroke-dasharray: 6 3; } .d2 { stroke-dasharray: 2 3; }
+  rect { fill: var(--link); opacity: .15; }
+.c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
+.c4 { color: var(--c4); } .c5 { color: var(--c5); } .c6 { color: var(--c6); } .c7 { color: var(--c7); }
+#tip { position: fixed; pointer-events: none; background: var(--card); border: 1px solid var(--line);
+  border-radius: 6px;
+  padding: .4em .6em; font-size: .88em; max-width: 22em; } #tip:empty { display: none; }
+@media (max-width: 640px) { thead { display: none; } tr { display: block; padding: .5em 0; }
+  td:empty { display: none; }
+  td { display: block; position: relative; padding: .12em .6em .12em 8.2em; }
+  td::before { content: attr(data-name); color: var(--soft); position: absolute; left: .6em; } }
+"""
+#: What refreshes a page, and lets people read and zoom charts.
+PAGE_JS = r"""
+"use strict";
+(() => {
+  const all = (what, from = document) => [...from.querySelectorAll(what)];
+  const nums = text => text.split(" ").map(Number);
+  const tip = document.getElementById("tip"), trouble = document.querySelector("output");
+  const chartAt = event => event.target.closest?.("svg.chart");
+  let etag = "", pointer = null, drag = null, cursor = null;
+  const human = s => s < 60 ? Math.max(1, Math.round(s)) + " s" : s < 3600 ? Math.floor(s / 60) + " min"
+    : Math.floor(s / 3600) + " h " + Math.floor(s % 3600 / 60) + " min";
+  const age = () => all("time").forEach(time => {
+    time.since ??= Date.now() / 1000 - time.dataset.age;
+    time.textContent = human(Date.now() / 1000 - time.since) + " ago";
+  });
+
+  // Takes over what has changed of a page. Where somebody types, and what is ticked or open, stays.
+  function swap(page) {
+    const ticked = new Set(all("[name=run]:checked").map(box => box.value)), focus = document.activeElement;
+    const open = new Set(all("details[open]").map(item => item.id)), at = all(".chart").indexOf(focus);
+    for (const old of all("[data-live]")) if (!page.getElementById(old.id)) old.remove();
+    for (const fresh of all("[data-live]", page)) {
+      const old = document.getElementById(fresh.id), source = fresh.innerHTML;
+      if (!old) document.querySelector("main").append(fresh);
+      else if (old.source !== source && !(focus.matches("input, select") && old.contains(focus))) {
+        fresh.source = source;
+        old.replaceWith(fresh);
+      }
+    }
+    document.title = page.title;
+    all("[name=run]").forEach(box => { box.checked = ticked.has(box.value); });
+    all("details").forEach(item => { item.open = open.has(item.id); });
+    if (at >= 0) all(".chart")[at]?.focus({preventScroll: true});
+  }
+  async function refresh(now) {
+    if (drag || (document.hidden && !now)) return;
+    try {
+      const headers = etag && !now ? {"If-None-Match": etag} : {};
+      const answer = await fetch(location.href, {cache: "no-store", headers});
+      if (answer.status !== 304) {
+        const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+        if (!answer.ok) throw page.querySelector("section")?.textContent || "closed: it has a new key";
+        etag = answer.headers.get("ETag");
+        swap(page);
+        age();
+      }
+      trouble.textContent = "";
+    } catch (error) {
+      trouble.textContent = error instanceof Error ? "no answer; trying again" : error;
+    }
+  }
+
+  // Where a place on the screen lies on the x axis of a chart, and the other way round.
+  function axis(chart) {
+    const [low, high, log] = nums(chart.dataset.x), [left, top, width, height] = nums(chart.dataset.box);
+    const box = chart.getBoundingClientRect(), unit = box.width / chart.viewBox.baseVal.width;
+    const to = log ? Math.log10 : x => x, from = log ? x => 10 ** x : x => x;
+    const part = px => Math.min(1, Math.max(0, ((px - box.left) / unit - left) / width));
+    return {low, high, top, height, box, unit, to, from, value: px => from(low + part(px) * (high - low)),
+      at: x => left + (to(x) - low) / (high - low) * width};
+  }
+  function shape(chart, name, attributes) {
+    const item = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const key in attributes) item.setAttribute(key, attributes[key]);
+    return chart.appendChild(item);
+  }
+  const points = line => line.dataset.v.split(" ").map(pair => pair.split(",").map(Number));
+  const nearest = (found, x) => found.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
+  function read(chart, x) {
+    cursor?.remove();
+    tip.textContent = "";
+    const lines = chart ? all("polyline", chart) : [];
+    if (!lines.length) return;
+    const scale = axis(chart), names = all(".legend li", chart.parentNode), found = {};
+    const kind = chart.dataset.axis;
+    x = chart.reading = nearest(lines.flatMap(points), x ?? scale.value(pointer.clientX))[0];
+    const at = scale.at(x), px = scale.box.left + at * scale.unit;
+    cursor = shape(chart, "path", {d: `M${at} ${scale.top}v${scale.height}`});
+    const words = x =>
+      kind === "time" ? new Date(x * 1000).toLocaleString() : kind === "since" ? human(x) : x;
+    const say = (className, textContent) =>
+      Object.assign(tip.appendChild(document.createElement("div")), {className, textContent});
+    say("", kind + " " + words(x));
+    for (const line of lines) (found[line.dataset.n + line.classList] ??= [line]).push(...points(line));
+    for (const [line, ...own] of Object.values(found).slice(0, 24)) {
+      const point = nearest(own, x), name = names[line.dataset.n].textContent;
+      const where = point[0] === x ? "" : " at " + words(point[0]);
+      const raw = line.classList.contains("raw") ? " (raw): " : ": ";
+      say(line.classList[0], name + raw + +point[1].toPrecision(8) + where);
+    }
+    const fits = px + tip.offsetWidth + 16 < document.documentElement.clientWidth;
+    tip.style.left = Math.max(4, fits ? px + 12 : px - tip.offsetWidth - 12) + "px";
+    tip.style.top = Math.max(4, scale.box.top + 12) + "px";
+  }
+  function zoom(...ends) {
+    const url = new URL(location.href);
+    for (const [name, x] of [["from", ends[0]], ["to", ends[1]]]) {
+      url.searchParams.delete(name);
+      if (x !== undefined) url.searchParams.set(name, x);
+    }
+    history.replaceState(null, "", url);
+    refresh(true);
+  }
+  addEventListener("pointermove", event => {
+    pointer = event;
+    if (!drag) return read(chartAt(event));
+    const ends = [drag.x, drag.scale.value(event.clientX)].map(drag.scale.at).sort((a, b) => a - b);
+    drag.box.setAttribute("x", ends[0]);
+    drag.box.setAttribute("width", ends[1] - ends[0]);
+  });
+  addEventListener("pointerdown", event => {
+    const chart = chartAt(event);
+    if (!chart || event.button || event.pointerType === "touch") return;
+    const scale = axis(chart), box = shape(chart, "rect", {y: scale.top, height: scale.height, width: 0});
+    drag = {scale, box, x: scale.value(event.clientX), px: event.clientX};
+  });
+  addEventListener("pointerup", event => {
+    if (!drag) return;
+    const {scale, box, x, px} = drag, to = scale.value(event.clientX);
+    drag = box.remove();
+    if (Math.abs(event.clientX - px) > 5) zoom(Math.min(x, to), Math.max(x, to));
+  });
+  addEventListener("dblclick", event => chartAt(event) && zoom());
+  addEventListener("keydown", event => {
+    const chart = chartAt(event), by = {"+": .25, "-": 1}[event.key];
+    const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (!chart || !(step || by || event.key === "Escape")) return;
+    event.preventDefault();
+    const scale = axis(chart), middle = chart.reading ?? scale.from((scale.low + scale.high) / 2);
+    const xs = [...new Set(all("polyline", chart).flatMap(points).map(point => point[0]))];
+    xs.sort((a, b) => a - b);
+    if (step) read(chart, xs[Math.min(xs.length - 1, Math.max(0, xs.indexOf(chart.reading) + step))]);
+    else if (by) zoom(...[-by, by].map(k => scale.from(scale.to(middle) + k * (scale.high - scale.low))));
+    else zoom();
+  });
+  for (const item of all(".drawn select")) item.addEventListener("change", () => item.form.requestSubmit());
+  for (const item of all("[data-live]")) item.source = item.innerHTML;
+  setInterval(age, 1000);
+  setInterval(refresh, 2000);
+})();
+"""
+
+# -------------------------------------------------------------------------- server
+
+#: How many connections are served at once; how long one may take to ask; how much a request may be.
+MAX_CONNECTIONS, IDLE_S, MAX_REQUEST_BYTES = 32, 30.0, 16384
+_CLOSED = (
+    b"Closed. Open the address that 'aimwatch up' printed, with its key. If you did, the name in the "
+    b"address is not one that this server knows: start it with --allowed-host NAME.\n"
+)
+
+
+class Gate(NamedTuple):
+    """Who is let in: by which names this server is called, with which token, below which path."""
+
+    hosts: FrozenSet[str]
+    token: str
+    base_path: str
+    cookie: str
+
+    def answer(self, site: Site, head: bytes, own_address: str) -> Tuple[Reply, bool]:
+        """Return the answer to the head of a request, and whether the connection is to be closed."""
+        import hmac
+
+        first, *lines = head.decode("latin-1").split("\r\n")
+        method, _, target = first.partition(" ")
+        target, _, version = target.rpartition(" ")
+        if not version.startswith("HTTP/1.") or not target.startswith("/"):
+            return Reply(400), True
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        # No body is read, so what follows could not be told from one.
+        closes = bool({"content-length", "transfer-encoding"} & set(headers)) or "close" in headers.get(
+            "connection", ""
+        )
+        if method not in ("GET", "HEAD"):
+            return Reply(405, headers=(("Allow", "GET, HEAD"),)), True
+        path, _, query = target.partition("?")
+        # Any other name belongs to a site that was made to lead here, to read this one in a browser.
+        host = re.sub(r":[0-9]+$", "", headers.get("host", "")).strip("[]").lower()
+        cookies = [part.strip().partition("=") for part in headers.get("cookie", "").split(";")]
+        given = [value for name, _, value in cookies if name == self.cookie]
+        given.append(headers.get("authorization", "").partition("Bearer ")[2])
+        key = query[4:] if query.startswith("key=") and path == f"{self.base_path}/" else ""
+        fits = [hmac.compare_digest(item.encode("utf-8"), self.token.encode()) for item in (key, *given)]
+        if (host not in self.hosts and host != own_address) or (self.token and not any(fits)):
+            return Reply(403, _CLOSED), closes
+        if key:
+            # A browser sends no strict cookie where a redirect began with another site's link.
+            way = (
+                ("Refresh", "0; url=./")
+                if headers.get("sec-fetch-site") == "cross-site"
+                else ("Location", "./")
+            )
+            cookie = ("Set-Cookie", f"{self.cookie}={self.token}; SameSite=Strict; HttpOnly")
+            return Reply(
+                303 if way[0] == "Location" else 200, headers=(cookie, way) if fits[0] else (way,)
+            ), closes
+        if path == self.base_path:
+            return Reply(301, headers=(("Location", f"{path.rpartition('/')[2]}/"),)), closes
+        if not path.startswith(f"{self.base_path}/"):
+            return Reply(404, b"There is no such page.\n"), closes
+        return site.answer(path[len(self.base_path) + 1 :], query, headers.get("if-none-match", "")), closes
+
+
+def reply_bytes(reply: Reply, with_body: bool, closes: bool) -> bytes:
+    """Return an answer as it is sent: nothing comes from elsewhere, and no script that is not ours runs."""
+    import base64
+    import hashlib
+    import http
+
+    js, css = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (PAGE_JS, PAGE_CSS)
+    )
+    headers = {
+        "Content-Security-Policy": f"default-src 'none'; script-src 'sha256-{js}'; style-src 'sha256-{css}'; "
+        "img-src data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "private, no-cache" if reply.etag else "no-store",
+        "Content-Type": f"{reply.kind}; charset=utf-8",
+        **({} if reply.status == 304 else {"Content-Length": len(reply.body)}),
+        **({"ETag": reply.etag} if reply.etag else {}),
+        **({"Connection": "close"} if closes else {}),
+        **dict(reply.headers),
+    }
+    lines = [f"HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + reply.body * with_body
+
+
+def serve(site: Site, gate: Gate, listener: Any, stop: StopSignal) -> None:
+    """Answer requests until `stop` is set."""
+    import socket
+
+    served: Set[Any] = set()
+
+    def converse(link: Any) -> None:
+        own, data = "localhost", b""
+        if link.family != socket.AF_UNIX:
+            own = link.getsockname()[0]
+            # Otherwise the second piece of an answer waits 40 ms for the first to be acknowledged.
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while True:
+            deadline = time.monotonic() + IDLE_S
+            while b"\r\n\r\n" not in data:
+                link.settimeout(max(0.001, deadline - time.monotonic()))
+                more = link.recv(4096)
+                if not more or len(data) > MAX_REQUEST_BYTES:
+                    return
+                data += more
+            head, _, data = data.partition(b"\r\n\r\n")
+            try:
+                reply, closes = gate.answer(site, head, own)
+            except Exception:
+                log.exception("a page could not be made")
+                reply, closes = Reply(500, b"What 'aimwatch up' wrote says why.\n"), True
+            closes |= len(served) > MAX_CONNECTIONS // 2  # with many others there, nobody keeps a connection
+            link.settimeout(IDLE_S)
+            link.sendall(reply_bytes(reply, not head.startswith(b"HEAD "), closes))
+            if closes:
+                return
+
+    def work(link: Any) -> None:
+        with contextlib.suppress(OSError), link:  # the other side may go at any time
+            converse(link)
+        served.discard(link)
+
+    asked = time.monotonic()
+    listener.settimeout(0.5)
+    while not stop.is_set:
+        try:
+            link, _ = listener.accept()
+            if len(served) >= MAX_CONNECTIONS:
+                link.close()
+                continue
+            asked = time.monotonic()
+            served.add(link)
+            threading.Thread(target=work, args=(link,), daemon=True).start()
+        except socket.timeout:
+            if asked and not served and time.monotonic() - asked > 60:
+                asked = 0.0
+                site.forget()
+        except (OSError, RuntimeError) as error:  # no descriptors, or no threads
+            log.warning("cannot take a connection: %s", error)
+            stop.wait(0.5)
+
+
+def listen(host: str, port: int, uds: Optional[str]) -> Any:
+    """Return a socket that listens. Raises AimwatchError, naming the flag to change."""
+    import socket
+
+    try:
+        if uds is None:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            return socket.create_server((host, port), family=family, backlog=128)
+        listener = socket.socket(socket.AF_UNIX)
+        mask = os.umask(0o177)  # for this user alone from its first moment
+        try:
+            listener.bind(uds)
+        finally:
+            os.umask(mask)
+        listener.listen(128)
+        return listener
+    except OSError as error:
+        flags = f"--uds {uds}: choose another path, or remove what is left of a server that is gone"
+        if uds is None:
+            flags = f"--host {host} --port {port}: choose a --port from 1024 up that is free, or 0 for any"
+        raise AimwatchError(f"cannot listen, {error.strerror or error}, at {flags}") from None
+
+
+# ======================================================================================
 # Command line
 #
 # `main` turns errors into one line on stderr and an exit code: 0 fine, 1 something is wrong,
@@ -10126,6 +11317,14 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def port_number(text: str) -> int:
+    """Return the number of a port, 0 for any."""
+    number = whole_number(text)
+    if number > 65535:
+        raise AimwatchError(f"{text!r} is not a port from 0 to 65535")
+    return number
+
+
 def log_level(text: str) -> int:
     """Return a level of log messages, given as a name or as a number."""
     level = LOG_LEVELS.get(text.upper(), int(text) if re.fullmatch("[0-9]{1,4}", text) else -1)
@@ -10198,6 +11397,11 @@ def _give_memory_back() -> None:
         "(default: $AIMWATCH_PING_URL, which no process list shows)",
     ),
     switch("--once", "look once, tell, and exit: 1 when any run is stalled or failed; for cron"),
+    argument(
+        "--metrics-file",
+        metavar="PATH",
+        help="keep in PATH, for the node exporter, what `up` has at /metrics",
+    ),
 )
 def cmd_start(args: Any) -> int:
     """Watch the repository until told to stop, or once."""
@@ -10226,7 +11430,9 @@ def cmd_start(args: Any) -> int:
         if watcher is None:
             return 0
         if args.once:
-            return _one_pass(watcher, stop, pinger)
+            code = _one_pass(watcher, stop, pinger)
+            _write_metrics(Site(paths), args.metrics_file)
+            return code
         try:
             return _watch(watcher, args, stop, handler, pinger)
         except WatcherBusyError as error:  # another one has taken over
@@ -10238,7 +11444,7 @@ def cmd_start(args: Any) -> int:
 def _watch(
     watcher: Watcher, args: Any, stop: StopSignal, handler: _LogHandler, pinger: Optional[Pinger]
 ) -> int:
-    paths = watcher.paths
+    paths, site = watcher.paths, Site(watcher.paths)
     reindexing = ReindexThread(paths)
     watcher.on_dead = reindexing.reindexer.note_dead
     threads: List[threading.Thread] = [reindexing, SightAlarm(watcher)]
@@ -10260,6 +11466,7 @@ def _watch(
         sd_notify("WATCHDOG=1")
         if pinger is not None and not watcher.is_blind:
             pinger.healthy()
+        _write_metrics(site, args.metrics_file)
         if terminal:
             handler.show(_status_line(watcher))
 
@@ -10286,6 +11493,14 @@ def _watch(
         reindexing.stop(0.5)
     log.info("stopped")
     return 0
+
+
+def _write_metrics(site: Site, path: Optional[str]) -> None:
+    if path:
+        try:
+            replace_file(path, site.metrics().encode(), 0o644)
+        except (AimwatchError, OSError) as error:
+            log.warning("cannot write %s: %s", path, error)
 
 
 def key_value(text: str) -> Tuple[List[str], Any]:
@@ -10714,6 +11929,57 @@ def _leave_mutes(paths: RepoPaths, run_hash: str, *names: str) -> List[str]:
     except OSError as error:
         raise RepoError(f"cannot change the mutes in {paths.mutes}: {error.strerror}") from None
     return before
+
+
+@command(
+    "up",
+    argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: %(default)s)"),
+    argument("--port", type=port_number, default=43880, help="0: a free one (default: %(default)s)"),
+    argument("--uds", metavar="PATH", help="listen on a socket file for this user alone, without a token"),
+    argument("--base-path", default="", metavar="PATH", help="what a proxy leaves before every path"),
+    argument("--allowed-host", action="append", default=[], metavar="NAME", help="a name that a proxy calls"),
+    switch("--no-token", "let in everybody who reaches the port, for a machine of your own"),
+    switch("--watch", "run the watcher too"),
+    epilog="The token is a new one at each start, unless $AIMWATCH_TOKEN holds one.",
+)
+def cmd_up(args: Any) -> int:
+    """Show the runs on a web page, until told to stop."""
+    import secrets
+
+    _log_to_stderr(timed=True)
+    _give_memory_back()
+    paths, stop = find_repo(args.repo), StopSignal()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with contextlib.ExitStack() as at_end, listen(args.host, args.port, args.uds) as listener:
+        name, port, local, token = "localhost", 43880, args.uds and os.path.abspath(args.uds), ""
+        if args.uds:
+            at_end.callback(os.unlink, args.uds)
+        else:
+            name, port = listener.getsockname()[:2]
+            local = f"localhost:{port}"
+            token = "" if args.no_token else os.environ.get("AIMWATCH_TOKEN") or secrets.token_urlsafe(24)
+        base = f"/{args.base_path.strip('/')}".rstrip("/")
+        names = ["localhost", name, args.host, this_host(), *args.allowed_host]
+        reindexing = ReindexThread(paths)
+        if args.watch:
+            watcher = Watcher(paths)
+            watcher.on_dead = reindexing.reindexer.note_dead
+            watching = threading.Thread(target=watcher.run, args=(stop,), daemon=True)
+            watching.start()
+            at_end.callback(watcher.close)
+            at_end.callback(watching.join, 1.0)
+        reindexing.start()
+        at_end.callback(reindexing.stop, 0.5)
+        rest = f"{port}{base}/" + (f"?key={token}" if token else "")
+        print(args.uds or f"http://{f'[{name}]' if ':' in name else name}:{rest}")
+        print(f"from elsewhere: ssh -L {port}:{local} {this_host()}, then http://localhost:{rest}")
+        text = watcher_state(paths, read_watcher_file(paths), time.time())[1]
+        print("this process watches" if args.watch else text, flush=True)
+        gate = Gate(frozenset(map(str.lower, names)), token, base, f"aimwatch_{port}")
+        serve(Site(paths), gate, listener, stop)
+        stop.set()
+    return 0
 
 
 # -------------------------------------------------------------------------- notifiers

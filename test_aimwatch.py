@@ -10,6 +10,7 @@ measures instead, each figure beside its baseline from the same run.
 from __future__ import annotations
 
 import argparse
+import array
 import ast
 import base64
 import builtins
@@ -65,6 +66,8 @@ import time
 import traceback
 import types
 import unittest
+import urllib.parse
+import urllib.request
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 from unittest import mock
 
@@ -11905,6 +11908,674 @@ class TestClosedDoors(WatchCase):
         self.assertLess(tracemalloc.get_traced_memory()[1], 100_000)
 
 
+class PageText(unittest.TestCase):
+    def test_every_value_becomes_text(self) -> None:
+        for value, text in (
+            ("<b>&'\"", "&lt;b&gt;&amp;&#39;&quot;"), (None, ""), (0, "0"), (["<", None, 1], "&lt;1"),
+            ("a\u202eb\x1b[31m\u2028", "a\\x202eb\\x1b[31m\\x2028"), ("two\n\tlines", "two\n\tlines"),
+            (aimwatch.html("<i>{}</i>", "<"), "<i>&lt;</i>"), ("{0.__class__}", "{0.__class__}"), ("\ud800", "\\xd800"),
+        ):  # fmt: skip
+            with self.subTest(value=value):
+                self.assertEqual(aimwatch.html("{}", value), text)
+
+    def test_addresses_keep_the_other_parameters(self) -> None:
+        ask = aimwatch.Ask("q=a%26b&run=1&run=2&page=3&from=inf&to=2.5")
+        self.assertEqual(ask.to("x", page=None), "x?q=a%26b&run=1&run=2&from=inf&to=2.5")
+        self.assertEqual(ask.to(page=4, q=None), "?run=1&run=2&from=inf&to=2.5&page=4")
+        self.assertEqual([ask.number(name) for name in ("from", "to", "q")], [None, 2.5, None])
+
+
+def a_curve(values: Sequence[Any], label: str = "loss", **columns: Sequence[float]) -> aimwatch.Curve:
+    """Return a curve of values, at the steps 0, 1, ... and one a second after 1000."""
+    points: Dict[str, Any] = {}
+    rows = [[1, step, value, 1000.0 + step] for step, value in enumerate(values)]
+    aimwatch.add_points(points, rows)
+    points.update((name, array.array("d", column)) for name, column in columns.items())
+    return aimwatch.Curve(label, "c0 d0", points, 1000.0)
+
+
+class Charts(unittest.TestCase):
+    def drawn(
+        self, values: Sequence[Any], query: str = "", **columns: Sequence[float]
+    ) -> List[List[List[float]]]:
+        """Return the lines of a chart: for each its points."""
+        self.svg = aimwatch.chart_svg("loss", [a_curve(values, **columns)], aimwatch.Ask(query))
+        found = re.findall('data-v="([^"]*)"', self.svg)
+        return [[[float(part) for part in pair.split(",")] for pair in line.split()] for line in found]
+
+    def test_no_spike_is_lost(self) -> None:
+        dice = random.Random(4)
+        for count in (3, 369, 370, 371, 740, 5000):
+            values = [dice.random() for _ in range(count)]
+            values[dice.randrange(count)] = 99.0
+            values[dice.randrange(count)] = -99.0
+            xs = sorted(dice.random() * 50 for _ in range(count))
+            scale = aimwatch.Scale([xs[0], xs[-1]], False)
+            edges = [scale.value(nth / 370) for nth in range(371)]
+            shown = set(aimwatch.to_draw(xs, values, edges))
+            self.assertLessEqual(len(shown), 2 * 370 + 2)
+            for low, high in zip(edges, edges[1:]):
+                is_in = [low < x <= high or x == low == xs[0] for x in xs]
+                column = [(y, nth) for nth, y in enumerate(values) if is_in[nth]]
+                if column:
+                    self.assertIn(min(column)[1], shown)
+                    self.assertIn(max(column)[1], shown)
+
+    def test_what_is_drawn(self) -> None:
+        for values, query, lines in (
+            ([1.0, 2.0, 3.0], "", [[[0, 1], [1, 2], [2, 3]]]),
+            ([5.0], "", [[[0, 5]]]),
+            ([1.0, "nan", 3.0, "inf", "-inf"], "", [[[0, 1]], [[2, 3]]]),
+            ([1.0, 2.0, 3.0, 4.0], "from=1&to=2", [[[0, 1], [1, 2], [2, 3], [3, 4]]]),
+            ([0.0, 10.0, 100.0], "yscale=log", [[[1, 10], [2, 100]]]),
+            ([1.0, 2.0, 3.0], "xscale=log", [[[1, 2], [2, 3]]]),
+            ([1.0, 2.0], "x=time", [[[1000, 1], [1001, 2]]]),
+            ([1.0, 2.0], "x=since", [[[0, 1], [1, 2]]]),
+            ([1.0, 2.0], "x=nonsense&smooth=x", [[[0, 1], [1, 2]]]),
+            ([0.0, 1.0, 1.0], "smooth=0.5", [[[0, 0], [1, 1], [2, 1]], [[0, 0], [1, 0.5], [2, 0.75]]]),
+            ([1.7e308, -1.7e308], "", [[[0, 1.7e308], [1, -1.7e308]]]),
+            (["nan", "nan"], "", []), ([1.0, 2.0], "x=epoch", []),
+        ):  # fmt: skip
+            with self.subTest(values=values, query=query):
+                self.assertEqual(self.drawn(values, query), lines)
+        self.assertEqual(self.drawn([3.0, 1.0], step=[7.0, 2.0]), [[[2, 1], [7, 3]]])
+        self.assertEqual(self.drawn([3.0, 1.0], "x=epoch", epoch=[0.0, 0.5]), [[[0, 3], [0.5, 1]]])
+
+    def test_what_is_no_number_is_marked_where_it_is(self) -> None:
+        self.drawn([1.0, "nan", 3.0, "inf", "-inf"])
+        titles = re.findall("<title>(.*?)</title>", self.svg)
+        self.assertEqual(titles, ["nan at 1", "inf at 3", "-inf at 4"])
+        self.drawn([4.0])
+        self.assertIn('class="c0 d0 line dot"', self.svg)
+
+    def test_ticks_are_round_and_inside(self) -> None:
+        for low, high, is_log, steps, ticks in (
+            (0, 10, False, (), [0, 2, 4, 6, 8, 10]), (-1, 1, False, (), [-1, -0.5, 0, 0.5, 1]),
+            (5, 5, False, (), [4.8, 5.0, 5.2]), (1, 1e6, True, (), [1, 10, 100, 1e3, 1e4, 1e5, 1e6]),
+            (1e-30, 1e30, True, (), None), (0, 7000, False, aimwatch._TIME_STEPS, [0, 1800, 3600, 5400]),
+            (-1.7e308, 1.7e308, False, (), None), (1e17, 1e17 + 32, False, (), None), (3, 40, True, (), None),
+        ):  # fmt: skip
+            with self.subTest(low=low, high=high):
+                scale = aimwatch.Scale([low, high], is_log)
+                found = scale.ticks(steps)
+                self.assertTrue(
+                    1 <= len(found) <= 12 and all(-0.01 <= scale.at(tick) <= 1.01 for tick in found), found
+                )
+                if ticks is not None:
+                    for tick, right in zip(found, ticks):
+                        self.assertAlmostEqual(tick, right)
+                    self.assertEqual(len(found), len(ticks))
+
+
+class Followers(StoredCase):
+    def both(self, run_hash: str, follower: aimwatch.LogFollower) -> None:
+        """Compare what a follower knows with what reading the log says."""
+        path = self.paths.run_log(run_hash)
+        for series_id in aimwatch.read_log(path, run_hash).series:
+            columns = follower.points.get(series_id, {})
+            points = [
+                (int(step), repr(value), None if epoch != epoch else epoch, when)
+                for step, value, when, epoch in zip(
+                    *(columns.get(name, ()) for name in ("step", "value", "time", "epoch"))
+                )
+            ]
+            read = [(step, repr(value), None if epoch is None or epoch != epoch else epoch, when)
+                    for step, value, epoch, when in aimwatch.read_points(path, series_id)]  # fmt: skip
+            self.assertEqual(sorted(points, key=lambda point: point[0]), read)
+        self.assertEqual(list(follower.messages), list(aimwatch.read_messages(path))[-500:])
+
+    def test_reads_what_the_log_says_and_then_what_was_appended(self) -> None:
+        self.fill()
+        for run_hash in ("r5", "r7", "dead"):
+            self.both(run_hash, aimwatch.LogFollower(self.paths.run_log(run_hash)).read())
+        path = self.paths.run_log("live")
+        follower = aimwatch.LogFollower(path)
+        for step in range(5):
+            self.live.track({"m": step, "k": NAN if step == 2 else step}, step=step, epoch=step or None)
+            self.live.log_info(f"at {step}")
+            start = os.path.getsize(path)
+            self.both("live", follower.read())
+            with mock.patch.object(aimwatch, "_plain_json", side_effect=AssertionError("read again")):
+                follower.read()
+            self.assertEqual(follower._offset, start)
+
+    def test_damage_is_left_out_and_a_new_file_is_read_anew(self) -> None:
+        path = os.path.join(self.root, "log")
+        good = b'{"format":1,"created_at":1}\n{"series":1,"name":"m","context":{}}\n[1,0,1.5,10.0]\n'
+        follower = aimwatch.LogFollower(path)
+        for junk, count in (
+            (b"", 1), (b"[1,1\n,2.5,11.0]\n", 1), (b"\x00\xff\n[1,2,2.5,11.0]\n", 2), (b"[1]\n5\n\"x\"\n[[1],2]\n", 1),
+            (b"[1,3,\"x\",12.0]\n[1,4,1e999,12.0]\n[1,5,NaN,1.0]\n", 1), (b"[1,6,2.5,12.0", 1), (b"\n\n[1,7,true,9.0,3]\n", 2),
+        ):  # fmt: skip
+            with self.subTest(junk=junk):
+                with open(path, "wb") as file:
+                    file.write(good + junk)
+                follower._identity = (0, 0)
+                self.assertEqual(len(follower.read().points[1]["value"]), count)
+
+
+class Pages(StoredCase):
+    """Every page of a repository, without a socket."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.now = time.time()
+        self.site = aimwatch.Site(self.paths, utc=lambda: self.now)
+
+    def get(self, path: str, query: str = "", status: int = 200) -> str:
+        reply = self.site.answer(path, query)
+        self.assertEqual(reply.status, status, reply.body)
+        return reply.body.decode()
+
+    def test_paths(self) -> None:
+        self.fill()
+        reindexed = aimwatch.Repo(self.root).reindex()
+        self.assertEqual(reindexed, [])
+        for path, status, what in (
+            ("", 200, "All runs"), ("run/r7/", 200, "polyline"), ("compare/", 200, "Tick runs"), ("metrics", 200, "# EOF"),
+            ("runs.csv", 200, "hash,name"), ("api/runs", 200, '"r7"'), ("api/status", 200, '"watcher"'),
+            ("api/runs/r7", 200, '"nested"'), ("run/r7/points.csv?series=1", 200, "step,value,epoch,time\n0,"),
+            ("api/runs/r7/points?series=1", 200, '[{"step": 0, "value": '), ("run/none/", 404, "there is no run none"),
+            ("api/runs/none", 404, "no run"), ("run/../", 404, ""), ("run/..%2f/", 404, ""), ("run/%00/", 404, ""),
+            ("run/a\x00b/", 404, ""), ("nothing", 404, "no such page"), ("runs.csv?q=run.x+%3D", 400, "column"),
+            ("?q=run.n+%3E+%3D+3", 200, "run.n &gt; = 3\n        ^"), ("?page=99", 200, "page 99 of 1"), ("?page=x&columns=,,", 200, "r7"),
+            ("?sort=-n&columns=hash,n", 200, "r7"), ("compare/?run=r3&run=r5&run=r5", 200, "What differs"), ("compare/?run=zz", 404, "zz"),
+            ("compare/?q=run.n+%3E+2", 200, "4 of 4 runs"), ("run/live/?x=time&xscale=log&smooth=0.9&page=9", 200, "running"),
+        ):  # fmt: skip
+            with self.subTest(path=path):
+                path, _, query = path.partition("?")
+                self.assertIn(what, self.get(path, query, status))
+        for path, where in (("run/r7", "r7/?x=1"), ("compare", "compare/?x=1")):
+            self.assertEqual(self.site.answer(path, "x=1").headers, (("Location", where),))
+
+    def test_what_is_shown_is_what_csv_and_json_have(self) -> None:
+        self.fill()
+        for query in (
+            "",
+            "sort=-n&columns=hash,n,metric:m",
+            "q=run.n+%3C+3&columns=name,text,nested.a.b,tags",
+        ):
+            rows = json.loads(self.get("api/runs", query))
+            table = list(csv.reader(io.StringIO(self.get("runs.csv", query))))
+            self.assertEqual(table[0], list(rows[0]))
+            self.assertEqual(len(table) - 1, len(rows))
+            self.assertEqual(self.get("", query).count('"checkbox" name="run"'), len(rows))
+        code, out, _ = self.run_cli("runs", "--json", "--sort=-n", "--columns", "hash,n")
+        self.assertEqual(json.loads(out), json.loads(self.get("api/runs", "sort=-n&columns=hash,n")))
+
+    def test_hostile_texts_are_text(self) -> None:
+        evil = "</title><script>alert(1)</script><img src=x onerror=alert(1)>\"'\u202e"
+        run = self.run_object("evil", experiment=evil)
+        run.name = evil
+        run[evil] = {evil: [evil]}
+        run.add_tag(evil)
+        run.track(1, evil, context={evil: evil})
+        run.track(NAN, evil, context={evil: evil})
+        run.log_error(evil, x=evil)
+        run.report_progress(expect_next_in=5)
+        for path in (
+            "",
+            "run/evil/",
+            "compare/?run=evil",
+            f"?q={urllib.parse.quote(evil)}&columns={urllib.parse.quote(evil)}&sort={urllib.parse.quote(evil)}",
+        ):
+            with self.subTest(path=path):
+                text = self.get(*path.partition("?")[::2])
+                own = text.replace(aimwatch.PAGE_JS, "").replace(aimwatch.PAGE_CSS, "")
+                self.assertEqual(own.count("<script>"), 1)
+                self.assertNotRegex(own, '<img|\u202e|(?:src|href)="(?:https?:|//|/|javascript:)')
+                self.assertNotRegex(re.sub('"[^"]*"', "", own), r"<[^>]* on\w+=")
+        self.assertEqual(self.get("metrics").count("\n"), len(self.get("metrics").splitlines()))
+
+    def test_nothing_new_is_304(self) -> None:
+        self.fill()
+        for path in ("", "run/live/", "api/runs", "metrics"):
+            etag = self.site.answer(path, "").etag
+            self.assertEqual(self.site.answer(path, "", etag).status, 304)
+            self.now += 3600
+            with mock.patch.object(aimwatch, "status_rows", side_effect=AssertionError("made again")):
+                self.assertEqual(self.site.answer(path, "", etag).status, 304)
+            self.live.track(9, "m")
+            self.assertEqual(self.site.answer(path, "", etag).status, 200)
+
+    def test_answer_of_the_index_is_used_again_with_what_is_pending(self) -> None:
+        self.fill()
+        aimwatch.Repo(self.root).reindex()
+        self.get("")
+        with mock.patch.object(aimwatch, "Repo", side_effect=AssertionError("asked again")):
+            self.live.track(77, "m")
+            self.assertIn("<b>77</b>", self.get(""))
+            self.assertEqual(json.loads(self.get("api/runs", "columns=hash"))[0], {"hash": "live"})
+        self.live["n"] = 5
+        self.live.report_successful_finish()
+        self.live.close()
+        self.assertEqual(self.get("metrics").count('state="running"'), 0)
+
+    def test_repository_that_goes_away_and_comes_back(self) -> None:
+        self.fill()
+        self.get("")
+        os.rename(self.paths.aim, self.paths.aim + "-away")
+        self.assertIn("its share is away", self.get("", status=503))
+        os.rename(self.paths.aim + "-away", self.paths.aim)
+        self.assertIn("All runs", self.get(""))
+
+    def test_logs_that_cannot_be_read(self) -> None:
+        self.fill()
+        with open(self.paths.run_log("r1"), "w") as file:
+            file.write('{"format":99,"created_at":1.0}\n')
+        self.assertIn("use the newer aimwatch", self.get("run/r1/", status=503))
+        with open(self.paths.run_log("r2"), "ab") as file:
+            file.write(b"[1,2,\n{torn")
+        self.assertIn("1 line of the log could not be read", self.get("run/r2/"))
+        self.get("")
+
+    def test_groups_acknowledged_runs_and_dead_ones(self) -> None:
+        self.fill()
+        self.get("")  # has the index filled
+        row = {"hash": "r1", "name": "r1", "experiment": "e", "state": "stalled", "last_check_in": self.now - 90, "promise_s": 60,
+               "host": "h", "pid": "1", "job": "slurm 7", "reason": "silent", "muted_until": None, "watched": True,
+               "group": None, "acknowledged_by": None, "progress": None}  # fmt: skip
+        rows = [{**row, "group": "g", "acknowledged_by": "ann", "progress": "45 %"}, {**row, "hash": "r2", "group": "g", "state": "running"},
+                {**row, "hash": "dead", "state": "running", "watched": False}]  # fmt: skip
+        aimwatch.Repo(self.root).reindex()
+        with mock.patch.object(aimwatch, "status_rows", return_value=rows):
+            text = self.get("", "columns=hash,state")
+        for what in (
+            "1 more ranks",
+            "acknowledged by ann",
+            "45 %",
+            "slurm 7",
+            "1 min 30 s ago",
+            "state stalled",
+        ):
+            self.assertIn(what, text)
+        self.assertIn('state failed">\u2716 failed</span></td><td data-name="run"><a href="run/dead/">', text)
+
+    def test_what_was_notified_stands_on_the_page_of_the_run(self) -> None:
+        self.configure(mine={"type": "logger"})
+        with contextlib.suppress(ValueError), Run("bad", repo=self.root):
+            raise ValueError("no <data>")
+        outbox = aimwatch.Outbox(self.paths.outbox)
+        facts = {"run.hash": "bad", "run.reason": "no <data>"}
+        outbox.add([(aimwatch.Event("bad-2-failed", "failed", facts), ["mine"])])
+        outbox.sent(["bad-2-failed"], "mine")
+        outbox.note_broken("other", "404 <x>")
+        outbox.close()
+        text = self.get("run/bad/")
+        self.assertIn("failed: no &lt;data&gt;; to notify: mine", text)
+        self.assertIn("sent to mine", text)
+        self.assertIn("notifier other does not work since", self.get(""))
+
+    def test_metrics_are_openmetrics_with_bounded_labels(self) -> None:
+        self.fill()
+        self.configure(**{f"n{nth}": {"type": "logger"} for nth in range(60)})
+        rows = [{"hash": f"{nth}", "state": "finished", "experiment": f'e"\\\n{nth}'} for nth in range(80)]
+        with mock.patch.object(aimwatch.Site, "runs", return_value=rows):
+            text = self.get("metrics")
+        self.assertTrue(text.endswith("\n# EOF\n"))
+        label = r'[a-z]+="(?:[^"\\\n]|\\["\\n])*"'
+        names, seen = set(), []
+        for line in text.splitlines()[:-1]:
+            kind = re.fullmatch(r"# TYPE (\w+) gauge", line)
+            if kind:
+                self.assertNotIn(kind[1], names)
+                names.add(kind[1])
+                continue
+            sample = re.fullmatch(rf"(\w+)(?:\{{{label}(?:,{label})*\}})? (\S+)", line)
+            assert sample is not None, line
+            self.assertIn(sample[1], names)
+            self.assertTrue(math.isfinite(float(sample[2])))
+            seen.append(line.rpartition(" ")[0])
+        self.assertEqual(len(seen), len(set(seen)))
+        self.assertLess(len(seen), 200)
+        self.assertIn('aimwatch_runs{state="finished",experiment="other"} 31', text)
+        self.assertNotRegex(text, "[0-9a-f]{24}")
+
+
+class Gates(Case):
+    def test_who_is_let_in(self) -> None:
+        gate = aimwatch.Gate(frozenset({"localhost", "hub.example.org"}), "sesame", "/base", "aimwatch_1")
+        good = "Host: localhost:1\r\nCookie: a=b; aimwatch_1=sesame"
+        site = aimwatch.Site(self.paths)
+        for request, headers, status in (
+            ("GET /base/", good, 200), ("HEAD /base/", good, 200), ("GET /base", good, 301), ("GET /", good, 404), ("GET /basement/", good, 404),
+            ("POST /base/", good, 405), ("PUT /base/", good, 405), ("OPTIONS /base/", good, 405), ("GET base/", good, 400), ("GET", good, 400),
+            ("GET /base/metrics", "Host: localhost\r\nAuthorization: Bearer sesame", 200),
+            ("GET /base/", "Host: HUB.example.org\r\nCookie: aimwatch_1=sesame", 200), ("GET /base/", "Host: 10.0.0.1\r\nCookie: aimwatch_1=sesame", 200),
+            ("GET /base/", "Host: evil.example.org\r\nCookie: aimwatch_1=sesame", 403), ("GET /base/", "Cookie: aimwatch_1=sesame", 403),
+            ("GET /base/", "Host: localhost.evil.example.org\r\nCookie: aimwatch_1=sesame", 403),
+            ("GET /base/", "Host: localhost", 403), ("GET /base/metrics", "Host: localhost", 403), ("GET /nothing", "Host: localhost", 403),
+            ("GET /base/", "Host: localhost\r\nCookie: aimwatch_1=sesam\u00e9", 403), ("GET /base/", "Host: localhost\r\nCookie: aimwatch_2=sesame", 403),
+            ("GET /base/?key=sesame", "Host: localhost", 303), ("GET /base/?key=sesam", "Host: localhost", 403), ("GET /base/?key=", "Host: localhost", 403),
+            ("GET /base/api/runs?key=sesame", "Host: localhost", 403), ("GET /base/?key=sesame", "Host: evil.example.org", 403),
+            ("GET /base/?key=sesame", "Host: localhost\r\nSec-Fetch-Site: cross-site", 200),
+        ):  # fmt: skip
+            with self.subTest(request=request, headers=headers):
+                head = f"{request} HTTP/1.1\r\n{headers}".encode("latin-1")
+                reply, _ = gate.answer(site, head, "10.0.0.1")
+                self.assertEqual(reply.status, status)
+                named = dict(reply.headers)
+                if "?key=sesame" in request and status < 400:
+                    self.assertEqual(named["Set-Cookie"], "aimwatch_1=sesame; SameSite=Strict; HttpOnly")
+                    self.assertIn("./", named.get("Location", named.get("Refresh")))
+                if status == 403:
+                    self.assertEqual(reply, aimwatch.Reply(403, aimwatch._CLOSED))
+
+    def test_every_answer_closes_the_doors(self) -> None:
+        head = aimwatch.reply_bytes(aimwatch.Reply(200, b"x", "text/html", (), '"1"'), True, True).decode()
+        policy = re.search("Content-Security-Policy: (.*)\r\n", head)
+        assert policy is not None
+        for text in (aimwatch.PAGE_JS, aimwatch.PAGE_CSS):
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            self.assertIn(f"'sha256-{digest}'", policy[1])
+        self.assertIn("default-src 'none'", policy[1])
+        self.assertNotRegex(policy[1], r"unsafe|\*|https?:")
+        for line in (
+            "X-Content-Type-Options: nosniff",
+            "Referrer-Policy: no-referrer",
+            "Connection: close",
+            "Content-Length: 1",
+        ):
+            self.assertIn(f"{line}\r\n", head)
+        self.assertNotIn("Access-Control", head)
+
+
+class UpProcess(WatcherProcessCase):
+    def up(self, *argv: str) -> Any:
+        """Start a server; its `url` and `port` are what it printed."""
+        process = self.command(sys.executable, "-m", "aimwatch", "up", "--port", "0", *argv)
+        process.url = process.stdout.readline().strip()
+        process.port = int((re.search(r":(\d+)/", process.url) or [0, 0])[1])
+        self.assertRegex(process.stdout.readline(), "^from elsewhere: ssh -L ")
+        process.third_line = process.stdout.readline()
+        return process
+
+    def get(self, server: Any, path: str = "/", **headers: str) -> Tuple[int, str]:
+        client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        self.addCleanup(client.close)
+        token = server.url.partition("key=")[2]
+        client.request("GET", path, headers={"Authorization": f"Bearer {token}", **headers})
+        answer = client.getresponse()
+        return answer.status, answer.read().decode()
+
+    def test_live_state_without_and_with_a_watcher(self) -> None:
+        training = self.process("import time, aimwatch\nrun = aimwatch.Run('victim')\nrun.track(1, 'loss')\n"
+                                "run.report_progress(expect_next_in=600)\nprint(flush=True)\ntime.sleep(600)")  # fmt: skip
+        training.stdout.readline()
+        server = self.up("--watch")
+        self.assertIn("this process watches", server.third_line)
+        self.assertIn("state running", self.get(server, "/run/victim/")[1])
+        training.kill()
+        self.wait_for(lambda: "state failed" in self.get(server, "/run/victim/")[1], 30)
+        self.assertEqual(self.get(server, "/", Authorization="Bearer x")[0], 403)
+        browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        with browser.open(server.url, timeout=10) as page:
+            self.assertEqual((page.status, page.url), (200, server.url.partition("?")[0]))
+        begun = time.monotonic()
+        self.end(server, signal.SIGINT)
+        self.assertEqual(server.returncode, 0)
+        self.assertLess(time.monotonic() - begun, 5)
+
+    def test_one_connection_many_requests_and_none_that_drips(self) -> None:
+        server = self.up("--no-token", "--base-path", "p/")
+        client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        self.addCleanup(client.close)
+        for _ in range(3):
+            for method, path, status in (
+                ("GET", "/p/", 200),
+                ("HEAD", "/p/", 200),
+                ("GET", "/p", 301),
+                ("GET", "/p/run/x/", 404),
+            ):
+                client.request(method, path)
+                answer = client.getresponse()
+                self.assertEqual(
+                    (answer.status, bool(answer.read())), (status, method == "GET" and status != 301)
+                )
+        for data in (
+            b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * 70_000,
+            b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nGET /",
+        ):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as link:
+                with contextlib.suppress(OSError):
+                    link.sendall(data)
+                    self.assertNotIn(b"200", b"".join(iter(lambda: link.recv(65536), b"")))
+        idle = [
+            socket.create_connection(("127.0.0.1", server.port), timeout=10)
+            for _ in range(aimwatch.MAX_CONNECTIONS)
+        ]
+        for link in idle:
+            self.addCleanup(link.close)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as link, contextlib.suppress(
+            OSError
+        ):
+            self.assertEqual(link.recv(1), b"")  # one too many
+        for link in idle:
+            link.close()
+        self.wait_for(lambda: self.get(server, "/p/")[0] == 200)
+        self.end(server)
+
+    def test_client_that_drips_has_30_s_in_all(self) -> None:
+        clock, stop, closed, limits = Clock(), aimwatch.StopSignal(), threading.Event(), []
+
+        class Link:
+            family = socket.AF_UNIX
+
+            def settimeout(self, seconds: float) -> None:
+                limits.append(round(seconds, 3))
+
+            def recv(self, size: int) -> bytes:
+                clock.pass_(20)
+                return b"x" if len(limits) < 3 else b""
+
+            def __enter__(self) -> None:
+                pass
+
+            def __exit__(self, *about: Any) -> None:
+                closed.set()
+
+        class Listener(Link):
+            links = [Link()]
+
+            def settimeout(self, seconds: float) -> None:
+                pass
+
+            def accept(self) -> Tuple[Any, str]:
+                if self.links:
+                    return self.links.pop(), ""
+                closed.wait(10)
+                stop.set()
+                raise socket.timeout
+
+        with mock.patch.object(aimwatch.time, "monotonic", clock):
+            aimwatch.serve(aimwatch.Site(self.paths), mock.Mock(), Listener(), stop)
+        self.assertEqual(limits, [30, 10, 0.001])
+
+    def test_what_cannot_be_listened_on(self) -> None:
+        server = self.up("--no-token")
+        taken = os.path.join(self.root, "taken")
+        open(taken, "w").close()
+        for argv, words in (
+            (["--port", str(server.port)], "Address already in use.*--port"), (["--uds", taken], f"Address already in use.*--uds {taken}"),
+            (["--host", "256.0.0.1"], "--host 256.0.0.1"), (["--port", "65536"], "not a port"), (["--port", "x"], "not a whole number"),
+        ):  # fmt: skip
+            with self.subTest(argv=argv):
+                code, out, err = self.run_cli("up", *argv)
+                self.assertIn(code, (1, 2))
+                self.assertRegex(err, words)
+        with mock.patch(
+            "socket.create_server", side_effect=PermissionError(errno.EACCES, "Permission denied")
+        ):
+            self.assertIn("from 1024 up", self.run_cli("up", "--port", "80")[2])
+        self.end(server)
+
+    def test_socket_file_is_for_this_user_alone(self) -> None:
+        path = os.path.join(self.root, "up.sock")
+        server = self.up("--uds", path)
+        self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+        with socket.socket(socket.AF_UNIX) as link:
+            link.connect(path)
+            link.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            self.assertIn(b"# EOF", b"".join(iter(lambda: link.recv(65536), b"")))
+        self.end(server)
+        self.assertFalse(os.path.exists(path))
+
+    def test_start_keeps_a_file_for_the_node_exporter(self) -> None:
+        path = os.path.join(self.root, "aimwatch.prom")
+        self.our_run()
+        watcher = self.start_watcher("--metrics-file", path)
+        self.wait_for(lambda: os.path.exists(path))
+        with open(path, encoding="utf-8") as file:
+            self.assertRegex(
+                file.read(), r'aimwatch_runs\{state="finished",.*\} 1\n(?s:.*)aimwatch_watcher_alive 1\n'
+            )
+        self.end(watcher)
+        self.run_cli("start", "--once", "--metrics-file", os.path.join(self.root, "none", "x"))
+
+
+class Browser:
+    """A headless Chromium, told by the DevTools protocol what to do."""
+
+    def __init__(self, binary: str, folder: str) -> None:
+        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+        flags += (
+            " --disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0"
+        )
+        self.process = subprocess.Popen(
+            [binary, *flags.split(), f"--user-data-dir={folder}", "about:blank"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        ready, deadline = os.path.join(folder, "DevToolsActivePort"), time.monotonic() + 60
+        while not os.path.exists(ready) or os.path.getsize(ready) < 10:
+            assert time.monotonic() < deadline and self.process.poll() is None, "the browser does not start"
+            time.sleep(0.05)
+        with open(ready, encoding="ascii") as file:
+            port = int(file.readline())
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        while True:
+            with direct.open(f"http://127.0.0.1:{port}/json", timeout=30) as answer:
+                pages = [page for page in json.load(answer) if page["type"] == "page"]
+            if pages:
+                break
+        path = pages[0]["webSocketDebuggerUrl"].partition(str(port))[2]
+        self.link = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self.link.sendall(
+            f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+        )
+        self.file = self.link.makefile("rb")
+        while self.file.readline().strip():
+            pass
+        self.events: List[Dict[str, Any]] = []
+        self.calls = 0
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> Dict[str, Any]:
+        self.calls += 1
+        data = json.dumps({"id": self.calls, "method": method, "params": params}).encode()
+        # A frame of a client is masked; this mask changes nothing.
+        self.link.sendall(b"\x81\xff" + len(data).to_bytes(8, "big") + bytes(4) + data)
+        while True:
+            message = self._receive()
+            if message.get("id") == self.calls:
+                assert "error" not in message, message
+                result: Dict[str, Any] = message["result"]
+                return result
+            self.events.append(message)
+
+    def _receive(self) -> Dict[str, Any]:
+        data, last = b"", False
+        while not last:
+            first, size = self.file.read(2)
+            last = bool(first & 0x80)
+            if size > 125:
+                size = int.from_bytes(self.file.read(2 if size == 126 else 8), "big")
+            data += self.file.read(size)
+        message: Dict[str, Any] = json.loads(data)
+        return message
+
+    def run(self, script: str) -> Any:
+        """Return the value of an expression on the page."""
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def close(self) -> None:
+        self.file.close()
+        self.link.close()
+        self.process.kill()
+        self.process.wait()
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+
+
+@unittest.skipUnless(CHROMIUM, "there is no Chromium here")
+class InABrowser(UpProcess):
+    def test_pages_follow_what_happens_and_ask_nobody_else(self) -> None:
+        with Run("done", repo=self.root) as run:
+            run.name = "<b>done</b>"
+            run["lr"] = 0.1
+            for step in range(50):
+                run.track(1 / (step + 1) if step != 20 else NAN, "loss", step=step)
+        training = self.process("import itertools, time, aimwatch\nrun = aimwatch.Run('victim')\nrun['lr'] = 0.2\n"
+                                "for step in itertools.count():\n    run.track(step, 'loss', step=step)\n"
+                                "    run.report_progress(expect_next_in=600)\n    print(flush=True)\n    time.sleep(0.2)")  # fmt: skip
+        training.stdout.readline()
+        server = self.up("--watch")
+        origin = server.url.partition("?")[0]
+        folder = tempfile.mkdtemp(prefix="aimwatch-test-browser-")
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        browser = Browser(CHROMIUM, folder)
+        self.addCleanup(browser.close)
+
+        def open_page(url: str) -> None:
+            browser.call("Page.navigate", url=url)
+            self.wait_for(
+                lambda: (
+                    browser.run("document.readyState") == "complete"
+                    and browser.run("location.href") != "about:blank"
+                )
+            )
+
+        open_page(server.url)
+        self.assertEqual(browser.run("location.href"), origin)
+        self.assertIn("<b>done</b>", browser.run("document.body.innerText"))
+        open_page(f"{origin}compare/?run=done&run=victim")
+        self.assertIn("0.2", browser.run("document.getElementById('What differs').innerText"))
+        self.assertGreaterEqual(
+            browser.run("document.querySelectorAll('polyline').length"), 3
+        )  # two, around the NaN
+        open_page(f"{origin}run/done/")
+        browser.run("document.querySelector('.chart').focus()")
+        for key in ("ArrowRight", "ArrowRight", "+"):
+            browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
+        self.assertRegex(browser.run("document.getElementById('tip').innerText"), r"step 1\nloss: 0\.5|^$")
+        self.wait_for(lambda: "from=" in browser.run("location.search"))
+        open_page(f"{origin}run/victim/")
+        text = "document.querySelector('h1').innerText"
+        self.assertIn("running", browser.run(text))
+        count = "document.querySelector('polyline').dataset.v.length"
+        before = browser.run(count)
+        self.wait_for(lambda: browser.run(count) > before)
+        training.kill()
+        self.wait_for(lambda: "failed" in browser.run(text), 40)
+        browser.call("Emulation.setScriptExecutionDisabled", value=True)
+        open_page(f"{origin}run/done/")
+        browser.call("Emulation.setScriptExecutionDisabled", value=False)
+        self.assertEqual(browser.run("document.querySelectorAll('svg.chart').length"), 1)
+        self.assertEqual([event for event in browser.events if event.get("method") in
+                          ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")], [])  # fmt: skip
+        asked = {
+            event["params"]["request"]["url"]
+            for event in browser.events
+            if event.get("method") == "Network.requestWillBeSent"
+        }
+        self.assertEqual([url for url in asked if not url.startswith((origin, "data:,"))], [])
+        self.end(server)
+
+
 class _Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -13021,6 +13692,7 @@ class TestReadme(WatcherProcessCase):
         (r"python3 -m unittest|python3 aimwatch\.py demo|pip install \.", ""),  # tested elsewhere
         (r"python3 test_aimwatch\.py bench", "begins_to_measure"),
         (r"python3 aimwatch\.py (--repo \S+ )?start(?!.*--once)( .*)?", "watches"),
+        (r"python3 aimwatch\.py .* up( .*)?", "serves"),
         (r"python3 aimwatch\.py .*notifiers add", "adds_by_answers"),
         (r"python3 aimwatch\.py .*notifiers test", "sends_samples"),
         (r"python3 -c .*hashlib.*", "prints_the_hash"),
@@ -13030,7 +13702,7 @@ class TestReadme(WatcherProcessCase):
     )
     BLOCKS = {
         "sh": "run_lines", "python": "run_python", "ini": "run_unit", "cron": "run_cron", "bash": "run_script",
-        "json": "read_document", "text": "read_message",
+        "json": "read_document", "text": "read_message", "yaml": "read_scraping",
     }  # fmt: skip
     #: Commands of others, and what needs the rights of the administrator.
     NOT_OURS = r"aim init|systemctl enable --now aimwatch|\.ci/run"
@@ -13102,6 +13774,18 @@ class TestReadme(WatcherProcessCase):
         self.assertRegex(bench.stdout.readline(), r"^figure +aimwatch +baseline +ratio ")
         os.killpg(bench.pid, signal.SIGKILL)
         bench.communicate(timeout=30)  # until those that it started are gone too
+
+    def serves(self, line: str) -> None:
+        if "--watch" in line:
+            self.stop_watching()
+        server = self.command("bash", "-c", f"exec {line} --port 0", cwd=self.folder)
+        browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        with browser.open(server.stdout.readline().strip(), timeout=10) as page:
+            self.assertIn(b"All runs", page.read())
+        self.end(server)
+
+    def read_scraping(self, text: str) -> None:
+        self.assertRegex(text, r"credentials_file: /\S+\.token\b(?s:.*):43880")
 
     def runs(self, line: str) -> None:
         self.shell(line)
@@ -13524,6 +14208,17 @@ def bench_progress(bench: Bench, root: str) -> None:
     run.close()
 
 
+def _cpu_s(pid: int) -> float:
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _most_kb(pid: int) -> int:
+    with open(f"/proc/{pid}/status", encoding="ascii") as file:
+        return int(re.search(r"VmHWM:\s*(\d+)", file.read())[1])  # type: ignore[index]
+
+
 def bench_poll(bench: Bench, root: str) -> None:
     paths = aimwatch.find_repo(root, create=True)
     names = [named(f"{number:024x}", 1, expect=330) for number in range(10_000)]
@@ -13556,17 +14251,11 @@ def bench_poll(bench: Bench, root: str) -> None:
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environ(root),
     )  # fmt: skip
 
-    def cpu_s() -> float:
-        with open(f"/proc/{process.pid}/stat", encoding="ascii") as file:
-            fields = file.read().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
     time.sleep(2)
-    before = cpu_s()
+    before = _cpu_s(process.pid)
     time.sleep(10)
-    used = cpu_s() - before
-    with open(f"/proc/{process.pid}/status", encoding="ascii") as file:
-        resident_kb = int(re.search(r"VmHWM:\s*(\d+)", file.read())[1])  # type: ignore[index]
+    used = _cpu_s(process.pid) - before
+    resident_kb = _most_kb(process.pid)
     process.terminate()
     process.wait()
     bench.at_most("idle watcher, 10,000 runs: of one core", 100 * used / 10, "%", 3)
@@ -13869,6 +14558,101 @@ def bench_query(bench: Bench, root: str) -> None:
     db.close()
 
 
+def bench_page(bench: Bench, root: str) -> None:
+    paths = aimwatch.find_repo(root, create=True)
+    for number in range(10_000):
+        _put_run(paths, number, 4)
+    assert aimwatch.Repo(root).reindex(rebuild=True) == []
+    live = Run(repo=root)
+    state, long_log = aimwatch.RunState("f" * 24), paths.run_log("f" * 24)
+    with open(long_log, "w", encoding="ascii") as file:
+        for line in ({"format": 1, "created_at": 1775000000.0}, {"series": 1, "name": "loss", "context": {}}):
+            assert state.apply(line)
+            file.write(aimwatch.to_json(line) + "\n")
+        for step in range(1_000_000):
+            point = [1, step, random.random(), 1775000000 + step / 10]
+            state.apply(point)
+            file.write(aimwatch.to_json(point) + "\n")
+            if step % 10_000 == 9_999:
+                file.write(aimwatch.to_json(state.to_checkpoint()) + "\n")
+    command = [sys.executable, aimwatch.__file__, "--repo", root, "up", "--port", "0", "--no-token"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_environ(root))
+    assert process.stdout is not None
+    port = int(process.stdout.readline().rsplit(":", 1)[1].strip("/\n"))
+    client = http.client.HTTPConnection("127.0.0.1", port)
+
+    def get(path: str, etag: str = "", status: int = 200) -> Tuple[bytes, str]:
+        client.request("GET", path, headers={"If-None-Match": etag} if etag else {})
+        answer = client.getresponse()
+        body = answer.read()
+        assert answer.status == status, (path, answer.status)
+        return body, answer.headers.get("ETag", "")
+
+    def lines() -> None:
+        with open(long_log, "rb") as file:
+            [line.split(b",") for line in file]
+
+    try:
+        time.sleep(3.0)
+        cpu_s, begun = _cpu_s(process.pid), time.monotonic()
+        time.sleep(10.0)
+        share = (_cpu_s(process.pid) - cpu_s) / (time.monotonic() - begun)
+        bench.at_most("up, 10,000 runs, nobody looks: of a core", share * 100, "%", 2.0)
+        bench.at_most("the same: memory", _most_kb(process.pid) / 1024, "MB", 80.0)
+        begun = time.perf_counter()
+        body, etag = get("/")
+        bench.at_most("overview of 10,000 runs, the first", (time.perf_counter() - begun) * 1000, "ms", 300.0)
+        base = _echo(len(body))
+        bench.within("a page that is kept", lambda: get("/"), f"bare socket, {len(body)} bytes", base, 1.0)
+        bench.within("304", lambda: get("/", etag, 304), "bare socket", base, 2.0)
+        bench.within(
+            "overview, a live run recorded",
+            lambda: (live.track(0.5, "loss"), get("/")),
+            "bare socket",
+            base,
+            20.0,
+        )
+        begun = time.perf_counter()
+        lines()
+        lines_s = time.perf_counter() - begun
+        begun = time.perf_counter()
+        get(f"/run/{'f' * 24}/")
+        cold_s = time.perf_counter() - begun
+        bench.line(
+            "1,000,000 points, the first chart", f"{cold_s * 1000:.0f} ms",
+            f"its lines read and split {lines_s * 1000:.0f} ms", cold_s / lines_s, "<= 1.5", cold_s <= 1.5 * lines_s,
+        )  # fmt: skip
+        views = iter(range(1, 1000))
+        again = lambda: get(f"/run/{'f' * 24}/?from={next(views)}")  # noqa: E731
+        bench.within("1,000,000 points, another chart", again, "bare socket", base, 200.0)
+    finally:
+        process.kill()
+        process.wait()
+        live.close()
+
+
+def _echo(size: int) -> Callable[[], None]:
+    """Return what asks a bare loopback server for so many bytes."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        link, _ = listener.accept()
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while link.recv(1):
+            link.sendall(bytes(size))
+
+    threading.Thread(target=serve, daemon=True).start()
+    client = socket.create_connection(listener.getsockname())
+
+    def ask() -> None:
+        client.sendall(b"x")
+        left = size
+        while left:
+            left -= len(client.recv(left))
+
+    return ask
+
+
 def bench_aim(bench: Bench, root: str) -> None:
     import aim  # type: ignore[import-not-found]
     from aim.sdk.types import QueryReportMode  # type: ignore[import-not-found]
@@ -13917,7 +14701,7 @@ def run_bench() -> int:
     bench = Bench()
     print(f"{'figure':<44} {'aimwatch':>12}  {'baseline':<44} {'ratio':>8}  limit")
     parts = [bench_import, bench_exec, bench_rhythms, bench_progress, bench_poll, bench_track, bench_index]
-    parts += [bench_close, bench_query]
+    parts += [bench_close, bench_query, bench_page]
     if importlib.util.find_spec("aim") is not None:
         parts.append(bench_aim)
     for part in parts:
