@@ -165,7 +165,7 @@ class Elsewhere:
 #: Classes of tests that spend their time on waiting for processes, or in them.
 BESIDE = {
     "ForkedChildren", "HeartbeatsOfPrograms", "HowARunEnds", "KilledWatcher", "KilledWriters", "Mail",
-    "RunsOfPrograms", "RunsWithoutCode", "StacksOfRealProcesses", "TestDemo", "TestReadme", "TestSigns",
+    "RunsOfPrograms", "RunsWithoutCode", "StacksOfRealProcesses", "InABrowser", "TestDemo", "TestReadme", "TestSigns",
     "TestStandby", "TestStart", "TestStatus", "Torture",
 }  # fmt: skip
 
@@ -12280,7 +12280,7 @@ class Gates(Case):
         self.assertNotIn("Access-Control", head)
 
 
-class UpProcess(WatcherProcessCase):
+class UpCase(WatcherProcessCase):
     def up(self, *argv: str) -> Any:
         """Start a server; its `url` and `port` are what it printed."""
         process = self.command(sys.executable, "-m", "aimwatch", "up", "--port", "0", *argv)
@@ -12298,7 +12298,9 @@ class UpProcess(WatcherProcessCase):
         answer = client.getresponse()
         return answer.status, answer.read().decode()
 
-    def test_live_state_without_and_with_a_watcher(self) -> None:
+
+class UpProcess(UpCase):
+    def test_live_state_with_a_watcher(self) -> None:
         training = self.process("import time, aimwatch\nrun = aimwatch.Run('victim')\nrun.track(1, 'loss')\n"
                                 "run.report_progress(expect_next_in=600)\nprint(flush=True)\ntime.sleep(600)")  # fmt: skip
         training.stdout.readline()
@@ -12512,7 +12514,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 @unittest.skipUnless(CHROMIUM, "there is no Chromium here")
-class InABrowser(UpProcess):
+class InABrowser(UpCase):
     def test_pages_follow_what_happens_and_ask_nobody_else(self) -> None:
         with Run("done", repo=self.root) as run:
             run.name = "<b>done</b>"
