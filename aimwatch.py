@@ -12632,7 +12632,7 @@ def print_rows(
     args: Any, paths: RepoPaths, columns: Sequence[str], rows: Iterable[Sequence[Any]]
 ) -> Sequence[str]:
     """Print rows as a table, JSON or CSV, and return the columns for which the table has no room."""
-    if args.csv:
+    if getattr(args, "csv", False):
         import csv
 
         writer = csv.writer(sys.stdout, lineterminator="\n")
@@ -12753,8 +12753,6 @@ def cmd_metrics(args: Any) -> int:
 @command("show", ONE_HASH, AS_JSON)
 def cmd_show(args: Any) -> int:
     """Show everything that is known of one run, and its log messages."""
-    import shutil
-
     repo = Repo(args.repo)
     state, row = _read_run(repo, repo.find_run(args.hash))
     messages = list(read_messages(repo._paths.run_log(state.hash)))
@@ -12774,12 +12772,8 @@ def cmd_show(args: Any) -> int:
     if row["metrics"]:
         print("\nmetrics")
         columns = METRIC_COLUMNS[1:]
-        cells = [
-            [shown(metric_cell((row, metric), column), column) for column in columns]
-            for metric in row["metrics"]
-        ]
-        width = shutil.get_terminal_size().columns - 2
-        print("\n".join(f"  {line}" for line in table([name.upper() for name in columns], cells, width)))
+        cells = [[metric_cell((row, metric), column) for column in columns] for metric in row["metrics"]]
+        print_rows(args, repo._paths, columns, cells)
     if messages:
         print("\nlog messages")
         for message in messages:
@@ -13000,10 +12994,7 @@ def cmd_plot(args: Any) -> int:
         print(printable(f"{metric.name} {shown(metric.context, 'context')}".rstrip(), width))
         points = [(step, value) for step, value in zip(metric.steps, metric.values) if math.isfinite(value)]
         lines = chart(points, max(20, width - 12), max(4, min(height - 4, 16)))
-        try:
-            print("\n".join(lines))
-        except UnicodeEncodeError:  # pragma: no cover - stdout escapes what it cannot write
-            print("the terminal cannot show this")
+        print("\n".join(lines))
     return 0
 
 

@@ -6033,7 +6033,7 @@ class RunCommands(StoredCase):
                      "description: what it is\\x0aabout\n", "tags:        a,b\n", "archived:    yes\n",
                      " (failed)\n", "reason:      ZeroDivisionError: division by zero\n",
                      f"process:     {os.getpid()}\n", "  lr = 0.1\n  opt.name = \"adam\"\n",
-                     "  METRIC  CONTEXT  LAST  STEP  MIN  MAX  COUNT\n", "\nlog messages\n",
+                     "\nMETRIC  CONTEXT  LAST  STEP  MIN  MAX  COUNT\n", "\nlog messages\n",
                      'WARNING careful\\x1b[31m {"n": 1}\n'):  # fmt: skip
             self.assertIn(part, out)
         shown = json.loads(self.fine("show", "0abc", "--json")[0])
