@@ -1966,97 +1966,11 @@ def _last_checkpoint(fd: int, size: int, least: int = 0) -> int:
 
 
 # ======================================================================================
-# Run
+# Sessions and ends
 #
-# What a training script holds. A wrong argument raises where it stands; after the constructor has
-# returned, no failure of a disk or a share reaches the training loop. One lazy thread waits for a missed
-# promise, and where the log is on a network share, another syncs it. A forked child does nothing to its
-# parent's run.
+# What a run's log says of the process that writes it, and how the run ended, in words and in the frames that
+# say where. An exception is described whatever its code does.
 # ======================================================================================
-
-_INF, _MINUS_INF = math.inf, -math.inf
-_monotonic = time.monotonic
-_getpid = os.getpid
-
-#: The experiment of a run that was given none, as in Aim.
-DEFAULT_EXPERIMENT = "default"
-#: How long SQLite waits for those who read or write the index.
-BUSY_S = 2.0
-
-
-def default_name(run_hash: str) -> str:
-    """Return the name of a run that was given none, as in Aim."""
-    return f"Run: {run_hash}"
-
-
-def checked_expect_s(value: Any) -> float:
-    """Return a promise in seconds as a float. Raises ArgumentTypeError or ArgumentError."""
-    try:
-        if isinstance(value, (str, bytes, bytearray, bool)):
-            raise TypeError
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    except (TypeError, ValueError):
-        raise ArgumentTypeError(
-            f"expect_next_in must be a number of seconds, not {type(value).__name__} ({brief(value)}): "
-            'use 0 for no promise, "auto" for one that is learned'
-        ) from None
-    if not 0 <= number <= MAX_EXPECT_S:
-        raise ArgumentError(
-            f"expect_next_in must be from 0 to {MAX_EXPECT_S} seconds (ten years), not {value!r}: "
-            "use 0 for no promise"
-        )
-    return number
-
-
-class Rhythm:
-    """Learns from the gaps between the reports of a run what may be promised: `expect_next_in="auto"`.
-
-    Pure: what it promises is a function of the gaps alone. Three times the longest gap that came lately,
-    where "lately" is a hundred times as long as the gap itself: what takes a 70th of the time, such as a
-    checkpoint or a validation, is expected for ever, and what came once is forgotten.
-    """
-
-    MULTIPLE, MEMORY = 3.0, 100.0
-    LEAST_S, MOST_S = 60.0, 86_400.0
-    #: Promised until so many gaps are known.
-    UNKNOWN_S, FEW = 1800.0, 10
-    #: A gap longer than all before, as the first validation is, may be half as long as the run so far. After
-    #: an hour, a run that had none is the less likely to have one.
-    HOUR_S = 3600.0
-    #: One gap teaches no more than this, or ten times what was known: the job may stop overnight.
-    ONE_GAP_S = 600.0
-
-    def __init__(self) -> None:
-        self.gaps = 0
-        self.seconds = 0.0
-        self._longest_s = 0.0
-
-    def add(self, gap_s: float) -> None:
-        """Take the time between two reports into account."""
-        self.gaps += 1
-        self.seconds += gap_s
-        learned_s = min(gap_s, max(10 * self._longest_s, self.ONE_GAP_S))
-        self._longest_s = max(self._longest_s - gap_s / self.MEMORY, learned_s)
-
-    @property
-    def expect_s(self) -> float:
-        """Within how many seconds the next report is promised."""
-        unseen_s = self.UNKNOWN_S
-        if self.gaps >= self.FEW:
-            unseen_s = min(self.seconds / 2, self.UNKNOWN_S * self.HOUR_S / max(self.seconds, self.HOUR_S))
-        return min(max(self.LEAST_S, self.MULTIPLE * self._longest_s, unseen_s), self.MOST_S)
-
-
-def checked_run_hash(value: Any) -> str:
-    """Return a run hash that can stand in a file name. Raises ArgumentError."""
-    if not isinstance(value, str) or not RUN_HASH.fullmatch(value):
-        raise ArgumentError(
-            f"run hash {printable(repr(value), 80)} cannot be used: "
-            "it must be 1 to 64 letters, digits or underscores"
-        )
-    return value
 
 
 def git_commit() -> Optional[str]:
@@ -2276,6 +2190,17 @@ def frames_of(error: Optional[BaseException] = None, frame: Optional[FrameType] 
         frames.append(f"{file}:{line} in {name}: {source}"[:MAX_FRAME])
     return frames
 
+
+# ======================================================================================
+# Process
+#
+# What all the runs of a process share: one lazy thread that writes the stacks when a promise is missed,
+# and the hooks that tell of its end. A forked child does nothing to its parent's runs.
+# ======================================================================================
+
+_INF, _MINUS_INF = math.inf, -math.inf
+_monotonic = time.monotonic
+_getpid = os.getpid
 
 #: How long after a missed promise the stacks are written.
 STACKS_AFTER_S = 0.5
@@ -2680,6 +2605,94 @@ def _interactive() -> bool:
 
 
 _process = _Process()
+
+# ======================================================================================
+# Run
+#
+# What a training script holds. A wrong argument raises where it stands; after the constructor has
+# returned, no failure of a disk or a share reaches the training loop.
+# ======================================================================================
+
+#: The experiment of a run that was given none, as in Aim.
+DEFAULT_EXPERIMENT = "default"
+#: How long SQLite waits for those who read or write the index.
+BUSY_S = 2.0
+
+
+def default_name(run_hash: str) -> str:
+    """Return the name of a run that was given none, as in Aim."""
+    return f"Run: {run_hash}"
+
+
+def checked_expect_s(value: Any) -> float:
+    """Return a promise in seconds as a float. Raises ArgumentTypeError or ArgumentError."""
+    try:
+        if isinstance(value, (str, bytes, bytearray, bool)):
+            raise TypeError
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    except (TypeError, ValueError):
+        raise ArgumentTypeError(
+            f"expect_next_in must be a number of seconds, not {type(value).__name__} ({brief(value)}): "
+            'use 0 for no promise, "auto" for one that is learned'
+        ) from None
+    if not 0 <= number <= MAX_EXPECT_S:
+        raise ArgumentError(
+            f"expect_next_in must be from 0 to {MAX_EXPECT_S} seconds (ten years), not {value!r}: "
+            "use 0 for no promise"
+        )
+    return number
+
+
+class Rhythm:
+    """Learns from the gaps between the reports of a run what may be promised: `expect_next_in="auto"`.
+
+    Pure: what it promises is a function of the gaps alone. Three times the longest gap that came lately,
+    where "lately" is a hundred times as long as the gap itself: what takes a 70th of the time, such as a
+    checkpoint or a validation, is expected for ever, and what came once is forgotten.
+    """
+
+    MULTIPLE, MEMORY = 3.0, 100.0
+    LEAST_S, MOST_S = 60.0, 86_400.0
+    #: Promised until so many gaps are known.
+    UNKNOWN_S, FEW = 1800.0, 10
+    #: A gap longer than all before, as the first validation is, may be half as long as the run so far. After
+    #: an hour, a run that had none is the less likely to have one.
+    HOUR_S = 3600.0
+    #: One gap teaches no more than this, or ten times what was known: the job may stop overnight.
+    ONE_GAP_S = 600.0
+
+    def __init__(self) -> None:
+        self.gaps = 0
+        self.seconds = 0.0
+        self._longest_s = 0.0
+
+    def add(self, gap_s: float) -> None:
+        """Take the time between two reports into account."""
+        self.gaps += 1
+        self.seconds += gap_s
+        learned_s = min(gap_s, max(10 * self._longest_s, self.ONE_GAP_S))
+        self._longest_s = max(self._longest_s - gap_s / self.MEMORY, learned_s)
+
+    @property
+    def expect_s(self) -> float:
+        """Within how many seconds the next report is promised."""
+        unseen_s = self.UNKNOWN_S
+        if self.gaps >= self.FEW:
+            unseen_s = min(self.seconds / 2, self.UNKNOWN_S * self.HOUR_S / max(self.seconds, self.HOUR_S))
+        return min(max(self.LEAST_S, self.MULTIPLE * self._longest_s, unseen_s), self.MOST_S)
+
+
+def checked_run_hash(value: Any) -> str:
+    """Return a run hash that can stand in a file name. Raises ArgumentError."""
+    if not isinstance(value, str) or not RUN_HASH.fullmatch(value):
+        raise ArgumentError(
+            f"run hash {printable(repr(value), 80)} cannot be used: "
+            "it must be 1 to 64 letters, digits or underscores"
+        )
+    return value
+
 
 #: What $AIMWATCH_STACKS may say to turn them off.
 _OFF = ("0", "no", "off", "false")
@@ -3944,11 +3957,13 @@ def utc_datetime(epoch_s: float) -> datetime.datetime:
 # their objects is what all versions have. No failure here reaches the training.
 # ======================================================================================
 
-#: Hooks at which nothing runs yet, and those after which nothing may come, unless a training goes on.
-_EARLY_HOOKS = {"setup", "set_model", "on_init_end"}
+#: Hooks at which nothing runs yet; those at which a training begins and ends; and those after which nothing
+#: may come, unless a training goes on.
+_EARLY_HOOKS = {"setup", "set_model", "set_params", "on_init_end"}
+_BEGIN_HOOKS, _END_HOOKS = {"on_train_begin", "on_train_start"}, {"on_train_end", "on_fit_end", "teardown"}
 _LAST_HOOKS = {
-    *("teardown", "on_fit_end", "on_train_end", "on_validation_end", "on_test_end", "on_predict_end"),
-    *("on_evaluate", "on_predict"),
+    *_END_HOOKS,
+    *("on_validation_end", "on_test_end", "on_predict_end", "on_evaluate", "on_predict"),
 }
 _SUBSET = re.compile(r"(train|val|valid|validation|eval|test)[_/](.+)")
 
@@ -3976,15 +3991,20 @@ def callback(
     return type("Callback", (LoopCallback, *bases), {})(run, expect_next_in, run_arguments)
 
 
-def _callback_again(
-    run: Optional[Run], expect_next_in: Union[int, float, str], run_arguments: Dict[str, Any]
-) -> Any:
-    return callback(run, expect_next_in, **run_arguments)
+class LoopState(NamedTuple):
+    """What a hook of a framework has to say: how much is done (0: nobody knows), metrics, params."""
+
+    part: float
+    logs: Dict[str, Any]
+    step: Optional[int]
+    epoch: Optional[float]
+    params: Dict[str, Any]
 
 
 class LoopCallback:
     """What `callback` returns: every hook of the three frameworks, by whatever name, reports progress."""
 
+    #: What Lightning calls it.
     state_key = "aimwatch"
 
     def __init__(self, run: Optional[Run], expect: Union[int, float, str], arguments: Dict[str, Any]) -> None:
@@ -3992,8 +4012,8 @@ class LoopCallback:
         self._given = run, expect, arguments
         self._training = self._complained = False
         self._began_mono = 0.0
-        self._tracked: Dict[str, Any] = {}
-        #: Of Keras: the model, what `fit` was called with, and the epoch.
+        #: What Lightning logged last; Keras' model, what its `fit` was called with, and the epoch.
+        self._logged: Dict[str, float] = {}
         self._model: Any = None
         self._fit: Dict[str, Any] = {}
         self._epoch = 0
@@ -4004,125 +4024,96 @@ class LoopCallback:
         return super().__getattribute__(name)
 
     def __reduce__(self) -> Any:
-        return _callback_again, self._given
-
-    def __copy__(self) -> LoopCallback:
-        return self
+        run, expect, arguments = self._given
+        return functools.partial(callback, run, expect, **arguments), ()
 
     def __deepcopy__(self, _: Any) -> LoopCallback:
         return self
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return what Lightning puts into a checkpoint: nothing."""
+        """Return what Lightning puts into a checkpoint: nothing, so that nothing comes back from it."""
         return {}
-
-    def load_state_dict(self, _: Dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
 
     def _hook(self, name: str, *args: Any, **options: Any) -> None:
         try:
-            self._take(name, args, options)
+            self._take(name, (*args, None, None), options)
         except Exception as error:  # whatever it is, the training goes on
             if not self._complained:
                 self._complained = True
                 log.error("callback: %s: %s", name, describe_exception(error))
 
     def _take(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> None:
-        first, second = (*args, None, None)[:2]
-        lightning = hasattr(first, "is_global_zero")
-        transformers = not lightning and hasattr(second, "is_world_process_zero")
-        if name == "set_model":
-            self._model = first
-        elif name == "set_params":
-            self._fit = first or {}
-        if name in _EARLY_HOOKS or (lightning and not first.is_global_zero):
+        if hasattr(args[0], "is_global_zero"):
+            rank_0, look = args[0].is_global_zero, self._look_at_lightning
+        elif hasattr(args[1], "is_world_process_zero"):
+            rank_0, look = args[1].is_world_process_zero, self._look_at_transformers
+        else:
+            rank_0, look = True, self._look_at_keras
+        self._model = args[0] if name == "set_model" else self._model
+        self._fit = args[0] or {} if name == "set_params" else self._fit
+        if not rank_0 or name in _EARLY_HOOKS or (name == "on_exception" and self.run is None):
             return
-        if transformers and not second.is_world_process_zero:
-            return
+        run = self.run = self.run or Run(**self._given[2])
         if name == "on_exception":
             self._training = False
-            if self.run is not None:
-                self.run._end_by_exception(args[-1])
+            run._end_by_exception(args[2])
             return
-        if self.run is None:
-            self.run = Run(**self._given[2])
-        if name in ("on_train_begin", "on_train_start"):
+        if name in _BEGIN_HOOKS:
             self._training, self._began_mono = True, _monotonic()
-            self._set_params(self.run, first, second, lightning, transformers, options)
-        elif name in ("on_train_end", "on_fit_end", "teardown"):
+        elif name in _END_HOOKS:
             self._training = False
         if name not in _LAST_HOOKS or self._training:
-            self.run.report_progress(expect_next_in=self._given[1])
-        elif self.run._ended is None:
-            self.run.report_progress()
-        if transformers:
-            self._take_transformers(self.run, name, second, options)
-        elif lightning:
-            self._take_lightning(self.run, name, first)
-        else:
-            self._take_keras(self.run, name, first, {**dict(enumerate(args)), **options})
-
-    def _set_params(
-        self, run: Run, first: Any, second: Any, lightning: bool, transformers: bool, options: Dict[str, Any]
-    ) -> None:
-        found: Dict[str, Any] = {}
-        if transformers:
-            found = first.to_dict()
-            with contextlib.suppress(AttributeError):
-                found["model"] = options["model"].config.to_dict()
-        elif lightning:
-            found = dict(second.hparams)
-        else:
-            found = dict(self._fit)
-            with contextlib.suppress(AttributeError):
-                found["optimizer"] = self._model.optimizer.get_config()
-        run["hparams"] = {**found, **(run.get("hparams") or {})}
-
-    def _take_transformers(self, run: Run, name: str, state: Any, options: Dict[str, Any]) -> None:
-        if name == "on_log":
-            self._track(run, options.get("logs"), state.global_step, state.epoch)
-        elif name == "on_step_end" and state.max_steps > 0:
-            run._note_part(state.global_step / state.max_steps, self._began_mono)
-
-    def _take_lightning(self, run: Run, name: str, trainer: Any) -> None:
-        step, epoch = trainer.global_step, trainer.current_epoch
-        if trainer.sanity_checking:
-            return
-        if name in ("on_train_epoch_end", "on_validation_end", "on_test_end") or (
-            name == "on_train_batch_end" and step % trainer.log_every_n_steps == 0
-        ):
-            # All that was ever logged is there, so what did not change is not new.
-            values = {key: float(value) for key, value in trainer.callback_metrics.items()}
-            changed = {key: value for key, value in values.items() if self._tracked.get(key) != value}
-            self._tracked.update(changed)
-            self._track(run, changed, step, epoch)
-        if name == "on_train_batch_end" and trainer.max_epochs and trainer.max_epochs > 0:
-            batches = trainer.fit_loop.epoch_progress.current.completed + (
-                trainer.fit_loop.epoch_loop.batch_progress.current.completed / trainer.num_training_batches
-            )
-            run._note_part(batches / trainer.max_epochs, self._began_mono)
-
-    def _take_keras(self, run: Run, name: str, index: Any, values: Dict[Any, Any]) -> None:
-        logs, epochs, steps = (
-            values.get("logs", values.get(1)),
-            self._fit.get("epochs"),
-            self._fit.get("steps"),
-        )
-        if name == "on_epoch_begin":
-            self._epoch = index
-        elif name == "on_epoch_end":
-            self._track(run, logs, index, index)
-        elif name == "on_test_end" and not self._training:
-            self._track(run, values.get("logs", index), None, None, "eval")
-        elif name == "on_train_batch_end" and epochs and steps:
-            run._note_part((self._epoch + (index + 1) / steps) / epochs, self._began_mono)
-
-    def _track(self, run: Run, values: Any, step: Any, epoch: Any, subset: str = "train") -> None:
-        for key, value in (values or {}).items():
+            run.report_progress(expect_next_in=self._given[1])
+        elif run._ended is None:
+            run.report_progress()
+        state = look(name, args, options)
+        if name in _BEGIN_HOOKS:
+            run["hparams"] = {**state.params, **(run.get("hparams") or {})}
+        run._note_part(state.part, self._began_mono)
+        for key, value in state.logs.items():
             match = _SUBSET.fullmatch(key)
-            context = {"subset": match[1] if match else subset}
+            context = {"subset": match[1] if match else "train" if self._training else "eval"}
             with contextlib.suppress(ArgumentError, ArgumentTypeError):  # what is no number
-                run.track(value, match[2] if match else key, step, epoch, context=context)
+                run.track(value, match[2] if match else key, state.step, state.epoch, context=context)
+
+    def _look_at_transformers(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> LoopState:
+        state, params = args[1], {}
+        if name in _BEGIN_HOOKS:
+            params = args[0].to_dict()
+            with contextlib.suppress(AttributeError):
+                params["model"] = options["model"].config.to_dict()
+        part = state.global_step / state.max_steps if state.max_steps else 0.0
+        return LoopState(part, options.get("logs") or {}, state.global_step, state.epoch, params)
+
+    def _look_at_lightning(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> LoopState:
+        trainer, loop, part, logs = args[0], args[0].fit_loop, 0.0, {}
+        if name == "on_train_batch_end" and (trainer.max_epochs or 0) > 0:
+            batches = loop.epoch_loop.batch_progress.current.completed / trainer.num_training_batches
+            part = (loop.epoch_progress.current.completed + batches) / trainer.max_epochs
+        logs_now = name == "on_train_batch_end" and trainer.global_step % trainer.log_every_n_steps == 0
+        logs_now = logs_now or name in ("on_train_epoch_end", "on_validation_end", "on_test_end")
+        if logs_now and not trainer.sanity_checking:
+            # All that was ever logged is there: what did not change is not new.
+            values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+            logs = {key: value for key, value in values.items() if self._logged.get(key) != value}
+            self._logged = values
+        params = dict(args[1].hparams) if name in _BEGIN_HOOKS else {}
+        return LoopState(part, logs, trainer.global_step, trainer.current_epoch, params)
+
+    def _look_at_keras(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> LoopState:
+        params, part, logs = dict(self._fit), 0.0, {}
+        if name in _BEGIN_HOOKS:
+            with contextlib.suppress(AttributeError):
+                params["optimizer"] = self._model.optimizer.get_config()
+        elif name == "on_epoch_begin":
+            self._epoch = args[0]
+        elif name == "on_epoch_end":
+            logs = args[1]
+        elif name == "on_test_end" and not self._training:
+            logs = args[0]
+        elif name == "on_train_batch_end" and params.get("steps"):
+            part = (self._epoch + (args[0] + 1) / params["steps"]) / params["epochs"]
+        return LoopState(part, logs or {}, self._epoch, self._epoch, params)
 
 
 # ======================================================================================
