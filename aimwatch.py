@@ -578,6 +578,16 @@ def this_host() -> str:
     return os.uname().nodename
 
 
+def login_name(uid: int) -> str:
+    """Return the login name of a user as the password database has it, else the number."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
 def process_identity(pid: Any = "self") -> Tuple[Optional[str], Optional[int]]:
     """Return what tells a process of this boot from others of its number: its pid namespace, and when it
     started; None where Linux does not say."""
@@ -2025,7 +2035,7 @@ def describe_session() -> Dict[str, Any]:
         "boot": boot_id(),
         **dict(zip(("pid_space", "pid_start"), process_identity())),
         "pid": os.getpid(),
-        "user": os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid()),
+        "user": login_name(os.getuid()),
         "argv": [str(argument)[:500] for argument in getattr(sys, "argv", [])][:100],
         "python": "{}.{}.{}".format(*sys.version_info[:3]),
     }
@@ -6442,11 +6452,11 @@ def summary(facts: Facts) -> str:
     if event == TROUBLE:
         return f"{icon} aimwatch: {facts.get('run.reason', '')}"
     name = facts.get("run.name") or facts.get("run.hash", "")
-    return f"{icon} Run '{name}' {_what_happened(event, facts)}".strip()
+    return f"{icon} {name} {_what_happened(event, facts)}".strip()
 
 
 def _what_happened(event: str, facts: Facts) -> str:
-    silent, reason = facts.get("run.silent", ""), facts.get("run.reason", "")
+    silent, reason = facts.get("run.silent", ""), _on_one_line(facts.get("run.reason", ""))
     if event == STALLED:
         if not silent:  # a group of ranks
             return f"stalled: {reason}"
@@ -6461,15 +6471,26 @@ def _what_happened(event: str, facts: Facts) -> str:
     return event if event == STARTED else f"{event}: {reason}"
 
 
+def _on_one_line(reason: str) -> str:
+    """Return of a reason of several lines the first and the last, which say the most."""
+    first, *more = reason.split("\n")
+    return f"{first} ... {more[-1]}" if more else first
+
+
 def default_message(facts: Facts) -> str:
     """Return the whole message about one event: what, which run, where, since when, how to look."""
     lines = [summary(facts)]
     if facts.get("event") != TROUBLE:
+        if facts.get("run.reason", "").count("\n") > 1:
+            lines.append(facts["run.reason"])
         lines.append(f"run {facts.get('run.hash', '')}{_with(', experiment {}', facts, 'run.experiment')}")
         where = _with("on {}", facts, "run.host") + _with(", process {}", facts, "run.pid")
         where += _with(", job {}", facts, "run.job") + _with(", user {}", facts, "run.user")
         lines.append(where.lstrip(", "))
-        lines.append(_with("last seen {}", facts, "run.last_seen"))
+        died = facts.get("run.reason") == DIED
+        lines.append(
+            _with("last seen {}", facts, "run.last_seen") + _with(", {} ago", facts, "run.silent") * died
+        )
         lines.append(_with("its output goes to {}", facts, "run.stdout"))
         lines.append(_with("{}", facts, "run.messages"))
         if facts.get("event") == STALLED:
@@ -6486,8 +6507,11 @@ def default_message(facts: Facts) -> str:
 
 
 def look_further(facts: Facts) -> str:
-    """Return the line that says which command shows more."""
-    return f"look further: {command_line(facts.get('repo', ''))} {facts.get('look', 'status')}"
+    """Return the line that says which command shows more, for who reads it somewhere else."""
+    import shlex
+
+    program, repo = map(shlex.quote, (os.path.abspath(__file__), facts.get("repo", "")))
+    return f"look further: python3 {program} --repo {repo} {facts.get('look', 'status')}"
 
 
 _PROCESS_TEXT = {
@@ -6524,46 +6548,112 @@ BATCH_LINE_CHARS, BATCH_NAME_CHARS = 160, 60
 
 
 def message_for_batch(template: Optional[str], batch: Sequence[Facts], limit: int = MAX_MESSAGE) -> str:
-    """Return one message about all events of `batch`: counted, what they share, the first few; as
-    far as that depends on their number, of at most `limit` characters."""
+    """Return one message about all events of `batch`, the worst first, in its first line what happened;
+    what had one cause is said once. As far as it depends on their number, of at most `limit` characters."""
     if len(batch) == 1:
         return message_for(template, batch[0])
-    batch = sorted(batch, key=_rank)
-    kinds = [facts.get("event", "") for facts in batch]
+    mine = template and template != AIM_DEFAULT_MESSAGE and len(batch) <= FULL_EVENTS
+    causes: Dict[Any, List[Facts]] = {}
+    for facts in sorted(batch, key=_rank):
+        causes.setdefault(id(facts) if mine else _cause(facts), []).append(facts)
+    groups = list(causes.values())
+    kinds = [group[0].get("event", "") for group in groups for _ in group]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-    lines = [f"{plural(len(batch), 'event')}: {counts}"]
-    for label in ("host", "experiment", "job"):
-        values = {facts.get(f"run.{label}", "") for facts in batch}
+    head = [f"{plural(len(batch), 'event')}{_shared(batch)}: {counts}"] if len(groups) > 1 else []
+    last = shorten(look_further({"repo": batch[0].get("repo", "")}), limit // 4, "...")
+    for frames in (True, False) if len(groups) <= FULL_EVENTS else ():
+        whole = [
+            _about(group, limit, frames)
+            if len(group) > 1
+            else _less_last_line(message_for(template, group[0]))
+            for group in groups
+        ]
+        text = "\n\n".join([*head, *whole, last])
+        if len(text) <= limit:
+            return text
+    named = groups[:BATCH_LINES]
+    more = len(batch) - sum(map(len, named))
+    room = limit - len("\n".join([*head, "and 1000000 more", last])) - 1
+    lines = [_batch_line(group, min(BATCH_LINE_CHARS, room // len(named) - 1)) for group in named]
+    return "\n".join([*head, *lines, *([f"and {more} more"] if more else []), last])
+
+
+def _cause(facts: Facts) -> Any:
+    """Return what events have in common that are said in one line."""
+    event = facts.get("event", "")
+    if event in (LOG, TROUBLE) or "run.rank" in facts or "run.hash" not in facts:
+        return id(facts)
+    return event, facts.get("run.reason", "") if event == FAILED else ""
+
+
+def _shared(batch: Sequence[Facts]) -> str:
+    """Return where all of a batch ran: ` in sweep on node7`."""
+    text = ""
+    for word, field in (("in", "run.experiment"), ("on", "run.host")):
+        values = {facts.get(field, "") for facts in batch}
         if len(values) == 1 and "" not in values:
-            lines.append(f"all of {label} {shorten(_one_line(values.pop()), 2 * BATCH_NAME_CHARS, '...')}")
-    last = shorten(look_further(batch[0]), limit // 4, "...")
-    whole = [message_for(template, facts).replace(f"\n{last}", "") for facts in batch[: FULL_EVENTS + 1]]
-    if len(whole) <= FULL_EVENTS and sum(map(len, [*lines, *whole, last])) + 20 < limit:
-        return "\n\n".join(["\n".join(lines), *whole, last])
-    named = batch[:BATCH_LINES]
-    room = limit - len("\n".join([*lines, "and 1000000 more", last])) - 1
-    about = [_batch_line(facts, BATCH_LINE_CHARS, _with(" on {}", facts, "run.host")) for facts in named]
-    if len("\n".join(about)) > room:
-        about = [_batch_line(facts, room // len(named) - 1, "") for facts in named]
-    if len(batch) > len(named):
-        about.append(f"and {len(batch) - len(named)} more")
-    return "\n".join([*lines, *about, last])
+            text += f" {word} {shorten(_on_one_line(values.pop()), BATCH_NAME_CHARS, '...')}"
+    return text
 
 
-def _batch_line(facts: Facts, limit: int, where: str) -> str:
-    """Return the line about one event of several: whatever the run is called, also what happened."""
-    name = shorten(facts.get("run.name", ""), BATCH_NAME_CHARS, "...")
+def _group_line(group: Sequence[Facts]) -> str:
+    """Return the line about several events of one cause."""
+    facts = group[0]
+    event, silent = facts.get("event", ""), {item.get("run.silent", "") for item in group}
+    why = _on_one_line(facts.get("run.reason", "")) if event == FAILED else ""
+    if event == STALLED and len(silent) == 1:
+        why = f"silent for {silent.pop()}"
+    line = f"{KINDS[event].icon} {len(group)} runs {event}{_shared(group)}" + (f": {why}" if why else "")
+    return line.strip()
+
+
+def _names(group: Sequence[Facts], most: int) -> str:
+    """Return the names of the runs of a group, with where they ran unless that was one place."""
+    names: List[str] = []
+    apart = " on " not in _shared(group)
+    for facts in group[:BATCH_LINES]:
+        where = _with(" on {}", facts, "run.host") if apart else ""
+        run, where = facts["run.hash"], shorten(where, BATCH_NAME_CHARS, "...")
+        name = shorten(_on_one_line(facts.get("run.name") or run), BATCH_NAME_CHARS, "...")
+        names.append(f"{name} ({run[:8]}{where})" if name != run else run + where)
+        if sum(map(len, names)) + 2 * len(names) > most:
+            names.pop()
+            break
+    left = len(group) - len(names)
+    return ", ".join(names) + (f" and {left} more" if left else "")
+
+
+def _about(group: Sequence[Facts], limit: int, with_frames: bool) -> str:
+    """Return all that there is to say of several events of one cause."""
+    lines = [shorten(_group_line(group), limit // 4, " ..."), _names(group, limit // 3)]
+    frames = {facts.get("run.frames", "") for facts in group}
+    if with_frames and len(frames) == 1 and "" not in frames:
+        heading = "where they hang" if group[0].get("event") == STALLED else "where they failed"
+        lines.append(f"{heading}, innermost last:\n{frames.pop()}")
+    return "\n".join(lines)
+
+
+def _less_last_line(message: str) -> str:
+    """Return a message without the line that says which command shows more."""
+    return message.rpartition("\nlook further: ")[0] or message
+
+
+def _batch_line(group: Sequence[Facts], limit: int) -> str:
+    """Return the line about one event of several, or those of one cause: whatever the run is called, also
+    what happened."""
+    facts = group[0]
+    if len(group) > 1:
+        line = shorten(_group_line(group), limit // 2, " ...")
+        return f"{line} ({_names(group, limit - len(line) - 25)})"
     if "run.hash" not in facts:
-        return shorten(_one_line(summary(facts)), limit, " ...")
-    tail = f" ({facts.get('run.hash', '')[:8]}{shorten(_one_line(where), BATCH_NAME_CHARS, '...')})"
-    line = _one_line(summary({**facts, "run.name": name}))
+        return shorten(_on_one_line(summary(facts)), limit, " ...")
+    name = shorten(_on_one_line(facts.get("run.name", "")), BATCH_NAME_CHARS, "...")
+    where = shorten(_on_one_line(_with(" on {}", facts, "run.host")), BATCH_NAME_CHARS, "...")
+    tail = f" ({facts['run.hash'][:8]}{where if len(where) < limit // 3 else ''})"
+    line = summary({**facts, "run.name": name})
     if facts.get("event") == LOG:
         line += f": {facts.get('run.messages', '').rpartition(chr(10))[2].strip()}"
     return shorten(line, limit - len(tail), " ...") + tail
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split("\n"))
 
 
 def _rank(facts: Facts) -> int:
@@ -6875,7 +6965,12 @@ def judge_webhook(answer: Answer, now_s: float) -> Outcome:
 def send_slack(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> Outcome:
     """Post one message to a Slack webhook (https://api.slack.com/messaging/webhooks)."""
     safe = [{name: slack_escape(value) for name, value in facts.items()} for facts in batch]
-    text = shorten(message_for_batch(notifier.arguments.get("message"), safe))
+    for facts in safe:
+        for field in ("run.frames", "run.output"):
+            if field in facts:
+                facts[field] = "```\n{}\n```".format(facts[field].replace("```", "` ` `"))
+    text = shorten(message_for_batch(notifier.arguments.get("message"), safe), MAX_MESSAGE - 4)
+    text += "\n```" * (text.count("```") % 2)  # it was cut in the middle of a block
     answer = http_request(notifier.arguments["url"], attempt, {"text": text})
     return judge_slack(answer._replace(body=notifier.scrub(answer.body)), time.time())
 
@@ -8167,6 +8262,7 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
     for field in ("host", "pid", "job", "user", "stdout", "rank", "world", "group"):
         if state.header.get(field) is not None:
             facts[f"run.{field}"] = printable(str(state.header[field]), 300 if field == "stdout" else 100)
+    facts["look"] = f"show {run_hash}"
     facts["run.name"] = printable(str(state.props.get("name") or run_hash), 100)
     facts["run.experiment"] = printable(str(state.props.get("experiment") or ""), 100)
     facts["run.metrics"] = describe_metrics(state)
@@ -8176,7 +8272,8 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
     if state.end is not None:
         facts["run.state"] = state.end["end"]
     if isinstance(end, dict):
-        facts["run.reason"] = printable(str(end.get("reason") or ""))
+        reason = str(end.get("reason") or "").split("\n")
+        facts["run.reason"] = "\n".join(printable(line) for line in reason[:MAX_FACT_LINES])
         frames = end.get("frames")
         if isinstance(frames, list):
             facts["run.frames"] = "\n".join(f"  {printable(str(frame), 200)}" for frame in frames[-6:])
@@ -8232,7 +8329,7 @@ def change_facts(paths: RepoPaths, change: Change, in_full: bool = True) -> Fact
         if in_full and change.visible != watched.hash:
             visible = run_facts(paths, change.visible)
             facts.update({field: visible.get(field, "") for field in ("run.name", "run.metrics")})
-        facts["run.hash"] = change.visible
+        facts["run.hash"], facts["look"] = change.visible, f"show {change.visible}"
     if change.kind == RECOVERED:
         how = "finished" if watched.state == FINISHED else "checked in again"
         after = "it had failed" if change.old_state == FAILED else f"{human_s(change.silent_s)} of silence"
@@ -8270,13 +8367,18 @@ def messages_in(data: bytes, level: int) -> List[Dict[str, Any]]:
     return [item for item in messages if item is not None and item["log"] >= level]
 
 
+def message_line(message: Dict[str, Any], at: str) -> str:
+    """Return a log message on one line."""
+    names = {number: name for name, number in LOG_LEVELS.items()}
+    level = names.get(message["log"], str(message["log"]))
+    params = f" {json.dumps(message['params'])}" if message.get("params") else ""
+    return printable(f"{at} {level} {message['message']}{params}", 1000)
+
+
 def message_facts(paths: RepoPaths, run_hash: str, messages: Sequence[Dict[str, Any]]) -> Facts:
     """Return the message fields for an event about log messages, of which the last are quoted."""
-    names = {number: name for name, number in LOG_LEVELS.items()}
-    lines = []
-    for item in messages[-QUOTED_MESSAGES:]:
-        name = names.get(item["log"], item["log"])
-        lines.append(f"  {iso_time(item['time'], 'seconds')} {name}: {printable(item['message'], 300)}")
+    quoted = messages[-QUOTED_MESSAGES:]
+    lines = [f"  {message_line(item, iso_time(item['time'], 'seconds'))}" for item in quoted]
     facts = run_facts(paths, run_hash)
     facts["event"] = LOG
     facts["run.reason"] = plural(len(messages), "message")
@@ -11762,14 +11864,9 @@ def status_rows(
 
 
 def _owner_of(path: str) -> str:
-    """Return the login name of a file's owner, or the number where it has none."""
-    import pwd
-
+    """Return the login name of a file's owner."""
     with contextlib.suppress(OSError):
-        owner = os.lstat(path).st_uid
-        with contextlib.suppress(KeyError):
-            return pwd.getpwuid(owner).pw_name
-        return str(owner)
+        return login_name(os.lstat(path).st_uid)
     return "somebody"
 
 
@@ -12768,7 +12865,7 @@ def cmd_show(args: Any) -> int:
     if messages:
         print("\nlog messages")
         for message in messages:
-            print(f"  {message_line(message)}")
+            print(f"  {message_line(message, local_time(message['time']))}")
     return 0
 
 
@@ -12821,14 +12918,6 @@ def param_items(value: Any, path: str) -> Iterator[Tuple[str, Any]]:
             yield from param_items(item, f"{path}.{key}" if path else str(key))
     else:
         yield path, value
-
-
-def message_line(message: Dict[str, Any]) -> str:
-    """Return a log message on one line."""
-    names = {number: name for name, number in LOG_LEVELS.items()}
-    level = names.get(message["log"], str(message["log"]))
-    params = f" {json.dumps(message['params'])}" if message.get("params") else ""
-    return printable(f"{local_time(message['time'])} {level} {message['message']}{params}", 1000)
 
 
 @command("diff", ONE_HASH, argument("other", metavar="RUN", help="another run"), AS_JSON)

@@ -6752,22 +6752,25 @@ class Messages(unittest.TestCase):
     def test_default_message_of_each_event_starts_with_what_happened(self) -> None:
         reason = {"run_reason": "ValueError: {no} <b>"}
         for facts, first in (
-            (facts_of("failed"), "❌ Run 'n1' failed"),
-            (facts_of("failed", **reason), "❌ Run 'n1' failed: ValueError: {no} <b>"),
-            (facts_of("recovered", run_reason="silent for 5 min"), "✅ Run 'n1' recovered: silent for 5 min"),
-            (facts_of("started"), "Run 'n1' started"),
-            (facts_of("finished"), "✅ Run 'n1' finished"),
-            (facts_of("log", run_reason="2 messages"), "📝 Run 'n1' logged 2 messages"),
-            (facts_of("failed", run_name=""), "❌ Run '000000000000000000000001' failed"),
+            (facts_of("failed"), "❌ n1 failed"),
+            (facts_of("failed", **reason), "❌ n1 failed: ValueError: {no} <b>"),
+            (facts_of("recovered", run_reason="silent for 5 min"), "✅ n1 recovered: silent for 5 min"),
+            (facts_of("started"), "n1 started"),
+            (facts_of("finished"), "✅ n1 finished"),
+            (facts_of("log", run_reason="2 messages"), "📝 n1 logged 2 messages"),
+            (facts_of("failed", run_reason="in a worker\nTraceback\nValueError: bad"),
+             "❌ n1 failed: in a worker ... ValueError: bad"),
+            (facts_of("failed", run_name=""), "❌ 000000000000000000000001 failed"),
         ):  # fmt: skip
             with self.subTest(first):
                 lines = aimwatch.default_message(facts).split("\n")
                 self.assertEqual(lines[0], first)
-                self.assertEqual(lines[-1], "look further: aim-watcher --repo /data/x status")
+                program = os.path.join(HERE, "aimwatch.py")
+                self.assertEqual(lines[-1], f"look further: python3 {program} --repo /data/x status")
                 self.assertEqual(aimwatch.summary(facts), first)
 
     def test_default_message_says_what_is_known_and_no_more(self) -> None:
-        last = "look further: aim-watcher --repo /r status"
+        last = f"look further: python3 {os.path.join(HERE, 'aimwatch.py')} --repo /r status"
         failed = {"event": "failed", "repo": "/r", "run.hash": "abc"}
         frames = "  a.py:1 in f\n  b.py:2 in g"
         for facts, expected in (
@@ -6775,11 +6778,11 @@ class Messages(unittest.TestCase):
                 {"event": "trouble", "repo": "/r", "run.reason": "cannot be read"},
                 "❗ aimwatch: cannot be read\n",
             ),
-            (failed, "❌ Run 'abc' failed\nrun abc\n"),
-            ({**failed, "run.pid": "7"}, "❌ Run 'abc' failed\nrun abc\nprocess 7\n"),
+            (failed, "❌ abc failed\nrun abc\n"),
+            ({**failed, "run.pid": "7"}, "❌ abc failed\nrun abc\nprocess 7\n"),
             (
                 {**failed, "run.frames": frames},
-                f"❌ Run 'abc' failed\nrun abc\nwhere it failed, innermost last:\n{frames}\n",
+                f"❌ abc failed\nrun abc\nwhere it failed, innermost last:\n{frames}\n",
             ),
         ):
             with self.subTest(facts=facts):
@@ -6820,28 +6823,53 @@ class Messages(unittest.TestCase):
                     else:
                         self.assertEqual(text, aimwatch.default_message(facts))
 
-    def test_batch_is_counted_and_the_worst_are_named_first(self) -> None:
-        batch = [facts_of("stalled", number) for number in range(199)] + [facts_of("failed", 999)]
-        lines = aimwatch.message_for_batch("t {run.name}", batch).split("\n")
-        self.assertEqual(
-            lines[:6],
-            [
-                "200 events: 1 failed, 199 stalled",
-                "all of host node7",
-                "all of experiment resnet",
-                "all of job Slurm 99",
-                "❌ Run 'n999' failed (00000000 on node7)",
-                "❗ Run 'n0' stalled: silent for 3 min, promised a check-in within 60 s (00000000 on node7)",
-            ],
+    def test_what_had_one_cause_is_one_block(self) -> None:
+        full = "OSError: [Errno 28] No space left on device"
+        frames = "  train.py:7 in save"
+        seven = [
+            facts_of("failed", n, run_reason=full, run_frames=frames, run_hash=f"{n}" * 24)
+            for n in range(1, 8)
+        ]
+        names = ", ".join(f"n{n} ({str(n) * 8})" for n in range(1, 8))
+        block = f"❌ 7 runs failed in resnet on node7: {full}\n{names}\nwhere they failed, innermost last:\n{frames}"
+        last = f"look further: python3 {os.path.join(HERE, 'aimwatch.py')} --repo /data/x status"
+        self.assertEqual(aimwatch.message_for_batch(None, seven), f"{block}\n\n{last}")
+        seven[6].update({"run.host": "node8", "run.frames": ""})
+        text = aimwatch.message_for_batch(None, seven)
+        self.assertTrue(
+            text.startswith(f"❌ 7 runs failed in resnet: {full}\nn1 (11111111 on node7), "), text
         )
-        self.assertEqual(len(lines), 4 + aimwatch.BATCH_LINES + 2)
-        self.assertEqual(lines[-2:], ["and 180 more", "look further: aim-watcher --repo /data/x status"])
-        few = [facts_of(number=1), facts_of(number=2, run_host="node8", run_job="")]
-        text = aimwatch.message_for_batch(None, few)
-        self.assertIn("all of experiment resnet", text)
-        for missing in ("all of host", "all of job", "more"):
-            self.assertNotIn(missing, text)
-        self.assertEqual(aimwatch.message_for_batch("t {run.name}", few[:1]), "t n1")
+        self.assertNotIn("innermost", text)
+        other = facts_of("failed", 8, run_reason="KeyError: 'x'")
+        text = aimwatch.message_for_batch(None, [facts_of("stalled", 9), *seven[:6], other])
+        self.assertEqual(text.split("\n\n")[0], "8 events in resnet on node7: 7 failed, 1 stalled")
+        self.assertEqual(
+            text.split("\n\n")[1], block.replace("7 runs", "6 runs").replace(", n7 (77777777)", "")
+        )
+        self.assertTrue(text.split("\n\n")[2].startswith("❌ n8 failed: KeyError: 'x'\nrun 0000"), text)
+        self.assertTrue(text.split("\n\n")[3].startswith("❗ n9 stalled: silent for 3 min"), text)
+        self.assertEqual(text.count("look further"), 1)
+        # What a user wrote is said of each.
+        self.assertEqual(aimwatch.message_for_batch("see {run.name}", seven[:2]).count("\n\nsee n"), 2)
+
+    def test_batch_is_counted_and_the_worst_are_named_first(self) -> None:
+        batch = [facts_of("stalled", number) for number in range(199)]
+        batch += [facts_of("failed", 999, run_reason="A"), facts_of("failed", 998, run_reason="B\nC")]
+        text = aimwatch.message_for_batch(None, batch)
+        self.assertEqual(text.split("\n")[0], "201 events in resnet on node7: 2 failed, 199 stalled")
+        for part in (
+            "❌ n999 failed: A\n",
+            "❌ n998 failed: B ... C\n",
+            "and 179 more",
+            "n0 (00000000), n1 (",
+        ):
+            self.assertIn(part, text)
+        self.assertIn("\n❗ 199 runs stalled in resnet on node7: silent for 3 min\n", text)
+        apart = [facts_of("failed", number, run_reason=f"E{number}") for number in range(199)]
+        lines = aimwatch.message_for_batch(None, apart).split("\n")
+        self.assertEqual(lines[1], "❌ n0 failed: E0 (00000000 on node7)")
+        self.assertEqual((len(lines), lines[-2]), (1 + aimwatch.BATCH_LINES + 2, "and 179 more"))
+        self.assertEqual(aimwatch.message_for_batch("t {run.name}", batch[:1]), "t n0")
 
     def test_shorten_cuts_long_text_alone_and_never_inside_an_escape(self) -> None:
         for text, limit, expected in (
@@ -6856,29 +6884,34 @@ class Messages(unittest.TestCase):
         long = aimwatch.shorten("y" * 5000)
         self.assertEqual((len(long), long[-4:]), (3000, "\n..."))
 
-    def test_batch_of_200_names_twenty_whatever_they_are_called(self) -> None:
+    def test_batch_of_200_names_what_there_is_room_for_whatever_they_are_called(self) -> None:
         names = (
             "n", "x" * 500, "<&>" * 100, "@channel " * 50, "\u4e2d" * 300, "a\nb" * 50, "\x1b[2J\u202e" * 40,
             "\U0001f600" * 99,
         )  # fmt: skip
-        for name, limit in itertools.product(names, (3000, 2000)):
+        for name, limit, alike in itertools.product(names, (3000, 2000), (True, False)):
             for kind, reason in (("failed", "OSError: " + name), ("recovered", name), ("stalled", "")):
-                with self.subTest(name=name[:9], kind=kind, limit=limit):
-                    more = {"run_name": name, "run_reason": reason, "run_host": name, "run_experiment": name}
-                    facts = aimwatch.clean_facts(facts_of(kind, **more))
-                    facts = {key: aimwatch.slack_escape(value) for key, value in facts.items()}
-                    batch = [{**facts, "run.hash": f"{number:08d}aaaa"} for number in range(200)]
+                with self.subTest(name=name[:9], kind=kind, limit=limit, alike=alike):
+                    more = {"run_name": name, "run_host": name, "run_experiment": name}
+                    batch = []
+                    for number in range(200):
+                        why = reason if alike else f"{number}{reason}"
+                        facts = aimwatch.clean_facts(facts_of(kind, number, run_reason=why, **more))
+                        facts = {key: aimwatch.slack_escape(value) for key, value in facts.items()}
+                        batch.append({**facts, "run.hash": f"{number:08d}aaaa"})
                     text = aimwatch.message_for_batch(None, batch, limit)
                     self.assertLessEqual(len(text), limit)
                     lines = text.split("\n")
-                    self.assertEqual(lines[0], f"200 events: 200 {kind}")
-                    self.assertEqual([line[:7] for line in lines[1:4]], ["all of "] * 3)
-                    self.assertEqual(len(lines), 4 + 20 + 2)
-                    for number in range(20):
-                        self.assertRegex(lines[4 + number], rf"\({number:08d}( on .*)?\)$")
-                        if kind == "stalled" and limit == 3000 and "&" not in text:
-                            self.assertIn("' stalled: silent for 3 min", lines[4 + number])
-                    self.assertEqual(lines[-2], "and 180 more")
+                    if alike or kind != "failed":
+                        self.assertIn(f"200 runs {kind} in ", lines[0])
+                        shown = lines[1]
+                    else:
+                        self.assertRegex(lines[0], "^200 events in .*: 200 failed$")
+                        shown = "".join(lines[1:-1])
+                    found = re.findall(r"\((\d{8})[^)]*\)", shown)
+                    self.assertEqual(found, [f"{number:08d}" for number in range(len(found))])
+                    self.assertGreater(len(found), 4)
+                    self.assertTrue(shown.endswith(f"and {200 - len(found)} more"), shown)
                     self.assertIn("status", lines[-1])
                     self.assertNotIn("&", re.sub("&(amp|lt|gt);", "", text))
 
@@ -7070,12 +7103,12 @@ class Transports(NotifierCase):
         ((method, path, headers, _, _),) = server.requests
         self.assertEqual((method, path), ("POST", "/services/T000/B000/SECRETSECRET"))
         self.assertEqual(headers["content-type"], "application/json; charset=utf-8")
-        self.assertTrue(server.texts()[0].startswith("❗ Run '&lt;!channel&gt; &amp; é' stalled"))
+        self.assertTrue(server.texts()[0].startswith("❗ &lt;!channel&gt; &amp; é stalled"))
         template = "<!here> {run.name} " + "z" * 4000  # the user's own is not escaped
         aimwatch.deliver(notifier_of("slack", url=server.url, message=template), [facts_of(run_name="<x>")])
         text = server.texts()[1]
         self.assertTrue(text.startswith("<!here> &lt;x&gt; zzz"), text[:60])
-        self.assertEqual((len(text), text[-4:]), (3000, "\n..."))
+        self.assertEqual((len(text), text[-4:]), (2996, "\n..."))
 
     def test_workplace_message_arrives_with_the_token_in_a_header(self) -> None:
         server = self.webhook((200, '{"id": "1_2"}'))
@@ -7247,7 +7280,7 @@ class Webhooks(NotifierCase):
             {"id": "id1", "event": "failed", "time": "t", "repo": "/data/x"},
         )
         self.assertEqual((event["run"]["hash"], event["run"]["reason"]), (f"{1:024x}", "E: x"))
-        self.assertTrue(found["text"].startswith("2 events: 2 failed"))
+        self.assertTrue(found["text"].startswith("❌ 2 runs failed in resnet on node7: E: x\nn1 ("))
         server.requests.clear()
         aimwatch.deliver(notifier, [facts_of(run_name="@all")])
         found = json.loads(server.requests[0][3])
@@ -7422,7 +7455,7 @@ class Mail(NotifierCase):
                 self.assertEqual((to, secure), (["a@x", "b@y"], tls is not None))
                 mail = self.parsed(server)
                 self.assertEqual((mail["from"], mail["to"]), ("watch@hpc.example", "a@x, b@y"))
-                self.assertTrue(mail["subject"].startswith("❗ Run 'n1' stalled: silent for"))
+                self.assertTrue(mail["subject"].startswith("❗ n1 stalled: silent for"))
                 self.assertEqual(mail["auto-submitted"], "auto-generated")
                 self.assertEqual(
                     mail.get_content().replace("\r\n", "\n").rstrip("\n"),
@@ -7619,7 +7652,7 @@ class Commands(NotifierCase):
             self.assertEqual(
                 (len(found["events"]), found["events_left_out"]), (min(count, 100), max(0, count - 100))
             )
-            self.assertIn("stalled: silent for 3 min", found["text"])
+            self.assertIn("stalled", found["text"])
             self.assertLessEqual(len(found["text"]), 3000)
 
     def test_what_a_program_says_is_bounded_and_it_inherits_no_secret(self) -> None:
@@ -7863,8 +7896,8 @@ class OutboxFile(NotifierCase):
                 server = self.webhook()
                 outcome = aimwatch.deliver(notifier_of("slack", url=server.url), batch)
                 self.assertEqual((outcome.kind, len(server.requests)), ("sent", 1), outcome)
-                self.assertIn("Run 'n1' stalled", server.texts()[0])
-                self.assertIn("Run 'n2' stalled", server.texts()[0])
+                self.assertIn("n1 stalled", server.texts()[0])
+                self.assertIn("n2 stalled", server.texts()[0])
                 outbox.close()
                 os.unlink(self.paths.outbox)
 
@@ -8003,7 +8036,7 @@ class NotifyingCase(NotifierCase):
 
     def numbers(self, server: Webhook) -> List[int]:
         """Return the runs that a server was sent, in order."""
-        return [int(name) for text in server.texts() for name in re.findall(r"Run 'n(\d+)'", text)]
+        return [int(name) for text in server.texts() for name in re.findall(r"\bn(\d+)\b", text)]
 
 
 class Notifying(NotifyingCase):
@@ -8382,7 +8415,7 @@ class Mending(NotifyingCase):
         self.assertEqual((found["problem"], found["waiting"]), ("HTTP 404: no_service", 3))
         at = self.box.broken()["bad"][1]
         self.assertTrue(before - 0.01 <= at <= time.time())
-        self.assertRegex(found["broken_since"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$")
+        self.assertRegex(found["broken_since"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00$")
         row = next(x for x in self.run_cli("notifiers", "list")[1].split("\n") if x.startswith("bad "))
         since = re.escape(aimwatch.local_time(at))
         expected = f"enabled, broken since {since} .* HTTP 404: no_service \\(3 events waiting\\)$"
@@ -8493,9 +8526,9 @@ class Poison(NotifyingCase):
                 dispatcher.notify([event_of(2)])
                 self.wait_sent("a", 2)
                 texts = server.texts()
-                self.assertIn("Run 'poison' failed", texts[0])
-                self.assertTrue(texts[1].startswith("❌ Run '000000000000000000000001' failed\n"), texts[1])
-                self.assertIn("Run 'n2' stalled", texts[2])
+                self.assertIn("poison failed", texts[0])
+                self.assertTrue(texts[1].startswith("❌ 000000000000000000000001 failed\n"), texts[1])
+                self.assertIn("n2 stalled", texts[2])
                 self.assertEqual((len(texts), self.box.broken()), (3, {}))
                 dispatcher.stop(5.0)
                 self.box.close()
@@ -8507,10 +8540,10 @@ class Poison(NotifyingCase):
         self.dispatcher().notify([event_of(number, "failed") for number in range(10, 16)])
         self.wait_for(lambda: not self.box.waiting_for("a"))
         refused, plain = server.texts()
-        self.assertIn("Run 'n13' failed", refused)
-        self.assertTrue(plain.startswith("6 events: 6 failed\n"), plain)
+        self.assertIn("n13 (", refused)
+        self.assertTrue(plain.startswith("❌ 6 runs failed\n"), plain)
         for number in range(10, 16):
-            self.assertEqual(plain.count(f"Run '{number:024x}' failed"), 1)
+            self.assertEqual(plain.count(f"{number:024x}"), 1)
         self.assertNotIn("node7", plain)
 
     def test_template_that_is_refused_is_left_out(self) -> None:
@@ -8809,7 +8842,7 @@ class NotifiersAdd(NotifierCase):
         stdin = f"logger\n\n\n\n\n\n\ny\nworkplace\n12/3\n123\n{TOKEN} x\n{TOKEN}\n\n\n\n\n\nn\n\n"
         code, out, err = self.add(stdin=stdin)
         self.assertEqual(code, 0)
-        self.assertIn("Run 'sample, sent by 'notifiers test'' stalled", err)
+        self.assertIn("sample, sent by 'notifiers test' stalled", err)
         self.assertRegex(out, r"\nMessage: \(the default message\)\nEvents: (?s:.*)logger \w{8}: delivered: ")
         self.assertEqual([entry["type"] for entry in self.entries().values()], ["logger", "workplace"])
         self.assertIn("Error: group ID '12/3': it must be letters and digits", out)
@@ -9232,7 +9265,7 @@ class NotifiersCommands(NotifierCase):
                 self.assertEqual((found, err), (code, ""))
                 self.assertIn(f"slack abc: {verdict}", out)
                 (text,) = server.texts()
-                self.assertTrue(text.startswith("❗ Run 'sample, sent by 'notifiers test'' stalled"))
+                self.assertTrue(text.startswith("❗ sample, sent by 'notifiers test' stalled"))
 
     def test_sample_goes_to_every_enabled_one(self) -> None:
         server = self.webhook()
@@ -9242,7 +9275,7 @@ class NotifiersCommands(NotifierCase):
         code, out, err = self.run_cli("notifiers", "test")
         self.assertEqual((code, len(server.requests)), (0, 1))
         self.assertEqual(out, "slack a: delivered: HTTP 200: ok\nlogger b: delivered: written to the log\n")
-        self.assertIn("Run 'sample, sent by", err)
+        self.assertIn("sample, sent by", err)
         self.run_cli("notifiers", "test", "c")
         self.assertEqual(len(server.requests), 2)
 
@@ -9514,7 +9547,7 @@ class TestWatcher(WatchCase):
         self.assertEqual((facts["run.silent"], facts["run.promised"]), ("5 s", "3 s"))
         self.assertEqual(facts["run.last_seen"], "2001-09-09T01:46:40+00:00")
         self.assertIn(
-            "Run 'a' stalled: silent for 5 s, promised a check-in within 3 s",
+            "a stalled: silent for 5 s, promised a check-in within 3 s",
             aimwatch.default_message(facts),
         )
 
@@ -10958,7 +10991,7 @@ class TestStart(WatcherProcessCase):
             json.dump({**saved, "mono": saved["mono"] - 1.0}, file)  # a second of waiting
         code, _, err = self.call("start", "--once", "--grace", "0")
         self.assertEqual(code, 1)
-        self.assertIn("Run 'a' stalled: silent for ", err)
+        self.assertIn("a stalled: silent for ", err)
         self.assertEqual(self.sent(), [("a", "stalled")])
         self.check_in("a", 2)
         self.assertEqual(self.call("start", "--once")[0], 0)
@@ -12632,7 +12665,7 @@ class RollCalls(WatchCase):
                 self.assertEqual([("stalled", expected)], self.reasons())
                 facts = self.facts("stalled")
                 self.assertEqual(("r0", "resnet"), (facts["run.hash"], facts["run.name"]))
-                self.assertIn(f"Run 'resnet' stalled: {facts['run.reason']}", aimwatch.summary(facts))
+                self.assertIn(f"resnet stalled: {facts['run.reason']}", aimwatch.summary(facts))
 
     def test_others_are_waited_for_until_their_stacks_are_there(self) -> None:
         self.start(3)
@@ -12778,9 +12811,9 @@ class RanksOfRealProcesses(WatcherProcessCase):
         script = os.path.join(self.root, "train.py")
         write_file(script, RANK)
         for fate, expected in (
-            ("hangs", r"Run 'resnet' stalled: rank 1 on .* stopped first \(.*\), in train.py:5 read_shard; "
+            ("hangs", r"resnet stalled: rank 1 on .* stopped first \(.*\), in train.py:5 read_shard; "
              r"ranks 0 and 2 wait in train.py:7 all_reduce"),
-            ("raises", r"Run 'resnet' failed: rank 1 on .*: ValueError: bad; then ranks 0 and 2: terminated by SIGTERM"),
+            ("raises", r"resnet failed: rank 1 on .*: ValueError: bad; then ranks 0 and 2: terminated by SIGTERM"),
         ):  # fmt: skip
             with self.subTest(fate):
                 self.configure(log={"type": "logger"})
@@ -12793,7 +12826,11 @@ class RanksOfRealProcesses(WatcherProcessCase):
                     ranks[1].wait(30)
                     ranks[0].terminate()
                     ranks[2].terminate()
-                told = next(line for line in iter(watcher.stderr.readline, "") if "Run 'resnet'" in line)
+                told = next(
+                    line
+                    for line in iter(watcher.stderr.readline, "")
+                    if "resnet stalled" in line or "resnet failed" in line
+                )
                 self.assertRegex(told, expected)
                 self.end(watcher)
                 for process in ranks:
@@ -13846,7 +13883,7 @@ class TestBesideAim(WatcherProcessCase):
         self.wait_for(lambda: set(self.sent()) >= expected, 30.0)
         self.assertEqual(sorted(self.sent()), sorted(expected))
         told = self.end(watcher)
-        self.assertIn(f"Run '{second}' stalled: silent for ", told)
+        self.assertIn(f"{second} stalled: silent for ", told)
         self.assertNotIn("not a check-in", told)
         self.assertNotIn("its process", told)
 
