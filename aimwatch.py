@@ -8367,12 +8367,12 @@ def messages_in(data: bytes, level: int) -> List[Dict[str, Any]]:
     return [item for item in messages if item is not None and item["log"] >= level]
 
 
-def message_line(message: Dict[str, Any], at: str) -> str:
-    """Return a log message on one line."""
+def message_line(message: Dict[str, Any], at: str = "") -> str:
+    """Return a log message on one line, with its time (`at`: in other words)."""
     names = {number: name for name, number in LOG_LEVELS.items()}
     level = names.get(message["log"], str(message["log"]))
     params = f" {json.dumps(message['params'])}" if message.get("params") else ""
-    return printable(f"{at} {level} {message['message']}{params}", 1000)
+    return printable(f"{at or local_time(message['time'])} {level} {message['message']}{params}", 1000)
 
 
 def message_facts(paths: RepoPaths, run_hash: str, messages: Sequence[Dict[str, Any]]) -> Facts:
@@ -12865,7 +12865,7 @@ def cmd_show(args: Any) -> int:
     if messages:
         print("\nlog messages")
         for message in messages:
-            print(f"  {message_line(message, local_time(message['time']))}")
+            print(f"  {message_line(message)}")
     return 0
 
 

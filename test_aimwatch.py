@@ -8416,10 +8416,9 @@ class Mending(NotifyingCase):
         at = self.box.broken()["bad"][1]
         self.assertTrue(before - 0.01 <= at <= time.time())
         self.assertRegex(found["broken_since"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00$")
-        row = next(x for x in self.run_cli("notifiers", "list")[1].split("\n") if x.startswith("bad "))
-        since = re.escape(aimwatch.local_time(at))
-        expected = f"enabled, broken since {since} .* HTTP 404: no_service \\(3 events waiting\\)$"
-        self.assertRegex(row, expected)
+        shown = self.run_cli("notifiers", "list")[1]
+        for text in (aimwatch.local_time(at), "HTTP 404: no_service", "3 events waiting"):
+            self.assertIn(text, shown)
         self.run_cli("notifiers", "remove", "bad", "--yes")
         dispatcher.reload_if_changed()
         self.assertEqual((self.box.broken(), self.box.waiting_for("bad")), ({}, []))
@@ -10920,12 +10919,12 @@ class TestStart(WatcherProcessCase):
         self.wait_sent((hashes[0], "failed"), (hashes[1], "stalled"))
         told = self.end(watcher)
         for process, what, text in (
-            (killed, f"'{hashes[0]}' failed: {aimwatch.DIED}", ""),
-            (stopped, rf"'{hashes[1]}' stalled: silent for [0-9.]+ s, promised a check-in within 2 s",
+            (killed, f"{hashes[0]} failed: {aimwatch.DIED}", ""),
+            (stopped, rf"{hashes[1]} stalled: silent for [0-9.]+ s, promised a check-in within 2 s",
              "  its process is still there: it hangs, or is slower than it promised\n"),
         ):  # fmt: skip
             message = (
-                rf"WARNING . Run {what}\n  run .*\n  on .*, process {process.pid}\b.*\n  last seen .*\n{text}"
+                rf"WARNING . {what}\n  run .*\n  on .*, process {process.pid}\b.*\n  last seen .*\n{text}"
             )
             self.assertRegex(told, message)
 
