@@ -10040,7 +10040,7 @@ def page_of(title: str, top: str, about: str, parts: Dict[str, Any]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{} \u00b7 aimwatch</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         '<style>{}</style></head><body><header><a href="{}">aimwatch</a> {}<output></output></header>'
-        '<main>{}</main><div id="tip" role="status"></div><script>{}</script></body></html>\n',
+        '<main>{}</main><script>{}</script></body></html>\n',
         title, Html(PAGE_CSS), top, about, sections, Html(PAGE_JS),
     )  # fmt: skip
 
@@ -10304,10 +10304,11 @@ def chart_svg(name: str, curves: Sequence[Curve], ask: Ask) -> Html:
             text = time.strftime("%b %d" if x.high - x.low > 3 * 86400 else "%H:%M:%S", time.localtime(value))
         axes.append(html('<path d="M{} {}v{}"/>', across, top, height))
         axes.append(html('<text class="x" x="{}" y="{}">{}</text>', across, CHART_SIZE[1] - 6, text))
-    legend = each('<li><i class="{}"></i>{}</li>', [(curve.look, curve.label) for curve in curves])
+    names = [(curve.look, curve.label) for curve in curves]
+    legend = each('<li><i class="{}"></i>{} <b></b></li>', names)
     return html(
-        '<figure><figcaption>{}</figcaption><svg class="chart" viewBox="0 0 {} {}" role="img" tabindex="0"'
-        ' aria-label="{}" data-axis="{}" data-x="{} {} {}" data-box="{} {} {} {}">{}<svg x="{}" y="{}"'
+        '<figure><figcaption>{} <b></b></figcaption><svg class="chart" viewBox="0 0 {} {}" role="img"'
+        ' tabindex="0" aria-label="{}" data-axis="{}" data-x="{} {} {}" data-box="{} {} {} {}">{}<svg x="{}" y="{}"'
         ' width="{}" height="{}">{}</svg></svg><ul class="legend">{}</ul></figure>',
         name, *CHART_SIZE, name, axis, x.low, x.high, int(log_x), *PLOT, axes, *PLOT, shapes, legend,
     )  # fmt: skip
@@ -10463,9 +10464,8 @@ class Site:
         for run_hash in pending:
             with contextlib.suppress(AimwatchError, OSError):
                 fresh.append(self.row(run_hash))
-        rows = [row for row, _ in compile_query(q).matches(fresh)] + [
-            row for row in rows if row["hash"] not in pending
-        ]
+        rows = [row for row in rows if row["hash"] not in pending]
+        rows += [row for row, _ in compile_query(q).matches(fresh)]
         rows.sort(key=operator.itemgetter("created_at"), reverse=True)
         return rows
 
@@ -10516,9 +10516,8 @@ class Site:
             groups.setdefault(row["group"] or row["hash"], []).append(row)
         rows = []
         for row, *others in list(groups.values())[:PAGE_RUNS]:
-            ranks = each(
-                "<p>{} {} {}</p>", [(badge(one["state"]), run_link(one), one["reason"]) for one in others]
-            )
+            said = [(badge(one["state"]), run_link(one), one["reason"]) for one in others]
+            ranks = each("<p>{} {} {}</p>", said)
             more = '<details id="{}"><summary>{} more ranks</summary>{}</details>'
             run = [run_link(row), html("<small>{}</small>", row["experiment"])]
             run += [html(more, row["hash"], len(ranks), ranks)] if ranks else []
@@ -10530,9 +10529,8 @@ class Site:
             ack = f"acknowledged by {row['acknowledged_by']}" if row["acknowledged_by"] else ""
             why = "; ".join(filter(None, [ack, "muted" if row["muted_until"] else "", row["reason"]]))
             since = ago(now - row["last_check_in"])
-            rows.append(
-                [badge(row["state"]), run, since, [promise, progress], [row["host"], job], metrics, why]
-            )
+            where = [row["host"], job]
+            rows.append([badge(row["state"]), run, since, [promise, progress], where, metrics, why])
         left = html("<p>and {} more</p>", len(groups) - len(rows)) if len(groups) > len(rows) else ""
         names = ("state", "run", "last check-in", "promise", "where", "last metrics", "reason")
         return html("{}{}", grid(names, rows), left)
@@ -10575,16 +10573,17 @@ class Site:
         row, now = self.row(run_hash), self._utc()
         live = next((item for item in self.live_rows() if item["hash"] == run_hash), {})
         told = dict(run_fields(row))
-        told.update(
-            (name, live[name]) for name in ("reason", "progress", "acknowledged_by") if live.get(name)
-        )
-        state, reason = live.get("state", row["state"]), told.pop("reason", "")
+        state = live.get("state", row["state"])
         if live:
+            told.update(
+                {name: live[name] for name in ("reason", "progress", "acknowledged_by") if live[name]}
+            )
             told["last check-in"] = ago(now - live["last_check_in"])
             told["promise"] = human_s(live["promise_s"]) if live["promise_s"] else "none"
             told["muted until"] = live["muted_until"] and local_time(live["muted_until"])
         if row["skipped"]:
             told["damage"] = f"{plural(row['skipped'], 'line')} of the log could not be read"
+        reason = told.pop("reason", "")
         fields = each("<div><dt>{}</dt><dd>{}</dd></div>", [item for item in told.items() if item[1]])
         where = "\n".join(map(str, row["frames"]))
         if state == STALLED:
@@ -10644,17 +10643,16 @@ class Site:
 
         choices = []
         for name, options in _CHOICES.items():
-            items = [
-                (value, Html(" selected" * (value == ask.one[name])), options[value]) for value in options
-            ]
+            chosen = Html(" selected"), Html()
+            items = [(value, chosen[value != ask.one[name]], options[value]) for value in options]
             texts = each('<option value="{}"{}>{}</option>', items)
             choices.append(html('<label>{} <select name="{}">{}</select></label>', name, name, texts))
         kept = [pair for pair in ask.pairs if pair[0] in ("q", "run")]
         choices += each('<input type="hidden" name="{}" value="{}">', kept)
-        chosen, pages = ask.pages("page", list(curves), PAGE_CHARTS)
+        names, pages = ask.pages("page", list(curves), PAGE_CHARTS)
         return html(
             '<form class="ask drawn">{}<button>Draw</button></form><div class="charts">{}</div><p>{}</p>',
-            choices, [chart_svg(name, curves[name], ask) for name in chosen],
+            choices, [chart_svg(name, curves[name], ask) for name in names],
             pages if len(curves) > PAGE_CHARTS else "",
         )  # fmt: skip
 
@@ -10695,10 +10693,6 @@ class Site:
         columns, rows = self.listing(ask)
         page, _ = ask.pages("page", rows, PAGE_RUNS)
         return [columns, *([run_cell(row, name) for name in columns] for row in page)]
-
-    def status(self, ask: Ask) -> Dict[str, Any]:
-        """What `status --json` prints."""
-        return status_object(self.paths)
 
     def show(self, ask: Ask, run_hash: str) -> Dict[str, Any]:
         """What `show --json` prints."""
@@ -10779,7 +10773,7 @@ _ROUTES: Tuple[Tuple[str, Callable[..., Any], str, Callable[[Any], str]], ...] =
     (f"run/{_HASH}/points\\.csv", Site.points, "text/csv", as_csv),
     ("runs\\.csv", Site.list_of_runs, "text/csv", as_csv),
     ("metrics", Site.metrics, "application/openmetrics-text; version=1.0.0", str),
-    ("api/status", Site.status, "application/json", as_json),
+    ("api/status", lambda site, ask: status_object(site.paths), "application/json", as_json),
     ("api/runs", Site.list_of_runs, "application/json", as_json),
     (f"api/runs/{_HASH}", Site.show, "application/json", as_json),
     (f"api/runs/{_HASH}/points", Site.points, "application/json", as_json),
@@ -10789,65 +10783,52 @@ _ROUTES: Tuple[Tuple[str, Callable[..., Any], str, Callable[[Any], str]], ...] =
 #: The look of every page.
 PAGE_CSS = """
 :root { --bg: #f6f7f9; --card: #fff; --text: #1c2230; --soft: #5d6778; --line: #dfe3ea; --link: #1d4ed8;
-  --run: #15803d; --bad: #c01c28; --warn: #b45309; --c0: #2563eb; --c1: #dc2626; --c2: #059669; --c3: #d97706;
-  --c4: #7c3aed; --c5: #0891b2; --c6: #be185d; --c7: #65a30d; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { :root { --bg: #12151c; --card: #1a1f29; --text: #e3e7ef;
-  --soft: #98a2b5;
-  --line: #2d3442; --link: #8ab4ff; --run: #4ade80; --bad: #ff7b72; --warn: #fbbf24; --c0: #6ea8fe;
-  --c1: #ff7b72;
-  --c2: #3fd69b; --c3: #f5b041; --c4: #b794f6; --c5: #4dd0e1; --c6: #f472b6; --c7: #a3e635; } }
-* { box-sizing: border-box; overflow-wrap: anywhere; }
-body { margin: 0; background: var(--bg); color: var(--text); font: 14px/1.45 system-ui, sans-serif; }
-a { color: var(--link); text-decoration: none; }
-header { padding: .6em 1.2em; background: var(--card); border-bottom: 1px solid var(--line);
-  color: var(--soft); }
-header a { font: 700 1.15em system-ui; color: var(--text); margin-right: .6em; }
-  output { color: var(--bad); float: right; }
-main { max-width: 1360px; margin: 0 auto; padding: 0 1.2em 3em; }
-h1 { font-size: 1.35em; margin: .6em 0; } h2 { font-size: 1.1em; margin: 1.6em 0 .5em; }
-  #State h2 { display: none; }
-p { margin: .5em 0; } small { display: block; color: var(--soft); } .none, .good { color: var(--soft); }
+  --run: #15803d; --bad: #c01c28; --warn: #b45309; --c0: #2563eb; --c1: #dc2626; --c2: #059669; --c3:
+  #d97706; --c4: #7c3aed; --c5: #0891b2; --c6: #be185d; --c7: #65a30d; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) { :root { --bg: #12151c; --card: #1a1f29; --text: #e3e7ef; --soft:
+  #98a2b5; --line: #2d3442; --link: #8ab4ff; --run: #4ade80; --bad: #ff7b72; --warn: #fbbf24; --c0: #6ea8fe;
+  --c1: #ff7b72; --c2: #3fd69b; --c3: #f5b041; --c4: #b794f6; --c5: #4dd0e1; --c6: #f472b6; --c7: #a3e635; }
+  }
+* { box-sizing: border-box; overflow-wrap: anywhere; } body { margin: 0; background: var(--bg); color:
+  var(--text); font: 14px/1.45 system-ui, sans-serif; } a { color: var(--link); text-decoration: none; }
+  header { padding: .6em 1.2em; background: var(--card); border-bottom: 1px solid var(--line); color:
+  var(--soft); } header a { font: 700 1.15em system-ui; color: var(--text); margin-right: .6em; } output {
+  color: var(--bad); float: right; }
+main { max-width: 1360px; margin: 0 auto; padding: 0 1.2em 3em; } h1 { font-size: 1.35em; margin: .6em 0; }
+  h2 { font-size: 1.1em; margin: 1.6em 0 .5em; } #State h2 { display: none; } p { margin: .5em 0; } small {
+  display: block; color: var(--soft); } .none, .good { color: var(--soft); }
 pre { font: .92em/1.5 ui-monospace, monospace; white-space: pre-wrap; padding: .7em; margin: .5em 0; }
-pre, .wide, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
-.state { white-space: nowrap; font-weight: 600; color: var(--soft); } .running { color: var(--run); }
-.state.failed, .bad { color: var(--bad); } .stalled { color: var(--warn); } .chip { margin-right: 1.4em; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: .45em .7em; }
-th { color: var(--soft); font-weight: 500; font-size: .9em; } th a { color: inherit; }
-tbody tr { border-top: 1px solid var(--line); } tbody tr:hover { background: var(--bg); }
-.ask { display: flex; flex-wrap: wrap; gap: .6em 1em; align-items: center; margin: .6em 0;
-  color: var(--soft); }
-input, select, button { font: inherit; color: var(--text); background: var(--card);
-  border: 1px solid var(--line);
-  border-radius: 6px; padding: .3em .6em; max-width: 75vw; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(250px, 45%), 1fr)); gap: .6em 1.4em; }
-dt { color: var(--soft); font-size: .88em; } dd { margin: 0; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); gap: 1em; }
-figure { margin: 0; padding: .7em; min-width: 0; } figcaption { font-weight: 600; }
-.legend { display: flex; flex-wrap: wrap; gap: 0 1em; margin: .3em 0 0; padding: 0; color: var(--soft);
-  font-size: .9em; }
-.legend li { list-style: none; } .legend i { display: inline-block; width: 1.2em; margin-right: .4em;
-  vertical-align: middle; border-top: 3px solid; } .legend .d1 { border-style: dashed; }
-  .legend .d2 { border-style: dotted; }
+pre, .wide, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; } .state {
+  white-space: nowrap; font-weight: 600; color: var(--soft); } .running { color: var(--run); }
+  .state.failed, .bad { color: var(--bad); } .stalled { color: var(--warn); } .chip { margin-right: 1.4em; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; } th, td { text-align: left;
+  vertical-align: top; padding: .45em .7em; } th { color: var(--soft); font-weight: 500; font-size: .9em; }
+  th a { color: inherit; } tbody tr { border-top: 1px solid var(--line); } tbody tr:hover { background:
+  var(--bg); }
+.ask { display: flex; flex-wrap: wrap; gap: .6em 1em; align-items: center; margin: .6em 0; color:
+  var(--soft); } input, select, button { font: inherit; color: var(--text); background: var(--card); border:
+  1px solid var(--line); border-radius: 6px; padding: .3em .6em; max-width: 75vw; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(250px, 45%), 1fr)); gap: .6em 1.4em;
+  } dt { color: var(--soft); font-size: .88em; } dd { margin: 0; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); gap: 1em;
+  } figure { margin: 0; padding: .7em; min-width: 0; } figcaption { font-weight: 600; } figure b { color:
+  var(--text); font-weight: 500; float: right; } .legend b { float: none; } .legend { display: flex;
+  flex-wrap: wrap; gap: 0 1em; margin: .3em 0 0; padding: 0; color: var(--soft); font-size: .9em; } .legend
+  li { list-style: none; } .legend i { display: inline-block; width: 1.2em; margin-right: .4em;
+  vertical-align: middle; border-top: 3px solid; } .legend .d1 { border-style: dashed; } .legend .d2 {
+  border-style: dotted; }
 svg.chart { display: block; width: 100%; touch-action: pan-y; cursor: crosshair; }
-svg.chart:focus-visible { outline: 2px solid var(--link); } path { stroke: var(--line); }
-svg text { font-size: 11px; fill: var(--soft); text-anchor: middle; }
-svg .y { text-anchor: end; dominant-baseline: middle; }
-  svg .mark { font: 700 13px system-ui; fill: currentColor; }
-polyline { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linejoin: round;
-  stroke-linecap: round; }
-.dot { stroke-width: 6; }
-.raw { opacity: .3; } .d1 { stroke-dasharray: 6 3; } .d2 { stroke-dasharray: 2 3; }
-  rect { fill: var(--link); opacity: .15; }
-.c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
-.c4 { color: var(--c4); } .c5 { color: var(--c5); } .c6 { color: var(--c6); } .c7 { color: var(--c7); }
-#tip { position: fixed; pointer-events: none; background: var(--card); border: 1px solid var(--line);
-  border-radius: 6px;
-  padding: .4em .6em; font-size: .88em; max-width: 22em; } #tip:empty { display: none; }
-@media (max-width: 640px) { thead { display: none; } tr { display: block; padding: .5em 0; }
-  td:empty { display: none; }
-  td { display: block; position: relative; padding: .12em .6em .12em 8.2em; }
-  td::before { content: attr(data-name); color: var(--soft); position: absolute; left: .6em; } }
+svg.chart:focus-visible { outline: 2px solid var(--link); } path { stroke: var(--line); } svg text {
+  font-size: 11px; fill: var(--soft); text-anchor: middle; } svg .y { text-anchor: end; dominant-baseline:
+  middle; } svg .mark { font: 700 13px system-ui; fill: currentColor; }
+polyline { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linejoin: round; stroke-linecap:
+  round; } .dot { stroke-width: 6; } .raw { opacity: .3; } .d1 { stroke-dasharray: 6 3; } .d2 {
+  stroke-dasharray: 2 3; } rect { fill: var(--link); opacity: .15; } .c0 { color: var(--c0); } .c1 { color:
+  var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color:
+  var(--c5); } .c6 { color: var(--c6); } .c7 { color: var(--c7); }
+@media (max-width: 640px) { thead { display: none; } tr { display: block; padding: .5em 0; } td:empty {
+  display: none; } td { display: block; position: relative; padding: .12em .6em .12em 8.2em; } td::before {
+  content: attr(data-name); color: var(--soft); position: absolute; left: .6em; } }
 """
 #: What refreshes a page, and lets people read and zoom charts.
 PAGE_JS = r"""
@@ -10855,7 +10836,7 @@ PAGE_JS = r"""
 (() => {
   const all = (what, from = document) => [...from.querySelectorAll(what)];
   const nums = text => text.split(" ").map(Number);
-  const tip = document.getElementById("tip"), trouble = document.querySelector("output");
+  const trouble = document.querySelector("output");
   const chartAt = event => event.target.closest?.("svg.chart");
   let etag = "", pointer = null, drag = null, cursor = null;
   const human = s => s < 60 ? Math.max(1, Math.round(s)) + " s" : s < 3600 ? Math.floor(s / 60) + " min"
@@ -10882,6 +10863,7 @@ PAGE_JS = r"""
     all("[name=run]").forEach(box => { box.checked = ticked.has(box.value); });
     all("details").forEach(item => { item.open = open.has(item.id); });
     if (at >= 0) all(".chart")[at]?.focus({preventScroll: true});
+    if (pointer) read(document.elementFromPoint(pointer.clientX, pointer.clientY)?.closest("svg.chart"));
   }
   async function refresh(now) {
     if (drag || (document.hidden && !now)) return;
@@ -10917,31 +10899,23 @@ PAGE_JS = r"""
   }
   const points = line => line.dataset.v.split(" ").map(pair => pair.split(",").map(Number));
   const nearest = (found, x) => found.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
+  // Writes what lies at a place of a chart beside its name and into its legend.
   function read(chart, x) {
     cursor?.remove();
-    tip.textContent = "";
-    const lines = chart ? all("polyline", chart) : [];
-    if (!lines.length) return;
-    const scale = axis(chart), names = all(".legend li", chart.parentNode), found = {};
-    const kind = chart.dataset.axis;
-    x = chart.reading = nearest(lines.flatMap(points), x ?? scale.value(pointer.clientX))[0];
-    const at = scale.at(x), px = scale.box.left + at * scale.unit;
-    cursor = shape(chart, "path", {d: `M${at} ${scale.top}v${scale.height}`});
+    all("figure b").forEach(item => { item.textContent = ""; });
+    if (!chart?.querySelector("polyline")) return;
+    const scale = axis(chart), kind = chart.dataset.axis, figure = chart.parentNode;
     const words = x =>
       kind === "time" ? new Date(x * 1000).toLocaleString() : kind === "since" ? human(x) : x;
-    const say = (className, textContent) =>
-      Object.assign(tip.appendChild(document.createElement("div")), {className, textContent});
-    say("", kind + " " + words(x));
-    for (const line of lines) (found[line.dataset.n + line.classList] ??= [line]).push(...points(line));
-    for (const [line, ...own] of Object.values(found).slice(0, 24)) {
-      const point = nearest(own, x), name = names[line.dataset.n].textContent;
-      const where = point[0] === x ? "" : " at " + words(point[0]);
-      const raw = line.classList.contains("raw") ? " (raw): " : ": ";
-      say(line.classList[0], name + raw + +point[1].toPrecision(8) + where);
-    }
-    const fits = px + tip.offsetWidth + 16 < document.documentElement.clientWidth;
-    tip.style.left = Math.max(4, fits ? px + 12 : px - tip.offsetWidth - 12) + "px";
-    tip.style.top = Math.max(4, scale.box.top + 12) + "px";
+    const lines = all(chart.querySelector(".raw") ? ".raw" : "polyline", chart);
+    x = chart.reading = nearest(lines.flatMap(points), x ?? scale.value(pointer.clientX))[0];
+    cursor = shape(chart, "path", {d: `M${scale.at(x)} ${scale.top}v${scale.height}`});
+    figure.querySelector("figcaption b").textContent = kind + " " + words(x);
+    all("li b", figure).forEach((item, nth) => {
+      const own = lines.filter(line => +line.dataset.n === nth).flatMap(points);
+      const [at, y] = own.length ? nearest(own, x) : [];
+      if (own.length) item.textContent = +y.toPrecision(8) + (at === x ? "" : " at " + words(at));
+    });
   }
   function zoom(...ends) {
     const url = new URL(location.href);
