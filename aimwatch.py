@@ -2708,8 +2708,6 @@ def checked_run_hash(value: Any) -> str:
 _OFF = ("0", "no", "off", "false")
 #: A promise that is learned from the times between reports, and how often these are looked at.
 AUTO, LEARN_S = "auto", 1.0
-#: What `progress` and `callback` promise where nothing else is said.
-LOOP_EXPECT: Union[float, str] = 60.0
 #: A promise of 0 is written again this often, so that people see the run alive.
 IDLE_CHECK_IN_S = 30.0
 #: How many of the last lines of a program's output are kept, and how much of each.
@@ -3067,7 +3065,7 @@ class Run:
         items: Iterable[Item],
         *,
         total: Optional[int] = None,
-        expect_next_in: Union[int, float, str] = LOOP_EXPECT,
+        expect_next_in: Union[int, float, str] = AUTO,
     ) -> Iterator[Item]:
         """Report progress for each item of a loop, and how much of it is done where its length is known.
         Loops may be nested::
@@ -3979,7 +3977,7 @@ _SUBSET = re.compile(r"(train|val|valid|validation|eval|test)[_/](.+)")
 
 
 def callback(
-    run: Optional[Run] = None, expect_next_in: Union[int, float, str] = LOOP_EXPECT, **run_arguments: Any
+    run: Optional[Run] = None, expect_next_in: Union[int, float, str] = AUTO, **run_arguments: Any
 ) -> Any:
     """Return a callback for the trainers of Transformers and Lightning and for Keras' `fit`, which reports
     progress, tracks metrics and records params::
@@ -3987,7 +3985,7 @@ def callback(
         Trainer(..., callbacks=[aimwatch.callback(experiment="resnet")])
 
     Arguments:
-        run: the run; None: one is made when the training begins, in the process of rank 0.
+        run: the run; None: one is made when the training begins, in every rank that is known as one.
         expect_next_in: as of `Run.report_progress`.
         run_arguments: what the `Run` is made with.
     """
@@ -4061,8 +4059,10 @@ class LoopCallback:
             rank_0, look = True, self._look_at_keras
         self._model = args[0] if name == "set_model" else self._model
         self._fit = args[0] or {} if name == "set_params" else self._fit
-        if not rank_0 or name in _EARLY_HOOKS or (name == "on_exception" and self.run is None):
+        if name in _EARLY_HOOKS or (name == "on_exception" and self.run is None):
             return
+        if not rank_0 and not describe_rank():
+            return  # nobody could tell the run of another rank from that of the first
         run = self.run = self.run or Run(**self._given[2])
         if name == "on_exception":
             self._training = False

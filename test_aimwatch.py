@@ -1043,7 +1043,51 @@ class HeartbeatPromise(HandDriven):
             run.close()
 
 
-class LearnedPromise(Case):
+class LearnedPromise(HandDriven):
+    def test_auto_promises_what_was_learned(self) -> None:
+        run = self.run_object("r")
+        run.report_progress(expect_next_in="auto")
+        self.assertEqual(self.promised(run), 1830)
+        for _ in range(60):
+            for _ in range(5):  # within a second, only the first is looked at
+                run.report_progress(expect_next_in="auto")
+                self.clock.pass_(0.5)
+        self.assertLess(self.promised(run), 90)
+        self.clock.pass_(300)
+        run.report_progress(expect_next_in="".join(["au", "to"]))
+        self.assertEqual(self.promised(run) // 10, 93)
+        run.report_progress(expect_next_in=100)
+        self.assertEqual(self.promised(run), 110)
+        for wrong in ("aut", "AUTO", b"auto"):
+            with self.assertRaisesRegex(TypeError, '"auto" for one that is learned'):
+                run.report_progress(expect_next_in=wrong)  # type: ignore[arg-type]
+
+    def test_phase_covers_what_is_slow_and_nothing_is_learned_of_it(self) -> None:
+        run = self.run_object("r")
+        for _ in range(40):
+            run.report_progress(expect_next_in="auto")
+            self.clock.pass_(2)
+        before = self.promised(run)
+        with run.phase("eval", expect=2000):
+            self.assertEqual(self.promised(run), 2030)
+            self.clock.pass_(1000)
+            run.report_progress(expect_next_in="auto")
+            self.assertEqual(self.promised(run), 2030)
+            with run.phase("part", expect=500):
+                self.assertEqual(self.promised(run), 530)
+            self.assertEqual(self.promised(run), 2030)
+            self.clock.pass_(900)
+        self.assertEqual(self.promised(run), before)
+        self.assertEqual([message["message"] for message in aimwatch.read_messages(self.paths.run_log("r"))],
+                         ["phase eval", "phase part"])  # fmt: skip
+        with self.assertRaises(ZeroDivisionError), run.phase("raises", expect=5):
+            1 / 0  # noqa: B018
+        with self.assertRaises(aimwatch.ArgumentError), run.phase("x", expect=-1):
+            pass
+        run.close()
+        with run.phase("closed", expect=5):
+            pass
+
     def test_no_rhythm_is_taken_for_a_hang(self) -> None:
         for name, by_hand_s, gaps in rhythms(random.Random(12)):
             with self.subTest(name):
@@ -1990,6 +2034,11 @@ class Loops(HandDriven):
         callback.on_init_end(args, state, None)
         callback.on_train_begin(args, state, None, model=None)
         self.assertEqual(self.check_ins(), [])
+        with mock.patch.dict(os.environ, RANK="1", WORLD_SIZE="2"):
+            other = aimwatch.callback(repo=self.root)
+            other.on_train_begin(args, state, None, model=None)
+            self.assertTrue(self.check_ins(other.run.hash)[-1].endswith("-01830"), "every known rank has one")
+            other.run.close()
         state.is_world_process_zero = True
         callback.on_train_begin(args, state, None, model=None)
         run = callback.run
