@@ -7210,7 +7210,7 @@ def send_email(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> 
     if refused:
         # Sent again, it would reach the others twice.
         text = printable(f"accepted, except for {', '.join(refused)}", 200)
-        log.warning("notifier %s %s: the mail was %s", notifier.type, notifier.id[:8], text)
+        log.warning("notifier %s %s: the mail was %s", notifier.type, notifier.shown_as, text)
         return Outcome(SENT, text)
     return Outcome(SENT, f"accepted by {arguments['host']}")
 
@@ -7587,7 +7587,7 @@ class NotifierThread(threading.Thread):
 
     def _send(self, notifier: Notifier, batch: List[Event], alarm: Optional[Event]) -> float:
         """Send `batch`, which may be an alarm, in one message, and return how long to rest."""
-        name = f"{notifier.type} {self.id[:8]}"
+        name = f"{notifier.type} {notifier.shown_as}"
         outcome = self._deliver(notifier, batch, name)
         if notifier is not self.notifier and outcome.kind != SENT:
             return MIN_POST_GAP_S  # as it is configured now, it has not been tried
@@ -7699,7 +7699,7 @@ class Dispatcher:
         self._queries = {item.id: compile_query(item.where) for item in usable if item.where}
         self._outbox.forget_notifiers({*self._notifiers, *(item.id for item in notifiers)})
         for item in unusable:
-            log.error("notifier %s %s; it is not used", item.id[:8], item.problem)
+            log.error("notifier %s %s; it is not used", item.shown_as, item.problem)
             self._outbox.note_broken(item.id, printable(item.problem or "", 300))
         for item in usable:
             if not self._outbox.waiting_for(item.id):
@@ -7716,7 +7716,7 @@ class Dispatcher:
                 self._threads[item.id] = thread
             except RuntimeError as error:
                 if self._complete:
-                    log.error("notifier %s waits: %s; trying again", item.id[:8], error)
+                    log.error("notifier %s waits: %s; trying again", item.shown_as, error)
                 self._complete = False
 
     def _stat(self) -> Any:
@@ -7751,7 +7751,7 @@ class Dispatcher:
     def describe(self) -> str:
         """Return who is notified, for people: `slack 5c42d699, logger`."""
         usable = [item for item in self._notifiers.values() if not item.problem]
-        return ", ".join(x.type if x.id == x.type else f"{x.type} {x.id[:8]}" for x in usable)
+        return ", ".join(x.type if x.id == x.type else f"{x.type} {x.shown_as}" for x in usable)
 
     def wanted(self, kind: str) -> bool:
         """True where some notifier wants events of this kind."""
@@ -7797,12 +7797,12 @@ class Dispatcher:
             item = self._notifiers.get(self._outages.pop(event_id))
             if item is not None:
                 facts = {"event": TROUBLE, "repo": self._paths.root, "look": "notifiers list"}
-                facts["run.reason"] = f"notifier {item.type} {item.id[:8]} works again"
+                facts["run.reason"] = f"notifier {item.type} {item.shown_as} works again"
                 self.notify([Event(event_id + MENDED, TROUBLE, facts)], but=item.id)
         for notifier_id, (reason, since) in self._outbox.broken().items():
             event_id, item = f"{BROKEN}-{notifier_id}-{since:.3f}", self._notifiers.get(notifier_id)
             if item is not None and usable - {notifier_id} and not self._outbox.knows(event_id):
-                what = f"notifier {item.type} {notifier_id[:8]} does not work: {reason}"
+                what = f"notifier {item.type} {item.shown_as} does not work: {reason}"
                 facts = {"event": TROUBLE, "repo": self._paths.root, "look": "notifiers list"}
                 facts["run.reason"] = printable(f"{what}; what waits for it is kept until it is mended")
                 self._outages[event_id] = notifier_id
@@ -11783,7 +11783,8 @@ def status_object(paths: RepoPaths) -> Dict[str, Any]:
             problem = item.problem or outbox.broken().get(item.id, ("",))[0]
             if item.enabled and problem:
                 waiting = len(outbox.waiting_for(item.id))
-                notifiers.append({"id": item.id, "type": item.type, "problem": problem, "waiting": waiting})
+                known = {"id": item.id, "name": item.shown_as, "type": item.type}
+                notifiers.append({**known, "problem": problem, "waiting": waiting})
     runs = status_rows(paths, saved)
     return {"repo": paths.root, "watcher": watcher, "notifiers_that_do_not_work": notifiers, "runs": runs}
 
@@ -11859,7 +11860,7 @@ def cmd_status(args: Any) -> int:
         print(f"repository {found['repo']}\n{found['watcher']['text']}")
         for item in found["notifiers_that_do_not_work"]:
             waits = f"; {plural(item['waiting'], 'event')} waiting" if item["waiting"] else ""
-            print(f"notifier {item['type']} {item['id'][:8]} does not work: {item['problem']}{waits}")
+            print(f"notifier {item['type']} {item['name']} does not work: {item['problem']}{waits}")
         _print_status(paths, found["runs"], time.time())
     bad = any(row["state"] in (STALLED, FAILED) and not row["acknowledged_by"] for row in found["runs"])
     return 0 if found["watcher"]["alive"] and not bad else 1

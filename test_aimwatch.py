@@ -8156,10 +8156,10 @@ class Notifying(NotifyingCase):
         self.assertEqual(
             self.logged.lines,
             [
-                "WARNING notifier slack abcdefgh: HTTP 500: no /***; trying again",
-                f"WARNING notifier slack abcdefgh: HTTP 404: /***; {kept}",
-                "INFO notifier slack abcdefgh is reached again",
-                "INFO notifier slack abcdefgh was sent 1 event",
+                "WARNING notifier slack abcdefghijk: HTTP 500: no /***; trying again",
+                f"WARNING notifier slack abcdefghijk: HTTP 404: /***; {kept}",
+                "INFO notifier slack abcdefghijk is reached again",
+                "INFO notifier slack abcdefghijk was sent 1 event",
             ],
         )
 
