@@ -3564,7 +3564,7 @@ class NarrowingTest(IndexCase):
             ("run.seed in (7, None)", 12, "07"), ("run.no is None and run.seed", 12, ""),
             ("run.d == {'k': 5}", 12, "05"), ("run.d.k == run.seed + run.no", 12, ""),
             ("run.seed == float('nan')", 12, ""), ("run.text > 'y'", 12, ""),
-            ("run.metrics['loss'].min != 0", 12, ""),
+            ("run.metrics['loss'].min != 0", 12, ""), ("run.metrics['no'].min in (0, None) and run.seed == 7", 1, "07"),
         ):  # fmt: skip
             for many in (1, 5, 2000):
                 with self.subTest(text, many=many), mock.patch.object(aimwatch, "_MANY", many):
@@ -4840,6 +4840,9 @@ class IndexFile(StoredCase):
             with self.subTest(what):
                 self.assertEqual(self.answers(), expected)
                 found = self.reindexed()
+                with contextlib.closing(sqlite3.connect(self.paths.index)) as db:
+                    version = db.execute("PRAGMA user_version").fetchone()
+                self.assertEqual(version, (aimwatch.INDEX_VERSION,))
                 self.assertEqual(found["runs"], self.rebuilt()["runs"])
         with self.subTest("a folder"):
             os.unlink(self.paths.index)
