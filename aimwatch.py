@@ -10308,8 +10308,8 @@ def chart_svg(name: str, curves: Sequence[Curve], ask: Ask) -> Html:
     legend = each('<li><i class="{}"></i>{} <b></b></li>', names)
     return html(
         '<figure><figcaption>{} <b></b></figcaption><svg class="chart" viewBox="0 0 {} {}" role="img"'
-        ' tabindex="0" aria-label="{}" data-axis="{}" data-x="{} {} {}" data-box="{} {} {} {}">{}<svg x="{}" y="{}"'
-        ' width="{}" height="{}">{}</svg></svg><ul class="legend">{}</ul></figure>',
+        ' tabindex="0" aria-label="{}" data-axis="{}" data-x="{} {} {}" data-box="{} {} {} {}">{}'
+        '<svg x="{}" y="{}" width="{}" height="{}">{}</svg></svg><ul class="legend">{}</ul></figure>',
         name, *CHART_SIZE, name, axis, x.low, x.high, int(log_x), *PLOT, axes, *PLOT, shapes, legend,
     )  # fmt: skip
 
@@ -10663,7 +10663,7 @@ class Site:
             asked = [row["hash"] for row in self.runs(ask.one["q"])]
         rows = [self.row(run_hash) for run_hash in list(dict.fromkeys(asked))[:MOST_COMPARED]]
         facts = [_compared(row) for row in rows]
-        names = [(row["name"] or row["hash"])[:12] for row in rows]
+        names = [(row["name"] or row["hash"])[-12:] for row in rows]
         differ = []
         for name in dict.fromkeys(itertools.chain(*facts)):
             texts = [shown(fields.get(name), "") for fields in facts]
@@ -10800,7 +10800,8 @@ main { max-width: 1360px; margin: 0 auto; padding: 0 1.2em 3em; } h1 { font-size
 pre { font: .92em/1.5 ui-monospace, monospace; white-space: pre-wrap; padding: .7em; margin: .5em 0; }
 pre, .wide, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; } .state {
   white-space: nowrap; font-weight: 600; color: var(--soft); } .running { color: var(--run); }
-  .state.failed, .bad { color: var(--bad); } .stalled { color: var(--warn); } .chip { margin-right: 1.4em; }
+  .state.failed, .bad { color: var(--bad); } .stalled { color: var(--warn); } .chip { margin-right: 1.4em;
+  white-space: nowrap; display: inline-block; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; } th, td { text-align: left;
   vertical-align: top; padding: .45em .7em; } th { color: var(--soft); font-weight: 500; font-size: .9em; }
   th a { color: inherit; } tbody tr { border-top: 1px solid var(--line); } tbody tr:hover { background:
