@@ -8273,6 +8273,8 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
         facts["run.state"] = state.end["end"]
     if isinstance(end, dict):
         reason = str(end.get("reason") or "").split("\n")
+        if state.end is None:
+            reason = [reason[0].replace("terminated by", "it got")]
         facts["run.reason"] = "\n".join(printable(line) for line in reason[:MAX_FACT_LINES])
         frames = end.get("frames")
         if isinstance(frames, list):
@@ -8314,8 +8316,8 @@ def change_facts(paths: RepoPaths, change: Change, in_full: bool = True) -> Fact
     facts["run.last_seen"] = iso_time(watched.since_utc, "seconds")
     facts["run.promised"] = human_s(watched.promise_s) if watched.promise_s else ""
     facts["run.silent"] = human_s(change.silent_s)
-    if change.kind == FAILED and not facts.get("run.reason"):
-        facts["run.reason"] = change.note
+    if change.kind == FAILED:
+        facts["run.reason"] = change.note or facts.get("run.reason", "")
     if change.kind == STALLED:
         facts["run.reason"] = "; ".join(filter(None, (facts.get("run.reason"), change.note)))
         if in_full:
