@@ -4406,7 +4406,7 @@ def _connect(path: str, busy_timeout_s: float, mode: str) -> sqlite3.Connection:
     import sqlite3
     from urllib.parse import quote
 
-    uri = f"file:{quote(path)}?mode={mode}"
+    uri = f"file:{quote(os.fsencode(path))}?mode={mode}"
     return sqlite3.connect(
         uri, timeout=busy_timeout_s, isolation_level=None, uri=True, check_same_thread=False
     )

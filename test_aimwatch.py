@@ -4794,6 +4794,16 @@ class StoredCase(RecordingCase):
 
 
 class IndexFile(StoredCase):
+    @unittest.skipUnless(sys.platform == "linux", "other systems refuse such a name")
+    def test_repository_may_have_a_path_that_is_no_text(self) -> None:
+        root = os.path.join(self.root, os.fsdecode(b"a\xff?%#"))
+        run = Run(repo=root)
+        run.close()
+        for command in (("runs", "--columns", "hash", "--csv"), ("reindex",), ("metrics",), ("status",)):
+            code, out, err = self.run_cli("--repo", root, *command)
+            self.assertEqual((code, "Traceback" in err), (1 if command == ("status",) else 0, False))
+            self.assertEqual(run.hash in out, command[0] == "runs")
+
     def test_runs_index_themselves_as_a_rebuild_would(self) -> None:
         self.fill()
         self.assertEqual(self.pending(), ["dead", "live"])
