@@ -2539,7 +2539,7 @@ def other():
 threading.Thread(target=other, daemon=True).start()
 run = Run("r")
 path, stacks = run._paths.stack("r"), aimwatch._process.stacks
-for _ in range(200):
+for _ in range(50):
     stacks.arm(path, time.monotonic(), run._place)
     while not os.path.exists(path):
         busy()
@@ -2762,10 +2762,10 @@ class HangingFrames(Case):
         )
         self.assertEqual((len(lines), len(lines[0])), (1, 202))
         self.assertIn("\\x1b[2J@all:1", lines[0])
-        begun = time.monotonic()
+        begun = time.process_time()
         self.frames(' (most recent call first):\n  File "' + '", line ' * 200_000)
         self.frames(" (most recent call first):\n" + '  File "", line 1 in x\n' * 50_000)
-        self.assertLess(time.monotonic() - begun, 5)
+        self.assertLess(time.process_time() - begun, 5)
 
     def test_no_file_of_ours_is_not_read(self) -> None:
         path, before = self.paths.stack("r"), open_fds()
@@ -4912,25 +4912,29 @@ class IndexFile(StoredCase):
 
     def test_nobody_waits_longer_for_the_index_than_was_said(self) -> None:
         self.fill()
-        expected = self.answers()
+        expected, defaults = self.answers(), aimwatch.open_index.__kwdefaults__
         with contextlib.closing(sqlite3.connect(self.paths.index, isolation_level=None)) as db:
             for begin in ("BEGIN EXCLUSIVE", "BEGIN; SELECT * FROM runs"):
-                with self.subTest(begin), mock.patch.object(aimwatch, "INDEX_ITSELF_S", 0.1):
+                with self.subTest(begin), mock.patch.object(
+                    aimwatch, "INDEX_ITSELF_S", 0.1
+                ), mock.patch.object(
+                    aimwatch.open_index, "__kwdefaults__", {**defaults, "busy_timeout_s": 60.0}
+                ):
                     for statement in begin.split("; "):
                         db.execute(statement).fetchall()
                     begun = time.monotonic()
                     Run("late", repo=self.root).close()
-                    self.assertLess(time.monotonic() - begun, 1.5)
+                    self.assertLess(time.monotonic() - begun, 30)
                     self.assertIn("late", self.pending())
                     db.execute("COMMIT")
             db.execute("BEGIN EXCLUSIVE")
-            with mock.patch.object(aimwatch.open_index, "__kwdefaults__", {
-                **aimwatch.open_index.__kwdefaults__, "busy_timeout_s": 0.05
-            }):  # fmt: skip
+            with mock.patch.object(
+                aimwatch.open_index, "__kwdefaults__", {**defaults, "busy_timeout_s": 0.05}
+            ):
                 begun = time.monotonic()
                 aimwatch.Repo(self.root).delete_run("late")
                 self.assertEqual(self.answers(), expected)
-                self.assertLess(time.monotonic() - begun, 4)
+                self.assertLess(time.monotonic() - begun, 20)
             with mock.patch.object(aimwatch, "BUSY_S", 0.1):
                 with self.assertRaisesRegex(aimwatch.IndexBusy, "index.sqlite is in use: try again later"):
                     aimwatch.Repo(self.root).reindex()
@@ -5741,8 +5745,8 @@ class ReindexThreads(StoredCase):
             time.sleep(0.1)
             self.assertEqual(self.state("new"), None)
             begun = time.monotonic()
-            thread.stop(10)
-            self.assertLess(time.monotonic() - begun, 5)
+            thread.stop(30)
+            self.assertLess(time.monotonic() - begun, 20)
         self.assertFalse(thread.is_alive())
         self.die("another")
         self.die("fine")
@@ -7813,7 +7817,7 @@ class Commands(NotifierCase):
         batch = [facts_of(run_reason="x" * 900, run_frames="y" * 900)] * 100
         begun = time.monotonic()
         self.assertEqual(self.run_program(script, path, batch=batch).kind, "sent")
-        self.assertLess(time.monotonic() - begun, 5)
+        self.assertLess(time.monotonic() - begun, aimwatch.ATTEMPT_S - 1)
         os.kill(int(read_file(path)), signal.SIGKILL)
 
     def refused(self) -> bool:
@@ -11041,7 +11045,7 @@ class TestStart(WatcherProcessCase):
                 watcher.send_signal(number)
                 watcher.communicate(timeout=20)
                 # 2 s are promised; a busy machine has the rest. What hangs would hang for 10 s.
-                self.assertLess(time.monotonic() - begun, 3.5)
+                self.assertLess(time.monotonic() - begun, 8)
                 self.assertEqual((self.sent(), watcher.returncode), ([], 1 if "--once" in options else 0))
 
     def test_single_pass_exits_1_when_a_run_is_stalled_or_failed(self) -> None:
@@ -13109,13 +13113,14 @@ os._exit(0)
             for pid in reversed(pids):
                 os.kill(pid, signal.SIGUSR1)
 
-        for send in (one, group, step, backwards):
+        sends = (one, group, step, backwards)
+        processes = [self.python(COUNTS_SIGNALS) for _ in sends]
+        for send, process in zip(sends, processes):
+            send(process, list(map(int, process.stdout.readline().split()[1:])))
+        time.sleep(3 * aimwatch.SAME_SIGNAL_S)  # within which a second one would come
+        for send, process in zip(sends, processes):
             with self.subTest(send.__name__):
-                process = self.python(COUNTS_SIGNALS)
-                pids = list(map(int, process.stdout.readline().split()[1:]))
-                send(process, pids)
                 self.assertEqual(b"USR1\n", process.stdout.readline())
-                time.sleep(3 * aimwatch.SAME_SIGNAL_S)  # within which a second one would come
                 process.terminate()
                 self.assertEqual(b"1\n", process.stdout.readline())
                 self.assertEqual(0, process.wait(30))
@@ -13132,28 +13137,31 @@ os._exit(0)
 
 
 class HeartbeatsOfPrograms(ExecCase):
-    def numbers(self) -> List[int]:
-        return [int(name.split("-")[1]) for name in self.check_ins()]
-
     def test_output_and_computing_are_signs_of_life(self) -> None:
-        silent, slow = (
-            "import time; time.sleep(600)",
-            "import time\nwhile True: print(end='.', flush=True); time.sleep(.1)",
-        )
-        for code, lives in ((silent, False), (slow, True), ("while True: pass", True)):
-            with self.subTest(code):
-                process = self.python(code, options=["--expect", "1"])
-                self.wait_for(lambda: self.flags()[-1:] == ["check_in"])
-                first = self.numbers()[-1]
-                if lives:
-                    self.wait_for(lambda: self.numbers()[-1] >= first + 2)
-                else:
-                    time.sleep(3)
-                    self.assertEqual(first, self.numbers()[-1])
-                self.assertEqual("00002", self.check_ins()[-1].split("-")[-1])
-                self._end_group(process)
-                for name in self.check_ins():
-                    os.unlink(os.path.join(self.paths.check_ins, name))
+        dots = "import time\nwhile True: print(end='.', flush=True); time.sleep(.1)"
+        for name, code in (
+            ("silent", "import time; time.sleep(600)"),
+            ("dots", dots),
+            ("busy", "while True: pass"),
+        ):
+            self.python(code, options=["--expect", "1", "--name", name])
+
+        self.wait_for(lambda: self.flags() == 3 * ["check_in"])
+        of = {
+            Run(name[:-6], repo=self.root, read_only=True).name: name[:-6]
+            for name in os.listdir(self.paths.runs)
+        }
+
+        def number(name: str) -> int:
+            return max((int(item.split("-")[1]) for item in self.check_ins(of[name])), default=0)
+
+        first = number("silent")
+        for _ in range(2):  # the silent one, too, would have checked in again by then
+            for name in ("dots", "busy"):
+                before = number(name)
+                self.wait_for(lambda name=name, before=before: number(name) > before)
+        self.assertEqual(first, number("silent"))
+        self.assertEqual(3 * ["00002"], [item.split("-")[-1] for item in self.check_ins()])
 
     def test_promise_is_learned_or_given_or_none(self) -> None:
         for options, promised in (
