@@ -13780,13 +13780,14 @@ class TestReadme(WatcherProcessCase):
         run = {
             "name": "baseline", "hash": "3f786850e387550fdab836ed", "experiment": "resnet", "host": "node7",
             "pid": "4711", "job": "slurm 99", "user": "ann", "silent": "2 min 46 s", "promised": "66 s",
-            "last_seen": "2026-11-23 01:41:27 UTC", "process": "alive",
+            "last_seen": "2026-11-23T01:41:27+00:00", "process": "alive",
             "metrics": "loss=0.12 (step 400, subset=train)",
             "frames": "  /home/ann/train.py:41 in main\n  /home/ann/data.py:17 in next_batch",
         }  # fmt: skip
-        facts = {"event": "stalled", "repo": "/shared/experiments"}
+        facts = {"event": "stalled", "repo": "/shared/experiments", "look": f"show {run['hash']}"}
         facts.update((f"run.{name}", value) for name, value in run.items())
-        self.assertEqual(aimwatch.default_message(facts), block.rstrip("\n"))
+        text = aimwatch.default_message(facts).replace(HERE, "/opt")
+        self.assertEqual(text, block.rstrip("\n"))
 
     def test_every_block_and_command_does_what_it_says(self) -> None:
         blocks = re.findall(r"^```(\w*)\n(.*?)^```$", self.readme, re.M | re.S)
