@@ -1805,11 +1805,12 @@ class AppendFile:
                 self._set_right()
                 whole = self.flush(now=True) and (not self._must_sync or self.sync())
         self._syncing = False
+        self._opened += 1  # what the thread still syncs is of no more interest
         if not whole:
             missing = len(self._waiting) + self._written - self._synced
             log.error("%s: %d records could not be written", self.path, missing)
-        elif self._in_trouble:
-            self.flush()  # says that all is well
+        else:
+            self.flush()  # says that all is well again
         with contextlib.suppress(OSError):  # of a share that is gone, not even this succeeds
             if is_still(self._fd, self._identity):
                 if whole and not self.dropped:
