@@ -6449,11 +6449,15 @@ def fill_template(template: str, facts: Facts) -> str:
 def summary(facts: Facts) -> str:
     """Return one line that says which run and what happened."""
     event = facts.get("event", "")
-    icon = KINDS[event].icon if event in KINDS else ""
+    icon = _icon(event)
     if event == TROUBLE:
         return f"{icon} aimwatch: {facts.get('run.reason', '')}"
     name = facts.get("run.name") or facts.get("run.hash", "")
     return f"{icon} {name} {_what_happened(event, facts)}".strip()
+
+
+def _icon(event: str) -> str:
+    return KINDS[event].icon if event in KINDS else ""
 
 
 def _what_happened(event: str, facts: Facts) -> str:
@@ -6604,7 +6608,7 @@ def _group_line(group: Sequence[Facts]) -> str:
     why = _on_one_line(facts.get("run.reason", "")) if event == FAILED else ""
     if event == STALLED and len(silent) == 1:
         why = f"silent for {silent.pop()}"
-    line = f"{KINDS[event].icon} {len(group)} runs {event}{_shared(group)}" + (f": {why}" if why else "")
+    line = f"{_icon(event)} {len(group)} runs {event}{_shared(group)}" + (f": {why}" if why else "")
     return line.strip()
 
 
@@ -7964,16 +7968,16 @@ class WatchedRun:
         """Note what its marker looks like now; True where nobody holds it, now and a while ago."""
         self.was_held = self.was_held or state == "held"
         if state not in ("free", "absent"):
-            self.free_s, self.look_s = -1.0, now_s + MARKER_EVERY_S
+            self.doubt_marker(now_s, MARKER_EVERY_S)
             return False
         if self.free_s < self.since_s:
             self.free_s = now_s
         self.look_s = self.free_s + CONFIRM_S
         return now_s >= self.look_s
 
-    def doubt_marker(self, now_s: float) -> None:
-        """Note that its free marker says nothing, as where locks are seen on one machine alone."""
-        self.free_s, self.look_s = -1.0, now_s + DOUBTED_EVERY_S
+    def doubt_marker(self, now_s: float, again_s: float = DOUBTED_EVERY_S) -> None:
+        """Note that its marker says nothing, as a free one where locks are seen on one machine alone."""
+        self.free_s, self.look_s = -1.0, now_s + again_s
 
     def note_sign(self, now_s: float, grace_s: float) -> None:
         """Note, before a check-in is taken in, whether a run that flaps has become steady."""

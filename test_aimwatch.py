@@ -6915,6 +6915,8 @@ class Messages(unittest.TestCase):
         self.assertTrue(text.split("\n\n")[2].startswith("❌ n8 failed: KeyError: 'x'\nrun 0000"), text)
         self.assertTrue(text.split("\n\n")[3].startswith("❗ n9 stalled: silent for 3 min"), text)
         self.assertEqual(text.count("look further"), 1)
+        odd = [{**facts, "event": kind} for kind in ("", "odd", "log", "trouble") for facts in seven[:2]]
+        self.assertIn("look further", aimwatch.message_for_batch(None, odd))
         # What a user wrote is said of each.
         self.assertEqual(aimwatch.message_for_batch("see {run.name}", seven[:2]).count("\n\nsee n"), 2)
 
@@ -6959,12 +6961,12 @@ class Messages(unittest.TestCase):
             for kind, reason in (("failed", "OSError: " + name), ("recovered", name), ("stalled", "")):
                 with self.subTest(name=name[:9], kind=kind, limit=limit, alike=alike):
                     more = {"run_name": name, "run_host": name, "run_experiment": name}
+                    facts = aimwatch.clean_facts(facts_of(kind, run_reason=reason, **more))
+                    facts = {key: aimwatch.slack_escape(value) for key, value in facts.items()}
                     batch = []
                     for number in range(200):
-                        why = reason if alike else f"{number}{reason}"
-                        facts = aimwatch.clean_facts(facts_of(kind, number, run_reason=why, **more))
-                        facts = {key: aimwatch.slack_escape(value) for key, value in facts.items()}
-                        batch.append({**facts, "run.hash": f"{number:08d}aaaa"})
+                        why = f"{'' if alike else number}{facts['run.reason']}"
+                        batch.append({**facts, "run.hash": f"{number:08d}aaaa", "run.reason": why})
                     text = aimwatch.message_for_batch(None, batch, limit)
                     self.assertLessEqual(len(text), limit)
                     lines = text.split("\n")
