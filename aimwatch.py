@@ -409,9 +409,9 @@ _LOCAL_FILE_SYSTEMS = set(
 )
 
 
-def is_network(path: str) -> bool:
-    """True where a folder or file lies on a network file system, as Linux's table of mounts says; False
-    also where nobody can tell."""
+def _mount_of(path: str) -> List[bytes]:
+    """Return the type, source and options of the file system that a folder or file lies on, as Linux's table
+    of mounts says; [] where nobody can tell."""
     try:
         device = os.stat(path).st_dev
         number = f"{os.major(device)}:{os.minor(device)}".encode()
@@ -419,10 +419,22 @@ def is_network(path: str) -> bool:
             for line in file:
                 fields = line.split()
                 if fields[2] == number:
-                    return fields[fields.index(b"-") + 1] not in _LOCAL_FILE_SYSTEMS
+                    return fields[fields.index(b"-") + 1 :]
     except (OSError, ValueError, IndexError):
         pass
-    return False
+    return []
+
+
+def is_network(path: str) -> bool:
+    """True where a folder or file lies on a network file system; False also where nobody can tell."""
+    mount = _mount_of(path)
+    return bool(mount) and mount[0] not in _LOCAL_FILE_SYSTEMS
+
+
+def has_local_locks(path: str) -> bool:
+    """True where the locks of other machines may not be seen, as the type and options of the mount say."""
+    mount = b" ".join(_mount_of(path))
+    return bool(re.search(rb"^fuse(\.| )|\bnolock\b|\blocal_lock=(all|posix)|\blocalflock\b", mount))
 
 
 def command_line(repo: Optional[str] = None) -> str:
@@ -1127,6 +1139,8 @@ LOG_FORMAT = 1
 MAX_TIME_S = 253_402_300_800
 #: A longer line is not ours, and is skipped without being held in memory.
 MAX_LINE_BYTES = 16 << 20
+#: A run writes a checkpoint long before it has recorded so much.
+MAX_TAIL_BYTES = 128 << 20
 #: How much waits in memory while a file cannot be written.
 MAX_WAITING_BYTES = 64 << 20
 #: How often an unwritable log is tried again.
@@ -1850,16 +1864,19 @@ def read_log(path: str, run_hash: str) -> RunState:
     """Return what the run log at `path` says. Raises OSError where it cannot be read.
 
     Reads the first line, then from the last checkpoint on: what a run has recorded since decides
-    the cost, not what it ever recorded.
+    the cost, not what it ever recorded. A file with so much after its last checkpoint that it is no log of
+    ours is refused.
     """
     with os.fdopen(open_regular(path), "rb") as file:
-        start = os.fstat(file.fileno()).st_size
+        size = start = os.fstat(file.fileno()).st_size
         # Not to the end of the line: somebody may have made one that fills the disk.
         header = file.readline(MAX_LINE_BYTES)
         lines = read_lines(file)
         for _ in range(MAX_TORN_CHECKPOINTS):
             state = RunState(run_hash)
-            start = _last_checkpoint(file.fileno(), start)
+            start = _last_checkpoint(file.fileno(), start, max(0, size - MAX_TAIL_BYTES))
+            if not start and size > MAX_TAIL_BYTES:
+                raise OSError(errno.EFBIG, f"no checkpoint in its last {MAX_TAIL_BYTES >> 20} MB")
             if not start:
                 break
             _apply_line(state, header)
@@ -1899,16 +1916,27 @@ def _parse_point(point: Any) -> Tuple[int, float, Optional[float], float]:
     return int(point[1]), float(point[2]), epoch, when
 
 
-def read_points(path: str, series_id: int) -> List[Tuple[int, float, Optional[float], float]]:
+def read_points(
+    path: str, series_id: int, every: int = 1, limit_s: float = math.inf
+) -> List[Tuple[int, float, Optional[float], float]]:
     """Return the points of one series as (step, value, epoch, time), sorted by step, those of one
-    step as recorded; those that `read_log` counts and no others. Raises OSError."""
+    step as recorded; those that `read_log` counts and no others. Raises OSError.
+
+    Arguments:
+        every: return the first of so many that follow each other.
+        limit_s: how long this may take.
+    """
     start = b"[%d," % series_id
     points = []
+    left = 0
     with os.fdopen(open_regular(path), "rb") as file:
-        for line, _ in read_lines(file):
+        for line, _ in read_lines(file, time.monotonic() + limit_s):
             if line.startswith(start):
-                with contextlib.suppress(*_NO_POINT):
-                    points.append(_parse_point(from_json(line)))
+                left -= 1
+                if left < 0:
+                    with contextlib.suppress(*_NO_POINT):
+                        points.append(_parse_point(from_json(line)))
+                        left = every - 1
     points.sort(key=lambda point: point[0])
     return points
 
@@ -1934,15 +1962,18 @@ def read_messages(path: str) -> Iterator[Dict[str, Any]]:
                 yield message
 
 
-def read_lines(file: Any) -> Iterator[Tuple[bytes, bool]]:
-    """Yield (line, whether it had its end), skipping lines of over MAX_LINE_BYTES in pieces."""
+def read_lines(file: Any, deadline_mono: float = math.inf) -> Iterator[Tuple[bytes, bool]]:
+    """Yield (line, whether it had its end), skipping lines of over MAX_LINE_BYTES in pieces. Raises OSError
+    at the deadline."""
     while True:
+        if time.monotonic() > deadline_mono:
+            raise OSError(errno.ETIMEDOUT, "it takes too long to read")
         line = file.readline(MAX_LINE_BYTES)
         if not line:
             return
         whole = line.endswith(b"\n")
         if not whole and len(line) == MAX_LINE_BYTES:
-            while line and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n") and time.monotonic() <= deadline_mono:
                 line = file.readline(MAX_LINE_BYTES)
             line, whole = b"", True
         yield line, whole
@@ -3768,6 +3799,8 @@ class Run:
 
     def _index_itself(self, size: int) -> None:
         """Put the closed run into the index if that is quick; its marker asks others to otherwise."""
+        if has_local_locks(self._paths.own):
+            return  # nothing would keep two machines from writing it at the same time
         try:
             wait_s = _process.patience_s(INDEX_ITSELF_S)
             with Index(self._paths).writing(wait_s, most_runs=MAX_PENDING) as db:
@@ -3859,12 +3892,21 @@ class Metric:
 
     def _read(self) -> List[Tuple[int, float, Optional[float], float]]:
         if self._points is None:
-            path = self.run._paths.run_log(self.run.hash)
-            try:
-                self._points = read_points(path, self._id)
-            except OSError as error:
-                raise RepoError(f"cannot read {path}: {error.strerror}") from None
+            self._points = self._read_some()
         return self._points
+
+    def _read_some(self, **bounds: Any) -> List[Tuple[int, float, Optional[float], float]]:
+        path = self.run._paths.run_log(self.run.hash)
+        try:
+            return read_points(path, self._id, **bounds)
+        except OSError as error:
+            raise RepoError(f"cannot read {path}: {error.strerror}") from None
+
+    def some_points(self, most: int) -> List[Tuple[int, float]]:
+        """Return steps and values; of more than `most` points some that are as far from each other. Raises
+        RepoError where that takes more than 10 s."""
+        every = max(1, -(-self.count // most))
+        return [point[:2] for point in self._read_some(every=every, limit_s=10.0)]
 
     @property
     def steps(self) -> List[int]:
@@ -11769,11 +11811,23 @@ def _saved_s(saved: Dict[str, Any], name: str) -> Optional[float]:
     return float(value) if type(value) in (int, float) and abs(value) < 1e10 else None
 
 
+#: `status` reads what the logs of live runs say for so long, and shows the others without.
+STATUS_FACTS_S = 5.0
+
+
 def _check_in_names(paths: RepoPaths) -> List[str]:
     try:
-        return names_in(paths.check_ins, ".*")
+        names = list_some(paths.check_ins, MAX_NAMES + 1)
+    except FileNotFoundError:
+        return []
     except OSError as error:
         raise RepoError(f"cannot list {paths.check_ins}: {error.strerror}") from None
+    if len(names) > MAX_NAMES:
+        raise RepoError(
+            f"{paths.check_ins} holds more than {MAX_NAMES} names: remove what is not needed there; 'runs' "
+            "does without them"
+        )
+    return names
 
 
 def status_object(paths: RepoPaths) -> Dict[str, Any]:
@@ -11809,7 +11863,7 @@ def status_rows(
     runs = RunTable(0)
     runs.take(_check_in_names(paths), 0, 0)
     known = {watched.name: watched for watched in saved_runs(saved)}
-    now = time.time()
+    now, deadline = time.time(), time.monotonic() + STATUS_FACTS_S
     mutes: Dict[str, int] = {}
     with contextlib.suppress(OSError):
         mutes = {run: until for run, (until, _) in read_mutes(paths).items() if mute_holds(until, now)}
@@ -11819,7 +11873,7 @@ def status_rows(
     rows = []
     for seen in runs.runs.values():
         watched = known.get(seen.name)
-        facts = facts_of(paths, seen.hash) if seen.state != FINISHED else {}
+        facts = facts_of(paths, seen.hash) if seen.state != FINISHED and time.monotonic() < deadline else {}
         muted_until = mutes.get(seen.hash)
         state = watched.state if watched else seen.state
         if state == RUNNING and facts.get("run.state") == FAILED:
@@ -13055,12 +13109,16 @@ def cmd_plot(args: Any) -> int:
     width, height = shutil.get_terminal_size((80, 24))
     for metric in found:
         print(printable(f"{metric.name} {shown(metric.context, 'context')}".rstrip(), width))
-        points = [(step, value) for step, value in zip(metric.steps, metric.values) if math.isfinite(value)]
+        points = [
+            (step, value) for step, value in metric.some_points(MAX_PLOT_POINTS) if math.isfinite(value)
+        ]
         lines = chart(points, max(20, width - 12), max(4, min(height - 4, 16)))
         print("\n".join(lines))
     return 0
 
 
+#: Of a longer series, every second, third ... point is drawn.
+MAX_PLOT_POINTS = 100_000
 #: Bits of the eight dots of a braille character, by column and row.
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 

@@ -733,6 +733,14 @@ class AppendFiles(Case):
             )
             with self.subTest(kind=kind), mock.patch("builtins.open", mock.mock_open(read_data=table)):
                 self.assertIs(aimwatch.is_network(self.folder), network)
+        for mount, local in (
+            ("nfs x rw,nolock,local_lock=all", True), ("nfs x rw,local_lock=posix", True), ("fuse x rw", True),
+            ("fuse.sshfs x rw", True), ("lustre x rw,localflock", True), ("lustre x rw,flock", False),
+            ("nfs4 x rw,local_lock=none", False), ("fuseblk x rw", False), ("ext4 x rw", False),
+        ):  # fmt: skip
+            table = f"2 1 {number} / / rw - {mount}\n".encode()
+            with self.subTest(mount=mount), mock.patch("builtins.open", mock.mock_open(read_data=table)):
+                self.assertIs(aimwatch.has_local_locks(self.folder), local)
         for broken in (b"", b"1 1\n", f"1 1 {number} / / rw nfs\n".encode()):
             with self.subTest(broken=broken), mock.patch("builtins.open", mock.mock_open(read_data=broken)):
                 self.assertFalse(aimwatch.is_network(self.folder))
@@ -5339,6 +5347,54 @@ class HostileIndex(StoredCase):
             with contextlib.closing(aimwatch.open_index(self.paths.index, read_only=True)) as db:
                 with self.assertRaisesRegex(sqlite3.OperationalError, "interrupted"):
                     db.execute(endless).fetchone()
+
+
+class Bounds(StoredCase):
+    """What is too much to be read, or shown, is refused in plain words, or shown in part."""
+
+    def test_log_of_a_terabyte_is_refused_at_once(self) -> None:
+        with Run("r", repo=self.root) as run:
+            run.track(1, "m")
+        os.truncate(self.paths.run_log("r"), 1 << 40)
+        self.assertEqual(self.run_cli("runs", "--csv", "--columns", "hash")[1], "hash\nr\n")
+        for argv in (("show", "r"), ("plot", "r", "m"), ("reindex",)):
+            with self.subTest(argv=argv):
+                code, _, err = self.run_cli(*argv)
+                self.assertEqual(code, 1)
+                self.assertIn("no checkpoint in its last 128 MB", err)
+
+    def test_hole_of_a_terabyte_in_a_log_is_not_read_through(self) -> None:
+        with Run("r", repo=self.root) as run:
+            run.track(1, "m")
+        with open(self.paths.run_log("r"), "r+b") as file:
+            whole = file.read()
+            file.truncate(1 << 40)
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n" + whole)
+        with self.assertRaisesRegex(OSError, "too long"):
+            aimwatch.read_points(self.paths.run_log("r"), 1, limit_s=0.1)
+
+    def test_long_series_is_drawn_from_points_that_are_as_far_from_each_other(self) -> None:
+        with Run("r", repo=self.root) as run:
+            for step in range(100):
+                run.track(step, "m")
+        (metric,) = self.reread("r").metrics()
+        for most, steps in ((100, range(100)), (40, range(0, 100, 3)), (1, [0])):
+            with self.subTest(most=most):
+                self.assertEqual(metric.some_points(most), [(step, float(step)) for step in steps])
+
+    def test_status_of_too_many_names_is_refused(self) -> None:
+        for number in range(4):
+            self.check_in(f"r{number}", 1)
+        with mock.patch.object(aimwatch, "MAX_NAMES", 3):
+            code, _, err = self.run_cli("status")
+        self.assertEqual(code, 1)
+        self.assertIn("holds more than 3 names: remove what is not needed there", err)
+
+    def test_run_does_not_index_itself_where_locks_are_not_seen(self) -> None:
+        with mock.patch.object(aimwatch, "has_local_locks", return_value=True):
+            Run("r", repo=self.root).close()
+        self.assertEqual((self.pending(), os.path.exists(self.paths.index)), (["r"], False))
 
 
 class HostileLogs(StoredCase):
