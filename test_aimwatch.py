@@ -96,6 +96,8 @@ class Halves(unittest.TestSuite):
     """Runs the tests of the classes in BESIDE in a forked process, and what they came to is reported
     with the others. Tests that are named on the command line run as ever."""
 
+    KINDS = ("errors", "failures", "skipped")
+
     def run(self, result: unittest.TestResult, debug: bool = False) -> unittest.TestResult:
         halves = unittest.TestSuite(), unittest.TestSuite()
         for suite in self:
@@ -110,9 +112,13 @@ class Halves(unittest.TestSuite):
         if pid == 0:
             status = 1
             try:
-                os.close(ours)
+                found = unittest.TestResult()
+                halves[1].run(found)
+                texts = {
+                    kind: [[str(test), text] for test, text in getattr(found, kind)] for kind in self.KINDS
+                }
                 with open(theirs, "w", encoding="utf-8") as file:
-                    json.dump(tell_results(halves[1]), file)
+                    json.dump([found.testsRun, texts], file)
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -120,46 +126,15 @@ class Halves(unittest.TestSuite):
                 os._exit(status)
         os.close(theirs)
         halves[0].run(result)
-        report = read_file(ours).decode()
-        status = os.waitpid(pid, 0)[1]
-        if status:
-            result.errors.append((Elsewhere("BESIDE"), f"the process that ran it ended with status {status}"))  # type: ignore[arg-type]
-        else:
-            replay(json.loads(report), result)
+        count, texts = json.loads(
+            read_file(ours) or '[0, {"errors": [["BESIDE", "ended without a report"]]}]'
+        )
+        os.waitpid(pid, 0)
+        result.testsRun += count
+        for kind, items in texts.items():
+            holders = [(unittest.FunctionTestCase(int, description=name), text) for name, text in items]
+            getattr(result, kind).extend(holders)
         return result
-
-
-def tell_results(suite: unittest.TestSuite) -> Dict[str, Any]:
-    """Run a suite and return what came of it: [name, text] of everything that is no success."""
-    result = unittest.TestResult()
-    suite.run(result)
-    told: Dict[str, Any] = {"run": result.testsRun}
-    for kind in ("errors", "failures", "skipped"):
-        told[kind] = [[str(test), text] for test, text in getattr(result, kind)]
-    return told
-
-
-def replay(told: Dict[str, Any], result: unittest.TestResult) -> None:
-    """Add what `tell_results` returned to the result of the others."""
-    result.testsRun += told["run"]
-    for kind in ("errors", "failures", "skipped"):
-        getattr(result, kind).extend((Elsewhere(name), text) for name, text in told[kind])
-
-
-class Elsewhere:
-    """A test that another process ran."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __str__(self) -> str:
-        return self.name
-
-    def id(self) -> str:
-        return self.name
-
-    def shortDescription(self) -> None:
-        return None
 
 
 #: Classes of tests that spend their time on waiting for processes, or in them.
@@ -179,6 +154,26 @@ def write_file(path: str, data: Any = b"", mode: str = "wb") -> None:
 def read_file(path: str) -> bytes:
     with open(path, "rb") as file:
         return file.read()
+
+
+def in_child(work: Callable[[], Any]) -> Any:
+    """Return what a function returns, as JSON can hold it, in a forked process; None where that was killed."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(ours)
+            found = work()
+        except BaseException:
+            found = traceback.format_exc()
+        finally:
+            with open(theirs, "w", encoding="utf-8") as file:
+                json.dump(found, file)
+            os._exit(0)
+    os.close(theirs)
+    told = read_file(ours)
+    os.waitpid(pid, 0)
+    return json.loads(told) if told else None
 
 
 def is_alive(pid: int) -> bool:
@@ -552,12 +547,13 @@ class FileLocks(Case):
     def test_forked_child_holds_nothing_and_lets_nothing_go(self) -> None:
         lock = self.lock()
         lock.acquire()
-        pid = os.fork()
-        if pid == 0:
-            state = (lock.held, aimwatch.lock_state(lock.path), aimwatch.FileLock(lock.path).acquire())
+
+        def look() -> Any:
+            state = [lock.held, aimwatch.lock_state(lock.path), aimwatch.FileLock(lock.path).acquire()]
             lock.release()
-            os._exit(state != (False, "held", False))
-        self.assertEqual(os.waitpid(pid, 0)[1], 0)
+            return state
+
+        self.assertEqual(in_child(look), [False, "held", False])
         self.assertEqual(self.seen_elsewhere(lock.path), "held")
 
     def test_both_kinds_of_lock_exclude_a_program_that_knows_one(self) -> None:
@@ -1440,6 +1436,7 @@ class HowARunEnds(ProcessCase):
         self.assertEqual(process.wait(60), -signal.SIGTERM)
         self.assertIn(" in train: ", self.end_of("r")["frames"][-1])
         self.assertEqual(self.flags("r-"), ["check_in", "failed"])
+        self.assertEqual(os.listdir(self.paths.pending), [])  # it has indexed itself
 
     def test_second_sigterm_does_not_cut_the_first_short(self) -> None:
         code = """
@@ -2379,13 +2376,7 @@ class SecondWriter(ProcessCase):
 
     def is_free(self) -> bool:
         """Return whether another process could lock the run's marker."""
-        pid = os.fork()
-        if pid == 0:
-            code = 2
-            with contextlib.suppress(BaseException):
-                code = int(aimwatch.lock_state(self.paths.marker("r")) == "free")
-            os._exit(code)
-        return os.waitpid(pid, 0)[1] != 0
+        return bool(in_child(lambda: aimwatch.lock_state(self.paths.marker("r"))) == "free")
 
     def test_run_that_a_thread_of_the_same_process_indexes_is_waited_for(self) -> None:
         self.run_object("r").close()
@@ -2870,17 +2861,6 @@ class RunArguments(Case):
             run.report_progress()
         del run
         Run("s", repo=self.root, read_only=True).close()
-        self.assertEqual(open_fds(), fds)
-
-    def test_dropped_run_ends_and_lets_go(self) -> None:
-        fds = open_fds()
-        for promise, end in ((0, "finished"), (60, "failed")):
-            run = Run("r", repo=self.root)
-            run.report_progress(expect_next_in=promise)
-            del run
-            gc.collect()
-            state = aimwatch.read_log(self.paths.run_log("r"), "r")
-            self.assertEqual(state.end["end"], end)
         self.assertEqual(open_fds(), fds)
 
 
@@ -4575,13 +4555,7 @@ class VanishedFolder(RecordingCase):
 
     def is_locked(self) -> bool:
         """Return whether another process finds the run's marker locked."""
-        pid = os.fork()
-        if pid == 0:
-            code = 2
-            with contextlib.suppress(BaseException):
-                code = int(aimwatch.lock_state(self.paths.marker("r")) != "held")
-            os._exit(code)
-        return os.waitpid(pid, 0)[1] == 0
+        return bool(in_child(lambda: aimwatch.lock_state(self.paths.marker("r"))) == "held")
 
     def assert_whole(self, values: bool = True, skipped: int = 0) -> None:
         """Check that whoever reads the log finds everything that the run recorded."""
@@ -4754,32 +4728,29 @@ class StoredCase(RecordingCase):
 
     def die(self, run_hash: str, code: str = "") -> None:
         """Leave a run whose process was killed."""
-        pid = os.fork()
-        if pid == 0:
-            with contextlib.suppress(BaseException):
-                run = Run(run_hash, repo=self.root)
-                exec(code, {"run": run})
-                os.kill(os.getpid(), signal.SIGKILL)
-            os._exit(1)
-        self.assertEqual(os.waitpid(pid, 0)[1], signal.SIGKILL)
+
+        def live() -> None:
+            run = Run(run_hash, repo=self.root)
+            exec(code, {"run": run})
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        self.assertIsNone(in_child(live))
 
     def killed_at(self, name: str, count: int, work: Callable[[], Any]) -> None:
         """Do some work in a child that is killed when it calls a function of the module the n-th time."""
-        pid = os.fork()
-        if pid == 0:
-            real, calls = getattr(aimwatch, name), []
+        real, calls = getattr(aimwatch, name), itertools.count(1)
 
-            def killed(*arguments: Any, **options: Any) -> Any:
-                calls.append(name)
-                if len(calls) == count:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real(*arguments, **options)
+        def killed(*arguments: Any, **options: Any) -> Any:
+            if next(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
 
-            with contextlib.suppress(BaseException):
-                setattr(aimwatch, name, killed)
-                work()
-            os._exit(1)
-        self.assertEqual(os.waitpid(pid, 0)[1], signal.SIGKILL)
+        def act() -> None:
+            setattr(aimwatch, name, killed)
+            work()
+            raise AssertionError("nobody killed it")
+
+        self.assertIsNone(in_child(act))
 
     def answers(self, repo: Optional[aimwatch.Repo] = None) -> Any:
         repo = repo or aimwatch.Repo(self.root)
@@ -5035,27 +5006,17 @@ class IndexFile(StoredCase):
             folders = [folder for folder, _, _ in os.walk(self.root)]
             for folder in folders:
                 os.chmod(folder, 0o555)
-            read_end, write_end = os.pipe()
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    os.close(read_end)
-                    if os.getuid() == 0:
-                        os.setuid(65534)
-                    answer = repr(self.answers())
-                    code, out, err = self.run_cli("reindex")
-                    with os.fdopen(write_end, "w") as pipe:
-                        pipe.write(json.dumps([answer, code, out, err]))
-                finally:
-                    os._exit(0)
-            os.close(write_end)
-            with os.fdopen(read_end) as pipe:
-                told = pipe.read()
-            os.waitpid(pid, 0)
+
+            def ask() -> Any:
+                if os.getuid() == 0:
+                    os.setuid(65534)
+                return [repr(self.answers()), *self.run_cli("reindex")]
+
+            found = in_child(ask)
             for folder in folders:
                 os.chmod(folder, 0o755)
             with self.subTest(index):
-                answer, code, out, err = json.loads(told)
+                answer, code, out, err = found
                 self.assertEqual(answer, expected)
                 self.assertEqual((code, out), (1, ""))
                 self.assertIn("only user 0, who owns its folder, writes it", err)
@@ -5107,20 +5068,6 @@ class IndexFile(StoredCase):
     def run_cli_waiting(self, wait_s: float, *argv: str) -> Tuple[int, str, str]:
         with mock.patch.object(aimwatch, "REINDEX_WAIT_S", wait_s):
             return self.run_cli(*argv)
-
-    def test_run_that_is_terminated_indexes_itself(self) -> None:
-        process = self.process(
-            "import time\nfrom aimwatch import Run\nrun = Run('r')\nrun.track(3, 'm')\nrun['p'] = 1\n"
-            "run.report_progress(expect_next_in=600)\nprint('ready')\ntime.sleep(600)"
-        )
-        self.assertEqual(process.stdout.readline(), "ready\n")
-        process.terminate()
-        self.assertEqual(process.wait(), -signal.SIGTERM)
-        self.assertEqual(self.pending(), [])
-        with mock.patch.object(aimwatch, "load_run", self.fail):
-            query = "run.p == 1 and run.metrics.m.last == 3 and not run.active"
-            (row,) = aimwatch.Repo(self.root).query_runs(query).rows
-        self.assertEqual((row["state"], row["reason"]), ("failed", "terminated by SIGTERM"))
 
 
 class DeadRuns(StoredCase):
@@ -11480,24 +11427,15 @@ class SharedFolder(Case):
         """Return what a function returns, as JSON can hold it, in a process of that user."""
         for name in ("argparse", "csv", "encodings.ascii", "pwd", "shlex", "uuid"):
             importlib.import_module(name)  # the user may not be able to read the interpreter's folder
-        ours, theirs = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.umask(umask)
-                os.setgroups([] if uid == self.STRANGER else [self.GROUP])
-                os.setgid(uid)
-                os.setuid(uid)
-                os.write(theirs, json.dumps(act()).encode())
-            except BaseException:
-                os.write(theirs, json.dumps(traceback.format_exc()).encode())
-            finally:
-                os._exit(0)
-        os.close(theirs)
-        with open(ours, encoding="utf-8") as file:
-            found = json.load(file)
-        os.waitpid(pid, 0)
-        return found
+
+        def as_them() -> Any:
+            os.umask(umask)
+            os.setgroups([] if uid == self.STRANGER else [self.GROUP])
+            os.setgid(uid)
+            os.setuid(uid)
+            return act()
+
+        return in_child(as_them)
 
     def train(self, name: str) -> Any:
         def act() -> str:
