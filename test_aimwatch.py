@@ -13177,8 +13177,8 @@ class HeartbeatsOfPrograms(ExecCase):
     def test_processor_time_is_that_of_all_descendants(self) -> None:
         code = "import os\nif os.fork() or os.fork(): os.wait()\nelse:\n while True: pass"
         process = self.process(code, start_new_session=True)
+        self.addCleanup(os.killpg, process.pid, signal.SIGKILL)  # before the process itself is waited for
         self.wait_for(lambda: aimwatch.cpu_seconds(process.pid) > 0.2)
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 #: Joins the run of `exec`, and tells its hash.
