@@ -2440,7 +2440,7 @@ class _Process:
         self.stacks = _Stacks()
         #: Functions of modules that are replaced, as they were.
         self._real: Dict[str, Callable[..., Any]] = {}
-        self._ending = False
+        self._ending = self.in_subinterpreter = False
         #: The end of a run whose program called `sys.exit`, and when.
         self.exit: Optional[Tuple[End, float]] = None
         #: Why runs write nothing, which is said once a process.
@@ -2462,8 +2462,12 @@ class _Process:
             current = self._real["signal.getsignal"](signum)
             ours = self._with_ours(signum, current)
             if ours is not current:
-                with contextlib.suppress(ValueError):  # in another thread, and in a subinterpreter
+                try:
                     self._real["signal.signal"](signum, ours)
+                except ValueError:  # in another thread, and in a subinterpreter
+                    self.in_subinterpreter = threading.current_thread() is threading.main_thread()
+        # Up to 3.12, a thread must not outlive a subinterpreter, and SQLite damages the memory of the process.
+        run._stacks_on = run._stacks_on and not self.in_subinterpreter
         self._watch_cells()
 
     def _install(self) -> None:
@@ -3801,6 +3805,8 @@ class Run:
         """Put the closed run into the index if that is quick; its marker asks others to otherwise."""
         if has_local_locks(self._paths.own):
             return  # nothing would keep two machines from writing it at the same time
+        if _process.in_subinterpreter:
+            return
         try:
             wait_s = _process.patience_s(INDEX_ITSELF_S)
             with Index(self._paths).writing(wait_s, most_runs=MAX_PENDING) as db:
