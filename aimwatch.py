@@ -59,6 +59,8 @@ Read first: `CheckIn`, `RunState`, `run_row`, `RunTable.take`, `Outbox.add`. The
   of each notifier sends it, through `message_for_batch` and a transport, and notes it with `Outbox.sent`.
 - A point: `Run.track` appends a line (`AppendFile.append`). `Reindexer` reads the log (`read_log`), makes
   a row of it (`run_row`) and stores it (`index_run`); the marker in `pending` goes after the commit.
+- A page: `Gate.answer` lets in, `Site.answer` finds the route, `page_of`, `grid` and `chart_svg` make HTML
+  of what `status_rows`, `run_row` and a `LogFollower` know.
 - A question: `compile_query` makes functions of a row. `CompiledQuery.candidates` narrows the rows by what
   the index knows; `Repo` adds the rows of pending runs from their logs; `matches` asks each row.
 
@@ -67,7 +69,8 @@ memory: the registry of `FileLock`; of each `Run` one for its records and one fo
 `Outbox` one for what waits and one for its file; a condition of each `NotifierThread`.
 
 Threads of `start`: the poll; `ReindexThread`; a `NotifierThread` for each notifier; `SightAlarm` for a
-repository that does not answer; `Pinger`.
+repository that does not answer; `Pinger`. Threads of `up`: one for each connection, 32 at most;
+`ReindexThread`; with `--watch` the poll and its notifiers.
 """
 
 from __future__ import annotations
@@ -10399,6 +10402,10 @@ def series_label(name: str, context: Dict[str, Any]) -> str:
     return " ".join([name, *(f"{key}={value}" for key, value in sorted(context.items()))])
 
 
+def _kind(row: Dict[str, Any]) -> Tuple[str, str]:
+    return row["state"], row["experiment"]
+
+
 def run_link(row: Dict[str, Any], text: str = "", top: str = "") -> Html:
     """Return a link to the page of a run."""
     return html('<a href="{}run/{}/">{}</a>', top, row["hash"], text or row["name"] or row["hash"][:8])
@@ -10499,7 +10506,14 @@ class Site:
 
     def live_rows(self) -> List[Dict[str, Any]]:
         """Return what `status` shows of runs that have not finished, with what their logs say besides."""
-        rows = status_rows(self.paths, read_watcher_file(self.paths))
+
+        def facts_of(paths: RepoPaths, run_hash: str) -> Facts:
+            made = self._keep(
+                ("facts", run_hash), stamp_of(paths.run_log(run_hash)), lambda: run_facts(paths, run_hash)
+            )
+            return made  # type: ignore[no-any-return]
+
+        rows = status_rows(self.paths, read_watcher_file(self.paths), facts_of)
         rows = [row for row in rows if row["state"] != FINISHED]
         for row in rows:
             with contextlib.suppress(AimwatchError, OSError):
@@ -10509,18 +10523,25 @@ class Site:
                     row.update(state=of_log["state"], reason=of_log["reason"])
         return rows
 
+    def _indexed(self, q: str) -> List[Dict[str, Any]]:
+        stamp = stamp_of(self.paths.index) or self._utc()
+        return self._keep(("runs", q), stamp, lambda: Repo(self.paths.root).query_runs(q).found)  # type: ignore[no-any-return]
+
+    def _pending(self, q: str) -> Dict[str, Optional[Dict[str, Any]]]:
+        """Return the rows of the runs whose logs say more than the index, None where a query is not true."""
+        found: Dict[str, Optional[Dict[str, Any]]] = {}
+        for run_hash in names_in(self.paths.pending, RUN_HASH.pattern):
+            with contextlib.suppress(AimwatchError, OSError):
+                found[run_hash] = next(
+                    (row for row, _ in compile_query(q).matches([self.row(run_hash)])), None
+                )
+        return found
+
     def runs(self, q: str) -> List[Dict[str, Any]]:
         """Return the rows for which a query is true, newest first. Raises QueryError."""
-        # A pending run changes often, and its log says more than the index, whose answer takes longer.
-        stamp = stamp_of(self.paths.index) or self._utc()
-        rows = self._keep(("runs", q), stamp, lambda: Repo(self.paths.root).query_runs(q).found)
-        pending = set(names_in(self.paths.pending, RUN_HASH.pattern))
-        fresh = []
-        for run_hash in pending:
-            with contextlib.suppress(AimwatchError, OSError):
-                fresh.append(self.row(run_hash))
-        rows = [row for row in rows if row["hash"] not in pending]
-        rows += [row for row, _ in compile_query(q).matches(fresh)]
+        pending = self._pending(q)
+        rows = [row for row in self._indexed(q) if row["hash"] not in pending]
+        rows += filter(None, pending.values())
         rows.sort(key=operator.itemgetter("created_at"), reverse=True)
         return rows
 
@@ -10531,15 +10552,13 @@ class Site:
 
     def counts(self, live: List[Dict[str, Any]]) -> Dict[Tuple[str, str], int]:
         """Return how many runs there are by (state, experiment)."""
-        rows = self.runs("")
-        counts = collections.Counter([(row["state"], row["experiment"]) for row in rows])
-        changed = {row["hash"]: row["state"] for row in live}
-        for row in rows:
-            if row["hash"] in changed:  # `live` knows who stalled
-                counts[row["state"], row["experiment"]] -= 1
-                counts[changed.pop(row["hash"]), row["experiment"]] += 1
-        counts.update((state, "") for state in changed.values())  # Aim's
-        return +counts
+        indexed = self._indexed("")
+        stamp = stamp_of(self.paths.index) or self._utc()
+        kinds = dict(self._keep("kinds", stamp, lambda: {row["hash"]: _kind(row) for row in indexed}))
+        kinds.update((run_hash, _kind(row)) for run_hash, row in self._pending("").items() if row)
+        for row in live:  # knows who stalled, and Aim's runs
+            kinds[row["hash"]] = row["state"], kinds.get(row["hash"], ("", ""))[1]
+        return Counter(kinds.values())
 
     # ---- pages for people
 
@@ -10928,7 +10947,7 @@ PAGE_JS = r"""
       const answer = await fetch(location.href, {cache: "no-store", headers});
       if (answer.status !== 304) {
         const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-        if (!answer.ok) throw page.querySelector("section")?.textContent || "closed: it has a new key";
+        if (!answer.ok) throw page.querySelector("section")?.lastChild.textContent || "closed: it has a new key";
         etag = answer.headers.get("ETag");
         swap(page);
         age();
@@ -11046,7 +11065,7 @@ class Gate(NamedTuple):
         first, *lines = head.decode("latin-1").split("\r\n")
         method, _, target = first.partition(" ")
         target, _, version = target.rpartition(" ")
-        if not version.startswith("HTTP/1.") or not target.startswith("/"):
+        if version not in ("HTTP/1.0", "HTTP/1.1") or not target.startswith("/"):
             return Reply(400), True
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         # No body is read, so what follows could not be told from one.
