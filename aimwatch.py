@@ -2469,7 +2469,7 @@ class _Process:
                     self._real["signal.signal"](signum, ours)
                 except ValueError:  # in another thread, and in a subinterpreter
                     self.in_subinterpreter = threading.current_thread() is threading.main_thread()
-        # Up to 3.12, a thread must not outlive a subinterpreter, and SQLite damages the memory of the process.
+        # Up to 3.12, a thread must not outlive a subinterpreter, and SQLite damages memory there.
         run._stacks_on = run._stacks_on and not self.in_subinterpreter
         self._watch_cells()
 
