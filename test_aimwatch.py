@@ -1102,18 +1102,16 @@ class LearnedPromise(HandDriven):
 
     def test_promise_follows_from_the_gaps(self) -> None:
         for what, gaps, expected_s in (
-            ("nothing is known", [], 1800),
-            ("a few are not enough", [1] * 9, 1800),
+            ("nothing is known", [], 1800), ("a few are not enough", [1] * 9, 1800),
             ("never less than a minute", [1] * 10, 60),
             ("a first longer gap may come, half as long as all before", [1] * 600, 300),
-            ("at most half an hour, at one hour", [1] * 3600, 1800),
-            ("and less later", [1] * 36_000, 180),
+            ("at most half an hour, at one hour", [1] * 3600, 1800), ("and less later", [1] * 36_000, 180),
             ("three times the longest", [10] * 10 + [300] + [10] * 50, 3 * 295),
             ("it fades by a hundredth of the time", [10] * 3600 + [500, 100], 3 * 499),
             ("a gap of hours teaches at first as one of ten minutes", [1] * 40_000 + [28_800], 1800),
             ("a second one as much as it is", [1] * 40_000 + [5000, 5000], 15_000),
             ("never more than a day", [50_000] * 20, 86_400),
-        ):
+        ):  # fmt: skip
             with self.subTest(what):
                 rhythm = aimwatch.Rhythm()
                 for gap_s in gaps:
@@ -3087,12 +3085,8 @@ class LogReader(Case):
         whole = [b"[1,%d,0.5,6]\n" % step for step in range(3)]
         message = b'{"log":20,"time":6,"message":"last"}'
         odd = (
-            b"[1,7,0.5,-6]",
-            b"[1,7,0.5,1e13]",
-            b"[1,7,0.5,6,null]",
-            b"[1,7," + b"[" * 100_000,
-            b"[1,7,0.5]",
-        )
+            b"[1,7,0.5,-6]", b"[1,7,0.5,1e13]", b"[1,7,0.5,6,null]", b"[1,7," + b"[" * 100_000, b"[1,7,0.5]",
+        )  # fmt: skip
         for last in (b"", b"[1,3,0.5,6]", b"[1,3,0.5,6", b"[1,3,0.", *odd):
             for end in (b"", b"\n"):
                 state = self.read(self.HEADER, series, *whole, last + end)
@@ -3492,25 +3486,17 @@ class QueryTableTest(IndexCase):
     def test_answers_over_metrics(self) -> None:
         train, val, acc = 'a:loss:{"subset": "train"}', 'a:loss:{"subset": "val"}', "a:acc:{}"
         for text, expected in (
-            ("", [acc, train, val]),
-            ("metric.name == 'loss'", [train, val]),
-            ("metric.context.subset == 'val'", [val]),
-            ("metric.context['subset'] == 'val'", [val]),
-            ("metric.context == {'subset': 'train'}", [train]),
-            ("metric.context == {}", [acc]),
-            ("not metric.context", [acc]),
-            ("'subset' in metric.context", [train, val]),
+            ("", [acc, train, val]), ("metric.name == 'loss'", [train, val]),
+            ("metric.context.subset == 'val'", [val]), ("metric.context['subset'] == 'val'", [val]),
+            ("metric.context == {'subset': 'train'}", [train]), ("metric.context == {}", [acc]),
+            ("not metric.context", [acc]), ("'subset' in metric.context", [train, val]),
             ("'train' in metric.context.subset and 'rain' not in metric.context", [train]),
-            ("metric.context.subset is None", [acc]),
-            ("metric.context.subset != 'val'", [acc, train]),
-            ("metric.context.subset.startswith('t')", [train]),
-            ("metric.last > 2", [val]),
+            ("metric.context.subset is None", [acc]), ("metric.context.subset != 'val'", [acc, train]),
+            ("metric.context.subset.startswith('t')", [train]), ("metric.last > 2", [val]),
             ("metric.min <= 1 and metric.count == 3 and metric.last_step == 2", [train]),
-            ("metric.last != metric.last", [acc]),
-            ("run.hparams.lr == 0.1 and metric.name == 'acc'", [acc]),
-            ("run.experiment == 'x' or metric.name.upper() == 'ACC'", [acc]),
-            ("run.archived", []),
-        ):
+            ("metric.last != metric.last", [acc]), ("run.hparams.lr == 0.1 and metric.name == 'acc'", [acc]),
+            ("run.experiment == 'x' or metric.name.upper() == 'ACC'", [acc]), ("run.archived", []),
+        ):  # fmt: skip
             with self.subTest(text):
                 self.assertEqual(self.ask_metrics(text), expected)
 
@@ -3565,18 +3551,8 @@ class NarrowingTest(IndexCase):
 
     def test_large_numbers_are_never_narrowed_away(self) -> None:
         numbers = [
-            2**53 + 1,
-            2**62,
-            2**63,
-            2**63 + 1,
-            2**64 - 1,
-            10**400,
-            -(2**63),
-            -(2**63) - 1,
-            1e300,
-            INF,
-            -INF,
-        ]
+            2**53 + 1, 2**62, 2**63, 2**63 + 1, 2**64 - 1, 10**400, -(2**63), -(2**63) - 1, 1e300, INF, -INF,
+        ]  # fmt: skip
         for nth, number in enumerate(numbers):
             self.put(a_run(f"n{nth:02}", params={"big": number}))
         for number in [*numbers, float(2**53), float(2**63)]:
@@ -3589,11 +3565,8 @@ class NarrowingTest(IndexCase):
 
     def test_plan_searches_and_does_not_scan(self) -> None:
         for text in (
-            "run.hparams.lr == 0.01",
-            "run.hash == 'a'",
-            "'a' in run.tags",
-            "run.lr > 0.1 and run.active",
-        ):
+            "run.hparams.lr == 0.01", "run.hash == 'a'", "'a' in run.tags", "run.lr > 0.1 and run.active",
+        ):  # fmt: skip
             for where, args in aimwatch.compile_query(text).narrowings:
                 plan = self.db.execute(f"EXPLAIN QUERY PLAN SELECT run FROM facts WHERE {where}", args)
                 self.assertNotIn("SCAN", " ".join(row[3] for row in plan), text)
@@ -3677,16 +3650,13 @@ class RefusalTest(IndexCase):
         self.put(a_run("a", params={"a": 1, "b": "x"}))
         self.assertIn("more than 40 brackets", str(self.refused("(" * 41 + "run.a" + ")" * 41)))
         for text, works in (
-            (" or ".join(["run.a == 1"] * 10000), True),
-            (" and ".join(["not run.active == 5"] * 10000), True),
+            (" or ".join(["run.a == 1"] * 10000), True), (" and ".join(["not run.active == 5"] * 10000), True),
             (" or ".join(f"run.a == {n}" for n in range(10000)), False),
             ("run.a in [" + ",".join(map(str, range(800))) + "]", True),
             ("run.a in [" + ",".join(map(str, range(10000))) + "]", False),
-            ("run.b != '" + "x" * 1000000 + "'", True),
-            ("(" * 30 + "run.a" + ")" * 30, True),
-            ("(" * 1000 + "run.a" + ")" * 1000, False),
-            ("run.a" + " + run.a" * 10, True),
-        ):
+            ("run.b != '" + "x" * 1000000 + "'", True), ("(" * 30 + "run.a" + ")" * 30, True),
+            ("(" * 1000 + "run.a" + ")" * 1000, False), ("run.a" + " + run.a" * 10, True),
+        ):  # fmt: skip
             with self.subTest(text[:40]):
                 if works:
                     self.assertEqual(self.ask(text), ["a"])
@@ -5361,11 +5331,8 @@ class HostileLogs(StoredCase):
             write_file(self.paths.marker(name))
         repo = aimwatch.Repo(self.root)
         for text, good in (
-            ("", True),
-            ("run.a == 1", False),
-            ("run.tags", False),
-            ("run.duration >= 0", True),
-        ):
+            ("", True), ("run.a == 1", False), ("run.tags", False), ("run.duration >= 0", True),
+        ):  # fmt: skip
             self.assertEqual("good" in [row["hash"] for row in repo.query_runs(text).rows], good, text)
         self.assertIn("good", [row["hash"] for row, _ in repo.metric_rows("")])
         repo.query_metrics("metric.context.x == 1 or metric.last > 5")
@@ -5638,13 +5605,9 @@ class RepoMethods(StoredCase):
         self.assertEqual([run.hash for run in page], ["r1", "r0"])
         for query, options, message in (
             (repo.query_runs, {"ofset": "r2"}, "query_runs() has no argument 'ofset': did you mean offset?"),
-            (
-                repo.query_metrics,
-                {"report_mod": 0},
-                "query_metrics() has no argument 'report_mod': did you mean rep",
-            ),
+            (repo.query_metrics, {"report_mod": 0}, "query_metrics() has no argument 'report_mod': did you mean rep"),
             (repo.query_runs, {"x": 1}, "has no argument 'x': it takes q, report_mode, paginated, offset"),
-        ):
+        ):  # fmt: skip
             with self.assertRaises(aimwatch.ArgumentTypeError) as caught:
                 query("", **options)  # type: ignore[operator]
             self.assertIn(message, str(caught.exception))
@@ -5832,14 +5795,12 @@ class RunCommands(StoredCase):
 
     def test_sort_limit_and_columns(self) -> None:
         for argv, expected in (
-            (["--sort", "hash"], "0abc 1abc 2abc 3abc"),
-            (["--sort=-hash", "--limit", "2"], "3abc 2abc"),
+            (["--sort", "hash"], "0abc 1abc 2abc 3abc"), (["--sort=-hash", "--limit", "2"], "3abc 2abc"),
             (["--columns", "hash,lr", "--sort", "lr"], "0abc 2abc 3abc 1abc"),  # NaN is as good as nothing
-            (["--sort=-lr"], "2abc 0abc 3abc 1abc"),
-            (["--sort", "metric:loss"], "0abc 1abc 3abc 2abc"),
+            (["--sort=-lr"], "2abc 0abc 3abc 1abc"), (["--sort", "metric:loss"], "0abc 1abc 3abc 2abc"),
             (["--sort=-metric:loss[s=t].min"], "3abc 1abc 0abc 2abc"),
             (["--limit", "0"], "3abc 2abc 1abc 0abc"),
-        ):
+        ):  # fmt: skip
             with self.subTest(argv=argv):
                 self.assertEqual(self.column("runs", *argv), expected.split())
         columns = "hash, lr ,opt.name,opt.0,metric:loss,tags,metric:loss[s=t].count"
@@ -6485,16 +6446,13 @@ DAMAGED_FILES = (
     (b"", r"is not JSON \(line 1\): mend it, or move it away and add the notifiers again"),
     (b'{"notifications": {"version": "1.0", "notif', r"is not JSON \(line 1\)"),
     (b'{"notifications":\n {"notifiers":\n {"x" 1}}}', r"is not JSON \(line 3\)"),
-    (b"\xff\xfe{}", r"is not JSON: mend it"),
-    (b"[" * 200000, r"is not JSON: mend it"),
+    (b"\xff\xfe{}", r"is not JSON: mend it"), (b"[" * 200000, r"is not JSON: mend it"),
     (b"[]", r'has another shape than \{"notifications": \{"notifiers": \{\.\.\.\}\}\}: mend it'),
-    (b'"text"', "has another shape"),
-    (b"null", "has another shape"),
-    (b"{}", "has another shape"),
+    (b'"text"', "has another shape"), (b"null", "has another shape"), (b"{}", "has another shape"),
     (b'{"notifications": []}', "has another shape"),
     (b'{"notifications": {"notifiers": []}}', "has another shape"),
     (b'{"notifications": {"notifiers": null}}', "has another shape"),
-)
+)  # fmt: skip
 CONFIG_COMMANDS = (
     (), ("list",), ("list", "--json"), ("dump",), ("add", "logger", "--yes"), ("remove", "x", "--yes"),
     ("enable", "x"), ("disable", "x"), ("get-log-level",), ("set-log-level", "INFO"), ("test",),
@@ -6844,17 +6802,11 @@ class Messages(unittest.TestCase):
         failed = {"event": "failed", "repo": "/r", "run.hash": "abc"}
         frames = "  a.py:1 in f\n  b.py:2 in g"
         for facts, expected in (
-            (
-                {"event": "trouble", "repo": "/r", "run.reason": "cannot be read"},
-                "❗ aimwatch: cannot be read\n",
-            ),
+            ({"event": "trouble", "repo": "/r", "run.reason": "cannot be read"}, "❗ aimwatch: cannot be read\n"),
             (failed, "❌ abc failed\nrun abc\n"),
             ({**failed, "run.pid": "7"}, "❌ abc failed\nrun abc\nprocess 7\n"),
-            (
-                {**failed, "run.frames": frames},
-                f"❌ abc failed\nrun abc\nwhere it failed, innermost last:\n{frames}\n",
-            ),
-        ):
+            ({**failed, "run.frames": frames}, f"❌ abc failed\nrun abc\nwhere it failed, innermost last:\n{frames}\n"),
+        ):  # fmt: skip
             with self.subTest(facts=facts):
                 self.assertEqual(aimwatch.default_message(facts), expected + last)
 
@@ -6862,28 +6814,21 @@ class Messages(unittest.TestCase):
         odd = "{run.hash} {event} {0} {} {x!r} %s"
         facts = facts_of(run_reason=odd)
         for template, expected in (
-            ("{event} {run.name}!", "stalled n1!"),
-            ("{run.user}{run.user}", "annann"),
-            ("{run.frames}|", "|"),
+            ("{event} {run.name}!", "stalled n1!"), ("{run.user}{run.user}", "annann"), ("{run.frames}|", "|"),
             ("{oops} {run.__class__} {run.hash.x}", "{oops} {run.__class__} {run.hash.x}"),
             ("{} {0} {{run.name}} {run.name!r} {run.name:>9} {", "{} {0} {n1} {run.name!r} {run.name:>9} {"),
-            ("{run.reason}", odd),
-            ('{"a": {"b": "{run.name}"}}', '{"a": {"b": "n1"}}'),
+            ("{run.reason}", odd), ('{"a": {"b": "{run.name}"}}', '{"a": {"b": "n1"}}'),
             ("<a> {message} <b>", f"<a> {aimwatch.default_message(facts)} <b>"),
-        ):
+        ):  # fmt: skip
             with self.subTest(template):
                 self.assertEqual(aimwatch.fill_template(template, facts), expected)
 
     def test_template_speaks_for_what_it_can_mean(self) -> None:
         for template, mine in (
-            ("gone: {run.hash}", ("stalled", "failed")),
-            ("plain", ("stalled", "failed")),
-            ("{event} {run.hash}", aimwatch.EVENTS),
-            ("x {message}", aimwatch.EVENTS),
-            (aimwatch.AIM_DEFAULT_MESSAGE, ()),
-            ("", ()),
-            (None, ()),
-        ):
+            ("gone: {run.hash}", ("stalled", "failed")), ("plain", ("stalled", "failed")),
+            ("{event} {run.hash}", aimwatch.EVENTS), ("x {message}", aimwatch.EVENTS),
+            (aimwatch.AIM_DEFAULT_MESSAGE, ()), ("", ()), (None, ()),
+        ):  # fmt: skip
             for event in (*aimwatch.EVENTS, "trouble"):
                 with self.subTest(template=template, event=event):
                     facts = facts_of(event, run_reason="r")
@@ -6945,12 +6890,9 @@ class Messages(unittest.TestCase):
 
     def test_shorten_cuts_long_text_alone_and_never_inside_an_escape(self) -> None:
         for text, limit, expected in (
-            ("x" * 10, 10, "x" * 10),
-            ("x" * 11, 10, "x" * 6 + "\n..."),
-            ("xxx&amp;yyyy", 11, "xxx\n..."),
-            ("xxx&lt;yyyyy", 11, "xxx&lt;\n..."),
-            ("x&lt;&gt;yyyy", 12, "x&lt;\n..."),
-        ):
+            ("x" * 10, 10, "x" * 10), ("x" * 11, 10, "x" * 6 + "\n..."), ("xxx&amp;yyyy", 11, "xxx\n..."),
+            ("xxx&lt;yyyyy", 11, "xxx&lt;\n..."), ("x&lt;&gt;yyyy", 12, "x&lt;\n..."),
+        ):  # fmt: skip
             with self.subTest(text=text):
                 self.assertEqual(aimwatch.shorten(text, limit), expected)
         long = aimwatch.shorten("y" * 5000)
@@ -6989,22 +6931,10 @@ class Messages(unittest.TestCase):
 
     def test_mentions_and_disguised_links_of_every_chat_are_parted(self) -> None:
         for text in (
-            "@everyone",
-            "ann@everyone",
-            "x @here",
-            "@channel!",
-            "<@U1>",
-            "<@&7>",
-            "<@!7>",
-            "@[123]",
-            "<users/all>",
-            "@all",
-            "[docs](https://evil.test)",
-            "![](https://evil.test/pixel)",
-            "[docs][1]",
-            "[1]: https://evil.test",
-            "<https://evil.test|docs>",
-        ):
+            "@everyone", "ann@everyone", "x @here", "@channel!", "<@U1>", "<@&7>", "<@!7>", "@[123]",
+            "<users/all>", "@all", "[docs](https://evil.test)", "![](https://evil.test/pixel)", "[docs][1]",
+            "[1]: https://evil.test", "<https://evil.test|docs>",
+        ):  # fmt: skip
             with self.subTest(text):
                 safe = aimwatch.without_mentions(text)
                 self.assertNotRegex(safe, r"@[\w\[&!]|<users|\][(\[:]|<https")
@@ -7036,32 +6966,27 @@ class Judgements(unittest.TestCase):
     def test_slack_answers(self) -> None:
         portal = "HTTP 200 without 'ok' (a proxy's or a portal's page?): <html>log in</html>"
         self.check(
-            aimwatch.judge_slack,
-            (200, " ok\n", "sent", "HTTP 200: ok"),
+            aimwatch.judge_slack, (200, " ok\n", "sent", "HTTP 200: ok"),
             (200, '{"ok": true}', "sent", "HTTP 200 with a JSON object"),
             (200, "{}", "sent", "HTTP 200 with a JSON object"),
             (200, '{"ok": false, "error": "x"}', "retry", "without 'ok'"),
             (200, '{"success": false}', "retry", "without 'ok'"),
-            (200, '{"error": "x"}', "retry", "without 'ok'"),
-            (200, '["ok"]', "retry", "without 'ok'"),
-            (200, "okay", "retry", "without 'ok'"),
-            (200, "", "retry", "without 'ok'"),
+            (200, '{"error": "x"}', "retry", "without 'ok'"), (200, '["ok"]', "retry", "without 'ok'"),
+            (200, "okay", "retry", "without 'ok'"), (200, "", "retry", "without 'ok'"),
             (200, "<html>log\n in</html>".replace("\n ", " "), "retry", portal),
             (204, "", "retry", "HTTP 204 without 'ok'"),
             (400, "invalid_payload", "refused", "HTTP 400: invalid_payload"),
             (403, "invalid_token", "broken", "HTTP 403: invalid_token"),
             (200, "invalid_token", "broken", "HTTP 200: invalid_token"),
-            (400, "invalid_token", "broken", "HTTP 400: invalid_token"),
-            (401, "", "broken", "HTTP 401"),
+            (400, "invalid_token", "broken", "HTTP 400: invalid_token"), (401, "", "broken", "HTTP 401"),
             (403, "action_prohibited", "broken", "HTTP 403: action_prohibited"),
             (404, "no_service", "broken", "HTTP 404: no_service"),
             (410, "channel_is_archived", "broken", "HTTP 410: channel_is_archived"),
             (302, "", "broken", "HTTP 302: redirected; give the final URL"),
-            (308, "", "broken", "HTTP 308: redirected; give the final URL"),
-            (408, "", "retry", "HTTP 408"),
+            (308, "", "broken", "HTTP 308: redirected; give the final URL"), (408, "", "retry", "HTTP 408"),
             (500, "a\x1b[2J\nb", "retry", "HTTP 500: a\\x1b[2J b"),
             (503, "x" * 200, "retry", "HTTP 503: " + "x" * 117 + "..."),
-        )
+        )  # fmt: skip
 
     def test_answers_of_any_server(self) -> None:
         page = "<!DOCTYPE html><html>log in</html>"
@@ -7095,26 +7020,19 @@ class Judgements(unittest.TestCase):
             return json.dumps({"error": {"message": "said", "code": code}})
 
         self.check(
-            aimwatch.judge_workplace,
-            (200, '{"id": "1_2"}', "sent", "HTTP 200 with an id"),
-            (200, "{}", "retry", "HTTP 200 without an id"),
-            (200, "ok", "retry", "HTTP 200 without an id"),
+            aimwatch.judge_workplace, (200, '{"id": "1_2"}', "sent", "HTTP 200 with an id"),
+            (200, "{}", "retry", "HTTP 200 without an id"), (200, "ok", "retry", "HTTP 200 without an id"),
             (200, "<html>", "retry", "HTTP 200 without an id"),
             (201, '{"id": "1"}', "retry", "HTTP 201 without an id"),
-            (200, error(1), "retry", "Graph error 1: said"),
-            (400, error(1), "retry", "Graph error 1: said"),
-            (400, error(2), "retry", "Graph error 2: said"),
-            (403, error(4), "retry", "Graph error 4: said"),
+            (200, error(1), "retry", "Graph error 1: said"), (400, error(1), "retry", "Graph error 1: said"),
+            (400, error(2), "retry", "Graph error 2: said"), (403, error(4), "retry", "Graph error 4: said"),
             (400, error(190), "broken", "Graph error 190: said"),
             (401, error(None), "broken", "Graph error None: said"),
-            (400, error([1]), "broken", "Graph error [1]: said"),
-            (500, error(190), "retry", "HTTP 500: "),
-            (400, '{"error": "text"}', "refused", "HTTP 400: "),
-            (401, "", "broken", "HTTP 401"),
-            (404, "", "broken", "HTTP 404"),
-            (301, "", "broken", "HTTP 301: redirected; give the final URL"),
+            (400, error([1]), "broken", "Graph error [1]: said"), (500, error(190), "retry", "HTTP 500: "),
+            (400, '{"error": "text"}', "refused", "HTTP 400: "), (401, "", "broken", "HTTP 401"),
+            (404, "", "broken", "HTTP 404"), (301, "", "broken", "HTTP 301: redirected; give the final URL"),
             (502, "", "retry", "HTTP 502"),
-        )
+        )  # fmt: skip
 
     def test_retry_after_in_every_form(self) -> None:
         for value, wait_s in (
@@ -8152,13 +8070,8 @@ class Notifying(NotifyingCase):
     def test_what_is_waited_after_each_outcome(self) -> None:
         rests: List[float] = []
         answers = (
-            (429, "", {"Retry-After": "7"}),
-            (500, ""),
-            (404, "gone"),
-            (400, ""),
-            (500, ""),
-            (200, "ok"),
-        )
+            (429, "", {"Retry-After": "7"}), (500, ""), (404, "gone"), (400, ""), (500, ""), (200, "ok"),
+        )  # fmt: skip
         self.configure(a=hook(self.webhook(*answers).url))
         with mock.patch.object(aimwatch, "back_off_s", lambda n, r: float(n)), mock.patch.object(
             aimwatch.NotifierThread, "_rest", lambda thread, seconds: rests.append(seconds)
@@ -9099,12 +9012,9 @@ class NotifiersAdd(NotifierCase):
     def test_streams_that_are_closed_or_no_text_are_no_traceback(self) -> None:
         os.environ["PYTHONIOENCODING"] = "utf-8:strict"
         for redirect, argv, code in (
-            ("<&-", "slack", 1),
-            ("<&-", "slack --webhook-url-file - --yes", 1),
-            ("< no_text", "slack", 1),
-            ("< no_text", "logger", 0),
-            (">&-", "logger --yes", 0),
-        ):
+            ("<&-", "slack", 1), ("<&-", "slack --webhook-url-file - --yes", 1), ("< no_text", "slack", 1),
+            ("< no_text", "logger", 0), (">&-", "logger --yes", 0),
+        ):  # fmt: skip
             with self.subTest(redirect=redirect, argv=argv):
                 self.path("no_text", b"\xff\xfe\n\n\n\n\n\n")
                 call = f'exec "{sys.executable}" -m aimwatch notifiers add {argv} {redirect}'
@@ -11220,11 +11130,8 @@ class TestSigns(WatcherProcessCase):
 
     def test_wrong_ping_url_is_refused_and_not_shown(self) -> None:
         for url in (
-            "ftp://host/SECRETSECRET",
-            "http:///SECRETSECRET",
-            "http://u:SECRETSECRET@host/",
-            "SECRETSECRET",
-        ):
+            "ftp://host/SECRETSECRET", "http:///SECRETSECRET", "http://u:SECRETSECRET@host/", "SECRETSECRET",
+        ):  # fmt: skip
             for argv in (["--ping-url", url], []):
                 with self.subTest(url=url, argv=argv), mock.patch.dict(os.environ, AIMWATCH_PING_URL=url):
                     code, out, err = self.run_cli("start", *argv)
@@ -12549,11 +12456,9 @@ class TestStatus(WatcherProcessCase):
     def test_colour_is_for_terminals_without_no_color(self) -> None:
         self.check_in("a", 1, "failed")
         for stream, no_color, coloured in (
-            (io.StringIO(), None, False),
-            (_Terminal(), None, True),
-            (_Terminal(), "", True),
+            (io.StringIO(), None, False), (_Terminal(), None, True), (_Terminal(), "", True),
             (_Terminal(), "1", False),
-        ):
+        ):  # fmt: skip
             with self.subTest(terminal=stream.isatty(), no_color=no_color):
                 os.environ.pop("NO_COLOR", None)
                 if no_color is not None:
@@ -12955,19 +12860,13 @@ class RunsWithoutCode(ExecCase):
         script = os.path.join(self.root, "script")
         open(script, "w").close()
         for argv, code, reason, said in (
-            (["true"], 0, None, ""),
-            (["sh", "-c", "exit 3"], 3, "exited with status 3", ""),
+            (["true"], 0, None, ""), (["sh", "-c", "exit 3"], 3, "exited with status 3", ""),
             (["sh", "-c", "kill -9 $$"], 137, r"was killed by SIGKILL( \(out of memory\?\))?", ""),
             (["sh", "-c", "kill -15 $$"], 143, "was killed by SIGTERM", ""),
-            (
-                ["no-such-program"],
-                127,
-                "cannot start: No such file or directory",
-                "no-such-program: No such file",
-            ),
+            (["no-such-program"], 127, "cannot start: No such file or directory", "no-such-program: No such file"),
             ([script], 126, "cannot start: Permission denied", ": Permission denied"),
             (["sh", "-c", "exec >&- 2>&-; sleep 0.1; exit 7"], 7, "exited with status 7", ""),
-        ):
+        ):  # fmt: skip
             with self.subTest(argv):
                 process = self.program(*argv, cwd=self.root)
                 err = process.communicate(timeout=30)[1].decode()
@@ -13192,19 +13091,9 @@ class RunsOfPrograms(ExecCase):
             ("run.track(1.0, 'loss'); run.close()", 0, "finished", None),
             ("run.track(1.0, 'loss'); run.close(); sys.exit(3)", 3, "failed", "exited with status 3"),
             ("run.track(1.0, 'loss')\nwith run: raise ValueError('bad')", 1, "failed", "ValueError: bad"),
-            (
-                "run.track(1.0, 'loss'); import os; os.kill(os.getpid(), 9)",
-                137,
-                "failed",
-                "was killed by SIGKILL",
-            ),
-            (
-                "run.track(1.0, 'loss'); run.report_progress(expect_next_in=9)",
-                0,
-                "failed",
-                "exited without reporting",
-            ),
-        ):
+            ("run.track(1.0, 'loss'); import os; os.kill(os.getpid(), 9)", 137, "failed", "was killed by SIGKILL"),
+            ("run.track(1.0, 'loss'); run.report_progress(expect_next_in=9)", 0, "failed", "exited without reporting"),
+        ):  # fmt: skip
             with self.subTest(code):
                 process = self.python(JOINS + code, options=["--name", "both"])
                 out, err = process.communicate(timeout=60)
@@ -13390,13 +13279,8 @@ class TestCommandLine(Case):
         missing, plain = os.path.join(self.root, "x"), os.path.join(self.root, "plain")
         write_file(plain)
         for argv in (
-            ["start"],
-            ["status"],
-            ["notifiers", "list"],
-            ["notifiers", "test"],
-            ["mute", "x"],
-            ["runs"],
-        ):
+            ["start"], ["status"], ["notifiers", "list"], ["notifiers", "test"], ["mute", "x"], ["runs"],
+        ):  # fmt: skip
             for root, text in (
                 (missing, f"run 'aim-watcher --repo {missing} init' or start a run there"),
                 (plain, f"{plain} is a file, not a folder"),
