@@ -6385,7 +6385,8 @@ class ConfigFile(NotifierCase):
                 self.assertEqual((code, err), (0, ""))
                 new = self.only_entry()
                 self.assertRegex(new["id"], r"\A[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
-                expected = {"id": new["id"], "type": argv[0], "arguments": arguments, "status": "enabled"}
+                expected = {"id": new["id"], "type": argv[0], "arguments": arguments, "status": "enabled",
+                            "events": ["stalled", "failed", "recovered"]}  # fmt: skip
                 self.assertEqual(self.entries(), {new["id"]: expected})
 
     def test_rewrite_keeps_what_it_does_not_know(self) -> None:
@@ -11106,6 +11107,7 @@ class TestSigns(WatcherProcessCase):
         self.assertEqual(notify.next(), "WATCHDOG=1")
         # While the server hangs: the run is told of, and there is one request.
         self.wait_sent(("a", "stalled"))
+        self.wait_for(lambda: server.requests)
         self.assertEqual(
             [request[:2] for request in server.requests], [("GET", "/services/T000/B000/SECRETSECRET")]
         )
