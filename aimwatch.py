@@ -2527,13 +2527,13 @@ class _Process:
 
     # ---------------------------------------------------------------- signals
 
-    def _on_signal_set(self, real: Callable[..., Any], signum: int, handler: Any) -> Any:
+    def _on_signal_set(self, real: Callable[..., Any], signalnum: int, handler: Any) -> Any:
         if any(run._is_mine() for run in list(self.runs)):
-            handler = self._with_ours(signum, handler)
-        return self._users(real(signum, handler))
+            handler = self._with_ours(signalnum, handler)
+        return self._users(real(signalnum, handler))
 
-    def _on_signal_asked(self, real: Callable[..., Any], signum: int) -> Any:
-        return self._users(real(signum))
+    def _on_signal_asked(self, real: Callable[..., Any], signalnum: int) -> Any:
+        return self._users(real(signalnum))
 
     def _with_ours(self, signum: int, handler: Any) -> Any:
         """Return what is installed for a user's handler: ours in the place of the default action of SIGTERM
@@ -2600,20 +2600,23 @@ class _Process:
 
     def _on_sys_exit(self, real: Callable[..., Any], *status: Any) -> Any:
         if threading.current_thread() is threading.main_thread():
-            end = exit_end(status[0] if status else None, sys.exc_info()[1])
-            # Who catches it may exit once more with the same status, as `multiprocessing` does.
-            if end is None or self.exit is None or not self.exit[0].reason.startswith(end.reason):
-                self.exit = None if end is None else (end, time.time())
+            with contextlib.suppress(Exception):  # the status may be any object
+                end = exit_end(status[0] if status else None, sys.exc_info()[1])
+                # Who catches it may exit once more with the same status, as `multiprocessing` does.
+                if end is None or self.exit is None or not self.exit[0].reason.startswith(end.reason):
+                    self.exit = None if end is None else (end, time.time())
             for run in list(self.runs):
                 run._window = math.nan, 0.0  # the next report shows that somebody caught it
         return real(*status)
 
-    def _on_exec(self, real: Callable[..., Any], path: Any, argv: Any, *environ: Any) -> Any:
-        # `execvp` tries one folder after the other.
-        if isinstance(path, int) or os.access(path, os.X_OK):
-            program = printable(" ".join(os.fsdecode(argument) for argument in argv), 200)
+    def _on_exec(self, real: Callable[..., Any], path: Any, argv: Any, *args: Any, **options: Any) -> Any:
+        program = ""
+        with contextlib.suppress(TypeError, ValueError):  # wrong arguments are for `exec` to refuse
+            if isinstance(path, int) or os.access(path, os.X_OK):  # `execvp` tries one folder after the other
+                program = printable(" ".join(map(os.fsdecode, argv)), 200)
+        if program:
             self._each(lambda run: run._end(End(FAILED, f"replaced by {program}")))
-        return real(path, argv, *environ)
+        return real(path, argv, *args, **options)
 
     def _at_exit(self) -> None:
         # Set even where somebody replaced our excepthook without calling it.

@@ -1228,6 +1228,7 @@ ENDS: Tuple[Tuple[str, str, int, Any, Any], ...] = (
     ("exit_3_promise", "run.report_progress(expect_next_in=60); sys.exit(3)", 3, "failed",
      "exited with status 3"),
     ("exit_text", "sys.exit('no data')", 1, "failed", "exited with status 1: no data"),
+    ("exit_with_an_object", "class Odd: __eq__ = None\nsys.exit(Odd())", 1, "finished", None),
     ("exit_0", "sys.exit(0)", 0, "finished", None),
     ("exit_while_handling", "try: boom()\nexcept ValueError: sys.exit(1)", 1, "failed",
      "exited with status 1 (ValueError: boom)"),
@@ -1248,6 +1249,8 @@ ENDS: Tuple[Tuple[str, str, int, Any, Any], ...] = (
     ("with_stop", "with run: next(iter(()))", 1, "finished", None),
     ("hup", "os.kill(os.getpid(), signal.SIGHUP); time.sleep(9)", -1, "failed", "terminated by SIGHUP"),
     ("exec_", "os.execlp('true', 'true', '-x')", 0, "failed", "replaced by true -x"),
+    ("exec_refused", "try: os.execve(path=sys.executable, argv=5, env={})\nexcept TypeError: pass", 0,
+     "finished", None),
     ("exec_fails", "try: os.execlp('/', 'x')\nexcept OSError: run.report_progress()", 0, "finished", None),
     ("exit_promise", "run.report_progress(expect_next_in=60)", 0, "failed", EXIT_REASON),
     ("exit_no_promise", "run.report_progress()", 0, "finished", None),
@@ -1310,6 +1313,8 @@ run.report_progress(expect_next_in=60)
 run.close()
 print(flags())
 """, 0, ["finished"], "after SIGTERM"),
+    ("handler by its name", "", "signal.signal(signalnum=signal.SIGTERM, handler=lambda *args: sys.exit(4))\n"
+     "signal.getsignal(signalnum=signal.SIGTERM)\nterm()", 4, [], "terminated by SIGTERM"),
     ("default action that is set back", "", "old = signal.signal(signal.SIGTERM, print)\n"
      "signal.signal(signal.SIGTERM, signal.SIG_DFL)\nterm()", -15, [], "terminated by SIGTERM"),
     ("handler before, a trainer's later, and back", "signal.signal(signal.SIGTERM, lambda *args: print('first'))\n",
