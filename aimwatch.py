@@ -11876,11 +11876,23 @@ def status_object(paths: RepoPaths) -> Dict[str, Any]:
                 known = {"id": item.id, "name": item.shown_as, "type": item.type}
                 notifiers.append({**known, "problem": problem, "waiting": waiting})
     runs = status_rows(paths, saved)
-    return {"repo": paths.root, "watcher": watcher, "notifiers_that_do_not_work": notifiers, "runs": runs}
+    broken = {"notifiers_that_do_not_work": notifiers, "modes": lax_modes(paths) or None}
+    return {"repo": paths.root, "watcher": watcher, **broken, "runs": runs}
 
 
 #: What `status` says of a run as its log has it.
 _STATUS_FACTS = ("experiment", "host", "pid", "job", "group", "reason", "progress")
+
+
+def lax_modes(paths: RepoPaths) -> str:
+    """Return which folders and files others can write that only the owner of the repository should, for
+    people; "" for none."""
+    found = []
+    for path in (*paths.owners_folders(), paths.config, paths.index, paths.outbox, paths.watcher):
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_mode & 0o022:
+                found.append(os.path.relpath(path, paths.root))
+    return f"others can write {', '.join(found)}: 'chmod go-w', or 'init --group'" if found else ""
 
 
 def status_rows(
@@ -11947,7 +11959,9 @@ def cmd_status(args: Any) -> int:
     if args.json:
         print_json(found)
     else:
-        print(f"repository {found['repo']}\n{found['watcher']['text']}")
+        print(
+            "\n".join(filter(None, (f"repository {found['repo']}", found["watcher"]["text"], found["modes"])))
+        )
         for item in found["notifiers_that_do_not_work"]:
             waits = f"; {plural(item['waiting'], 'event')} waiting" if item["waiting"] else ""
             print(f"notifier {item['type']} {item['name']} does not work: {item['problem']}{waits}")

@@ -11443,6 +11443,12 @@ class SharedFolder(Case):
         watcher.poll()
         self.assertEqual(watcher.table.runs["a"].idx, 98)
 
+    def test_status_says_where_others_can_write_what_only_the_owner_should(self) -> None:
+        self.assertNotIn("others can write", self.run_cli("status")[1])
+        os.chmod(self.paths.own, 0o2775)
+        os.chmod(self.paths.aim, 0o2777)
+        self.assertIn("\nothers can write .aim, .aim/aimwatch: 'chmod go-w', or", self.run_cli("status")[1])
+
     def test_init_shares_a_repository_and_says_what_it_cannot(self) -> None:
         import grp
         import pwd
@@ -13449,7 +13455,8 @@ class TestReadme(WatcherProcessCase):
 
     #: A line of a shell block to how it is run; the first that matches counts.
     LINES = (
-        (r"python3 -m unittest|python3 aimwatch\.py demo|pip install \.", ""),  # tested elsewhere
+        # Tested elsewhere.
+        (r"python3 -m unittest|python3 aimwatch\.py demo|pip install \.|sudo python3 .* init --group .*", ""),
         (r"python3 test_aimwatch\.py bench", "begins_to_measure"),
         (r"python3 aimwatch\.py (--repo \S+ )?start(?!.*--once)( .*)?", "watches"),
         (r"python3 aimwatch\.py .* up( .*)?", "serves"),
