@@ -3295,7 +3295,8 @@ class IndexTest(IndexCase):
             "hash": "h1", "name": "n", "experiment": "e", "description": "d", "tags": ["t", "u"],
             "archived": True, "state": "failed", "reason": "boom", "frames": ["f"], "created_at": 10.0,
             "end_time": 12.5, "last_time": 12.0, "host": "h", "pid": 7, "user": "ann", "job": "slurm 1",
-            "argv": ["train.py"], "cwd": "/c", "python": None, "rank": None, "world": None, "group": None,
+            "argv": ["train.py"], "cwd": "/c", "commit": None, "stdout": None, "python": None, "rank": None,
+            "world": None, "group": None,
             "params": params, "metrics": [
                 {"name": "loss", "context": {"s": "t"}, "count": 2, "min": 1.0, "max": 2.0, "last": 1.0,
                  "first_step": 0, "last_step": 1, "last_epoch": None, "last_time": 9.0, "series": 3}],
