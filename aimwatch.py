@@ -10511,10 +10511,8 @@ class Site:
         """Return what `status` shows of runs that have not finished, with what their logs say besides."""
 
         def facts_of(paths: RepoPaths, run_hash: str) -> Facts:
-            made = self._keep(
-                ("facts", run_hash), stamp_of(paths.run_log(run_hash)), lambda: run_facts(paths, run_hash)
-            )
-            return made  # type: ignore[no-any-return]
+            stamp = stamp_of(paths.run_log(run_hash))
+            return self._keep(("facts", run_hash), stamp, lambda: run_facts(paths, run_hash))  # type: ignore[no-any-return]
 
         rows = status_rows(self.paths, read_watcher_file(self.paths), facts_of)
         rows = [row for row in rows if row["state"] != FINISHED]
@@ -10950,7 +10948,7 @@ PAGE_JS = r"""
       const answer = await fetch(location.href, {cache: "no-store", headers});
       if (answer.status !== 304) {
         const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-        if (!answer.ok) throw page.querySelector("section")?.lastChild.textContent || "closed: it has a new key";
+        if (!answer.ok) throw page.querySelector("section")?.lastChild.textContent || "it has a new key";
         etag = answer.headers.get("ETag");
         swap(page);
         age();
@@ -11072,9 +11070,8 @@ class Gate(NamedTuple):
             return Reply(400), True
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         # No body is read, so what follows could not be told from one.
-        closes = bool({"content-length", "transfer-encoding"} & set(headers)) or "close" in headers.get(
-            "connection", ""
-        )
+        closes = version == "HTTP/1.0" or headers.get("connection", "").lower() == "close"
+        closes |= bool({"content-length", "transfer-encoding"} & set(headers))
         if method not in ("GET", "HEAD"):
             return Reply(405, headers=(("Allow", "GET, HEAD"),)), True
         path, _, query = target.partition("?")
