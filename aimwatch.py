@@ -10224,19 +10224,25 @@ class Scale:
     """Maps values to 0 up to 1; `low` and `high` are the ends, or their logarithms."""
 
     def __init__(self, values: Sequence[float], is_log: bool, margin: float = 0.0) -> None:
-        self._to: Callable[[float], float] = math.log10 if is_log else float
-        self.is_log, low, high = is_log, self._to(min(values)), self._to(max(values))
-        more = (high / 2 - low / 2) * (2 * margin) if high > low else abs(low) * 0.05 or 0.5
-        self.low, self.high = max(low - more, -1.7e308), min(high + more, 1.7e308)
+        self.is_log = is_log
+        low, high = self.to(min(values)), self.to(max(values))
+        is_wide = high - low > abs(high) * 1e-12 + 1e-290
+        more = (high - low) * margin if is_wide else abs(low) * 0.05 or 0.5
+        most = 305.0 if is_log else 2e300  # of a logarithm, so that there is a number to it
+        self.low, self.high = max(low - more, -most), min(high + more, most)
+
+    def to(self, value: float) -> float:
+        """Return a value, or its logarithm; beyond 1e300 nothing can be told apart."""
+        value = min(max(value, 1e-300 if self.is_log else -1e300), 1e300)
+        return math.log10(value) if self.is_log else value
 
     def at(self, value: float) -> float:
         """Return where a value lies; what is far outside is just outside."""
-        half = self.high / 2 - self.low / 2  # the distance itself may be infinite
-        return min(max((self._to(value) / 2 - self.low / 2) / half, -9.0), 9.0)
+        return min(max((self.to(value) - self.low) / (self.high - self.low), -9.0), 9.0)
 
     def value(self, at: float) -> float:
         """Return the value that lies there."""
-        found = self.low * (1 - at) + self.high * at
+        found = self.low + (self.high - self.low) * at
         return 10.0**found if self.is_log else found
 
     def ticks(self, steps: Sequence[float] = ()) -> List[float]:
@@ -10281,7 +10287,8 @@ class Curve(NamedTuple):
         """Return where the points lie on an axis, sorted; the values there; and as pairs the points
         whose values are no finite numbers."""
         xs, ys = self.columns["time" if axis == "since" else axis], self.columns["value"]
-        if math.isfinite(sum(ys)) and all(map(operator.le, xs, xs[1:])) and not log_x and not log_y:
+        is_sorted = xs[-1:] == xs[-1:] and all(map(operator.le, xs, xs[1:]))  # which no NaN is
+        if math.isfinite(sum(ys)) and is_sorted and not log_x and not log_y:
             return xs, ys, []
         offset = self.created_at if axis == "since" else 0.0
         pairs = sorted(
@@ -10361,7 +10368,7 @@ def chart_svg(name: str, curves: Sequence[Curve], ask: Ask) -> Html:
     for value in x.ticks(_TIME_STEPS if axis in ("time", "since") else ()):
         across = left + x.at(value) * width
         text = f"{value:.6g}" if axis != "since" else human_s(value) if value else "0"
-        if axis == "time":
+        if axis == "time" and 0 <= value < MAX_TIME_S:
             text = time.strftime("%b %d" if x.high - x.low > 3 * 86400 else "%H:%M:%S", time.localtime(value))
         axes.append(html('<path d="M{} {}v{}"/>', across, top, height))
         axes.append(html('<text class="x" x="{}" y="{}">{}</text>', across, CHART_SIZE[1] - 6, text))

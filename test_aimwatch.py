@@ -11759,6 +11759,22 @@ class Charts(unittest.TestCase):
         self.assertEqual(self.drawn([3.0, 1.0], step=[7.0, 2.0]), [[[2, 1], [7, 3]]])
         self.assertEqual(self.drawn([3.0, 1.0], "x=epoch", epoch=[0.0, 0.5]), [[[0, 3], [0.5, 1]]])
 
+    def test_no_number_is_too_odd_to_be_drawn(self) -> None:
+        dice = random.Random(7)
+        values = [0.0, 1.0, -1.0, 1e308, -1.7e308, 5e-324, "nan", "inf", "-inf", 1e-300, 2**60]
+        numbers = ["0", "-1", "1", "1e300", "1.7e308", "-1.7e308", "5e-324", "nan", "inf", "x", "1e17"]
+        for _ in range(2000):
+            count = dice.randrange(1, 6)
+            steps = [dice.choice([0.0, 1.0, -5.0, 1e300, 1e17, 5e-324]) for _ in range(count)]
+            epochs = [dice.choice([0.0, 1.0, NAN, 1e308]) for _ in range(count)]
+            query = f"x={dice.choice(list(aimwatch.AXES))}&xscale={dice.choice(['', 'log'])}"
+            query += f"&yscale={dice.choice(['', 'log'])}&smooth={dice.choice(['', '0.9', '5', '-1'])}"
+            query += f"&from={dice.choice(numbers)}&to={dice.choice(numbers)}"
+            drawn = [dice.choice(values) for _ in range(count)]
+            with self.subTest(query=query, values=drawn, steps=steps, epochs=epochs):
+                self.drawn(drawn, query, step=steps, epoch=epochs)
+                self.assertNotRegex(self.svg, '(?: |")-?(?:nan|inf)')
+
     def test_what_is_no_number_is_marked_where_it_is(self) -> None:
         self.drawn([1.0, "nan", 3.0, "inf", "-inf"])
         titles = re.findall("<title>(.*?)</title>", self.svg)
@@ -11771,7 +11787,7 @@ class Charts(unittest.TestCase):
             (0, 10, False, (), [0, 2, 4, 6, 8, 10]), (-1, 1, False, (), [-1, -0.5, 0, 0.5, 1]),
             (5, 5, False, (), [4.8, 5.0, 5.2]), (1, 1e6, True, (), [1, 10, 100, 1e3, 1e4, 1e5, 1e6]),
             (1e-30, 1e30, True, (), None), (0, 7000, False, aimwatch._TIME_STEPS, [0, 1800, 3600, 5400]),
-            (-1.7e308, 1.7e308, False, (), None), (1e17, 1e17 + 32, False, (), None), (3, 40, True, (), None),
+            (-1.7e308, 1.7e308, False, (), None), (1e17, 1e17 + 32, False, (), None), (0, 5e-324, False, (), None), (3, 40, True, (), None),
         ):  # fmt: skip
             with self.subTest(low=low, high=high):
                 scale = aimwatch.Scale([low, high], is_log)
