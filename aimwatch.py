@@ -6642,7 +6642,7 @@ def _cause(facts: Facts) -> Any:
     event = facts.get("event", "")
     if event in (LOG, TROUBLE) or "run.rank" in facts or "run.hash" not in facts:
         return id(facts)
-    return event, facts.get("run.reason", "") if event == FAILED else ""
+    return event, facts.get({FAILED: "run.reason", STALLED: "run.frames"}.get(event, ""), "")
 
 
 def _shared(batch: Sequence[Facts]) -> str:

@@ -5831,7 +5831,7 @@ class RunCommands(StoredCase):
     def test_what_a_table_shows_can_be_asked(self) -> None:
         with contextlib.suppress(ValueError), Run("4abc", repo=self.root):
             raise ValueError("x")
-        host, user = os.uname().nodename, os.environ.get("USER") or str(os.getuid())
+        host, user = os.uname().nodename, pwd.getpwuid(os.getuid()).pw_name
         for indexed in (False, True):
             for text, found in (
                 ("run.state == 'failed'", "4abc"), ("run.reason.startswith('ValueError')", "4abc"),
@@ -6871,6 +6871,10 @@ class Messages(unittest.TestCase):
         self.assertTrue(text.split("\n\n")[2].startswith("❌ n8 failed: KeyError: 'x'\nrun 0000"), text)
         self.assertTrue(text.split("\n\n")[3].startswith("❗ n9 stalled: silent for 3 min"), text)
         self.assertEqual(text.count("look further"), 1)
+        hang = [facts_of("stalled", n, run_frames=f"  t.py:{n // 2} in f") for n in range(4)]
+        text = aimwatch.message_for_batch(None, hang)
+        self.assertEqual(text.count("❗ 2 runs stalled in resnet on node7: silent for 3 min\n"), 2)
+        self.assertEqual(text.count("where they hang, innermost last:\n  t.py:"), 2)
         odd = [{**facts, "event": kind} for kind in ("", "odd", "log", "trouble") for facts in seven[:2]]
         self.assertIn("look further", aimwatch.message_for_batch(None, odd))
         # What a user wrote is said of each.
@@ -7893,8 +7897,7 @@ class OutboxFile(NotifierCase):
                 server = self.webhook()
                 outcome = aimwatch.deliver(notifier_of("slack", url=server.url), batch)
                 self.assertEqual((outcome.kind, len(server.requests)), ("sent", 1), outcome)
-                self.assertIn("n1 stalled", server.texts()[0])
-                self.assertIn("n2 stalled", server.texts()[0])
+                self.assertIn("\nn1 (00000000), n2 (00000000)\n", server.texts()[0])
                 outbox.close()
                 os.unlink(self.paths.outbox)
 
@@ -10636,7 +10639,7 @@ class TestMessagesOfRuns(WatchCase):
     def messages(self) -> List[str]:
         """Return the texts that were alerted, in order."""
         lines = [line for item in self.events() for line in item["facts"]["run.messages"].splitlines()]
-        return [line.split(": ", 1)[1] for line in lines]
+        return [line.split(" ", 4)[4] for line in lines]
 
     def test_messages_from_the_level_up_are_alerted_once_to_those_who_want_them(self) -> None:
         self.configure(other={"type": "logger"})
