@@ -2183,7 +2183,7 @@ def exit_end(status: Any, error: Optional[BaseException]) -> Optional[End]:
     None for a success."""
     if status is None or status == 0:
         return None
-    reason = f"exited with status {status if isinstance(status, int) else f'1: {status}'}"
+    reason = f"exited with status {int(status) if isinstance(status, int) else f'1: {status}'}"
     if error is None:
         return End(FAILED, reason[:MAX_REASON])
     return End(FAILED, f"{reason} ({describe_exception(error)})"[:MAX_REASON], frames_of(error))
@@ -2264,7 +2264,7 @@ class Place(NamedTuple):
     @classmethod
     def here(cls) -> Place:
         """Return that of the caller."""
-        current: Callable[[], Any] = lambda: None  # noqa: E731
+        current: Callable[[], Any] = type(None)
         greenlet = sys.modules.get("greenlet")
         with contextlib.suppress(Exception):
             current = current if greenlet is None else weakref.ref(greenlet.getcurrent())
@@ -2458,6 +2458,7 @@ class _Process:
     def add(self, run: Run) -> None:
         """Watch over one more run."""
         self.runs.add(run)
+        self.exit = None  # whoever called it, somebody caught it
         if not self._real:
             self._install()
         for signum in (signal.SIGTERM, signal.SIGHUP):
@@ -2488,10 +2489,8 @@ class _Process:
             (os, "execve", self._on_exec),
         )
         for module, name, hook in hooks:
-            self._real[f"{module.__name__}.{name}"] = getattr(module, name)
-            setattr(
-                module, name, functools.wraps(getattr(module, name))(_calling(hook, getattr(module, name)))
-            )
+            real = self._real[f"{module.__name__}.{name}"] = getattr(module, name)
+            setattr(module, name, functools.wraps(real)(_calling(hook, real)))
         self._hooked = sys.excepthook
         atexit.register(self._at_exit)
         os.register_at_fork(
@@ -2591,11 +2590,9 @@ class _Process:
         return real(kind, error, trace)
 
     def _on_thread_exception(self, real: Callable[..., Any], hooked: Any) -> Any:
-        ident = Place.here().ident
-        if hooked.exc_value is not None:
-            self._each(
-                lambda run: run._end_by_exception(hooked.exc_value) if run._place.ident == ident else None
-            )
+        place, error = Place.here(), hooked.exc_value
+        if error is not None:
+            self._each(lambda run: run._end_by_exception(error) if run._place == place else None)
         return real(hooked)
 
     def _on_sys_exit(self, real: Callable[..., Any], *status: Any) -> Any:

@@ -1228,6 +1228,7 @@ ENDS: Tuple[Tuple[str, str, int, Any, Any], ...] = (
     ("exit_3_promise", "run.report_progress(expect_next_in=60); sys.exit(3)", 3, "failed",
      "exited with status 3"),
     ("exit_text", "sys.exit('no data')", 1, "failed", "exited with status 1: no data"),
+    ("exit_true", "sys.exit(True)", 1, "failed", "exited with status 1"),
     ("exit_with_an_object", "class Odd: __eq__ = None\nsys.exit(Odd())", 1, "finished", None),
     ("exit_0", "sys.exit(0)", 0, "finished", None),
     ("exit_while_handling", "try: boom()\nexcept ValueError: sys.exit(1)", 1, "failed",
