@@ -10651,22 +10651,23 @@ class Site:
         """Everything that is known of one run."""
         row, now = self.row(run_hash), self._utc()
         live = next((item for item in self.live_rows() if item["hash"] == run_hash), {})
-        told = dict(run_fields(row))
+        facts = dict(run_fields(row))
         state = live.get("state", row["state"])
         if live:
-            told.update(
+            facts.update(
                 {name: live[name] for name in ("reason", "progress", "acknowledged_by") if live[name]}
             )
-            told["last check-in"] = ago(now - live["last_check_in"])
-            told["promise"] = human_s(live["promise_s"]) if live["promise_s"] else "none"
-            told["muted until"] = live["muted_until"] and local_time(live["muted_until"])
+            facts["last check-in"] = ago(now - live["last_check_in"])
+            facts["promise"] = human_s(live["promise_s"]) if live["promise_s"] else "none"
+            facts["muted until"] = live["muted_until"] and local_time(live["muted_until"])
         if row["skipped"]:
-            told["damage"] = f"{plural(row['skipped'], 'line')} of the log could not be read"
-        reason = told.pop("reason", "")
-        fields = each("<div><dt>{}</dt><dd>{}</dd></div>", [item for item in told.items() if item[1]])
-        where = "\n".join(map(str, row["frames"]))
-        if state == STALLED:
-            where = hanging_frames(self.paths, run_hash)
+            facts["damage"] = f"{plural(row['skipped'], 'line')} of the log could not be read"
+        reason = facts.pop("reason", "")
+        fields = each("<div><dt>{}</dt><dd>{}</dd></div>", [item for item in facts.items() if item[1]])
+        stacks = {
+            "Where it hangs": hanging_frames(self.paths, run_hash) if state == STALLED else "",
+            "Where it failed": "\n".join(map(str, row["frames"])),
+        }
         metrics = []
         for metric in row["metrics"]:
             cells = [shown(metric_cell((row, metric), name), name) for name in METRIC_COLUMNS[1:]]
@@ -10679,13 +10680,13 @@ class Site:
             "Notified": self._notified(run_hash),
         }
         parts = {
-            "State": html(head, badge(state), told["name"], reason, fields),
-            "Where": where and html("<pre>{}</pre>", where),
+            "State": html(head, badge(state), facts["name"], reason, fields),
+            **{name: text and html("<pre>{}</pre>", text) for name, text in stacks.items()},
             "Charts": self._charts(ask, [row]),
             "Metrics": metrics and grid([*METRIC_COLUMNS[1:], "points"], metrics),
             **{name: text and html("<pre>{}</pre>", text) for name, text in texts.items()},
         }
-        return page_of(f"{state}: {told['name']}", "../../", self.paths.root, parts)
+        return page_of(f"{state}: {facts['name']}", "../../", self.paths.root, parts)
 
     def _notified(self, run_hash: str) -> List[str]:
         """Return what of a run was notified to whom and when, a line each."""
@@ -10751,9 +10752,9 @@ class Site:
         links = [run_link(row, top="../") for row in rows]
         form = '<form class="ask"><input name="q" value="{}" size="40" aria-label="query">'
         form += "<button>Show what a query finds</button></form><p>{}</p>"
-        told = f"{len(rows)} of {plural(len(asked), 'run')}" if rows else "Tick runs on the first page."
+        about = f"{len(rows)} of {plural(len(asked), 'run')}" if rows else "Tick runs on the first page."
         parts = {
-            "Compare": html(form, ask.one["q"], told),
+            "Compare": html(form, ask.one["q"], about),
             "Charts": self._charts(ask, rows),
             "What differs": grid(["", *names], differ, ["", *links]) if rows else "",
         }
