@@ -649,11 +649,11 @@ GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EBADF}
 _REGISTRY_WAIT_S = 2.0
 
 
-def _try_lock(fd: int, how: int) -> Optional[bool]:
+def _try_lock(fd: int, how: int, length: int = 0, start: int = 0) -> Optional[bool]:
     """Take the POSIX record lock on `fd`: True when taken, False when held elsewhere, None when the file
     system has no locks. Raises OSError for anything else."""
     try:
-        fcntl.lockf(fd, how | fcntl.LOCK_NB)
+        fcntl.lockf(fd, how | fcntl.LOCK_NB, length, start)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return False
@@ -669,15 +669,18 @@ class FileLock:
     A POSIX record lock goes with the process that holds it, and also when that process closes *any*
     descriptor of the same file. So this class alone opens files that are ever locked, and the process
     keeps a registry of those it holds: neither a second lock nor a probe opens one of them again.
-    With `flock`, the other kind of lock is taken too, which a program may use that does not see ours.
+    With `flock`, the other kind of lock is taken too, which a program may use that does not see ours. With
+    `brief`, the first byte alone is locked: that excludes whoever locks the whole file, and is not taken for
+    that by `lock_state`.
     """
 
     #: By real path, what this process holds. Reentrant, since a signal's handler may end a run.
     _registry: Dict[str, FileLock] = {}
     _guard = threading.RLock()
 
-    def __init__(self, path: str, *, flock: bool = False, mode: int = 0o666) -> None:
+    def __init__(self, path: str, *, flock: bool = False, brief: bool = False, mode: int = 0o666) -> None:
         self.path = path
+        self.brief = brief
         self._mode = mode
         self._flock = flock
         self._key = _real_path(path)
@@ -704,7 +707,7 @@ class FileLock:
             while self._key not in self._registry:
                 fd = open_below(self.path, os.O_RDWR | (os.O_CREAT if create else 0), self._mode)
                 try:
-                    locked = _try_lock(fd, fcntl.LOCK_EX)
+                    locked = _try_lock(fd, fcntl.LOCK_EX, int(self.brief))
                     if locked is not False and self._flock and not _try_flock(fd):
                         locked = False
                     # An indexer that held the lock may have removed the file before it let go.
@@ -736,7 +739,9 @@ class FileLock:
     def retake(self) -> Optional[bool]:
         """Lock the open file again, which changes nothing for who holds it: code that copies the
         repository closes other descriptors of the file, and with them goes the lock."""
-        return _try_lock(self._fd, fcntl.LOCK_EX) if is_still(self._fd, self._identity) else False
+        if not is_still(self._fd, self._identity):
+            return False
+        return _try_lock(self._fd, fcntl.LOCK_EX, int(self.brief))
 
     def release(self) -> None:
         """Let others have the lock. Does nothing where it is not held."""
@@ -799,12 +804,11 @@ def lock_state(path: str) -> str:
     no such file, `unknown` where locks do not work or the file may not be read."""
     folder, name = os.path.split(path)
     (state,) = lock_states(folder, [name])
-    return "held" if state == "ours" else state
+    return state
 
 
 def lock_states(folder: str, names: Iterable[str]) -> Iterator[str]:
-    """Yield what `lock_state` says of each of these files in a folder, which is opened once; `ours` for one
-    that this process holds."""
+    """Yield what `lock_state` says of each of these files in a folder, which is opened once."""
     real, fd = os.path.realpath(folder), -1
     try:
         fd = open_folder(folder)
@@ -822,12 +826,13 @@ def _lock_state_in(folder: int, name: str, real_path: str) -> str:
     if not FileLock._guard.acquire(timeout=_REGISTRY_WAIT_S):
         return "unknown"
     try:
-        if real_path in FileLock._registry:
-            return "ours"
+        ours = FileLock._registry.get(real_path)
+        if ours is not None:
+            return "free" if ours.brief else "held"
         fd = os.open(name, os.O_RDONLY | O_SAFE, dir_fd=folder)
         try:
-            # Shared, so that two that only look do not see each other.
-            return {True: "free", False: "held", None: "unknown"}[_try_lock(fd, fcntl.LOCK_SH)]
+            # Shared, so that two that only look do not see each other; the second byte, see FileLock.
+            return {True: "free", False: "held", None: "unknown"}[_try_lock(fd, fcntl.LOCK_SH, 1, 1)]
         finally:
             os.close(fd)
     except FileNotFoundError:
@@ -4701,11 +4706,11 @@ class Reindexer:
 
     def _one(self, db: sqlite3.Connection, run_hash: str, locks: contextlib.ExitStack) -> bool:
         """Index one run; True where its writer is gone and its marker can go after the commit."""
-        marker = locks.enter_context(FileLock(self.paths.marker(run_hash)))
+        marker = locks.enter_context(FileLock(self.paths.marker(run_hash), brief=True))
         try:
             locked = marker.acquire(create=False)
             gone = locked is True
-            if locked is False:
+            if locked is False and lock_state(marker.path) == "held":  # and not by another indexer
                 self._held.add(run_hash)
         except FileNotFoundError:
             return False  # another indexer was quicker
@@ -5728,7 +5733,7 @@ class Repo:
     @contextlib.contextmanager
     def _held(self, run_hash: str) -> Iterator[None]:
         os.makedirs(self._paths.pending, exist_ok=True)
-        with FileLock(self._paths.marker(run_hash)) as marker:
+        with FileLock(self._paths.marker(run_hash), brief=True) as marker:
             if marker.acquire() is False:
                 raise RunBusyError(f"run {run_hash} is being written by a process: end that first")
             yield
@@ -9102,12 +9107,10 @@ class Watcher:
         """Look at the markers of the runs that are due, and return what has become of those that nobody
         writes any more."""
         suspects, deadline = [], self._clock() + MARKERS_S
-        due, writes = self.table.to_look_at(now_s), {run.hash for run in list(_process.runs)}
+        due = self.table.to_look_at(now_s)
         for watched, state in zip(due, lock_states(self.paths.pending, [item.hash for item in due])):
             if state == "absent" and not os.path.exists(self.paths.run_log(watched.hash)):
                 state = "unknown"  # Aim's run
-            elif state == "ours":  # the thread that indexes has it, or this process writes the run
-                state = "held" if watched.hash in writes else "free"
             if watched.note_marker(state, now_s):
                 suspects.append(watched)
             if self._clock() >= deadline:

@@ -498,6 +498,22 @@ def open_fds() -> int:
 
 
 class FileLocks(Case):
+    def test_brief_lock_excludes_like_any_other_and_is_not_taken_for_that_of_a_writer(self) -> None:
+        path = os.path.join(self.root, "x")
+        code = "import aimwatch, sys, time; lock = aimwatch.FileLock(sys.argv[1], brief=sys.argv[2] == 'brief')\n"
+        code += "print(lock.acquire(), flush=True); time.sleep(600)"
+        for brief in (True, False):
+            other = self.process(code, path, "brief" if brief else "whole")
+            self.assertEqual(other.stdout.readline(), "True\n")
+            self.assertEqual(aimwatch.lock_state(path), "free" if brief else "held")
+            for mine in (True, False):
+                self.assertIs(aimwatch.FileLock(path, brief=mine).acquire(), False)
+            other.kill()
+            other.wait()
+            with aimwatch.FileLock(path, brief=brief) as lock:
+                self.assertIs(lock.acquire(), True)
+                self.assertEqual(aimwatch.lock_state(path), "free" if brief else "held")
+
     """Who holds a lock, in this process and in others."""
 
     def lock(self, name: str = "lock", **options: Any) -> aimwatch.FileLock:
@@ -573,7 +589,7 @@ class FileLocks(Case):
     def test_both_kinds_where_they_are_one_as_on_nfs(self) -> None:
         record = []
 
-        def lockf(fd: int, how: int) -> None:
+        def lockf(fd: int, how: int, *span: int) -> None:
             record[:] = [] if how == fcntl.LOCK_UN else [fd]
 
         def flock(fd: int, how: int) -> None:
@@ -9843,6 +9859,27 @@ class TestDeath(WatchCase):
         self.look(watcher, 60)
         self.assertEqual(self.told(), [("late", "stalled"), ("early", "failed")])
         self.assertNotIn("its process", aimwatch.default_message(self.facts("stalled")))
+
+    def test_lock_of_an_indexer_is_no_sign_that_the_writer_is_seen(self) -> None:
+        self.elsewhere()
+        process, watcher = self.start(), self.watch()
+        process.stdin.write("open(run._paths.marker(run.hash)).close(); print('closed', flush=True)\n")
+        process.stdin.flush()
+        self.assertEqual(
+            process.stdout.readline(), "closed\n"
+        )  # as if its lock were seen on its machine alone
+        indexer = self.process(
+            "import aimwatch, time\nlock = aimwatch.FileLock(aimwatch.find_repo().marker('r'), brief=True)\n"
+            "print(lock.acquire(), flush=True)\ntime.sleep(600)"
+        )
+        self.assertEqual(indexer.stdout.readline(), "True\n")
+        self.look(watcher, 60)
+        reindexer = aimwatch.Reindexer(self.paths)
+        reindexer.run(["r"])
+        self.kill(indexer)
+        self.look(watcher, 200)
+        reindexer.run(["r"])
+        self.assertEqual((self.told(), [item for item in self.records("r") if "end" in item]), ([], []))
 
     def test_what_was_seen_held_is_remembered_until_the_machine_starts_anew(self) -> None:
         self.elsewhere()
