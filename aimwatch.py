@@ -2144,7 +2144,7 @@ def describe_rank() -> Dict[str, Any]:
         import hashlib
 
         told = to_json([job, world, *(env.get(name) for name in START_VARIABLES)])
-        return {"rank": rank, "world": world, "group": hashlib.sha1(told.encode("ascii")).hexdigest()[:12]}
+        return {"rank": rank, "world": world, "group": hashlib.sha256(told.encode("ascii")).hexdigest()[:12]}
     return {}
 
 
@@ -9631,7 +9631,7 @@ COPY_BYTES, TAIL_BYTES = 1 << 16, 1 << 14
 #: How long a program that has ended is waited for whose output does not end, since others write it.
 DRAIN_S = 1.0
 #: Two signals of a kind within this time are one, sent to this process and to the program.
-SAME_SIGNAL_S = 0.2
+SAME_SIGNAL_S = 0.5
 FORWARDED = (
     *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM),
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT),
