@@ -10593,14 +10593,11 @@ class Site:
         return page_of(title, "./", self.paths.root, {"State": lines, **tables})
 
     def _live_table(self, live: List[Dict[str, Any]], now: float) -> Html:
-        groups: Dict[str, List[Dict[str, Any]]] = {}
-        for row in live:
-            groups.setdefault(row["group"] or row["hash"], []).append(row)
-        rows = []
-        for row, *others in list(groups.values())[:PAGE_RUNS]:
-            said = [(badge(one["state"]), run_link(one), one["reason"]) for one in others]
+        rows, groups = [], with_groups_as_one(live)
+        for row in groups[:PAGE_RUNS]:
+            said = [(badge(one["state"]), run_link(one), one["reason"]) for one in row.get("members", ())]
             ranks = each("<p>{} {} {}</p>", said)
-            more = '<details id="{}"><summary>{} more ranks</summary>{}</details>'
+            more = '<details id="{}"><summary>{} ranks</summary>{}</details>'
             run = [run_link(row), html("<small>{}</small>", row["experiment"])]
             run += [html(more, row["hash"], len(ranks), ranks)] if ranks else []
             promise = human_s(row["promise_s"]) if row["promise_s"] else "none"
@@ -11094,15 +11091,10 @@ class Gate(NamedTuple):
             return Reply(403, _CLOSED), closes
         if key:
             # A browser sends no strict cookie where a redirect began with another site's link.
-            way = (
-                ("Refresh", "0; url=./")
-                if headers.get("sec-fetch-site") == "cross-site"
-                else ("Location", "./")
-            )
-            cookie = ("Set-Cookie", f"{self.cookie}={self.token}; SameSite=Strict; HttpOnly")
-            return Reply(
-                303 if way[0] == "Location" else 200, headers=(cookie, way) if fits[0] else (way,)
-            ), closes
+            is_elsewhere = headers.get("sec-fetch-site") == "cross-site"
+            way = ("Refresh", "0; url=./") if is_elsewhere else ("Location", "./")
+            cookie = [("Set-Cookie", f"{self.cookie}={self.token}; SameSite=Strict; HttpOnly")] * fits[0]
+            return Reply(200 if is_elsewhere else 303, headers=(*cookie, way)), closes
         if path == self.base_path:
             return Reply(301, headers=(("Location", f"{path.rpartition('/')[2]}/"),)), closes
         if not path.startswith(f"{self.base_path}/"):
@@ -11116,9 +11108,8 @@ def reply_bytes(reply: Reply, with_body: bool, closes: bool) -> bytes:
     import hashlib
     import http
 
-    js, css = (
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (PAGE_JS, PAGE_CSS)
-    )
+    digests = [hashlib.sha256(text.encode()).digest() for text in (PAGE_JS, PAGE_CSS)]
+    js, css = (base64.b64encode(digest).decode() for digest in digests)
     headers = {
         "Content-Security-Policy": f"default-src 'none'; script-src 'sha256-{js}'; style-src 'sha256-{css}'; "
         "img-src data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -11169,9 +11160,11 @@ def serve(site: Site, gate: Gate, listener: Any, stop: StopSignal) -> None:
                 return
 
     def work(link: Any) -> None:
-        with contextlib.suppress(OSError), link:  # the other side may go at any time
-            converse(link)
-        served.discard(link)
+        try:
+            with contextlib.suppress(OSError), link:  # the other side may go at any time
+                converse(link)
+        finally:
+            served.discard(link)
 
     asked = time.monotonic()
     listener.settimeout(0.5)
@@ -11183,12 +11176,16 @@ def serve(site: Site, gate: Gate, listener: Any, stop: StopSignal) -> None:
                 continue
             asked = time.monotonic()
             served.add(link)
-            threading.Thread(target=work, args=(link,), daemon=True).start()
+            try:
+                threading.Thread(target=work, args=(link,), daemon=True).start()
+            except RuntimeError:  # no threads are left just now
+                served.discard(link)
+                link.close()
         except socket.timeout:
             if asked and not served and time.monotonic() - asked > 60:
                 asked = 0.0
                 site.forget()
-        except (OSError, RuntimeError) as error:  # no descriptors, or no threads
+        except OSError as error:  # no descriptors are left
             log.warning("cannot take a connection: %s", error)
             stop.wait(0.5)
 
@@ -11990,6 +11987,7 @@ def with_groups_as_one(rows: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
             worst.update(
                 (field, first[field]) for field in ("hash", "name", "host", "promise_s", "muted_until")
             )
+            worst["members"] = members
         found.append(worst)
     return found
 
@@ -12131,6 +12129,7 @@ def cmd_up(args: Any) -> int:
             name, port = listener.getsockname()[:2]
             local = f"localhost:{port}"
             token = "" if args.no_token else os.environ.get("AIMWATCH_TOKEN") or secrets.token_urlsafe(24)
+            name = this_host() if name in ("0.0.0.0", "::") else name
         base = f"/{args.base_path.strip('/')}".rstrip("/")
         names = ["localhost", name, args.host, this_host(), *args.allowed_host]
         reindexing = ReindexThread(paths)

@@ -12009,14 +12009,14 @@ class Pages(StoredCase):
         self.get("")  # has the index filled
         row = {"hash": "r1", "name": "r1", "experiment": "e", "state": "stalled", "last_check_in": self.now - 90, "promise_s": 60,
                "host": "h", "pid": "1", "job": "slurm 7", "reason": "silent", "muted_until": None, "watched": True,
-               "group": None, "acknowledged_by": None, "progress": None}  # fmt: skip
+               "group": None, "rank": 0, "world": 2, "acknowledged_by": None, "progress": None}  # fmt: skip
         rows = [{**row, "group": "g", "acknowledged_by": "ann", "progress": "45 %"}, {**row, "hash": "r2", "group": "g", "state": "running"},
                 {**row, "hash": "dead", "state": "running", "watched": False}]  # fmt: skip
         aimwatch.Repo(self.root).reindex()
         with mock.patch.object(aimwatch, "status_rows", return_value=rows):
             text = self.get("", "columns=hash,state")
         for what in (
-            "1 more ranks",
+            "2 ranks",
             "acknowledged by ann",
             "45 %",
             "slurm 7",
