@@ -4525,6 +4525,10 @@ class FullDiskForReal(RecordingCase):
             other.close()
         self.assertEqual(sorted(os.listdir(self.paths.pending)), ["o", "r"])
         self.assertEqual(aimwatch.Repo(self.root).reindex(), [])
+        if sys.platform == "linux":  # which says that the process lives
+            self.assertEqual(sorted(os.listdir(self.paths.pending)), ["o", "r"])
+        with mock.patch.object(aimwatch, "process_lives", return_value=False):  # as when it is gone
+            self.assertEqual(aimwatch.Repo(self.root).reindex(), [])
         self.assertEqual(os.listdir(self.paths.pending), [])
         self.assertEqual(self.reread("r")._state.end["reason"], aimwatch.DIED)  # type: ignore[index]
 
