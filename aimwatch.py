@@ -7634,13 +7634,14 @@ class NotifierThread(threading.Thread):
                 notifier, alarm, batch, self._hurry = self.notifier, self._alarm, self._batch(), False
             if self._stopping:
                 return
+            if notifier is None or not batch:
+                continue
             try:
-                if notifier is not None and batch:
-                    self._rest(self._send(notifier, batch, alarm))
+                self._rest(self._send(notifier, batch, alarm))
             except Exception as error:
                 # A thread that died of it would take every later alert with it.
-                text = self.notifier.scrub(str(error)) if self.notifier is not None else ""
-                log.error("notifier %s: %s: %s: trying again", self.id[:8], type(error).__name__, text)
+                text = notifier.scrub(f"{type(error).__name__}: {error}")
+                log.error("notifier %s: %s: trying again", notifier.shown_as, text)
                 with self._changed:
                     self._failures += 1
                     self._changed.notify_all()
