@@ -2449,6 +2449,8 @@ class _Process:
         #: Functions of modules that are replaced, as they were.
         self._real: Dict[str, Callable[..., Any]] = {}
         self._ending = self.in_subinterpreter = False
+        #: True from when a run of this process has joined that of `aimwatch exec`.
+        self.joined = False
         #: The end of a run whose program called `sys.exit`, and when.
         self.exit: Optional[Tuple[End, float]] = None
         #: Why runs write nothing, which is said once a process.
@@ -2884,12 +2886,12 @@ class Run:
             self._state = RunState(run_hash)
 
     def _join(self, paths: RepoPaths) -> bool:
-        """Go on with the run that `aimwatch exec` began for this program; False where there is none, or
-        another of the program's processes has it."""
+        """Go on with the run that `aimwatch exec` began for this program; False where there is none, another
+        of the program's processes has it, or this one has had it: its second run is another."""
         run_hash, repo = (os.environ.get(f"AIMWATCH_{name}", "") for name in ("RUN", "REPO"))
         if not RUN_HASH.fullmatch(run_hash) or os.path.realpath(repo) != os.path.realpath(paths.root):
             return False
-        if describe_rank().get("rank"):
+        if describe_rank().get("rank") or _process.joined:
             return False
         with contextlib.suppress(OSError):
             header = read_log(paths.run_log(run_hash), run_hash).header
@@ -2901,7 +2903,7 @@ class Run:
             self._set_up(paths, run_hash, read_only=False)
             with contextlib.suppress(RunBusyError):
                 self._open(may_exist=True, wait_s=wait_s)
-                self._track_reports = True
+                self._track_reports = _process.joined = True
                 return True
         return False
 
@@ -8494,15 +8496,10 @@ def read_member(paths: RepoPaths, run_hash: str) -> Optional[Member]:
 
 def name_ranks(ranks: Iterable[int]) -> str:
     """Return `rank 3`, or `ranks 0-2 and 4-7`."""
-    parts: List[List[int]] = []
-    for rank in sorted(ranks):
-        if parts and rank == parts[-1][-1] + 1:
-            parts[-1].append(rank)
-        else:
-            parts.append([rank])
     texts: List[str] = []
-    for part in parts:
-        texts += [f"{part[0]}-{part[-1]}"] if len(part) > 2 else map(str, part)
+    for _, group in itertools.groupby(enumerate(sorted(ranks)), lambda pair: pair[1] - pair[0]):
+        row = [rank for _, rank in group]
+        texts += [f"{row[0]}-{row[-1]}"] if len(row) > 2 else map(str, row)
     named = ", ".join(texts[:-1]) + (" and " if texts[1:] else "") + texts[-1]
     return f"{'rank' if named.isdigit() else 'ranks'} {named}"
 

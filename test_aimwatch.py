@@ -13189,6 +13189,11 @@ class RunsOfPrograms(ExecCase):
         self.assertEqual(hashes[0], hashes[1])
         self.assertEqual(0, process.returncode)
 
+    def test_second_run_of_a_process_is_another(self) -> None:
+        process = self.python(JOINS + "run.close()\nwith Run() as run: print(run.hash)")
+        first, second = process.communicate(timeout=60)[0].split()
+        self.assertNotEqual(first, second)
+
     def test_exec_takes_the_run_back_and_watches_on(self) -> None:
         code = JOINS + "run.track(1.0, 'loss')\nrun._close_files()\ninput()\n"
         process = self.python(code, stdin=subprocess.PIPE)
