@@ -11680,8 +11680,8 @@ class TestClosedDoors(WatchCase):
                 self.look(watcher, 2)
                 if b"runs" not in content:
                     self.assertEqual(self.told(), [])
-                for _ in range(50):
-                    self.clock.pass_(20.0)
+                for _ in range(20):
+                    self.clock.pass_(50.0)
                     watcher.poll()
                 self.assertEqual(self.told(), [("a", "stalled")])
                 self.stop(watcher)
@@ -12506,10 +12506,12 @@ class TestStatus(WatcherProcessCase):
         odd = ("[]", "{}", "null", "true", '"x"', "1e308", "-1e308", "-1", "1e11", "9" * 400, '"\\ud800"')
         texts = ["{", "[]", '{"runs": 5, "seen_at": "x", "pid": []}', '{"runs": [[1]]}', "\xff"]
         for value in odd:
-            texts += [f'{{"{key}": {value}}}' for key in ("seen_at", "runs", "once", "pid", "host")]
-            texts += [f'{{"pid": 1, "{key}": {value}}}' for key in ("started_at", "poll_interval_s", "host")]
-            texts += [f'{{"runs": [["{name}", {value}, {value}, "running"]]}}']
-            texts += [f'{{"runs": [["{name}", 1, 1, {value}], [{value}, 1, 1, "running"]]}}']
+            texts += [
+                f'{{"seen_at": {value}, "runs": {value}, "once": {value}, "pid": {value}, "host": {value}}}'
+            ]
+            texts += [f'{{"pid": 1, "started_at": {value}, "poll_interval_s": {value}, "host": {value}}}']
+            rows = f'["{name}", {value}, {value}, "running"], ["{name}", 1, 1, {value}], [{value}, 1, 1, "running"]'
+            texts += [f'{{"runs": [{rows}]}}']
         for held in (False, True):
             if held:
                 holder = self.process(
