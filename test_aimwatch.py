@@ -11336,7 +11336,8 @@ class TestTwoMachines(WatcherProcessCase):
 
     def test_standby_takes_over_from_one_that_holds_the_lock_and_does_not_look(self) -> None:
         self.configure(n={"type": "logger"})
-        first = self.watching("--standby")
+        first = self.watching("--standby", "--poll-interval", "3")
+        time.sleep(0.5)  # it has looked and saved, and is stopped long before it looks again
         first.send_signal(signal.SIGSTOP)
         args = types.SimpleNamespace(grace=1, poll_interval=0.1, once=False, remind_every=0, standby=True)
         patches = mock.patch.multiple(aimwatch, FROZEN_S=0.5, STANDBY_INTERVAL_S=0.1)
@@ -11356,6 +11357,9 @@ class TestTwoMachines(WatcherProcessCase):
         self.addCleanup(stop.set)
         self.wait_for(lambda: self.saved()["pid"] == os.getpid())
         first.send_signal(signal.SIGCONT)
+        silent = threading.Timer(30, first.kill)
+        silent.start()
+        self.addCleanup(silent.cancel)
         line = first.stderr.readline()
         while "standing by" not in line:
             self.assertNotEqual(line, "")
