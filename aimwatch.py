@@ -1718,11 +1718,12 @@ class AppendFile:
                 self._syncing = False
 
     def _sync_each_second(self) -> None:
+        time.sleep(RETRY_S)
         while self._syncing:
-            time.sleep(RETRY_S)
             clean = self.sync()
             self._in_place = self._is_in_place()
-            self._syncing = clean and self._synced < self._written
+            time.sleep(RETRY_S)
+            self._syncing = self._syncing and clean and self._synced < self._written
 
     def sync(self) -> bool:
         """Wait until what was written has reached the disk; False where it is known that it did not."""
@@ -8027,7 +8028,8 @@ class WatchedRun:
         """Note what its marker looks like now; True where nobody holds it, now and a while ago."""
         self.was_held = self.was_held or state == "held"
         if state not in ("free", "absent"):
-            self.doubt_marker(now_s, MARKER_EVERY_S)
+            quiet = now_s - self.since_s >= QUIET_S
+            self.doubt_marker(now_s, MARKER_EVERY_S if quiet else QUIET_S)
             return False
         if self.free_s < self.since_s:
             self.free_s = now_s
@@ -8246,7 +8248,8 @@ class RunTable:
         for watched in self.runs.values():
             if watched.look_s <= now_s and watched.state in LIVE:
                 due_s = min(watched.since_s + QUIET_S, self.deadline_s(watched))
-                if due_s <= now_s:
+                # Once at first sight: whose marker was found held is known to be gone when it is free.
+                if due_s <= now_s or not watched.look_s:
                     found.append(watched)
                 else:
                     watched.look_s = due_s  # and later still, if a check-in comes
@@ -8855,7 +8858,7 @@ class Watcher:
         self._once = once
         self._remind_every_s = remind_every_s
         self._clock, self._utc, self._wait = clock, utc, wait
-        self._started_utc = utc()
+        self._started_utc, self._begun_mono = utc(), clock()
         #: True once it watches no more.
         self.closed = False
         #: What tells the last watcher.json that this watcher wrote from one of another.
@@ -9327,7 +9330,9 @@ class Watcher:
             "mono": round(begun, 3),
             "grace_s": self.table.grace_s,
             "poll_interval_s": self.poll_interval_s,
-            "save_interval_s": round(max(pause_s, self.poll_interval_s), 3),
+            "save_interval_s": round(
+                max(self.poll_interval_s, begun - max(self._saved_mono, self._begun_mono)), 3
+            ),
             "once": self._once,
             "looked_s": round(self.looking.total_s, 3),
             "hold_until_s": round(self.looking.hold_until_s, 3),
@@ -9414,8 +9419,8 @@ def _file_stamp(path: str) -> Any:
 
 #: A standby takes over from a watcher that has not looked for so long, and three intervals.
 FROZEN_S = 120.0
-#: Nobody waits longer to see whether another watcher looks.
-MAX_LOOK_ON_S = 60.0
+#: How long is looked whether another watcher looks, beside two of its intervals, and at most.
+LOOK_ON_S, MAX_LOOK_ON_S = 3.0, 60.0
 
 
 class SeenAt:
@@ -9445,12 +9450,12 @@ class SeenAt:
         """Look for two intervals whether it changes."""
         self.look()
         first = self._seen
-        left_s = min(2 * self._interval_s + 1, MAX_LOOK_ON_S)
-        while self._seen == first and left_s > 0:
-            wait(min(0.25, left_s))
-            left_s -= 0.25
+        for _ in range(round(4 * min(2 * self._interval_s + LOOK_ON_S, MAX_LOOK_ON_S))):
+            wait(0.25)
             self.look()
-        return bool(self._seen != first)
+            if self._seen != first:
+                return True
+        return False
 
     def is_frozen(self) -> bool:
         """True where it has not changed for so long that its watcher is taken for dead."""

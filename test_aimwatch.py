@@ -11252,6 +11252,12 @@ class TestStandby(WatcherProcessCase):
 class TestTwoMachines(WatcherProcessCase):
     """File systems whose listings are stale, and whose locks are seen on one machine alone."""
 
+    def setUp(self) -> None:
+        super().setUp()
+        patch = mock.patch.object(aimwatch, "LOOK_ON_S", 1.5)
+        patch.start()
+        self.addCleanup(patch.stop)
+
     def elsewhere(self, name: str = "elsewhere") -> Any:
         return mock.patch.object(aimwatch, "this_host", return_value=name)
 
