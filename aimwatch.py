@@ -11381,7 +11381,7 @@ Argument = Callable[[Any], Any]
 #: Every command by the words that call it, in the order of the help: (what it does, its arguments, epilog).
 _COMMANDS: Dict[str, Tuple[Callable[[Any], int], Sequence[Argument], str]] = {}
 #: What groups of commands are about.
-_GROUPS = {"notifiers": "Say who is told, and how."}
+_GROUPS = {"notifiers": "Say who is notified, and how."}
 
 
 def command(name: str, *arguments: Argument, epilog: str = "") -> Callable[[Callable[[Any], int]], Any]:
@@ -11534,7 +11534,7 @@ def _give_memory_back() -> None:
         type=duration,
         default=0.0,
         metavar="TIME",
-        help="tell again of a run that stays stalled, each time that long after the last, "
+        help="notify again of a run that stays stalled, each time that long after the last, "
         f"at most {MAX_REMINDERS} times: 30m, 2h (default: never)",
     ),
     switch("--standby", "where another watcher holds the repository, wait and take over when it is gone"),
@@ -11546,7 +11546,7 @@ def _give_memory_back() -> None:
         help="GET this URL after every poll that went well, for a dead-man's switch "
         "(default: $AIMWATCH_PING_URL, which no process list shows)",
     ),
-    switch("--once", "look once, tell, and exit: 1 when any run is stalled or failed; for cron"),
+    switch("--once", "look once, notify, and exit: 1 when any run is stalled or failed; for cron"),
     argument(
         "--metrics-file",
         metavar="PATH",
@@ -11759,7 +11759,7 @@ def _status_line(watcher: Watcher) -> str:
 
 def _offer_notifier(paths: RepoPaths, args: Any) -> None:
     if sys.stdin.isatty() and sys.stderr.isatty() and not args.once:
-        print(f"Nobody is told yet: {paths.root} has no enabled notifiers.")
+        print(f"Nobody is notified yet: {paths.root} has no enabled notifiers.")
         if _confirm("Would you like to configure notifiers?", True):
             cmd_notifiers_add(build_parser().parse_args(["--repo", paths.root, "notifiers", "add"]))
             return
@@ -12035,7 +12035,7 @@ def _find_live(paths: RepoPaths, text: str) -> str:
     ),
 )
 def cmd_mute(args: Any) -> int:
-    """Tell nobody of a run for a while; it is watched all the same, and told of after that while if
+    """Notify nobody of a run for a while; it is watched all the same, and people are notified after that if
     it is stalled or failed then."""
     paths = find_repo(args.repo)
     paths.create()
@@ -12051,7 +12051,7 @@ def cmd_mute(args: Any) -> int:
 
 @command("unmute", ONE_HASH)
 def cmd_unmute(args: Any) -> int:
-    """Tell of a muted run again; if it is stalled or failed, it is told now."""
+    """Notify of a muted run again, and at once if it is stalled or failed."""
     paths = find_repo(args.repo)
     run_hash = _find_live(paths, args.hash)
     if not _leave_mutes(paths, run_hash):
@@ -12465,7 +12465,7 @@ def cmd_notifiers_enable(args: Any) -> int:
 
 @command("notifiers disable", NOTIFIER_ID)
 def cmd_notifiers_disable(args: Any) -> int:
-    """Have a notifier tell nothing more, and keep its configuration."""
+    """Have a notifier hear of nothing more, and keep its configuration."""
     return _switch_notifier(args, "disabled")
 
 
@@ -12564,7 +12564,7 @@ def cmd_notifiers_dump(args: Any) -> int:
 
 @command("notifiers get-log-level")
 def cmd_get_log_level(args: Any) -> int:
-    """Print from which level on log messages of runs are told."""
+    """Print from which level on people hear of log messages of runs."""
     level = NotifierConfig(find_repo(args.repo)).read()["notifications"].get("log_level", 30)
     names = {number: name for name, number in LOG_LEVELS.items()}
     print(f"Log level: {names.get(level, level) if isinstance(level, int) else repr(level)}")
@@ -12575,7 +12575,7 @@ def cmd_get_log_level(args: Any) -> int:
     "notifiers set-log-level", argument("level", type=log_level, metavar="LEVEL", help=", ".join(LOG_LEVELS))
 )
 def cmd_set_log_level(args: Any) -> int:
-    """Set from which level on log messages of runs are told."""
+    """Set from which level on people hear of log messages of runs."""
     with NotifierConfig(find_repo(args.repo)).edit() as raw:
         raw["notifications"]["log_level"] = args.level
     return 0
@@ -13315,7 +13315,7 @@ DEMO_FATES = (
 
 @command("demo", switch("--keep", "leave the repository for a look"))
 def cmd_demo(args: Any) -> int:
-    """Watch six training processes end in six ways, and check what is told of them."""
+    """Watch six training processes end in six ways, and check the alerts about them."""
     import shutil
     import tempfile
 
@@ -13356,7 +13356,7 @@ def _demo_run(paths: RepoPaths, processes: contextlib.ExitStack) -> None:
     print(
         f"Starting a watcher (grace {human_s(DEMO_GRACE_S)}) and {len(DEMO_FATES)} training "
         f"processes in {paths.root}.\nEach promises a check-in within 1 s. What the watcher "
-        "tells, as it comes:\n",
+        "says, as it comes:\n",
         flush=True,
     )
     watcher = start(
@@ -13415,7 +13415,7 @@ def _demo_report(paths: RepoPaths, took_s: float) -> bool:
     all_ok = all(row[-1] == "ok" for row in rows)
     header = ("RUN", "WHAT IT DOES", "ALERT", "AFTER", "ALLOWED", "")
     print("\n" + "\n".join(table(header, rows)))
-    print(f"\n{'Every event was told once, in time' if all_ok else 'Something is wrong'} ({took_s:.0f} s).")
+    print(f"\n{'Every alert came once, in time' if all_ok else 'Something is wrong'} ({took_s:.0f} s).")
     return all_ok
 
 
@@ -13445,7 +13445,7 @@ def build_parser(argv: Optional[Sequence[str]] = None) -> Any:
     parser = Parser(
         prog=command_line(),
         parents=[repo],
-        description="Watch machine-learning training runs and tell people when one fails or stalls.",
+        description="Watch machine-learning training runs and notify people when one fails or stalls.",
         epilog="Exit codes: 0 fine, 1 something is wrong, 2 wrong usage.",
     )
     parser.add_argument("--version", action="version", version=f"aimwatch {__version__}")

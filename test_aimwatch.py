@@ -13469,7 +13469,7 @@ class TestDemo(Case):
                          [("finishes", "finished"), ("raises", "failed"), ("killed", "failed"), ("hangs", "stalled"),
                           ("terminated", "failed"), ("stalls", "stalled"), ("stalls", "recovered"),
                           ("stalls", "finished")])  # fmt: skip
-        self.assertRegex(out, r"\nEvery event was told once, in time \([0-9]+ s\)\.\n")
+        self.assertRegex(out, r"\nEvery alert came once, in time \([0-9]+ s\)\.\n")
         for text in ("failed: ValueError: loss is NaN at step 10", "its process is gone",
                      "its process is still there", "failed: terminated by SIGTERM"):  # fmt: skip
             self.assertIn(text, out)
