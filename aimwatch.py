@@ -11259,6 +11259,16 @@ def _fitted(cell: str, width: int) -> str:
     return cell.ljust(width) if len(cell) <= width else f"{cell[: width - 2]}.."
 
 
+def print_below(*texts: Optional[str]) -> None:
+    """Print what there is to say of a line of a table."""
+    import shutil
+    import textwrap
+
+    for text in filter(None, texts):
+        filled = textwrap.fill(printable(text, 300), shutil.get_terminal_size().columns - 2)
+        print(textwrap.indent(filled, "  "))
+
+
 def short_hashes(paths: RepoPaths, hashes: Iterable[str]) -> Dict[str, str]:
     """Return for each run its hash as people see it: the first 8 characters, where no other run has these."""
     hashes = list(hashes)
@@ -12011,8 +12021,7 @@ def _print_status(paths: RepoPaths, rows: Sequence[Dict[str, Any]], now: float) 
             print(coloured(line, row["state"], sys.stdout))
             muted = f"muted for {human_s(row['muted_until'] - now)}" if row["muted_until"] else None
             ack = f"acknowledged by {row['acknowledged_by']}" if row["acknowledged_by"] else None
-            for text in filter(None, (ack, muted, row["reason"], row["progress"])):
-                print(f"  {printable(text, 200)}")
+            print_below(ack, muted, row["reason"], row["progress"])
     counts = [
         (name, sum(row["state"] == name for row in rows)) for name in (RUNNING, STALLED, FAILED, FINISHED)
     ]
@@ -12529,8 +12538,7 @@ def cmd_notifiers_list(args: Any) -> int:
     print(header)
     for line, more in zip(lines, problems):
         print(line)
-        for text in filter(None, more):
-            print(f"  {printable(text)}")
+        print_below(*more)
     if not rows:
         print(f"none yet: '{command_line(args.repo)} notifiers add' sets one up", file=sys.stderr)
     return 0
