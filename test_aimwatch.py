@@ -1706,6 +1706,8 @@ WORDS: Tuple[Tuple[str, str, str], ...] = (
     ("class Odd(Exception): __notes__ = exceptions = property(lambda self: 1 / 0)\nraise Odd('x')", "Odd: x", ""),
     ("import multiprocessing\nmultiprocessing.get_context('fork').Pool(1).map(eval, ['int(\"x\")'])",
      "ValueError: invalid literal for int() with base 10: 'x'", "in mapstar"),
+    ("exec(compile('boom()', 'made.py', 'exec'), {'boom': boom, '__name__': 'm', '__loader__': type('L', (),"
+     " {'get_source': lambda *args: 1 / 0})()})", "ValueError: boom", "made.py:1 in <module>: "),
 )  # fmt: skip
 
 #: A main module as somebody writes it who does not think of workers: it begins a run wherever it is imported.
@@ -1804,9 +1806,9 @@ try:
     with run:
         run.{name} = once
 except RuntimeError as error:
-    print(error)
+    print(error, flags(), aimwatch.lock_state(run._paths.marker("r")) == "held")
 """
-                self.assertEqual(self.finished_process(code)[:2], (0, ["a worker was killed"]))
+                self.assertEqual(self.finished_process(code)[:2], (0, ["a worker was killed finished False"]))
                 self.assertEqual((self.end_of("r")["end"], self.flags("r-")), ("finished", ["finished"]))
                 self.assertTrue(self.is_free("r"))
 
@@ -1983,6 +1985,16 @@ del sys.last_value
             self.assertEqual(self.end_of("r")["end"], "finished")
         with self.assertRaisesRegex(aimwatch.ArgumentTypeError, "must be several"):
             Run(repo=self.root, not_failures="Pruned")  # type: ignore[arg-type]
+
+
+class MaskedNumbers(Case):
+    def test_masked_number_is_none(self) -> None:
+        """As NumPy's `masked`, whose item is what lies behind the mask."""
+        run = self.run_object()
+        for hidden in (True, False):
+            mask = types.SimpleNamespace(shape=()) if hidden else False
+            run.track(types.SimpleNamespace(mask=mask, item=lambda: 5.0), "m")
+        self.assertEqual(repr(run.metrics()[0].values), "[nan, 5.0]")
 
 
 class ClockThatIsSetBack(HandDriven):
