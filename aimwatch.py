@@ -2988,7 +2988,10 @@ class Run:
                     for series in self._state.series.values()
                 }
                 self._next_series = max(self._state.series, default=0) + 1
+                resumed = bool(self._state.created_at)
                 self._record(self._session_record())
+                if resumed:  # an alert reads parts of the log, and must not take the first host for this one
+                    self._checkpoint()
                 self._write_check_in(STARTING, 0, 0.0, None, strict=True)
                 undo.pop_all()
         except OSError as error:
@@ -8127,7 +8130,7 @@ class RunTable:
         grace_s = self.grace_s + (FLAP_GRACE_S if watched.flaps else 0.0)
         deadline_s = watched.since_s + watched.promise_s + grace_s
         # What may be dead is not called stalled.
-        late_s = watched.free_s + 2 * CONFIRM_S if watched.free_s > watched.since_s else 0.0
+        late_s = watched.free_s + 2 * CONFIRM_S if watched.free_s >= watched.since_s else 0.0
         return max(deadline_s, late_s)
 
     def take(self, listing: Iterable[str], now_s: float, now_utc: float) -> List[Change]:
@@ -8244,9 +8247,11 @@ class RunTable:
 
     def to_look_at(self, now_s: float) -> List[WatchedRun]:
         """Return the live runs of which the marker is to be looked at now, the longest due first."""
-        found = []
+        # Also before one is called stalled, unless its marker says nothing.
+        found, soon_s = [], now_s + (MARKER_EVERY_S if now_s >= self._next_s else 0.0)
         for watched in self.runs.values():
-            if watched.look_s <= now_s and watched.state in LIVE:
+            is_due = watched.look_s <= now_s or watched.look_s <= soon_s and self.deadline_s(watched) <= now_s
+            if is_due and watched.state in LIVE:
                 due_s = min(watched.since_s + QUIET_S, self.deadline_s(watched))
                 # Once at first sight: whose marker was found held is known to be gone when it is free.
                 if due_s <= now_s or not watched.look_s:
@@ -8257,7 +8262,7 @@ class RunTable:
 
     def suspects(self) -> bool:
         """True where a live run's marker was free at the last look, and may be so by chance."""
-        return any(item.state in LIVE and item.free_s > item.since_s for item in self.runs.values())
+        return any(item.state in LIVE and item.free_s >= item.since_s for item in self.runs.values())
 
     def end(self, watched: WatchedRun, state: str, now_s: float, note: str) -> List[Change]:
         """Note that a run has ended though no check-in says so, and return what that changes."""

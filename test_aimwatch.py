@@ -9815,9 +9815,9 @@ class TestDeath(WatchCase):
 
     def elsewhere(self) -> None:
         """Have this process be on another machine than all that come."""
-        patch = mock.patch.object(aimwatch, "this_host", return_value="elsewhere")
-        patch.start()
-        self.addCleanup(patch.stop)
+        self.machine = mock.patch.object(aimwatch, "this_host", return_value="elsewhere")
+        self.machine.start()
+        self.addCleanup(self.machine.stop)
 
     def test_killed_process_is_a_failure_within_20_s_whatever_it_promised(self) -> None:
         for expect in (0, 1, 60, 86400):
@@ -9876,9 +9876,26 @@ class TestDeath(WatchCase):
         self.assertEqual(self.told(), [("late", "stalled"), ("early", "failed")])
         self.assertNotIn("its process", aimwatch.default_message(self.facts("stalled")))
 
+    def test_run_that_went_on_elsewhere_is_not_dead_since_its_lock_is_not_seen(self) -> None:
+        first = self.start()
+        self.kill(first)
+        self.elsewhere()
+        noise = "[9,1,0.5,1775000000.0]\n" * 4000
+        with open(self.paths.run_log("r"), "a", encoding="ascii") as file:
+            file.write(noise)
+        run = self.run_object("r")
+        with open(self.paths.run_log("r"), "a", encoding="ascii") as file:
+            file.write(noise)
+        self.machine.stop()
+        free = mock.patch.object(aimwatch, "lock_states", lambda folder, names: ["free" for _ in names])
+        with free, mock.patch.object(aimwatch, "lock_state", return_value="free"):
+            watcher = self.watch()
+            self.look(watcher, 200)
+        self.assertEqual((self.told(), watcher.table.runs["r"].state, run.active), ([], "running", True))
+
     def test_lock_of_an_indexer_is_no_sign_that_the_writer_is_seen(self) -> None:
         self.elsewhere()
-        process, watcher = self.start(), self.watch()
+        process = self.start()
         process.stdin.write("open(run._paths.marker(run.hash)).close(); print('closed', flush=True)\n")
         process.stdin.flush()
         self.assertEqual(
@@ -9889,6 +9906,7 @@ class TestDeath(WatchCase):
             "print(lock.acquire(), flush=True)\ntime.sleep(600)"
         )
         self.assertEqual(indexer.stdout.readline(), "True\n")
+        watcher = self.watch()
         self.look(watcher, 60)
         reindexer = aimwatch.Reindexer(self.paths)
         reindexer.run(["r"])
@@ -9986,6 +10004,7 @@ class TestDeath(WatchCase):
             table = aimwatch.RunTable(5.0)
             table.take([named("a", 1)], 5.0, UTC)
             (watched,) = table.runs.values()
+            self.assertEqual((table.to_look_at(5.0), watched.note_marker("unknown", 5.0)), ([watched], False))
             self.assertEqual((table.to_look_at(9.9), table.to_look_at(10.0)), ([], [watched]))
             for now, state, look, sure in steps:
                 with self.subTest(what, now=now):
@@ -13223,7 +13242,7 @@ class RunsOfPrograms(ExecCase):
         process = self.python(code, stdin=subprocess.PIPE)
         run_hash = process.stdout.readline().decode().strip()
         marker = self.paths.marker(run_hash)
-        self.wait_for(lambda: self.records(run_hash)[-1].get("exec") == process.pid)
+        self.wait_for(lambda: f"'exec': {process.pid}" in str(self.records(run_hash)[1:]))
         self.assertEqual("held", aimwatch.lock_state(marker))
         process.communicate(b"\n", timeout=30)
         self.assertEqual("finished", self.the_run()["state"])
