@@ -378,6 +378,14 @@ def names_in(folder: str, pattern: str) -> List[str]:
         return []
 
 
+def file_stamp(path: str) -> Any:
+    """Return what changes when a file does; None where there is none."""
+    with contextlib.suppress(OSError):
+        info = os.stat(path)
+        return info.st_ino, info.st_size, info.st_mtime_ns
+    return None
+
+
 def remove_leftovers(path: str) -> None:
     """Remove what `replace_file` left beside `path` where it was killed. For the only one who may
     replace that file just now; on a share, whose locks may not be seen, nothing younger than an hour."""
@@ -7751,7 +7759,7 @@ class Dispatcher:
 
     def load(self) -> None:
         """Read the configuration. Raises ConfigError; what was in force stays in force."""
-        stamp = self._stat()
+        stamp = file_stamp(self._config.path)
         try:
             notifiers = self._config.notifiers()
             self.log_level = self._config.log_level()
@@ -7787,16 +7795,9 @@ class Dispatcher:
                     log.error("notifier %s waits: %s; trying again", item.shown_as, error)
                 self._complete = False
 
-    def _stat(self) -> Any:
-        try:
-            info = os.stat(self._config.path)
-        except OSError:
-            return None
-        return info.st_mtime_ns, info.st_size, info.st_ino
-
     def reload_if_changed(self) -> None:
         """Take up a changed configuration; a broken one is reported and the last good one kept."""
-        stamp = self._stat()
+        stamp = file_stamp(self._config.path)
         if stamp is None and self._stamp is not None:
             # What waits is kept for those that are in it: an editor may be about to write it anew.
             log.error("%s is gone; the last good configuration stays in force", self._config.path)
@@ -9041,7 +9042,7 @@ class Watcher:
     def _step_down(self) -> None:
         """Raise WatcherBusyError where watcher.json is another watcher's: that took this one for dead, or
         neither sees the other's lock."""
-        found = _file_stamp(self.paths.watcher)
+        found = file_stamp(self.paths.watcher)
         if self._saved_as in (None, found) or found is None:
             return
         saved = read_watcher_file(self.paths)
@@ -9348,7 +9349,7 @@ class Watcher:
         }
         try:
             replace_file(self.paths.watcher, to_json(content).encode("ascii"))
-            self._saved_as = _file_stamp(self.paths.watcher)
+            self._saved_as = file_stamp(self.paths.watcher)
         except OSError as error:
             if self._save_cost_s != MAX_SAVE_INTERVAL_S:
                 log.warning("cannot write %s: %s", self.paths.watcher, error.strerror)
@@ -9412,14 +9413,6 @@ def may_live(saved: Dict[str, Any]) -> bool:
     if saved.get("ended") or saved.get("boot") != boot_id() or not isinstance(pid, int) or pid == os.getpid():
         return False
     return os.path.exists(f"/proc/{pid}")
-
-
-def _file_stamp(path: str) -> Any:
-    try:
-        info = os.stat(path)
-    except OSError:
-        return None
-    return info.st_ino, info.st_mtime_ns, info.st_size
 
 
 #: A standby takes over from a watcher that has not looked for so long, and three intervals.
@@ -10407,19 +10400,6 @@ class NotThere(AimwatchError):
     """What a URL names is not there."""
 
 
-def stamp_of(path: str) -> Any:
-    """Return what changes when a file does; None where there is none."""
-    with contextlib.suppress(OSError):
-        info = os.stat(path)
-        return info.st_ino, info.st_size, info.st_mtime_ns
-    return None
-
-
-def series_label(name: str, context: Dict[str, Any]) -> str:
-    """Return what a series is called: `loss subset=val`."""
-    return " ".join([name, *(f"{key}={value}" for key, value in sorted(context.items()))])
-
-
 def _kind(row: Dict[str, Any]) -> Tuple[str, str]:
     return row["state"], row["experiment"]
 
@@ -10494,14 +10474,14 @@ class Site:
         with contextlib.suppress(OSError):
             files += map(paths.run_log, os.listdir(paths.pending))
         files += [path for name in hashes for path in (paths.run_log(name), paths.stack(name))]
-        return [lock_state(paths.watcher_lock), *map(stamp_of, files)]
+        return [lock_state(paths.watcher_lock), *map(file_stamp, files)]
 
     # ---- what is known
 
     def row(self, run_hash: str) -> Dict[str, Any]:
         """Return the row of a run, as its log has it now. Raises AimwatchError."""
         path = self.paths.run_log(run_hash)
-        stamp = stamp_of(path) if RUN_HASH.fullmatch(run_hash) else None
+        stamp = file_stamp(path) if RUN_HASH.fullmatch(run_hash) else None
         if stamp is None:
             raise NotThere(f"there is no run {run_hash} in {self.paths.root}")
 
@@ -10526,7 +10506,7 @@ class Site:
         """Return what `status` shows of runs that have not finished, with what their logs say besides."""
 
         def facts_of(paths: RepoPaths, run_hash: str) -> Facts:
-            stamp = stamp_of(paths.run_log(run_hash))
+            stamp = file_stamp(paths.run_log(run_hash))
             return self._keep(("facts", run_hash), stamp, lambda: run_facts(paths, run_hash))  # type: ignore[no-any-return]
 
         rows = status_rows(self.paths, read_watcher_file(self.paths), facts_of)
@@ -10540,7 +10520,7 @@ class Site:
         return rows
 
     def _indexed(self, q: str) -> List[Dict[str, Any]]:
-        stamp = stamp_of(self.paths.index) or self._utc()
+        stamp = file_stamp(self.paths.index) or self._utc()
         return self._keep(("runs", q), stamp, lambda: Repo(self.paths.root).query_runs(q).found)  # type: ignore[no-any-return]
 
     def _pending(self, q: str) -> Dict[str, Optional[Dict[str, Any]]]:
@@ -10569,7 +10549,7 @@ class Site:
     def counts(self, live: List[Dict[str, Any]]) -> Dict[Tuple[str, str], int]:
         """Return how many runs there are by (state, experiment)."""
         indexed = self._indexed("")
-        stamp = stamp_of(self.paths.index) or self._utc()
+        stamp = file_stamp(self.paths.index) or self._utc()
         kinds = dict(self._keep("kinds", stamp, lambda: {row["hash"]: _kind(row) for row in indexed}))
         kinds.update((run_hash, _kind(row)) for run_hash, row in self._pending("").items() if row)
         for row in live:  # knows who stalled, and Aim's runs
@@ -10586,7 +10566,7 @@ class Site:
         line = '<p class="{}">{} {}; last look: {}</p>'
         mark = ("good", "\u25cf") if alive else ("bad", "\u25b2")
         lines = [html(line, *mark, re.split(", for |;", text)[0], look)]
-        outbox = self._keep("outbox", stamp_of(self.paths.outbox), lambda: _outbox_state(self.paths))
+        outbox = self._keep("outbox", file_stamp(self.paths.outbox), lambda: _outbox_state(self.paths))
         for notifier_id, (reason, since) in outbox.broken().items():
             line = '<p class="bad">\u25b2 notifier {} does not work since {}: {}; waiting: {}</p>'
             waiting = len(outbox.waiting_for(notifier_id))
@@ -10611,8 +10591,10 @@ class Site:
             promise = human_s(row["promise_s"]) if row["promise_s"] else "none"
             progress, job = each("<small>{}</small>", [(row["progress"],), (row["job"],)])
             newest = sorted(row.get("metrics", ()), key=lambda metric: -metric["last_time"])[:3]
-            lasts = [(series_label(item["name"], item["context"]), f"{item['last']:.5g}") for item in newest]
-            metrics = each("<div>{} <b>{}</b></div>", lasts)
+            lasts = [
+                (item["name"], shown(item["context"], "context"), f"{item['last']:.5g}") for item in newest
+            ]
+            metrics = each("<div>{} {} <b>{}</b></div>", lasts)
             ack = f"acknowledged by {row['acknowledged_by']}" if row["acknowledged_by"] else ""
             why = "; ".join(filter(None, [ack, "muted" if row["muted_until"] else "", row["reason"]]))
             since = ago(now - row["last_check_in"])
@@ -10722,7 +10704,8 @@ class Site:
                 # Of one run a colour is a context, of several it is a run.
                 look = f"c{nth % 8} d{(at + nth // 8) % 3}" if len(rows) > 1 else f"c{at % 8} d{at // 8 % 3}"
                 name = (row["name"] or row["hash"][:8]) if len(rows) > 1 else metric["name"]
-                label, columns = series_label(name, metric["context"]), points.get(metric["series"])
+                label = f"{name} {shown(metric['context'], 'context')}"
+                columns = points.get(metric["series"])
                 if columns:
                     curve = Curve(label, look, columns, row["created_at"])
                     curves.setdefault(metric["name"], []).append(curve)
@@ -10801,7 +10784,7 @@ class Site:
         ids = {metric_labels(notifier=item.id[:8], type=item.type): item.id for item in known}
         waiting: Dict[str, float] = {labels: len(outbox.waiting_for(name)) for labels, name in ids.items()}
         logs = map(self.paths.run_log, names_in(self.paths.pending, RUN_HASH.pattern))
-        index_ns, *log_ns = [(stamp_of(path) or [0])[-1] for path in (self.paths.index, *logs)]
+        index_ns, *log_ns = [(file_stamp(path) or [0])[-1] for path in (self.paths.index, *logs)]
         families: Dict[str, Dict[str, float]] = {
             "runs": runs,
             "check_in_age_sum_seconds": {"": sum(ages)},
