@@ -928,12 +928,6 @@ class RepoPaths:
         for folder in self.folders():
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 os.close(open_folder(folder))
-        for path in (self.index, f"{self.index}-journal"):  # SQLite follows links
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                info = os.lstat(path)
-                if stat.S_ISLNK(info.st_mode) and info.st_uid not in (0, os.geteuid()):
-                    why = f"it is a symbolic link that belongs to user {info.st_uid}"
-                    raise OSError(errno.ELOOP, why, path)
 
     def create(self) -> None:
         """Make the folders that are missing: in some of them only their owner writes, whatever the umask.
@@ -1625,7 +1619,7 @@ class AppendFile:
         #: Whether the thread that syncs found the file in its place. Asking has the system send all that was
         #: written since, so where that thread runs nobody else asks.
         self._in_place = True
-        self._opened = 0
+        self._fd, self._identity, self._opened = -1, (0, 0), 0
         self._open()
         self._synced_size = self.size
 
@@ -1640,6 +1634,9 @@ class AppendFile:
         except BaseException:
             os.close(fd)
             raise
+        with contextlib.suppress(OSError):
+            if is_still(self._fd, self._identity):
+                os.close(self._fd)
         self._fd, self.size, self._torn = fd, info.st_size, torn
         self._identity = info.st_dev, info.st_ino
         self._opened += 1
@@ -1752,7 +1749,6 @@ class AppendFile:
         then in another order, which the summary sets right."""
         if not _is_at(self.path, self._identity):
             return  # `look` begins it anew
-        old, identity = self._fd, self._identity
         try:
             self._open()
             tail = bytearray()
@@ -1764,8 +1760,6 @@ class AppendFile:
         except OSError as error:
             self._sync_error = str(error.strerror)
             return
-        finally:
-            self._close_old(old, identity)
         found = set(bytes(tail).split(b"\n"))
         unknown = self._written - self._synced
         kept = list(self._unsynced)[-unknown:] if unknown else []
@@ -1792,7 +1786,7 @@ class AppendFile:
             if self.flush(now=was_gone):
                 self._set_right()
             return True
-        old, identity = self._fd, self._identity
+        identity = self._identity
         try:
             self._open()
         except OSError as error:
@@ -1801,7 +1795,6 @@ class AppendFile:
             self._gone = self._in_trouble = True
             return False
         self._gone, self._in_place = False, True
-        self._close_old(old, identity)
         if self._identity != identity:
             first, *rest = self._summary()
             self._waiting = deque([first, *self._waiting, *rest])
@@ -1814,11 +1807,6 @@ class AppendFile:
 
     def _is_in_place(self) -> bool:
         return _is_at(self.path, self._identity) and is_still(self._fd, self._identity)
-
-    def _close_old(self, fd: int, identity: Tuple[int, int]) -> None:
-        if fd != self._fd and is_still(fd, identity):
-            with contextlib.suppress(OSError):
-                os.close(fd)
 
     def _set_right(self) -> None:
         if self._out_of_order:
