@@ -13117,7 +13117,7 @@ def report_lines(
     for state, by_reason in groups.items():
         lines += ["", state]
         for reason, found in by_reason.items():
-            lines += [f"  {printable(reason, 200)}"] if reason else []
+            lines += [f"  {printable(_on_one_line(reason), 200)}"] if reason else []
             for row in found[:most]:
                 where = f"on {row['host']}," if row["host"] else ""
                 about = filter(None, (short[row["hash"]], row["name"], where))
