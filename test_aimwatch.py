@@ -13503,7 +13503,7 @@ class TestReadme(WatcherProcessCase):
 
     def placed(self, text: str) -> str:
         """Return `text` with every place in it moved to where a test may go."""
-        text = text.replace("./experiments", "/shared/experiments")
+        text = text.replace("./experiments", "/shared/experiments").replace("sleep(1)", "sleep(0)")
         text = re.sub(r"(?<![\w/])/(shared|opt|tmp)/", rf"{self.folder}/\1/", text)
         text = text.replace("/usr/bin/python3", "python3")
         text = re.sub(r"https://[\w.]*\bexample\.(org|com)", f"http://127.0.0.1:{self.workplace.port}", text)
