@@ -12104,7 +12104,7 @@ def cmd_up(args: Any) -> int:
     """Show the runs on a web page, until told to stop."""
     import secrets
 
-    _log_to_stderr(timed=True)
+    _log_to_stderr(timed=True).start()
     _give_memory_back()
     paths, stop = find_repo(args.repo), StopSignal()
     for number in (signal.SIGINT, signal.SIGTERM):

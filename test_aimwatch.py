@@ -10996,7 +10996,7 @@ class TestBlockedLog(WatcherProcessCase):
             )  # fmt: skip
         self.addCleanup(watcher.wait)
         self.addCleanup(watcher.kill)
-        for number in range(5):
+        for number in range(2):
             self.wait_for(lambda: self.saved().get("pid") == watcher.pid)
             self.check_in(f"r{number}", 1, "failed")
             self.wait_for(lambda number=number: any(f"r{number}" in text for text in server.texts()))
