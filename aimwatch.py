@@ -12691,9 +12691,10 @@ def run_cell(row: Dict[str, Any], column: str) -> Any:
         name, context, field = metric.groups()
         found = [item for item in row["metrics"] if item["name"] == column[len("metric:") :]]
         if not found:
-            wanted = None if context is None else dict(_pairs_in(context))
-            found = [item for item in row["metrics"] if item["name"] == name]
-            found = [item for item in found if wanted in (None, _texts_of(item["context"]))]
+            wanted = dict(re.findall("([^=,]+)=([^,]*)", context or ""))
+            for item in row["metrics"]:
+                texts = {key: str(value) for key, value in item["context"].items()}
+                found += [item] if item["name"] == name and (context is None or texts == wanted) else []
         last = max(found, key=lambda item: int(item["last_step"]), default=None)
         return None if last is None else _of_metric(last, field or "last")
     value = row["params"]
@@ -12703,16 +12704,6 @@ def run_cell(row: Dict[str, Any], column: str) -> Any:
         except (TypeError, ValueError, LookupError):
             return None
     return value
-
-
-def _pairs_in(context: str) -> Iterator[Tuple[str, str]]:
-    for item in filter(None, context.split(",")):
-        key, _, value = item.partition("=")
-        yield key.strip(), value.strip()
-
-
-def _texts_of(context: Dict[str, Any]) -> Dict[str, str]:
-    return {key: str(value) for key, value in context.items()}
 
 
 def metric_cell(found: Tuple[Dict[str, Any], Dict[str, Any]], column: str) -> Any:
@@ -12990,7 +12981,7 @@ def param_items(value: Any, path: str) -> Iterator[Tuple[str, Any]]:
         yield path, value
 
 
-@command("diff", ONE_HASH, argument("other", metavar="RUN", help="another run"), AS_JSON)
+@command("diff", ONE_HASH, argument("other", metavar="RUN", help="another run"))
 def cmd_diff(args: Any) -> int:
     """Show in what two runs differ, and what was run where."""
     repo = Repo(args.repo)
@@ -12999,9 +12990,6 @@ def cmd_diff(args: Any) -> int:
     names = list(dict.fromkeys(itertools.chain(*values)))
     rows: List[List[Any]] = [[name, *(known.get(name) for known in values)] for name in names]
     rows = [row for row in rows if row[0] in _ALWAYS_COMPARED or json_cell(row[1]) != json_cell(row[2])]
-    if args.json:
-        print_json([dict(zip(("field", *hashes), row)) for row in rows])
-        return 0
     short = short_hashes(repo._paths, hashes)
     cells = [[name, *(shown(value, "") for value in both)] for name, *both in rows]
     header = ["", *(short[run_hash] for run_hash in hashes)]
@@ -13065,7 +13053,7 @@ def _metrics_called(run: Run, name: str) -> List[Metric]:
 
 
 #: So many runs of a kind are named in a report.
-MAX_REPORTED = 20
+MAX_REPORTED = 10
 
 
 @command(
@@ -13088,10 +13076,10 @@ def cmd_report(args: Any) -> int:
     for row in rows:
         if row["end_time"] is None and states.get(row["hash"], row)["state"] in (STALLED, FAILED):
             row.update(state=states[row["hash"]]["state"], reason=states[row["hash"]]["reason"] or DIED)
+    text = "\n".join(report_lines(repo._paths, rows, args.since))
     if not args.send:
-        print("\n".join(report_lines(repo._paths, rows, args.since)))
+        print(text)
         return 0
-    text = "\n".join(report_lines(repo._paths, rows, args.since, 5))
     facts = {"event": "report", "repo": repo.path, "time": iso_time(time.time(), "seconds"), "message": text}
     failed = 0
     for item in NotifierConfig(repo._paths).notifiers():
@@ -13101,9 +13089,7 @@ def cmd_report(args: Any) -> int:
     return 1 if failed else 0
 
 
-def report_lines(
-    paths: RepoPaths, rows: Sequence[Dict[str, Any]], over_s: float, most: int = MAX_REPORTED
-) -> List[str]:
+def report_lines(paths: RepoPaths, rows: Sequence[Dict[str, Any]], over_s: float) -> List[str]:
     """Return the lines of a report on runs: counted, then by state, the failed ones by reason."""
     groups: Dict[str, Dict[str, List[Dict[str, Any]]]] = {}
     for state in (FAILED, STALLED, RUNNING, FINISHED):
@@ -13118,12 +13104,12 @@ def report_lines(
         lines += ["", state]
         for reason, found in by_reason.items():
             lines += [f"  {printable(_on_one_line(reason), 200)}"] if reason else []
-            for row in found[:most]:
+            for row in found[:MAX_REPORTED]:
                 where = f"on {row['host']}," if row["host"] else ""
                 about = filter(None, (short[row["hash"]], row["name"], where))
                 lines.append(printable(f"    {' '.join(about)} {human_s(run_cell(row, 'duration'))}", 200))
-            if len(found) > most:
-                lines.append(f"    and {len(found) - most} more")
+            if len(found) > MAX_REPORTED:
+                lines.append(f"    and {len(found) - MAX_REPORTED} more")
     return lines
 
 

@@ -5878,9 +5878,8 @@ class RunCommands(StoredCase):
                      f"host {os.uname().nodename} {os.uname().nodename}"):  # fmt: skip
             self.assertIn(line, [" ".join(shown.split()) for shown in out])
         self.assertNotIn("experiment", "\n".join(out))
-        rows = json.loads(self.fine("diff", "0abc", "3abc", "--json")[0])
-        self.assertIn({"field": "last loss [s=t]", "0abc": 0.0, "3abc": "inf"}, rows)
-        self.assertIn({"field": "experiment", "0abc": "exp", "3abc": "default"}, rows)
+        out = [" ".join(line.split()) for line in self.fine("diff", "0abc", "3abc")[0].splitlines()]
+        self.assertLessEqual({"last loss [s=t] 0 inf", "experiment exp default"}, set(out))
         with Run("0abc", repo=self.root) as run:
             run["path"] = "/a/path/that/is/rather/long/first"
         with Run("1abc", repo=self.root) as run:
@@ -5902,7 +5901,7 @@ class RunCommands(StoredCase):
         self.assertIn("has no metric 'x': it has loss", self.run_cli("export", "1abc", "x")[2])
 
     def test_report_says_what_finished_what_failed_and_by_what(self) -> None:
-        for number in range(7):
+        for number in range(12):
             with contextlib.suppress(OSError), Run(repo=self.root) as run:
                 run.name = f"full-{number}"
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -5910,10 +5909,10 @@ class RunCommands(StoredCase):
         live = self.run_object("live")
         out = self.fine("report", "--since", "1h")[0]
         self.assertRegex(
-            out.partition("\n")[0], f"^the last 1 h in {self.root}: 7 failed, 2 running, 4 finished$"
+            out.partition("\n")[0], f"^the last 1 h in {self.root}: 12 failed, 2 running, 4 finished$"
         )
         self.assertEqual(out.count("No space left on device"), 1)
-        self.assertRegex(out, rf"\n    [0-9a-f]{{8}} full-6 on {os.uname().nodename}, [0-9.]+ m?s\n")
+        self.assertRegex(out, rf"\n    [0-9a-f]{{8}} full-11 on {os.uname().nodename}, [0-9.]+ m?s\n")
         self.assertRegex(self.fine("report", "--since", "0.001s")[0], "^the last 1 ms in .*: 2 running\n")
         server = self.webhook((200, "ok"), (404, "gone"))
         self.configure(all=hook(server.url))
