@@ -9250,8 +9250,8 @@ def kinds(changes: Sequence[aimwatch.Change]) -> List[str]:
     return [change.kind for change in changes]
 
 
-#: (state before, flag that comes) to what must be told, as DESIGN.md has it.
 STATE_OF = {"starting": "running", "check_in": "running", "finished": "finished", "failed": "failed"}
+#: (state before, flag that comes) to what must be told; the words of a row are for the flags of STATE_OF.
 MUST_TELL = {
     (state, flag): [] if told == "-" else told.split("+")
     for state, row in {
