@@ -11165,7 +11165,7 @@ class TestTwoMachines(WatcherProcessCase):
 
     def setUp(self) -> None:
         super().setUp()
-        patch = mock.patch.object(aimwatch, "LOOK_ON_S", 1.5)
+        patch = mock.patch.multiple(aimwatch, LOOK_ON_S=1.5, MAX_LOOK_ON_S=2.0)
         patch.start()
         self.addCleanup(patch.stop)
 
