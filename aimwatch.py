@@ -2137,12 +2137,22 @@ def describe_rank() -> Dict[str, Any]:
         job: List[str] = [env[name] for name in JOB_VARIABLES if env.get(name)]
         local = env.get("LOCAL_WORLD_SIZE") == str(world)
         if not job and (local or env.get("MASTER_ADDR", "localhost") in ("localhost", "127.0.0.1")):
-            job = [this_host(), str(os.getppid())]  # the launcher
+            job = [this_host(), str(_launcher(rank_name))]
         import hashlib
 
         told = to_json([job, world, *(env.get(name) for name in START_VARIABLES)])
         return {"rank": rank, "world": world, "group": hashlib.sha256(told.encode("ascii")).hexdigest()[:12]}
     return {}
+
+
+def _launcher(rank_name: str) -> int:
+    """Return the nearest process above this one that is not of this rank: a shell or another wrapper between
+    the launcher and the rank has the rank's environment."""
+    pid, ours = os.getppid(), f"{rank_name}={os.environ[rank_name]}".encode()
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        while ours in read_bounded(f"/proc/{pid}/environ", 1 << 22).split(b"\0"):
+            pid = int(read_bounded(f"/proc/{pid}/stat", 4096).rpartition(b")")[2].split()[1])
+    return pid
 
 
 class End(NamedTuple):
@@ -11970,7 +11980,7 @@ def with_groups_as_one(rows: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
     for members in groups.values():
         first, worst = min(members, key=lambda row: row["rank"] or 0), dict(members[0])
         if len(members) > 1:
-            alive = sum(row["state"] == RUNNING for row in members)
+            alive = sum(row["state"] in (RUNNING, STALLED) for row in members)
             why = f"rank {worst['rank']}: {worst['reason']}" if worst["reason"] else None
             worst["reason"] = "; ".join(filter(None, (f"{alive} of {worst['world']} ranks alive", why)))
             worst.update(
