@@ -142,7 +142,7 @@ class Halves(unittest.TestSuite):
 BESIDE = {
     "ForkedChildren", "HeartbeatsOfPrograms", "HowARunEnds", "KilledWatcher", "KilledWriters", "Mail",
     "RunsOfPrograms", "RunsWithoutCode", "StacksOfRealProcesses", "InABrowser", "TestDemo", "TestReadme", "TestSigns",
-    "TestStandby", "TestStart", "TestStatus", "Torture",
+    "TestStandby", "TestTwoMachines", "TestStart", "TestStatus", "Torture",
 }  # fmt: skip
 
 
@@ -11166,7 +11166,11 @@ class TestTwoMachines(WatcherProcessCase):
 
     def setUp(self) -> None:
         super().setUp()
-        patch = mock.patch.multiple(aimwatch, LOOK_ON_S=1.5, MAX_LOOK_ON_S=2.0)
+        # Long where it ends as soon as the other one is seen to look.
+        self.looking_on(LOOK_ON_S=60.0)
+
+    def looking_on(self, **seconds: float) -> None:
+        patch = mock.patch.multiple(aimwatch, **seconds)
         patch.start()
         self.addCleanup(patch.stop)
 
@@ -11225,6 +11229,7 @@ class TestTwoMachines(WatcherProcessCase):
             self.assertEqual(code, 0)
             first.kill()
             first.wait()
+            self.looking_on(MAX_LOOK_ON_S=0.5)
             self.assertIn("no watcher is alive", self.run_cli("status")[1])
             self.watcher().close()
 
@@ -11237,6 +11242,7 @@ class TestTwoMachines(WatcherProcessCase):
             ):
                 self.assertIn("; it looks\n", self.run_cli("status")[1])
         first.send_signal(signal.SIGSTOP)
+        self.looking_on(MAX_LOOK_ON_S=0.5)
         with self.elsewhere():
             self.assertIn("holds the watch but does not look", self.run_cli("status")[1])
 
