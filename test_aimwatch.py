@@ -12372,8 +12372,9 @@ class TestStatus(WatcherProcessCase):
         )
 
     def test_exit_code_and_table_follow_the_runs(self) -> None:
-        training = self.process(BEATING)
-        run = training.stdout.readline().strip()
+        training = self.run_object()
+        training.report_progress(expect_next_in=600)
+        run = training.hash
         watcher = self.start_watcher("--grace", "0")
         self.wait_for(lambda: [item for item in self.saved().get("runs", ()) if "check_in" in item[0]])
         code, out = self.status()
@@ -12383,12 +12384,12 @@ class TestStatus(WatcherProcessCase):
             lines[1], rf"^watched by process {watcher.pid} on .* \(since .*\), for .*; last looked .* ago$"
         )
         self.assertEqual(lines[3].split(), "RUN STATE LAST SEEN PROMISE NAME HOST".split())
-        self.assertRegex(lines[4], rf"^{run[:8]} +running +[0-9.]+ m?s ago +2 s +{os.uname().nodename}$")
+        self.assertRegex(lines[4], rf"^{run[:8]} +running +[0-9.]+ m?s ago +10 min 30 s +{os.uname().nodename}$")
         self.assertEqual(lines[-1], "1 running")
-        training.send_signal(signal.SIGSTOP)
+        self.check_in(run, 9, expect=1)
         self.wait_sent((run, "stalled"))
         self.wait_for(lambda: self.status() if self.status()[0] == 1 else None)
-        self.assertRegex(self.status()[1], rf"\n{run[:8]} +stalled +.* ago +2 s .*\n(  .*\n)?\n1 stalled\n$")
+        self.assertRegex(self.status()[1], rf"\n{run[:8]} +stalled +.* ago +1 s .*\n(  .*\n)?\n1 stalled\n$")
         self.clear()
         self.check_in("b", 1, "failed")
         self.wait_sent((run, "stalled"), ("b", "failed"))
