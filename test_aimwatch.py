@@ -12384,7 +12384,9 @@ class TestStatus(WatcherProcessCase):
             lines[1], rf"^watched by process {watcher.pid} on .* \(since .*\), for .*; last looked .* ago$"
         )
         self.assertEqual(lines[3].split(), "RUN STATE LAST SEEN PROMISE NAME HOST".split())
-        self.assertRegex(lines[4], rf"^{run[:8]} +running +[0-9.]+ m?s ago +10 min 30 s +{os.uname().nodename}$")
+        self.assertRegex(
+            lines[4], rf"^{run[:8]} +running +[0-9.]+ m?s ago +10 min 30 s +{os.uname().nodename}$"
+        )
         self.assertEqual(lines[-1], "1 running")
         self.check_in(run, 9, expect=1)
         self.wait_sent((run, "stalled"))
