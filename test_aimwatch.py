@@ -11233,6 +11233,26 @@ class TestTwoMachines(WatcherProcessCase):
             self.assertIn("no watcher is alive", self.run_cli("status")[1])
             self.watcher().close()
 
+    def test_death_on_another_machine_is_known_where_its_lock_was_seen(self) -> None:
+        for seen, expected in ((True, [("r", "failed")]), (False, [("r", "stalled")])):
+            process = self.process(
+                "import time\nfrom aimwatch import Run\nrun = Run('r')\nrun.report_progress(expect_next_in=60)\n"
+                "print('ready', flush=True)\ntime.sleep(600)"
+            )
+            self.assertEqual(process.stdout.readline(), "ready\n")
+            with self.subTest(seen=seen), self.elsewhere():
+                if not seen:
+                    process.kill()
+                    process.wait()
+                watcher = self.watch(grace_s=2)
+                process.kill()
+                process.wait()
+                self.look(watcher, 20 if seen else 100)
+                self.assertEqual(self.told(), expected)
+                self.stop(watcher)
+            shutil.rmtree(self.paths.aim)
+            self.paths.create()
+
     def test_no_clock_decides_whether_a_watcher_of_another_machine_looks(self) -> None:
         first = self.watching()
         for ahead_s in (600, -600):
