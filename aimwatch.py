@@ -68,9 +68,10 @@ Locks: `FileLock` on `pending/<hash>` (who writes the run), `index.lock`, `confi
 memory: the registry of `FileLock`; of each `Run` one for its records and one for its promise; of the
 `Outbox` one for what waits and one for its file; a condition of each `NotifierThread`.
 
-Threads of `start`: the poll; `ReindexThread`; a `NotifierThread` for each notifier; `SightAlarm` for a
-repository that does not answer; `Pinger`. Threads of `up`: one for each connection, 32 at most;
-`ReindexThread`; with `--watch` the poll and its notifiers.
+Threads of a training process: one of `_Stacks` while a promise is outstanding, and on a network file
+system one of `AppendFile` while its log is not synced. Threads of `start`: the poll; `ReindexThread`; a
+`NotifierThread` for each notifier; `SightAlarm` for a repository that does not answer; `Pinger`. Threads of
+`up`: one for each connection, 32 at most; `ReindexThread`; with `--watch` the poll and its notifiers.
 """
 
 from __future__ import annotations
@@ -7493,6 +7494,9 @@ class Outbox(OutboxState):
 
     def note_broken(self, notifier_id: str, reason: str) -> None:
         """Record that a notifier does not work, and why now, unless that is known."""
+        # All who read the folder read this. A word such as invalid_token helps; the rest of an answer is
+        # kept in the log of who watches.
+        reason = re.sub(r"(HTTP \d+): (?![a-z_]{1,30}$).*", r"\1", reason)
         known, since = self.broken().get(notifier_id, ("", round(time.time(), 3)))
         if known != reason:
             self._record([{"broken": notifier_id, "reason": reason, "since": since}])

@@ -7787,6 +7787,18 @@ class OutboxFile(NotifierCase):
     def waiting(self, outbox: aimwatch.Outbox, notifier_id: str) -> List[str]:
         return [event.facts["run.name"] for event in outbox.waiting_for(notifier_id)]
 
+    def test_of_a_servers_answer_a_word_is_kept_at_most(self) -> None:
+        for said, kept in (
+            ("HTTP 404: no_service", "HTTP 404: no_service"), ("HTTP 404", "HTTP 404"),
+            ("HTTP 500: token abc of ann", "HTTP 500"), ("tried in vain for 15 min: HTTP 500: <html>", "tried in vain for 15 min: HTTP 500"),
+            ("is incomplete: no URL", "is incomplete: no URL"),
+        ):  # fmt: skip
+            with self.subTest(said=said):
+                outbox = self.open_outbox()
+                outbox.note_broken("n", said)
+                self.assertEqual(outbox.broken()["n"][0], kept)
+                outbox.note_mended("n")
+
     def test_events_are_on_disk_before_add_returns_and_hold_no_secret(self) -> None:
         outbox = self.open_outbox()
         synced = []
