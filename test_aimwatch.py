@@ -10770,17 +10770,6 @@ class TestMessagesOfRuns(WatchCase):
         self.assertTrue(os.path.exists(outside))
         self.assertFalse({"link", "link.taken", "fifo.taken", "noise"} & set(os.listdir(self.paths.news)))
 
-    def test_ids_of_old_messages_are_forgotten_when_the_outbox_is_compacted(self) -> None:
-        watcher = self.watch()
-        for number in range(50):
-            self.say("r", f"message {number}" + "x" * number)
-            self.look(watcher, 1)
-        self.wait_for(lambda: not watcher.outbox.waiting_for("n"))
-        with mock.patch.object(aimwatch, "COMPACT_BYTES", 1):
-            self.look(watcher, 61)
-        self.stop(watcher)
-        self.assertEqual([record for record in self.outbox() if "event" in record], [])
-
 
 class MessagesOfARun(HandDriven):
     """What a run leaves for the watcher, which renames the file, reads it and removes it."""
