@@ -10845,8 +10845,10 @@ class WatcherProcessCase(WatchCase):
         """Return (run, event) for every delivery the outbox records."""
         if not os.path.exists(self.paths.outbox):
             return []
+        sent = [one for item in self.outbox() for one in item.get("sent", ())]
+        # Read after that, since an event stands before what says that it was sent.
         kind = {item["event"]: (item["facts"].get("run.hash", ""), item["kind"]) for item in self.events()}
-        return [kind[one] for item in self.outbox() for one in item.get("sent", ())]
+        return [kind[one] for one in sent]
 
     def wait_sent(self, *expected: Tuple[str, str]) -> None:
         self.wait_for(lambda: sorted(self.sent()) == sorted(expected) or None)
