@@ -13176,8 +13176,10 @@ class RunsOfPrograms(ExecCase):
 
     def test_runs_one_after_the_other_are_one_and_a_second_at_once_is_another(self) -> None:
         code = JOINS + "run.track(1.0, sys.argv[1])\nif sys.argv[2:]: time.sleep(600)\n"
-        script = '"$0" -c "$1" a; "$0" -c "$1" b; "$0" -c "$1" c wait & "$0" -c "$1" d; kill $!; echo end'
-        process = self.program("sh", "-c", script, sys.executable, code)
+        script = '"$0" -c "$1" a; "$0" -c "$1" b; "$0" -u -c "$1" c wait >"$2" & while ! test -s "$2"; do sleep 0.1; done; '
+        script += '"$0" -c "$1" d; kill $!; cat "$2"; echo end'
+        path = os.path.join(self.root, "of c")
+        process = self.program("sh", "-c", script, sys.executable, code, path)
         hashes = process.communicate(timeout=60)[0].split()
         self.assertEqual(b"end", hashes.pop())
         self.assertEqual(2, len(set(hashes)))
@@ -13194,7 +13196,10 @@ class RunsOfPrograms(ExecCase):
         process = self.python(code, stdin=subprocess.PIPE)
         run_hash = process.stdout.readline().decode().strip()
         marker = self.paths.marker(run_hash)
-        self.wait_for(lambda: f"'exec': {process.pid}" in str(self.records(run_hash)[1:]))
+        resumed = {"exec": process.pid, "resume": mock.ANY}
+        self.wait_for(
+            lambda: [x for x in self.records(run_hash) if isinstance(x, dict) and {**x, **resumed} == x]
+        )
         self.assertEqual("held", aimwatch.lock_state(marker))
         process.communicate(b"\n", timeout=30)
         self.assertEqual("finished", self.the_run()["state"])
