@@ -10452,6 +10452,7 @@ class TestAcknowledged(WatchCase):
                 self.configure(all={"type": "logger", "events": list(aimwatch.EVENTS)})
                 watcher = self.watch()
                 self.look(watcher, {"dead": 20, "dying": 7, "failed": 1, "stalled": 20}[state])
+                self.assertTrue(watcher.dispatcher.drain(20))  # the command's own log goes to stderr
                 before = self.told()
                 self.assertEqual(self.run_cli("close", state), (0, f"closed run {state}\n", ""))
                 self.assertNotIn(state, self.rows())
