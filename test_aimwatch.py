@@ -142,7 +142,7 @@ class Halves(unittest.TestSuite):
 BESIDE = {
     "ForkedChildren", "HeartbeatsOfPrograms", "HowARunEnds", "KilledWatcher", "KilledWriters", "Mail",
     "RunsOfPrograms", "RunsWithoutCode", "StacksOfRealProcesses", "InABrowser", "TestDemo", "TestReadme", "TestSigns",
-    "TestStandby", "TestTwoMachines", "TestStart", "TestStatus", "Torture",
+    "TestStandby", "TestTwoMachines", "TestStart", "TestStatus", "Torture", "UpProcess", "RanksOfRealProcesses",
 }  # fmt: skip
 
 
@@ -3731,7 +3731,7 @@ class RandomTest(IndexCase):
             )
 
         some = 0
-        for _ in range(int(os.environ.get("QUERY_COUNT", "1000"))):
+        for _ in range(int(os.environ.get("QUERY_COUNT", "600"))):
             text = comparison()
             for _ in range(choose.randrange(3)):
                 text = f"({text}) {choose.choice(['and', 'or'])} {comparison()}"
@@ -3741,7 +3741,7 @@ class RandomTest(IndexCase):
             answer = self.ask(text)  # which compares them
             narrowed = aimwatch.compile_query(text).narrowings
             some += bool(narrowed) and 0 < len(answer) < 40
-        self.assertGreater(some, 10)  # else the expressions would say nothing
+        self.assertGreater(some, 5)  # else the expressions would say nothing
 
 
 # ------------------------------------------------------------------------------ recording
@@ -9756,22 +9756,22 @@ class TestDeath(WatchCase):
         self.addCleanup(self.machine.stop)
 
     def test_killed_process_is_a_failure_within_20_s_whatever_it_promised(self) -> None:
-        for expect in (0, 1, 60, 86400):
-            for quiet in (0, 3, 7, 11, 30):
-                with self.subTest(expect=expect, quiet=quiet):
-                    run = f"r{expect}_{quiet}"
-                    process, watcher = self.start(run, expect), self.watch(grace_s=100.0)
-                    self.look(watcher, quiet)
-                    self.assertEqual([kind for at, kind in self.told() if at == run], [])
-                    self.kill(process)
-                    self.look(watcher, 17)
-                    self.assertEqual([kind for at, kind in self.told() if at == run], ["failed"])
-                    self.look(watcher, 200)
-                    self.assertEqual([kind for at, kind in self.told() if at == run], ["failed"])
-                    self.stop(watcher)
-                    facts = self.events()[-1]["facts"]
-                    self.assertEqual(facts["run.reason"], aimwatch.DIED)
-                    self.assertRegex(facts["run.silent"], "^[0-9]+ s$")
+        self.without_sync()
+        for expect, quiet in ((0, 0), (0, 11), (1, 3), (60, 7), (60, 30), (86400, 0)):
+            with self.subTest(expect=expect, quiet=quiet):
+                run = f"r{expect}_{quiet}"
+                process, watcher = self.start(run, expect), self.watch(grace_s=100.0)
+                self.look(watcher, quiet)
+                self.assertEqual([kind for at, kind in self.told() if at == run], [])
+                self.kill(process)
+                self.look(watcher, 17)
+                self.assertEqual([kind for at, kind in self.told() if at == run], ["failed"])
+                self.look(watcher, 100)
+                self.assertEqual([kind for at, kind in self.told() if at == run], ["failed"])
+                self.stop(watcher)
+                facts = self.events()[-1]["facts"]
+                self.assertEqual(facts["run.reason"], aimwatch.DIED)
+                self.assertRegex(facts["run.silent"], "^[0-9]+ s$")
 
     def test_dead_run_is_not_called_stalled_by_a_grace_of_nothing(self) -> None:
         watcher, process = self.watch(grace_s=0.0), self.start(expect=1)
@@ -13059,7 +13059,7 @@ os._exit(0)
         self.assertEqual(b"begun\n", process.stdout.readline())
         process.kill()
         process.wait()
-        self.assertEqual("free", aimwatch.lock_state(self.paths.marker(self.the_run()["hash"])))
+        self.wait_for(lambda: aimwatch.lock_state(self.paths.marker(self.the_run()["hash"])) == "free")
         process.stdin.write(b"go\n")
         process.stdin.flush()
         self.assertEqual(b"goes on\n", process.stdout.read())
