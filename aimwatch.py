@@ -1767,13 +1767,13 @@ class AppendFile:
         missing = [line for line in kept if line.rstrip(b"\n") not in found]
         self.dropped += unknown - len(kept)
         self._synced, self._sync_error = self._written, ""
-        self._unsynced, self._unsynced_bytes = deque(), 0
+        self._unsynced, self._unsynced_bytes, size = deque(), 0, self.size
         for line in kept:
             if line.rstrip(b"\n") in found:
                 self._keep(line)
-        if missing:
-            self._out_of_order = True
-            self._wait(missing, first=True)
+        self.size = size  # which has these lines already
+        self._out_of_order = self._out_of_order or bool(missing) or unknown > len(kept)
+        self._wait(missing, first=True)
 
     def look(self) -> bool:
         """Return True where the path leads to the file that is written.

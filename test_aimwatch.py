@@ -710,6 +710,17 @@ class AppendFiles(Case):
         self.assertIn("records wait in memory", logs.output[0])
         self.assertIn("(0 records lost)", logs.output[1])
 
+    def test_what_a_share_kept_though_its_sync_failed_is_not_appended_again(self) -> None:
+        self.on_a_share()
+        for number in range(5):
+            self.file.append(b"%d\n" % number)
+            self.file.append(b"also %d\n" % number)
+            with self.full_server():
+                self.assertFalse(self.file.sync())
+            self.assertTrue(self.file.flush(now=True) and self.file.sync())
+        expected = b"".join(b"%d\nalso %d\n" % (number, number) for number in range(5))
+        self.assertEqual(self.content(), expected)
+
     def test_what_a_share_lost_for_good_is_said_at_the_close(self) -> None:
         for kept, said in ((100, "2 records could not be written"), (4, "2 records could not be written")):
             with self.subTest(kept=kept):
