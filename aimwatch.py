@@ -6849,15 +6849,21 @@ def bounded_socket(base: Any, attempt: Attempt) -> Any:
     """Return a class of sockets none of which waits longer than the attempt may last.
 
     A time-out bounds one operation, and a server that sends one byte a second never runs into it. So it
-    is set before each of them to what is left.
+    is set before each of them to what is left. An answer that does not end fills no memory.
     """
+    received = 0
 
     def within(name: str) -> Callable[..., Any]:
         operation = getattr(base, name)
 
         def call(link: Any, *args: Any, **options: Any) -> Any:
+            nonlocal received
             link.settimeout(attempt.left_s())
-            return operation(link, *args, **options)
+            result = operation(link, *args, **options)
+            received += result if name == "recv_into" else 0
+            if received > MAX_RECEIVED_BYTES:
+                raise OSError(errno.EMSGSIZE, f"the answer is longer than {MAX_RECEIVED_BYTES} bytes")
+            return result
 
         return call
 
@@ -6865,6 +6871,8 @@ def bounded_socket(base: Any, attempt: Attempt) -> Any:
     return type(base.__name__, (base,), {name: within(name) for name in names})
 
 
+#: No server says more than this in one attempt.
+MAX_RECEIVED_BYTES = 1 << 20
 #: What http.client, smtplib and ssl do with a socket that may have to wait.
 _SOCKET_OPERATIONS = ("connect", "do_handshake", "recv_into", "send", "sendall")
 

@@ -7424,6 +7424,15 @@ class Mail(NotifierCase):
         self.assertTrue(data.isascii(), "not every relay takes 8 bits")
         return email.message_from_bytes(data, policy=email.policy.default)
 
+    def test_answer_that_does_not_end_is_cut(self) -> None:
+        for tls, security in ((None, "none"), (True, "tls")):
+            with self.subTest(security):
+                begun = time.monotonic()
+                outcome = self.send(self.server(tls, EHLO=b"250-x\r\n" * (1 << 20)), security=security)
+                self.assertEqual(outcome.kind, "retry")
+                self.assertIn("the answer is longer than 1048576 bytes", outcome.detail)
+                self.assertLess(time.monotonic() - begun, 9)
+
     def test_mail_is_handed_over_plain_by_starttls_and_by_tls(self) -> None:
         for tls, security in ((None, "none"), (False, "starttls"), (True, "tls")):
             with self.subTest(security):
