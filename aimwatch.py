@@ -9167,9 +9167,11 @@ class Watcher:
             if run in runs and run not in self._muted:
                 self._muted[run] = old_states.get(run, runs[run].state)
         alerted = [change for change in changes if change.run.hash not in self._muted]
-        for run in self._muted.keys() - muted:
+        ended = self._muted.keys() - muted
+        taken_on = self._read_acks() if ended else set()
+        for run in ended:
             known, watched = self._muted.pop(run), runs.get(run)
-            if watched is None:
+            if watched is None or ack_name(watched.name, watched.state) in taken_on:
                 continue
             kinds = TRANSITIONS.get((known, watched.state), ())
             if watched.state in (STALLED, FAILED):
@@ -9337,6 +9339,8 @@ class Watcher:
         begun = self._clock()
         pause_s = min(self._save_cost_s * SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S)
         if begun - self._saved_mono < pause_s and not now:
+            if self._save_cost_s == MAX_SAVE_INTERVAL_S:
+                self._note_look()
             return False
         content = {
             "version": 1,
@@ -9364,9 +9368,24 @@ class Watcher:
             if self._save_cost_s != MAX_SAVE_INTERVAL_S:
                 log.warning("cannot write %s: %s", self.paths.watcher, error.strerror)
             self._saved_mono, self._save_cost_s = begun, MAX_SAVE_INTERVAL_S
+            self._note_look()
             return False
         self._saved_mono, self._save_cost_s = begun, self._clock() - begun
         return True
+
+    def _note_look(self) -> None:
+        """Say in watcher.json that this watcher looks, where a full disk takes no new one: only the time in
+        its own last one is written over, which needs no room."""
+        own = to_json({"version": 1, **dict(zip(_WATCHER_ID, self._id()))})[:-1].encode("ascii")
+        with contextlib.suppress(OSError):
+            fd = open_below(self.paths.watcher, os.O_RDWR)
+            try:
+                match = re.match(re.escape(own) + rb'.{,40}?"seen_at": ?([0-9.]+ *)', os.pread(fd, 4096, 0))
+                if match is not None:
+                    width = len(match[1])
+                    os.pwrite(fd, (b"%-*.3f" % (width, self._utc()))[:width], match.start(1))
+            finally:
+                os.close(fd)
 
     @property
     def is_blind(self) -> bool:

@@ -10434,6 +10434,19 @@ class TestAcknowledged(WatchCase):
         self.assertEqual(sorted(os.listdir(self.paths.mutes)),
                          sorted(f"{self.check_ins(run)[0]}-{state}" for run, state in (("s", "stalled"), ("f", "failed"))))  # fmt: skip
 
+    def test_acknowledged_run_whose_mute_ends_is_not_alerted_again(self) -> None:
+        self.check_in("s", 1, expect=3)
+        watcher = self.watch()
+        self.check_in("f", 1, "failed")
+        self.look(watcher, 6)
+        told = self.told()
+        self.assertEqual(len(told), 2)
+        self.assertEqual(self.run_cli("ack", "--all")[0], 0)
+        for command in (["mute", "s"], ["mute", "f"], ["unmute", "s"], ["unmute", "f"]):
+            self.assertEqual(self.run_cli(*command)[0], 0)
+            self.look(watcher, 2)
+        self.assertEqual(self.told(), told)
+
     def test_acknowledged_stall_that_becomes_a_death_is_alerted(self) -> None:
         self.check_in("s", 1, expect=3)
         watcher = self.watch()
@@ -11319,6 +11332,25 @@ class TestTwoMachines(WatcherProcessCase):
         self.looking_on(MAX_LOOK_ON_S=0.5)
         with self.elsewhere():
             self.assertIn("holds the watch but does not look", self.run_cli("status")[1])
+
+    def test_watcher_whose_disk_is_full_is_seen_to_look(self) -> None:
+        utc = Clock(time.time() - 1000)
+        watcher = self.watch(utc=utc)
+        utc.now, before = time.time(), self.saved()
+        with mock.patch.object(aimwatch, "replace_file", no_space), self.assertLogs(aimwatch.log) as logged:
+            self.look(watcher, 1)
+            self.assertIn("; last looked ", self.run_cli("status")[1])
+            self.assertIn("\nwatched by ", self.run_cli("status")[1])
+            standby = aimwatch.SeenAt(self.paths)
+            for _ in range(3):
+                standby._since_mono = -1e9
+                self.assertFalse(standby.is_frozen())
+                utc.pass_(1.0)
+                self.look(watcher, 1)
+        self.assertEqual(len(logged.records), 1)
+        self.assertEqual({**self.saved(), "seen_at": 0}, {**before, "seen_at": 0})
+        self.look(watcher, 20)
+        self.assertGreater(self.saved()["looked_s"], before["looked_s"])
 
     def test_watcher_steps_down_for_one_that_took_over_and_leaves_its_file_alone(self) -> None:
         self.without_shared_locks()
