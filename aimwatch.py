@@ -9461,9 +9461,10 @@ class SeenAt:
         self._since_mono = time.monotonic()
         self._interval_s = DEFAULT_POLL_INTERVAL_S
 
-    def look(self) -> float:
+    def look(self, fresh: bool = True) -> float:
         """Return for how many seconds it has not changed."""
-        freshen(self._paths.watcher)
+        if fresh:
+            freshen(self._paths.watcher)
         saved = read_watcher_file(self._paths)
         seen = (*watcher_id(saved), saved.get("seen_at"))
         if saved and seen != self._seen:
@@ -9471,6 +9472,10 @@ class SeenAt:
             self._ended = bool(saved.get("ended"))
             interval_s = bounded(saved.get("save_interval_s")) or bounded(saved.get("poll_interval_s"))
             self._interval_s = interval_s or DEFAULT_POLL_INTERVAL_S
+        return self.still_s()
+
+    def still_s(self) -> float:
+        """Return for how many seconds it had not changed where it has not since the last look."""
         return time.monotonic() - self._since_mono
 
     def moves(self, wait: Callable[[float], None] = time.sleep) -> bool:
@@ -9484,9 +9489,9 @@ class SeenAt:
                 return True
         return False
 
-    def is_frozen(self) -> bool:
+    def is_frozen(self, fresh: bool = True) -> bool:
         """True where it has not changed for so long that its watcher is taken for dead."""
-        still_s = self.look()
+        still_s = self.look(fresh)
         return not self._ended and still_s > FROZEN_S + 3 * self._interval_s
 
 
@@ -10446,6 +10451,7 @@ class Site:
         #: What was made, with the stamp of that from which it was, the oldest first.
         self._kept: Dict[Any, Tuple[Any, Any]] = {}
         self._followers: Dict[str, LogFollower] = {}
+        self._seen_at = SeenAt(paths)
 
     def _keep(self, key: Any, stamp: Any, make: Callable[[], Any]) -> Any:
         """Return what `make` returns, or returned when the stamp was the same."""
@@ -10503,7 +10509,7 @@ class Site:
         with contextlib.suppress(OSError):
             files += map(paths.run_log, os.listdir(paths.pending))
         files += [path for name in hashes for path in (paths.run_log(name), paths.stack(name))]
-        return [lock_state(paths.watcher_lock), *map(file_stamp, files)]
+        return [lock_state(paths.watcher_lock), self._seen_at.still_s() > FROZEN_S, *map(file_stamp, files)]
 
     # ---- what is known
 
@@ -10548,6 +10554,18 @@ class Site:
                     row.update(state=of_log["state"], reason=of_log["reason"])
         return rows
 
+    def watcher(self) -> Tuple[bool, str, float]:
+        """Return whether a watcher is alive, the same in words, and when it last looked, 0 for never."""
+        saved = read_watcher_file(self.paths)
+        # Seen from one answer to the next: no page waits until a watcher on another machine looks again.
+        looks = not self._seen_at.is_frozen(fresh=False)
+        state = watcher_state(self.paths, saved, self._utc(), looks)
+        return (*state, bounded(saved.get("seen_at")))
+
+    def outbox(self) -> OutboxState:
+        """Return what was to be sent, and what was."""
+        return self._keep("outbox", file_stamp(self.paths.outbox), lambda: _outbox_state(self.paths))  # type: ignore[no-any-return]
+
     def _indexed(self, q: str) -> List[Dict[str, Any]]:
         stamp = file_stamp(self.paths.index) or self._utc()
         return self._keep(("runs", q), stamp, lambda: Repo(self.paths.root).query_runs(q).found)  # type: ignore[no-any-return]
@@ -10589,13 +10607,12 @@ class Site:
 
     def overview(self, ask: Ask) -> str:
         """The first page: who watches, what lives, what failed, and all runs."""
-        now, saved, live = self._utc(), read_watcher_file(self.paths), self.live_rows()
-        alive, text = watcher_state(self.paths, saved, now)
-        look = ago(now - saved["seen_at"]) if isinstance(saved.get("seen_at"), (int, float)) else "never"
+        now, live, outbox = self._utc(), self.live_rows(), self.outbox()
+        alive, text, seen_at = self.watcher()
+        look = ago(now - seen_at) if seen_at else "never"
         line = '<p class="{}">{} {}; last look: {}</p>'
         mark = ("good", "\u25cf") if alive else ("bad", "\u25b2")
         lines = [html(line, *mark, re.split(", for |;", text)[0], look)]
-        outbox = self._keep("outbox", file_stamp(self.paths.outbox), lambda: _outbox_state(self.paths))
         for notifier_id, (reason, since) in outbox.broken().items():
             line = '<p class="bad">\u25b2 notifier {} does not work since {}: {}; waiting: {}</p>'
             waiting = len(outbox.waiting_for(notifier_id))
@@ -10800,7 +10817,8 @@ class Site:
 
     def metrics(self, ask: Optional[Ask] = None) -> str:
         """What a cluster's monitoring wants to know, as OpenMetrics text with bounded labels."""
-        now, saved, live = self._utc(), read_watcher_file(self.paths), self.live_rows()
+        now, live, outbox = self._utc(), self.live_rows(), self.outbox()
+        alive, _, seen_at = self.watcher()
         counts = sorted(self.counts(live).items(), key=lambda item: -item[1])
         largest = list(dict.fromkeys(experiment for (_, experiment), _ in counts))[:50]
         runs: Dict[str, float] = {}
@@ -10808,7 +10826,6 @@ class Site:
             labels = metric_labels(state=state, experiment=experiment if experiment in largest else "other")
             runs[labels] = runs.get(labels, 0) + count
         ages = [max(0.0, now - row["last_check_in"]) for row in live if row["state"] != FAILED]
-        seen_at, outbox = saved.get("seen_at"), _outbox_state(self.paths)
         known = NotifierConfig(self.paths).notifiers()[:50]
         ids = {metric_labels(notifier=item.id[:8], type=item.type): item.id for item in known}
         waiting: Dict[str, float] = {labels: len(outbox.waiting_for(name)) for labels, name in ids.items()}
@@ -10818,8 +10835,8 @@ class Site:
             "runs": runs,
             "check_in_age_sum_seconds": {"": sum(ages)},
             "check_in_age_max_seconds": {"": max(ages, default=0.0)},
-            "watcher_alive": {"": watcher_state(self.paths, saved, now)[0]},
-            "watcher_look_age_seconds": {"": now - seen_at} if isinstance(seen_at, (int, float)) else {},
+            "watcher_alive": {"": alive},
+            "watcher_look_age_seconds": {"": now - seen_at} if seen_at else {},
             "notifier_broken": {labels: name in outbox.broken() for labels, name in ids.items()},
             "notifier_waiting_events": waiting,
             "index_lag_seconds": {"": max([0, *(each - index_ns for each in log_ns)]) / 1e9},
@@ -11091,7 +11108,7 @@ class Gate(NamedTuple):
         first, *lines = head.decode("latin-1").split("\r\n")
         method, _, target = first.partition(" ")
         target, _, version = target.rpartition(" ")
-        if version not in ("HTTP/1.0", "HTTP/1.1") or not target.startswith("/"):
+        if version not in ("HTTP/1.0", "HTTP/1.1") or not re.fullmatch("/[!-~]*", target):
             return Reply(400), True
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         # No body is read, so what follows could not be told from one.
@@ -11841,34 +11858,32 @@ STUCK_S = 60.0
 ONCE_COUNTS_S = 3600.0
 
 
-def watcher_state(paths: RepoPaths, saved: Dict[str, Any], now_utc: float) -> Tuple[bool, str]:
+def watcher_state(
+    paths: RepoPaths, saved: Dict[str, Any], now_utc: float, looks: Optional[bool] = None
+) -> Tuple[bool, str]:
     """Return whether a watcher is alive, by its lock and by when it last looked as watcher.json says, and
-    the same in words."""
-    seen_at, started_at = _saved_s(saved, "seen_at"), _saved_s(saved, "started_at")
-    age_s = math.inf if seen_at is None else max(0.0, now_utc - seen_at)
-    ago = "never looked" if seen_at is None else f"last looked {human_s(age_s)} ago"
+    the same in words.
+
+    Arguments:
+        looks: whether that file goes on changing; None: see, where the watcher is on another machine.
+    """
+    seen_at, started_at = bounded(saved.get("seen_at")), bounded(saved.get("started_at"))
+    age_s = max(0.0, now_utc - seen_at) if seen_at else math.inf
+    ago = f"last looked {human_s(age_s)} ago" if seen_at else "never looked"
     lock = lock_state(paths.watcher_lock)
     elsewhere = is_elsewhere(saved)
     if elsewhere:  # neither its clock nor, perhaps, its lock can be told here
-        moves = SeenAt(paths).moves()
-        age_s, ago = (0.0, "it looks") if moves else (math.inf, ago)
-    if (lock in ("free", "absent") and not (elsewhere and age_s == 0)) or (
-        lock == "unknown" and age_s > STUCK_S
-    ):
+        looks = SeenAt(paths).moves() if looks is None else looks
+        age_s, ago = (0.0, "it looks") if looks else (math.inf, ago)
+    if (lock in ("free", "absent") and not (elsewhere and looks)) or (lock == "unknown" and age_s > STUCK_S):
         if saved.get("once") and age_s < ONCE_COUNTS_S:
             return True, f"watched by passes of 'start --once'; {ago}"
         return False, f"no watcher is alive; {ago}"
     who = describe_watcher(paths)
-    if age_s > STUCK_S + 3 * (_saved_s(saved, "poll_interval_s") or 0.0):
+    if age_s > STUCK_S + 3 * bounded(saved.get("poll_interval_s")):
         return False, f"{who} holds the watch but does not look; {ago}"
-    up = "" if started_at is None or elsewhere else f", for {human_s(now_utc - started_at)}"
+    up = f", for {human_s(now_utc - started_at)}" if started_at and not elsewhere else ""
     return True, f"watched by {who}{up}; {ago}"
-
-
-def _saved_s(saved: Dict[str, Any], name: str) -> Optional[float]:
-    value: Any = saved.get(name)
-    # Beyond 300 years it is neither a time nor an interval, whoever wrote it.
-    return float(value) if type(value) in (int, float) and abs(value) < 1e10 else None
 
 
 #: `status` reads what the logs of live runs say for so long, and shows the others without.
@@ -11897,8 +11912,8 @@ def status_object(paths: RepoPaths) -> Dict[str, Any]:
     watcher = {"alive": alive, "text": text}
     watcher.update((key, saved.get(key)) for key in ("host", "pid"))
     for key in ("started_at", "seen_at"):
-        at = _saved_s(saved, key)
-        watcher[key] = None if at is None else Moment(at)
+        at = bounded(saved.get(key))
+        watcher[key] = Moment(at) if at else None
     outbox, notifiers = _outbox_state(paths), []
     with contextlib.suppress(ConfigError):  # in a shared layout, its owner alone reads it
         for item in NotifierConfig(paths).notifiers():
@@ -12151,14 +12166,16 @@ def cmd_up(args: Any) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     with contextlib.ExitStack() as at_end, listen(args.host, args.port, args.uds) as listener:
-        name, port, local, token = "localhost", 43880, args.uds and os.path.abspath(args.uds), ""
+        name, port, token = "localhost", 43880, ""
         if args.uds:
             at_end.callback(os.unlink, args.uds)
+            local = os.path.abspath(args.uds)
         else:
             name, port = listener.getsockname()[:2]
-            local = f"localhost:{port}"
             token = "" if args.no_token else os.environ.get("AIMWATCH_TOKEN") or secrets.token_urlsafe(24)
             name = this_host() if name in ("0.0.0.0", "::") else name
+            shown = f"[{name}]" if ":" in name else name
+            local = f"{shown}:{port}"
         base = f"/{args.base_path.strip('/')}".rstrip("/")
         names = ["localhost", name, args.host, this_host(), *args.allowed_host]
         reindexing = ReindexThread(paths)
@@ -12169,10 +12186,11 @@ def cmd_up(args: Any) -> int:
             watching.start()
             at_end.callback(watcher.close)
             at_end.callback(watching.join, 1.0)
+            SightAlarm(watcher).start()
         reindexing.start()
         at_end.callback(reindexing.stop, 0.5)
         rest = f"{port}{base}/" + (f"?key={token}" if token else "")
-        print(args.uds or f"http://{f'[{name}]' if ':' in name else name}:{rest}")
+        print(args.uds or f"http://{shown}:{rest}")
         print(f"from elsewhere: ssh -L {port}:{local} {this_host()}, then http://localhost:{rest}")
         text = watcher_state(paths, read_watcher_file(paths), time.time())[1]
         print("this process watches" if args.watch else text, flush=True)

@@ -11352,6 +11352,21 @@ class TestTwoMachines(WatcherProcessCase):
         self.look(watcher, 20)
         self.assertGreater(self.saved()["looked_s"], before["looked_s"])
 
+    def test_page_waits_for_no_watcher_of_another_machine_and_sees_when_it_stops(self) -> None:
+        self.stop(self.watch())
+        saved = {**self.saved(), "ended": False}
+        with open(self.paths.watcher, "w") as file:
+            json.dump(saved, file)
+        site = aimwatch.Site(self.paths)
+        waits = mock.patch.object(aimwatch.SeenAt, "moves", side_effect=AssertionError("waits"))
+        with waits, self.elsewhere():
+            site.answer("", "")  # makes the index
+            reply = site.answer("", "")
+            self.assertIn("\u25cf watched by", reply.body.decode())
+            self.assertEqual(site.answer("", "", reply.etag).status, 304)
+            with mock.patch.object(aimwatch, "FROZEN_S", -100.0):
+                self.assertIn("no watcher is alive", site.answer("", "", reply.etag).body.decode())
+
     def test_watcher_steps_down_for_one_that_took_over_and_leaves_its_file_alone(self) -> None:
         self.without_shared_locks()
         first = self.watch()
@@ -12112,7 +12127,7 @@ class Gates(Case):
         site = aimwatch.Site(self.paths)
         for request, headers, status in (
             ("GET /base/", good, 200), ("HEAD /base/", good, 200), ("GET /base", good, 301), ("GET /", good, 404), ("GET /basement/", good, 404),
-            ("POST /base/", good, 405), ("PUT /base/", good, 405), ("OPTIONS /base/", good, 405), ("GET base/", good, 400), ("GET", good, 400),
+            ("POST /base/", good, 405), ("PUT /base/", good, 405), ("OPTIONS /base/", good, 405), ("GET base/", good, 400), ("GET", good, 400), ("GET /base?\nSet-Cookie:x", good, 400),
             ("GET /base/metrics", "Host: localhost\r\nAuthorization: Bearer sesame", 200),
             ("GET /base/", "Host: HUB.example.org\r\nCookie: aimwatch_1=sesame", 200), ("GET /base/", "Host: 10.0.0.1\r\nCookie: aimwatch_1=sesame", 200),
             ("GET /base/", "Host: evil.example.org\r\nCookie: aimwatch_1=sesame", 403), ("GET /base/", "Cookie: aimwatch_1=sesame", 403),
