@@ -6041,14 +6041,16 @@ class Notifier(NamedTuple):
 
     def secrets(self) -> List[str]:
         """Return the strings that must not be shown, the longest first."""
+        import base64
+
         found: Set[str] = set()
         for name, value in self.arguments.items():
             field = _field(self.type, name)
             for text in texts_in(value) if field is not None and field.secret else ():
                 found.add(text)
                 if name == "password":  # as a login writes it, which a server may quote
-                    user = self.arguments.get("user", "")
-                    found.update(map(_base64, (text, f"\0{user}\0{text}")))
+                    for login in (text, f"\0{self.arguments.get('user', '')}\0{text}"):
+                        found.add(base64.b64encode(login.encode("utf-8", "replace")).decode())
                 # The request line and library errors show the path without the host.
                 path = text.partition("://")[2].partition("/")[2]
                 found.add(path)
@@ -6060,12 +6062,6 @@ class Notifier(NamedTuple):
         for secret in self.secrets():
             text = text.replace(secret, "***")
         return text
-
-
-def _base64(text: str) -> str:
-    import base64
-
-    return base64.b64encode(text.encode("utf-8", "replace")).decode()
 
 
 def texts_in(value: Any) -> Iterator[str]:
@@ -6374,14 +6370,12 @@ class NotifierConfig:
         self._lock_path = paths.config_lock
         self._folder = paths.notifications
 
-    def read(self) -> Dict[str, Any]:
-        """Return the file's content, or an empty configuration where there is no file.
+    def read(self, again: bool = True) -> Dict[str, Any]:
+        """Return the file's content, or an empty configuration where there is no file. On a share, what is
+        damaged is read `again`.
 
         Raises ConfigError where the file is damaged, of another shape, unreadable, or not to be trusted.
         """
-        return self._read()
-
-    def _read(self, again: bool = True) -> Dict[str, Any]:
         way_out = "mend it, or move it away and add the notifiers again"
         try:
             data, info = read_with_stat(self.path, MAX_LINE_BYTES)
@@ -6394,7 +6388,7 @@ class NotifierConfig:
         except (ValueError, RecursionError) as error:
             if again and is_network(self._folder):  # it may have been cut at the size of an older one
                 freshen(self.path)
-                return self._read(again=False)
+                return self.read(again=False)
             where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
             raise ConfigError(f"{self.path} is not JSON{where}: {way_out}") from None
         top = raw.get("notifications") if isinstance(raw, dict) else None
@@ -6486,9 +6480,8 @@ CONFIG_LOCK_WAIT_S = 10.0
 CONFIG_LOOKS, CONFIG_LOOK_S = 5, 0.5
 
 
-def fallback_notifier() -> Notifier:
-    """Return the notifier used where none is configured."""
-    return Notifier("logger", "logger", True, {}, DEFAULT_EVENTS, None)
+#: The notifier used where none is configured.
+FALLBACK = Notifier("logger", "logger", True, {}, DEFAULT_EVENTS, None)
 
 
 # ======================================================================================
@@ -6517,16 +6510,15 @@ def fill_template(template: str, facts: Facts) -> str:
 
 def summary(facts: Facts) -> str:
     """Return one line that says which run and what happened."""
-    event = facts.get("event", "")
-    icon = _icon(event)
+    event, icon = facts.get("event", ""), _kind_of(facts).icon
     if event == TROUBLE:
         return f"{icon} aimwatch: {facts.get('run.reason', '')}"
     name = facts.get("run.name") or facts.get("run.hash", "")
     return f"{icon} {name} {_what_happened(event, facts)}".strip()
 
 
-def _icon(event: str) -> str:
-    return KINDS[event].icon if event in KINDS else ""
+def _kind_of(facts: Facts) -> Kind:
+    return KINDS.get(facts.get("event", ""), Kind("", len(KINDS)))
 
 
 def _what_happened(event: str, facts: Facts) -> str:
@@ -6567,9 +6559,9 @@ def default_message(facts: Facts) -> str:
         )
         lines.append(_with("its output goes to {}", facts, "run.stdout"))
         lines.append(_with("{}", facts, "run.messages"))
-        if facts.get("event") == STALLED:
-            lines.append(_PROCESS_TEXT.get(facts.get("run.process", ""), ""))
-            if facts.get("run.process") == "alive" and not facts.get("run.frames"):
+        if facts.get("event") == STALLED and facts.get("run.process") == "alive":
+            lines.append("its process is still there: it hangs, or is slower than it promised")
+            if not facts.get("run.frames"):
                 lines.append("it left no stacks: no Python code can run in it, or they are turned off")
         lines.append(_with("last metrics: {}", facts, "run.metrics"))
         lines.append(_with("progress: {}", facts, "run.progress"))
@@ -6586,11 +6578,6 @@ def look_further(facts: Facts) -> str:
 
     program, repo = map(shlex.quote, (os.path.abspath(__file__), facts.get("repo", "")))
     return f"look further: python3 {program} --repo {repo} {facts.get('look', 'status')}"
-
-
-_PROCESS_TEXT = {
-    "alive": "its process is still there: it hangs, or is slower than it promised",
-}
 
 
 def _with(template: str, facts: Facts, name: str) -> str:
@@ -6628,7 +6615,7 @@ def message_for_batch(template: Optional[str], batch: Sequence[Facts], limit: in
         return message_for(template, batch[0])
     mine = template and template != AIM_DEFAULT_MESSAGE and len(batch) <= FULL_EVENTS
     causes: Dict[Any, List[Facts]] = {}
-    for facts in sorted(batch, key=_rank):
+    for facts in sorted(batch, key=lambda facts: _kind_of(facts).rank):
         causes.setdefault(id(facts) if mine else _cause(facts), []).append(facts)
     groups = list(causes.values())
     kinds = [group[0].get("event", "") for group in groups for _ in group]
@@ -6677,7 +6664,7 @@ def _group_line(group: Sequence[Facts]) -> str:
     why = _on_one_line(facts.get("run.reason", "")) if event == FAILED else ""
     if event == STALLED and len(silent) == 1:
         why = f"silent for {silent.pop()}"
-    line = f"{_icon(event)} {len(group)} runs {event}{_shared(group)}" + (f": {why}" if why else "")
+    line = f"{_kind_of(facts).icon} {len(group)} runs {event}{_shared(group)}" + (f": {why}" if why else "")
     return line.strip()
 
 
@@ -6728,11 +6715,6 @@ def _batch_line(group: Sequence[Facts], limit: int) -> str:
     if facts.get("event") == LOG:
         line += f": {facts.get('run.messages', '').rpartition(chr(10))[2].strip()}"
     return shorten(line, limit - len(tail), " ...") + tail
-
-
-def _rank(facts: Facts) -> int:
-    event = facts.get("event", "")
-    return KINDS[event].rank if event in KINDS else len(KINDS)
 
 
 def plain_facts(facts: Facts) -> Facts:
@@ -6904,11 +6886,6 @@ def tls_context(attempt: Attempt) -> Any:
     return context
 
 
-def is_passing(error: BaseException) -> bool:
-    """True for "can't start new thread": a machine that is out of processes will have some again."""
-    return isinstance(error, RuntimeError) and "new thread" in str(error)
-
-
 def judge_error(error: BaseException) -> Outcome:
     """Judge an attempt that ended in an exception: it is tried again, since networks heal; but
     where it is our own making, in plain words, since the next time would end the same."""
@@ -6918,7 +6895,8 @@ def judge_error(error: BaseException) -> Outcome:
     if isinstance(reason, BaseException):
         error = reason
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    heals = isinstance(error, (OSError, http.client.HTTPException, MemoryError)) or is_passing(error)
+    heals = isinstance(error, (OSError, http.client.HTTPException, MemoryError))
+    heals = heals or "can't start new thread" in text  # a machine out of processes will have some again
     return Outcome(RETRY if heals else REFUSED, printable(f"{type(error).__name__}: {text}", 200))
 
 
@@ -7700,7 +7678,10 @@ class NotifierThread(threading.Thread):
             self._changed.notify_all()
         if sent:
             return 0.0 if notifier.type == "logger" else self._gap()
-        return rest_after(outcome, self._failures, int.from_bytes(os.urandom(4), "big") / 2**32)
+        if broken:
+            return BROKEN_RETRY_S
+        random = int.from_bytes(os.urandom(4), "big") / 2**32
+        return max(back_off_s(self._failures, random), outcome.wait_s, MIN_POST_GAP_S)
 
     def _deliver(self, notifier: Notifier, batch: List[Event], name: str) -> Outcome:
         """Send one message; once more in plain words where the other side does not take it."""
@@ -7729,14 +7710,6 @@ class NotifierThread(threading.Thread):
             least_s = min(seconds, MIN_POST_GAP_S)
             self._changed.wait_for(lambda: self._stopping, least_s)
             self._changed.wait_for(lambda: self._stopping or self._hurry, seconds - least_s)
-
-
-def rest_after(outcome: Outcome, failures: int, random: float) -> float:
-    """Return how long a notifier rests after it failed that many times in a row; `random` in [0, 1)
-    spreads watchers that failed together."""
-    if outcome.kind == BROKEN:
-        return BROKEN_RETRY_S
-    return max(back_off_s(failures, random), outcome.wait_s, MIN_POST_GAP_S)
 
 
 #: The id of an alert about a notifier that does not work, and what that of its end has more.
@@ -7779,7 +7752,7 @@ class Dispatcher:
                 self._stamp = stamp
             raise
         self._stamp, self._complaint = stamp, ""
-        usable = [item for item in notifiers if item.enabled and not item.problem] or [fallback_notifier()]
+        usable = [item for item in notifiers if item.enabled and not item.problem] or [FALLBACK]
         unusable = [item for item in notifiers if item.enabled and item.problem]
         self._notifiers = {item.id: item for item in (*usable, *unusable)}
         self._queries = {item.id: compile_query(item.where) for item in usable if item.where}
@@ -8742,11 +8715,10 @@ def ack_name(check_in: str, state: str) -> str:
 
 
 def read_acks(paths: RepoPaths) -> Set[str]:
-    """Return the names of all such files. Raises OSError."""
-    try:
+    """Return the names of all such files; none where the folder cannot be read."""
+    with contextlib.suppress(OSError):
         return set(filter(_ACK.fullmatch, list_some(paths.mutes, MAX_MUTES)))
-    except FileNotFoundError:
-        return set()
+    return set()
 
 
 #: No watcher that looks after MAX_NAMES runs has written so much.
@@ -8991,7 +8963,9 @@ class Watcher:
         """Look once, and alert what changed. Never raises for a repository that cannot be read, and
         WatcherBusyError where another watcher has taken over."""
         self._step_down()
-        self._lock_again()
+        if not self._lock.held:
+            with contextlib.suppress(OSError):
+                self._lock.acquire()  # somebody who seemed dead held it
         before = self._clock()
         try:
             listing = self._list()
@@ -9020,7 +8994,7 @@ class Watcher:
             changes += self.table.overdue(now_s)
             if self._remind_every_s:
                 due = reminders(self.table.runs.values(), self._reminded_s, now_s, self._remind_every_s)
-                taken_on = self._read_acks() if due else set()
+                taken_on = read_acks(self.paths) if due else set()
                 changes += [item for item in due if ack_name(item.run.name, STALLED) not in taken_on]
             self._reminded_s = now_s
         self._report_names()
@@ -9060,12 +9034,6 @@ class Watcher:
             self._may_save = False
             raise WatcherBusyError(f"{describe_watcher(self.paths)} watches {self.paths.root} now")
         self._saved_as = found
-
-    def _lock_again(self) -> None:
-        """Take the lock that somebody who seemed dead held, when it is free."""
-        if not self._lock.held:
-            with contextlib.suppress(OSError):
-                self._lock.acquire()
 
     def _id(self) -> Tuple[Any, ...]:
         return this_host(), boot_id(), os.getpid(), round(self._started_utc, 3)
@@ -9168,7 +9136,7 @@ class Watcher:
                 self._muted[run] = old_states.get(run, runs[run].state)
         alerted = [change for change in changes if change.run.hash not in self._muted]
         ended = self._muted.keys() - muted
-        taken_on = self._read_acks() if ended else set()
+        taken_on = read_acks(self.paths) if ended else set()
         for run in ended:
             known, watched = self._muted.pop(run), runs.get(run)
             if watched is None or ack_name(watched.name, watched.state) in taken_on:
@@ -9197,11 +9165,6 @@ class Watcher:
                 with contextlib.suppress(OSError):
                     unlink_below(os.path.join(self.paths.mutes, name))
         return muted
-
-    def _read_acks(self) -> Set[str]:
-        with contextlib.suppress(OSError):
-            return read_acks(self.paths)
-        return set()
 
     def _take_messages(self, first: bool, muted: Set[str], deadline: float) -> List[Tuple[str, int]]:
         """Take away what runs logged since the last poll, and make events of it for those who want them;
@@ -9307,7 +9270,7 @@ class Watcher:
         self._log_owners.clear()
         if self._save(now=True):  # what is alerted is known from watcher.json alone from here on
             self.outbox.compact()
-        over = self._read_acks() - {ack_name(item.name, item.state) for item in self.table.runs.values()}
+        over = read_acks(self.paths) - {ack_name(item.name, item.state) for item in self.table.runs.values()}
         for name in over:
             with contextlib.suppress(OSError):
                 unlink_below(os.path.join(self.paths.mutes, name))
@@ -11954,10 +11917,7 @@ def status_rows(
     mutes: Dict[str, int] = {}
     with contextlib.suppress(OSError):
         mutes = {run: until for run, (until, _) in read_mutes(paths).items() if mute_holds(until, now)}
-    acks: Set[str] = set()
-    with contextlib.suppress(OSError):
-        acks = read_acks(paths)
-    rows = []
+    acks, rows = read_acks(paths), []
     for seen in runs.runs.values():
         watched = known.get(seen.name)
         facts = facts_of(paths, seen.hash) if seen.state != FINISHED and time.monotonic() < deadline else {}
