@@ -8860,7 +8860,6 @@ class Watcher:
         self._events: List[Event] = []
         #: False between a look at the runs and the events that it leads to.
         self._may_save = True
-        self._crowded = True
         self._said_crowded = False
         self._reported: Set[str] = set()
         #: Called with each run that was found to have ended without a check-in that says so.
@@ -9049,7 +9048,15 @@ class Watcher:
     def _list(self) -> List[str]:
         """Return the names in check_ins, less those that are forged; of a folder with very many, the newest
         of each run."""
-        return self._without_forged(self._list_all())
+        listing, whole = list_bounded(self.paths.check_ins, MAX_NAMES)
+        if not whole and not self._said_crowded:
+            self._said_crowded = True
+            self._alert_trouble(
+                "crowded",
+                f"{self.paths.check_ins} holds more than {MAX_NAMES} names, which makes every look slow: "
+                "remove what is not needed there",
+            )
+        return self._without_forged(listing)
 
     def _without_forged(self, listing: List[str]) -> List[str]:
         """Leave out the check-ins in a shared folder that somebody else made than the owner of their run's
@@ -9071,22 +9078,6 @@ class Watcher:
                     self._forged.add(name)
                     log.warning("%s is ignored: it is user %d's, and its run is not", printable(name), uid)
         return [name for name in listing if name not in self._forged] if self._forged else listing
-
-    def _list_all(self) -> List[str]:
-        if not self._crowded:
-            listing = list_below(self.paths.check_ins)
-            self._crowded = len(listing) > MAX_NAMES // 2
-            return listing
-        listing, whole = list_bounded(self.paths.check_ins, MAX_NAMES)
-        self._crowded = not whole or len(listing) > MAX_NAMES // 2
-        if not whole and not self._said_crowded:
-            self._said_crowded = True
-            self._alert_trouble(
-                "crowded",
-                f"{self.paths.check_ins} holds more than {MAX_NAMES} names, which makes every look slow: "
-                "remove what is not needed there",
-            )
-        return listing
 
     def _find_dead(self, now_s: float) -> List[Change]:
         """Look at the markers of the runs that are due, and return what has become of those that nobody

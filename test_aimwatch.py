@@ -9671,13 +9671,13 @@ class TestWatcher(WatchCase):
     def test_listing_that_takes_long_is_not_silence(self) -> None:
         self.check_in("a", 1, expect=20)
         watcher = self.watch()
-        real = aimwatch.list_below
+        real = aimwatch.list_bounded
 
-        def slow(path: str) -> List[str]:
-            self.clock.pass_(300.0 if path == self.paths.check_ins else 0.0)
-            return real(path)
+        def slow(path: str, most: int) -> Tuple[List[str], bool]:
+            self.clock.pass_(300.0)
+            return real(path, most)
 
-        with mock.patch.object(aimwatch, "list_below", slow):
+        with mock.patch.object(aimwatch, "list_bounded", slow):
             watcher.poll()
         self.look(watcher, 11)
         self.assertEqual(self.told(), [])
@@ -9727,7 +9727,7 @@ class TestWatcher(WatchCase):
         watcher = self.watch()
         listing = [f"strange{number}" for number in range(1500)]
         with self.assertLogs(aimwatch.log, "WARNING") as logged:
-            with mock.patch.object(aimwatch.os, "listdir", lambda path: listing):
+            with mock.patch.object(aimwatch, "list_bounded", lambda *_: (listing, True)):
                 self.look(watcher, 2)
         # Others may log here too: the run object of an earlier test that is collected just now.
         ignored = [record for record in logged.records if ": ignoring " in record.getMessage()]
@@ -11250,16 +11250,13 @@ class TestTwoMachines(WatcherProcessCase):
         return process
 
     def test_listing_is_fetched_anew_before_anybody_is_accused(self) -> None:
-        cached: List[List[str]] = []
-        real_list, real_utime = aimwatch.list_below, os.utime
+        cached: List[Tuple[List[str], bool]] = []
+        real_list, real_utime = aimwatch.list_bounded, os.utime
 
-        def stale(folder: str) -> List[str]:
-            if folder == self.paths.check_ins and cached:
-                return cached[0]
-            names = real_list(folder)
-            if folder == self.paths.check_ins:
-                cached[:] = [names]
-            return names
+        def stale(folder: str, most: int) -> Tuple[List[str], bool]:
+            if not cached:
+                cached.append(real_list(folder, most))
+            return cached[0]
 
         def utime(path: str, *args: Any, **options: Any) -> None:
             real_utime(path, *args, **options)
@@ -11268,7 +11265,7 @@ class TestTwoMachines(WatcherProcessCase):
 
         self.check_in("live", 1, expect=1)
         self.check_in("dead", 1, expect=1)
-        with mock.patch.object(aimwatch, "list_below", stale), mock.patch.object(os, "utime", utime):
+        with mock.patch.object(aimwatch, "list_bounded", stale), mock.patch.object(os, "utime", utime):
             watcher = self.watch(grace_s=2)
             self.check_in("live", 2, expect=100)
             self.look(watcher, 60)
