@@ -151,6 +151,7 @@ __all__ = [
     "__version__",
     "callback",
     "main",
+    "report_progress",
 ]
 
 #: Library messages go here; nothing is configured unless the command line runs.
@@ -1382,6 +1383,15 @@ def decode_value(value: Any, depth: int = 0) -> Any:
     return value
 
 
+def param_items(value: Any, path: str) -> Iterator[Tuple[str, Any]]:
+    """Yield params with their dotted paths."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from param_items(item, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
 def _checked_idx(value: Any) -> int:
     idx = int(value)
     if not 0 <= idx < MAX_IDX:
@@ -2452,7 +2462,8 @@ class _Process:
     """
 
     def __init__(self) -> None:
-        self.runs: weakref.WeakSet[Run] = weakref.WeakSet()
+        #: In the order in which they were opened.
+        self.runs: weakref.WeakKeyDictionary[Run, None] = weakref.WeakKeyDictionary()
         self.stacks = _Stacks()
         #: Functions of modules that are replaced, as they were.
         self._real: Dict[str, Callable[..., Any]] = {}
@@ -2461,7 +2472,7 @@ class _Process:
         self.joined = False
         #: The end of a run whose program called `sys.exit`, and when.
         self.exit: Optional[Tuple[End, float]] = None
-        #: Why runs write nothing, which is said once a process.
+        #: Why runs write nothing, and what of Aim they do not record: said once a process.
         self.said: Set[str] = set()
         #: In a forked child, the process that forked it.
         self.parent = 0
@@ -2472,7 +2483,7 @@ class _Process:
 
     def add(self, run: Run) -> None:
         """Watch over one more run."""
-        self.runs.add(run)
+        self.runs[run] = None
         self.exit = None  # whoever called it, somebody caught it
         if not self._real:
             self._install()
@@ -2488,6 +2499,10 @@ class _Process:
         # Up to 3.12, a thread must not outlive a subinterpreter, and SQLite damages memory there.
         run._stacks_on = run._stacks_on and not self.in_subinterpreter
         self._watch_cells()
+
+    def newest(self) -> Optional[Run]:
+        """Return the run that was opened last and is not closed; in a forked child it may be the parent's."""
+        return next((run for run in reversed(list(self.runs)) if not run._closed), None)
 
     def _install(self) -> None:
         # What the end needs: where no descriptor is left, nothing can be imported.
@@ -2789,6 +2804,23 @@ MAX_RECORD_BYTES, MAX_LOG_MESSAGE = 1 << 20, 1 << 16
 MAX_MESSAGES_BYTES, MAX_MESSAGE_LINE = 64 << 10, 16 << 10
 
 
+def existing_run(paths: RepoPaths, run_hash: str) -> str:
+    """Return the hash of the run that has this one, or the only one that starts with it, where it has at
+    least 4 characters. Raises RepoError."""
+    if os.path.lexists(paths.run_log(run_hash)):
+        return run_hash
+    way_out = (
+        f" in {paths.root}: '{command_line(paths.root)} runs' lists them, "
+        f"and Run({run_hash!r}, create=True) starts one of that name"
+    )
+    try:
+        return find_by_prefix(run_hash, list_runs(paths) if len(run_hash) >= 4 else [], "run", way_out)
+    except OSError as error:
+        raise RepoError(f"cannot read {paths.runs}: {error.strerror}") from None
+    except AimwatchError as error:
+        raise RepoError(str(error)) from None
+
+
 def encode_line(record: Dict[str, Any]) -> bytes:
     """Return a record as a line of a log."""
     return to_json(record).encode("ascii") + b"\n"
@@ -2798,10 +2830,12 @@ class Run:
     """A training run: reports progress, and tells how it ended.
 
     Arguments:
-        run_hash: the run to resume (1 to 64 letters, digits, underscores), or None for a new one.
+        run_hash: the run to resume, or the first characters of its hash (4 at least); None for a new one.
         repo: the folder that holds `.aim`, or `.aim` itself, as text, a path or a `Repo`; None: see
             `find_repo`.
         read_only: look at a run without writing; the run must exist.
+        create: start a run of just this hash (1 to 64 letters, digits, underscores) where there is none, as
+            for a job that is requeued under its own name.
         experiment: the experiment that the run belongs to.
         stacks: whether a process that misses its promise leaves the stacks of its threads for the
             alert; $AIMWATCH_STACKS=0 turns it off for all.
@@ -2810,8 +2844,8 @@ class Run:
         system_tracking_interval, log_system_params, capture_terminal_logs, force_resume: accepted
             so that scripts written for Aim run unchanged; without effect here.
 
-    Raises ArgumentError for an impossible hash, RepoError where the repository cannot be used,
-    RunBusyError where another process, or another object in this one, writes the run.
+    Raises ArgumentError for an impossible hash, RepoError where there is no such run or the repository
+    cannot be used, RunBusyError where another process, or another object in this one, writes the run.
     """
 
     def __init__(
@@ -2820,6 +2854,7 @@ class Run:
         *,
         repo: Union[None, str, os.PathLike[str]] = None,
         read_only: bool = False,
+        create: bool = False,
         experiment: Optional[str] = None,
         system_tracking_interval: Optional[Union[int, float]] = None,
         log_system_params: Optional[bool] = False,
@@ -2840,7 +2875,12 @@ class Run:
         if isinstance(not_failures, (str, type)):
             raise ArgumentTypeError("not_failures must be several: not_failures=(TrialPruned,)")
         self._not_failures = NOT_FAILURES | {getattr(item, "__name__", str(item)) for item in not_failures}
-        paths = find_repo(None if repo is None else os.fsdecode(repo), create=not read_only)
+        must_exist = read_only or (run_hash_given and not create)
+        paths = find_repo(None if repo is None else os.fsdecode(repo), create=not must_exist)
+        if must_exist:
+            run_hash = existing_run(paths, run_hash)
+            if not read_only:
+                paths.create()
         self._stacks_on = stacks and os.environ.get("AIMWATCH_STACKS", "").lower() not in _OFF
         if not read_only and _imports_main():
             self._set_up(paths, run_hash, read_only)
@@ -2918,6 +2958,8 @@ class Run:
     # ---------------------------------------------------------------- opening
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("log_artifact", "log_artifacts", "set_artifacts_uri"):
+            return lambda *args, **options: warn_not_recorded(name)
         if name == "_state" and "_paths" in self.__dict__:
             try:
                 self._read()
@@ -2936,10 +2978,7 @@ class Run:
         try:
             self._state = read_log(path, self.hash)
         except FileNotFoundError:
-            raise RepoError(
-                f"no run {self.hash} in {self._paths.root}: check the hash, or open it without "
-                "read_only to start a run of that name"
-            ) from None
+            raise RepoError(f"no run {self.hash} in {self._paths.root}: it was removed") from None
         except OSError as error:
             raise RepoError(f"cannot read {path}: {error.strerror}") from None
         problem = log_problem(self._state)
@@ -3068,7 +3107,8 @@ class Run:
         """Say that the run is alive and promise to say so again within `expect_next_in` seconds.
 
         Made for the innermost loop: a call that the check-in on disk already covers does not
-        touch the disk. Never raises for a failing disk.
+        touch the disk. Never raises for a failing disk. Called on the class, as in Aim, it is for the
+        newest run of the process.
 
         Arguments:
             expect_next_in: seconds, int or float; 0 = no promise; "auto" = what the times between the
@@ -3078,6 +3118,12 @@ class Run:
         Raises ArgumentTypeError for something that is no number, ArgumentError for NaN, negative
         values and more than ten years.
         """
+        if self is None:  # called on the class
+            if _process.newest() is None:
+                warn_not_recorded("Run.report_progress() without a run")
+            else:
+                report_progress(expect_next_in=expect_next_in, block=block)
+            return
         covered, until_mono = self._window
         if expect_next_in == covered and _monotonic() < until_mono and not block:
             return
@@ -3254,7 +3300,7 @@ class Run:
 
         Arguments:
             value: a number (int, float, bool, or anything whose `.item()` is one), or a dict of
-                metric names to numbers.
+                metric names to numbers. Aim's other objects, such as `Image`, are not recorded.
             name: the metric's name; left out where `value` is a dict.
             step: an integer of at most 64 bit; left out: one more than the series' highest.
             epoch: a number, or None.
@@ -3288,7 +3334,8 @@ class Run:
                 if self._track_reports and self._ended is None:
                     self._report(AUTO, False)
             for metric, number in points:
-                self._add_point(metric, number, step, epoch, context, now)
+                if number is not None:
+                    self._add_point(metric, number, step, epoch, context, now)
         finally:
             if held:
                 self._lock.release()
@@ -3347,6 +3394,11 @@ class Run:
     def metrics(self) -> List[Metric]:
         """Return the metric series of the run, in the order in which they began."""
         return [Metric(self, series) for series in self._state.series.values()]
+
+    def iter_metrics_info(self) -> Iterator[Tuple[str, Context, Run]]:
+        """Yield name, context and run of each metric series, as in Aim."""
+        for metric in self.metrics():
+            yield metric.name, metric.context, self
 
     def get_metric(self, name: str, context: Any = None) -> Optional[Metric]:
         """Return one metric series, or None where the run has none of that name and context.
@@ -3494,6 +3546,28 @@ class Run:
     def active(self) -> bool:
         """True until the run has ended."""
         return self._state.end is None
+
+    @property
+    def props(self) -> Run:
+        """What has the properties, in Aim: here the run itself."""
+        return self
+
+    def dataframe(self, include_props: bool = True, include_params: bool = True) -> Any:
+        """Return properties and params as a pandas DataFrame of one row, as in Aim: a column for each param,
+        such as `hparams.lr`. Raises AimwatchError where pandas is not installed."""
+        try:
+            pandas = __import__("pandas")
+        except ImportError as error:
+            raise AimwatchError(
+                f"dataframe() needs pandas ({error}): install it, or use run[...] and run.metrics()"
+            ) from None
+        row: Dict[str, Any] = {"hash": self.hash}
+        if include_props:
+            names = ("name", "description", "archived", "creation_time", "end_time", "active", "experiment")
+            row.update({name: getattr(self, name) for name in names}, tags=json.dumps(self.tags))
+        for path, value in param_items(self[...], "") if include_params and self[...] else ():
+            row.setdefault(path, json.dumps(value) if isinstance(value, (dict, list)) else value)
+        return pandas.DataFrame([row])
 
     def _set_props(self, **props: Any) -> None:
         if self._may_write(f"setting {', '.join(props)}"):
@@ -3886,10 +3960,56 @@ class Run:
         return self._is_mine()
 
 
+#: So that it can be called on the class, at no cost to those who call it on a run.
+Run.report_progress.__defaults__ = (None,)
+
+
+def report_progress(*, expect_next_in: Union[int, float, str] = 0, block: bool = False) -> None:
+    """Report progress, as `Run.report_progress` does, for the newest run of the process: for code that has no
+    `Run` at hand. Raises AimwatchError where no run is open."""
+    run = _process.newest()
+    if run is None:
+        raise AimwatchError("report_progress: no run is open in this process: make one first, as run = Run()")
+    run.report_progress(expect_next_in=expect_next_in, block=block)
+
+
+#: Aim's objects that are no numbers. What stands for them here can be made of anything, and is not recorded.
+AIM_OBJECTS = ("Audio", "Distribution", "Figure", "Image", "Text")
+Audio, Distribution, Figure, Image, Text = (
+    type(name, (), {"__init__": lambda self, *args, **options: None}) for name in AIM_OBJECTS
+)
+
+
+def _name_in_aim(value: Any) -> str:
+    """Return the name of an object, ours or Aim's, that is not recorded, or of those in a list; "" for
+    anything else."""
+    if isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    for kind in type(value).__mro__:
+        if kind.__name__ in AIM_OBJECTS and str(kind.__module__).split(".")[0] in ("aim", __name__):
+            return kind.__name__
+    return ""
+
+
+def warn_not_recorded(what: str) -> None:
+    """Warn once a process that something is accepted for Aim's sake, and ignored."""
+    if what not in _process.said:
+        _process.said.add(what)
+        log.warning("%s is ignored: aimwatch records numbers, params and messages of a run (said once)", what)
+
+
 def _imports_main() -> bool:
     """True while a worker that `multiprocessing` or loky spawned imports the main module of its parent."""
     workers = sys.modules.get("multiprocessing.process")
     return workers is not None and getattr(workers.current_process(), "_inheriting", False)
+
+
+class Context(Dict[str, Any]):
+    """The context of a metric series: a dict that Aim's scripts can ask for one."""
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Return a copy."""
+        return dict(self)
 
 
 class Metric:
@@ -3903,7 +4023,7 @@ class Metric:
     def __init__(self, run: Run, series: SeriesState) -> None:
         self.run = run
         self.name = series.name
-        self.context: Dict[str, Any] = decode_value(series.context)
+        self.context = Context(decode_value(series.context))
         self.count, self.min, self.max, self.last = (
             series.count,
             series.min,
@@ -3970,8 +4090,9 @@ def _checked_name(name: Any) -> str:
     return name
 
 
-def _number(value: Any, name: Any) -> float:
-    """Return a value that a series can hold: a float, or an int of at most 53 bits."""
+def _number(value: Any, name: Any) -> Optional[float]:
+    """Return a value that a series can hold: a float, or an int of at most 53 bits. None, and a warning, for
+    an object of Aim's that is no number."""
     found = value
     if getattr(getattr(value, "mask", None), "shape", None) == () and value.mask:
         return math.nan  # NumPy's masked: its `.item()` is what is behind the mask
@@ -3982,6 +4103,9 @@ def _number(value: Any, name: Any) -> float:
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             number = float(found)
             return int(number) if isinstance(found, int) and abs(number) < 2**53 else number
+    if _name_in_aim(value):
+        warn_not_recorded(f"track({_name_in_aim(value)})")
+        return None
     shape = getattr(value, "shape", None)
     what = type(value).__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
     raise ArgumentTypeError(
@@ -9891,7 +10015,7 @@ class ProgramRun(Run):
 
     def __init__(self, argv: Sequence[str], run_hash: str, repo: str) -> None:
         self._argv = [argument[:1000] for argument in argv][:100]
-        super().__init__(run_hash, repo=repo, stacks=False)
+        super().__init__(run_hash, repo=repo, create=True, stacks=False)
 
     def _session_record(self) -> Dict[str, Any]:
         return {**super()._session_record(), "argv": self._argv, "exec": os.getpid()}
@@ -12980,15 +13104,6 @@ def run_fields(row: Dict[str, Any]) -> List[Tuple[str, Any]]:
         "python": row["python"],
     }
     return [(name, value) for name, value in fields.items() if value is not None and value != ""]
-
-
-def param_items(value: Any, path: str) -> Iterator[Tuple[str, Any]]:
-    """Yield params with their dotted paths."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from param_items(item, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
 
 
 @command("diff", ONE_HASH, argument("other", metavar="RUN", help="another run"))

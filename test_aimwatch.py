@@ -69,6 +69,7 @@ import types
 import unittest
 import urllib.parse
 import urllib.request
+import weakref
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
 from unittest import mock
 
@@ -292,7 +293,7 @@ class Case(unittest.TestCase):
 
     def run_object(self, run_hash: Optional[str] = None, **options: Any) -> Run:
         """Return a run in this repository, closed with the test."""
-        run = Run(run_hash, repo=self.root, **options)
+        run = Run(run_hash, repo=self.root, **{"create": True, **options})
         self.addCleanup(run.close)
         return run
 
@@ -1323,7 +1324,7 @@ ENDS: Tuple[Tuple[str, str, int, Any, Any], ...] = (
     ("term", "run.report_progress(expect_next_in=60); term()", -15, "failed", "terminated by SIGTERM"),
     ("term_in_with", "with run: term()", -15, "failed", "terminated by SIGTERM"),
     ("term_after_finish", "run.report_successful_finish(); term()", -15, "finished", None),
-    ("in_thread", "def work():\n global run2\n run2 = Run(sys.argv[1] + '_2')\n"
+    ("in_thread", "def work():\n global run2\n run2 = Run(sys.argv[1] + '_2', create=True)\n"
      " run2.report_progress(expect_next_in=60)\n run2.close()\nrun.close()\n"
      "thread = threading.Thread(target=work); thread.start(); thread.join()\n"
      "assert flags(run2.hash) == 'finished', flags(run2.hash)", 0, "finished", None),
@@ -1333,7 +1334,7 @@ ENDS: Tuple[Tuple[str, str, int, Any, Any], ...] = (
 #: What, code before the run begins and after, exit status, output, and why the run ended.
 USERS_HOOKS = (
     ("excepthook", "def hook(kind, error, trace): print('user', error, flags('r'), flags('s'))\n"
-     "sys.excepthook = hook\nother = Run('s')\n", "boom()", 1, ["user boom starting failed starting failed"],
+     "sys.excepthook = hook\nother = Run('s', create=True)\n", "boom()", 1, ["user boom starting failed starting failed"],
      "ValueError: boom"),
     ("later excepthook that calls ours", "", "ours = sys.excepthook\ndef hook(*args):\n print('before', flags())\n"
      " ours(*args)\n print('after', flags())\nsys.excepthook = hook\nboom()", 1,
@@ -1343,7 +1344,7 @@ USERS_HOOKS = (
     ("SIGTERM handler", "def handler(number, frame): print(number, flags(), frame is not None); sys.exit(7)\n"
      "signal.signal(signal.SIGTERM, handler)\n", "term()", 7, ["15 starting True"], "terminated by SIGTERM"),
     ("later SIGTERM handler", "", "run.report_progress(expect_next_in=60)\n"
-     "signal.signal(signal.SIGTERM, lambda *args: sys.exit(5))\nother = Run('s')\nterm()", 5, [],
+     "signal.signal(signal.SIGTERM, lambda *args: sys.exit(5))\nother = Run('s', create=True)\nterm()", 5, [],
      "terminated by SIGTERM"),
     ("later SIGTERM handler that exits well", "", "signal.signal(signal.SIGTERM, lambda *args: sys.exit())\n"
      "with run: term()", 0, [], "terminated by SIGTERM"),
@@ -1394,7 +1395,7 @@ class ProcessCase(Case):
         """Return whether no process holds the run's lock; not for a run of this process."""
         return aimwatch.lock_state(self.paths.marker(run_hash)) in ("free", "absent")  # absent: indexed
 
-    def finished_process(self, code: str, begin: str = "run = Run('r')\n") -> Any:
+    def finished_process(self, code: str, begin: str = "run = Run('r', create=True)\n") -> Any:
         """Run the code to its end; return (exit code, lines of output, standard error)."""
         process = self.process(BEGIN + begin + code, "r")
         out, err = process.communicate(timeout=60)
@@ -1402,7 +1403,9 @@ class ProcessCase(Case):
 
     def ready_process(self, code: str) -> Any:
         """Return a process that has a run `r`, did what the code says, and waits."""
-        process = self.process(f"{BEGIN}run = Run('r')\n{code}\nprint('ready')\ntime.sleep(600)", "r")
+        process = self.process(
+            f"{BEGIN}run = Run('r', create=True)\n{code}\nprint('ready')\ntime.sleep(600)", "r"
+        )
         self.assertEqual(process.stdout.readline(), "ready\n")
         return process
 
@@ -1416,7 +1419,7 @@ for name, what in json.loads(sys.argv[2]):
         path = os.path.join(os.environ["AIMWATCH_REPO"], name + ".err")
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), 2)
         sys.argv[1] = name
-        exec(f"run = Run({name!r})\\n{what}", globals())
+        exec(f"run = Run({name!r}, create=True)\\n{what}", globals())
         break  # and leave as a script does at its end
     status = os.waitpid(pid, 0)[1]
     print(os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status))
@@ -1453,7 +1456,7 @@ class HowARunEnds(ProcessCase):
                 self.assertTrue(self.is_free(name), "the lock outlived the process")
 
     def test_exception_that_was_handled_when_the_run_began_is_none_of_its(self) -> None:
-        code = "try: boom()\nexcept ValueError:\n run = Run('r'); run.close()"
+        code = "try: boom()\nexcept ValueError:\n run = Run('r', create=True); run.close()"
         self.finished_process(code, begin="")
         self.assertEqual(self.end_of("r")["end"], "finished")
 
@@ -1465,7 +1468,7 @@ class HowARunEnds(ProcessCase):
         self.assertIn(" in deep: ", frames[0])
 
     def test_several_runs_in_one_process_end_each_by_itself(self) -> None:
-        begin = "runs = [Run('r%d' % n) for n in range(4)]\n"
+        begin = "runs = [Run('r%d' % n, create=True) for n in range(4)]\n"
         code = (
             "for run in runs: run.report_progress(expect_next_in=60)\n"
             "runs[0].report_successful_finish()\n"
@@ -1482,7 +1485,9 @@ class HowARunEnds(ProcessCase):
     def test_hooks_and_handlers_of_the_user_are_called_and_the_end_is_recorded(self) -> None:
         for what, begin, code, status, out, reason in USERS_HOOKS:
             with self.subTest(what):
-                found = self.finished_process(code, begin=textwrap.dedent(begin) + "run = Run('r')\n")
+                found = self.finished_process(
+                    code, begin=textwrap.dedent(begin) + "run = Run('r', create=True)\n"
+                )
                 self.assertEqual(found[:2], (status, out), found[2])
                 self.assertEqual(self.end_of("r").get("reason"), reason)
 
@@ -1490,7 +1495,7 @@ class HowARunEnds(ProcessCase):
 
     def test_sigterm_from_outside_ends_a_waiting_process(self) -> None:
         process = self.process(
-            BEGIN + "run = Run('r')\nrun.report_progress(expect_next_in=60)\n"
+            BEGIN + "run = Run('r', create=True)\nrun.report_progress(expect_next_in=60)\n"
             "def train():\n print('ready')\n while True: time.sleep(0.1)\ntrain()", "r"
         )  # fmt: skip
         self.assertEqual(process.stdout.readline(), "ready\n")
@@ -1533,7 +1538,7 @@ signal.alarm(20)
         unshare = shutil.which("unshare")
         if not unshare or subprocess.run([unshare, "--pid", "--fork", "true"], stderr=-3).returncode:
             self.skipTest("needs a process namespace of its own")
-        code = f"{BEGIN}run = Run('r')\nrun.report_progress(expect_next_in=60)\nterm()\nprint('goes on')"
+        code = f"{BEGIN}run = Run('r', create=True)\nrun.report_progress(expect_next_in=60)\nterm()\nprint('goes on')"
         process = self.command(unshare, "--pid", "--fork", sys.executable, "-c", code, "r")
         self.assertEqual((*process.communicate(timeout=60), process.returncode), ("", "", 143))
         self.assertEqual(self.flags("r-"), ["check_in", "failed"])
@@ -1541,7 +1546,7 @@ signal.alarm(20)
     def test_generator_that_is_left_early_ends_its_run_well(self) -> None:
         code = """
 def steps():
-    with Run("g") as run:
+    with Run("g", create=True) as run:
         for step in range(9):
             run.report_progress(expect_next_in=60)
             yield step
@@ -1552,7 +1557,7 @@ print(flags("g"))
         self.assertEqual(self.finished_process(code, "")[1], ["finished"])
 
     def test_sigterm_handler_that_returns_lets_the_run_go_on(self) -> None:
-        begin = "signal.signal(signal.SIGTERM, lambda *args: print(flags()))\nrun = Run('r')\n"
+        begin = "signal.signal(signal.SIGTERM, lambda *args: print(flags()))\nrun = Run('r', create=True)\n"
         for expect in (0, 60):
             code = (
                 f"run.report_progress(expect_next_in={expect})\n"
@@ -1590,14 +1595,14 @@ CHILDREN = (
     ("reports", "run.report_progress(expect_next_in=5, block=True); run.report_progress()\n"
      "run.report_successful_finish(); run.name = 'child'; run.track(2, 'm'); run['x'] = 1\n"
      "run.log_error('x'); sys.exit(0)", 0),
-    ("opens the run", "try: Run('r')\nexcept aimwatch.RunBusyError as error: print(error); sys.exit(0)",
+    ("opens the run", "try: Run('r', create=True)\nexcept aimwatch.RunBusyError as error: print(error); sys.exit(0)",
      0),
 )  # fmt: skip
 
 
 class ForkedChildren(ProcessCase):
     BEGIN = """\
-run = Run('r')
+run = Run('r', create=True)
 run.report_progress(expect_next_in=60)
 def look():
     with open(run._paths.run_log('r'), 'rb') as file:
@@ -1667,7 +1672,7 @@ before = look()
             ("c", "term()", -15, "terminated by SIGTERM"),
         ):
             with self.subTest(name):
-                child = f"global own; own = Run({name!r}); {code}"
+                child = f"global own; own = Run({name!r}, create=True); {code}"
                 parent = f"print(child({child!r}))\nrun.report_successful_finish()"
                 self.assertEqual(self.finished_process(parent, begin=self.BEGIN)[1], [str(status)])
                 self.assertEqual(self.end_of(name).get("reason"), reason)
@@ -1677,7 +1682,7 @@ before = look()
 class RunInAThread(ProcessCase):
     def test_only_run_of_the_process_ends_as_it_would_elsewhere(self) -> None:
         begin = (
-            "def work():\n global run\n run = Run('r'); run.report_progress(expect_next_in=60)\n"
+            "def work():\n global run\n run = Run('r', create=True); run.report_progress(expect_next_in=60)\n"
             "thread = threading.Thread(target=work); thread.start(); thread.join()\n"
         )
         for code, exit_code, end, reason in (
@@ -1691,9 +1696,9 @@ class RunInAThread(ProcessCase):
 
     def test_sigterm_is_watched_from_the_first_run_of_the_main_thread_on(self) -> None:
         code = (
-            "thread = threading.Thread(target=lambda: runs.append(Run('r'))); runs = []\n"
+            "thread = threading.Thread(target=lambda: runs.append(Run('r', create=True))); runs = []\n"
             "thread.start(); thread.join()\n"
-            "print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)\nother = Run('s')\nterm()"
+            "print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)\nother = Run('s', create=True)\nterm()"
         )
         self.assertEqual(self.finished_process(code, begin="")[:2], (-15, ["True"]))
         for run_hash in "rs":
@@ -1743,7 +1748,7 @@ if __name__ == "__main__":
 
 #: The grandchild closes what it inherited, as daemons do, and opens files of its own.
 DAEMON = """
-run = Run("r")
+run = Run("r", create=True)
 run.report_progress(expect_next_in=60)
 run.name = "before"
 if os.fork():
@@ -1769,7 +1774,7 @@ class InsideFrameworks(ProcessCase):
     def test_reason_has_the_words_that_matter_and_frames_of_other_processes(self) -> None:
         for code, reason, frame in WORDS:
             with self.subTest(reason):
-                self.finished_process(f"run = Run('r')\n{code}", "")
+                self.finished_process(f"run = Run('r', create=True)\n{code}", "")
                 self.assertEqual(self.end_of("r")["reason"], reason)
                 self.assertIn(frame, "\n".join(self.end_of("r")["frames"]))
 
@@ -1828,7 +1833,7 @@ try:
     import _interpreters as interpreters
 except ImportError:
     import _xxsubinterpreters as interpreters
-code = "from aimwatch import Run\\nwith Run('r') as run: run.report_progress(expect_next_in=60); run.track(1, 'm')"
+code = "from aimwatch import Run\\nwith Run('r', create=True) as run: run.report_progress(expect_next_in=60); run.track(1, 'm')"
 found = interpreters.run_string(interpreters.create(), code)
 assert found is None, found
 """
@@ -1927,7 +1932,7 @@ greenlet = types.ModuleType("greenlet")
 greenlet.getcurrent = lambda: current
 sys.modules["greenlet"] = greenlet
 aimwatch.promise_margin_s = lambda expect_s: 0.0
-run = Run("r")
+run = Run("r", create=True)
 run.report_progress(expect_next_in=0.1)
 while not os.path.exists(run._paths.stack("r")):
     time.sleep(0.01)
@@ -1950,7 +1955,7 @@ except OSError as error:
 boom()
 """
         # Up to 3.9, a thread that ends has the C library open a file, and that aborts the process.
-        begin = "run = Run('r', stacks=sys.version_info >= (3, 10))\n"
+        begin = "run = Run('r', create=True, stacks=sys.version_info >= (3, 10))\n"
         status, _, err = self.finished_process(code, begin)
         self.assertEqual((status, "Error in sys.excepthook" in err), (1, False))
         self.assertEqual(self.end_of("r")["reason"], "ValueError: boom")
@@ -1969,7 +1974,7 @@ def cell(error=None, before=None, shown=None):
         assert name == "post_run_cell"
         hook(types.SimpleNamespace(error_in_exec=error, error_before_exec=before))
     print(flags(), run._state.end and run._state.end.get("reason"))
-run = Run("r")
+run = Run("r", create=True)
 cell()
 run.report_progress(expect_next_in=60); cell()
 cell(ValueError("a typo"))
@@ -1988,8 +1993,10 @@ del sys.last_value
 
     def test_exceptions_that_are_no_failures(self) -> None:
         for given in (("Pruned",), (KeyError, "Pruned")):
-            code = f"class Pruned(Exception): pass\nwith Run('r', not_failures={given!r}".replace(
-                "<class 'KeyError'>", "KeyError"
+            code = (
+                f"class Pruned(Exception): pass\nwith Run('r', create=True, not_failures={given!r}".replace(
+                    "<class 'KeyError'>", "KeyError"
+                )
             )
             self.finished_process(f"{code}): raise Pruned", "")
             self.assertEqual(self.end_of("r")["end"], "finished")
@@ -2198,7 +2205,7 @@ class Model(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 class Save(pl.Callback):
     def on_exception(self, trainer, module, error): trainer.save_checkpoint("saved.ckpt")
-run = aimwatch.Run("r")
+run = aimwatch.Run("r", create=True)
 trainer = pl.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
                      enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
                      callbacks=[aimwatch.callback(run), Save()])
@@ -2216,7 +2223,7 @@ model = BertForSequenceClassification(BertConfig(vocab_size=9, hidden_size=8, nu
                                                  num_attention_heads=1, intermediate_size=8))
 args = TrainingArguments("out", num_train_epochs=1, per_device_train_batch_size=2, logging_steps=1,
                          save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True)
-Trainer(model, args, train_dataset=Data(), callbacks=[aimwatch.callback(run_hash="r")]).train()
+Trainer(model, args, train_dataset=Data(), callbacks=[aimwatch.callback(run_hash="r", create=True)]).train()
 """
 KERAS = """
 import os, sys
@@ -2228,7 +2235,7 @@ class Bad(keras.callbacks.Callback):
 model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
 model.compile("sgd", "mse")
 data = numpy.random.rand(16, 4)
-model.fit(data, data.sum(1), epochs=2, callbacks=[aimwatch.callback(run_hash="r"), Bad()], verbose=0)
+model.fit(data, data.sum(1), epochs=2, callbacks=[aimwatch.callback(run_hash="r", create=True), Bad()], verbose=0)
 """
 #: Packages, code, its argument, exit status, end, reason, and the metric that must be there.
 REAL: Tuple[Tuple[Tuple[str, ...], str, str, int, str, Any, str], ...] = (
@@ -2240,18 +2247,18 @@ REAL: Tuple[Tuple[Tuple[str, ...], str, str, int, str, Any, str], ...] = (
     (("torch", "keras"), KERAS, "fit", 0, "finished", None, "loss"),
     (("torch", "keras"), KERAS, "raise", 1, "failed", "ValueError: bad epoch", "loss"),
     (("hydra",), "import hydra\nfrom aimwatch import Run\n@hydra.main(version_base=None, config_path=None)\n"
-     "def main(config):\n global run\n run = Run('r'); raise KeyError('no layer')\nmain()", "+x=1", 1, "failed",
+     "def main(config):\n global run\n run = Run('r', create=True); raise KeyError('no layer')\nmain()", "+x=1", 1, "failed",
      "exited with status 1 (KeyError: 'no layer')", ""),
-    (("optuna",), "import optuna\nfrom aimwatch import Run\nwith Run('r'): raise optuna.TrialPruned", "", 1,
+    (("optuna",), "import optuna\nfrom aimwatch import Run\nwith Run('r', create=True): raise optuna.TrialPruned", "", 1,
      "finished", None, ""),
     (("joblib",), "from aimwatch import Run\nfrom joblib import Parallel, delayed\ndef f(run, x): return 1 // x\n"
-     "with Run('r') as run: Parallel(n_jobs=2)(delayed(f)(run, x) for x in (1, 0))", "", 1, "failed",
+     "with Run('r', create=True) as run: Parallel(n_jobs=2)(delayed(f)(run, x) for x in (1, 0))", "", 1, "failed",
      "ZeroDivisionError: integer division or modulo by zero", ""),
-    (("omegaconf",), "from omegaconf import OmegaConf\nfrom aimwatch import Run\nwith Run('r') as run:\n"
+    (("omegaconf",), "from omegaconf import OmegaConf\nfrom aimwatch import Run\nwith Run('r', create=True) as run:\n"
      " run['c'] = OmegaConf.create({'lr': 0.1, 'l': [1, 2]}); assert run['c'] == {'lr': 0.1, 'l': [1, 2]}", "", 0,
      "finished", None, ""),
     (("gevent",), "from gevent import monkey\nmonkey.patch_all()\nimport gevent, aimwatch, os, time\n"
-     "run = aimwatch.Run('r'); aimwatch.promise_margin_s = lambda s: 0.0\n"
+     "run = aimwatch.Run('r', create=True); aimwatch.promise_margin_s = lambda s: 0.0\n"
      "def train():\n run.report_progress(expect_next_in=0.1)\n gevent.sleep(600)\n"
      "gevent.spawn(train)\nwhile not os.path.exists(run._paths.stack('r')): time.sleep(0.01)\n"
      "time.sleep(0.1)\nframes = aimwatch.hanging_frames(run._paths, 'r')\nassert ' in train' in frames, frames\n"
@@ -2297,7 +2304,7 @@ class ResumedRun(ProcessCase):
                 if removed:
                     for name in self.check_ins():
                         os.unlink(os.path.join(self.paths.check_ins, name))
-                with Run("r", repo=self.root):
+                with Run("r", create=True, repo=self.root):
                     self.assertEqual((self.idx(), self.flags("r-")), (begun + 5, ["starting"]))
 
     def test_failed_file_goes_away_and_the_end_is_taken_back(self) -> None:
@@ -2348,7 +2355,7 @@ class ResumedRun(ProcessCase):
             file.write(text)
         fds = open_fds()
         with self.assertRaises(aimwatch.RepoError) as caught:
-            Run("r", repo=self.root)
+            Run("r", create=True, repo=self.root)
         self.assertEqual(
             str(caught.exception),
             "cannot go on with run r: written in format 2, and this aimwatch knows 1: use the newer aimwatch",
@@ -2364,7 +2371,7 @@ class SecondWriter(ProcessCase):
     def refused(self) -> str:
         before = self.check_ins(), self.records("r"), open_fds()
         with self.assertRaises(aimwatch.RunBusyError) as caught:
-            Run("r", repo=self.root)
+            Run("r", create=True, repo=self.root)
         self.assertIsInstance(caught.exception, aimwatch.RepoError)
         self.assertEqual((self.check_ins(), self.records("r"), open_fds()), before)
         return str(caught.exception)
@@ -2390,20 +2397,20 @@ class SecondWriter(ProcessCase):
         run = self.run_object("r")
         text = "run r is already open in this process: use that object, or close it first"
         self.assertEqual(self.refused(), text)
-        code, _, err = self.finished_process("", begin="aimwatch.INDEXER_WAIT_S = 0; Run('r')\n")
+        code, _, err = self.finished_process("", begin="aimwatch.INDEXER_WAIT_S = 0; Run('r', create=True)\n")
         self.assertEqual(code, 1)
         self.assertIn(f"run r is being written by process {os.getpid()} on", err)
         link = os.path.join(self.root, "link")
         os.symlink(self.root, link)
         with self.assertRaises(aimwatch.RunBusyError):
-            Run("r", repo=link)
+            Run("r", create=True, repo=link)
         run.close()
         self.run_object("r")
 
     def test_reading_a_run_does_not_let_go_of_its_lock(self) -> None:
         self.run_object("r")
         Run("r", repo=self.root, read_only=True)
-        code, _, err = self.finished_process("", begin="aimwatch.INDEXER_WAIT_S = 0; Run('r')\n")
+        code, _, err = self.finished_process("", begin="aimwatch.INDEXER_WAIT_S = 0; Run('r', create=True)\n")
         self.assertIn("RunBusyError", err)
 
     def test_file_system_without_locks_is_said_once_and_carried_on_with(self) -> None:
@@ -2437,7 +2444,7 @@ class SecondWriter(ProcessCase):
         def index(run: Run) -> List[str]:
             repo.reindex()  # as another thread does
             with self.assertRaises(aimwatch.RunBusyError):
-                Run("r", repo=self.root)
+                Run("r", create=True, repo=self.root)
             return adopt(run)
 
         with mock.patch.object(Run, "_adopt", index):
@@ -2513,7 +2520,7 @@ def outer(what):
     inner(what)
 for name, what, options in json.loads(sys.argv[2]):
     if os.fork() == 0:
-        run = Run(name, **options)
+        run = Run(name, create=True, **options)
         run.report_progress(expect_next_in=0.1)
         outer(what)
         os._exit(0)
@@ -2579,7 +2586,7 @@ def other():
     while True:
         busy()
 threading.Thread(target=other, daemon=True).start()
-run = Run("r")
+run = Run("r", create=True)
 path, stacks = run._paths.stack("r"), aimwatch._process.stacks
 for _ in range(50):
     stacks.arm(path, time.monotonic(), run._place)
@@ -2727,7 +2734,7 @@ class StacksByHand(HandDriven):
         for options in ({}, {"stacks": False}):
             with self.subTest(options=options):
                 write_file(self.paths.stack("again"), "Timeout!")
-                with Run("again", repo=self.root, **options) as run:
+                with Run("again", create=True, repo=self.root, **options) as run:
                     run.report_progress()
                     self.assertEqual(self.written(), [])
 
@@ -2907,6 +2914,140 @@ class RunArguments(Case):
         self.assertEqual(open_fds(), fds)
 
 
+class RunsByHash(Case):
+    """A hash is that of a run which is there, or a mistake."""
+
+    def test_hash_or_its_beginning_resumes_one_run_and_any_other_starts_none(self) -> None:
+        for name in ("abcd1", "abcd2", "wxyz_9", "w"):
+            with self.run_object(name) as run:
+                run.track(1, "loss")
+        for read_only in (False, True):
+            for given, found in (
+                ("abcd1", "abcd1"), ("w", "w"), ("wxyz_9", "wxyz_9"), ("wxyz", "wxyz_9"),
+                ("abcd", "run 'abcd' is ambiguous: abcd1, abcd2"), ("wxy", "no run 'wxy' in "),
+                ("abcd12", "Run('abcd12', create=True) starts one of that name"), ("yz_9", "no run 'yz_9' in "),
+            ):  # fmt: skip
+                with self.subTest(given, read_only=read_only):
+                    try:
+                        with Run(given, repo=self.root, read_only=read_only) as run:
+                            self.assertEqual((found, 1), (run.hash, run.metrics()[0].count))
+                    except aimwatch.RepoError as error:
+                        self.assertIn(found, str(error))
+                        self.assertIn(" ", found)
+        self.assertEqual(4, len(os.listdir(self.paths.runs)))
+        new = os.path.join(self.root, "new")
+        with self.assertRaisesRegex(aimwatch.RepoError, f"no repository at {new}"):
+            Run("abcd1", repo=new)
+        self.assertFalse(os.path.exists(new))
+
+    def test_create_starts_a_run_of_just_this_name_and_resumes_it(self) -> None:
+        self.run_object("job_12").close()
+        for count in (1, 2):
+            with Run("job_1", repo=self.root, create=True) as run:
+                run.track(1, "loss")
+                self.assertEqual(("job_1", count), (run.hash, run.metrics()[0].count))
+                with self.assertRaises(aimwatch.RunBusyError):
+                    Run("job_1", repo=self.root)
+
+    def test_folders_that_are_missing_are_made_where_a_run_is_resumed(self) -> None:
+        self.run_object("abcd1").close()
+        shutil.rmtree(self.paths.check_ins)
+        with Run("abcd", repo=self.root) as run:
+            self.assertEqual(["starting"], self.flags(run.hash))
+
+
+class ScriptsForAim(Case):
+    """What Aim has and is not recorded here stops no script, and is said once."""
+
+    def test_what_is_not_recorded_is_said_once(self) -> None:
+        theirs = type("Image", (), {"__module__": "aim.sdk.objects.image"})
+        for what, calls in {
+            "track(Image)": [
+                lambda run: run.track(aimwatch.Image(b"png", caption="c"), "x", step=1, context={"a": 1}),
+                lambda run: run.track([theirs(), theirs()], name="x"),
+                lambda run: run.track({"loss": 5, "x": theirs()}),
+            ],
+            **{
+                f"track({name})": [lambda run, name=name: run.track(getattr(aimwatch, name)(1), name="x")]
+                for name in ("Audio", "Distribution", "Figure", "Text")
+            },
+            "log_artifact": [lambda run: run.log_artifact("/x", name="n", block=True)],
+            "log_artifacts": [lambda run: run.log_artifacts("/x")],
+            "set_artifacts_uri": [lambda run: run.set_artifacts_uri("s3://x")],
+        }.items():
+            self.patch(aimwatch._process, "said", set())
+            with self.subTest(what), self.run_object() as run, self.assertLogs("aimwatch") as logs:
+                for call in calls + calls:
+                    call(run)
+                self.assertEqual(1, len(logs.output), logs.output)
+                self.assertIn(f"WARNING:aimwatch:{what} is ignored: aimwatch records numbers", logs.output[0])
+                self.assertEqual([], [item.name for item in run.metrics() if item.name != "loss"])
+                self.assertEqual(2 * (what == "track(Image)"), sum(item.count for item in run.metrics()))
+
+    def test_what_is_neither_a_number_nor_of_aim_is_refused(self) -> None:
+        run = self.run_object()
+        for value in (
+            object(),
+            [],
+            [1.0],
+            "1",
+            type("Image", (), {})(),
+            type("Tag", (), {"__module__": "aim.x"})(),
+        ):
+            with self.subTest(value), self.assertRaisesRegex(aimwatch.ArgumentTypeError, "cannot record"):
+                run.track(value, "loss")
+
+    def test_props_and_metrics_are_read_as_in_aim(self) -> None:
+        run = self.run_object("r")
+        run.props.name, run["lr"] = "first", 0.1
+        run.track(1.0, "loss", context={"subset": "val"})
+        run.track(2.0, "loss")
+        self.assertEqual(("first", 0.1), (run.name, run["lr"]))
+        found = list(Run("r", repo=self.root, read_only=True).iter_metrics_info())
+        self.assertEqual([("loss", {"subset": "val"}), ("loss", {})], [item[:2] for item in found])
+        for (name, context, of), value in zip(found, (1.0, 2.0)):
+            self.assertEqual(value, of.get_metric(name, context).last)
+            self.assertEqual(context, context.to_dict())
+
+    def test_dataframe_has_a_column_for_each_property_and_param(self) -> None:
+        run = self.run_object("r", experiment="e")
+        run["hparams"] = {"lr": 0.1, "layers": [1, 2], "opt": {"name": "adam"}, "none": {}}
+        run["hash"] = "a param"
+        self.patch(sys, "modules", {**sys.modules, "pandas": None})
+        with self.assertRaisesRegex(aimwatch.AimwatchError, r"needs pandas .*install it, or use run"):
+            run.dataframe()
+        fake = type(sys)("pandas")
+        fake.DataFrame = lambda rows: rows  # type: ignore[attr-defined]
+        self.patch(sys, "modules", {**sys.modules, "pandas": fake})
+        params = {
+            "hparams.lr": 0.1,
+            "hparams.layers": "[1, 2]",
+            "hparams.opt.name": "adam",
+            "hparams.none": "{}",
+        }
+        self.assertEqual([{"hash": "r", **params}], run.dataframe(include_props=False))
+        (row,) = run.dataframe(include_params=False)
+        self.assertEqual(
+            ("r", "e", True, "[]"), tuple(row[key] for key in ("hash", "experiment", "active", "tags"))
+        )
+        self.assertEqual({**row, **params}, run.dataframe()[0])
+
+    def test_report_without_a_run_at_hand_is_for_the_newest(self) -> None:
+        self.patch(aimwatch._process, "runs", weakref.WeakKeyDictionary())
+        self.patch(aimwatch._process, "said", set())
+        with self.assertRaisesRegex(aimwatch.AimwatchError, "no run is open in this process: make one first"):
+            aimwatch.report_progress(expect_next_in=60)
+        with self.assertLogs("aimwatch") as logs:
+            Run.report_progress(expect_next_in=60)
+            Run.report_progress()
+        self.assertEqual(1, len(logs.output))
+        runs = [self.run_object(name) for name in ("a", "b", "c")]
+        for report, newest in ((aimwatch.report_progress, "c"), (Run.report_progress, "b")):
+            report(expect_next_in=60)
+            self.assertEqual([["check_in"], ["starting"]], [self.flags(newest), self.flags("a")])
+            runs.pop().close()
+
+
 class ReadOnlyRun(Case):
     def test_run_is_read_while_it_is_written_and_nothing_is_touched(self) -> None:
         run = self.run_object("r", experiment="one")
@@ -2958,8 +3099,8 @@ class ReadOnlyRun(Case):
             Run("r", repo=self.root, read_only=True)
         self.assertEqual(
             str(caught.exception),
-            f"no run r in {self.root}: check the hash, or open it without read_only to start a "
-            "run of that name",
+            f"no run 'r' in {self.root}: 'aim-watcher --repo {self.root} runs' lists them, "
+            "and Run('r', create=True) starts one of that name",
         )
         self.assertEqual(os.listdir(self.paths.runs), [])
         new = os.path.join(self.root, "new")
@@ -3067,14 +3208,14 @@ class FullDisk(HandDriven):
     def test_constructor_on_a_disk_that_refuses_names_file_and_way_out(self) -> None:
         fds = open_fds()
         with self.full("aimwatch.open_below"), self.assertRaises(aimwatch.RepoError) as caught:
-            Run("r", repo=self.root)
+            Run("r", create=True, repo=self.root)
         self.assertEqual(
             str(caught.exception),
             f"cannot write to the repository at {self.root}: r: No space left on device: make it "
             "writable, or choose another folder with Run(repo=...) or $AIMWATCH_REPO",
         )
         with self.full("aimwatch.CheckInFile._create"), self.assertRaises(aimwatch.RepoError):
-            Run("r", repo=self.root)
+            Run("r", create=True, repo=self.root)
         self.assertEqual(open_fds(), fds)
         self.run_object("r").close()
 
@@ -4344,7 +4485,7 @@ class Params(RecordingCase):
 class KilledWriters(RecordingCase):
     def life(self, shared: Any) -> None:
         """Track for ever, and say in shared memory how many points `track` returned from."""
-        run = Run("r", repo=self.root)
+        run = Run("r", create=True, repo=self.root)
         n = int.from_bytes(shared[:8], "little")
         while True:
             run.track(n, "m", context={"even": not n % 2})
@@ -4396,7 +4537,7 @@ class InterruptedWriters(RecordingCase):
     def test_signal_in_the_middle_of_a_point_leaves_a_log_that_is_whole(self) -> None:
         code = """
 import os, signal, aimwatch
-run = aimwatch.Run("r")
+run = aimwatch.Run("r", create=True)
 real = aimwatch.SeriesState.add
 def add(series, *point):
     if series.count == 5:
@@ -4681,7 +4822,7 @@ class StoredCase(RecordingCase):
 
     def fill(self) -> None:
         for n in range(8):
-            with Run(f"r{n}", repo=self.root, experiment="one" if n < 4 else "two") as run:
+            with Run(f"r{n}", create=True, repo=self.root, experiment="one" if n < 4 else "two") as run:
                 run[...] = {"n": n, "text": "xyz"[n % 3], "nested": {"a": {"b": [1, None]}}, "nan": NAN}
                 for step in range(n):
                     run.track(
@@ -4699,7 +4840,7 @@ class StoredCase(RecordingCase):
         """Leave a run whose process was killed."""
 
         def live() -> None:
-            run = Run(run_hash, repo=self.root)
+            run = Run(run_hash, create=True, repo=self.root)
             exec(code, {"run": run})
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -4761,7 +4902,7 @@ class IndexFile(StoredCase):
         self.assertEqual(len(incremental["runs"]), 10)
         self.assertEqual(incremental, self.rebuilt())
         for n in (0, 3, 6):  # resumed, changed, closed again
-            with Run(f"r{n}", repo=self.root) as run:
+            with Run(f"r{n}", create=True, repo=self.root) as run:
                 run[...] = {"other": n}
                 run.track(9, "m")
         self.live.track(1, "new")
@@ -4816,8 +4957,8 @@ class IndexFile(StoredCase):
         expected = self.reindexed()
         older = read_file(self.paths.index)
         for name in ("later", "gone", "went_on"):
-            Run(name, repo=self.root).close()
-        run = Run("open", repo=self.root)
+            Run(name, create=True, repo=self.root).close()
+        run = Run("open", create=True, repo=self.root)
         repo = aimwatch.Repo(self.root)
         repo.reindex()
         has_gone = read_file(self.paths.index)
@@ -4871,7 +5012,7 @@ class IndexFile(StoredCase):
                     for statement in begin.split("; "):
                         db.execute(statement).fetchall()
                     begun = time.monotonic()
-                    Run("late", repo=self.root).close()
+                    Run("late", create=True, repo=self.root).close()
                     self.assertLess(time.monotonic() - begun, 30)
                     self.assertIn("late", self.pending())
                     db.execute("COMMIT")
@@ -4899,7 +5040,7 @@ class IndexFile(StoredCase):
             )
             self.assertIn("dead\n", iter(indexer.stdout.readline, ""))
             with mock.patch.object(aimwatch, "INDEX_ITSELF_S", 0.1):
-                Run("dead", repo=self.root).close()
+                Run("dead", create=True, repo=self.root).close()
         indexer.communicate(timeout=30)
 
     def leave_a_hot_journal(self) -> None:
@@ -5098,7 +5239,7 @@ class DeadRuns(StoredCase):
 
     def test_marker_that_was_seen_held_means_death_when_it_is_free_on_whatever_machine(self) -> None:
         process = self.process(
-            "import time\nfrom aimwatch import Run\nrun = Run('r')\nprint('ready', flush=True)\ntime.sleep(600)"
+            "import time\nfrom aimwatch import Run\nrun = Run('r', create=True)\nprint('ready', flush=True)\ntime.sleep(600)"
         )
         self.assertEqual(process.stdout.readline(), "ready\n")
         reindexer = aimwatch.Reindexer(self.paths)
@@ -5112,7 +5253,7 @@ class DeadRuns(StoredCase):
         self.assertEqual(self.pending(), [])
 
     def test_log_that_is_longer_than_the_index_says_is_read_again_without_a_marker(self) -> None:
-        with Run("r", repo=self.root) as run:
+        with Run("r", create=True, repo=self.root) as run:
             run.track(1, "m")
         with aimwatch.Index(self.paths).writing() as db:
             db.execute("UPDATE runs SET log_size = log_size - 1, metrics = '[]'")
@@ -5200,7 +5341,7 @@ class HostileIndex(StoredCase):
         return [run.hash for run in aimwatch.Repo(self.root).query_runs("run.metrics['m'].last == 1")]
 
     def test_index_that_others_may_have_made_is_not_opened_and_the_answer_is_the_same(self) -> None:
-        with Run("r", repo=self.root) as run:
+        with Run("r", create=True, repo=self.root) as run:
             run.track(1, "m")
         journal = f"{self.paths.index}-journal"
 
@@ -5226,7 +5367,7 @@ class HostileIndex(StoredCase):
 
     @unittest.skipIf(os.geteuid(), "only root can give a file to another user")
     def test_journal_of_another_user_is_not_rolled_back(self) -> None:
-        with Run("r", repo=self.root) as run:
+        with Run("r", create=True, repo=self.root) as run:
             run.track(1, "m")
         for file in (self.paths.index, f"{self.paths.index}-journal"):
             open(file, "ab").close()
@@ -5242,7 +5383,7 @@ class HostileIndex(StoredCase):
             "UPDATE runs SET head = '[]'", "UPDATE runs SET head = '{}'", "UPDATE runs SET hash = x'00'",
             "UPDATE runs SET hash = '../../../outside'", "UPDATE runs SET metrics = 'x'",
         ):  # fmt: skip
-            with Run("r", repo=self.root) as run:
+            with Run("r", create=True, repo=self.root) as run:
                 run.track(1, "m")
             self.assertEqual(aimwatch.Repo(self.root).reindex(), [])
             db = sqlite3.connect(self.paths.index)
@@ -5269,7 +5410,7 @@ class Bounds(StoredCase):
     """What is too much to be read, or shown, is refused in plain words, or shown in part."""
 
     def test_log_of_a_terabyte_is_refused_at_once(self) -> None:
-        with Run("r", repo=self.root) as run:
+        with Run("r", create=True, repo=self.root) as run:
             run.track(1, "m")
         os.truncate(self.paths.run_log("r"), 1 << 40)
         self.assertEqual(self.run_cli("runs", "--csv", "--columns", "hash")[1], "hash\nr\n")
@@ -5280,7 +5421,7 @@ class Bounds(StoredCase):
                 self.assertIn("no checkpoint in its last 128 MB", err)
 
     def test_hole_of_a_terabyte_in_a_log_is_not_read_through(self) -> None:
-        with Run("r", repo=self.root) as run:
+        with Run("r", create=True, repo=self.root) as run:
             run.track(1, "m")
         with open(self.paths.run_log("r"), "r+b") as file:
             whole = file.read()
@@ -5291,7 +5432,7 @@ class Bounds(StoredCase):
             aimwatch.read_points(self.paths.run_log("r"), 1, limit_s=0.1)
 
     def test_long_series_is_drawn_from_points_that_are_as_far_from_each_other(self) -> None:
-        with Run("r", repo=self.root) as run:
+        with Run("r", create=True, repo=self.root) as run:
             for step in range(100):
                 run.track(step, "m")
         (metric,) = self.reread("r").metrics()
@@ -5309,13 +5450,13 @@ class Bounds(StoredCase):
 
     def test_run_does_not_index_itself_where_locks_are_not_seen(self) -> None:
         with mock.patch.object(aimwatch, "has_local_locks", return_value=True):
-            Run("r", repo=self.root).close()
+            Run("r", create=True, repo=self.root).close()
         self.assertEqual((self.pending(), os.path.exists(self.paths.index)), (["r"], False))
 
 
 class HostileLogs(StoredCase):
     def test_no_log_stops_a_command_or_hides_another_run(self) -> None:
-        with Run("good", repo=self.root) as run:
+        with Run("good", create=True, repo=self.root) as run:
             run.track(1, "m")
         header = '{"format":1,"hash":"x","created_at":5.5,"host":"h"}'
         names = [f"h{seed}" for seed in range(int(os.environ.get("HOSTILE_LOGS", "40")))]
@@ -5363,7 +5504,7 @@ class HostileLogs(StoredCase):
         self.assertEqual(self.content(), self.content(rebuild=True))
         for name in names:
             if name not in unreadable:
-                with Run(name, repo=self.root) as run:
+                with Run(name, create=True, repo=self.root) as run:
                     run.track(1, "m")
         self.assertEqual(self.content(), self.content(rebuild=True))
 
@@ -5415,7 +5556,7 @@ class Torture(StoredCase):
     def write(self, number: int) -> None:
         chance = random.Random(number)
         for n in range(4):
-            run = Run(f"w{number}_{n}", repo=self.root, experiment=f"e{n % 3}")
+            run = Run(f"w{number}_{n}", create=True, repo=self.root, experiment=f"e{n % 3}")
             run["p"] = {"number": number, "list": [1, {"a": None}], "nan": NAN}
             for step in range(chance.randrange(60)):
                 value = chance.choice((step, -step, 0.1, INF, NAN, True))
@@ -5649,7 +5790,7 @@ class RepoMethods(StoredCase):
         self.assertEqual(self.flags("dead-"), [])
         self.assertEqual(self.reread("dead")._state.end["reason"], aimwatch.DIED)  # type: ignore[index]
         self.assertFalse(repo.close_run("dead"))
-        with contextlib.suppress(ValueError), aimwatch.Run("f", repo=self.root):
+        with contextlib.suppress(ValueError), aimwatch.Run("f", create=True, repo=self.root):
             raise ValueError("of its own")
         self.assertTrue(repo.close_run("f"))
         self.assertEqual(self.reread("f")._state.end["reason"], "ValueError: of its own")  # type: ignore[index]
@@ -5681,7 +5822,7 @@ class ReindexThreads(StoredCase):
     def test_thread_indexes_what_is_recorded_and_ends_what_died(self) -> None:
         live = self.run_object("live")
         other = self.process(
-            "import time\nfrom aimwatch import Run\nrun = Run('other')\nrun.track(1, 'm')\nprint('ready')\ntime.sleep(600)"
+            "import time\nfrom aimwatch import Run\nrun = Run('other', create=True)\nrun.track(1, 'm')\nprint('ready')\ntime.sleep(600)"
         )
         self.assertEqual(other.stdout.readline(), "ready\n")
         thread = self.thread()
@@ -5758,7 +5899,7 @@ class RunCommands(StoredCase):
             (("first, \"quoted\"", {"lr": 0.1, "opt": {"name": "adam"}}), ("second\nline\x1b[31m", {"lr": NAN}),
              ("\u043f\u043e\u0442\u0435\u0440\u044f", {"lr": "auto", "opt": [1, None]}), (None, {})),
         ):  # fmt: skip
-            with Run(f"{n}abc", repo=self.root, experiment="exp" if n < 3 else None) as run:
+            with Run(f"{n}abc", create=True, repo=self.root, experiment="exp" if n < 3 else None) as run:
                 if name is not None:
                     run.name = name
                 run[...] = params
@@ -5821,7 +5962,7 @@ class RunCommands(StoredCase):
         )
 
     def test_what_a_table_shows_can_be_asked(self) -> None:
-        with contextlib.suppress(ValueError), Run("4abc", repo=self.root):
+        with contextlib.suppress(ValueError), Run("4abc", create=True, repo=self.root):
             raise ValueError("x")
         host, user = os.uname().nodename, pwd.getpwuid(os.getuid()).pw_name
         for indexed in (False, True):
@@ -5891,7 +6032,7 @@ class RunCommands(StoredCase):
                          'run,context\n0abc,"{""s"": ""t""}"\n')  # fmt: skip
 
     def test_everything_known_of_a_run_is_shown(self) -> None:
-        with Run("0abc", repo=self.root) as run:
+        with Run("0abc", create=True, repo=self.root) as run:
             run.description = "what it is\nabout"
             run.archived = True
             run.log_warning("careful\x1b[31m", n=1)
@@ -5921,9 +6062,9 @@ class RunCommands(StoredCase):
         self.assertNotIn("experiment", "\n".join(out))
         out = [" ".join(line.split()) for line in self.fine("diff", "0abc", "3abc")[0].splitlines()]
         self.assertLessEqual({"last loss [s=t] 0 inf", "experiment exp default"}, set(out))
-        with Run("0abc", repo=self.root) as run:
+        with Run("0abc", create=True, repo=self.root) as run:
             run["path"] = "/a/path/that/is/rather/long/first"
-        with Run("1abc", repo=self.root) as run:
+        with Run("1abc", create=True, repo=self.root) as run:
             run["path"] = "/a/path/that/is/rather/long/second"
         self.assertIn(
             "\nparam path\n  0abc  /a/path/that/is/rather/long/first\n  1abc  /a/path/that/is/rather/long/second\n",
@@ -5971,7 +6112,7 @@ class RunCommands(StoredCase):
         os.makedirs(folder)
         commit, other = "0123456789abcdef" * 2 + "01234567", "f" * 40
         git = os.path.join(self.root, "code", ".git")
-        script = 'import sys; sys.path.insert(0, sys.argv[1])\nfrom aimwatch import Run\nwith Run("c", repo=sys.argv[2]): pass'
+        script = 'import sys; sys.path.insert(0, sys.argv[1])\nfrom aimwatch import Run\nwith Run("c", create=True, repo=sys.argv[2]): pass'
         write_file(os.path.join(folder, "train.py"), script)
 
         def noted(output: Any = subprocess.PIPE, **env: str) -> Dict[str, Any]:
@@ -6020,7 +6161,7 @@ class RunCommands(StoredCase):
         self.assertEqual(sorted(aimwatch.Repo(self.root).list_all_runs()), sorted(runs))
 
     def test_hash_is_found_by_its_beginning_or_refused(self) -> None:
-        with Run("0abd", repo=self.root):
+        with Run("0abd", create=True, repo=self.root):
             pass
         for command in (["show"], ["plot"], ["rm", "--yes"], ["close"]):
             more = ["loss"] if command == ["plot"] else []
@@ -6038,7 +6179,7 @@ class RunCommands(StoredCase):
         self.assertEqual(aimwatch.Repo(self.root).total_runs_count(), 5)
 
     def test_plot_draws_what_is_finite(self) -> None:
-        with Run("p", repo=self.root) as run:
+        with Run("p", create=True, repo=self.root) as run:
             for step in range(200):
                 run.track(math.sin(step / 20), "sine", step)
                 run.track(NAN if step else 1e308, "one", step)
@@ -9738,7 +9879,7 @@ class TestWatcher(WatchCase):
 IDLE = """
 import sys, time
 from aimwatch import Run
-run = Run(sys.argv[1])
+run = Run(sys.argv[1], create=True)
 run.report_progress(expect_next_in=int(sys.argv[2]), block=True)
 print("ready", flush=True)
 exec(sys.stdin.readline())
@@ -10368,7 +10509,7 @@ class TestWhere(WatchCase):
         })  # fmt: skip
 
     def create(self, run_hash: str, **options: Any) -> Run:
-        return aimwatch.Run(run_hash, repo=self.root, **options)
+        return aimwatch.Run(run_hash, create=True, repo=self.root, **options)
 
     def test_what_nobody_could_read_goes_to_everybody(self) -> None:
         self.configure(one={"type": "logger", "where": "run.experiment == 'x'"})
@@ -11293,7 +11434,7 @@ class TestTwoMachines(WatcherProcessCase):
     def test_death_on_another_machine_is_known_where_its_lock_was_seen(self) -> None:
         for seen, expected in ((True, [("r", "failed")]), (False, [("r", "stalled")])):
             process = self.process(
-                "import time\nfrom aimwatch import Run\nrun = Run('r')\nrun.report_progress(expect_next_in=60)\n"
+                "import time\nfrom aimwatch import Run\nrun = Run('r', create=True)\nrun.report_progress(expect_next_in=60)\n"
                 "print('ready', flush=True)\ntime.sleep(600)"
             )
             self.assertEqual(process.stdout.readline(), "ready\n")
@@ -11439,7 +11580,7 @@ class SharedFolder(Case):
 
     def train(self, name: str) -> Any:
         def act() -> str:
-            run = Run(name, repo=self.root)
+            run = Run(name, create=True, repo=self.root)
             run.track(1.0, "loss")
             run.log_error("odd")
             run.report_progress(expect_next_in=60)
@@ -11645,7 +11786,7 @@ class TestClosedDoors(WatchCase):
         write_file(victim, "precious\n")
 
         def run() -> None:
-            with Run("r", repo=self.root) as run:
+            with Run("r", create=True, repo=self.root) as run:
                 run.report_progress(expect_next_in=60)
                 run.log_error("x")
 
@@ -12071,7 +12212,7 @@ class Pages(StoredCase):
 
     def test_what_was_notified_stands_on_the_page_of_the_run(self) -> None:
         self.configure(mine={"type": "logger"})
-        with contextlib.suppress(ValueError), Run("bad", repo=self.root):
+        with contextlib.suppress(ValueError), Run("bad", create=True, repo=self.root):
             raise ValueError("no <data>")
         outbox = aimwatch.Outbox(self.paths.outbox)
         facts = {"run.hash": "bad", "run.reason": "no <data>"}
@@ -12179,7 +12320,7 @@ class UpCase(WatcherProcessCase):
 
 class UpProcess(UpCase):
     def test_live_state_with_a_watcher(self) -> None:
-        training = self.process("import time, aimwatch\nrun = aimwatch.Run('victim')\nrun.track(1, 'loss')\n"
+        training = self.process("import time, aimwatch\nrun = aimwatch.Run('victim', create=True)\nrun.track(1, 'loss')\n"
                                 "run.report_progress(expect_next_in=600)\nprint(flush=True)\ntime.sleep(600)")  # fmt: skip
         training.stdout.readline()
         server = self.up("--watch")
@@ -12400,12 +12541,12 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 @unittest.skipUnless(CHROMIUM, "there is no Chromium here")
 class InABrowser(UpCase):
     def test_pages_follow_what_happens_and_ask_nobody_else(self) -> None:
-        with Run("done", repo=self.root) as run:
+        with Run("done", create=True, repo=self.root) as run:
             run.name = "<b>done</b>"
             run["lr"] = 0.1
             for step in range(50):
                 run.track(1 / (step + 1) if step != 20 else NAN, "loss", step=step)
-        training = self.process("import itertools, time, aimwatch\nrun = aimwatch.Run('victim')\nrun['lr'] = 0.2\n"
+        training = self.process("import itertools, time, aimwatch\nrun = aimwatch.Run('victim', create=True)\nrun['lr'] = 0.2\n"
                                 "for step in itertools.count():\n    run.track(step, 'loss', step=step)\n"
                                 "    run.report_progress(expect_next_in=600)\n    print(flush=True)\n    time.sleep(0.2)")  # fmt: skip
         training.stdout.readline()
@@ -12889,7 +13030,7 @@ def read_shard():
 def all_reduce():
     time.sleep(600)
 fate, rank = sys.argv[1], os.environ["RANK"]
-with Run(fate + rank) as run:
+with Run(fate + rank, create=True) as run:
     if rank == "0":
         run.name = "resnet"
     run.report_progress(expect_next_in=1)
