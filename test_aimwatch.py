@@ -3013,6 +3013,7 @@ class ScriptsForAim(Case):
         run = self.run_object("r", experiment="e")
         run["hparams"] = {"lr": 0.1, "layers": [1, 2], "opt": {"name": "adam"}, "none": {}}
         run["hash"] = "a param"
+        other = self.run_object("none")
         self.patch(sys, "modules", {**sys.modules, "pandas": None})
         with self.assertRaisesRegex(aimwatch.AimwatchError, r"needs pandas .*install it, or use run"):
             run.dataframe()
@@ -3031,6 +3032,7 @@ class ScriptsForAim(Case):
             ("r", "e", True, "[]"), tuple(row[key] for key in ("hash", "experiment", "active", "tags"))
         )
         self.assertEqual({**row, **params}, run.dataframe()[0])
+        self.assertEqual([{"hash": "none"}], other.dataframe(include_props=False))
 
     def test_report_without_a_run_at_hand_is_for_the_newest(self) -> None:
         self.patch(aimwatch._process, "runs", weakref.WeakKeyDictionary())
