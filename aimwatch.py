@@ -3556,7 +3556,7 @@ class Run:
         """Return properties and params as a pandas DataFrame of one row, as in Aim: a column for each param,
         such as `hparams.lr`. Raises AimwatchError where pandas is not installed."""
         try:
-            pandas = __import__("pandas")
+            import pandas  # type: ignore[import-untyped,import-not-found,unused-ignore]
         except ImportError as error:
             raise AimwatchError(
                 f"dataframe() needs pandas ({error}): install it, or use run[...] and run.metrics()"
