@@ -99,6 +99,7 @@ import stat
 import sys
 import threading
 import time
+import traceback
 import weakref
 import zlib
 from collections import Counter, deque
@@ -2114,7 +2115,7 @@ _LIBRARY = re.compile(
     r"/(site|dist)-packages/|/lib(64)?/(python|pypy)[0-9][0-9.]*/|^<frozen |"
     rf"(^|/){re.escape(os.path.basename(__file__))}$"
 )
-_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_=>])")
 #: A frame in a traceback that came as text from another process.
 _REMOTE_FRAME = re.compile(r'^ *File "([^"\n]+)", line (\d+), in (.+)(?:\n +(?!File ")(.+))?', re.MULTILINE)
 
@@ -2229,17 +2230,11 @@ def frames_of(error: Optional[BaseException] = None, frame: Optional[FrameType] 
     them as text."""
     import linecache
 
-    found: List[Tuple[str, int, str, Any]] = []
-    while frame is not None:
-        found.insert(
-            0, (frame.f_code.co_filename, frame.f_lineno or 0, frame.f_code.co_name, frame.f_globals)
-        )
-        frame = frame.f_back
-    trace = None if error is None else error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        found.append((code.co_filename, trace.tb_lineno, code.co_name, trace.tb_frame.f_globals))
-        trace = trace.tb_next
+    steps = [] if frame is None else list(traceback.walk_stack(frame))[::-1]
+    steps += traceback.walk_tb(None if error is None else error.__traceback__)
+    found: List[Tuple[str, int, str, Any]] = [
+        (step.f_code.co_filename, line or 0, step.f_code.co_name, step.f_globals) for step, line in steps
+    ]
     for _ in range(MAX_CAUSES):
         if error is not None:
             with contextlib.suppress(Exception):
@@ -2429,13 +2424,9 @@ def _all_stacks(last: Place) -> bytes:
     parts = ["Missed its promise\n"]
     for ident in sorted(frames, key=lambda ident: ident == main)[-MAX_STACKS:]:
         parts.append(f"Thread {ident:#018x} (most recent call first):\n")
-        frame: Optional[FrameType] = frames[ident]
-        for _ in range(MAX_STACKS):
-            if frame is None:
-                break
+        for frame, line in itertools.islice(traceback.walk_stack(frames[ident]), MAX_STACKS):
             code = frame.f_code
-            parts.append(f'  File "{code.co_filename}", line {frame.f_lineno or "?"} in {code.co_name}\n')
-            frame = frame.f_back
+            parts.append(f'  File "{code.co_filename}", line {line or "?"} in {code.co_name}\n')
     return "".join(parts).encode("utf-8", "backslashreplace")[-MAX_STACKS_BYTES:]
 
 
@@ -8671,9 +8662,8 @@ class Groups:
         """Return what is to be alerted now: of the changes of ranks, one for each group when all that take
         part in it are there, or have been waited for."""
         alerted, spoken = [], set()
-        self._reads_until = (
-            _monotonic() + FACTS_S
-        )  # so many runs may have died at once that it must look again
+        # Where more runs have died at once than can be read in that time, it looks again.
+        self._reads_until = _monotonic() + FACTS_S
         for change in changes:
             if change.kind in (STARTED, RECOVERED):  # another process may have gone on with it
                 self._members.pop(change.run.hash, None)
@@ -9828,6 +9818,7 @@ class Keeper:
                 self._note(data)
                 view = memoryview(data)
                 while view:
+                    select.select([], [target], [])  # another program may have made it non-blocking
                     view = view[os.write(target, view) :]
         os.close(source)
         drained.set()
@@ -9952,12 +9943,10 @@ class Program:
 
 # -------------------------------------------------------------------------- its run
 
-_ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_=>])")
-
 
 def last_lines(output: bytes) -> List[str]:
     """Return the last lines that are not empty, as a terminal would show them, for people to read."""
-    text = _ESCAPE_SEQUENCE.sub("", output.decode("utf-8", "replace"))
+    text = _ESCAPE.sub("", output.decode("utf-8", "replace"))
     lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
     return [printable(line, OUTPUT_LINE) for line in lines if line.strip()][-OUTPUT_LINES:]
 

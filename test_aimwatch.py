@@ -13149,6 +13149,15 @@ class RunsWithoutCode(ExecCase):
                 self.assertEqual("failed" if reason else "finished", row["state"])
                 self.assertRegex(row["reason"] or "", reason or "^$")
 
+    def test_output_that_does_not_block_gets_all_of_it(self) -> None:
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        with os.fdopen(reader, "rb") as file:
+            process = self.program("sh", "-c", "head -c 300000 /dev/zero && exit 5", stdout=writer)
+            os.close(writer)
+            self.wait_for(lambda: select.select([file], [], [], 0)[0])
+            self.assertEqual((300_000, 5), (len(file.read()), process.wait()))
+
     def test_reason_names_memory_where_the_kernel_does(self) -> None:
         killed, group = signal.SIGKILL, " (out of memory: the oom_kill count of its control group rose by 1)"
         for status, error, kills, expected in (
@@ -13480,7 +13489,8 @@ class ProgramsOnATerminal(ExecCase):
         self.types("\x04")
         self.reads(b"ended\r\n")
         self.reads(b"$ ")
-        self.runs("sh", "-c", "echo begun; sleep 600")
+        # A shell that is about to start another program may miss the signal.
+        self.runs("sh", "-c", "echo begun; exec sleep 600")
         self.reads(b"begun\r\n")
         self.types("\x03")
         self.reads(b"$ ")
