@@ -6927,18 +6927,15 @@ class Attempt(NamedTuple):
         return left_s
 
 
-def try_once(
-    send: Callable[[Attempt], Outcome], limit_s: float = 0.0, goes_on: Callable[[], bool] = lambda: True
-) -> Outcome:
-    """Try once to deliver something, within `limit_s` seconds (default: ATTEMPT_S)."""
-    limit_s = limit_s or ATTEMPT_S
-    attempt = Attempt(time.monotonic() + limit_s, goes_on)
+def try_once(send: Callable[[Attempt], Outcome], goes_on: Callable[[], bool] = lambda: True) -> Outcome:
+    """Try once to deliver something, within ATTEMPT_S."""
+    attempt = Attempt(time.monotonic() + ATTEMPT_S, goes_on)
     try:
         outcome = send(attempt)
     except Exception as error:
         outcome = judge_error(error)
     if outcome.kind == RETRY and time.monotonic() >= attempt.deadline_mono:
-        return Outcome(RETRY, f"no complete answer within {limit_s:g} s")
+        return Outcome(RETRY, f"no complete answer within {ATTEMPT_S:g} s")
     return outcome
 
 
@@ -7317,17 +7314,10 @@ def encoded_words(text: str) -> str:
     unless it is short and nothing in it could be taken for one."""
     if re.fullmatch("[ -~]{0,60}", text) and "=?" not in text:
         return text
-    import base64
+    import email.header
 
-    pieces, piece = [], b""
-    for character in text:
-        data = character.encode("utf-8", "replace")
-        if len(piece) + len(data) > 39:
-            pieces.append(piece)
-            piece = b""
-        piece += data
-    pieces.append(piece)
-    return "\n ".join(f"=?utf-8?b?{base64.b64encode(piece).decode()}?=" for piece in pieces)
+    safe = text.encode("utf-8", "replace").decode()
+    return email.header.Header(safe, "utf-8", 75, "Subject").encode()
 
 
 def address_literal(address: str) -> str:
@@ -7613,9 +7603,9 @@ class Outbox(OutboxState):
                 self._look()
                 self._file.append(b"".join(map(_outbox_line, records)))
                 self._file.sync()
-        # Only now, since what is known here is sent at once.
-        for record in records:
-            self.apply(record)
+            # Only now, since what is known here is sent at once; and before the file is made anew of it.
+            for record in records:
+                self.apply(record)
 
     def _look(self) -> bool:
         """Make the file again where it was removed; its folder too, but never `.aim`."""
@@ -9050,7 +9040,9 @@ class Watcher:
         looking = self.looking
         looking.total_s = self._reminded_s = bounded(saved.get("looked_s"))
         looking.hold_until_s = min(bounded(saved.get("hold_until_s")), looking.total_s + HOLD_S)
-        between_s = self._time_since(saved)
+        mono, between_s = bounded(saved.get("mono")), None
+        if mono and saved.get("boot") == boot_id():
+            between_s = max(0.0, self._clock() - mono)
         if self._once and between_s is not None:
             looking.total_s += between_s
         elif saved and not self._once:
@@ -9066,11 +9058,6 @@ class Watcher:
             self._muted = {run: state for run, state in muted.items() if state in STATES}
         self._events = saved_events(saved)
         self.groups.restore(_listed(saved, "groups"))
-
-    def _time_since(self, saved: Dict[str, Any]) -> Optional[float]:
-        """Return the seconds since watcher.json was written, None where no clock can tell."""
-        mono = bounded(saved.get("mono"))
-        return max(0.0, self._clock() - mono) if mono and saved.get("boot") == boot_id() else None
 
     def poll(self) -> List[Change]:
         """Look once, and alert what changed. Never raises for a repository that cannot be read, and

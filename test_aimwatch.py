@@ -7950,6 +7950,23 @@ class OutboxFile(NotifierCase):
     def waiting(self, outbox: aimwatch.Outbox, notifier_id: str) -> List[str]:
         return [event.facts["run.name"] for event in outbox.waiting_for(notifier_id)]
 
+    def test_what_was_sent_while_the_file_is_shortened_is_not_sent_again(self) -> None:
+        outbox, others, real = self.open_outbox(), [], aimwatch.Outbox.apply
+        outbox.add([(event_of(1), ["a"])])
+
+        def late(box: aimwatch.Outbox, record: Dict[str, Any]) -> None:
+            others.append(threading.Thread(target=box.compact))
+            others[-1].start()
+            others[-1].join(0.3)
+            real(box, record)
+
+        with mock.patch.object(aimwatch, "COMPACT_BYTES", 0), mock.patch.object(
+            aimwatch.Outbox, "apply", late
+        ):
+            outbox.sent([event_of(1).id], "a")
+            others[-1].join()
+        self.assertEqual(self.waiting(self.open_outbox(), "a"), [])
+
     def test_of_a_servers_answer_a_word_is_kept_at_most(self) -> None:
         for said, kept in (
             ("HTTP 404: no_service", "HTTP 404: no_service"), ("HTTP 404", "HTTP 404"),
