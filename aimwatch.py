@@ -10221,7 +10221,7 @@ class Ask:
     def pages(self, name: str, items: Sequence[Any], size: int) -> Tuple[Sequence[Any], Html]:
         """Return the page of items that is asked for, and links to those beside it."""
         page, last = max(1, int(self.number(name) or 1)), max(1, -(-len(items) // size))
-        near = sorted({1, page - 1, page + 1, last} - {page}) if last > 1 or page > 1 else []
+        near = sorted({1, page - 1, page + 1, last} - {page})
         links = [(self.to("", **{name: nth}), nth) for nth in near if 1 <= nth <= last]
         text = html("page {} of {} {}", page, last, each('<a href="{}">page {}</a> ', links))
         return items[(page - 1) * size : page * size], text
@@ -10920,11 +10920,10 @@ def metric_labels(**labels: str) -> str:
 
 def as_csv(rows: List[Sequence[Any]]) -> str:
     """Return rows as CSV."""
-    import csv
     import io
 
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(map(csv_cell, row) for row in rows)
+    write_csv(text, rows)
     return text.getvalue()
 
 
@@ -11369,16 +11368,15 @@ MAX_LOG_LINE = 4000
 
 
 class _LogHandler(logging.Handler):
-    """Writes log lines to stderr, above a status line that it keeps at the bottom."""
+    """Writes log lines to stderr."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.status = ""
         self._stream = sys.stderr
         #: What another thread is to write, and how many lines there was no room for.
         self._queue: Optional[Deque[bytes]] = None
         self._dropped = 0
-        self._filled, self._closed = threading.Event(), False
+        self._filled = threading.Event()
 
     def start(self) -> None:
         """From now on, have a thread write: a full pipe, or a terminal that was stopped with Ctrl-S, may
@@ -11389,8 +11387,8 @@ class _LogHandler(logging.Handler):
             self._queue = deque()
 
     def _run(self, target: int) -> None:
-        while not self._closed:
-            self._filled.wait()
+        while self._filled.wait():
+            self._filled.clear()
             queue = self._queue or deque()
             while queue:
                 data, dropped = queue[0], self._dropped
@@ -11405,9 +11403,6 @@ class _LogHandler(logging.Handler):
                         break
                 self._dropped -= dropped
                 queue.popleft()
-            self._filled.clear()
-            if queue:  # it was filled in between
-                self._filled.set()
 
     def flush(self) -> None:
         """Wait until all is written, for a second at most."""
@@ -11415,36 +11410,16 @@ class _LogHandler(logging.Handler):
         while self._queue and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    def close(self) -> None:
-        """Write what waits, and end the thread."""
-        self.flush()
-        self._closed = True
-        self._filled.set()
-        super().close()
-
     def format(self, record: logging.LogRecord) -> str:
         """Return the lines of a record without what a hostile log could tell the terminal to do."""
         return "\n".join(printable(line, MAX_LOG_LINE) for line in super().format(record).split("\n"))
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            text = self.format(record)
+            text = f"{self.format(record)}\n"
         except Exception:
             self.handleError(record)
             return
-        self._write(f"{self._erasure()}{text}\n{self.status}")
-
-    def _erasure(self) -> str:
-        return "\r\x1b[K" if self.status else ""
-
-    def show(self, status: str) -> None:
-        """Draw the status line anew."""
-        before = self._erasure()
-        self.status = status
-        if (before or status) and not self._queue:  # where lines wait, they draw it
-            self._write(before + status)
-
-    def _write(self, text: str) -> None:
         if self._queue is None:
             with contextlib.suppress(OSError, ValueError):
                 self._stream.write(text)
@@ -11522,17 +11497,6 @@ def argument(
 def switch(name: str, help: str) -> Argument:
     """Return an option that takes no value."""
     return argument(name, action="store_true", help=help)
-
-
-def one_of(*arguments: Argument) -> Argument:
-    """Return arguments of which at most one may be given."""
-
-    def add_to(parser: Any) -> None:
-        group = parser.add_mutually_exclusive_group()
-        for add_to_group in arguments:
-            add_to_group(group)
-
-    return add_to
 
 
 def seconds_from(least: float) -> Callable[[str], float]:
@@ -11653,8 +11617,7 @@ def _give_memory_back() -> None:
 )
 def cmd_start(args: Any) -> int:
     """Watch the repository until told to stop, or once."""
-    handler = _log_to_stderr(timed=True)
-    handler.start()
+    _log_to_stderr(timed=True).start()
     _give_memory_back()
     paths = find_repo(args.repo)
     notifiers = [item for item in NotifierConfig(paths).notifiers() if item.enabled]
@@ -11682,23 +11645,20 @@ def cmd_start(args: Any) -> int:
             _write_metrics(Site(paths), args.metrics_file)
             return code
         try:
-            return _watch(watcher, args, stop, handler, pinger)
+            return _watch(watcher, args, stop, pinger)
         except WatcherBusyError as error:  # another one has taken over
             if not args.standby:
                 raise
             log.error("%s", error)
 
 
-def _watch(
-    watcher: Watcher, args: Any, stop: StopSignal, handler: _LogHandler, pinger: Optional[Pinger]
-) -> int:
+def _watch(watcher: Watcher, args: Any, stop: StopSignal, pinger: Optional[Pinger]) -> int:
     paths, site = watcher.paths, Site(watcher.paths)
     reindexing = ReindexThread(paths)
     watcher.on_dead = reindexing.reindexer.note_dead
     threads: List[threading.Thread] = [reindexing, SightAlarm(watcher)]
     if pinger is not None and not pinger.is_alive():
         threads.append(pinger)
-    terminal = sys.stderr.isatty()
 
     def start_threads() -> None:
         while threads:
@@ -11715,8 +11675,6 @@ def _watch(
         if pinger is not None and not watcher.is_blind:
             pinger.healthy()
         _write_metrics(site, args.metrics_file)
-        if terminal:
-            handler.show(_status_line(watcher))
 
     try:
         watcher.poll()
@@ -11735,7 +11693,6 @@ def _watch(
         sd_notify(f"READY=1\nSTATUS=watching {paths.root}")
         watcher.run(stop, after_poll)
     finally:
-        handler.show("")
         sd_notify("STOPPING=1")
         watcher.close()
         reindexing.stop(0.5)
@@ -11848,11 +11805,6 @@ def _one_pass(watcher: Watcher, stop: StopSignal, pinger: Optional[Pinger]) -> i
     counts = watcher.counts()
     watcher.close()
     return 1 if watcher.is_blind or counts[STALLED] or counts[FAILED] else 0
-
-
-def _status_line(watcher: Watcher) -> str:
-    counts = ", ".join(f"{count} {state}" for state, count in watcher.counts().items() if count)
-    return f"{time.strftime('%H:%M:%S')} watching {counts or 'no runs yet'} (Ctrl-C ends it)"
 
 
 def _offer_notifier(paths: RepoPaths, args: Any) -> None:
@@ -12768,8 +12720,14 @@ def _listing(columns: Sequence[str], also: str = "") -> List[Argument]:
             metavar="LIST",
             help=f"what to show (default: {','.join(columns)}{also})",
         ),
-        one_of(AS_JSON, switch("--csv", "print CSV")),
+        _add_formats,
     ]
+
+
+def _add_formats(parser: Any) -> None:
+    group = parser.add_mutually_exclusive_group()
+    AS_JSON(group)
+    switch("--csv", "print CSV")(group)
 
 
 class Moment(float):
@@ -12892,11 +12850,7 @@ def print_rows(
 ) -> Sequence[str]:
     """Print rows as a table, JSON or CSV, and return the columns for which the table has no room."""
     if getattr(args, "csv", False):
-        import csv
-
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([csv_cell(value, sys.stdout.isatty()) for value in row] for row in rows)
+        write_csv(sys.stdout, itertools.chain([columns], rows), sys.stdout.isatty())
         return ()
     rows = list(rows)
     if args.json:
@@ -12915,6 +12869,14 @@ def print_rows(
         print("\n".join(lines))
         return columns[len(re.split(" {2,}", lines[0].strip())) :]
     return ()
+
+
+def write_csv(file: Any, rows: Iterable[Sequence[Any]], for_terminal: bool = False) -> None:
+    """Write rows as CSV."""
+    import csv
+
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerows([csv_cell(value, for_terminal) for value in row] for row in rows)
 
 
 def csv_cell(value: Any, for_terminal: bool = False) -> Any:
@@ -13248,12 +13210,13 @@ def chart(points: Sequence[Tuple[float, float]], width: int, height: int) -> Lis
     the left and the steps below."""
     if not points:
         return ["no finite values"]
-    xs, ys = [x for x, _ in points], [y for _, y in points]
+    xs, ys = zip(*points)
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    across, up = Scale(xs, False), Scale(ys, False)
     grid = [[0] * width for _ in range(height)]
     for x, y in points:
-        column = _scaled(x, left, right, 2 * width - 1)
-        row = 4 * height - 1 - _scaled(y, low, high, 4 * height - 1)
+        column = round(across.at(x) * (2 * width - 1))
+        row = round((1 - up.at(y)) * (4 * height - 1))
         grid[row // 4][column // 2] |= _DOTS[column % 2][row % 4]
     labels = {0: f"{high:.4g}", height - 1: f"{low:.4g}"}
     lines = [
@@ -13262,12 +13225,6 @@ def chart(points: Sequence[Tuple[float, float]], width: int, height: int) -> Lis
     ]
     ends = f"{left:g}".ljust(width - len(f"{right:g}")) + f"{right:g}"
     return [*lines, f"{'':>10} {ends}"]
-
-
-def _scaled(value: float, low: float, high: float, most: int) -> int:
-    # Halved first, so that the distance between two huge numbers of opposite sign is finite.
-    span = high / 2 - low / 2
-    return round((value / 2 - low / 2) / span * most) if span else most // 2
 
 
 @command("rm", HASHES, ASK_NOTHING)
