@@ -121,7 +121,6 @@ from typing import (
     Tuple,
     TypeVar,
     Union,
-    overload,
 )
 
 if TYPE_CHECKING:
@@ -4725,10 +4724,9 @@ def log_size(path: str) -> int:
 def log_sizes(paths: RepoPaths) -> Dict[str, int]:
     """Return the sizes of all logs by run, as the file system has them at hand. Raises OSError."""
     found = {}
-    with contextlib.suppress(FileNotFoundError), scan_below(paths.runs) as entries:
-        for entry in entries:
-            if entry.name.endswith(".jsonl") and RUN_HASH.fullmatch(entry.name[: -len(".jsonl")]):
-                found[entry.name[: -len(".jsonl")]] = entry.stat(follow_symlinks=False).st_size
+    for run_hash in list_runs(paths):
+        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+            found[run_hash] = os.lstat(paths.run_log(run_hash)).st_size
     return found
 
 
@@ -4810,7 +4808,7 @@ class Reindexer:
 
     def _run(self, hashes: Sequence[str], batch_s: float, wait_s: float, progress: OnProgress) -> int:
         complete, done = 0, 0
-        self.signs = last_check_ins(self.paths)
+        self.check_ins = last_check_ins(self.paths)
         while done < len(hashes):
             with self.index.writing(wait_s) as db, contextlib.ExitStack() as locks:
                 finished: List[str] = []
@@ -4859,7 +4857,7 @@ class Reindexer:
             if gone and state.end is None:
                 gone = self._is_dead(db, state, size)
             if gone and state.end is None:
-                size = finalize_dead(self.paths, state, self.signs.get(run_hash, NO_SIGN).utc_s)
+                size = finalize_dead(self.paths, state, self.check_ins.get(run_hash))
             try:
                 index_run(db, state, size)
                 return gone and size >= 0
@@ -4882,15 +4880,15 @@ class Reindexer:
         if free_means_dead(state.header, state.hash in self._held):
             db.execute("DELETE FROM doubts WHERE hash = ?", (state.hash,))
             return True
-        sign, now = self.signs.get(state.hash, NO_SIGN), _monotonic()
-        seen = f"{boot_id()} {sign.idx} {sign.utc_s} {size}"
+        check_in, now = self.check_ins.get(state.hash), _monotonic()
+        seen = f"{boot_id()} {check_in} {size}"
         found = db.execute(
             "SELECT since FROM doubts WHERE hash = ? AND seen = ?", (state.hash, seen)
         ).fetchone()
         if found is None:
             db.execute("INSERT OR REPLACE INTO doubts VALUES (?, ?, ?)", (state.hash, seen, now))
             return False
-        return bool(now - found[0] >= sign.expect_s + DOUBT_S)
+        return bool(now - found[0] >= (check_in.expect_next_in_s if check_in else 0) + DOUBT_S)
 
     def mark_lost(self) -> None:
         """Give a marker to every run of whose log the index has another size, or none, and to those that it
@@ -4971,29 +4969,14 @@ def process_lives(header: Dict[str, Any]) -> bool:
     return None not in identity and identity == process_identity(header.get("pid"))
 
 
-class Sign(NamedTuple):
-    """What a run's check-ins say, less their flags."""
-
-    idx: int
-    utc_s: float
-    expect_s: int
-
-
-NO_SIGN = Sign(-1, 0.0, 0)
-
-
-def last_check_ins(paths: RepoPaths) -> Dict[str, Sign]:
-    """Return the highest number of each run's check-ins, their latest time and longest promise."""
-    signs: Dict[str, Sign] = {}
+def last_check_ins(paths: RepoPaths) -> Dict[str, CheckIn]:
+    """Return the check-in of each run that has the highest number."""
+    found: Dict[str, CheckIn] = {}
     freshen(paths.check_ins)
     with contextlib.suppress(OSError):
         for check_in in filter(None, map(parse_check_in, list_below(paths.check_ins))):
-            utc_s = float(check_in.utc)
-            new = Sign(check_in.idx, utc_s if utc_s < MAX_TIME_S else 0.0, check_in.expect_next_in_s)
-            # A later time is a mistake, and none that a log may hold.
-            old = signs.get(check_in.run_hash, NO_SIGN)
-            signs[check_in.run_hash] = Sign(*map(max, zip(old, new)))  # type: ignore[arg-type]
-    return signs
+            found[check_in.run_hash] = max(check_in, found.get(check_in.run_hash, check_in))
+    return found
 
 
 def end_of_dead(state: RunState) -> Dict[str, Any]:
@@ -5002,11 +4985,13 @@ def end_of_dead(state: RunState) -> Dict[str, Any]:
     return {"end": FAILED, "reason": DIED, **(signal if isinstance(signal, dict) else {})}
 
 
-def finalize_dead(paths: RepoPaths, state: RunState, last_check_in: float) -> int:
+def finalize_dead(paths: RepoPaths, state: RunState, check_in: Optional[CheckIn]) -> int:
     """Record the end of a run whose process is gone, at its last sign of life, and return the
     size of its log, or -1 where that could not be written: the index may know of the end, but the
     marker must stay. The caller holds the run's marker, which makes it the log's only writer."""
-    last = max(state.last_time, state.created_at, last_check_in)
+    last = max(state.last_time, state.created_at)
+    if check_in is not None and float(check_in.utc) < MAX_TIME_S:  # a later time is a mistake
+        last = max(last, float(check_in.utc))
     end = {**end_of_dead(state), "time": last, "idx": state.next_idx - 1}
     if not state.apply(end):
         return -1  # what no reader would take must not be written again and again
@@ -5700,21 +5685,10 @@ class QueryResult(Sequence[Run]):
         #: What is known of each run, decoded when it is asked for.
         self.found = found
 
-    @property
-    def rows(self) -> List[Dict[str, Any]]:
-        """What is known of each run, as `run_row` has it."""
-        return [row.whole() for row in self.found]
-
     def __len__(self) -> int:
         return len(self.found)
 
-    @overload
-    def __getitem__(self, at: int) -> Run: ...
-
-    @overload
-    def __getitem__(self, at: slice) -> List[Run]: ...
-
-    def __getitem__(self, at: Union[int, slice]) -> Union[Run, List[Run]]:
+    def __getitem__(self, at: Any) -> Any:
         if isinstance(at, slice):
             return [Run._to_read(self._paths, row["hash"]) for row in self.found[at]]
         return Run._to_read(self._paths, self.found[at]["hash"])
@@ -5798,7 +5772,7 @@ class Repo:
 
     def iter_runs(self) -> Iterator[Run]:
         """Yield every run, archived ones and all ranks too, newest first."""
-        return iter(self.query_runs("run.archived in (True, False) or run.rank"))
+        return iter(self.query_runs(_EVERY_RUN))
 
     def total_runs_count(self) -> int:
         """Return how many runs there are."""
@@ -5849,8 +5823,8 @@ class Repo:
                 [state.next_idx, *(item.idx + 1 for item in map(parse_check_in, names) if item)]
             )
             open_ended = state.end is None or bool(names) and f"-{FINISHED}-" not in names[-1]
-            sign = last_check_ins(self._paths).get(run_hash, NO_SIGN)
-            if state.end is None and finalize_dead(self._paths, state, sign.utc_s) < 0:
+            newest = last_check_ins(self._paths).get(run_hash)
+            if state.end is None and finalize_dead(self._paths, state, newest) < 0:
                 raise RepoError(f"cannot close {run_hash}: {path} cannot be written")
             for name in names if open_ended else ():
                 with contextlib.suppress(FileNotFoundError):
@@ -5873,24 +5847,24 @@ class Repo:
 
     # ---------------------------------------------------------------- queries
 
-    def query_runs(self, q: str = "", **options: Any) -> QueryResult:
+    def query_runs(
+        self, q: str = "", *, paginated: bool = False, offset: Optional[str] = None, report_mode: Any = None
+    ) -> QueryResult:
         """Return the runs for which a query is true, newest first; "" is true for all.
 
         Archived runs are left out unless the query speaks of `archived`, and of a group of ranks all but
-        the first unless it speaks of `run.rank`. Raises QueryError, naming
-        the column, for what the language does not have. With `paginated`, the runs after the one whose
-        hash is `offset`; `report_mode` is Aim's and has no effect.
+        the first unless it speaks of `run.rank`. Raises QueryError, naming the column, for what the language
+        does not have. With `paginated`, the runs after the one whose hash is `offset`; `report_mode` is Aim's
+        and has no effect.
         """
-        _check_options("query_runs", options)
         found = [row for row, _ in self._answer(compile_query(q, "run"))]
-        hashes = [row["hash"] for row in found] if options.get("paginated") else []
-        at = hashes.index(options["offset"]) + 1 if options.get("offset") in hashes else 0
+        hashes = [row["hash"] for row in found] if paginated else []
+        at = hashes.index(offset) + 1 if offset in hashes else 0
         return QueryResult(self._paths, found[at:])
 
-    def query_metrics(self, q: str = "", **options: Any) -> List[Metric]:
+    def query_metrics(self, q: str = "", *, report_mode: Any = None) -> List[Metric]:
         """Return the metric series for which a query over `run` and `metric` is true, those of the newest
-        run first."""
-        _check_options("query_metrics", options)
+        run first; `report_mode` is Aim's and has no effect."""
         return [
             Metric(Run._to_read(self._paths, row["hash"]), series_of(metric))
             for row, metric in self.metric_rows(q)
@@ -5907,25 +5881,24 @@ class Repo:
         """Return the dotted paths of the params of all runs, and the names of their metrics."""
         params: Set[str] = set()
         metrics: Set[str] = set()
-        for path in self._fact_paths():
+        paths: Optional[Set[str]] = None
+        with self._asking, contextlib.suppress(*sqlite_error(), IndexUnusable):
+            index = self._open_index()
+            if index is not None:
+                with contextlib.closing(index):
+                    self._read_pending(index)
+                    indexed = {path for (path,) in index.execute(_ALL_PATHS)}
+                rows = [StoredRow(*parts) for parts in self._overlay.values()]
+                paths = indexed.union(path for row in rows for path, _ in facts_of(row))
+        if paths is None:
+            paths = {path for row in self.query_runs(_EVERY_RUN).found for path, _ in facts_of(row)}
+        for path in paths:
             if path.startswith('"'):
                 keys = json.loads(f"[{path}]")
                 params.update(".".join(keys[: nth + 1]) for nth in range(len(keys)))
             elif path.startswith("metric "):
                 metrics.add(json.loads(path[len("metric ") :]))
         return params, metrics
-
-    def _fact_paths(self) -> Set[str]:
-        with self._asking, contextlib.suppress(*sqlite_error(), IndexUnusable):
-            index = self._open_index()
-            if index is not None:
-                with contextlib.closing(index):
-                    self._read_pending(index)
-                    found = {path for (path,) in index.execute(_ALL_PATHS)}
-                rows = [StoredRow(*parts) for parts in self._overlay.values()]
-                return found.union(path for row in rows for path, _ in facts_of(row))
-        rows = self.query_runs("run.archived in (True, False)").found
-        return {path for row in rows for path, _ in facts_of(row)}
 
     def _answer(self, query: CompiledQuery) -> List[Tuple[StoredRow, Any]]:
         """Return what a query finds, newest run first. Raises nothing for any state of the index."""
@@ -6045,6 +6018,8 @@ class Repo:
 #: A question that meets more pending runs than this tries to put them into the index.
 MAX_PENDING = 50
 _LOG_SIZE = "SELECT log_size FROM runs WHERE hash = ?"
+#: True for all runs, and speaks of those that are left out otherwise.
+_EVERY_RUN = "run.archived in (True, False) or run.rank"
 #: Goes from each path to the next, which looks at few of the facts.
 _ALL_PATHS = """
 WITH RECURSIVE found (path) AS (
@@ -6052,15 +6027,6 @@ WITH RECURSIVE found (path) AS (
     UNION ALL SELECT (SELECT min(path) FROM facts WHERE path > found.path) FROM found WHERE path IS NOT NULL)
 SELECT path FROM found WHERE path IS NOT NULL
 """
-#: Arguments of Aim's queries.
-_QUERY_OPTIONS = ("report_mode", "paginated", "offset")
-
-
-def _check_options(function: str, options: Dict[str, Any]) -> None:
-    for name in options:
-        if name not in _QUERY_OPTIONS:
-            hint = nearest(name, _QUERY_OPTIONS) or f": it takes q, {', '.join(_QUERY_OPTIONS)}"
-            raise ArgumentTypeError(f"{function}() has no argument {name!r}{hint}")
 
 
 def own_check_ins(paths: RepoPaths, run_hash: str) -> List[str]:

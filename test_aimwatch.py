@@ -4683,7 +4683,7 @@ class VanishedFolder(RecordingCase):
             self.strict("r") if not skipped else None
             self.live.close()
         self.assertEqual(os.listdir(self.paths.runs), ["r.jsonl"])
-        (row,) = aimwatch.Repo(self.root).query_runs("run.p.a == 1 and 't' in run.tags").rows
+        (row,) = aimwatch.Repo(self.root).query_runs("run.p.a == 1 and 't' in run.tags").found
         self.assertEqual((row["hash"], row["state"]), ("r", "finished"))
         live = self.run_object("r")  # and goes on as if nothing had been
         live.track(1, "m", context={"x": 1})
@@ -4866,7 +4866,10 @@ class StoredCase(RecordingCase):
 
     def answers(self, repo: Optional[aimwatch.Repo] = None) -> Any:
         repo = repo or aimwatch.Repo(self.root)
-        rows = [[repr({**row, "log_size": 0}) for row in repo.query_runs(text).rows] for text in self.RUNS]
+        rows = [
+            [repr({**row.whole(), "log_size": 0}) for row in repo.query_runs(text).found]
+            for text in self.RUNS
+        ]
         series = [
             [repr((row["hash"], item)) for row, item in repo.metric_rows(text)] for text in self.METRICS
         ]
@@ -5167,7 +5170,7 @@ class IndexFile(StoredCase):
         self.assertLess(time.monotonic() - begun, 5)
         self.assertEqual(self.pending(), ["r"])
         self.assertEqual(self.flags("r-"), ["finished"])
-        rows = aimwatch.Repo(self.root).query_runs("run.hash == 'r'").rows
+        rows = aimwatch.Repo(self.root).query_runs("run.hash == 'r'").found
         self.assertEqual([row["state"] for row in rows], ["finished"])
         code, out, err = self.run_cli_waiting(0.1, "reindex")
         self.assertEqual((code, out), (1, ""))
@@ -5199,7 +5202,7 @@ class DeadRuns(StoredCase):
         self.assertEqual(len(repo.query_runs("run.active")), 3)
         self.assertEqual(repo.reindex(), [])
         self.assertEqual(len(repo.query_runs("run.active")), 0)
-        rows = {row["hash"]: row for row in repo.query_runs("not run.active").rows}
+        rows = {row["hash"]: row for row in repo.query_runs("not run.active").found}
         self.assertEqual({row["state"] for row in rows.values()}, {"failed"})
         self.assertEqual({row["reason"] for row in rows.values()}, {aimwatch.DIED})
         tracked = self.reread("tracked")
@@ -5474,7 +5477,7 @@ class HostileLogs(StoredCase):
         for text, good in (
             ("", True), ("run.a == 1", False), ("run.tags", False), ("run.duration >= 0", True),
         ):  # fmt: skip
-            self.assertEqual("good" in [row["hash"] for row in repo.query_runs(text).rows], good, text)
+            self.assertEqual("good" in [row["hash"] for row in repo.query_runs(text).found], good, text)
         self.assertIn("good", [row["hash"] for row, _ in repo.metric_rows("")])
         repo.query_metrics("metric.context.x == 1 or metric.last > 5")
         problems = repo.reindex()
@@ -5596,7 +5599,7 @@ class Torture(StoredCase):
         seen: Set[str] = set()
 
         def work() -> None:
-            found = {row["hash"] for row in repo.query_runs("run.p.number >= 0").rows}
+            found = {row["hash"] for row in repo.query_runs("run.p.number >= 0").found}
             self.assertLessEqual(seen, found, "a run that was there is not to be found any more")
             seen.update(found)
             for _, metric in repo.metric_rows("metric.name == 'm'"):
@@ -5701,7 +5704,7 @@ class Reading(StoredCase):
                     self.assertRegex(err, r"^[^\n]*cannot (read|close) [^\n]*r2[^\n]*\n$")
             with self.subTest(what):
                 for _ in range(2):
-                    found = [row["hash"] for row in aimwatch.Repo(self.root).query_runs("").rows]
+                    found = [row["hash"] for row in aimwatch.Repo(self.root).query_runs("").found]
                     self.assertEqual(sorted(found), ["dead", "live", "r0", "r1", "r3", "r4", "r5", "r7"])
                     for argv in (["reindex"], ["reindex", "--rebuild"]):
                         code, out, err = self.run_cli(*argv)
@@ -5741,17 +5744,15 @@ class RepoMethods(StoredCase):
         found = repo.query_runs("", report_mode=0)
         self.assertEqual([run.hash for run in found], [name for name in hashes if name != "r6"])
         self.assertEqual(([run.hash for run in found[1:3]], found[-1].hash), (["dead", "r7"], "r0"))
-        self.assertEqual([row["hash"] for row in found.rows[:2]], ["live", "dead"])
+        self.assertEqual([row["hash"] for row in found.found[:2]], ["live", "dead"])
         page = repo.query_runs("run.n >= 0", paginated=True, offset="r2")
         self.assertEqual([run.hash for run in page], ["r1", "r0"])
         for query, options, message in (
-            (repo.query_runs, {"ofset": "r2"}, "query_runs() has no argument 'ofset': did you mean offset?"),
-            (repo.query_metrics, {"report_mod": 0}, "query_metrics() has no argument 'report_mod': did you mean rep"),
-            (repo.query_runs, {"x": 1}, "has no argument 'x': it takes q, report_mode, paginated, offset"),
+            (repo.query_runs, {"ofset": "r2"}, "query_runs() got an unexpected keyword argument 'ofset'"),
+            (repo.query_metrics, {"report_mod": 0}, "query_metrics() got an unexpected keyword argument 'report_mod'"),
         ):  # fmt: skip
-            with self.assertRaises(aimwatch.ArgumentTypeError) as caught:
+            with self.assertRaisesRegex(TypeError, re.escape(message)):
                 query("", **options)  # type: ignore[operator]
-            self.assertIn(message, str(caught.exception))
         self.assertEqual([result.run.hash for result in found.iter_runs()][:2], ["live", "dead"])
         for missing in ("no", "r", "../r0", "", "r0\n"):
             self.assertIsNone(repo.get_run(missing))
