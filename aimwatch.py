@@ -10627,16 +10627,17 @@ class Site:
 
     def overview(self, ask: Ask) -> str:
         """The first page: who watches, what lives, what failed, and all runs."""
-        now, live, outbox = self._utc(), self.live_rows(), self.outbox()
+        now, live = self._utc(), self.live_rows()
         alive, text, seen_at = self.watcher()
         look = ago(now - seen_at) if seen_at else "never"
         line = '<p class="{}">{} {}; last look: {}</p>'
         mark = ("good", "\u25cf") if alive else ("bad", "\u25b2")
         lines = [html(line, *mark, re.split(", for |;", text)[0], look)]
-        for notifier_id, (reason, since) in outbox.broken().items():
-            line = '<p class="bad">\u25b2 notifier {} does not work since {}: {}; waiting: {}</p>'
-            waiting = len(outbox.waiting_for(notifier_id))
-            lines.append(html(line, notifier_id[:8], local_time(since), reason, plural(waiting, "event")))
+        for item, problem, since, waiting in notifier_states(self.paths, self.outbox()):
+            if item.enabled and problem:
+                when = f" since {local_time(since)}" if since else ""
+                line = '<p class="bad">\u25b2 notifier {} does not work{}: {}; waiting: {}</p>'
+                lines.append(html(line, item.shown_as, when, problem, plural(waiting, "event")))
         totals: Dict[str, int] = dict.fromkeys(_SHAPES, 0)
         for (state, _), count in self.counts(live).items():
             totals[state] = totals.get(state, 0) + count
@@ -10837,7 +10838,7 @@ class Site:
 
     def metrics(self, ask: Optional[Ask] = None) -> str:
         """What a cluster's monitoring wants to know, as OpenMetrics text with bounded labels."""
-        now, live, outbox = self._utc(), self.live_rows(), self.outbox()
+        now, live = self._utc(), self.live_rows()
         alive, _, seen_at = self.watcher()
         counts = sorted(self.counts(live).items(), key=lambda item: -item[1])
         largest = list(dict.fromkeys(experiment for (_, experiment), _ in counts))[:50]
@@ -10846,9 +10847,10 @@ class Site:
             labels = metric_labels(state=state, experiment=experiment if experiment in largest else "other")
             runs[labels] = runs.get(labels, 0) + count
         ages = [max(0.0, now - row["last_check_in"]) for row in live if row["state"] != FAILED]
-        known = NotifierConfig(self.paths).notifiers()[:50]
-        ids = {metric_labels(notifier=item.id[:8], type=item.type): item.id for item in known}
-        waiting: Dict[str, float] = {labels: len(outbox.waiting_for(name)) for labels, name in ids.items()}
+        notifiers = [
+            (metric_labels(notifier=item.id[:8], type=item.type), problem, waiting)
+            for item, problem, _, waiting in notifier_states(self.paths, self.outbox())[:50]
+        ]
         logs = map(self.paths.run_log, names_in(self.paths.pending, RUN_HASH.pattern))
         index_ns, *log_ns = [(file_stamp(path) or [0])[-1] for path in (self.paths.index, *logs)]
         families: Dict[str, Dict[str, float]] = {
@@ -10857,8 +10859,8 @@ class Site:
             "check_in_age_max_seconds": {"": max(ages, default=0.0)},
             "watcher_alive": {"": alive},
             "watcher_look_age_seconds": {"": now - seen_at} if seen_at else {},
-            "notifier_broken": {labels: name in outbox.broken() for labels, name in ids.items()},
-            "notifier_waiting_events": waiting,
+            "notifier_broken": {labels: problem is not None for labels, problem, _ in notifiers},
+            "notifier_waiting_events": {labels: waiting for labels, _, waiting in notifiers},
             "index_lag_seconds": {"": max([0, *(each - index_ns for each in log_ns)]) / 1e9},
         }
         lines = []
@@ -11318,7 +11320,7 @@ def print_below(*texts: Optional[str]) -> None:
     import textwrap
 
     for text in filter(None, texts):
-        filled = textwrap.fill(printable(text, 300), shutil.get_terminal_size().columns - 2)
+        filled = textwrap.fill(printable(text, 300), max(20, shutil.get_terminal_size().columns - 2))
         print(textwrap.indent(filled, "  "))
 
 
@@ -11886,14 +11888,11 @@ def status_object(paths: RepoPaths) -> Dict[str, Any]:
     for key in ("started_at", "seen_at"):
         at = bounded(saved.get(key))
         watcher[key] = Moment(at) if at else None
-    outbox, notifiers = _outbox_state(paths), []
-    with contextlib.suppress(ConfigError):  # in a shared layout, its owner alone reads it
-        for item in NotifierConfig(paths).notifiers():
-            problem = item.problem or outbox.broken().get(item.id, ("",))[0]
-            if item.enabled and problem:
-                waiting = len(outbox.waiting_for(item.id))
-                known = {"id": item.id, "name": item.shown_as, "type": item.type}
-                notifiers.append({**known, "problem": problem, "waiting": waiting})
+    notifiers = [
+        {"id": item.id, "name": item.shown_as, "type": item.type, "problem": problem, "waiting": waiting}
+        for item, problem, _, waiting in notifier_states(paths, _outbox_state(paths))
+        if item.enabled and problem
+    ]
     runs = status_rows(paths, saved)
     broken = {"notifiers_that_do_not_work": notifiers, "modes": lax_modes(paths) or None}
     return {"repo": paths.root, "watcher": watcher, **broken, "runs": runs}
@@ -12496,6 +12495,19 @@ def _switch_notifier(args: Any, status: str, events: Optional[Sequence[str]] = N
     return 0
 
 
+def notifier_states(
+    paths: RepoPaths, outbox: OutboxState
+) -> List[Tuple[Notifier, Optional[str], Optional[float], int]]:
+    """Return each notifier with what is wrong with it, since when, and how many events wait for it; none
+    where the configuration cannot be read: in a shared layout, its owner alone does."""
+    found = []
+    with contextlib.suppress(ConfigError):
+        for item in NotifierConfig(paths).notifiers():
+            reason, since = outbox.broken().get(item.id, (None, None))
+            found.append((item, item.problem or reason, since, len(outbox.waiting_for(item.id))))
+    return found
+
+
 def _outbox_state(paths: RepoPaths) -> OutboxState:
     state = OutboxState()
     try:
@@ -12509,13 +12521,11 @@ def _outbox_state(paths: RepoPaths) -> OutboxState:
 def cmd_notifiers_list(args: Any) -> int:
     """List the notifiers, with what is wrong with those that do not work."""
     paths = find_repo(args.repo)
-    outbox = _outbox_state(paths)
+    NotifierConfig(paths).read()  # or raises
     objects: List[Dict[str, Any]] = []
     rows, problems = [], []
-    for item in NotifierConfig(paths).notifiers():
-        reason, since = outbox.broken().get(item.id, (None, None))
-        status, problem = "enabled" if item.enabled else "disabled", item.problem or reason
-        waiting = len(outbox.waiting_for(item.id))
+    for item, problem, since, waiting in notifier_states(paths, _outbox_state(paths)):
+        status = "enabled" if item.enabled else "disabled"
         objects.append(
             {
                 "id": item.id,
@@ -12606,19 +12616,23 @@ def cmd_notifiers_test(args: Any) -> int:
     """Send a sample through the real transport and say what came back."""
     paths = find_repo(args.repo)
     config = NotifierConfig(paths)
-    notifiers = config.notifiers()
     if args.id is not None:
         wanted = config.find(args.id, config.read())
-        notifiers = [item for item in notifiers if item.id == wanted]
+        notifiers = [item for item in config.notifiers() if item.id == wanted]
     else:
-        notifiers = [item for item in notifiers if item.enabled]
+        notifiers = _enabled_notifiers(paths, args)
+    _log_to_stderr(timed=True)
+    delivered = [_send_sample(paths, item) for item in notifiers]
+    return 0 if all(delivered) else 1
+
+
+def _enabled_notifiers(paths: RepoPaths, args: Any) -> List[Notifier]:
+    notifiers = [item for item in NotifierConfig(paths).notifiers() if item.enabled]
     if not notifiers:
         raise AimwatchError(
             f"nobody is notified: '{command_line(args.repo)} notifiers add' sets a notifier up"
         )
-    _log_to_stderr(timed=True)
-    delivered = [_send_sample(paths, item) for item in notifiers]
-    return 0 if all(delivered) else 1
+    return notifiers
 
 
 def _send_sample(paths: RepoPaths, item: Notifier) -> bool:
@@ -13110,12 +13124,11 @@ def cmd_report(args: Any) -> int:
         print(text)
         return 0
     facts = {"event": "report", "repo": repo.path, "time": iso_time(time.time(), "seconds"), "message": text}
-    failed = 0
-    for item in NotifierConfig(repo._paths).notifiers():
-        if item.enabled:
-            arguments = {**item.arguments, "message": "{message}"}
-            failed += not _deliver_now(item._replace(arguments=arguments), facts, sys.stderr)
-    return 1 if failed else 0
+    delivered = [
+        _deliver_now(item._replace(arguments={**item.arguments, "message": "{message}"}), facts, sys.stderr)
+        for item in _enabled_notifiers(repo._paths, args)
+    ]
+    return 0 if all(delivered) else 1
 
 
 def report_lines(paths: RepoPaths, rows: Sequence[Dict[str, Any]], over_s: float) -> List[str]:

@@ -6099,6 +6099,7 @@ class RunCommands(StoredCase):
         self.assertEqual(out.count("No space left on device"), 1)
         self.assertRegex(out, rf"\n    [0-9a-f]{{8}} full-11 on {os.uname().nodename}, [0-9.]+ m?s\n")
         self.assertRegex(self.fine("report", "--since", "0.001s")[0], "^the last 1 ms in .*: 2 running\n")
+        self.assertIn("nobody is notified", self.run_cli("report", "--send")[2])
         server = self.webhook((200, "ok"), (404, "gone"))
         self.configure(all=hook(server.url))
         self.assertEqual(self.fine("report", "--since", "1h", "--send"), ("", ""))
@@ -12238,12 +12239,18 @@ class Pages(StoredCase):
         facts = {"run.hash": "bad", "run.reason": "no <data>"}
         outbox.add([(aimwatch.Event("bad-2-failed", "failed", facts), ["mine"])])
         outbox.sent(["bad-2-failed"], "mine")
-        outbox.note_broken("other", "404 <x>")
+        outbox.note_broken("mine", "404 <x>")
         outbox.close()
         text = self.get("run/bad/")
         self.assertIn("failed: no &lt;data&gt;; to notify: mine", text)
         self.assertIn("sent to mine", text)
-        self.assertIn("notifier other does not work since", self.get(""))
+        self.assertRegex(
+            self.get(""), "notifier mine does not work since .*: 404 &lt;x&gt;; waiting: 0 events"
+        )
+        with mock.patch.object(
+            aimwatch.NotifierConfig, "notifiers", side_effect=aimwatch.ConfigError("not yours")
+        ):
+            self.get("metrics")  # as whoever watches in a shared folder has it
 
     def test_metrics_are_openmetrics_with_bounded_labels(self) -> None:
         self.fill()
