@@ -4764,6 +4764,8 @@ class Reindexer:
         #: The runs whose markers this object has found locked: there, a marker that is free means death.
         self._held: Set[str] = set()
         self._probe_mono = 0.0
+        #: Listed when the first run is met that may have died.
+        self._check_ins: Optional[Dict[str, CheckIn]] = None
 
     def pending(self) -> List[str]:
         """Return the hashes that have a marker."""
@@ -4808,7 +4810,7 @@ class Reindexer:
 
     def _run(self, hashes: Sequence[str], batch_s: float, wait_s: float, progress: OnProgress) -> int:
         complete, done = 0, 0
-        self.check_ins = last_check_ins(self.paths)
+        self._check_ins = None
         while done < len(hashes):
             with self.index.writing(wait_s) as db, contextlib.ExitStack() as locks:
                 finished: List[str] = []
@@ -4857,7 +4859,7 @@ class Reindexer:
             if gone and state.end is None:
                 gone = self._is_dead(db, state, size)
             if gone and state.end is None:
-                size = finalize_dead(self.paths, state, self.check_ins.get(run_hash))
+                size = finalize_dead(self.paths, state, self._last_check_in(run_hash))
             try:
                 index_run(db, state, size)
                 return gone and size >= 0
@@ -4870,6 +4872,11 @@ class Reindexer:
             self.problems.append(problem)
         return gone and not problem
 
+    def _last_check_in(self, run_hash: str) -> Optional[CheckIn]:
+        if self._check_ins is None:
+            self._check_ins = last_check_ins(self.paths)
+        return self._check_ins.get(run_hash)
+
     def _is_dead(self, db: sqlite3.Connection, state: RunState, size: int) -> bool:
         """True where the free marker of a run that has not ended means that its process is gone.
 
@@ -4880,7 +4887,7 @@ class Reindexer:
         if free_means_dead(state.header, state.hash in self._held):
             db.execute("DELETE FROM doubts WHERE hash = ?", (state.hash,))
             return True
-        check_in, now = self.check_ins.get(state.hash), _monotonic()
+        check_in, now = self._last_check_in(state.hash), _monotonic()
         seen = f"{boot_id()} {check_in} {size}"
         found = db.execute(
             "SELECT since FROM doubts WHERE hash = ? AND seen = ?", (state.hash, seen)

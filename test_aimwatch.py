@@ -5845,6 +5845,15 @@ class ReindexThreads(StoredCase):
         thread.stop(10)
         self.assertEqual(self.reindexed(), self.rebuilt())
 
+    def test_live_run_is_indexed_without_a_look_at_the_check_ins_of_all(self) -> None:
+        self.run_object("live").track(1, "m")
+        self.die("dead")
+        reindexer = aimwatch.Reindexer(self.paths)
+        with mock.patch.object(aimwatch, "last_check_ins", return_value={}) as listed:
+            for hashes, times in ((["live"], 0), (["dead", "live"], 1)):
+                reindexer.run(hashes)
+                self.assertEqual(listed.call_count, times, hashes)
+
     def test_thread_gives_way_and_its_troubles_are_logged_once(self) -> None:
         self.fill()
         self.reindexed()
