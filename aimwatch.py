@@ -11343,10 +11343,11 @@ MAX_LOG_LINE = 4000
 
 
 class _LogHandler(logging.Handler):
-    """Writes log lines to stderr."""
+    """Writes log lines to stderr, above a status line that it keeps at the bottom."""
 
     def __init__(self) -> None:
         super().__init__()
+        self._status = ""
         self._stream = sys.stderr
         #: What another thread is to write, and how many lines there was no room for.
         self._queue: Optional[Deque[bytes]] = None
@@ -11391,10 +11392,18 @@ class _LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            text = f"{self.format(record)}\n"
+            self._draw(f"{self.format(record)}\n", self._status)
         except Exception:
             self.handleError(record)
-            return
+
+    def show(self, status: str) -> None:
+        """Draw the status line anew."""
+        if (self._status or status) and not self._queue:  # where lines wait, they draw it
+            self._draw("", status)
+
+    def _draw(self, lines: str, status: str) -> None:
+        text = ("\r\x1b[K" if self._status else "") + lines + status
+        self._status = status
         if self._queue is None:
             with contextlib.suppress(OSError, ValueError):
                 self._stream.write(text)
@@ -11592,7 +11601,8 @@ def _give_memory_back() -> None:
 )
 def cmd_start(args: Any) -> int:
     """Watch the repository until told to stop, or once."""
-    _log_to_stderr(timed=True).start()
+    handler = _log_to_stderr(timed=True)
+    handler.start()
     _give_memory_back()
     paths = find_repo(args.repo)
     notifiers = [item for item in NotifierConfig(paths).notifiers() if item.enabled]
@@ -11620,14 +11630,16 @@ def cmd_start(args: Any) -> int:
             _write_metrics(Site(paths), args.metrics_file)
             return code
         try:
-            return _watch(watcher, args, stop, pinger)
+            return _watch(watcher, args, stop, handler, pinger)
         except WatcherBusyError as error:  # another one has taken over
             if not args.standby:
                 raise
             log.error("%s", error)
 
 
-def _watch(watcher: Watcher, args: Any, stop: StopSignal, pinger: Optional[Pinger]) -> int:
+def _watch(
+    watcher: Watcher, args: Any, stop: StopSignal, handler: _LogHandler, pinger: Optional[Pinger]
+) -> int:
     paths, site = watcher.paths, Site(watcher.paths)
     reindexing = ReindexThread(paths)
     watcher.on_dead = reindexing.reindexer.note_dead
@@ -11650,6 +11662,9 @@ def _watch(watcher: Watcher, args: Any, stop: StopSignal, pinger: Optional[Pinge
         if pinger is not None and not watcher.is_blind:
             pinger.healthy()
         _write_metrics(site, args.metrics_file)
+        if sys.stderr.isatty():
+            counts = ", ".join(f"{count} {state}" for state, count in watcher.counts().items() if count)
+            handler.show(f"{time.strftime('%H:%M:%S')} watching {counts or 'no runs yet'} (Ctrl-C ends it)")
 
     try:
         watcher.poll()
@@ -11668,6 +11683,7 @@ def _watch(watcher: Watcher, args: Any, stop: StopSignal, pinger: Optional[Pinge
         sd_notify(f"READY=1\nSTATUS=watching {paths.root}")
         watcher.run(stop, after_poll)
     finally:
+        handler.show("")
         sd_notify("STOPPING=1")
         watcher.close()
         reindexing.stop(0.5)
