@@ -4976,13 +4976,37 @@ def process_lives(header: Dict[str, Any]) -> bool:
     return None not in identity and identity == process_identity(header.get("pid"))
 
 
+def forged_check_ins(paths: RepoPaths, names: Iterable[str], log_owners: Dict[str, int]) -> Dict[str, int]:
+    """Return of some check-ins in a shared folder, with who made them, those that somebody else made than the
+    owner of their run's log, of the folder, or this user. `log_owners` keeps whose a log is, for the next
+    call. Raises OSError."""
+    folder = os.stat(paths.check_ins)
+    if not folder.st_mode & 0o022:
+        return {}
+    trusted, forged = {0, os.geteuid(), folder.st_uid}, {}
+    for name in names:
+        with contextlib.suppress(OSError):  # it has just been renamed, or the run is Aim's
+            uid = os.lstat(os.path.join(paths.check_ins, name)).st_uid
+            run = name.partition("-")[0]
+            if uid in trusted or RUN_HASH.fullmatch(run) is None:
+                continue
+            if run not in log_owners:
+                log_owners[run] = os.lstat(paths.run_log(run)).st_uid
+            if uid != log_owners[run]:
+                forged[name] = uid
+    return forged
+
+
 def last_check_ins(paths: RepoPaths) -> Dict[str, CheckIn]:
     """Return the check-in of each run that has the highest number."""
     found: Dict[str, CheckIn] = {}
     freshen(paths.check_ins)
     with contextlib.suppress(OSError):
-        for check_in in filter(None, map(parse_check_in, list_below(paths.check_ins))):
-            found[check_in.run_hash] = max(check_in, found.get(check_in.run_hash, check_in))
+        names = list_below(paths.check_ins)
+        for name in set(names).difference(forged_check_ins(paths, names, {})):
+            check_in = parse_check_in(name)
+            if check_in is not None:
+                found[check_in.run_hash] = max(check_in, found.get(check_in.run_hash, check_in))
     return found
 
 
@@ -9133,24 +9157,11 @@ class Watcher:
         return self._without_forged(listing)
 
     def _without_forged(self, listing: List[str]) -> List[str]:
-        """Leave out the check-ins in a shared folder that somebody else made than the owner of their run's
-        log, of the folder, or this user."""
-        folder = os.stat(self.paths.check_ins)
-        if not folder.st_mode & 0o022:
-            return listing
-        trusted = {0, os.geteuid(), folder.st_uid}
         self._forged.intersection_update(listing)
-        for name in set(listing) - self.table.names - self._forged:
-            with contextlib.suppress(OSError):  # it has just been renamed
-                uid = os.lstat(os.path.join(self.paths.check_ins, name)).st_uid
-                run = name.partition("-")[0]
-                if uid in trusted or RUN_HASH.fullmatch(run) is None:
-                    continue
-                if run not in self._log_owners:
-                    self._log_owners[run] = os.lstat(self.paths.run_log(run)).st_uid
-                if uid != self._log_owners[run]:
-                    self._forged.add(name)
-                    log.warning("%s is ignored: it is user %d's, and its run is not", printable(name), uid)
+        new = set(listing) - self.table.names - self._forged
+        for name, uid in forged_check_ins(self.paths, new, self._log_owners).items():
+            self._forged.add(name)
+            log.warning("%s is ignored: it is user %d's, and its run is not", printable(name), uid)
         return [name for name in listing if name not in self._forged] if self._forged else listing
 
     def _find_dead(self, now_s: float) -> List[Change]:
@@ -11795,6 +11806,8 @@ def _one_pass(watcher: Watcher, stop: StopSignal, pinger: Optional[Pinger]) -> i
         pass
     counts = watcher.counts()
     watcher.close()
+    with contextlib.suppress(AimwatchError, OSError, *sqlite_error()):
+        Reindexer(watcher.paths).run_all(wait_s=1.0)  # so that `runs`, too, knows what has died
     return 1 if watcher.is_blind or counts[STALLED] or counts[FAILED] else 0
 
 
@@ -11890,6 +11903,7 @@ STATUS_FACTS_S = 5.0
 def _check_in_names(paths: RepoPaths) -> List[str]:
     try:
         names = list_some(paths.check_ins, MAX_NAMES + 1)
+        forged = forged_check_ins(paths, names, {})
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -11899,7 +11913,7 @@ def _check_in_names(paths: RepoPaths) -> List[str]:
             f"{paths.check_ins} holds more than {MAX_NAMES} names: remove what is not needed there; 'runs' "
             "does without them"
         )
-    return names
+    return [name for name in names if name not in forged]
 
 
 def status_object(paths: RepoPaths) -> Dict[str, Any]:

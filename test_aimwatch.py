@@ -10108,6 +10108,8 @@ class TestDeath(WatchCase):
                 self.kill(process)
                 self.clock.pass_(300.0)
         self.assertEqual(self.told(), [("r", "failed")])
+        with contextlib.closing(aimwatch.open_index(self.paths.index, read_only=True)) as index:
+            self.assertEqual(index.execute("SELECT active FROM runs").fetchall(), [(0,)])
 
     #: At what time its marker is how, and whether the run is then suspect: (time, state) = when next, sure.
     MARKERS = (
@@ -11693,6 +11695,8 @@ class SharedFolder(Case):
             watcher.poll()
         self.assertEqual(len(logged.output), 1)
         self.assertIn(f"{forge()} is ignored: it is user {self.EVE}'s", logged.output[0])
+        self.assertLess(aimwatch.last_check_ins(self.paths)["a"].idx, 99)
+        self.assertNotIn(forge(), aimwatch._check_in_names(self.paths))
         self.assertNotEqual(watcher.table.runs["a"].idx, 99)
         self.assertIn("aims_own", watcher.table.runs)
         self.as_user(self.ANN, put(aimwatch.check_in_name("a", 98, "failed", 1.0, 0)))
