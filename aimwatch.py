@@ -8630,20 +8630,20 @@ class Groups:
         """Ask the logs again who is who: runs go, and others are resumed."""
         self._members = {}
 
-    def members(self, group: str, runs: Dict[str, WatchedRun]) -> Dict[int, WatchedRun]:
-        """Return by rank the runs of a group that have not finished, the newest of each rank."""
-        found = {}
+    def by_group(self, runs: Dict[str, WatchedRun]) -> Dict[str, Dict[int, WatchedRun]]:
+        """Return by group and rank the runs that have not finished, the newest of each rank."""
+        found: Dict[str, Dict[int, WatchedRun]] = collections.defaultdict(dict)
         for watched in sorted(runs.values(), key=lambda watched: watched.since_s):
             member = self.member(watched.hash) if watched.state != FINISHED else None
-            if member is not None and member.group == group:
-                found[member.rank] = watched
-        return dict(sorted(found.items()))
+            if member is not None:
+                found[member.group][member.rank] = watched
+        return {group: dict(sorted(members.items())) for group, members in found.items()}
 
     def whole(self, some: Set[str], runs: Dict[str, WatchedRun]) -> Set[str]:
         """Return some runs and all that are in a group with one of them."""
         groups = {member.group for member in map(self.member, some) if member is not None}
-        more = [watched.hash for group in groups for watched in self.members(group, runs).values()]
-        return some.union(more)
+        members = self.by_group(runs) if groups else {}
+        return some.union(watched.hash for group in groups for watched in members.get(group, {}).values())
 
     def gather(self, changes: Sequence[Change], runs: Dict[str, WatchedRun], now_s: float) -> List[Change]:
         """Return what is to be alerted now: of the changes of ranks, one for each group when all that take
@@ -8654,21 +8654,24 @@ class Groups:
         for change in changes:
             if change.kind in (STARTED, RECOVERED):  # another process may have gone on with it
                 self._members.pop(change.run.hash, None)
+        of_ranks = self._waiting or any(self.member(change.run.hash) for change in changes)
+        groups = self.by_group(runs) if of_ranks else {}
+        for change in changes:
             member = self.member(change.run.hash)
             if member is None:
                 alerted.append(change)
                 continue
-            key = member.group, change.kind
+            key, members = (member.group, change.kind), groups.get(member.group, {})
             if change.kind in (STALLED, FAILED) and not change.suffix:
                 self._waiting.setdefault(key, (now_s, []))[1].append(
                     self._taking_part(change.run, change.note)
                 )
-            elif key not in spoken and self._speaks(change, member, runs):
+            elif key not in spoken and self._speaks(change, member, members):
                 spoken.add(key)
-                visible = self.members(member.group, runs).get(0, change.run).hash
+                visible = members.get(0, change.run).hash
                 alerted.append(change._replace(visible=visible, rank=member.rank))
         for (group, kind), (since_s, parts) in list(self._waiting.items()):
-            members = self.members(group, runs)
+            members = groups.get(group, {})
             running = [watched for watched in members.values() if watched.state == RUNNING]
             hang = [watched for watched in running if os.path.exists(self.paths.stack(watched.hash))]
             if now_s - since_s < self._wait_s and (kind == FAILED or len(hang) < len(running)) and running:
@@ -8696,13 +8699,13 @@ class Groups:
         reason, time_s = printable(str(end.get("reason") or note)), float(end.get("time") or 0.0)
         return member._replace(reason=reason, time_s=time_s)
 
-    def _speaks(self, change: Change, member: Member, runs: Dict[str, WatchedRun]) -> bool:
+    def _speaks(self, change: Change, member: Member, members: Dict[int, WatchedRun]) -> bool:
         """Return whether a change of a rank is alerted that is neither a new stall nor a new failure."""
         if change.kind == RECOVERED and change.old_state == STALLED:
             waiting = self._waiting.get((member.group, STALLED), (0.0, []))[1]
             if any(part.run_hash == change.run.hash for part in waiting):
                 return False  # that it had stalled was not alerted either
-            return all(watched.state != STALLED for watched in self.members(member.group, runs).values())
+            return all(watched.state != STALLED for watched in members.values())
         return member.rank == 0 or change.kind not in (STARTED, FINISHED)
 
     def _roll_call(self, change: Change, parts: Sequence[Member], members: Dict[int, WatchedRun]) -> Change:
