@@ -9962,7 +9962,10 @@ def program_end(status: int, error: int, oom_kills: Optional[int]) -> Tuple[int,
     if error:
         return 127 if error in (errno.ENOENT, errno.ENOTDIR) else 126, f"cannot start: {os.strerror(error)}"
     if os.WIFSIGNALED(status):
-        code, reason = 128 + os.WTERMSIG(status), f"was killed by {signal.Signals(os.WTERMSIG(status)).name}"
+        number = os.WTERMSIG(status)
+        # Of the real-time signals only the first and the last have a name.
+        name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
+        code, reason = 128 + number, f"was killed by {name}"
     else:
         code = os.WEXITSTATUS(status)
         reason = f"exited with status {code}" if code else ""

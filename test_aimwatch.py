@@ -13205,6 +13205,7 @@ class RunsWithoutCode(ExecCase):
             (killed, 0, 1, (137, "was killed by SIGKILL" + group)),
             (137 << 8, 0, 1, (137, "exited with status 137" + group)),
             (signal.SIGSEGV | 0x80, 0, None, (139, "was killed by SIGSEGV")),
+            (40, 0, None, (168, "was killed by signal 40")),
             (127 << 8, errno.ENOTDIR, 0, (127, "cannot start: Not a directory")),
         ):
             with self.subTest(status=status, error=error, kills=kills):
