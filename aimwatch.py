@@ -6738,7 +6738,7 @@ def message_for_batch(template: Optional[str], batch: Sequence[Facts], limit: in
         whole = [
             _about(group, limit, frames)
             if len(group) > 1
-            else _less_last_line(message_for(template, group[0]))
+            else re.sub("\nlook further: .*$", "", message_for(template, group[0]))
             for group in groups
         ]
         text = "\n\n".join([*head, *whole, last])
@@ -6804,11 +6804,6 @@ def _about(group: Sequence[Facts], limit: int, with_frames: bool) -> str:
         heading = "where they hang" if group[0].get("event") == STALLED else "where they failed"
         lines.append(f"{heading}, innermost last:\n{frames.pop()}")
     return "\n".join(lines)
-
-
-def _less_last_line(message: str) -> str:
-    """Return a message without the line that says which command shows more."""
-    return message.rpartition("\nlook further: ")[0] or message
 
 
 def _batch_line(group: Sequence[Facts], limit: int) -> str:
@@ -7443,6 +7438,11 @@ class Event(NamedTuple):
     not_for: Sequence[str] = ()
 
 
+def trouble(event_id: str, repo: str, reason: str, **more: str) -> Event:
+    """Return an event about the watch itself."""
+    return Event(event_id, TROUBLE, {"event": TROUBLE, "run.reason": reason, "repo": repo, **more})
+
+
 class OutboxState:
     """What the lines of an outbox say. Safe for use by several threads, and no thread waits for a disk
     while it holds the lock."""
@@ -7946,21 +7946,22 @@ class Dispatcher:
     def notify_of_broken(self) -> None:
         """Notify the others, once, of every notifier that does not work, and when it works again."""
         usable = {item.id for item in self._notifiers.values() if not item.problem}
-        broken = {f"{BROKEN}-{one}-{since:.3f}" for one, (_, since) in self._outbox.broken().items()}
-        for event_id in self._outages.keys() - broken:
-            item = self._notifiers.get(self._outages.pop(event_id))
-            if item is not None:
-                facts = {"event": TROUBLE, "repo": self._paths.root, "look": "notifiers list"}
-                facts["run.reason"] = f"notifier {item.type} {item.shown_as} works again"
-                self.notify([Event(event_id + MENDED, TROUBLE, facts)], but=item.id)
-        for notifier_id, (reason, since) in self._outbox.broken().items():
-            event_id, item = f"{BROKEN}-{notifier_id}-{since:.3f}", self._notifiers.get(notifier_id)
-            if item is not None and usable - {notifier_id} and not self._outbox.knows(event_id):
-                what = f"notifier {item.type} {item.shown_as} does not work: {reason}"
-                facts = {"event": TROUBLE, "repo": self._paths.root, "look": "notifiers list"}
-                facts["run.reason"] = printable(f"{what}; what waits for it is kept until it is mended")
-                self._outages[event_id] = notifier_id
-                self.notify([Event(event_id, TROUBLE, facts)], but=notifier_id)
+        broken = {
+            f"{BROKEN}-{one}-{since:.3f}": (one, why) for one, (why, since) in self._outbox.broken().items()
+        }
+        for event_id in self._outages.keys() - broken.keys():
+            self._notify_of(event_id + MENDED, self._outages.pop(event_id), "works again")
+        for event_id, (one, why) in broken.items():
+            if one in self._notifiers and usable - {one} and not self._outbox.knows(event_id):
+                self._outages[event_id] = one
+                kept = "what waits for it is kept until it is mended"
+                self._notify_of(event_id, one, f"does not work: {why}; {kept}")
+
+    def _notify_of(self, event_id: str, notifier_id: str, what: str) -> None:
+        item = self._notifiers.get(notifier_id)
+        if item is not None:
+            reason = printable(f"notifier {item.type} {item.shown_as} {what}")
+            self.notify([trouble(event_id, self._paths.root, reason, look="notifiers list")], but=item.id)
 
     def drain(self, limit_s: float) -> bool:
         """Wait until everything was sent or tried once, at most `limit_s` seconds; True if so."""
@@ -9288,23 +9289,22 @@ class Watcher:
             self._events = []
 
     def _event(self, change: Change, in_full: bool) -> Event:
-        run = change.visible or change.run.hash
-        not_for = self.dispatcher.not_for(run, change.run.state) if in_full else ()
-        return Event(change.id, change.kind, self._facts(change, in_full), not_for)
-
-    def _facts(self, change: Change, in_full: bool) -> Facts:
+        run, not_for = change.visible or change.run.hash, []
         try:
-            return self._dated(change_facts(self.paths, change, in_full))
+            facts = change_facts(self.paths, change, in_full)
+            if in_full:
+                not_for = self.dispatcher.not_for(run, change.run.state)
         except Exception as error:  # whatever the run wrote, that it failed must be alerted
             log.error("run %s: %s: its alert says little", change.run.hash, type(error).__name__)
-            return self._dated({"event": change.kind, **short_facts(self.paths, change.run.hash)})
+            facts = {"event": change.kind, **short_facts(self.paths, change.run.hash)}
+        return Event(change.id, change.kind, self._dated(facts), not_for)
 
     def _dated(self, facts: Facts) -> Facts:
         return {**facts, "time": iso_time(self._utc(), "seconds")}
 
     def _alert_trouble(self, what: str, reason: str) -> None:
-        facts = {"event": TROUBLE, "run.reason": reason, "repo": self.paths.root}
-        self.dispatcher.notify([Event(f"{what}-{self._utc():.2f}", TROUBLE, self._dated(facts))])
+        event = trouble(f"{what}-{self._utc():.2f}", self.paths.root, reason)
+        self.dispatcher.notify([event._replace(facts=self._dated(event.facts))])
 
     def _note_blind(self, error: OSError) -> None:
         now, self.trouble = self._clock(), error.strerror or type(error).__name__
@@ -9602,10 +9602,10 @@ class SightAlarm(threading.Thread):
             self._alert(f"cannot be read for {human_s(HOLD_S)} ({why}): no run in it is watched until it can")
 
     def _alert(self, what: str) -> None:
-        reason = f"the repository {self._watcher.paths.root} {what}"
+        root = self._watcher.paths.root
+        reason = f"the repository {root} {what}"
         log.error("%s", reason)
-        facts = {"event": TROUBLE, "run.reason": reason, "repo": self._watcher.paths.root}
-        self._watcher.dispatcher.alarm(Event(f"sight-{time.time():.2f}", TROUBLE, facts))
+        self._watcher.dispatcher.alarm(trouble(f"sight-{time.time():.2f}", root, reason))
 
 
 class Pinger(threading.Thread):

@@ -10214,7 +10214,7 @@ class TestWatcherRestarted(WatchCase):
     def test_watcher_that_is_killed_anywhere_goes_on_with_what_it_alerted(self) -> None:
         """The run goes on before the next watcher comes, which must neither repeat nor miss anything."""
         for owner, name in (
-            (aimwatch.Watcher, "_facts"), (aimwatch, "replace_file"), (aimwatch.Outbox, "add"),
+            (aimwatch, "change_facts"), (aimwatch, "replace_file"), (aimwatch.Outbox, "add"),
             (aimwatch.Dispatcher, "notify_of_broken"),
         ):  # fmt: skip
             for after in (False, True):
@@ -10228,7 +10228,9 @@ class TestWatcherRestarted(WatchCase):
                     self.stop(self.watch())
                     mine = [kind for item, kind in self.told() if item == run]
                     heard = (
-                        [] if name == "_facts" or (name, after) == ("replace_file", False) else ["stalled"]
+                        []
+                        if name == "change_facts" or (name, after) == ("replace_file", False)
+                        else ["stalled"]
                     )
                     self.assertEqual(mine, heard + ["recovered"] * len(heard))
 
