@@ -9088,9 +9088,7 @@ class Watcher:
         if first:
             changes = []  # what was there before is no news
             self._find_ended(self.table.to_look_at(math.inf), now_s, by_log_alone=True)
-        if self.looking.accuses:
-            if self.table.is_overdue(now_s):
-                changes += self._look_again(now_s)
+        if self.looking.accuses and (not self.table.is_overdue(now_s) or self._look_again(now_s, changes)):
             changes += self._find_dead(now_s)
             changes += self.table.overdue(now_s)
             if self._remind_every_s:
@@ -9139,13 +9137,13 @@ class Watcher:
     def _id(self) -> Tuple[Any, ...]:
         return this_host(), boot_id(), os.getpid(), round(self._started_utc, 3)
 
-    def _look_again(self, now_s: float) -> List[Change]:
-        """List once more, and not from a cache, before anybody is accused."""
+    def _look_again(self, now_s: float, changes: List[Change]) -> bool:
+        """List once more, and not from a cache, before anybody is accused; False where it fails."""
         freshen(self.paths.check_ins)
-        try:
-            return self.table.take(self._list(), now_s, self._utc())
-        except OSError:
-            return []
+        with contextlib.suppress(OSError):
+            changes += self.table.take(self._list(), now_s, self._utc())
+            return True
+        return False
 
     def _list(self) -> List[str]:
         """Return the names in check_ins, less those that are forged; of a folder with very many, the newest
@@ -9428,11 +9426,6 @@ class Watcher:
                     os.pwrite(fd, (b"%-*.3f" % (width, self._utc()))[:width], match.start(1))
             finally:
                 os.close(fd)
-
-    @property
-    def is_blind(self) -> bool:
-        """True while the repository cannot be read."""
-        return self._blind_since is not None
 
     def run(self, stop: StopSignal, after_poll: Callable[[], None] = lambda: None) -> None:
         """Poll until `stop` is set."""
@@ -11676,7 +11669,7 @@ def _watch(
     def after_poll() -> None:
         start_threads()
         sd_notify("WATCHDOG=1")
-        if pinger is not None and not watcher.is_blind:
+        if pinger is not None and not watcher.trouble:
             pinger.healthy()
         _write_metrics(site, args.metrics_file)
         if sys.stderr.isatty():
@@ -11802,10 +11795,10 @@ def _take_watch(paths: RepoPaths, args: Any, stop: StopSignal) -> Optional[Watch
 
 def _one_pass(watcher: Watcher, stop: StopSignal, pinger: Optional[Pinger]) -> int:
     watcher.poll()
-    while watcher.table.suspects() and not (watcher.is_blind or stop.is_set):
+    while watcher.table.suspects() and not (watcher.trouble or stop.is_set):
         stop.wait(watcher.poll_interval_s)  # the next pass may come in an hour
         watcher.poll()
-    if pinger is not None and not watcher.is_blind:
+    if pinger is not None and not watcher.trouble:
         pinger.ping()
     deadline = time.monotonic() + ATTEMPT_S + 1
     while not stop.is_set and time.monotonic() < deadline and not watcher.dispatcher.drain(0.1):
@@ -11814,7 +11807,7 @@ def _one_pass(watcher: Watcher, stop: StopSignal, pinger: Optional[Pinger]) -> i
     watcher.close()
     with contextlib.suppress(AimwatchError, OSError, *sqlite_error()):
         Reindexer(watcher.paths).run_all(wait_s=1.0)  # so that `runs`, too, knows what has died
-    return 1 if watcher.is_blind or counts[STALLED] or counts[FAILED] else 0
+    return 1 if watcher.trouble or counts[STALLED] or counts[FAILED] else 0
 
 
 def _offer_notifier(paths: RepoPaths, args: Any) -> None:

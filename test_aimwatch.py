@@ -11447,6 +11447,23 @@ class TestTwoMachines(WatcherProcessCase):
         self.assertEqual(self.told(), [("dead", "stalled")])
         self.assertEqual(len(self.check_ins()), 2)  # nothing was made in the folder
 
+    def test_nobody_is_accused_by_a_cached_listing_of_a_share_that_is_away(self) -> None:
+        self.check_in("a", 1, expect=1)
+        watcher = self.watch(grace_s=2)
+        real, calls = aimwatch.list_bounded, itertools.count()
+
+        def cached_once(folder: str, most: int) -> Tuple[List[str], bool]:
+            if next(calls) % 2:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(folder, most)
+
+        self.look(watcher, 2)
+        with mock.patch.object(aimwatch, "list_bounded", cached_once):
+            self.look(watcher, 5)
+        self.assertEqual((self.told(), next(calls)), ([], 10))
+        self.look(watcher, 1)
+        self.assertEqual(self.told(), [("a", "stalled")])
+
     def test_watcher_whose_lock_is_not_seen_is_seen_by_what_it_writes(self) -> None:
         first = self.watching()
         self.without_shared_locks()
@@ -11783,7 +11800,7 @@ class TestClosedDoors(WatchCase):
                 self.plant(folder)
                 before = self.content()
                 self.look(watcher, 70)
-                self.assertEqual(watcher.is_blind, folder in (self.paths.check_ins, self.paths.aim))
+                self.assertEqual(bool(watcher.trouble), folder in (self.paths.check_ins, self.paths.aim))
                 self.stop(watcher)
                 refusal = (
                     f"cannot use {folder}: it is a symbolic link that belongs to user {another}: remove it"
@@ -11812,7 +11829,7 @@ class TestClosedDoors(WatchCase):
                 self.plant(self.paths.check_ins)
                 with self.belonging_to(uid):
                     watcher = self.watch()
-                    self.assertFalse(watcher.is_blind)
+                    self.assertFalse(watcher.trouble)
                     self.stop(watcher)
                 os.unlink(self.paths.check_ins)
                 os.mkdir(self.paths.check_ins)
