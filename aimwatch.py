@@ -10480,32 +10480,38 @@ def run_link(row: Dict[str, Any], text: str = "", top: str = "") -> Html:
     return html('<a href="{}run/{}/">{}</a>', top, row["hash"], text or row["name"] or row["hash"][:8])
 
 
+#: Of each kind, how much is kept to answer faster; of live runs all that a cluster may have.
+_MOST_KEPT = {"page": 100, "runs": 10, "row": 20_000, "facts": 20_000, "kinds": 1, "outbox": 1}
+
+
 class Site:
     """Answers what is asked about a repository in a URL. It knows nothing of sockets."""
 
     def __init__(self, paths: RepoPaths, utc: Callable[[], float] = time.time) -> None:
         self.paths, self._utc, self._lock = paths, utc, threading.Lock()
-        #: What was made, with the stamp of that from which it was, the oldest first.
-        self._kept: Dict[Any, Tuple[Any, Any]] = {}
+        #: By kind, what was made, with the stamp of that from which it was, the oldest first.
+        self._kept: Dict[str, Dict[str, Tuple[Any, Any]]] = {kind: {} for kind in _MOST_KEPT}
         self._followers: Dict[str, LogFollower] = {}
         self._seen_at = SeenAt(paths)
 
-    def _keep(self, key: Any, stamp: Any, make: Callable[[], Any]) -> Any:
+    def _keep(self, kind: str, key: str, stamp: Any, make: Callable[[], Any]) -> Any:
         """Return what `make` returns, or returned when the stamp was the same."""
-        known, value = self._kept.get(key, (self, None))
+        kept = self._kept[kind]
+        known, value = kept.get(key, (self, None))
         if known != stamp:
             value = make()
             with self._lock:
-                self._kept.pop(key, None)
-                self._kept[key] = (stamp, value)
-                while len(self._kept) > 300:
-                    del self._kept[next(iter(self._kept))]
+                kept.pop(key, None)
+                kept[key] = (stamp, value)
+                while len(kept) > _MOST_KEPT[kind]:
+                    del kept[next(iter(kept))]
         return value
 
     def forget(self) -> None:
         """Drop what is kept to answer faster."""
         with self._lock:
-            self._kept.clear()
+            for kept in self._kept.values():
+                kept.clear()
             self._followers.clear()
         _give_memory_back()
 
@@ -10532,7 +10538,7 @@ class Site:
 
             # Every 5 s a page says anew how long ago things were.
             stamp.append(int(self._utc()) // 5)
-            text = self._keep((path, query), stamp, body) if kind == "text/html" else body()
+            text = self._keep("page", f"{path}?{query}", stamp, body) if kind == "text/html" else body()
             return Reply(200, text, kind, (), etag)
         except (AimwatchError, OSError) as error:
             status = {NotThere: 404, QueryError: 400}.get(type(error), 503)
@@ -10563,7 +10569,7 @@ class Site:
                 raise RepoError(f"cannot read {trouble or path}")
             return {**run_row(state, size), "skipped": state.skipped}
 
-        return self._keep(path, stamp, make)  # type: ignore[no-any-return]
+        return self._keep("row", run_hash, stamp, make)  # type: ignore[no-any-return]
 
     def follower(self, run_hash: str) -> LogFollower:
         """Return the points and messages of a run. Raises OSError."""
@@ -10575,21 +10581,14 @@ class Site:
         return found.read()
 
     def live_rows(self) -> List[Dict[str, Any]]:
-        """Return what `status` shows of runs that have not finished, with what their logs say besides."""
+        """Return what `status` shows of runs that have not finished."""
 
         def facts_of(paths: RepoPaths, run_hash: str) -> Facts:
             stamp = file_stamp(paths.run_log(run_hash))
-            return self._keep(("facts", run_hash), stamp, lambda: run_facts(paths, run_hash))  # type: ignore[no-any-return]
+            return self._keep("facts", run_hash, stamp, lambda: run_facts(paths, run_hash))  # type: ignore[no-any-return]
 
         rows = status_rows(self.paths, read_watcher_file(self.paths), facts_of)
-        rows = [row for row in rows if row["state"] != FINISHED]
-        for row in rows:
-            with contextlib.suppress(AimwatchError, OSError):
-                of_log = self.row(row["hash"])
-                row["metrics"] = of_log["metrics"]
-                if of_log["state"] != RUNNING and row["state"] != FAILED:  # who indexes saw it end
-                    row.update(state=of_log["state"], reason=of_log["reason"])
-        return rows
+        return [row for row in rows if row["state"] != FINISHED]
 
     def watcher(self) -> Tuple[bool, str, float]:
         """Return whether a watcher is alive, the same in words, and when it last looked, 0 for never."""
@@ -10601,20 +10600,20 @@ class Site:
 
     def outbox(self) -> OutboxState:
         """Return what was to be sent, and what was."""
-        return self._keep("outbox", file_stamp(self.paths.outbox), lambda: _outbox_state(self.paths))  # type: ignore[no-any-return]
+        return self._keep("outbox", "", file_stamp(self.paths.outbox), lambda: _outbox_state(self.paths))  # type: ignore[no-any-return]
 
     def _indexed(self, q: str) -> List[Dict[str, Any]]:
         stamp = file_stamp(self.paths.index) or self._utc()
-        return self._keep(("runs", q), stamp, lambda: Repo(self.paths.root).query_runs(q).found)  # type: ignore[no-any-return]
+        return self._keep("runs", q, stamp, lambda: Repo(self.paths.root).query_runs(q).found)  # type: ignore[no-any-return]
 
     def _pending(self, q: str) -> Dict[str, Optional[Dict[str, Any]]]:
         """Return the rows of the runs whose logs say more than the index, None where a query is not true."""
-        found: Dict[str, Optional[Dict[str, Any]]] = {}
+        rows = []
         for run_hash in names_in(self.paths.pending, RUN_HASH.pattern):
             with contextlib.suppress(AimwatchError, OSError):
-                found[run_hash] = next(
-                    (row for row, _ in compile_query(q).matches([self.row(run_hash)])), None
-                )
+                rows.append(self.row(run_hash))
+        found: Dict[str, Optional[Dict[str, Any]]] = {row["hash"]: None for row in rows}
+        found.update((row["hash"], row) for row, _ in compile_query(q).matches(rows))
         return found
 
     def runs(self, q: str) -> List[Dict[str, Any]]:
@@ -10634,7 +10633,7 @@ class Site:
         """Return how many runs there are by (state, experiment)."""
         indexed = self._indexed("")
         stamp = file_stamp(self.paths.index) or self._utc()
-        kinds = dict(self._keep("kinds", stamp, lambda: {row["hash"]: _kind(row) for row in indexed}))
+        kinds = dict(self._keep("kinds", "", stamp, lambda: {row["hash"]: _kind(row) for row in indexed}))
         kinds.update((run_hash, _kind(row)) for run_hash, row in self._pending("").items() if row)
         for row in live:  # knows who stalled, and Aim's runs
             kinds[row["hash"]] = row["state"], kinds.get(row["hash"], ("", ""))[1]
@@ -10674,10 +10673,11 @@ class Site:
             run += [html(more, row["hash"], len(ranks), ranks)] if ranks else []
             promise = human_s(row["promise_s"]) if row["promise_s"] else "none"
             progress, job = each("<small>{}</small>", [(row["progress"],), (row["job"],)])
-            newest = sorted(row.get("metrics", ()), key=lambda metric: -metric["last_time"])[:3]
-            lasts = [
-                (item["name"], shown(item["context"], "context"), f"{item['last']:.5g}") for item in newest
-            ]
+            lasts = []
+            with contextlib.suppress(AimwatchError, OSError):
+                newest = sorted(self.row(row["hash"])["metrics"], key=lambda metric: -metric["last_time"])
+                for item in newest[:3]:
+                    lasts.append((item["name"], shown(item["context"], "context"), shown(item["last"], "")))
             metrics = each("<div>{} {} <b>{}</b></div>", lasts)
             ack = f"acknowledged by {row['acknowledged_by']}" if row["acknowledged_by"] else ""
             why = "; ".join(filter(None, [ack, "muted" if row["muted_until"] else "", row["reason"]]))

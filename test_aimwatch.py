@@ -12247,8 +12247,7 @@ class Pages(StoredCase):
         row = {"hash": "r1", "name": "r1", "experiment": "e", "state": "stalled", "last_check_in": self.now - 90, "promise_s": 60,
                "host": "h", "pid": "1", "job": "slurm 7", "reason": "silent", "muted_until": None, "watched": True,
                "group": None, "rank": 0, "world": 2, "acknowledged_by": None, "progress": None}  # fmt: skip
-        rows = [{**row, "group": "g", "acknowledged_by": "ann", "progress": "45 %"}, {**row, "hash": "r2", "group": "g", "state": "running"},
-                {**row, "hash": "dead", "state": "running", "watched": False}]  # fmt: skip
+        rows = [{**row, "group": "g", "acknowledged_by": "ann", "progress": "45 %"}, {**row, "hash": "r2", "group": "g", "state": "running"}]  # fmt: skip
         aimwatch.Repo(self.root).reindex()
         with mock.patch.object(aimwatch, "status_rows", return_value=rows):
             text = self.get("", "columns=hash,state")
@@ -12261,7 +12260,8 @@ class Pages(StoredCase):
             "state stalled",
         ):
             self.assertIn(what, text)
-        self.assertIn('state failed">\u2716 failed</span></td><td data-name="run"><a href="run/dead/">', text)
+        dead = 'state failed">\u2716 failed</span></td><td data-name="run"><a href="run/dead/">'
+        self.assertIn(dead, self.get(""))
 
     def test_what_was_notified_stands_on_the_page_of_the_run(self) -> None:
         self.configure(mine={"type": "logger"})
