@@ -6734,9 +6734,9 @@ def message_for_batch(template: Optional[str], batch: Sequence[Facts], limit: in
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     head = [f"{plural(len(batch), 'event')}{_shared(batch)}: {counts}"] if len(groups) > 1 else []
     last = shorten(look_further({"repo": batch[0].get("repo", "")}), limit // 4, "...")
-    for frames in (True, False) if len(groups) <= FULL_EVENTS else ():
+    if len(groups) <= FULL_EVENTS:
         whole = [
-            _about(group, limit, frames)
+            _about(group, limit)
             if len(group) > 1
             else re.sub("\nlook further: .*$", "", message_for(template, group[0]))
             for group in groups
@@ -6796,11 +6796,11 @@ def _names(group: Sequence[Facts], most: int) -> str:
     return ", ".join(names) + (f" and {left} more" if left else "")
 
 
-def _about(group: Sequence[Facts], limit: int, with_frames: bool) -> str:
+def _about(group: Sequence[Facts], limit: int) -> str:
     """Return all that there is to say of several events of one cause."""
     lines = [shorten(_group_line(group), limit // 4, " ..."), _names(group, limit // 3)]
     frames = {facts.get("run.frames", "") for facts in group}
-    if with_frames and len(frames) == 1 and "" not in frames:
+    if len(frames) == 1 and "" not in frames:
         heading = "where they hang" if group[0].get("event") == STALLED else "where they failed"
         lines.append(f"{heading}, innermost last:\n{frames.pop()}")
     return "\n".join(lines)
@@ -8315,15 +8315,13 @@ class RunTable:
         self._missing.pop(run, None)
 
     def is_overdue(self, now_s: float) -> bool:
-        """True where `overdue` would find a run."""
-        return now_s >= self._next_s and any(
-            self.deadline_s(watched) <= now_s for watched in self.runs.values()
-        )
+        """True where `overdue` may find a run."""
+        return now_s >= self._next_s
 
     def overdue(self, now_s: float) -> List[Change]:
         """Return the runs whose silence became too long by `now_s`; they are stalled now."""
         changes: List[Change] = []
-        if now_s < self._next_s:
+        if not self.is_overdue(now_s):
             return changes
         for watched in self.runs.values():
             if self.deadline_s(watched) <= now_s:
