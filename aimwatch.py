@@ -569,20 +569,23 @@ def start_quiet_thread(run: Callable[..., None], *args: Any) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def find_by_prefix(prefix: str, names: Iterable[str], what: str, way_out: str) -> str:
+def find_by_prefix(
+    prefix: str, names: Iterable[str], what: str, way_out: str, also: Iterable[str] = ()
+) -> str:
     """Return the name that is `prefix`, or the only one that starts with it.
 
     Arguments:
         what: what has such names, such as "run".
         way_out: what the message goes on with where there is none, such as " here: 'x list' lists them".
+        also: names that are meant as well.
 
     Raises AimwatchError for none or several.
     """
     names = list(names)
     # Everything starts with "", which is what a script gives whose variable is not set.
-    found = [prefix] if prefix in names else [name for name in names if prefix and name.startswith(prefix)]
-    if len(found) == 1:
-        return found[0]
+    found = {name for name in names if prefix and name.startswith(prefix)}.union(also)
+    if prefix in names or len(found) == 1:
+        return prefix if prefix in names else found.pop()
     shown = printable(repr(prefix), 80)
     if not found:
         raise AimwatchError(f"no {what} {shown}{way_out}")
@@ -4714,6 +4717,11 @@ def list_runs(paths: RepoPaths) -> List[str]:
     return [name[: -len(".jsonl")] for name in names_in(paths.runs, rf"{RUN_HASH.pattern}\.jsonl")]
 
 
+def list_pending(paths: RepoPaths) -> List[str]:
+    """Return the hashes that have a marker."""
+    return names_in(paths.pending, RUN_HASH.pattern)
+
+
 def log_size(path: str) -> int:
     """Return the size of a run's log, from the opened file: a network file system may answer `stat` from a
     cache. Raises OSError."""
@@ -4767,10 +4775,6 @@ class Reindexer:
         #: Listed when the first run is met that may have died.
         self._check_ins: Optional[Dict[str, CheckIn]] = None
 
-    def pending(self) -> List[str]:
-        """Return the hashes that have a marker."""
-        return names_in(self.paths.pending, RUN_HASH.pattern)
-
     def run_all(
         self, rebuild: bool = False, wait_s: float = 10.0, progress: OnProgress = _in_silence
     ) -> List[str]:
@@ -4784,7 +4788,7 @@ class Reindexer:
         while renewals != self.index.renewals:  # all runs are pending again
             renewals = self.index.renewals
             self.problems.clear()
-            self.run(self.pending(), wait_s=wait_s, progress=progress)
+            self.run(list_pending(self.paths), wait_s=wait_s, progress=progress)
         return list(dict.fromkeys(self.problems))
 
     def run(
@@ -4902,7 +4906,7 @@ class Reindexer:
         thinks alive though they have no marker: an older index was put back, a log was brought here, or a
         cache of the file system showed an old size when the run was indexed."""
         # In this order, a run that comes or ends meanwhile is marked once too often at most.
-        logs, pending = log_sizes(self.paths), set(self.pending())
+        logs, pending = log_sizes(self.paths), set(list_pending(self.paths))
         with contextlib.suppress(*sqlite_error(), OSError, IndexUnusable):
             with contextlib.closing(open_index(self.paths.index, read_only=True)) as db:
                 known = {row[0]: row[1:] for row in db.execute("SELECT hash, log_size, active FROM runs")}
@@ -4927,7 +4931,7 @@ class Reindexer:
         probe = _monotonic() >= self._probe_mono
         if probe:
             self._probe_mono = _monotonic() + PROBE_S
-        for run_hash in self.pending():
+        for run_hash in list_pending(self.paths):
             try:
                 size = os.lstat(self.paths.run_log(run_hash)).st_size
             except OSError:
@@ -5783,19 +5787,12 @@ class Repo:
         Raises AimwatchError for none or several.
         """
         hashes = set(list_runs(self._paths)).union(others)
-        if text in hashes:
-            return text
-        named = (
-            self.query_runs(f"run.archived in (True, False) and run.name == {text!r}").found if text else []
-        )
-        if not named:
-            return find_by_prefix(text, hashes, "run", f" in {self.path}: '{command_line()} runs' lists them")
-        also = [run_hash for run_hash in hashes if run_hash.startswith(text)]
-        found = {row["hash"] for row in named}.union(also)
-        if len(found) > 1:
-            some = ", ".join(sorted(found)[:5]) + (", ..." if len(found) > 5 else "")
-            raise AimwatchError(f"several runs are called {printable(repr(text), 80)}: give the hash: {some}")
-        return found.pop()
+        named: List[str] = []
+        if text and text not in hashes:
+            query = f"run.archived in (True, False) and run.name == {text!r}"
+            named = [row["hash"] for row in self.query_runs(query).found]
+        way_out = f" in {self.path}: '{command_line()} runs' lists them"
+        return find_by_prefix(text, hashes, "run", way_out, named)
 
     def list_all_runs(self) -> List[str]:
         """Return the hashes of all runs, as in Aim."""
@@ -6020,7 +6017,7 @@ class Repo:
     def _lacking(self, index: Optional[sqlite3.Connection]) -> Tuple[Dict[str, int], Set[str]]:
         """Return the runs that the index lacks or knows too little of, with the size of their
         logs, and the runs that have a marker and no log: they were deleted."""
-        hashes = list_runs(self._paths) if index is None else Reindexer(self._paths).pending()
+        hashes = list_runs(self._paths) if index is None else list_pending(self._paths)
         sizes: Dict[str, int] = {}
         hidden = set()
         for run_hash in hashes:
@@ -10607,7 +10604,7 @@ class Site:
     def _pending(self, q: str) -> Dict[str, Optional[Dict[str, Any]]]:
         """Return the rows of the runs whose logs say more than the index, None where a query is not true."""
         rows = []
-        for run_hash in names_in(self.paths.pending, RUN_HASH.pattern):
+        for run_hash in list_pending(self.paths):
             with contextlib.suppress(AimwatchError, OSError):
                 rows.append(self.row(run_hash))
         found: Dict[str, Optional[Dict[str, Any]]] = {row["hash"]: None for row in rows}
@@ -10866,7 +10863,7 @@ class Site:
             (metric_labels(notifier=item.id[:8], type=item.type), problem, waiting)
             for item, problem, _, waiting in notifier_states(self.paths, self.outbox())[:50]
         ]
-        logs = map(self.paths.run_log, names_in(self.paths.pending, RUN_HASH.pattern))
+        logs = map(self.paths.run_log, list_pending(self.paths))
         index_ns, *log_ns = [(file_stamp(path) or [0])[-1] for path in (self.paths.index, *logs)]
         families: Dict[str, Dict[str, float]] = {
             "runs": runs,

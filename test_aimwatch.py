@@ -5151,7 +5151,9 @@ class IndexFile(StoredCase):
             self.die(f"d{n:02}", f"run['n'] = {n}")
         for at in (1, 4, 9, 15):
             reindexer = aimwatch.Reindexer(self.paths)
-            self.killed_at("index_run", at, lambda r=reindexer: r.run(r.pending(), batch_s=0.0))  # type: ignore[misc]
+            self.killed_at(
+                "index_run", at, lambda r=reindexer: r.run(aimwatch.list_pending(r.paths), batch_s=0.0)
+            )  # type: ignore[misc]
             self.assertEqual(len(aimwatch.Repo(self.root).query_runs("run.n >= 0")), 30)
         self.assertEqual(self.reindexed(), self.rebuilt())
         self.assertEqual(self.pending(), [])
@@ -6169,7 +6171,7 @@ class RunCommands(StoredCase):
         for given in ("trial-4", "0ab"):
             code, out, err = self.run_cli("rm", "--yes", given)
             self.assertEqual((code, out), (1, ""))
-            self.assertIn(f"several runs are called '{given}': give the hash: ", err)
+            self.assertIn(f"run '{given}' is ambiguous: ", err)
         runs = [name[: -len(".jsonl")] for name in os.listdir(self.paths.runs)]
         self.assertEqual(sorted(aimwatch.Repo(self.root).list_all_runs()), sorted(runs))
 
