@@ -10668,17 +10668,11 @@ class Site:
             run += [html(more, row["hash"], len(ranks), ranks)] if ranks else []
             promise = human_s(row["promise_s"]) if row["promise_s"] else "none"
             progress, job = each("<small>{}</small>", [(row["progress"],), (row["job"],)])
-            lasts = []
-            with contextlib.suppress(AimwatchError, OSError):
-                newest = sorted(self.row(row["hash"])["metrics"], key=lambda metric: -metric["last_time"])
-                for item in newest[:3]:
-                    lasts.append((item["name"], shown(item["context"], "context"), shown(item["last"], "")))
-            metrics = each("<div>{} {} <b>{}</b></div>", lasts)
             ack = f"acknowledged by {row['acknowledged_by']}" if row["acknowledged_by"] else ""
             why = "; ".join(filter(None, [ack, "muted" if row["muted_until"] else "", row["reason"]]))
             since = ago(now - row["last_check_in"])
             where = [row["host"], job]
-            rows.append([badge(row["state"]), run, since, [promise, progress], where, metrics, why])
+            rows.append([badge(row["state"]), run, since, [promise, progress], where, row["metrics"], why])
         left = html("<p>and {} more</p>", len(groups) - len(rows)) if len(groups) > len(rows) else ""
         names = ("state", "run", "last check-in", "promise", "where", "last metrics", "reason")
         return html("{}{}", grid(names, rows), left)
@@ -11442,8 +11436,6 @@ Argument = Callable[[Any], Any]
 
 #: Every command by the words that call it, in the order of the help: (what it does, its arguments, epilog).
 _COMMANDS: Dict[str, Tuple[Callable[[Any], int], Sequence[Argument], str]] = {}
-#: What groups of commands are about.
-_GROUPS = {"notifiers": "Say who is notified, and how."}
 
 
 def command(name: str, *arguments: Argument, epilog: str = "") -> Callable[[Callable[[Any], int]], Any]:
@@ -11930,7 +11922,7 @@ def status_object(paths: RepoPaths) -> Dict[str, Any]:
 
 
 #: What `status` says of a run as its log has it.
-_STATUS_FACTS = ("experiment", "host", "pid", "job", "group", "reason", "progress")
+_STATUS_FACTS = ("experiment", "host", "pid", "job", "group", "reason", "progress", "metrics")
 
 
 def lax_modes(paths: RepoPaths) -> str:
@@ -12681,7 +12673,6 @@ def _send_sample(paths: RepoPaths, item: Notifier) -> bool:
         "run.last_seen": iso_time(time.time(), "seconds"),
         "run.promised": human_s(60),
         "run.silent": human_s(160),
-        "run.process": "unknown",
         "run.metrics": "loss=0.25 (step 100)",
     }
     delivered = _deliver_now(item, sample, sys.stdout)
@@ -12899,15 +12890,8 @@ def csv_cell(value: Any, for_terminal: bool = False) -> Any:
     if not isinstance(value, str):
         return "" if value is None else value
     text = printable(value, len(value) * 10) if for_terminal else value
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") and not _is_number(text) else text
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    is_number = re.fullmatch(r"[+-]([0-9.]+(e[+-]?[0-9]+)?|inf|nan)", text, re.IGNORECASE)
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") and not is_number else text
 
 
 def json_cell(value: Any) -> Any:
@@ -13501,7 +13485,7 @@ def build_parser(argv: Optional[Sequence[str]] = None) -> Any:
         do, arguments, epilog = _COMMANDS[name]
         group, _, verb = name.rpartition(" ")
         if group not in groups:
-            groups[group] = add_group(add(groups[""], group, _GROUPS[group]), "sub")
+            groups[group] = add_group(add(groups[""], group, "Say who is notified, and how."), "sub")
         about = (do.__doc__ or "").partition("\n\n")[0].replace("\n    ", " ")
         added = add(groups[group], verb, about, epilog=epilog)
         added.argv = argv or ()

@@ -12218,7 +12218,7 @@ class Pages(StoredCase):
         self.get("")
         with mock.patch.object(aimwatch, "Repo", side_effect=AssertionError("asked again")):
             self.live.track(77, "m")
-            self.assertIn("<b>77</b>", self.get(""))
+            self.assertIn("m=77 (step ", self.get(""))
             self.assertEqual(json.loads(self.get("api/runs", "columns=hash"))[0], {"hash": "live"})
         self.live["n"] = 5
         self.live.report_successful_finish()
@@ -12248,7 +12248,7 @@ class Pages(StoredCase):
         self.get("")  # has the index filled
         row = {"hash": "r1", "name": "r1", "experiment": "e", "state": "stalled", "last_check_in": self.now - 90, "promise_s": 60,
                "host": "h", "pid": "1", "job": "slurm 7", "reason": "silent", "muted_until": None, "watched": True,
-               "group": None, "rank": 0, "world": 2, "acknowledged_by": None, "progress": None}  # fmt: skip
+               "group": None, "rank": 0, "world": 2, "acknowledged_by": None, "progress": None, "metrics": None}  # fmt: skip
         rows = [{**row, "group": "g", "acknowledged_by": "ann", "progress": "45 %"}, {**row, "hash": "r2", "group": "g", "state": "running"}]  # fmt: skip
         aimwatch.Repo(self.root).reindex()
         with mock.patch.object(aimwatch, "status_rows", return_value=rows):
