@@ -1796,7 +1796,7 @@ class InsideFrameworks(ProcessCase):
         state = aimwatch.read_log(self.paths.run_log("r"), "r")
         self.assertIsNone(state.end)
         self.assertEqual(aimwatch.run_facts(self.paths, "r")["run.reason"], "it got SIGTERM")
-        self.assertGreater(aimwatch.finalize_dead(self.paths, state, 0.0), 0)
+        self.assertGreater(aimwatch.finalize_dead(self.paths, state, None), 0)
         self.assertEqual(self.end_of("r")["reason"], "terminated by SIGTERM")
         self.assertIn(" in term: ", self.end_of("r")["frames"][-1])
 
