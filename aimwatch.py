@@ -8517,12 +8517,6 @@ def remove_messages(path: str, size: int) -> None:
             unlink_below(path + TAKEN)
 
 
-def messages_in(data: bytes, level: int) -> List[Dict[str, Any]]:
-    """Return the messages at `level` or above in what a run left."""
-    messages = map(parse_message, data.splitlines(keepends=True))
-    return [item for item in messages if item is not None and item["log"] >= level]
-
-
 def message_line(message: Dict[str, Any], at: str = "") -> str:
     """Return a log message on one line, with its time (`at`: in other words)."""
     names = {number: name for name, number in LOG_LEVELS.items()}
@@ -9247,7 +9241,7 @@ class Watcher:
             names = list_some(self.paths.news, MAX_NAMES)
         except OSError:
             return []
-        wanted = self.dispatcher.wanted(LOG) and not first
+        wanted, level = self.dispatcher.wanted(LOG) and not first, self.dispatcher.log_level
         taken = []
         for run in sorted({name[: -len(TAKEN)] if name.endswith(TAKEN) else name for name in names}):
             if self._clock() >= deadline:
@@ -9258,7 +9252,9 @@ class Watcher:
             try:
                 data = take_messages(path)
                 size = len(data)
-                messages = messages_in(data, self.dispatcher.log_level) if wanted and run not in muted else []
+                lines = data.splitlines(keepends=True) if wanted and run not in muted else ()
+                found = filter(None, map(parse_message, lines))
+                messages = [message for message in found if message["log"] >= level]
                 if messages:
                     event_id = f"{run}-{size}-{messages[-1]['time']:.3f}-{LOG}"
                     if not self.outbox.knows(event_id):
@@ -9383,7 +9379,6 @@ class Watcher:
             "ended": ended,
             "seen_at": round(self._utc(), 3),
             "mono": round(begun, 3),
-            "grace_s": self.table.grace_s,
             "poll_interval_s": self.poll_interval_s,
             "save_interval_s": round(
                 max(self.poll_interval_s, begun - max(self._saved_mono, self._begun_mono)), 3
