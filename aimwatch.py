@@ -9500,7 +9500,7 @@ class SeenAt:
         return self.still_s()
 
     def still_s(self) -> float:
-        """Return for how many seconds it had not changed where it has not since the last look."""
+        """Return how many seconds ago a look saw it change."""
         return time.monotonic() - self._since_mono
 
     def moves(self, wait: Callable[[float], None] = time.sleep) -> bool:
@@ -10470,8 +10470,8 @@ def run_link(row: Dict[str, Any], text: str = "", top: str = "") -> Html:
     return html('<a href="{}run/{}/">{}</a>', top, row["hash"], text or row["name"] or row["hash"][:8])
 
 
-#: Of each kind, how much is kept to answer faster; of live runs all that a cluster may have.
-_MOST_KEPT = {"page": 100, "runs": 10, "row": 20_000, "facts": 20_000, "kinds": 1, "outbox": 1}
+#: Of each kind, how much is kept to answer faster. A row may hold large params.
+_MOST_KEPT = {"page": 100, "runs": 10, "row": 3000, "facts": 20_000, "kinds": 1, "outbox": 1}
 
 
 class Site:
