@@ -10146,10 +10146,18 @@ def badge(state: str) -> Html:
     return html('<span class="state {}">{} {}</span>', state, _SHAPES.get(state, "\u25cb"), state)
 
 
+def cell_text(value: Any) -> Any:
+    """Return a value as a cell shows it: a long text may break anywhere, and the rest of it is its title."""
+    if isinstance(value, Html) or not isinstance(value, str) or len(value) <= 30:
+        return value
+    cut = value if len(value) <= 300 else f"{value[:300]}\u2026"
+    return html('<span class="text" title="{}">{}</span>', value, cut)
+
+
 def grid(names: Sequence[str], rows: Sequence[Sequence[Any]], heads: Sequence[Any] = ()) -> Html:
     """Return a table, which a narrow screen shows as cards."""
-    head = each('<th scope="col">{}</th>', [(item,) for item in heads or names])
-    cells = [each('<td data-name="{}">{}</td>', zip(names, row)) for row in rows]
+    head = each('<th scope="col">{}</th>', zip(map(cell_text, heads or names)))
+    cells = [each('<td data-name="{}">{}</td>', zip(names, map(cell_text, row))) for row in rows]
     lines = each("<tr>{}</tr>", zip(cells))
     table = '<div class="wide"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
     return html(table, head, lines) if rows else html('<p class="none">none</p>')
@@ -10434,7 +10442,7 @@ def chart_svg(name: str, curves: Sequence[Curve], ask: Ask) -> Html:
             text = time.strftime("%b %d" if x.high - x.low > 3 * 86400 else "%H:%M:%S", time.localtime(value))
         axes.append(html('<path d="M{} {}v{}"/>', across, top, height))
         axes.append(html('<text class="x" x="{}" y="{}">{}</text>', across, CHART_SIZE[1] - 6, text))
-    names = [(curve.look, curve.label) for curve in curves]
+    names = [(curve.look, cell_text(curve.label)) for curve in curves]
     legend = each('<li><i class="{}"></i>{} <b></b></li>', names)
     return html(
         '<figure><figcaption>{} <b></b></figcaption><svg class="chart" viewBox="0 0 {} {}" role="img"'
@@ -10467,7 +10475,8 @@ def _kind(row: Dict[str, Any]) -> Tuple[str, str]:
 
 def run_link(row: Dict[str, Any], text: str = "", top: str = "") -> Html:
     """Return a link to the page of a run."""
-    return html('<a href="{}run/{}/">{}</a>', top, row["hash"], text or row["name"] or row["hash"][:8])
+    shown_as = cell_text(text or row["name"] or row["hash"][:8])
+    return html('<a href="{}run/{}/">{}</a>', top, row["hash"], shown_as)
 
 
 #: Of each kind, how much is kept to answer faster. A row may hold large params.
@@ -10510,7 +10519,7 @@ class Site:
         route = next((route for route in _ROUTES if re.fullmatch(route[0], path)), None)
         if route is None:
             if not any(re.fullmatch(route[0], f"{path}/") for route in _ROUTES):
-                return Reply(404, b"There is no such page.\n")
+                return self._error(path, 404, "There is no such page.")
             where = path.rpartition("/")[2] + "/" + ("?" + query if query else "")
             return Reply(301, headers=(("Location", where),))
         pattern, find, kind, write = route
@@ -10531,9 +10540,14 @@ class Site:
             text = self._keep("page", f"{path}?{query}", stamp, body) if kind == "text/html" else body()
             return Reply(200, text, kind, (), etag)
         except (AimwatchError, OSError) as error:
-            status = {NotThere: 404, QueryError: 400}.get(type(error), 503)
-            text = page_of(f"{status}", "./", self.paths.root, {"Trouble": str(error)}).encode()
-            return Reply(status, text, "text/html")
+            status = {NotThere: 404, QueryError: 400, ArgumentError: 400}.get(type(error), 503)
+            return self._error(path, status, str(error))
+
+    def _error(self, path: str, status: int, text: str) -> Reply:
+        if path.startswith("api/"):
+            return Reply(status, as_json({"error": text}).encode(), "application/json")
+        page = page_of(f"{status}", "../" * path.count("/") or "./", self.paths.root, {"Trouble": text})
+        return Reply(status, page.encode("utf-8", "backslashreplace"), "text/html")
 
     def _stamp(self, *hashes: str) -> List[Any]:
         """Return what changes when anything does that a page may show."""
@@ -10659,7 +10673,7 @@ class Site:
             said = [(badge(one["state"]), run_link(one), one["reason"]) for one in row.get("members", ())]
             ranks = each("<p>{} {} {}</p>", said)
             more = '<details id="{}"><summary>{} ranks</summary>{}</details>'
-            run = [run_link(row), html("<small>{}</small>", row["experiment"])]
+            run = [run_link(row), html("<small>{}</small>", cell_text(row["experiment"]))]
             run += [html(more, row["hash"], len(ranks), ranks)] if ranks else []
             promise = human_s(row["promise_s"]) if row["promise_s"] else "none"
             progress, job = each("<small>{}</small>", [(row["progress"],), (row["job"],)])
@@ -10823,8 +10837,11 @@ class Site:
 
     def points(self, ask: Ask, run_hash: str) -> List[Sequence[Any]]:
         """All points of a series, after the names of what they have."""
-        self.row(run_hash)
-        points = read_points(self.paths.run_log(run_hash), int(ask.number("series") or 0))
+        known, given = [metric["series"] for metric in self.row(run_hash)["metrics"]], ask.one["series"]
+        if given not in map(str, known):
+            what = f"there is no series {given!r}: add ?series=N with one of a metric in api/runs/{run_hash}"
+            raise NotThere(what) if given.isdigit() else ArgumentError(what)
+        points = read_points(self.paths.run_log(run_hash), int(given))
         return [("step", "value", "epoch", "time"), *((*point[:3], Moment(point[3])) for point in points)]
 
     def list_of_runs(self, ask: Ask) -> List[Sequence[Any]]:
@@ -10928,7 +10945,7 @@ PAGE_CSS = """
   #98a2b5; --line: #2d3442; --link: #8ab4ff; --run: #4ade80; --bad: #ff7b72; --warn: #fbbf24; --c0: #6ea8fe;
   --c1: #ff7b72; --c2: #3fd69b; --c3: #f5b041; --c4: #b794f6; --c5: #4dd0e1; --c6: #f472b6; --c7: #a3e635; }
   }
-* { box-sizing: border-box; overflow-wrap: anywhere; } body { margin: 0; background: var(--bg); color:
+* { box-sizing: border-box; } body { margin: 0; overflow-wrap: anywhere; background: var(--bg); color:
   var(--text); font: 14px/1.45 system-ui, sans-serif; } a { color: var(--link); text-decoration: none; }
   header { padding: .6em 1.2em; background: var(--card); border-bottom: 1px solid var(--line); color:
   var(--soft); } header a { font: 700 1.15em system-ui; color: var(--text); margin-right: .6em; } output {
@@ -10942,9 +10959,10 @@ pre, .wide, figure { background: var(--card); border: 1px solid var(--line); bor
   .state.failed, .bad { color: var(--bad); } .stalled { color: var(--warn); } .chip { margin-right: 1.4em;
   white-space: nowrap; display: inline-block; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; } th, td { text-align: left;
-  vertical-align: top; padding: .45em .7em; } th { color: var(--soft); font-weight: 500; font-size: .9em; }
-  th a { color: inherit; } tbody tr { border-top: 1px solid var(--line); } tbody tr:hover { background:
-  var(--bg); }
+  vertical-align: top; padding: .45em .7em; white-space: nowrap; } td small, td p, td div, .text {
+  white-space: normal; min-width: 8em; max-width: 26em; } td .text, th .text { display: inline-block; } th {
+  color: var(--soft); font-weight: 500; font-size: .9em; } th a { color: inherit; } tbody tr { border-top:
+  1px solid var(--line); } tbody tr:hover { background: var(--bg); }
 .ask { display: flex; flex-wrap: wrap; gap: .6em 1em; align-items: center; margin: .6em 0; color:
   var(--soft); } input, select, button { font: inherit; color: var(--text); background: var(--card); border:
   1px solid var(--line); border-radius: 6px; padding: .3em .6em; max-width: 75vw; }
@@ -10967,8 +10985,8 @@ polyline { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linejoin:
   var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color:
   var(--c5); } .c6 { color: var(--c6); } .c7 { color: var(--c7); }
 @media (max-width: 640px) { thead { display: none; } tr { display: block; padding: .5em 0; } td:empty {
-  display: none; } td { display: block; position: relative; padding: .12em .6em .12em 8.2em; } td::before {
-  content: attr(data-name); color: var(--soft); position: absolute; left: .6em; } }
+  display: none; } td { display: block; position: relative; padding: .12em .6em .12em 8.2em; white-space:
+  normal; } td::before { content: attr(data-name); color: var(--soft); position: absolute; left: .6em; } }
 """
 #: What refreshes a page, and lets people read and zoom charts.
 PAGE_JS = r"""
@@ -11190,7 +11208,7 @@ def serve(site: Site, gate: Gate, listener: Any, stop: StopSignal) -> None:
     """Answer requests until `stop` is set."""
     import socket
 
-    served: Set[Any] = set()
+    served: Dict[Any, bool] = {}  # whether each has sent a whole request with the token; the oldest first
 
     def converse(link: Any) -> None:
         own, data = "localhost", b""
@@ -11207,11 +11225,13 @@ def serve(site: Site, gate: Gate, listener: Any, stop: StopSignal) -> None:
                     return
                 data += more
             head, _, data = data.partition(b"\r\n\r\n")
+            served[link] = True
             try:
                 reply, closes = gate.answer(site, head, own)
             except Exception:
                 log.exception("a page could not be made")
                 reply, closes = Reply(500, b"What 'aimwatch up' wrote says why.\n"), True
+            served[link] = reply.status != 403
             closes |= len(served) > MAX_CONNECTIONS // 2  # with many others there, nobody keeps a connection
             link.settimeout(IDLE_S)
             link.sendall(reply_bytes(reply, not head.startswith(b"HEAD "), closes))
@@ -11223,7 +11243,7 @@ def serve(site: Site, gate: Gate, listener: Any, stop: StopSignal) -> None:
             with contextlib.suppress(OSError), link:  # the other side may go at any time
                 converse(link)
         finally:
-            served.discard(link)
+            served.pop(link, None)
 
     asked = time.monotonic()
     listener.settimeout(0.5)
@@ -11231,14 +11251,19 @@ def serve(site: Site, gate: Gate, listener: Any, stop: StopSignal) -> None:
         try:
             link, _ = listener.accept()
             if len(served) >= MAX_CONNECTIONS:
-                link.close()
-                continue
+                oldest = next((item for item, has_asked in list(served.items()) if not has_asked), None)
+                if oldest is None:
+                    link.close()
+                    continue
+                served.pop(oldest, None)
+                with contextlib.suppress(OSError):  # it goes by itself
+                    oldest.shutdown(socket.SHUT_RDWR)
             asked = time.monotonic()
-            served.add(link)
+            served[link] = False
             try:
                 threading.Thread(target=work, args=(link,), daemon=True).start()
             except RuntimeError:  # no threads are left just now
-                served.discard(link)
+                served.pop(link, None)
                 link.close()
         except socket.timeout:
             if asked and not served and time.monotonic() - asked > 60:

@@ -12148,8 +12148,10 @@ class Pages(StoredCase):
             ("runs.csv", 200, "hash,name"), ("api/runs", 200, '"r7"'), ("api/status", 200, '"watcher"'),
             ("api/runs/r7", 200, '"nested"'), ("run/r7/points.csv?series=1", 200, "step,value,epoch,time\n0,"),
             ("api/runs/r7/points?series=1", 200, '[{"step": 0, "value": '), ("run/none/", 404, "there is no run none"),
-            ("api/runs/none", 404, "no run"), ("run/../", 404, ""), ("run/..%2f/", 404, ""), ("run/%00/", 404, ""),
-            ("run/a\x00b/", 404, ""), ("nothing", 404, "no such page"), ("runs.csv?q=run.x+%3D", 400, "column"),
+            ("api/runs/none", 404, '{"error": "there is no run none'), ("api/x", 404, '{"error": "There is no such page'), ("run/../", 404, ""), ("run/..%2f/", 404, ""), ("run/%00/", 404, ""),
+            ("run/a\x00b/", 404, ""), ("nothing", 404, "no such page"), ("api/runs?q=+%3D", 400, '{"error": '), ("run/none/", 404, 'href="../../"'),
+            *((f"api/runs/r7/points{query}", status, '{"error": ') for query, status in (("", 400), ("?series=x", 400), ("?series=-1", 400), ("?series=99", 404))),
+            ("run/r7/points.csv", 400, "api/runs/r7"), ("runs.csv?q=run.x+%3D", 400, "column"),
             ("?q=run.n+%3E+%3D+3", 200, "run.n &gt; = 3\n        ^"), ("?page=99", 200, "page 99 of 1"), ("?page=x&columns=,,", 200, "r7"),
             ("?sort=-n&columns=hash,n", 200, "r7"), ("compare/?run=r3&run=r5&run=r5", 200, "What differs"), ("compare/?run=zz", 404, "zz"),
             ("compare/?q=run.n+%3E+2", 200, "4 of 4 runs"), ("run/live/?x=time&xscale=log&smooth=0.9&page=9", 200, "running"),
@@ -12199,6 +12201,20 @@ class Pages(StoredCase):
                 self.assertNotRegex(re.sub('"[^"]*"', "", own), r"<[^>]* on\w+=")
         self.assertEqual(self.get("metrics").count("\n"), len(self.get("metrics").splitlines()))
 
+    def test_long_texts_are_cut_and_stand_whole_in_the_title(self) -> None:
+        name, short = "x" * 3000, "s" * 30
+        with self.run_object("long", experiment=short) as run:
+            run.name = name
+            run.track(0.0824906, "m", context={"k": name})
+        self.run_object("other").close()
+        for path in ("", "compare/?run=long&run=other", "run/long/"):
+            with self.subTest(path=path):
+                text = self.get(*path.partition("?")[::2])
+                table = text[text.index("<table>") :]
+                self.assertRegex(table, f'<span class="text" title="[^"]*{name}"')
+                self.assertNotRegex(re.sub('"[^"]*"', "", table), "x{301}")
+        self.assertIn(f'<td data-name="experiment">{short}</td>', self.get(""))
+
     def test_nothing_new_is_304(self) -> None:
         self.fill()
         for path in ("", "run/live/", "api/runs", "metrics"):
@@ -12228,6 +12244,7 @@ class Pages(StoredCase):
         self.get("")
         os.rename(self.paths.aim, self.paths.aim + "-away")
         self.assertIn("its share is away", self.get("", status=503))
+        self.assertIn("its share is away", json.loads(self.get("api/runs", status=503))["error"])
         os.rename(self.paths.aim + "-away", self.paths.aim)
         self.assertIn("All runs", self.get(""))
 
@@ -12426,19 +12443,14 @@ class UpProcess(UpCase):
         ]
         for link in idle:
             self.addCleanup(link.close)
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as link, contextlib.suppress(
-            OSError
-        ):
-            self.assertEqual(link.recv(1), b"")  # one too many
-
-        def is_answered() -> bool:
-            with contextlib.suppress(ConnectionResetError):
-                return self.get(server, "/p/")[0] == 200
-            return False
-
-        for link in idle:
+        idle[1].sendall(b"GET /p/ HTTP/1.1\r\nHo")
+        for link in idle[:2]:  # each has to go for somebody who asks
+            self.assertEqual(self.get(server, "/p/", Connection="close")[0], 200)
+            with contextlib.suppress(OSError):
+                self.assertEqual(link.recv(1), b"")
             link.close()
-        self.wait_for(is_answered)
+            idle.append(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+            self.addCleanup(idle[-1].close)
         self.end(server)
 
     def test_client_that_drips_has_30_s_in_all(self) -> None:
