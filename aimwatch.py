@@ -11384,7 +11384,9 @@ class _LogHandler(logging.Handler):
     def _run(self, target: int) -> None:
         while self._filled.wait():
             self._filled.clear()
-            queue = self._queue or deque()
+            queue = self._queue
+            if queue is None:
+                return
             while queue:
                 data, dropped = queue[0], self._dropped
                 if dropped:
@@ -11398,6 +11400,12 @@ class _LogHandler(logging.Handler):
                         break
                 self._dropped -= dropped
                 queue.popleft()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._queue = None
+        self._filled.set()
+        super().close()
 
     def flush(self) -> None:
         """Wait until all is written, for a second at most."""
