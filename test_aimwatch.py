@@ -13554,6 +13554,8 @@ class ProgramsOnATerminal(ExecCase):
         self.reads(b"$ ")
         self.types("fg\n")
         self.reads(b"exec --")
+        # What is typed before the shell gives the terminal to the program is the shell's.
+        self.wait_for(lambda: os.tcgetpgrp(self.terminal) != self.pid)
         self.types("two\n")
         self.reads(b"two\r\ntwo\r\n")
         self.types("\x04")
