@@ -9717,14 +9717,17 @@ class Keeper:
 
     def run(self, argv: Sequence[str], hears: int) -> None:
         """Run the program as soon as its environment is told, and return when nothing more is written."""
-        for number in FORWARDED:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, _: self._say("g", number))
+        before = {
+            number: signal.signal(number, lambda number, _: self._say("g", number)) for number in FORWARDED
+        }
         with os.fdopen(hears, "rb") as file:
             environ = {**os.environ, **from_json(file.read())}
         pid = os.fork()
         if pid == 0:
             try:
+                for number in FORWARDED:
+                    if before[number] == signal.SIG_IGN:
+                        signal.signal(number, signal.SIG_IGN)
                 for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
                     signal.signal(number, signal.SIG_DFL)
                 for fd, end in self._ends.items():
@@ -9756,11 +9759,11 @@ class Keeper:
             copier.join()
 
     def _copy(self, source: int, target: int, stop: int, drained: threading.Event) -> None:
-        """Copy until the end, or until nobody reads it, which the program then notices. When `stop` can be
+        """Copy until the end, or until nobody takes it, which the program then notices. When `stop` can be
         read, the program has ended: what it wrote is copied once there is nothing more."""
         import select
 
-        until_mono = math.inf
+        until_mono, terminal = math.inf, os.isatty(target)
         with contextlib.suppress(OSError):  # also of a terminal that nobody has open any more
             while True:
                 ready = select.select([source] if drained.is_set() else [source, stop], [], [])[0]
@@ -9774,11 +9777,25 @@ class Keeper:
                     break
                 self._note(data)
                 view = memoryview(data)
-                while view:
-                    select.select([], [target], [])  # another program may have made it non-blocking
-                    view = view[os.write(target, view) :]
+                try:
+                    while view:
+                        select.select([], [target], [])  # another program may have made it non-blocking
+                        view = view[os.write(target, view) :]
+                except OSError as error:
+                    # A terminal that was closed is a reader that has left, too.
+                    if error.errno not in (errno.EPIPE, errno.ECONNRESET) and not terminal:
+                        self._refused(target, error)
+                    break
         os.close(source)
         drained.set()
+
+    def _refused(self, target: int, error: OSError) -> None:
+        """Say that what was taken from the program could not be written, which it cannot know."""
+        self._say("w", error.errno or errno.EIO)
+        what = "standard output" if target == 1 else "standard error"
+        line = f"{command_line()}: exec: {what} could not be written: {error.strerror}\n"
+        with contextlib.suppress(OSError):  # it may be the same file
+            os.write(2, os.fsencode(line))
 
     def _note(self, data: bytes) -> None:
         with self._lock:
@@ -9800,6 +9817,8 @@ class Program:
         self.pid, self.wrote_mono = 0, -math.inf
         #: As `waitpid` gives it; the errno where it could not be started; the last of what it wrote.
         self.status, self.error, self.output = 0, 0, b""
+        #: The errno where its output could not be written.
+        self.unwritten = 0
         #: By signal: when to pass it on, and when the keeper got it.
         self._due: Dict[int, float] = {}
         self._kept: Dict[int, float] = {}
@@ -9852,9 +9871,11 @@ class Program:
         wake, waker = os.pipe()
         os.set_blocking(waker, False)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        for wanted in (*FORWARDED, HAND_OVER, signal.SIGWINCH):
-            if signal.getsignal(wanted) != signal.SIG_IGN or wanted == HAND_OVER:
-                signal.signal(wanted, lambda number, _: self._signals.append(number))
+        # Also those that this process ignores: the program may handle them.
+        before = {
+            wanted: signal.signal(wanted, lambda number, _: self._signals.append(number))
+            for wanted in (*FORWARDED, HAND_OVER, signal.SIGWINCH)
+        }
         ended = False
         while not ended:
             wait_s = max(0.0, min(self._due.values()) - _monotonic()) if self._due else None
@@ -9876,6 +9897,9 @@ class Program:
                 del self._due[number]
                 with contextlib.suppress(OSError):
                     os.kill(self.pid, number)
+        for number, action in before.items():
+            if action == signal.SIG_IGN:  # Python sets its own handlers to the default when it ends
+                signal.signal(number, action)
 
     def _hear(self) -> bool:
         """Take in what the keeper says; True when there will be no more."""
@@ -9887,6 +9911,8 @@ class Program:
             self.error = number
         elif kind == b"o":
             self.wrote_mono = _monotonic()
+        elif kind == b"w":
+            self.unwritten = number
         elif kind == b"g":
             self._kept[number] = _monotonic()
             self._due.pop(number, None)
@@ -9939,9 +9965,10 @@ def count_oom_kills() -> Optional[int]:
     return None
 
 
-def program_end(status: int, error: int, oom_kills: Optional[int]) -> Tuple[int, str]:
+def program_end(status: int, error: int, oom_kills: Optional[int], unwritten: int = 0) -> Tuple[int, str]:
     """Return the exit code of a program as a shell gives it, and why it failed; "" where it did not.
-    `oom_kills`: how many processes were killed meanwhile since memory ran out; None: nobody can tell."""
+    `oom_kills`: how many processes were killed meanwhile since memory ran out; None: nobody can tell.
+    `unwritten`: the errno where its output could not be written; it may have ended without noticing."""
     if error:
         return 127 if error in (errno.ENOENT, errno.ENOTDIR) else 126, f"cannot start: {os.strerror(error)}"
     if os.WIFSIGNALED(status):
@@ -9956,7 +9983,9 @@ def program_end(status: int, error: int, oom_kills: Optional[int]) -> Tuple[int,
         reason += f" (out of memory: the oom_kill count of its control group rose by {oom_kills})"
     elif code == 128 + signal.SIGKILL and oom_kills is None:
         reason += " (out of memory?)"
-    return code, reason
+    if unwritten:
+        reason += f"{'; ' * bool(reason)}its output could not be written: {os.strerror(unwritten)}"
+    return code or int(bool(unwritten)), reason
 
 
 class ProgramRun(Run):
@@ -10085,7 +10114,7 @@ def run_program(argv: Sequence[str], open_run: Callable[[], Run], expect: Union[
     program.wait(reporter.hand_over)
     kills = count_oom_kills()
     kills = None if kills is None or kills_before is None else kills - kills_before
-    code, reason = program_end(program.status, program.error, kills)
+    code, reason = program_end(program.status, program.error, kills, program.unwritten)
     if program.error:
         print(f"{command_line()}: exec: {argv[0]}: {os.strerror(program.error)}", file=sys.stderr)
     lines = last_lines(program.output)

@@ -13190,8 +13190,7 @@ def term(*_):
 signal.signal(signal.SIGUSR1, usr1)
 signal.signal(signal.SIGTERM, term)
 print("ready", os.getppid(), os.getpid(), flush=True)
-while True:
-    time.sleep(10)
+time.sleep(20)
 """
 
 
@@ -13306,6 +13305,27 @@ class RunsWithoutCode(ExecCase):
         process.stdout.close()
         self.assertEqual(128 + signal.SIGPIPE, process.wait(30))
 
+    def test_output_that_cannot_be_written_fails_the_run(self) -> None:
+        reason = "its output could not be written: No space left on device"
+        said = r"\A[^\n]+: exec: standard %s could not be written: No space left on device\n\Z"
+        goes_on = "trap '' PIPE; while echo hi 2>/dev/null; do sleep 0.1; done; exit 9"
+        with open("/dev/full", "wb") as full:
+            for name, script, streams, code, why in (
+                ("output", "echo hi || exit 9", {"stdout": full}, 1, reason),
+                ("error", "echo hi >&2 || exit 9", {"stderr": full}, 1, reason),
+                ("both", "echo hi || exit 9", {"stdout": full, "stderr": full}, 1, reason),
+                ("output", "echo hi; exit 3", {"stdout": full}, 3, f"exited with status 3; {reason}"),
+                ("output", goes_on, {"stdout": full}, 9, f"exited with status 9; {reason}"),
+            ):  # fmt: skip
+                with self.subTest(name=name, script=script):
+                    process = self.program("sh", "-c", script, **streams)
+                    err = process.communicate(timeout=30)[1]
+                    self.assertEqual(code, process.returncode, err)
+                    if "stderr" not in streams:
+                        self.assertRegex(err.decode(), said % name)
+                    row = self.the_run()
+                    self.assertEqual(("failed", why), (row["state"], row["reason"]))
+
     def test_little_is_held_of_what_nobody_reads(self) -> None:
         code = """
 import os, sys, time
@@ -13359,13 +13379,18 @@ os._exit(0)
             for pid in reversed(pids):
                 os.kill(pid, signal.SIGUSR1)
 
-        sends = (one, group, step, backwards)
-        processes = [self.python(COUNTS_SIGNALS) for _ in sends]
+        def ignored() -> None:
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+
+        sends = (one, group, step, backwards, one, group, backwards)
+        before = (None, None, None, None, ignored, ignored, ignored)
+        processes = [self.python(COUNTS_SIGNALS, preexec_fn=first) for first in before]
         for send, process in zip(sends, processes):
             send(process, list(map(int, process.stdout.readline().split()[1:])))
         time.sleep(2 * aimwatch.SAME_SIGNAL_S)  # within which a second one would come
-        for send, process in zip(sends, processes):
-            with self.subTest(send.__name__):
+        for send, process, first in zip(sends, processes, before):
+            with self.subTest(send.__name__, ignored=first is not None):
                 self.assertEqual(b"USR1\n", process.stdout.readline())
                 process.terminate()
                 self.assertEqual(b"1\n", process.stdout.readline())
