@@ -14254,13 +14254,17 @@ class TestBesideAim(WatcherProcessCase):
         ours("add", "slack", "--webhook-url", server.url, "--events", "failed,finished", "--yes")
         aim("add", "slack", answers=f"{server.url}\nfrom aim: {{run.hash}}\ny\n")
         rows = [row.split() for row in ours("list").splitlines()[1:]]
-        self.assertEqual([row[1:] for row in rows], [["slack", "enabled", "failed,finished"],
-                                                     ["slack", "enabled", "stalled,failed,recovered"]])  # fmt: skip
-        self.assertEqual([row.split() for row in aim("list").splitlines()[1:]], [row[:3] for row in rows])
+        where = f"127.0.0.1:{server.port}"
+        self.assertEqual([row[1:] for row in rows], [["slack", "enabled", where, "failed,finished"],
+                                                     ["slack", "enabled", where, "stalled,failed,recovered"]])  # fmt: skip
+        items = json.loads(ours("list", "--json"))
+        self.assertEqual([item["id"][:8] for item in items], [row[0] for row in rows])
+        self.assertEqual([row.split() for row in aim("list").splitlines()[1:]],
+                         [[item["id"], item["type"], item["status"]] for item in items])  # fmt: skip
         self.assertEqual(ours("test").count(": delivered: "), 2)
         self.assertEqual(server.texts()[1], "from aim: " + "0" * 24)
-        aim("disable", rows[0][0])
-        self.assertEqual(ours("list").splitlines()[1].split()[2:], ["disabled", "failed,finished"])
+        aim("disable", items[0]["id"])
+        self.assertEqual(ours("list").splitlines()[1].split()[2:], ["disabled", where, "failed,finished"])
         ours("enable", rows[0][0][:8])
         ours("remove", rows[1][0], "--yes")
         ours("set-log-level", "ERROR")
