@@ -11252,6 +11252,9 @@ class TestBlockedLog(WatcherProcessCase):
                     os.write(writing, b"x")
             os.set_blocking(writing, True)
             handler.start()
+            self.addCleanup(
+                self.wait_for, lambda: "aimwatch-log" not in [thread.name for thread in threading.enumerate()]
+            )
             self.addCleanup(handler.close)
             for number in range(1500):
                 handler.emit(logging.LogRecord("n", 20, "", 0, f"line {number}", (), None))
