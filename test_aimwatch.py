@@ -81,70 +81,43 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 #: Where the processes of the tests keep what they compile: there are hundreds of them.
 COMPILED = tempfile.TemporaryDirectory(prefix="aimwatch-test-compiled-")
-OWNER = os.getpid()
-
-
-def tearDownModule() -> None:
-    if os.getpid() == OWNER:
-        COMPILED.cleanup()
+WORKERS = 4
 
 
 def load_tests(loader: Any, tests: unittest.TestSuite, pattern: Any) -> unittest.TestSuite:
-    """Have the tests that mostly wait for real processes run beside the others: half the time."""
-    return Halves(tests)
+    return Shared(tests)
 
 
-class Halves(unittest.TestSuite):
-    """Runs the tests of the classes in BESIDE in a forked process, and what they came to is reported
-    with the others. Tests that are named on the command line run as ever."""
+class Shared(unittest.TestSuite):
+    """Has its tests run by forked processes, which take one after the other: most of them wait for
+    something real. Tests that are named on the command line run in the process itself."""
 
     KINDS = ("errors", "failures", "skipped")
 
     def run(self, result: unittest.TestResult, debug: bool = False) -> unittest.TestResult:
-        halves = unittest.TestSuite(), unittest.TestSuite()
-        for suite in self:
-            names = (
-                {type(test).__name__ for test in suite} if isinstance(suite, unittest.TestSuite) else set()
-            )
-            halves[bool(names & BESIDE)].addTest(suite)
-        ours, theirs = os.pipe()
+        tests = [test for suite in self for test in suite]  # type: ignore[attr-defined]
+        todo, fill = os.pipe()
+        # Those at the end of the alphabet take longest.
+        os.write(fill, b"".join(b"%4d" % number for number in reversed(range(len(tests)))))
+        os.close(fill)
+
+        def work() -> Any:
+            for number in iter(lambda: os.read(todo, 4), b""):
+                if not result.shouldStop:
+                    tests[int(number)](result)
+            found = {kind: [[str(test), text] for test, text in getattr(result, kind)] for kind in self.KINDS}
+            return result.testsRun, found
+
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                found = unittest.TestResult()
-                halves[1].run(found)
-                texts = {
-                    kind: [[str(test), text] for test, text in getattr(found, kind)] for kind in self.KINDS
-                }
-                with open(theirs, "w", encoding="utf-8") as file:
-                    json.dump([found.testsRun, texts], file)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        os.close(theirs)
-        halves[0].run(result)
-        count, texts = json.loads(
-            read_file(ours) or '[0, {"errors": [["BESIDE", "ended without a report"]]}]'
-        )
-        os.waitpid(pid, 0)
-        result.testsRun += count
-        for kind, items in texts.items():
-            holders = [(unittest.FunctionTestCase(int, description=name), text) for name, text in items]
-            getattr(result, kind).extend(holders)
+        for wait in [forked(work) for _ in range(WORKERS)]:
+            count, found = wait() or (0, {"errors": [["worker", "killed"]]})
+            result.testsRun += count
+            for kind, items in found.items():
+                holders = [(unittest.FunctionTestCase(int, description=name), text) for name, text in items]
+                getattr(result, kind).extend(holders)
+        os.close(todo)
         return result
-
-
-#: Classes of tests that spend their time on waiting for processes, or in them.
-BESIDE = {
-    "ForkedChildren", "HeartbeatsOfPrograms", "HowARunEnds", "KilledWatcher", "KilledWriters", "Mail",
-    "RunsOfPrograms", "RunsWithoutCode", "StacksOfRealProcesses", "InABrowser", "TestDemo", "TestReadme", "TestSigns",
-    "TestStandby", "TestTwoMachines", "TestStart", "TestStatus", "Torture", "UpProcess", "RanksOfRealProcesses",
-}  # fmt: skip
 
 
 def write_file(path: str, data: Any = b"", mode: str = "wb") -> None:
@@ -158,8 +131,9 @@ def read_file(path: str) -> bytes:
         return file.read()
 
 
-def in_child(work: Callable[[], Any]) -> Any:
-    """Return what a function returns, as JSON can hold it, in a forked process; None where that was killed."""
+def forked(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Call a function in a forked process. Return what waits for that and returns what the function
+    did, as JSON can hold it; None where the process was killed."""
     ours, theirs = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -173,9 +147,18 @@ def in_child(work: Callable[[], Any]) -> Any:
                 json.dump(found, file)
             os._exit(0)
     os.close(theirs)
-    told = read_file(ours)
-    os.waitpid(pid, 0)
-    return json.loads(told) if told else None
+
+    def wait() -> Any:
+        told = read_file(ours)
+        os.waitpid(pid, 0)
+        return json.loads(told) if told else None
+
+    return wait
+
+
+def in_child(work: Callable[[], Any]) -> Any:
+    """Return what a function returns in a forked process."""
+    return forked(work)()
 
 
 def is_alive(pid: int) -> bool:
@@ -276,7 +259,7 @@ class Case(unittest.TestCase):
             aimwatch.log.propagate,
         )
         self.addCleanup(self._restore_log, handlers, level, propagate)
-        aimwatch.log.handlers[:] = [_NullHandler()]
+        aimwatch.log.handlers[:] = [logging.NullHandler()]
 
     def _restore_log(self, handlers: Any, level: int, propagate: bool) -> None:
         aimwatch.log.handlers[:] = handlers
@@ -400,10 +383,6 @@ class Case(unittest.TestCase):
                 return found
             time.sleep(0.01)
         self.fail(f"did not happen within {limit_s} s")
-
-
-class _NullHandler(aimwatch.logging.NullHandler):
-    pass
 
 
 # ======================================================================================
