@@ -544,18 +544,6 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def of_system(name: str) -> Any:
-    """Return what `_thread` has under a name, also where gevent or eventlet has put its own in the place: a
-    greenlet would wait with those that hang."""
-    gevent, eventlet = sys.modules.get("gevent.monkey"), sys.modules.get("eventlet.patcher")
-    with contextlib.suppress(Exception):
-        if gevent is not None:
-            return gevent.get_original("_thread", name)
-        if eventlet is not None:
-            return getattr(eventlet.original("_thread"), name)
-    return getattr(_thread, name)
-
-
 def start_quiet_thread(run: Callable[..., None], *args: Any) -> None:
     """Start a thread that takes no signal and that `threading` does not know. Raises RuntimeError.
 
@@ -564,7 +552,7 @@ def start_quiet_thread(run: Callable[..., None], *args: Any) -> None:
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        of_system("start_new_thread")(run, args)
+        _thread.start_new_thread(run, args)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -2271,57 +2259,36 @@ _getpid = os.getpid
 STACKS_AFTER_S = 0.5
 #: Of so many threads and frames at most, and so many bytes.
 MAX_STACKS, MAX_STACKS_BYTES = 100, 1 << 19
-#: How long a fork waits for the thread to be gone: it may hang in a write to a dead share.
-THREAD_END_S = 0.25
-
-
-class Place(NamedTuple):
-    """A thread, or a greenlet in it, whose stack is asked for later."""
-
-    ident: int
-    greenlet: Callable[[], Any]
-
-    @classmethod
-    def here(cls) -> Place:
-        """Return that of the caller."""
-        current: Callable[[], Any] = type(None)
-        greenlet = sys.modules.get("greenlet")
-        with contextlib.suppress(Exception):
-            current = current if greenlet is None else weakref.ref(greenlet.getcurrent())
-        return cls(of_system("get_ident")(), current)
-
-    def frame(self) -> Optional[FrameType]:
-        """Return its innermost frame, or None where it has ended."""
-        frame = getattr(self.greenlet(), "gr_frame", None)  # None for the one that runs
-        return frame or sys._current_frames().get(self.ident)
+#: How often the thread that waits for missed promises looks.
+STACKS_POLL_S = 1.0
 
 
 class _Stacks:
     """Writes the stacks of all threads to a file when a run misses its promise.
 
-    One thread waits for that, for all the runs of the process, while any has made a promise. `threading`
-    does not know it, so it counts for nobody and delays no exit; it blocks all signals, and ends before
-    a fork. It holds the GIL while it looks, so that all other threads stand still; where C code does not
-    let go of the GIL, nothing is written. The file is opened by path for the one write.
+    One thread looks for that, for all the runs of the process, while any has made a promise. `threading`
+    does not know it, so it counts for nobody and delays no exit; it blocks all signals. While it looks at
+    the others it holds the GIL, and they stand still; while C code holds the GIL, nothing is written.
     """
 
     def __init__(self) -> None:
-        self._lock = of_system("RLock")()
+        # Reentrant, since a signal's handler may end a run.
+        self._lock = threading.RLock()
         #: Path of a run's file to when it is due (monotonic) and who promised; those that were due.
-        self._due: Dict[str, Tuple[float, Place]] = {}
+        self._due: Dict[str, Tuple[float, int]] = {}
         self._missed: Set[str] = set()
-        #: Wakes the thread that waits, until the moment (monotonic) below; None where there is none.
-        self._bell: Optional[_thread.LockType] = None
-        self._wakes_mono = 0.0
-        self._native_id = 0
+        self._has_thread = False
 
-    def arm(self, path: str, due_mono: float, place: Place) -> None:
+    def arm(self, path: str, due_mono: float, thread: int) -> None:
         """Have all stacks written to `path` at a moment of the monotonic clock, unless armed anew before;
         that of the thread which promised is the last."""
         self.disarm(path)
         with self._lock:
-            self._due[path] = due_mono, place
-            self._start_or_wake()
+            self._due[path] = due_mono, thread
+            if not self._has_thread:
+                with contextlib.suppress(RuntimeError):  # no thread can be started
+                    start_quiet_thread(self._watch)
+                    self._has_thread = True
 
     def disarm(self, path: str) -> None:
         """Write nothing to `path`, and remove what was written: the run went on, or has ended."""
@@ -2333,44 +2300,24 @@ class _Stacks:
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
-    def _start_or_wake(self) -> None:
-        if self._bell is None:
-            self._bell = of_system("allocate_lock")()
-            self._bell.acquire()
-            self._wakes_mono, self._native_id = 0.0, 0
-            try:
-                start_quiet_thread(self._wait, self._bell)
-            except RuntimeError as error:  # no thread can be started
-                self._bell = None
-                log.debug("no stacks will be written: %s", error)
-        elif self._next_mono() < self._wakes_mono:
-            with contextlib.suppress(RuntimeError):  # it was about to wake
-                self._bell.release()
+    def _watch(self) -> None:
+        bell = _thread.allocate_lock()  # that nobody rings
+        bell.acquire()
+        while self.write_missed():
+            bell.acquire(timeout=STACKS_POLL_S)
 
-    def _next_mono(self) -> float:
-        return min((due for due, _ in self._due.values()), default=math.inf)
-
-    def _wait(self, bell: _thread.LockType) -> None:
-        self._native_id = threading.get_native_id()
-        while self._bell is bell:
-            bell.acquire(timeout=self._write_missed())
-
-    def _write_missed(self) -> float:
-        """Write the stacks for every run that missed its promise; return for how many seconds to wait."""
+    def write_missed(self) -> bool:
+        """Write the stacks for every run that missed its promise; False where no other can miss one."""
         with self._lock:
             now = _monotonic()
-            missed = {path: place for path, (due, place) in self._due.items() if due <= now}
+            missed = {path: thread for path, (due, thread) in self._due.items() if due <= now}
             for path in missed:
                 del self._due[path]
-                self._missed.add(path)
-        for path, place in missed.items():  # without the lock: a share may hang
-            self._write(path, _all_stacks(place))
-        with self._lock:
-            if not self._due:
-                self._bell = None
-                return 0.0
-            self._wakes_mono = self._next_mono()
-            return min(max(self._wakes_mono - _monotonic(), 0.0), threading.TIMEOUT_MAX)
+            self._missed.update(missed)
+            goes_on = self._has_thread = bool(self._due)
+        for path, thread in missed.items():  # without the lock: a share may hang
+            self._write(path, _all_stacks(thread))
+        return goes_on
 
     def _write(self, path: str, text: bytes) -> None:
         try:
@@ -2384,47 +2331,22 @@ class _Stacks:
         except OSError as error:
             log.debug("no stacks in %s: %s", path, error.strerror)
 
-    def end_thread(self) -> None:
-        """End the thread: before a fork, at which Python 3.12 and newer warn of threads, and at exit."""
-        with self._lock:
-            bell, self._bell = self._bell, None
-            if bell is None:
-                return
-            with contextlib.suppress(RuntimeError):
-                bell.release()
-        # The system knows it for a moment longer than Python does; where there is no /proc, nobody asks.
-        deadline = _monotonic() + THREAD_END_S
-        while _monotonic() < deadline:
-            if self._native_id and not os.path.exists(f"/proc/self/task/{self._native_id}"):
-                break
-            time.sleep(0)
 
-    def after_fork_in_parent(self) -> None:
-        """Start the thread again. From 3.13 on, Python counts the threads only after this: there, the next
-        `report_progress` does it, which `_Process` has write a check-in."""
-        with self._lock:
-            if self._due and sys.version_info < (3, 13):
-                self._start_or_wake()
-
-
-def _all_stacks(last: Place) -> bytes:
+def _all_stacks(last: int) -> bytes:
     """Return the stacks of all threads but this one as `faulthandler` writes them: that which is asked for is
     the last, or the main one where that has ended."""
     collects = gc.isenabled()
     gc.disable()  # up to 3.12 a collection at this place can deadlock
     try:
         frames = sys._current_frames()
-        told = last.frame()
     finally:
         if collects:
             gc.enable()
-    main = threading.main_thread().ident
-    frames.pop(of_system("get_ident")(), None)
-    if told is not None:
-        frames[last.ident] = told
-        main = last.ident
+    frames.pop(_thread.get_ident(), None)
+    if last not in frames:
+        last = threading.main_thread().ident or 0
     parts = ["Missed its promise\n"]
-    for ident in sorted(frames, key=lambda ident: ident == main)[-MAX_STACKS:]:
+    for ident in sorted(frames, key=lambda ident: ident == last)[-MAX_STACKS:]:
         parts.append(f"Thread {ident:#018x} (most recent call first):\n")
         for frame, line in itertools.islice(traceback.walk_stack(frames[ident]), MAX_STACKS):
             code = frame.f_code
@@ -2518,7 +2440,6 @@ class _Process:
         atexit.register(self._at_exit)
         os.register_at_fork(
             before=self._before_fork,
-            after_in_parent=self._after_fork_in_parent,
             after_in_child=self._after_fork_in_child,
         )
 
@@ -2526,12 +2447,6 @@ class _Process:
 
     def _before_fork(self) -> None:
         self.parent = os.getpid()
-        self.stacks.end_thread()
-
-    def _after_fork_in_parent(self) -> None:
-        self.stacks.after_fork_in_parent()
-        for run in list(self.runs):
-            run._window, run._deadline = (math.nan, 0.0), 0.0
 
     def _after_fork_in_child(self) -> None:
         # Only the forking thread exists in the child: locks held by others would never be released.
@@ -2613,9 +2528,9 @@ class _Process:
         return real(kind, error, trace)
 
     def _on_thread_exception(self, real: Callable[..., Any], hooked: Any) -> Any:
-        place, error = Place.here(), hooked.exc_value
+        thread, error = _thread.get_ident(), hooked.exc_value
         if error is not None:
-            self._each(lambda run: run._end_by_exception(error) if run._place == place else None)
+            self._each(lambda run: run._end_by_exception(error) if run._thread == thread else None)
         return real(hooked)
 
     def _on_sys_exit(self, real: Callable[..., Any], *status: Any) -> Any:
@@ -2643,7 +2558,6 @@ class _Process:
         error = None if _interactive() else getattr(sys, "last_value", None)
         self._patience_mono = _monotonic() + END_PATIENCE_S
         self._each(lambda run: run._at_exit(error if sys.excepthook != self._hooked else None))
-        self.stacks.end_thread()
 
     # ---------------------------------------------------------------- notebooks
 
@@ -2660,8 +2574,8 @@ class _Process:
         if error is None and id(last) != self._cell_error and not getattr(result, "error_before_exec", None):
             error = last  # %run shows it, and goes on
         self._cell_error = id(last)
-        ident = Place.here().ident  # a run of another thread goes on between cells
-        self._each(lambda run: run._after_cell(error) if run._place.ident == ident else None)
+        thread = _thread.get_ident()  # a run of another thread goes on between cells
+        self._each(lambda run: run._after_cell(error) if run._thread == thread else None)
 
 
 def _calling(hook: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
@@ -2997,7 +2911,7 @@ class Run:
         #: A SIGTERM that a handler of the user's takes care of, and when it came (monotonic).
         self._signal: Optional[Tuple[End, float]] = None
         #: The thread that reported last.
-        self._place = Place.here()
+        self._thread = _thread.get_ident()
         #: Which check-in and which record were the last when a notebook's cell took back the promise.
         self._idle_since = -1, 0.0
         #: Of loops inside each other, how many items are done, of how many; when the outermost began, and
@@ -3129,7 +3043,7 @@ class Run:
 
     def _report(self, expect_next_in: Any, block: bool) -> None:
         now = _monotonic()
-        self._place = Place.here()
+        self._thread = _thread.get_ident()
         _process.exit = None  # whoever called it, somebody caught it
         with self._disk_lock:
             if expect_next_in is not AUTO:
@@ -3267,7 +3181,7 @@ class Run:
                 self._window = (asked if flag == CHECK_IN else math.nan, until)
         if self._stacks_on and written_s:
             due_mono = now + written_s + STACKS_AFTER_S
-            _process.stacks.arm(self._paths.stack(self.hash), due_mono, self._place)
+            _process.stacks.arm(self._paths.stack(self.hash), due_mono, self._thread)
         elif self._stacks_on:
             _process.stacks.disarm(self._paths.stack(self.hash))
 
@@ -3691,7 +3605,7 @@ class Run:
         """
         # The clock may be set back, by a day.
         self._looked_s, self._look_at_s = now_s, now_s + LOOK_S
-        self._place = Place.here()
+        self._thread = _thread.get_ident()
         try:
             in_place = self._log.look() and self._marker.is_there()
             if not in_place and os.path.isdir(self._paths.aim):
@@ -3800,8 +3714,8 @@ class Run:
     # ---------------------------------------------------------------- signals
 
     def _signal_end(self, signum: int, frame: Optional[FrameType]) -> End:
-        if self._place.ident != Place.here().ident:
-            frame = self._place.frame() or frame
+        if self._thread != _thread.get_ident():
+            frame = sys._current_frames().get(self._thread, frame)
         return End(FAILED, f"terminated by {signal.Signals(signum).name}", frames_of(frame=frame))
 
     def _end_by_signal(self, signum: int, frame: Optional[FrameType]) -> None:

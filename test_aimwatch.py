@@ -1877,49 +1877,20 @@ print(flags(), len(run.metrics()))
 
     def test_stack_of_the_thread_that_reported_is_the_one_that_is_told(self) -> None:
         code = """
-aimwatch.promise_margin_s = lambda expect_s: 0.0
 def train():
-    run.report_progress(expect_next_in=0.1)
+    run.report_progress(expect_next_in=60)
+    aimwatch._process.stacks.arm(run._paths.stack("r"), 0.0, run._thread)
     time.sleep(600)
+aimwatch.STACKS_POLL_S = 0.01
 threading.Thread(target=train, daemon=True).start()
-while not os.path.exists(run._paths.stack("r")):
+while not aimwatch.hanging_frames(run._paths, "r"):
     time.sleep(0.01)
 """
         process = self.ready_process(code)
-        self.wait_for(lambda: " in train" in aimwatch.hanging_frames(self.paths, "r"))
+        self.assertIn(" in train", aimwatch.hanging_frames(self.paths, "r"))
         process.terminate()
         process.wait(60)
         self.assertIn(" in train: ", self.end_of("r")["frames"][-1])
-
-    def test_stacks_are_written_by_a_thread_of_the_system_where_greenlets_are_in_its_place(self) -> None:
-        code = """
-import types
-def start_new_thread(*args):
-    raise AssertionError("a greenlet")
-gevent = types.ModuleType("gevent.monkey")
-real = {name: getattr(aimwatch._thread, name) for name in ("start_new_thread", "allocate_lock", "get_ident", "RLock")}
-gevent.get_original = lambda module, name: real[name]
-aimwatch._thread.start_new_thread = start_new_thread
-sys.modules["gevent.monkey"] = gevent
-class Greenlet:
-    def __init__(self):
-        def waits(): yield
-        self.waits = waits()
-        self.gr_frame = self.waits.gi_frame
-current = Greenlet()
-greenlet = types.ModuleType("greenlet")
-greenlet.getcurrent = lambda: current
-sys.modules["greenlet"] = greenlet
-aimwatch.promise_margin_s = lambda expect_s: 0.0
-run = Run("r", create=True)
-run.report_progress(expect_next_in=0.1)
-while not os.path.exists(run._paths.stack("r")):
-    time.sleep(0.01)
-time.sleep(0.1)
-os._exit(0)
-"""
-        self.assertEqual(self.finished_process(code, "")[0], 0)
-        self.assertIn(" in waits", aimwatch.hanging_frames(self.paths, "r"))
 
     def test_reason_is_told_where_no_descriptor_is_left(self) -> None:
         code = """
@@ -2236,12 +2207,6 @@ REAL: Tuple[Tuple[Tuple[str, ...], str, str, int, str, Any, str], ...] = (
     (("omegaconf",), "from omegaconf import OmegaConf\nfrom aimwatch import Run\nwith Run('r', create=True) as run:\n"
      " run['c'] = OmegaConf.create({'lr': 0.1, 'l': [1, 2]}); assert run['c'] == {'lr': 0.1, 'l': [1, 2]}", "", 0,
      "finished", None, ""),
-    (("gevent",), "from gevent import monkey\nmonkey.patch_all()\nimport gevent, aimwatch, os, time\n"
-     "run = aimwatch.Run('r', create=True); aimwatch.promise_margin_s = lambda s: 0.0\n"
-     "def train():\n run.report_progress(expect_next_in=0.1)\n gevent.sleep(600)\n"
-     "gevent.spawn(train)\nwhile not os.path.exists(run._paths.stack('r')): time.sleep(0.01)\n"
-     "time.sleep(0.1)\nframes = aimwatch.hanging_frames(run._paths, 'r')\nassert ' in train' in frames, frames\n"
-     "run.close()", "", 0, "finished", None, ""),
 )  # fmt: skip
 
 
@@ -2492,7 +2457,7 @@ class SecondWriter(ProcessCase):
 #: Forks a process for every row, which makes a run of that name, promises to go on, and hangs.
 HANGS = """
 import json, re
-aimwatch.promise_margin_s = lambda expect_s: 0.0
+aimwatch.STACKS_POLL_S, aimwatch.STACKS_AFTER_S = 0.02, -1.8
 def inner(what):
     exec(compile(what, "<hang>", "exec"), globals())
 def outer(what):
@@ -2565,10 +2530,11 @@ def other():
     while True:
         busy()
 threading.Thread(target=other, daemon=True).start()
+aimwatch.STACKS_POLL_S = 0.001
 run = Run("r", create=True)
 path, stacks = run._paths.stack("r"), aimwatch._process.stacks
 for _ in range(50):
-    stacks.arm(path, time.monotonic(), run._place)
+    stacks.arm(path, time.monotonic(), run._thread)
     while not os.path.exists(path):
         busy()
 os.write(1, b"alive")
@@ -2576,58 +2542,34 @@ os._exit(0)
 """
         self.assertEqual(self.start(code).communicate(timeout=60), ("alive", ""))
 
-    def test_forks_neither_warn_nor_hang_and_the_parent_stays_armed(self) -> None:
+    def test_forks_do_not_hang_and_the_parent_stays_armed(self) -> None:
         code = """
-import multiprocessing, subprocess, warnings
-warnings.simplefilter("always")
+aimwatch.STACKS_POLL_S = 0.001
 signal.alarm(60)
-aimwatch.promise_margin_s = lambda expect_s: 0.0
-def leave(turn):
-    if turn % 2:
-        run.report_progress(expect_next_in=60, block=True)
-    elif turn == 10:
-        with Run() as own:
-            own.report_progress(expect_next_in=60)
-for turn in range(16):
-    run.report_progress(expect_next_in=60)
+for turn in range(6):
+    run.report_progress(expect_next_in=60, block=True)
     pid = os.fork()
     if pid == 0:
-        leave(turn)
         aimwatch.log.disabled = True
+        run.report_progress(expect_next_in=60, block=True)
+        with Run() as own:
+            own.report_progress(expect_next_in=60)
         sys.exit(0)
     assert os.waitpid(pid, 0)[1] == 0
-for method in "fork", "spawn":
-    if method in multiprocessing.get_all_start_methods():
-        run.report_progress(expect_next_in=60)
-        worker = multiprocessing.get_context(method).Process(target=print, args=(method,))
-        worker.start()
-        worker.join()
-        assert worker.exitcode == 0
-run.report_progress(expect_next_in=0.1)
-if os.fork() == 0:
-    os._exit(0)
-if sys.version_info >= (3, 13):
-    run.report_progress(expect_next_in=0.1)
-while not os.path.exists(run._paths.stack("r")):
-    time.sleep(0.01)
+path = run._paths.stack("r")
+aimwatch._process.stacks.arm(path, 0.0, run._thread)
+while not os.path.exists(path):
+    time.sleep(0.001)
 run.close()
 assert os.listdir(run._paths.stacks) == []
-while os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 1:
-    pass  # a thread that has ended is seen for a moment
 """
-        status, out, err = self.finished_process(f"if __name__ == '__main__':\n{textwrap.indent(code, ' ')}")
-        self.assertEqual(
-            (status, [line for line in err.splitlines() if "is ignored: run" not in line]), (0, [])
-        )
-        self.assertEqual(out, ["fork", "spawn"])
+        self.assertEqual(self.finished_process(code)[0], 0)
 
     @unittest.skipUnless(os.path.isdir("/proc/self/task"), "the threads of a process are not listed")
     def test_thread_takes_no_signal_from_the_main_one_and_is_in_no_list(self) -> None:
         code = """
 run.report_progress(expect_next_in=60)
 assert threading.active_count() == 1, threading.enumerate()
-while aimwatch._process.stacks._wakes_mono == 0:
-    time.sleep(0.001)  # until it waits
 for task in os.listdir("/proc/self/task"):
     with open(f"/proc/self/task/{task}/status") as file:
         blocked = int(next(line for line in file if line.startswith("SigBlk:")).split()[1], 16)
@@ -2647,7 +2589,7 @@ class StacksByHand(HandDriven):
         self.start_thread = mock.Mock()
         for patch in (
             mock.patch.object(aimwatch._process, "stacks", self.stacks),
-            mock.patch.object(aimwatch._thread, "start_new_thread", self.start_thread),
+            mock.patch.object(aimwatch, "start_quiet_thread", self.start_thread),
         ):
             patch.start()
             self.addCleanup(patch.stop)
@@ -2659,25 +2601,21 @@ class StacksByHand(HandDriven):
     def miss(self, seconds: float) -> None:
         """Let time pass, and have the stacks written that are due then."""
         self.clock.pass_(seconds)
-        self.stacks._write_missed()
+        self.stacks.write_missed()
 
     def written(self) -> List[str]:
         """Return the runs whose stacks were written."""
         return sorted(name[: -len(".txt")] for name in os.listdir(self.paths.stacks))
 
-    def test_thread_is_started_once_and_woken_for_an_earlier_promise_only(self) -> None:
+    def test_thread_is_started_once_and_ends_when_nothing_is_promised(self) -> None:
         run = self.run_object()
-        run.report_progress(expect_next_in=60)
-        self.assertEqual(round(self.stacks._write_missed(), 3), 66.5)
-        bell = self.stacks._bell
-        assert bell is not None
-        for _ in range(30):
-            self.clock.pass_(1)
+        for _ in range(3):
             run.report_progress(expect_next_in=60, block=True)
-        self.assertFalse(bell.acquire(blocking=False))
-        run.report_progress(expect_next_in=5)
-        self.assertTrue(bell.acquire(blocking=False))
-        self.assertEqual(self.start_thread.call_count, 1)
+        self.assertEqual((self.stacks.write_missed(), self.start_thread.call_count), (True, 1))
+        run.report_progress()
+        self.assertFalse(self.stacks.write_missed())
+        run.report_progress(expect_next_in=60)
+        self.assertEqual(self.start_thread.call_count, 2)
 
     def test_stacks_are_written_once_and_removed_when_the_run_goes_on_or_ends(self) -> None:
         for goes_on in ({"expect_next_in": 60}, {}, None):
@@ -2726,7 +2664,7 @@ class StacksByHand(HandDriven):
         self.miss(12)
         self.assertEqual((self.written(), self.due_in_s()), (["quick", "same"], [98.5]))
         self.miss(98.5)
-        self.assertEqual((self.written(), self.stacks._bell), (["quick", "same", "slow"], None))
+        self.assertEqual(self.written(), ["quick", "same", "slow"])
 
     def test_turned_off_it_starts_nothing_and_writes_nothing(self) -> None:
         cases: List[Tuple[Dict[str, Any], str]] = [({"stacks": False}, "")]
