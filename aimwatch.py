@@ -7354,60 +7354,60 @@ def trouble(event_id: str, repo: str, reason: str, **more: str) -> Event:
     return Event(event_id, TROUBLE, {"event": TROUBLE, "run.reason": reason, "repo": repo, **more})
 
 
-class OutboxState:
-    """What the lines of an outbox say. Safe for use by several threads, and no thread waits for a disk
-    while it holds the lock."""
+def _outbox_line(record: Dict[str, Any]) -> bytes:
+    return to_json({**record, "time": round(time.time(), 3)}).encode("ascii") + b"\n"
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        #: Event id to the notifiers that were or are to be sent it.
-        self.known: Dict[str, List[str]] = {}
+
+#: Above this size, and when it has doubled, the outbox is rewritten without what nobody can ask for.
+COMPACT_BYTES = 1 << 20
+
+
+class Outbox:
+    """The events of a repository and who was notified of them, in a file.
+
+    Safe for use by several threads; who asks what waits does not wait for a disk. Raises OSError where
+    the file cannot be read, or unless `read_only` be opened.
+    """
+
+    def __init__(self, path: str, read_only: bool = False) -> None:
+        self.path = path
+        #: The ids of all events that were put here.
+        self.known: Set[str] = set()
         #: What is still to be sent: event id to the event and the notifiers for which it waits.
         self._waiting: Dict[str, Tuple[Event, Set[str]]] = {}
         self._broken: Dict[str, Tuple[str, float]] = {}
-
-    def load(self, path: str) -> None:
-        """Take in the file at `path`, if there is one. Raises OSError."""
-        try:
-            fd = open_regular(path)
-        except FileNotFoundError:
-            return
-        with os.fdopen(fd, "rb") as file:
+        self._mended: Dict[str, float] = {}
+        self._lock = threading.Lock()
+        #: Held while the file is written, which takes as long as the disk does. Only writers wait for it.
+        self._writing = threading.Lock()
+        self._compact_at = 0
+        with contextlib.suppress(FileNotFoundError), os.fdopen(open_regular(path), "rb") as file:
             for line, _ in read_lines(file):
-                self.apply(json_object(line) or {})
+                self._apply(json_object(line) or {})
+        #: None where nothing is to be written, as after the end: what was sent then is sent again.
+        self._file = None if read_only else AppendFile(path, self._lines)
 
-    def apply(self, record: Dict[str, Any]) -> None:
-        """Take in one record; what is damaged or foreign is sent again at worst."""
+    def _apply(self, record: Dict[str, Any]) -> None:
+        """Take in one record; a foreign one is skipped."""
         with self._lock, contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
             if "event" in record:
-                event = Event(record["event"], record["kind"], record.get("facts") or {})
-                texts = [event.id, event.kind, *event.facts.values(), *record["to"]]
-                if not all(isinstance(text, str) for text in texts):
-                    return
-                self.known[event.id] = list(record["to"])
-                self._waiting.pop(event.id, None)
-                if event.facts and record["to"]:
-                    self._waiting[event.id] = (event, set(record["to"]))
+                facts = {name: str(value) for name, value in record.get("facts", {}).items()}
+                event = Event(str(record["event"]), str(record["kind"]), facts)
+                self.known.add(event.id)
+                if facts and record["to"]:
+                    self._waiting[event.id] = (event, set(map(str, record["to"])))
             elif "sent" in record:
-                for event_id in record["sent"]:
-                    self._waits_no_more(event_id, record["to"])
-                self._broken.pop(record["to"], None)
-            elif isinstance(record.get("broken"), str):
+                for event_id in self._waiting.keys() & set(record["sent"]):
+                    ids = self._waiting[event_id][1]
+                    ids.discard(record["to"])
+                    if not ids:
+                        del self._waiting[event_id]
+            elif "broken" in record:
                 since = float(record.get("since") or record["time"])
-                self._broken[record["broken"]] = (str(record["reason"]), since)
-            elif "mended" in record:
-                self._broken.pop(record["mended"], None)
-
-    def _waits_no_more(self, event_id: str, notifier_id: str) -> None:
-        if event_id in self._waiting:
-            ids = self._waiting[event_id][1]
-            ids.discard(notifier_id)
-            if not ids:
-                del self._waiting[event_id]
-
-    def knows(self, event_id: str) -> bool:
-        """True where the event was put here before."""
-        return event_id in self.known
+                self._broken[str(record["broken"])] = (str(record["reason"]), since)
+            works = record.get("mended") or "sent" in record and record["to"]
+            if works in self._broken:
+                self._mended[works] = self._broken.pop(works)[1]
 
     def waiting_for(self, notifier_id: str) -> List[Event]:
         """Return what is still to be sent to a notifier, the oldest first."""
@@ -7423,61 +7423,30 @@ class OutboxState:
         with self._lock:
             return dict(self._broken)
 
-    def give_up(self, notifier_id: str, keep: int = 0) -> int:
-        """Give up what waits for a notifier, except the newest `keep` events; return how many were."""
-        waiting = self.waiting_for(notifier_id)
-        old = waiting[: max(0, len(waiting) - keep)]
+    def mended(self) -> Dict[str, float]:
+        """Return the notifiers that work again: since when they had not (UTC seconds)."""
         with self._lock:
-            for event in old:
-                self._waits_no_more(event.id, notifier_id)
-        return len(old)
+            return dict(self._mended)
 
-    def waited_for(self) -> Set[str]:
-        """Return the ids of the notifiers for which something waits."""
-        with self._lock:
-            return {notifier_id for _, ids in self._waiting.values() for notifier_id in ids}
-
-    def lines(self) -> List[bytes]:
+    def _lines(self) -> List[bytes]:
         """Return what a file must say at least: what waits, what is known to have been sent, and which
-        notifiers do not work."""
+        notifiers do not work, or did not."""
         records: List[Dict[str, Any]] = [{"begun": "what came before is only summarized"}]
         with self._lock:
-            for event_id, notifier_ids in self.known.items():
-                event, ids = self._waiting.get(event_id, (Event(event_id, "", {}), notifier_ids))
-                records.append(event_record(event, sorted(ids)))
+            done = sorted(self.known - self._waiting.keys())
+            records += [{"event": event_id, "kind": "", "to": []} for event_id in done]
+            for event, ids in self._waiting.values():
+                records.append(self._record_of(event, sorted(ids)))
+            for notifier_id, since in self._mended.items():
+                records.append({"broken": notifier_id, "reason": "", "since": since})
+                records.append({"mended": notifier_id})
             for notifier_id, (reason, since) in self._broken.items():
                 records.append({"broken": notifier_id, "reason": reason, "since": since})
         return [_outbox_line(record) for record in records]
 
-
-def event_record(event: Event, notifier_ids: Sequence[str]) -> Dict[str, Any]:
-    """Return the record of an event. One without facts waits for nobody any more."""
-    record = {"event": event.id, "kind": event.kind, "to": list(notifier_ids)}
-    return {**record, "facts": event.facts} if event.facts else record
-
-
-def _outbox_line(record: Dict[str, Any]) -> bytes:
-    return to_json({**record, "time": round(time.time(), 3)}).encode("ascii") + b"\n"
-
-
-#: Above this size, and when it has doubled, the outbox is rewritten without what nobody can ask for.
-COMPACT_BYTES = 1 << 20
-#: So many events are kept for a notifier that is not reached, when the outbox is shortened.
-MAX_WAITING = 10_000
-
-
-class Outbox(OutboxState):
-    """The events of a repository and who was notified of them, in a file."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self.path = path
-        self.load(path)
-        #: Held while the file is written, which takes as long as the disk does. Only writers wait for it.
-        self._writing = threading.Lock()
-        self._file = AppendFile(path, self.lines)
-        self._compact_at = 0
-        self._closed = False
+    @staticmethod
+    def _record_of(event: Event, notifier_ids: List[str]) -> Dict[str, Any]:
+        return {"event": event.id, "kind": event.kind, "to": notifier_ids, "facts": event.facts}
 
     def add(self, events: Sequence[Tuple[Event, List[str]]]) -> None:
         """Record events with the ids of the notifiers that must hear of them, in one write that reaches
@@ -7485,11 +7454,11 @@ class Outbox(OutboxState):
 
         Where the disk refuses, the lines wait in memory and the events are sent all the same.
         """
-        self._record([event_record(event, notifier_ids) for event, notifier_ids in events])
+        self._write([self._record_of(event, notifier_ids) for event, notifier_ids in events])
 
     def sent(self, event_ids: Sequence[str], notifier_id: str) -> None:
-        """Record that events were sent to a notifier."""
-        self._record([{"sent": list(event_ids), "to": notifier_id}])
+        """Record that events were sent to a notifier, which therefore works."""
+        self._write([{"sent": list(event_ids), "to": notifier_id}])
 
     def note_broken(self, notifier_id: str, reason: str) -> None:
         """Record that a notifier does not work, and why now, unless that is known."""
@@ -7498,37 +7467,34 @@ class Outbox(OutboxState):
         reason = re.sub(r"(HTTP \d+): (?![a-z_]{1,30}$).*", r"\1", reason)
         known, since = self.broken().get(notifier_id, ("", round(time.time(), 3)))
         if known != reason:
-            self._record([{"broken": notifier_id, "reason": reason, "since": since}])
+            self._write([{"broken": notifier_id, "reason": reason, "since": since}])
 
     def note_mended(self, notifier_id: str) -> None:
         """Record that a notifier works, where it did not."""
         if notifier_id in self.broken():
-            self._record([{"mended": notifier_id}])
+            self._write([{"mended": notifier_id}])
 
-    def _record(self, records: Sequence[Dict[str, Any]]) -> None:
+    def flush(self) -> None:
+        """Try again to write what the disk refused, or what lost its file."""
+        self._write([])
+
+    def _write(self, records: Sequence[Dict[str, Any]]) -> None:
         with self._writing:
-            if records and not self._closed:
-                self._look()
-                self._file.append(b"".join(map(_outbox_line, records)))
-                self._file.sync()
+            if self._file is not None:
+                self._file.look()
+                if records:
+                    self._file.append(b"".join(map(_outbox_line, records)))
+                    self._file.sync()
             # Only now, since what is known here is sent at once; and before the file is made anew of it.
             for record in records:
-                self.apply(record)
-
-    def _look(self) -> bool:
-        """Make the file again where it was removed; its folder too, but never `.aim`."""
-        with contextlib.suppress(OSError):
-            folder = os.path.dirname(self.path)
-            with folder_of(folder) as (above, name), contextlib.suppress(FileExistsError):
-                os.mkdir(name, 0o755, dir_fd=above)
-            return self._file.look()
-        return False
+                self._apply(record)
 
     def forget_notifiers(self, keep: Set[str]) -> None:
         """Give up what waits for notifiers that were removed."""
-        for notifier_id in self.waited_for() - keep:
-            self.give_up(notifier_id)
-        for notifier_id in set(self.broken()) - keep:
+        with self._lock:
+            kept = {event_id: (event, ids & keep) for event_id, (event, ids) in self._waiting.items()}
+            self._waiting = {event_id: item for event_id, item in kept.items() if item[1]}
+        for notifier_id in self.broken().keys() - keep:
             self.note_mended(notifier_id)
 
     def compact(self) -> None:
@@ -7536,46 +7502,30 @@ class Outbox(OutboxState):
         is not asked for again, but for the alert that a notifier does not work."""
         with self._writing:
             try:
-                if not (self._look() and self._file.flush()):
+                if self._file is None or os.path.getsize(self.path) < max(COMPACT_BYTES, self._compact_at):
                     return
-                if os.path.getsize(self.path) < max(COMPACT_BYTES, self._compact_at):
-                    return
-                for notifier_id in self.waited_for():
-                    # Somebody who has not been reached for months costs no more than the newest.
-                    count = self.give_up(notifier_id, MAX_WAITING)
-                    if count:
-                        given_up = plural(count, "event")
-                        log.error("notifier %s: %s given up: too many wait", notifier_id[:8], given_up)
                 with self._lock:
-                    for event_id in [*self.known]:
-                        if event_id not in self._waiting and not event_id.startswith(BROKEN):
-                            del self.known[event_id]
-                data = b"".join(self.lines())
-                replace_file(self.path, data)
-                # The new one first: where it cannot be opened, the old one is found to be gone, and
-                # no descriptor that was closed is written to.
-                old, self._file = self._file, AppendFile(self.path, self.lines)
-                old.close()
+                    self.known = {one for one in self.known if one in self._waiting or one.startswith(BROKEN)}
+                data = b"".join(self._lines())
                 self._compact_at = 2 * len(data)
+                replace_file(self.path, data)
+                # Where the new one cannot be opened, the old one finds later that its file is gone.
+                old, self._file = self._file, AppendFile(self.path, self._lines)
+                old.close()
             except OSError as error:
-                self._compact_at = 2 * max(COMPACT_BYTES, self._compact_at)
                 log.warning("cannot shorten %s: %s", self.path, error.strerror)
 
-    def flush(self) -> None:
-        """Try again to write what the disk refused, or what lost its file."""
-        with self._writing:
-            if not self._closed and self._look():
-                self._file.flush()
-
     def close(self) -> None:
-        """Close the file. What a notifier's thread says later is not written: it is sent again."""
+        """Close the file."""
         with self._writing:
-            self._closed = True
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
 
-#: At least this long between two posts to one notifier, and at most so long while events keep coming.
-MIN_POST_GAP_S, MAX_POST_GAP_S = 1.0, 5.0
+#: At least this long between two posts to one notifier. After one that was sent, what comes is collected
+#: for so long, so that a power cut that takes a while to be noticed is a handful of messages.
+MIN_POST_GAP_S, COLLECT_S = 1.0, 3.0
 #: A notifier that was tried in vain for so long counts as one that does not work.
 OUTAGE_S, UNREACHED = 900.0, "tried in vain"
 #: A notifier whose address or token is refused is tried again this often, and when it is changed.
@@ -7599,19 +7549,13 @@ class NotifierThread(threading.Thread):
         #: An event that cannot be in the outbox, since the disk does not answer.
         self._alarm: Optional[Event] = None
         self._stopping = self._hurry = self._broken = False
-        self._failures = 0
-        #: When the first of these failures was.
-        self._failed_mono = 0.0
-        self._gap_s, self._posted_mono = MIN_POST_GAP_S, -math.inf
+        #: How many attempts in a row have failed, and when the first of them did.
+        self._failures, self._failed_mono = 0, 0.0
 
     def use(self, notifier: Optional[Notifier]) -> None:
-        """Go on with the notifier as it is configured now. One that was changed, or does not work and may
-        have been mended, rests no longer."""
+        """Go on with the notifier as it is configured now, and rest no longer."""
         with self._changed:
-            if notifier != self.notifier:
-                self.notifier, self._failures, self._hurry = notifier, 0, True
-                self._alarm = self._alarm if notifier is not None else None
-            self._hurry = self._hurry or self._broken
+            self.notifier, self._failures, self._hurry = notifier, 0, True
             self._changed.notify_all()
 
     def wake(self, alarm: Optional[Event] = None) -> None:
@@ -7649,49 +7593,39 @@ class NotifierThread(threading.Thread):
                 notifier, alarm, batch, self._hurry = self.notifier, self._alarm, self._batch(), False
             if self._stopping:
                 return
-            if notifier is None or not batch:
-                continue
-            try:
+            if notifier is not None and batch:
                 self._rest(self._send(notifier, batch, alarm))
-            except Exception as error:
-                # A thread that died of it would take every later alert with it.
-                text = notifier.scrub(f"{type(error).__name__}: {error}")
-                log.error("notifier %s: %s: trying again", notifier.shown_as, text)
-                with self._changed:
-                    self._failures += 1
-                    self._changed.notify_all()
-                self._rest(back_off_s(self._failures, 0.5))
 
     def _send(self, notifier: Notifier, batch: List[Event], alarm: Optional[Event]) -> float:
         """Send `batch`, which may be an alarm, in one message, and return how long to rest."""
         name = f"{notifier.type} {notifier.shown_as}"
         outcome = self._deliver(notifier, batch, name)
-        if notifier is not self.notifier and outcome.kind != SENT:
+        sent, broken, reason = outcome.kind == SENT, outcome.kind == BROKEN, outcome.detail
+        if notifier is not self.notifier and not sent:
             return MIN_POST_GAP_S  # as it is configured now, it has not been tried
-        sent, broken = outcome.kind == SENT, outcome.kind == BROKEN
-        if sent and alarm is None:  # with an alarm, the disk does not answer
-            self._outbox.sent([event.id for event in batch], self.id)
-        elif broken and alarm is None:
-            self._outbox.note_broken(self.id, outcome.detail)
-        elif not sent and alarm is None:
-            self._failed_mono = self._failed_mono if self._failures else _monotonic()
-            if _monotonic() - self._failed_mono >= OUTAGE_S and self.id not in self._outbox.broken():
-                self._outbox.note_broken(self.id, f"{UNREACHED} for {human_s(OUTAGE_S)}: {outcome.detail}")
         if sent and self._failures:
             log.info("notifier %s is reached again", name)
         if sent and notifier.type != "logger":  # whose messages say it themselves
             log.info("notifier %s was sent %s", name, plural(len(batch), "event"))
         elif not sent and (not self._failures or broken != self._broken):
             then = "what waits is kept until it is mended; see 'notifiers list'" if broken else "trying again"
-            log.warning("notifier %s: %s; %s", name, outcome.detail, then)
+            log.warning("notifier %s: %s; %s", name, reason, then)
+        self._failed_mono = self._failed_mono if self._failures else _monotonic()
+        if not (sent or broken) and _monotonic() - self._failed_mono >= OUTAGE_S:
+            broken = self.id not in self._outbox.broken()
+            reason = f"{UNREACHED} for {human_s(OUTAGE_S)}: {reason}"
+        if alarm is None and sent:  # with an alarm, the disk does not answer
+            self._outbox.sent([event.id for event in batch], self.id)
+        elif alarm is None and broken:
+            self._outbox.note_broken(self.id, reason)
         with self._changed:
-            self._failures, self._broken = 0 if sent else self._failures + 1, broken
+            self._failures, self._broken = 0 if sent else self._failures + 1, outcome.kind == BROKEN
             if sent and self._alarm is alarm:
                 self._alarm = None
             self._changed.notify_all()
         if sent:
-            return 0.0 if notifier.type == "logger" else self._gap()
-        if broken:
+            return 0.0 if notifier.type == "logger" else COLLECT_S
+        if self._broken:
             return BROKEN_RETRY_S
         random = int.from_bytes(os.urandom(4), "big") / 2**32
         return max(back_off_s(self._failures, random), outcome.wait_s, MIN_POST_GAP_S)
@@ -7700,33 +7634,18 @@ class NotifierThread(threading.Thread):
         """Send one message; once more in plain words where the other side does not take it."""
         facts = [{**event.facts, "id": event.id} for event in batch]
         outcome = deliver(notifier, facts, goes_on=lambda: not self._stopping)
-        if outcome.kind == REFUSED:
+        if outcome.kind == REFUSED and not self._stopping:
             log.warning("notifier %s: %s; trying again in plain words", name, outcome.detail)
             self._rest(MIN_POST_GAP_S)
-            if self._stopping:
-                return outcome._replace(kind=RETRY)
             outcome = deliver(notifier, facts, plain=True, goes_on=lambda: not self._stopping)
-        return outcome._replace(kind=BROKEN) if outcome.kind == REFUSED else outcome
-
-    def _gap(self) -> float:
-        """Return the pause after a post; it grows while there is more to send each time, so that a
-        power cut that takes a minute to be noticed is a handful of messages."""
-        now = time.monotonic()
-        storm = now - self._posted_mono < 2 * self._gap_s
-        self._gap_s = min(2 * self._gap_s, MAX_POST_GAP_S) if storm else MIN_POST_GAP_S
-        self._posted_mono = now
-        return self._gap_s
+            if outcome.kind == REFUSED:
+                return outcome._replace(kind=BROKEN)
+        return outcome
 
     def _rest(self, seconds: float) -> None:
-        """Rest; a change of the notifier shortens that, but not below the least gap between two posts."""
+        """Rest; a change of the configuration ends that."""
         with self._changed:
-            least_s = min(seconds, MIN_POST_GAP_S)
-            self._changed.wait_for(lambda: self._stopping, least_s)
-            self._changed.wait_for(lambda: self._stopping or self._hurry, seconds - least_s)
-
-
-#: The id of an alert about a notifier that does not work, and what that of its end has more.
-_OUTAGE, MENDED = re.compile(rf"{BROKEN}-(.+)-[0-9]+\.[0-9]{{3}}"), "-mended"
+            self._changed.wait_for(lambda: self._stopping or self._hurry, seconds)
 
 
 class Dispatcher:
@@ -7736,100 +7655,84 @@ class Dispatcher:
         self._paths = paths
         self._outbox = outbox
         self._config = config
+        #: What the configuration in force was read from, and what was said of one that is not.
         self._stamp: Any = None
         self._complaint = ""
         #: The enabled notifiers, by id. Those with a problem are not used, and what they must hear of waits.
         self._notifiers: Dict[str, Notifier] = {}
         self._queries: Dict[str, CompiledQuery] = {}
         self._threads: Dict[str, NotifierThread] = {}
-        #: False where a thread could not be started, which is tried again.
-        self._complete = True
-        #: The alerts about notifiers that do not work after which none came that they work again.
-        self._outages: Dict[str, str] = {}
-        for event_id in [*outbox.known]:
-            match = _OUTAGE.fullmatch(event_id)
-            if match is not None and not outbox.knows(event_id + MENDED):
-                self._outages[event_id] = match[1]
         #: From which level on people hear of log messages.
         self.log_level = logging.WARNING
+
+    def _usable(self) -> List[Notifier]:
+        return [item for item in self._notifiers.values() if not item.problem]
 
     def load(self) -> None:
         """Read the configuration. Raises ConfigError; what was in force stays in force."""
         stamp = file_stamp(self._config.path)
-        try:
-            notifiers = self._config.notifiers()
-            self.log_level = self._config.log_level()
-        except ConfigError as error:
-            # What could not be read, as on a share that is away for a moment, is read again at the next look.
-            if not isinstance(error.__context__, OSError):
-                self._stamp = stamp
-            raise
+        notifiers = self._config.notifiers()
+        self.log_level = self._config.log_level()
         self._stamp, self._complaint = stamp, ""
-        usable = [item for item in notifiers if item.enabled and not item.problem] or [FALLBACK]
-        unusable = [item for item in notifiers if item.enabled and item.problem]
-        self._notifiers = {item.id: item for item in (*usable, *unusable)}
-        self._queries = {item.id: compile_query(item.where) for item in usable if item.where}
+        enabled = [item for item in notifiers if item.enabled]
+        fallback = [FALLBACK] if all(item.problem for item in enabled) else []
+        self._notifiers = {item.id: item for item in (*fallback, *enabled)}
         self._outbox.forget_notifiers({*self._notifiers, *(item.id for item in notifiers)})
-        for item in unusable:
-            log.error("notifier %s %s; it is not used", item.shown_as, item.problem)
-            self._outbox.note_broken(item.id, printable(item.problem or "", 300))
-        for item in usable:
-            if not self._outbox.waiting_for(item.id):
+        for item in enabled:
+            if item.problem:
+                log.error("notifier %s %s; it is not used", item.shown_as, item.problem)
+                self._outbox.note_broken(item.id, printable(item.problem, 300))
+            elif not self._outbox.waiting_for(item.id):
                 self._outbox.note_mended(item.id)
-            self._start_thread(item)
+        usable = {item.id: item for item in self._usable()}
+        self._queries = {one: compile_query(item.where) for one, item in usable.items() if item.where}
         for thread in self._threads.values():
-            thread.use(next((item for item in usable if item.id == thread.id), None))
+            thread.use(usable.get(thread.id))
+        self._start_threads()
 
-    def _start_thread(self, item: Notifier) -> None:
-        if item.id not in self._threads:
-            thread = NotifierThread(item, self._outbox)
-            try:
-                thread.start()
-                self._threads[item.id] = thread
-            except RuntimeError as error:
-                if self._complete:
+    def _start_threads(self) -> None:
+        for item in self._usable():
+            if item.id not in self._threads:
+                thread = NotifierThread(item, self._outbox)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # a machine that is out of processes will have some again
                     log.error("notifier %s waits: %s; trying again", item.shown_as, error)
-                self._complete = False
+                    return
+                self._threads[item.id] = thread
 
     def reload_if_changed(self) -> None:
-        """Take up a changed configuration; a broken one is reported and the last good one kept."""
+        """Take up a changed configuration; of a broken one that is said once, and the last good one kept."""
         stamp = file_stamp(self._config.path)
-        if stamp is None and self._stamp is not None:
-            # What waits is kept for those that are in it: an editor may be about to write it anew.
-            log.error("%s is gone; the last good configuration stays in force", self._config.path)
-            self._stamp = None
-            return
-        if not self._complete:
-            self._complete = True
-            for item in self._notifiers.values():
-                if not item.problem:
-                    self._start_thread(item)
         if stamp != self._stamp:
             try:
+                if stamp is None:  # an editor may be about to write it anew
+                    raise ConfigError(f"{self._config.path} is gone")
                 self.load()
                 log.info("notifiers reloaded: %s", self.describe())
             except ConfigError as error:
                 if str(error) != self._complaint:
                     log.error("%s; the last good configuration stays in force", error)
                 self._complaint = str(error)
+        self._start_threads()
 
     def describe(self) -> str:
         """Return who is notified, for people: `slack 5c42d699, logger`."""
-        usable = [item for item in self._notifiers.values() if not item.problem]
-        return ", ".join(x.type if x.id == x.type else f"{x.type} {x.shown_as}" for x in usable)
+        return ", ".join(x.type if x.id == x.type else f"{x.type} {x.shown_as}" for x in self._usable())
 
     def wanted(self, kind: str) -> bool:
         """True where some notifier wants events of this kind."""
         return any(item.wants(kind) for item in self._notifiers.values())
 
     def notify(self, events: Sequence[Event], but: Optional[str] = None) -> None:
-        """Put new events into the outbox, for good, for all notifiers that want them `but` one, and
-        have them sent."""
+        """Put those of some events that are new into the outbox, for good, for all notifiers that want them
+        `but` one, and have them sent."""
         items = [item for item in self._notifiers.values() if item.id != but]
         self._outbox.add(
             [
                 (event, [one.id for one in items if one.wants(event.kind) and one.id not in event.not_for])
                 for event in {event.id: event for event in events}.values()
+                if event.id not in self._outbox.known
             ]
         )
         for thread in self._threads.values():
@@ -7856,21 +7759,16 @@ class Dispatcher:
 
     def notify_of_broken(self) -> None:
         """Notify the others, once, of every notifier that does not work, and when it works again."""
-        usable = {item.id for item in self._notifiers.values() if not item.problem}
-        broken = {
-            f"{BROKEN}-{one}-{since:.3f}": (one, why) for one, (why, since) in self._outbox.broken().items()
-        }
-        for event_id in self._outages.keys() - broken.keys():
-            self._notify_of(event_id + MENDED, self._outages.pop(event_id), "works again")
-        for event_id, (one, why) in broken.items():
-            if one in self._notifiers and usable - {one} and not self._outbox.knows(event_id):
-                self._outages[event_id] = one
-                kept = "what waits for it is kept until it is mended"
-                self._notify_of(event_id, one, f"does not work: {why}; {kept}")
+        for one, (why, since) in self._outbox.broken().items():
+            kept = "what waits for it is kept until it is mended"
+            self._notify_of(f"{BROKEN}-{one}-{since:.3f}", one, f"does not work: {why}; {kept}")
+        for one, since in self._outbox.mended().items():
+            if f"{BROKEN}-{one}-{since:.3f}" in self._outbox.known:
+                self._notify_of(f"{BROKEN}-{one}-{since:.3f}-mended", one, "works again")
 
     def _notify_of(self, event_id: str, notifier_id: str, what: str) -> None:
         item = self._notifiers.get(notifier_id)
-        if item is not None:
+        if item is not None and event_id not in self._outbox.known:
             reason = printable(f"notifier {item.type} {item.shown_as} {what}")
             self.notify([trouble(event_id, self._paths.root, reason, look="notifiers list")], but=item.id)
 
@@ -9009,7 +8907,7 @@ class Watcher:
                 self.table.runs,
                 now_s,
             )
-            if not self.outbox.knows(change.id)
+            if change.id not in self.outbox.known
         ]
         taken = self._take_messages(first, muted, deadline)
         self._may_save = True
@@ -9171,7 +9069,7 @@ class Watcher:
                 messages = [message for message in found if message["log"] >= level]
                 if messages:
                     event_id = f"{run}-{size}-{messages[-1]['time']:.3f}-{LOG}"
-                    if not self.outbox.knows(event_id):
+                    if event_id not in self.outbox.known:
                         facts = message_facts(self.paths, run, messages)
                         self._events.append(
                             Event(event_id, LOG, self._dated(facts), self.dispatcher.not_for(run, RUNNING))
@@ -9188,7 +9086,7 @@ class Watcher:
         if self._events:
             # Before the outbox has them: killed in between, the next watcher finds them here.
             self._save(now=True)
-            self.dispatcher.notify([event for event in self._events if not self.outbox.knows(event.id)])
+            self.dispatcher.notify(self._events)
             self._events = []
 
     def _event(self, change: Change, in_full: bool) -> Event:
@@ -10545,7 +10443,7 @@ class Site:
         state = watcher_state(self.paths, saved, self._utc(), looks)
         return (*state, bounded(saved.get("seen_at")))
 
-    def outbox(self) -> OutboxState:
+    def outbox(self) -> Outbox:
         """Return what was to be sent, and what was."""
         return self._keep("outbox", "", file_stamp(self.paths.outbox), lambda: _outbox_state(self.paths))  # type: ignore[no-any-return]
 
@@ -12490,7 +12388,7 @@ def _switch_notifier(args: Any, status: str, events: Optional[Sequence[str]] = N
 
 
 def notifier_states(
-    paths: RepoPaths, outbox: OutboxState
+    paths: RepoPaths, outbox: Outbox
 ) -> List[Tuple[Notifier, Optional[str], Optional[float], int]]:
     """Return each notifier with what is wrong with it, since when, and how many events wait for it; none
     where the configuration cannot be read: in a shared layout, its owner alone does."""
@@ -12502,13 +12400,11 @@ def notifier_states(
     return found
 
 
-def _outbox_state(paths: RepoPaths) -> OutboxState:
-    state = OutboxState()
+def _outbox_state(paths: RepoPaths) -> Outbox:
     try:
-        state.load(paths.outbox)
+        return Outbox(paths.outbox, read_only=True)
     except OSError as error:
-        log.warning("cannot read %s: %s", paths.outbox, error.strerror)
-    return state
+        raise RepoError(f"cannot read {paths.outbox}: {error.strerror}") from None
 
 
 @command("notifiers list", AS_JSON)
