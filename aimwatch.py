@@ -2382,15 +2382,13 @@ class _Process:
         self.stacks = _Stacks()
         #: Functions of modules that are replaced, as they were.
         self._real: Dict[str, Callable[..., Any]] = {}
-        self._ending = self.in_subinterpreter = False
+        self._ending = False
         #: True from when a run of this process has joined that of `aimwatch exec`.
         self.joined = False
         #: The end of a run whose program called `sys.exit`, and when.
         self.exit: Optional[Tuple[End, float]] = None
         #: Why runs write nothing, and what of Aim they do not record: said once a process.
         self.said: Set[str] = set()
-        #: In a forked child, the process that forked it.
-        self.parent = 0
         self._shell: Any = None
         self._cell_error = 0
         #: Until when all the runs of a process that ends may wait for a disk or the index.
@@ -2407,12 +2405,8 @@ class _Process:
             current = self._real["signal.getsignal"](signum)
             ours = self._with_ours(signum, current)
             if ours is not current:
-                try:
+                with contextlib.suppress(ValueError):  # in another thread
                     self._real["signal.signal"](signum, ours)
-                except ValueError:  # in another thread, and in a subinterpreter
-                    self.in_subinterpreter = threading.current_thread() is threading.main_thread()
-        # Up to 3.12, a thread must not outlive a subinterpreter, and SQLite damages memory there.
-        run._stacks_on = run._stacks_on and not self.in_subinterpreter
         self._watch_cells()
 
     def newest(self) -> Optional[Run]:
@@ -2438,15 +2432,9 @@ class _Process:
             setattr(module, name, functools.wraps(real)(_calling(hook, real)))
         self._hooked = sys.excepthook
         atexit.register(self._at_exit)
-        os.register_at_fork(
-            before=self._before_fork,
-            after_in_child=self._after_fork_in_child,
-        )
+        os.register_at_fork(after_in_child=self._after_fork_in_child)
 
     # ---------------------------------------------------------------- forks
-
-    def _before_fork(self) -> None:
-        self.parent = os.getpid()
 
     def _after_fork_in_child(self) -> None:
         # Only the forking thread exists in the child: locks held by others would never be released.
@@ -3807,8 +3795,6 @@ class Run:
         """Put the closed run into the index if that is quick; its marker asks others to otherwise."""
         if has_local_locks(self._paths.own):
             return  # nothing would keep two machines from writing it at the same time
-        if _process.in_subinterpreter:
-            return
         try:
             wait_s = _process.patience_s(INDEX_ITSELF_S)
             with Index(self._paths).writing(wait_s, most_runs=MAX_PENDING) as db:
@@ -3836,8 +3822,6 @@ class Run:
                 f"{what}: run {self.hash} is only read here (read_only=True, or what a query found): "
                 f"open it with Run({self.hash!r}) to write"
             )
-        if self._take_over():
-            return True
         if not self._complained and self._inert not in _process.said:
             self._complained = True
             why = self._inert or "was closed"
@@ -3847,24 +3831,6 @@ class Run:
                 why = f"belongs to process {self._pid}, and this is a child of it"
             log.error("%s is ignored: run %s %s", what, self.hash, why)
         return False
-
-    def _take_over(self) -> bool:
-        """Go on with the run of a process that is gone, in the daemon that it left behind; not in a worker of
-        `multiprocessing`, which is about to end."""
-        pid, workers = self._pid, sys.modules.get("multiprocessing.process")
-        if pid in (0, os.getpid()) or self._closed or os.getppid() == _process.parent:
-            return False
-        if workers is not None and workers.parent_process() is not None:
-            return False
-        if lock_state(self._paths.marker(self.hash)) == "held":
-            return False
-        try:
-            self._set_up(self._paths, self.hash, read_only=False)
-            self._open(may_exist=True, wait_s=0.0)
-        except AimwatchError as error:
-            self._pid, self._complained = pid, True
-            log.debug("run %s: %s", self.hash, error)
-        return self._is_mine()
 
 
 #: So that it can be called on the class, at no cost to those who call it on a run.

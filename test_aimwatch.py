@@ -1725,29 +1725,6 @@ if __name__ == "__main__":
     run.report_successful_finish()
 """
 
-#: The grandchild closes what it inherited, as daemons do, and opens files of its own.
-DAEMON = """
-run = Run("r", create=True)
-run.report_progress(expect_next_in=60)
-run.name = "before"
-if os.fork():
-    time.sleep(0.1)
-    os._exit(0)
-os.setsid()
-if os.fork():
-    os._exit(0)
-os.closerange(3, 64)
-theirs = [open(os.path.join(os.environ["AIMWATCH_REPO"], str(number)), "wb") for number in range(12)]
-deadline = time.monotonic() + 30
-while not run._is_mine() and time.monotonic() < deadline:
-    run.report_progress(expect_next_in=60)
-run.track(1, "m")
-run.report_successful_finish()
-run.close()
-assert all(os.fstat(file.fileno()).st_size == 0 for file in theirs)
-print("daemon", os.getpid())
-"""
-
 
 class InsideFrameworks(ProcessCase):
     def test_reason_has_the_words_that_matter_and_frames_of_other_processes(self) -> None:
@@ -1806,21 +1783,6 @@ except RuntimeError as error:
                 self.assertEqual((self.end_of("r")["end"], self.flags("r-")), ("finished", ["finished"]))
                 self.assertTrue(self.is_free("r"))
 
-    def test_subinterpreter_has_a_run_without_signals(self) -> None:
-        code = """
-try:
-    import _interpreters as interpreters
-except ImportError:
-    import _xxsubinterpreters as interpreters
-code = "from aimwatch import Run\\nwith Run('r', create=True) as run: run.report_progress(expect_next_in=60); run.track(1, 'm')"
-found = interpreters.run_string(interpreters.create(), code)
-assert found is None, found
-"""
-        status, _, err = self.finished_process(code, "")
-        if "No module named" in err or "not support loading in subinterpreters" in err:
-            self.skipTest("no subinterpreters here")
-        self.assertEqual((status, self.flags("r-")), (0, ["finished"]), err)
-
     def test_copy_is_the_run_and_what_is_unpickled_is_inert(self) -> None:
         code = """
 import copy, pickle
@@ -1858,22 +1820,6 @@ print(flags(), len(run.metrics()))
         self.assertEqual(self.flags(), ["finished"])
         for worker in ("was unpickled", "was made while a worker imports"):
             self.assertEqual(err.count(worker), 2, err)
-
-    def test_daemon_takes_the_run_over_and_writes_to_no_file_of_others(self) -> None:
-        process = self.process(BEGIN + DAEMON, "r")
-        out, err = process.communicate(timeout=60)
-        self.assertRegex(out, r"^daemon \d+\n$", err)
-        state = aimwatch.read_log(self.paths.run_log("r"), "r")
-        self.assertEqual((self.flags("r-"), state.props["name"]), (["finished"], "before"))
-        self.assertEqual((state.header["pid"], state.series[1].count), (int(out.split()[1]), 1))
-
-    def test_child_whose_parent_lives_takes_nothing_over(self) -> None:
-        code = (
-            "for _ in range(2):\n pid = os.fork()\n if pid == 0: break\n"
-            "if pid == 0:\n run.report_progress(expect_next_in=5); os._exit(run._is_mine())\n"
-            "print(os.waitpid(pid, 0)[1])"
-        )
-        self.assertEqual(self.finished_process(code)[1], ["0"])
 
     def test_stack_of_the_thread_that_reported_is_the_one_that_is_told(self) -> None:
         code = """
