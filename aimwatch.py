@@ -2354,6 +2354,8 @@ def _all_stacks(last: int) -> bytes:
     return "".join(parts).encode("utf-8", "backslashreplace")[-MAX_STACKS_BYTES:]
 
 
+#: The signals that end a process, and its runs with it.
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 #: How long all the runs of a process that ends may wait for a disk or the index, in total.
 END_PATIENCE_S = 3.0
 
@@ -2380,8 +2382,9 @@ class _Process:
         #: In the order in which they were opened.
         self.runs: weakref.WeakKeyDictionary[Run, None] = weakref.WeakKeyDictionary()
         self.stacks = _Stacks()
-        #: Functions of modules that are replaced, as they were.
-        self._real: Dict[str, Callable[..., Any]] = {}
+        #: `signal.signal` and `sys.excepthook` as they were, and as they are; None before the first run.
+        self._set_signal: Any = None
+        self._excepthook: Any = None
         self._ending = False
         #: True from when a run of this process has joined that of `aimwatch exec`.
         self.joined = False
@@ -2398,15 +2401,12 @@ class _Process:
         """Watch over one more run."""
         self.runs[run] = None
         self.exit = None  # whoever called it, somebody caught it
-        if not self._real:
+        if self._set_signal is None:
             self._install()
-        for signum in (signal.SIGTERM, signal.SIGHUP):
-            # None: a handler that is not Python's. Ignored: somebody's decision. Both are kept.
-            current = self._real["signal.getsignal"](signum)
-            ours = self._with_ours(signum, current)
-            if ours is not current:
-                with contextlib.suppress(ValueError):  # in another thread
-                    self._real["signal.signal"](signum, ours)
+        for signum in ENDING_SIGNALS:
+            # In other threads none can be set; None is a handler that is not Python's, and is kept.
+            with contextlib.suppress(ValueError, TypeError):
+                signal.signal(signum, signal.getsignal(signum))
         self._watch_cells()
 
     def newest(self) -> Optional[Run]:
@@ -2418,19 +2418,13 @@ class _Process:
         import linecache  # noqa: F401
         import tokenize  # noqa: F401
 
-        hooks: Tuple[Tuple[Any, str, Callable[..., Any]], ...] = (
-            (sys, "excepthook", self._on_uncaught),
-            (sys, "exit", self._on_sys_exit),
-            (threading, "excepthook", self._on_thread_exception),
-            (signal, "signal", self._on_signal_set),
-            (signal, "getsignal", self._on_signal_asked),
-            (os, "execv", self._on_exec),
-            (os, "execve", self._on_exec),
-        )
-        for module, name, hook in hooks:
-            real = self._real[f"{module.__name__}.{name}"] = getattr(module, name)
-            setattr(module, name, functools.wraps(real)(_calling(hook, real)))
-        self._hooked = sys.excepthook
+        _hook(sys, "excepthook", self._on_uncaught)
+        _hook(sys, "exit", self._on_sys_exit)
+        _hook(threading, "excepthook", self._on_thread_exception)
+        _hook(os, "execv", self._on_exec)
+        _hook(os, "execve", self._on_exec)
+        self._set_signal = _hook(signal, "signal", self._on_signal_set)
+        self._excepthook = sys.excepthook
         atexit.register(self._at_exit)
         os.register_at_fork(after_in_child=self._after_fork_in_child)
 
@@ -2440,41 +2434,22 @@ class _Process:
         # Only the forking thread exists in the child: locks held by others would never be released.
         self.stacks = _Stacks()
         self._ending, self.exit = False, None
-        for run in list(self.runs):
-            run._window = math.nan, 0.0
         # With a handler in Python, a child that computes in C would outlive its SIGTERM.
-        for signum in (signal.SIGTERM, signal.SIGHUP):
-            current = self._real["signal.getsignal"](signum)
-            users = signal.SIG_DFL if current == self._on_signal else self._users(current)
-            if users is not current:
-                with contextlib.suppress(ValueError):
-                    self._real["signal.signal"](signum, users)
+        for signum in ENDING_SIGNALS:
+            if signal.getsignal(signum) == self._on_signal:
+                self._set_signal(signum, signal.SIG_DFL)
 
     # ---------------------------------------------------------------- signals
 
     def _on_signal_set(self, real: Callable[..., Any], signalnum: int, handler: Any) -> Any:
+        """Set ours in the place of the default action, and around a handler of SIGTERM."""
         if any(run._is_mine() for run in list(self.runs)):
-            handler = self._with_ours(signalnum, handler)
-        return self._users(real(signalnum, handler))
-
-    def _on_signal_asked(self, real: Callable[..., Any], signalnum: int) -> Any:
-        return self._users(real(signalnum))
-
-    def _with_ours(self, signum: int, handler: Any) -> Any:
-        """Return what is installed for a user's handler: ours in the place of the default action of SIGTERM
-        and SIGHUP, and around a handler of SIGTERM."""
-        if signum in (signal.SIGTERM, signal.SIGHUP) and handler == signal.SIG_DFL:
-            return self._on_signal
-        if signum != signal.SIGTERM or not callable(handler) or handler == self._on_signal:
-            return handler
-        if self._users(handler) is not handler:
-            return handler
-        return functools.partial(self._on_users_signal, handler)
-
-    def _users(self, handler: Any) -> Any:
-        """Return the handler that a user installed, of the one that is installed."""
-        ours = isinstance(handler, functools.partial) and handler.func == self._on_users_signal
-        return handler.args[0] if ours else handler
+            if signalnum in ENDING_SIGNALS and handler == signal.SIG_DFL:
+                handler = self._on_signal
+            ours = getattr(handler, "func", handler) in (self._on_signal, self._on_users_signal)
+            if signalnum == signal.SIGTERM and callable(handler) and not ours:
+                handler = functools.partial(self._on_users_signal, handler)
+        return real(signalnum, handler)
 
     def _on_users_signal(self, handler: Callable[..., Any], signum: int, frame: Any) -> Any:
         self._each(lambda run: run._note_signal(signum, frame))
@@ -2483,14 +2458,14 @@ class _Process:
     def _on_signal(self, signum: int, frame: Any) -> None:
         if self._ending:
             return  # sent to the process and to its group, say: what is under way must not be cut short
-        if self._real["signal.getsignal"](signum) != self._on_signal:
+        if signal.getsignal(signum) != self._on_signal:
             # A handler that was installed later calls ours: whether the process ends is for it to say.
             self._each(lambda run: run._note_signal(signum, frame))
             return
         self._ending, self._patience_mono = True, _monotonic() + END_PATIENCE_S
         try:
             self._each(lambda run: run._end_by_signal(signum, frame))
-            self._real["signal.signal"](signum, signal.SIG_DFL)
+            self._set_signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
             if os.getpid() == 1:  # to which, in a container, the kernel does not deliver it
                 os._exit(128 + signum)
@@ -2545,7 +2520,7 @@ class _Process:
         # Set even where somebody replaced our excepthook without calling it.
         error = None if _interactive() else getattr(sys, "last_value", None)
         self._patience_mono = _monotonic() + END_PATIENCE_S
-        self._each(lambda run: run._at_exit(error if sys.excepthook != self._hooked else None))
+        self._each(lambda run: run._at_exit(error if sys.excepthook != self._excepthook else None))
 
     # ---------------------------------------------------------------- notebooks
 
@@ -2566,11 +2541,16 @@ class _Process:
         self._each(lambda run: run._after_cell(error) if run._thread == thread else None)
 
 
-def _calling(hook: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
+def _hook(module: Any, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a hook called in the place of a module's function, which is its first argument, and returned."""
+    real: Callable[..., Any] = getattr(module, name)
+
+    @functools.wraps(real)
     def hooked(*args: Any, **options: Any) -> Any:
         return hook(real, *args, **options)
 
-    return hooked
+    setattr(module, name, hooked)
+    return real
 
 
 def _interactive() -> bool:
@@ -2896,8 +2876,9 @@ class Run:
         #: The flag of the end that is reported, and its record until it is on disk.
         self._ended: Optional[str] = None
         self._to_end: Optional[Dict[str, Any]] = None
-        #: A SIGTERM that a handler of the user's takes care of, and when it came (monotonic).
-        self._signal: Optional[Tuple[End, float]] = None
+        #: The end by a SIGTERM that a handler of the user's takes care of, and when that came (monotonic).
+        self._signal: Optional[End] = None
+        self._signal_mono = 0.0
         #: The thread that reported last.
         self._thread = _thread.get_ident()
         #: Which check-in and which record were the last when a notebook's cell took back the promise.
@@ -3052,9 +3033,9 @@ class Run:
                 return
         if self._ended is not None:
             self._reopen()
-        if self._signal is not None and self._noted() is None:
+        if self._signal is not None and now - self._signal_mono > SIGNAL_S:
             self._signal = None
-            self._record_signal(None)
+            self._record({"resume": round(time.time(), 3), "signal": None})
         self._promised = expect_s > 0 and not self._track_reports
         self._write_check_in(CHECK_IN, expect_s, margin_s, expect_next_in)
 
@@ -3679,8 +3660,8 @@ class Run:
                 self._idle_since = self._disk_idx, self._state.last_time
 
     def _end_unreported(self, reason: str) -> None:
-        if self._promised or self._noted() is not None:
-            self._end(self._noted() or End(FAILED, reason))
+        if self._promised or self._signal is not None:
+            self._end(self._signal or End(FAILED, reason))
         self._end_and_close()
 
     def _end_and_close(self, error: Optional[BaseException] = None) -> None:
@@ -3693,7 +3674,7 @@ class Run:
     def _end_by_exception(self, error: BaseException) -> None:
         end: Optional[End] = None
         if isinstance(error, SystemExit):
-            end = self._noted() or exit_end(error.code, error.__context__)
+            end = exit_end(error.code, error.__context__) or self._signal
         elif not self._not_failures & {kind.__name__ for kind in type(error).__mro__}:
             end = End(FAILED, describe_exception(error), frames_of(error))
         if end is not None and self._is_mine():
@@ -3713,30 +3694,20 @@ class Run:
 
     def _note_signal(self, signum: int, frame: Optional[FrameType]) -> None:
         """Note a signal that a handler of the user's takes care of, who may save, end the process, or not."""
-        if self._is_mine() and self._ended is None and self._noted() is None:
-            self._signal = self._signal_end(signum, frame), _monotonic()
-            self._record_signal(self._signal[0])
-
-    def _record_signal(self, end: Optional[End]) -> None:
-        noted = None if end is None else {"reason": end.reason, "frames": list(end.frames)}
-        self._record({"resume": round(time.time(), 3), "signal": noted})
-
-    def _noted(self) -> Optional[End]:
-        """Return the end by a signal that came lately: a scheduler does not wait for longer, and where the
-        process goes on, its handler did not end it."""
-        if self._signal is None or _monotonic() - self._signal[1] > SIGNAL_S:
-            return None
-        return self._signal[0]
+        if self._is_mine() and self._ended is None and self._signal is None:
+            self._signal, self._signal_mono = self._signal_end(signum, frame), _monotonic()
+            noted = {"reason": self._signal.reason, "frames": list(self._signal.frames)}
+            self._record({"resume": round(time.time(), 3), "signal": noted})
 
     def _with_signal(self, end: End) -> End:
-        noted = self._noted()
-        if noted is None or end.reason.startswith(noted.reason):
+        """Return how a run ended after a signal that was noted."""
+        if self._signal is None or end.reason == self._signal.reason:
             return end
         if end.flag == FINISHED:
-            return End(FINISHED, f"after {noted.reason.split()[-1]}")
+            return End(FINISHED, f"after {self._signal.reason.split()[-1]}")
         if end.reason.startswith("exited with"):
-            return noted
-        return end._replace(reason=f"{noted.reason} ({end.reason})", frames=end.frames or noted.frames)
+            return self._signal
+        return end._replace(reason=f"{self._signal.reason} ({end.reason})")
 
     # ---------------------------------------------------------------- what is recorded of the end
 

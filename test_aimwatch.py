@@ -1335,14 +1335,10 @@ earlier = signal.getsignal(signal.SIGTERM)
 def handler(*args):
     earlier(*args)
     print('received', flags())
-    global received
-    received = True
-received = False
 signal.signal(signal.SIGTERM, handler)
 os.kill(os.getpid(), signal.SIGTERM)
-while not received: pass
-print('saved', signal.getsignal(signal.SIGTERM) is handler)
-""", 0, ["received starting", "saved True"], "terminated by SIGTERM"),
+print('saved')
+""", 0, ["received starting", "saved"], "terminated by SIGTERM"),
     ("chained SIGTERM handler, of a run that finishes", "", """\
 earlier = signal.getsignal(signal.SIGTERM)
 signal.signal(signal.SIGTERM, lambda *args: earlier(*args))
@@ -1634,15 +1630,11 @@ before = look()
         code = "print(child('term()'), look() == before)\nrun.close()"
         self.assertEqual(self.finished_process(code, begin=begin)[1], ["9 True"])
 
-    def test_child_has_the_sigterm_handler_that_was_there_before_the_run(self) -> None:
+    def test_child_has_the_default_action_of_sigterm_that_was_there_before_the_run(self) -> None:
         # A signal that reaches a child before it runs Python code is lost to a handler written in
         # Python, and multiprocessing.Pool then waits for a worker that it has told to end.
-        look = "import _signal; os._exit(_signal.getsignal(signal.SIGTERM) != old)"
-        for begin in ("", "signal.signal(signal.SIGTERM, lambda *args: os._exit(9))\n"):
-            with self.subTest(begin):
-                begin += "old = signal.getsignal(signal.SIGTERM)\n" + self.BEGIN
-                code = f"print(child({look!r}))\nrun.close()"
-                self.assertEqual(self.finished_process(code, begin=begin)[1], ["0"])
+        look = "os._exit(signal.getsignal(signal.SIGTERM) != signal.SIG_DFL)"
+        self.assertEqual(self.finished_process(f"print(child({look!r}))\nrun.close()", self.BEGIN)[1], ["0"])
 
     def test_child_may_have_a_run_of_its_own(self) -> None:
         for name, code, status, reason in (
