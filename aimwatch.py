@@ -2197,6 +2197,8 @@ def exit_end(status: Any, error: Optional[BaseException]) -> Optional[End]:
     None for a success."""
     if status is None or status == 0:
         return None
+    while isinstance(error, SystemExit):  # who catches one may exit once more, as `multiprocessing` does
+        error = error.__context__
     reason = f"exited with status {int(status) if isinstance(status, int) else f'1: {status}'}"
     if error is None:
         return End(FAILED, reason[:MAX_REASON])
@@ -2356,8 +2358,6 @@ def _all_stacks(last: int) -> bytes:
 
 #: The signals that end a process, and its runs with it.
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-#: How long all the runs of a process that ends may wait for a disk or the index, in total.
-END_PATIENCE_S = 3.0
 
 
 def _in_full(end: Callable[..., None], *arguments: Any) -> None:
@@ -2388,14 +2388,12 @@ class _Process:
         self._ending = False
         #: True from when a run of this process has joined that of `aimwatch exec`.
         self.joined = False
-        #: The end of a run whose program called `sys.exit`, and when.
-        self.exit: Optional[Tuple[End, float]] = None
+        #: The end of a run whose program called `sys.exit`.
+        self.exit: Optional[End] = None
         #: Why runs write nothing, and what of Aim they do not record: said once a process.
         self.said: Set[str] = set()
         self._shell: Any = None
         self._cell_error = 0
-        #: Until when all the runs of a process that ends may wait for a disk or the index.
-        self._patience_mono = math.inf
 
     def add(self, run: Run) -> None:
         """Watch over one more run."""
@@ -2462,7 +2460,7 @@ class _Process:
             # A handler that was installed later calls ours: whether the process ends is for it to say.
             self._each(lambda run: run._note_signal(signum, frame))
             return
-        self._ending, self._patience_mono = True, _monotonic() + END_PATIENCE_S
+        self._ending = True
         try:
             self._each(lambda run: run._end_by_signal(signum, frame))
             self._set_signal(signum, signal.SIG_DFL)
@@ -2470,7 +2468,7 @@ class _Process:
             if os.getpid() == 1:  # to which, in a container, the kernel does not deliver it
                 os._exit(128 + signum)
         finally:
-            self._ending, self._patience_mono = False, math.inf
+            self._ending = False
 
     # ---------------------------------------------------------------- exceptions, exit, exec
 
@@ -2480,10 +2478,6 @@ class _Process:
                 end(run)
 
         _in_full(end_all)
-
-    def patience_s(self, most_s: float) -> float:
-        """Return how long a run that ends may wait now, at most `most_s`."""
-        return max(0.0, min(most_s, self._patience_mono - _monotonic()))
 
     def _on_uncaught(self, real: Callable[..., Any], kind: Any, error: BaseException, trace: Any) -> Any:
         if not _interactive():
@@ -2499,27 +2493,21 @@ class _Process:
     def _on_sys_exit(self, real: Callable[..., Any], *status: Any) -> Any:
         if threading.current_thread() is threading.main_thread():
             with contextlib.suppress(Exception):  # the status may be any object
-                end = exit_end(status[0] if status else None, sys.exc_info()[1])
-                # Who catches it may exit once more with the same status, as `multiprocessing` does.
-                if end is None or self.exit is None or not self.exit[0].reason.startswith(end.reason):
-                    self.exit = None if end is None else (end, time.time())
+                self.exit = exit_end(status[0] if status else None, sys.exc_info()[1])
             for run in list(self.runs):
                 run._window = math.nan, 0.0  # the next report shows that somebody caught it
         return real(*status)
 
     def _on_exec(self, real: Callable[..., Any], path: Any, argv: Any, *args: Any, **options: Any) -> Any:
-        program = ""
         with contextlib.suppress(TypeError, ValueError):  # wrong arguments are for `exec` to refuse
-            if isinstance(path, int) or os.access(path, os.X_OK):  # `execvp` tries one folder after the other
+            if os.access(path, os.X_OK):  # `execvp` tries one folder after the other
                 program = printable(" ".join(map(os.fsdecode, argv)), 200)
-        if program:
-            self._each(lambda run: run._end(End(FAILED, f"replaced by {program}")))
+                self._each(lambda run: run._end(End(FAILED, f"replaced by {program}")))
         return real(path, argv, *args, **options)
 
     def _at_exit(self) -> None:
         # Set even where somebody replaced our excepthook without calling it.
         error = None if _interactive() else getattr(sys, "last_value", None)
-        self._patience_mono = _monotonic() + END_PATIENCE_S
         self._each(lambda run: run._at_exit(error if sys.excepthook != self._excepthook else None))
 
     # ---------------------------------------------------------------- notebooks
@@ -2660,12 +2648,10 @@ OUTPUT_LINES, OUTPUT_LINE = 20, 300
 HAND_OVER = signal.SIGURG
 #: Exceptions with which a run ends well: a trial that is given up, a generator whose user has enough.
 NOT_FAILURES = frozenset(("StopIteration", "GeneratorExit", "TrialPruned"))
-#: For how long a SIGTERM explains an end, and how long after `sys.exit` a program still records something.
-SIGNAL_S, CLEAN_UP_S = 600.0, 10.0
-#: How long a run that ends goes on trying to say so on a disk that refuses.
-END_RETRIES, END_RETRY_S = 4, 0.5
+#: For how long a SIGTERM explains an end.
+SIGNAL_S = 600.0
 #: How long a run that closes waits for the index.
-INDEX_ITSELF_S = 2.0
+INDEX_ITSELF_S = 0.3
 #: How long a record waits for another thread's before it goes ahead.
 LOCK_WAIT_S = 2.0
 #: How often a run looks whether its files are still there, and takes its lock again.
@@ -3646,9 +3632,8 @@ class Run:
         if self._is_mine():
             if error is not None:
                 self._end_by_exception(error)
-            # Who tracked something long after `sys.exit` has caught it.
-            if _process.exit is not None and self._state.last_time - _process.exit[1] < CLEAN_UP_S:
-                self._end(_process.exit[0])
+            if _process.exit is not None:
+                self._end(_process.exit)
             self._end_unreported("exited without reporting a successful finish")
 
     def _after_cell(self, error: Optional[BaseException]) -> None:
@@ -3674,7 +3659,7 @@ class Run:
     def _end_by_exception(self, error: BaseException) -> None:
         end: Optional[End] = None
         if isinstance(error, SystemExit):
-            end = exit_end(error.code, error.__context__) or self._signal
+            end = exit_end(error.code, error) or self._signal
         elif not self._not_failures & {kind.__name__ for kind in type(error).__mro__}:
             end = End(FAILED, describe_exception(error), frames_of(error))
         if end is not None and self._is_mine():
@@ -3732,16 +3717,10 @@ class Run:
         # The log first: who sees the check-in must find the reason.
         self._record(record)
         self._promised = False
-        for retry in range(END_RETRIES):
-            try:
-                self._file.write(record["idx"], record["end"], 0)
-                break
-            except OSError as error:
-                if not retry:
-                    log.warning(
-                        "cannot report %s below %s: %s", record["end"], self._file.folder, error.strerror
-                    )
-            time.sleep(_process.patience_s(END_RETRY_S) if retry + 1 < END_RETRIES else 0)
+        try:
+            self._file.write(record["idx"], record["end"], 0)
+        except OSError as error:
+            log.warning("cannot report %s below %s: %s", record["end"], self._file.folder, error.strerror)
         self._to_end = None
 
     def _reopen(self) -> None:
@@ -3767,8 +3746,7 @@ class Run:
         if has_local_locks(self._paths.own):
             return  # nothing would keep two machines from writing it at the same time
         try:
-            wait_s = _process.patience_s(INDEX_ITSELF_S)
-            with Index(self._paths).writing(wait_s, most_runs=MAX_PENDING) as db:
+            with Index(self._paths).writing(INDEX_ITSELF_S, most_runs=MAX_PENDING) as db:
                 db.execute("BEGIN IMMEDIATE")
                 index_run(db, self._state, size)
                 db.execute("COMMIT")
