@@ -9417,155 +9417,49 @@ class ReindexThread(threading.Thread):
 COPY_BYTES, TAIL_BYTES = 1 << 16, 1 << 14
 #: How long a program that has ended is waited for whose output does not end, since others write it.
 DRAIN_S = 1.0
-#: Two signals of a kind within this time are one, sent to this process and to the program.
+#: Two signals of a kind within this time are one, sent to `exec` and to the program.
 SAME_SIGNAL_S = 0.5
-FORWARDED = (
+FORWARDED = {
     *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM),
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT),
-)
-
-
-class Keeper:
-    """Starts a program and copies what it writes, in a process of its own between `exec` and the program.
-
-    It gets the signals that all processes of a job are sent, so that they are not passed on to a program
-    that has them too. And it goes on copying when `exec` was killed, or has ended while others still write.
-    """
-
-    def __init__(self, says: int, streams: Sequence[Tuple[int, int]], ends: Dict[int, int]) -> None:
-        """`streams`: from where to where it copies; `ends`: what the program gets as its descriptors."""
-        self._says, self._streams, self._ends = says, streams, ends
-        self._lock = threading.Lock()
-        self._tail, self._said_mono = b"", -math.inf
-
-    def _say(self, kind: str, number: int, data: bytes = b"") -> None:
-        with contextlib.suppress(OSError):  # `exec` was killed
-            os.write(self._says, f"{kind}{number:9d}".encode("ascii") + data)
-
-    def run(self, argv: Sequence[str], hears: int) -> None:
-        """Run the program as soon as its environment is told, and return when nothing more is written."""
-        before = {
-            number: signal.signal(number, lambda number, _: self._say("g", number)) for number in FORWARDED
-        }
-        with os.fdopen(hears, "rb") as file:
-            environ = {**os.environ, **from_json(file.read())}
-        pid = os.fork()
-        if pid == 0:
-            try:
-                for number in FORWARDED:
-                    if before[number] == signal.SIG_IGN:
-                        signal.signal(number, signal.SIG_IGN)
-                for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
-                    signal.signal(number, signal.SIG_DFL)
-                for fd, end in self._ends.items():
-                    os.dup2(end, fd)
-                os.execvpe(argv[0], list(argv), environ)
-            except OSError as error:
-                self._say("e", error.errno or errno.ENOENT)
-            finally:
-                os._exit(127)
-        for fd in set(self._ends.values()):
-            os.close(fd)
-        self._say("p", pid)
-        stop, stopper = os.pipe()
-        drained = [threading.Event() for _ in self._streams]
-        copiers = [
-            threading.Thread(target=self._copy, args=(*stream, stop, event))
-            for stream, event in zip(self._streams, drained)
-        ]
-        for copier in copiers:
-            copier.start()
-        status = os.waitpid(pid, 0)[1]
-        os.close(stopper)
-        for event in drained:
-            event.wait()
-        with self._lock:  # what is so long is not written in one piece
-            self._say("t", len(self._tail), self._tail)
-        self._say("x", status)
-        for copier in copiers:
-            copier.join()
-
-    def _copy(self, source: int, target: int, stop: int, drained: threading.Event) -> None:
-        """Copy until the end, or until nobody takes it, which the program then notices. When `stop` can be
-        read, the program has ended: what it wrote is copied once there is nothing more."""
-        import select
-
-        until_mono, terminal = math.inf, os.isatty(target)
-        with contextlib.suppress(OSError):  # also of a terminal that nobody has open any more
-            while True:
-                ready = select.select([source] if drained.is_set() else [source, stop], [], [])[0]
-                if stop in ready:
-                    until_mono = min(until_mono, _monotonic() + DRAIN_S)
-                    if source not in ready or _monotonic() > until_mono:
-                        drained.set()
-                        continue
-                data = os.read(source, COPY_BYTES)
-                if not data:
-                    break
-                self._note(data)
-                view = memoryview(data)
-                try:
-                    while view:
-                        select.select([], [target], [])  # another program may have made it non-blocking
-                        view = view[os.write(target, view) :]
-                except OSError as error:
-                    # A terminal that was closed is a reader that has left, too.
-                    if error.errno not in (errno.EPIPE, errno.ECONNRESET) and not terminal:
-                        self._refused(target, error)
-                    break
-        os.close(source)
-        drained.set()
-
-    def _refused(self, target: int, error: OSError) -> None:
-        """Say that what was taken from the program could not be written, which it cannot know."""
-        self._say("w", error.errno or errno.EIO)
-        what = "standard output" if target == 1 else "standard error"
-        line = f"{command_line()}: exec: {what} could not be written: {error.strerror}\n"
-        with contextlib.suppress(OSError):  # it may be the same file
-            os.write(2, os.fsencode(line))
-
-    def _note(self, data: bytes) -> None:
-        with self._lock:
-            self._tail = (self._tail + data[-TAIL_BYTES:])[-TAIL_BYTES:]
-            if _monotonic() - self._said_mono > ProgramReporter.LOOK_S / 2:
-                self._said_mono = _monotonic()
-                self._say("o", 0)
+}
 
 
 class Program:
-    """A program that runs as if its user had started it, beneath a `Keeper`.
+    """A program that runs as if its user had started it, and the copying of what it writes.
 
     It stays in the session and group of this process, and in its terminal: the kernel sends it what is typed
-    there, and Ctrl-Z stops all three. What it writes goes through a terminal where standard output is one.
+    there, and Ctrl-Z stops all of them. What it writes goes through a terminal where standard output is one.
     """
 
-    def __init__(self, argv: Sequence[str]) -> None:
-        """Have everything ready for `start`, while this process has one thread."""
+    def __init__(self) -> None:
         self.pid, self.wrote_mono = 0, -math.inf
         #: As `waitpid` gives it; the errno where it could not be started; the last of what it wrote.
         self.status, self.error, self.output = 0, 0, b""
         #: The errno where its output could not be written.
         self.unwritten = 0
-        #: By signal: when to pass it on, and when the keeper got it.
-        self._due: Dict[int, float] = {}
-        self._kept: Dict[int, float] = {}
-        self._signals: Deque[int] = deque()
+        #: By where it comes from: where output goes, and what of it was read and is not written.
+        self._targets: Dict[int, int] = {}
+        self._waiting: Dict[int, memoryview] = {}
         self._terminal = -1
+
+    def start(self, argv: Sequence[str], environ: Dict[str, str]) -> None:
+        """Start it with this environment; where that fails, `error` says why."""
         source, end = self._make_terminal() if os.isatty(1) else os.pipe()
-        streams, ends = [(source, 1)], {1: end, 2: end}
+        self._targets, ends = {source: 1}, {1: end, 2: end}
         # Of two pipes to one file, the order of what is written would be lost.
         if not os.path.sameopenfile(1, 2) and not (os.isatty(1) and os.isatty(2)):
             other, ends[2] = os.pipe()
-            streams.append((other, 2))
-        self._hears, says = os.pipe()
-        hears, self._tells = os.pipe()
-        if os.fork() == 0:
-            try:
-                os.close(self._tells)
-                Keeper(says, streams, ends).run(argv, hears)
-            finally:
-                os._exit(1)
-        for fd in {*ends.values(), says, hears, *(source for source, _ in streams)} - {self._terminal}:
+            self._targets[other] = 2
+        actions = [(os.POSIX_SPAWN_DUP2, end, fd) for fd, end in ends.items()]
+        ignored_by_python = [signal.SIGPIPE, signal.SIGXFSZ]
+        try:
+            self.pid = os.posix_spawnp(
+                argv[0], list(argv), environ, file_actions=actions, setsigdef=ignored_by_python
+            )
+        except OSError as error:
+            self.error = error.errno or errno.ENOENT
+        for fd in set(ends.values()):
             os.close(fd)
 
     def _make_terminal(self) -> Tuple[int, int]:
@@ -9586,69 +9480,89 @@ class Program:
         with contextlib.suppress(OSError):
             fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, fcntl.ioctl(1, termios.TIOCGWINSZ, bytes(8)))
 
-    def start(self, environ: Dict[str, str]) -> None:
-        """Start it, with these variables in its environment besides those of this process."""
-        with os.fdopen(self._tells, "w") as file:
-            file.write(to_json(environ))
-
-    def wait(self, on_hand_over: Callable[[], None]) -> None:
-        """Pass signals on until the program has ended and its output is copied."""
+    def copy(self, others: Sequence[int], wait_s: Optional[float]) -> List[int]:
+        """Copy what can be copied without waiting for more, once there is any or one of `others` can be read.
+        Return the descriptors that were ready."""
         import select
 
-        wake, waker = os.pipe()
-        os.set_blocking(waker, False)
-        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        # Also those that this process ignores: the program may handle them.
-        before = {
-            wanted: signal.signal(wanted, lambda number, _: self._signals.append(number))
-            for wanted in (*FORWARDED, HAND_OVER, signal.SIGWINCH)
-        }
-        ended = False
-        while not ended:
-            wait_s = max(0.0, min(self._due.values()) - _monotonic()) if self._due else None
-            ready = select.select([self._hears, wake], [], [], wait_s)[0]
-            if wake in ready:
-                os.read(wake, 4096)
-            ended = self._hears in ready and self._hear()
+        sources = [source for source in self._targets if not self._waiting.get(source)]
+        full = {target: source for source, target in self._targets.items() if source not in sources}
+        readable, writable, _ = select.select([*others, *sources], list(full), [], wait_s)
+        for source in readable:
+            if source in sources:
+                self._read(source)
+        for target in writable:
+            # A pipe takes so much without blocking, so that signals need not wait for its reader.
+            self._write(full[target], target, select.PIPE_BUF)
+        return readable + writable
+
+    def _read(self, source: int) -> None:
+        data = b""
+        with contextlib.suppress(OSError):  # so ends a terminal that nobody has open any more
+            data = os.read(source, COPY_BYTES)
+        if data:
+            self.wrote_mono = _monotonic()
+            self.output = (self.output + data)[-TAIL_BYTES:]
+            self._waiting[source] = memoryview(data)
+        else:
+            self._close(source)
+
+    def _write(self, source: int, target: int, most: int) -> None:
+        try:
+            written = os.write(target, self._waiting[source][:most])
+            self._waiting[source] = self._waiting[source][written:]
+        except BlockingIOError:  # another program made it non-blocking, and filled it
+            pass
+        except OSError as error:
+            self._close(source)  # which the program notices when it writes on
+            if error.errno != errno.EPIPE:
+                self.unwritten = error.errno or errno.EIO
+                what = "standard output" if target == 1 else "standard error"
+                line = f"{command_line()}: exec: {what} could not be written: {error.strerror}\n"
+                with contextlib.suppress(OSError):  # it may be the same file
+                    os.write(2, os.fsencode(line))
+
+    def _close(self, source: int) -> None:
+        os.close(source)
+        del self._targets[source]
+        self._waiting.pop(source, None)
+
+    def wait(self, caught: int, caught_by_exec: int, on_hand_over: Callable[[], None]) -> None:
+        """Copy, and pass on the signals that only `exec` caught, until the program has ended and its output
+        is written. Both descriptors give the numbers of signals, one a byte."""
+        due: Dict[int, float] = {}
+        seen: Dict[int, float] = {}
+        while True:
+            pid, self.status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                break
+            wait_s = max(0.0, min(due.values()) - _monotonic()) if due else None
+            ready = self.copy([caught, caught_by_exec], wait_s)
             now = _monotonic()
-            while self._signals:
-                number = self._signals.popleft()
+            for number in os.read(caught, 4096) if caught in ready else b"":
                 if number == HAND_OVER:
                     on_hand_over()
                 elif number == signal.SIGWINCH:
                     self._fit()
-                    self._due[number] = 0.0  # it may have asked for the size before it was right
-                elif now - self._kept.get(number, -math.inf) > SAME_SIGNAL_S:
-                    self._due.setdefault(number, now + SAME_SIGNAL_S)
-            for number in [number for number, due in self._due.items() if now >= due and self.pid]:
-                del self._due[number]
-                with contextlib.suppress(OSError):
-                    os.kill(self.pid, number)
-        for number, action in before.items():
-            if action == signal.SIG_IGN:  # Python sets its own handlers to the default when it ends
-                signal.signal(number, action)
+                    due[number] = now  # it may have asked for the size before it was right
+                else:
+                    seen[number] = now
+                    due.pop(number, None)
+            for number in os.read(caught_by_exec, 4096) if caught_by_exec in ready else b"":
+                if now - seen.get(number, -math.inf) > SAME_SIGNAL_S:
+                    due.setdefault(number, now + SAME_SIGNAL_S)
+            for number in [number for number, at in due.items() if at <= now]:
+                del due[number]
+                os.kill(self.pid, number)
+        until_mono = _monotonic() + DRAIN_S
+        while any(self._waiting.values()) or (self._targets and _monotonic() < until_mono):
+            if not self.copy([], None if any(self._waiting.values()) else 0.0):
+                break
 
-    def _hear(self) -> bool:
-        """Take in what the keeper says; True when there will be no more."""
-        said = os.read(self._hears, 10)
-        kind, number = said[:1], int(said[1:] or 9)
-        if kind == b"p":
-            self.pid = number
-        elif kind == b"e":
-            self.error = number
-        elif kind == b"o":
-            self.wrote_mono = _monotonic()
-        elif kind == b"w":
-            self.unwritten = number
-        elif kind == b"g":
-            self._kept[number] = _monotonic()
-            self._due.pop(number, None)
-        elif kind == b"t":
-            while len(self.output) < number:
-                self.output += os.read(self._hears, number - len(self.output)) or b"\n" * number
-        else:  # or the keeper was killed with SIGKILL, that is 9
-            self.status = number
-        return kind in (b"x", b"")
+    def copy_rest(self) -> None:
+        """Copy until nobody writes any more: what the program left behind may go on."""
+        while self._targets:
+            self.copy([], None)
 
 
 # -------------------------------------------------------------------------- its run
@@ -9681,14 +9595,11 @@ def cpu_seconds(program: int) -> float:
 def count_oom_kills() -> Optional[int]:
     """Return how many processes of this control group the kernel has killed since memory ran out; None where
     that cannot be read."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, TypeError):
         with open("/proc/self/cgroup", encoding="utf-8") as file:
-            groups = dict(line.rstrip("\n").split(":", 2)[1:] for line in file)
-        for kind, name in (("", "memory.events"), ("memory", "memory.oom_control")):  # cgroup v2, and v1
-            if kind in groups:
-                with open(f"/sys/fs/cgroup/{kind}{groups[kind]}/{name}", encoding="utf-8") as file:
-                    found = re.search("^oom_kill ([0-9]+)$", file.read(), re.MULTILINE)
-                return int(found[1]) if found else None
+            group = re.search("^0::(.*)$", file.read(), re.MULTILINE)
+        with open(f"/sys/fs/cgroup{group[1]}/memory.events", encoding="utf-8") as file:  # type: ignore[index]
+            return int(re.search("^oom_kill ([0-9]+)$", file.read(), re.MULTILINE)[1])  # type: ignore[index]
     return None
 
 
@@ -9735,23 +9646,22 @@ class ProgramReporter(threading.Thread):
     LOOK_S = 1.0
     #: How long a program is silent before its processor time is asked for, and what share of it is life.
     CPU_AFTER_S, CPU_SHARE = 15.0, 0.05
-    #: A run that the program let go is taken back after so long: the program may be about to exit.
-    TAKE_BACK_S = 5.0
+    #: A run that the program let go is taken back after so many looks: the program may be about to exit.
+    FREE_LOOKS = 1
     #: How long a run may take to open before the program starts, and to end after it did.
     OPEN_S, END_S = 1.0, 10.0
 
     def __init__(self, program: Program, open_run: Callable[[], Run], expect: Union[float, str]) -> None:
         super().__init__(daemon=True)
-        self._program, self._open_run, self._expect = program, open_run, expect
+        self.program, self._open_run, self._expect = program, open_run, expect
         quick = isinstance(expect, float) and expect > 0
         self._cpu_after_s = min(self.CPU_AFTER_S, float(expect) / 4) if quick else self.CPU_AFTER_S
         self._opened, self._wake = threading.Event(), threading.Event()
         self._run: Optional[Run] = None
         self._environ: Dict[str, str] = {}
-        self._asked = False
+        self._asked, self._free_looks = False, 0
         self._end: Optional[End] = None
         self._alive_mono, self._cpu, self._cpu_mono = 0.0, math.inf, -math.inf
-        self._free_since = math.inf
 
     def environ(self) -> Dict[str, str]:
         """Open the run, and return what lets the program join it; {} where it does not open."""
@@ -9764,12 +9674,11 @@ class ProgramReporter(threading.Thread):
         self._asked = True
         self._wake.set()
 
-    def finish(self, end: End) -> bool:
-        """Say how the program ended; True when that is recorded, or cannot be."""
+    def finish(self, end: End) -> None:
+        """Say how the program ended, and wait until that is recorded, but not for ever."""
         self._end = end
         self._wake.set()
         self.join(self.END_S)
-        return not self.is_alive()
 
     def run(self) -> None:
         try:
@@ -9798,26 +9707,25 @@ class ProgramReporter(threading.Thread):
     def _look(self) -> None:
         now = _monotonic()
         if self._run is None:
-            if lock_state(self._paths.marker(self._hash)) in ("held", "unknown"):
-                self._free_since = math.inf
-            self._free_since = min(self._free_since, now)
-            if now - self._free_since > self.TAKE_BACK_S:
+            is_free = lock_state(self._paths.marker(self._hash)) in ("free", "absent")
+            self._free_looks = self._free_looks + 1 if is_free else 0
+            if self._free_looks > self.FREE_LOOKS:
                 self._take()
         elif self._asked:
             self._run._close_files()
-            self._run, self._free_since = None, now
+            self._run, self._free_looks = None, 0
         elif self._is_alive(now):
             self._run.report_progress(expect_next_in=self._expect)
         self._asked = False
 
     def _is_alive(self, now: float) -> bool:
-        if self._program.wrote_mono > self._alive_mono:
+        if self.program.wrote_mono > self._alive_mono:
             self._alive_mono = now
             return True
         if now - max(self._alive_mono, self._cpu_mono) < self._cpu_after_s:
             return False
         before, before_mono = self._cpu, self._cpu_mono
-        self._cpu, self._cpu_mono = cpu_seconds(self._program.pid), now
+        self._cpu, self._cpu_mono = cpu_seconds(self.program.pid), now
         return self._cpu - before > self.CPU_SHARE * (now - before_mono)
 
     def _finish(self, how: End) -> None:
@@ -9833,21 +9741,62 @@ class ProgramReporter(threading.Thread):
 
 
 def run_program(argv: Sequence[str], open_run: Callable[[], Run], expect: Union[float, str]) -> int:
-    """Run a program as the run that `open_run` returns, and return its exit code."""
-    program = Program(argv)
-    reporter = ProgramReporter(program, open_run, expect)
+    """Run a program as the run that `open_run` returns, and return its exit code.
+
+    Another process does this, so that the program, its output and its run do not need this one. That process
+    gets the signals, too, that all processes of a job are sent; those that it does not get are passed on.
+    """
+    ignored = {number for number in FORWARDED if signal.getsignal(number) == signal.SIG_IGN}
+    caught_by_exec = signal_pipe()
+    catch(FORWARDED - ignored)
+    result, tells = os.pipe()
+    if os.fork() == 0:
+        try:
+            keep_program(argv, ProgramReporter(Program(), open_run, expect), ignored, caught_by_exec, tells)
+        finally:
+            os._exit(1)
+    os.close(tells)
+    catch(ignored)  # the program may handle them
+    code = os.read(result, 1)
+    return code[0] if code else 128 + signal.SIGKILL
+
+
+def signal_pipe() -> int:
+    """Return a descriptor that gives the numbers of the signals that this process catches, one a byte."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    return reader
+
+
+def catch(numbers: Iterable[int]) -> None:
+    """Have signals written to the pipe, and do nothing else."""
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
+
+
+def keep_program(
+    argv: Sequence[str], reporter: ProgramReporter, ignored: Iterable[int], caught_by_exec: int, tells: int
+) -> None:
+    """Run a program to its end, write its exit code to `tells`, and copy what it left behind writes."""
+    program = reporter.program
+    caught = signal_pipe()
+    catch([signal.SIGCHLD, signal.SIGWINCH, HAND_OVER])
     kills_before = count_oom_kills()
-    program.start(reporter.environ())
-    program.wait(reporter.hand_over)
+    program.start(argv, {**os.environ, **reporter.environ()})
+    catch(ignored)
+    if program.error:
+        print(f"{command_line()}: exec: {argv[0]}: {os.strerror(program.error)}", file=sys.stderr)
+    else:
+        program.wait(caught, caught_by_exec, reporter.hand_over)
     kills = count_oom_kills()
     kills = None if kills is None or kills_before is None else kills - kills_before
     code, reason = program_end(program.status, program.error, kills, program.unwritten)
-    if program.error:
-        print(f"{command_line()}: exec: {argv[0]}: {os.strerror(program.error)}", file=sys.stderr)
     lines = last_lines(program.output)
-    if not reporter.finish(End(FAILED, reason, output=lines) if reason else End(FINISHED)):
-        os._exit(code)  # a share hangs, and would hang the end of this process too
-    return code
+    reporter.finish(End(FAILED, reason, output=lines) if reason else End(FINISHED))
+    with contextlib.suppress(OSError):  # `exec` was killed
+        os.write(tells, bytes([code]))
+    program.copy_rest()
 
 
 # ======================================================================================

@@ -13082,15 +13082,18 @@ os._exit(0)
         process.stdin.flush()
         self.assertEqual(b"early\nlate\n", process.stdout.read())
 
-    def test_program_outlives_a_killed_exec(self) -> None:
-        process = self.program("sh", "-c", "echo begun; read x; echo goes on; exit 0", stdin=subprocess.PIPE)
+    def test_program_and_run_outlive_a_killed_exec(self) -> None:
+        process = self.program("sh", "-c", "echo begun; read x; echo goes on; exit 6", stdin=subprocess.PIPE)
         self.assertEqual(b"begun\n", process.stdout.readline())
         process.kill()
         process.wait()
-        self.wait_for(lambda: aimwatch.lock_state(self.paths.marker(self.the_run()["hash"])) == "free")
+        self.assertEqual("held", aimwatch.lock_state(self.paths.marker(self.the_run()["hash"])))
         process.stdin.write(b"go\n")
         process.stdin.flush()
         self.assertEqual(b"goes on\n", process.stdout.read())
+        self.assertEqual(
+            ("failed", "exited with status 6"), (self.the_run()["state"], self.the_run()["reason"])
+        )
 
     def test_each_signal_arrives_once(self) -> None:
         def one(process: Any, pids: List[int]) -> None:
@@ -13118,11 +13121,11 @@ os._exit(0)
         for send, process in zip(sends, processes):
             send(process, list(map(int, process.stdout.readline().split()[1:])))
         time.sleep(2 * aimwatch.SAME_SIGNAL_S)  # within which a second one would come
+        for process in processes:
+            process.terminate()
         for send, process, first in zip(sends, processes, before):
             with self.subTest(send.__name__, ignored=first is not None):
-                self.assertEqual(b"USR1\n", process.stdout.readline())
-                process.terminate()
-                self.assertEqual(b"1\n", process.stdout.readline())
+                self.assertEqual(b"USR1\n1\n", process.stdout.read())
                 self.assertEqual(0, process.wait(30))
 
     def test_what_was_ignored_stays_ignored(self) -> None:
@@ -13230,10 +13233,7 @@ class RunsOfPrograms(ExecCase):
         process = self.python(code, stdin=subprocess.PIPE)
         run_hash = process.stdout.readline().decode().strip()
         marker = self.paths.marker(run_hash)
-        resumed = {"exec": process.pid, "resume": mock.ANY}
-        self.wait_for(
-            lambda: [x for x in self.records(run_hash) if isinstance(x, dict) and {**x, **resumed} == x]
-        )
+        self.wait_for(lambda: [x for x in self.records(run_hash) if "exec" in x and "resume" in x])
         self.assertEqual("held", aimwatch.lock_state(marker))
         process.communicate(b"\n", timeout=30)
         self.assertEqual("finished", self.the_run()["state"])
@@ -13247,8 +13247,8 @@ class RunsOfPrograms(ExecCase):
 class ProgramsOnATerminal(ExecCase):
     def setUp(self) -> None:
         super().setUp()
-        if shutil.which("bash") is None:
-            self.skipTest("no bash")
+        if shutil.which("bash") is None or not os.path.exists("/proc/self/stat"):
+            self.skipTest("no bash, or no /proc")
         os.environ["PS1"] = "$ "
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
@@ -13286,6 +13286,16 @@ class ProgramsOnATerminal(ExecCase):
                    " ".join(map(shlex.quote, command)) + f" {after}\n")  # fmt: skip
         self.reads(b"\n")  # its echo
 
+    def states(self, group: int) -> Set[str]:
+        """Return the letters for the states of the processes of a group."""
+        states = set()
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", encoding="utf-8") as file:
+                state, _, of, *_ = file.read().rpartition(") ")[2].split()
+                if int(of) == group:
+                    states.add(state)
+        return states
+
     def test_terminal_stays_one(self) -> None:
         code = "import os; print(*map(os.isatty, (0, 1, 2)), *os.get_terminal_size(1), os.path.exists('/dev/tty'))"
         for after, expected in (
@@ -13303,13 +13313,13 @@ class ProgramsOnATerminal(ExecCase):
         self.reads(b"begun\r\n")
         self.types("one\n")
         self.reads(b"one\r\none\r\n")
+        group = os.tcgetpgrp(self.terminal)
         self.types("\x1a")
         self.reads(b"Stopped")
         self.reads(b"$ ")
-        for _ in range(10):  # a shell that has just taken the terminal back may drop what was typed before
-            self.types("fg\n")
-            if select.select([self.terminal], [], [], 2)[0]:
-                break
+        # The shell waits for `exec` alone: cat takes what is typed as long as it has not stopped, too.
+        self.wait_for(lambda: self.states(group) == {"T"})
+        self.types("fg\n")
         self.reads(b"exec --")
         # What is typed before the shell gives the terminal to the program is the shell's.
         self.wait_for(lambda: os.tcgetpgrp(self.terminal) != self.pid)
