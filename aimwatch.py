@@ -3748,7 +3748,7 @@ class Run:
         try:
             with Index(self._paths).writing(INDEX_ITSELF_S, most_runs=MAX_PENDING) as db:
                 db.execute("BEGIN IMMEDIATE")
-                index_run(db, self._state, size)
+                index_run(db, self.hash, run_record(self._state, size))
                 db.execute("COMMIT")
                 os.unlink(self._paths.marker(self.hash))
         except Exception as error:
@@ -4146,8 +4146,8 @@ class LoopCallback:
 # Index
 #
 # `run_row` says in one shape what is known of a run: the index stores it, queries see it, tables and
-# JSON show it. The index is a cache of the run logs, and is filled anew from them, without a word,
-# whenever it is missing, damaged or of another version.
+# JSON show it. The index is a cache of the run logs: who writes it makes it anew where it is missing,
+# damaged or of another version, and who cannot read it asks the logs instead.
 # ======================================================================================
 
 #: Counted up with every change of the tables or of what stands in them.
@@ -4157,14 +4157,16 @@ INDEX_VERSION = 3
 # run by which queries find it: its path is the name of a field, or the keys of a param as JSON strings
 # with commas between ("hparams","lr"), so that no key, whatever it contains, is taken for two. No column
 # of values has a type: a type's affinity would make '5' equal to 5.
-_SCHEMA = """
+_SCHEMA = f"""
+BEGIN;
 CREATE TABLE runs (
     id INTEGER PRIMARY KEY, hash NOT NULL UNIQUE, created_at NOT NULL, hidden NOT NULL, active NOT NULL,
     log_size NOT NULL, head NOT NULL, params NOT NULL, metrics NOT NULL);
 CREATE TABLE facts (path, value, run INTEGER, PRIMARY KEY (path, value, run)) WITHOUT ROWID;
-CREATE TABLE doubts (hash PRIMARY KEY, seen NOT NULL, since NOT NULL) WITHOUT ROWID
+CREATE TABLE doubts (hash PRIMARY KEY, seen NOT NULL, since NOT NULL) WITHOUT ROWID;
+PRAGMA user_version = {INDEX_VERSION};
+COMMIT
 """
-_TABLES = [statement.strip() for statement in _SCHEMA.split(";")]
 _STORED = "hash, created_at, hidden, log_size, head, params, metrics"
 _PUT_RUN = f"INSERT INTO runs (id, active, {_STORED}) VALUES (?{', ?' * 8})"
 _PUT_FACT = "INSERT OR IGNORE INTO facts VALUES (?, ?, ?)"
@@ -4237,8 +4239,6 @@ class StoredRow(Dict[str, Any]):
     """A row as the index has it; each of its three texts is decoded when something in it is wanted."""
 
     def __init__(self, run_hash: str, created_at: float, hidden: int, log_size: int, *texts: str) -> None:
-        if not isinstance(run_hash, str) or RUN_HASH.fullmatch(run_hash) is None:
-            raise IndexUnusable("the index has a run whose hash is none")
         archived, self.is_member = bool(hidden & 1), bool(hidden & 2)
         super().__init__(hash=run_hash, created_at=created_at, archived=archived, log_size=log_size)
         self._texts = dict(zip(("head", "params", "metrics"), texts))
@@ -4247,10 +4247,10 @@ class StoredRow(Dict[str, Any]):
         part = key if key in self._texts else "head"
         try:
             value = _from_text(self._texts[part])
-            self.update(value if part == "head" else {part: value})
-            return dict.__getitem__(self, key)
-        except Exception:  # whatever stands there, the index is of no use
+        except ValueError:
             raise IndexUnusable(f"the index holds no row for run {self['hash']}") from None
+        self.update(value if part == "head" else {part: value})
+        return dict.__getitem__(self, key)
 
     def whole(self) -> Dict[str, Any]:
         """Return the row as `run_row` made it."""
@@ -4282,12 +4282,12 @@ def facts_of(row: Dict[str, Any]) -> Iterator[Tuple[str, Any]]:
         if isinstance(value, dict):
             todo += [(f"{path},{json.dumps(key)}" if path else json.dumps(key), value[key]) for key in value]
         else:
-            found.append((path, value))
+            # Of a param there is a fact whatever it is, so that people can ask which there are.
+            found.append((path, "" if fact_value(value) is None else value))
     for path, value in found:
         fact = fact_value(value)
-        # Of a param there is a fact whatever it is, so that people can ask which there are.
-        if fact is not None or path.startswith('"'):
-            yield path, "" if fact is None else fact
+        if fact is not None:
+            yield path, fact
 
 
 def metric_path(name: str) -> str:
@@ -4295,8 +4295,8 @@ def metric_path(name: str) -> str:
     return f"metric {json.dumps(name)}"
 
 
-#: A fact holds so much of a text; the row has the rest.
-_FACT_CHARS = 100
+#: A fact holds so much of a text, and numbers that SQLite can store; the row has the rest.
+_FACT_CHARS, _FACT_MOST = 100, 2**62
 
 
 def fact_value(value: Any) -> Optional[Union[int, float, str]]:
@@ -4306,119 +4306,38 @@ def fact_value(value: Any) -> Optional[Union[int, float, str]]:
     """
     if isinstance(value, str):
         # A lone surrogate, legal in JSON, cannot be stored as UTF-8.
-        text = value[:_FACT_CHARS]
-        return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
-    if isinstance(value, int):
-        if -(2**63) <= value < 2**63:
-            return int(value)
-        try:
-            return float(value)
-        except OverflowError:
-            return math.inf if value > 0 else -math.inf
-    return value if isinstance(value, float) and value == value else None
+        return value[:_FACT_CHARS].encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, (int, float)) and value == value:
+        return min(max(value, -_FACT_MOST), _FACT_MOST)
+    return None
 
 
 class IndexUnusable(AimwatchError):
-    """The index is of another version, cut short, or no index at all: it is to be filled anew."""
+    """The index is missing, damaged or of another version: it is to be made anew."""
 
 
 class IndexBusy(AimwatchError):
     """Another process writes the index; what was to be written keeps its marker for later."""
 
 
-def sqlite_error() -> Any:
-    """Return what SQLite raises; nothing loads it before it is used. A damaged name may be no text."""
+@contextlib.contextmanager
+def sqlite_errors(path: str) -> Iterator[None]:
+    """Raise in the place of SQLite's errors IndexBusy, OSError for what a new index would not mend either, or
+    IndexUnusable."""
     import sqlite3
 
-    return sqlite3.Error, UnicodeDecodeError
-
-
-def is_damage(error: Exception) -> bool:
-    """True for what a new index mends, as opposed to a lock or a disk that is full."""
-    import sqlite3
-
-    if isinstance(error, sqlite3.OperationalError):
-        # "unable to open": `open_index` found the file, so there is no room or right for its journal.
-        return not re.search("locked|busy|full|readonly|disk I/O|unable to open|interrupted", str(error))
-    return isinstance(error, (sqlite3.DatabaseError, IndexUnusable, UnicodeDecodeError, FileNotFoundError))
-
-
-def open_index(path: str, *, busy_timeout_s: float = BUSY_S, read_only: bool = False) -> sqlite3.Connection:
-    """Open the index at `path`.
-
-    Raises IndexUnusable, OSError or sqlite3.Error; `is_damage` tells whether it is to be filled anew.
-    """
-    check_index_owner(path, write=not read_only)
-    os.stat(path)
-    db = _connect(path, busy_timeout_s, "ro" if read_only else "rw")
-    if read_only:
-        _bound_statements(db)
     try:
-        # With the lock that a read takes, no writer changes the size meanwhile.
-        db.execute("BEGIN")
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version != INDEX_VERSION:
-            raise IndexUnusable(f"{path} has version {version}, not {INDEX_VERSION}")
-        if [sql for (sql,) in db.execute(_MADE_BY).fetchall()] != _TABLES:
-            raise IndexUnusable(f"{path} has other tables")
-        (pages,), (page_size,) = (db.execute(f"PRAGMA page_{what}").fetchone() for what in ("count", "size"))
-        if os.stat(path).st_size < pages * page_size:
-            # SQLite takes a last page that is not whole for zeros.
-            raise IndexUnusable(f"{path} was cut short")
-        db.execute("COMMIT")
-    except BaseException:
-        db.close()
-        raise
-    return db
+        yield
+    except sqlite3.Error as error:
+        if re.search("locked|busy", str(error)):
+            raise IndexBusy(f"{path} is in use: try again later") from None
+        if re.search("full|readonly|disk I/O|unable to open", str(error)):
+            raise OSError(errno.EIO, str(error), path) from None
+        raise IndexUnusable(f"{path}: {error}") from None
 
 
-#: A statement that takes longer is ended: nothing that we ask does.
-MAX_STATEMENT_S = 10.0
-_MADE_BY = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid"
-
-
-def _bound_statements(db: sqlite3.Connection) -> None:
-    """End each statement after MAX_STATEMENT_S."""
-    begun = [_monotonic()]
-    db.set_trace_callback(lambda _: begun.__setitem__(0, _monotonic()))
-    db.set_progress_handler(lambda: _monotonic() - begun[0] > MAX_STATEMENT_S, 100_000)
-
-
-def check_index_owner(path: str, write: bool) -> None:
-    """Raise OSError where somebody else could have put the index, or a journal, in its place: SQLite acts on
-    what stands in them, and removes files that they name.
-
-    Only the owner of the folder writes the index. Who that is, the file system says: on some shares all
-    files belong to another number than the user has.
-    """
-    folder = os.path.dirname(path)
-    info = os.stat(folder)
-    why = ""
-    if info.st_mode & 0o022:
-        why = f"others than its owner may write to {folder}: 'chmod go-w' it"
-    elif write and info.st_uid != os.geteuid() and (not os.geteuid() or not os.access(folder, os.W_OK)):
-        why = f"only user {info.st_uid}, who owns its folder, writes it"
-    for file in (path, f"{path}-journal"):
-        with contextlib.suppress(FileNotFoundError):
-            found = os.lstat(file)
-            if not stat.S_ISREG(found.st_mode) or found.st_uid != info.st_uid:
-                why = f"{file} is no file of the owner of its folder: remove it"
-    if why:
-        raise PermissionError(errno.EACCES, why, path)
-
-
-def create_index(path: str) -> None:
-    """Make an index without runs where nothing is. Raises sqlite3.Error."""
-    with contextlib.closing(_connect(path, BUSY_S, "rwc")) as db:
-        db.execute("PRAGMA journal_mode = DELETE")
-        db.execute("BEGIN IMMEDIATE")
-        for statement in _TABLES:
-            db.execute(statement)
-        db.execute(f"PRAGMA user_version = {INDEX_VERSION}")
-        db.execute("COMMIT")
-
-
-def _connect(path: str, busy_timeout_s: float, mode: str) -> sqlite3.Connection:
+def connect(path: str, mode: str, busy_timeout_s: float) -> sqlite3.Connection:
+    """Open an SQLite file to read ("ro"), to write ("rw") or to make ("rwc")."""
     import sqlite3
     from urllib.parse import quote
 
@@ -4428,24 +4347,28 @@ def _connect(path: str, busy_timeout_s: float, mode: str) -> sqlite3.Connection:
     )
 
 
-def index_run(db: sqlite3.Connection, state: RunState, log_size: int = 0) -> None:
-    """Write or replace one run, inside the caller's transaction."""
+#: Whether a run is active, its row as `stored_parts` gives it, and its facts.
+RunRecord = Tuple[bool, Tuple[Any, ...], List[Tuple[str, Any]]]
+
+
+def run_record(state: RunState, log_size: int = 0) -> RunRecord:
+    """Return what the index holds of a run."""
     row = run_row(state, log_size)
-    parts, facts = stored_parts(row), list(facts_of(row))  # where this fails, nothing was changed
-    run_id = delete_run(db, state.hash)
-    run_id = db.execute(_PUT_RUN, (run_id, int(row["end_time"] is None), *parts)).lastrowid
-    db.executemany(_PUT_FACT, [(path, value, run_id) for path, value in facts])
+    return row["end_time"] is None, stored_parts(row), list(facts_of(row))
 
 
-def delete_run(db: sqlite3.Connection, run_hash: str) -> Optional[int]:
-    """Take a run out of the index, inside the caller's transaction; return the row number that it had."""
+def index_run(db: sqlite3.Connection, run_hash: str, record: Optional[RunRecord]) -> None:
+    """Write or replace one run, or take it out where there is no record, inside the caller's transaction."""
     found = db.execute(f"SELECT id, {_STORED} FROM runs WHERE hash = ?", (run_hash,)).fetchone()
-    if found is None:
-        return None
-    run_id, *parts = found
-    db.executemany(_DROP_FACT, [(path, value, run_id) for path, value in facts_of(StoredRow(*parts))])
-    db.execute("DELETE FROM runs WHERE id = ?", (run_id,))
-    return int(run_id)
+    run_id = None
+    if found is not None:
+        run_id, *parts = found
+        db.executemany(_DROP_FACT, [(path, value, run_id) for path, value in facts_of(StoredRow(*parts))])
+        db.execute("DELETE FROM runs WHERE id = ?", (run_id,))
+    if record is not None:
+        active, parts, facts = record
+        run_id = db.execute(_PUT_RUN, (run_id, active, *parts)).lastrowid
+        db.executemany(_PUT_FACT, [(path, value, run_id) for path, value in facts])
 
 
 #: So many rows are read at a time, with no lock between, so that a long question lets writers in.
@@ -4470,75 +4393,116 @@ def mark_pending(paths: RepoPaths, run_hash: str) -> None:
 
 
 class Index:
-    """The file `index.sqlite` of a repository, and who may write it.
+    """The file `index.sqlite` of a repository.
 
     A lock on `index.lock` keeps writers apart, so that nobody adds to a file that another removes;
     readers need only SQLite's own locks.
     """
 
     def __init__(self, paths: RepoPaths) -> None:
-        self.paths = paths
-        #: How often this object has put an empty index in the place of what was there.
-        self.renewals = 0
+        self.path = paths.index
+        self._paths = paths
 
     @contextlib.contextmanager
-    def locked(self, wait_s: float) -> Iterator[None]:
-        """Keep every other writer out until the block ends. Raises IndexBusy after `wait_s`, and OSError for
-        anybody but the owner of the folder."""
-        check_index_owner(self.paths.index, write=True)
-        with FileLock(self.paths.index_lock) as lock:
-            if lock.acquire(wait_s) is False:
-                raise IndexBusy(f"{self.paths.index} is being written by another process: try again later")
-            yield
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Yield the index to be asked, made anew where that is needed and possible.
+
+        Raises IndexBusy, IndexUnusable or OSError where the logs must give the answer, be it at the end: into
+        a file that took the place of this one, a run may have come that is pending no more.
+        """
+        try:
+            db, file = self._open("ro", BUSY_S)
+        except (IndexUnusable, OSError):
+            with self.writing(1.0):
+                pass  # makes it anew, or undoes what a writer left half done that was killed
+            db, file = self._open("ro", BUSY_S)
+        try:
+            with contextlib.closing(db), sqlite_errors(self.path):
+                yield db
+        except IndexUnusable:
+            with self.writing(1.0, anew=True):
+                pass
+            raise
+        if os.stat(self.path).st_ino != file:
+            raise IndexUnusable(f"{self.path} was replaced")
 
     @contextlib.contextmanager
-    def writing(self, wait_s: float = 10.0, most_runs: float = math.inf) -> Iterator[sqlite3.Connection]:
+    def writing(
+        self, wait_s: float = 10.0, most_runs: float = math.inf, anew: bool = False
+    ) -> Iterator[sqlite3.Connection]:
         """Yield the index, to be written by nobody else until the block ends.
 
         Raises IndexBusy after `wait_s`, or where more than `most_runs` would have to be marked as pending
-        first, and OSError or sqlite3.Error where it cannot be written.
+        first, OSError where it cannot be written, and IndexUnusable where it is found damaged; then an empty
+        one has taken its place.
         """
         deadline = _monotonic() + wait_s
-        with self.locked(wait_s):
+        self._check_folder(write=True)
+        with FileLock(self._paths.index_lock) as lock:
+            if lock.acquire(wait_s) is False:
+                raise IndexBusy(f"{self.path} is being written by another process: try again later")
             # The writer may hold markers, and must release them before those who want them give up.
             busy_s = max(0.05, min(deadline - _monotonic(), BUSY_S))
+            if anew:
+                self._make_anew()
             try:
-                with contextlib.closing(self._open(busy_s, most_runs)) as db:
+                db, _ = self._open("rw", busy_s)
+            except (IndexUnusable, FileNotFoundError):
+                if len(list_runs(self._paths)) > most_runs:
+                    raise IndexBusy(f"{self.path} has to be filled first") from None
+                self._make_anew()
+                db, _ = self._open("rw", busy_s)
+            try:
+                with contextlib.closing(db), sqlite_errors(self.path):
                     yield db
-            except sqlite_error() as error:
-                if re.search("locked|busy", str(error)):  # by somebody who asks, for longer than we wait
-                    raise IndexBusy(f"{self.paths.index} is in use: try again later") from None
+            except IndexUnusable:
+                self._make_anew()
                 raise
 
-    def _open(self, busy_s: float, most_runs: float) -> sqlite3.Connection:
-        try:
-            return open_index(self.paths.index, busy_timeout_s=busy_s)
-        except Exception as error:
-            if not is_damage(error):
+    def _open(self, mode: str, busy_s: float) -> Tuple[sqlite3.Connection, int]:
+        """Return a connection, and which file it is to."""
+        self._check_folder(write=mode != "ro")
+        file = os.stat(self.path).st_ino
+        with sqlite_errors(self.path):
+            db = connect(self.path, mode, busy_s)
+            try:
+                if db.execute("PRAGMA user_version").fetchone() != (INDEX_VERSION,):
+                    raise IndexUnusable(f"{self.path} is of another version")
+            except BaseException:
+                db.close()
                 raise
-        if most_runs < math.inf and len(list_runs(self.paths)) > most_runs:
-            raise IndexBusy(f"{self.paths.index} has to be filled first")
-        self.renew()
-        return open_index(self.paths.index, busy_timeout_s=busy_s)
+        return db, file
 
-    def renew(self) -> None:
+    def _check_folder(self, write: bool) -> None:
+        """Raise OSError where others than the owner of the index's folder could have put files there: SQLite
+        acts on what stands in them, and removes files that they name."""
+        folder = os.path.dirname(self.path)
+        info, why = os.stat(folder), ""
+        if info.st_mode & 0o022:
+            why = f"others than its owner may write to {folder}: 'chmod go-w' it"
+        elif write and os.geteuid() == 0 != info.st_uid:
+            why = f"only user {info.st_uid}, who owns its folder, writes it"
+        if why:
+            raise PermissionError(errno.EACCES, why, self.path)
+
+    def _make_anew(self) -> None:
         """Put an empty index in the place of what is there, with every run marked as pending.
 
         For the holder of the lock. Whatever cuts this short, no run is without its marker.
         """
-        os.makedirs(self.paths.pending, exist_ok=True)
-        for run_hash in list_runs(self.paths):
-            mark_pending(self.paths, run_hash)
-        folder = os.open(self.paths.pending, os.O_RDONLY)
+        os.makedirs(self._paths.pending, exist_ok=True)
+        for run_hash in list_runs(self._paths):
+            mark_pending(self._paths, run_hash)
+        folder = os.open(self._paths.pending, os.O_RDONLY)
         with contextlib.suppress(OSError):  # not every network share can do that with a folder
             os.fsync(folder)  # a power cut must not take the markers and leave the empty index
         os.close(folder)
         # In this order: without its journal, what a killed writer left would look like an index.
-        for path in (self.paths.index, f"{self.paths.index}-journal"):
+        for path in (self.path, f"{self.path}-journal"):
             with contextlib.suppress(FileNotFoundError):
                 unlink_below(path)
-        create_index(self.paths.index)
-        self.renewals += 1
+        with sqlite_errors(self.path), contextlib.closing(connect(self.path, "rwc", BUSY_S)) as db:
+            db.executescript(_SCHEMA)
 
 
 def list_runs(paths: RepoPaths) -> List[str]:
@@ -4558,11 +4522,11 @@ def log_size(path: str) -> int:
         return os.fstat(file.fileno()).st_size
 
 
-def log_sizes(paths: RepoPaths) -> Dict[str, int]:
-    """Return the sizes of all logs by run, as the file system has them at hand. Raises OSError."""
-    found = {}
-    for run_hash in list_runs(paths):
-        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+def log_sizes(paths: RepoPaths, hashes: Iterable[str]) -> Dict[str, int]:
+    """Return the sizes of runs' logs, as the file system has them at hand, -1 for what is not there."""
+    found = dict.fromkeys(hashes, -1)
+    for run_hash in found:
+        with contextlib.suppress(OSError):
             found[run_hash] = os.lstat(paths.run_log(run_hash)).st_size
     return found
 
@@ -4573,19 +4537,14 @@ def load_run(paths: RepoPaths, run_hash: str) -> Tuple[Optional[RunState], int, 
     try:
         size = log_size(path)
         state = read_log(path, run_hash)
+    except FileNotFoundError:
+        return None, -1, ""
     except OSError as error:
-        return None, 0, f"{path}: {error.strerror}"
+        return None, -1, f"{path}: {error.strerror}"
     problem = log_problem(state)
     if problem:
         return None, size, f"{path}: {problem}" if size else ""
     return state, size, ""
-
-
-#: Called with how many runs are done, and of how many.
-OnProgress = Callable[[int, int], None]
-
-
-def _in_silence(done: int, of: int) -> None: ...
 
 
 class Reindexer:
@@ -4596,28 +4555,38 @@ class Reindexer:
         self.index = Index(paths)
         #: What could not be read.
         self.problems: List[str] = []
-        #: Size of the log when a run that still lives was indexed last, so that it is not read in vain.
-        self._sizes: Dict[str, int] = {}
-        #: The runs whose markers this object has found locked: there, a marker that is free means death.
+        #: The runs whose markers were found locked, here or by the watcher: a free one means death then.
         self._held: Set[str] = set()
+        #: Sizes of the logs of pending runs, when `changed` looked last.
+        self._sizes: Dict[str, int] = {}
         self._probe_mono = 0.0
         #: Listed when the first run is met that may have died.
         self._check_ins: Optional[Dict[str, CheckIn]] = None
 
     def run_all(
-        self, rebuild: bool = False, wait_s: float = 10.0, progress: OnProgress = _in_silence
+        self,
+        rebuild: bool = False,
+        wait_s: float = 10.0,
+        progress: Optional[Callable[[int, int], None]] = None,
     ) -> List[str]:
-        """Index every pending run, or with `rebuild` every run; return what could not be read. Raises as
-        `run` does."""
-        with self.index.locked(wait_s) if rebuild else self.index.writing(wait_s):
-            if rebuild:
-                self.index.renew()
-        self.mark_lost()
-        renewals = -1
-        while renewals != self.index.renewals:  # all runs are pending again
-            renewals = self.index.renewals
+        """Index every pending run, or with `rebuild` every run; return what could not be read.
+
+        Arguments:
+            progress: called with how many runs are done, and of how many.
+
+        Raises as `run` does.
+        """
+        for is_last in (False, True):
             self.problems.clear()
-            self.run(list_pending(self.paths), wait_s=wait_s, progress=progress)
+            try:
+                with self.index.writing(wait_s, anew=rebuild):
+                    pass
+                self.mark_lost()
+                self.run(list_pending(self.paths), wait_s=wait_s, progress=progress)
+                break
+            except IndexUnusable:
+                if is_last:
+                    raise
         return list(dict.fromkeys(self.problems))
 
     def run(
@@ -4625,82 +4594,61 @@ class Reindexer:
         hashes: Sequence[str],
         batch_s: float = 0.1,
         wait_s: float = 10.0,
-        progress: OnProgress = _in_silence,
-    ) -> int:
-        """Index these runs in transactions of about `batch_s`; return how many are now complete.
+        progress: Optional[Callable[[int, int], None]] = None,
+    ) -> None:
+        """Index these runs in transactions of about `batch_s`.
 
-        Raises IndexBusy, OSError and sqlite3.Error; what was not committed keeps its marker.
+        Raises as `Index.writing` does; what was not committed keeps its marker.
         """
-        try:
-            return self._run(hashes, batch_s, wait_s, progress)
-        except (*sqlite_error(), IndexUnusable) as error:
-            if not is_damage(error):
-                raise
-            log.warning("%s: %s; filling it anew", self.paths.index, error)
-            with self.index.locked(wait_s):
-                self.index.renew()
-            return self._run(hashes, batch_s, wait_s, progress)
-
-    def _run(self, hashes: Sequence[str], batch_s: float, wait_s: float, progress: OnProgress) -> int:
-        complete, done = 0, 0
         self._check_ins = None
+        done = 0
         while done < len(hashes):
             with self.index.writing(wait_s) as db, contextlib.ExitStack() as locks:
                 finished: List[str] = []
-                begun = _monotonic()
+                deadline = _monotonic() + batch_s
                 db.execute("BEGIN IMMEDIATE")
-                while done < len(hashes) and len(finished) < MAX_BATCH:
-                    progress(done, len(hashes))
-                    if self._one(db, hashes[done], locks):
-                        finished.append(hashes[done])
+                for run_hash in hashes[done : done + MAX_BATCH]:
+                    if self._one(db, run_hash, locks):
+                        finished.append(run_hash)
                     done += 1
-                    if _monotonic() - begun >= batch_s:
+                    if _monotonic() >= deadline:
                         break
                 db.execute("COMMIT")
                 # Only now, while the locks are held: a marker may go when the disk has the run.
                 for run_hash in finished:
                     with contextlib.suppress(FileNotFoundError):
                         unlink_below(self.paths.marker(run_hash))
-                complete += len(finished)
-        progress(done, len(hashes))
-        return complete
+            if progress is not None:
+                progress(done, len(hashes))
 
     def _one(self, db: sqlite3.Connection, run_hash: str, locks: contextlib.ExitStack) -> bool:
         """Index one run; True where its writer is gone and its marker can go after the commit."""
         marker = locks.enter_context(FileLock(self.paths.marker(run_hash), brief=True))
         try:
             locked = marker.acquire(create=False)
-            gone = locked is True
-            if locked is False and lock_state(marker.path) == "held":  # and not by another indexer
-                self._held.add(run_hash)
         except FileNotFoundError:
             return False  # another indexer was quicker
         except OSError as error:
             self.problems.append(f"{marker.path}: {error.strerror}")
             return False
-        try:
-            size = log_size(self.paths.run_log(run_hash))
-        except FileNotFoundError:
-            delete_run(db, run_hash)
-            return gone
-        except OSError:
-            size = -1  # load_run says what is wrong
-        if gone and db.execute(_INDEXED_TO, (run_hash,)).fetchone() == (size,):
-            return True
+        gone = locked is True
+        if locked is False and lock_state(marker.path) == "held":  # and not by another indexer
+            self._held.add(run_hash)
         state, size, problem = load_run(self.paths, run_hash)
+        record = None
         if state is not None:
             if gone and state.end is None:
                 gone = self._is_dead(db, state, size)
-            if gone and state.end is None:
-                size = finalize_dead(self.paths, state, self._last_check_in(run_hash))
+                if gone:
+                    size = finalize_dead(self.paths, state, self._last_check_in(run_hash))
+                    gone = size >= 0
             try:
-                index_run(db, state, size)
-                return gone and size >= 0
-            except (*sqlite_error(), IndexUnusable):
-                raise
+                record = run_record(state, size)
             except Exception as error:  # one log, whatever is in it, must not keep all the others out
                 problem = f"{self.paths.run_log(run_hash)}: {type(error).__name__}: {error}"
-        delete_run(db, run_hash)
+        known = db.execute("SELECT log_size, active FROM runs WHERE hash = ?", (run_hash,)).fetchone()
+        if record is None or known != (size, record[0]):
+            index_run(db, run_hash, record)
         if problem:
             self.problems.append(problem)
         return gone and not problem
@@ -4711,37 +4659,29 @@ class Reindexer:
         return self._check_ins.get(run_hash)
 
     def _is_dead(self, db: sqlite3.Connection, state: RunState, size: int) -> bool:
-        """True where the free marker of a run that has not ended means that its process is gone.
-
-        On many mounts a lock is seen on one machine alone. So it does so where the run belongs to this boot
-        of this machine, where the marker was found locked before, and where two passes that are far enough
-        apart have seen nothing new of the run.
-        """
+        """True where the free marker of a run that has not ended means that its process is gone, or where two
+        passes that are far enough apart have seen nothing new of the run."""
         if free_means_dead(state.header, state.hash in self._held):
-            db.execute("DELETE FROM doubts WHERE hash = ?", (state.hash,))
             return True
         check_in, now = self._last_check_in(state.hash), _monotonic()
         seen = f"{boot_id()} {check_in} {size}"
-        found = db.execute(
-            "SELECT since FROM doubts WHERE hash = ? AND seen = ?", (state.hash, seen)
-        ).fetchone()
-        if found is None:
+        found = db.execute("SELECT seen, since FROM doubts WHERE hash = ?", (state.hash,)).fetchone()
+        if found is None or found[0] != seen:
             db.execute("INSERT OR REPLACE INTO doubts VALUES (?, ?, ?)", (state.hash, seen, now))
             return False
-        return bool(now - found[0] >= (check_in.expect_next_in_s if check_in else 0) + DOUBT_S)
+        return bool(now - found[1] >= (check_in.expect_next_in_s if check_in else 0) + DOUBT_S)
 
     def mark_lost(self) -> None:
         """Give a marker to every run of whose log the index has another size, or none, and to those that it
         thinks alive though they have no marker: an older index was put back, a log was brought here, or a
         cache of the file system showed an old size when the run was indexed."""
         # In this order, a run that comes or ends meanwhile is marked once too often at most.
-        logs, pending = log_sizes(self.paths), set(list_pending(self.paths))
-        with contextlib.suppress(*sqlite_error(), OSError, IndexUnusable):
-            with contextlib.closing(open_index(self.paths.index, read_only=True)) as db:
-                known = {row[0]: row[1:] for row in db.execute("SELECT hash, log_size, active FROM runs")}
-            for run_hash in (logs.keys() | known.keys()) - pending:
-                if known.get(run_hash) != (logs.get(run_hash), 0) and RUN_HASH.fullmatch(str(run_hash)):
-                    mark_pending(self.paths, run_hash)
+        logs, pending = log_sizes(self.paths, list_runs(self.paths)), set(list_pending(self.paths))
+        with self.index.reading() as db:
+            known = {row[0]: row[1:] for row in db.execute("SELECT hash, log_size, active FROM runs")}
+        for run_hash in (logs.keys() | known.keys()) - pending:
+            if known.get(run_hash) != (logs.get(run_hash), False):
+                mark_pending(self.paths, run_hash)
 
     def note_dead(self, run_hash: str) -> None:
         """Take the word of a watcher that a run's marker, where it is free, means death. `changed` returns
@@ -4749,35 +4689,17 @@ class Reindexer:
         self._held.add(run_hash)
         self._sizes.pop(run_hash, None)
 
-    def forget_sizes(self) -> None:
-        """Let `changed` return every pending run again."""
-        self._sizes.clear()
-
     def changed(self) -> List[str]:
-        """Return the pending runs whose log has grown since this object saw it last and, now and
-        then, those whose writer is gone: a process that is killed leaves its log as it was."""
-        found = []
-        probe = _monotonic() >= self._probe_mono
-        if probe:
+        """Return the pending runs whose log has another size than when this was asked last and, now and then,
+        all of them: a process that is killed leaves its log as it was."""
+        if _monotonic() >= self._probe_mono:
             self._probe_mono = _monotonic() + PROBE_S
-        for run_hash in list_pending(self.paths):
-            try:
-                size = os.lstat(self.paths.run_log(run_hash)).st_size
-            except OSError:
-                size = -1
-            grown = self._sizes.get(run_hash) != size
-            state = lock_state(self.paths.marker(run_hash)) if probe else ""
-            if state == "held":
-                self._held.add(run_hash)
-            if grown or state == "free":
-                self._sizes[run_hash] = size
-                found.append(run_hash)
-        return found
+            self._sizes.clear()
+        known, self._sizes = self._sizes, log_sizes(self.paths, list_pending(self.paths))
+        return [run_hash for run_hash, size in self._sizes.items() if known.get(run_hash) != size]
 
 
-#: The size of the log that the index covers, of a run whose end it knows.
-_INDEXED_TO = "SELECT log_size FROM runs WHERE hash = ? AND NOT active"
-#: How often the pending runs that record nothing are looked at.
+#: How often also those pending runs are looked at that record nothing.
 PROBE_S = 30.0
 #: A transaction holds at most this many markers open.
 MAX_BATCH = 200
@@ -4809,37 +4731,13 @@ def process_lives(header: Dict[str, Any]) -> bool:
     return None not in identity and identity == process_identity(header.get("pid"))
 
 
-def forged_check_ins(paths: RepoPaths, names: Iterable[str], log_owners: Dict[str, int]) -> Dict[str, int]:
-    """Return of some check-ins in a shared folder, with who made them, those that somebody else made than the
-    owner of their run's log, of the folder, or this user. `log_owners` keeps whose a log is, for the next
-    call. Raises OSError."""
-    folder = os.stat(paths.check_ins)
-    if not folder.st_mode & 0o022:
-        return {}
-    trusted, forged = {0, os.geteuid(), folder.st_uid}, {}
-    for name in names:
-        with contextlib.suppress(OSError):  # it has just been renamed, or the run is Aim's
-            uid = os.lstat(os.path.join(paths.check_ins, name)).st_uid
-            run = name.partition("-")[0]
-            if uid in trusted or RUN_HASH.fullmatch(run) is None:
-                continue
-            if run not in log_owners:
-                log_owners[run] = os.lstat(paths.run_log(run)).st_uid
-            if uid != log_owners[run]:
-                forged[name] = uid
-    return forged
-
-
 def last_check_ins(paths: RepoPaths) -> Dict[str, CheckIn]:
     """Return the check-in of each run that has the highest number."""
     found: Dict[str, CheckIn] = {}
     freshen(paths.check_ins)
     with contextlib.suppress(OSError):
-        names = list_below(paths.check_ins)
-        for name in set(names).difference(forged_check_ins(paths, names, {})):
-            check_in = parse_check_in(name)
-            if check_in is not None:
-                found[check_in.run_hash] = max(check_in, found.get(check_in.run_hash, check_in))
+        for check_in in filter(None, map(parse_check_in, list_below(paths.check_ins))):
+            found[check_in.run_hash] = max(check_in, found.get(check_in.run_hash, check_in))
     return found
 
 
@@ -4853,10 +4751,10 @@ def finalize_dead(paths: RepoPaths, state: RunState, check_in: Optional[CheckIn]
     """Record the end of a run whose process is gone, at its last sign of life, and return the
     size of its log, or -1 where that could not be written: the index may know of the end, but the
     marker must stay. The caller holds the run's marker, which makes it the log's only writer."""
-    last = max(state.last_time, state.created_at)
+    last, idx = max(state.last_time, state.created_at), state.next_idx - 1
     if check_in is not None and float(check_in.utc) < MAX_TIME_S:  # a later time is a mistake
-        last = max(last, float(check_in.utc))
-    end = {**end_of_dead(state), "time": last, "idx": state.next_idx - 1}
+        last, idx = max(last, float(check_in.utc)), max(idx, check_in.idx)
+    end = {**end_of_dead(state), "time": last, "idx": idx}
     if not state.apply(end):
         return -1  # what no reader would take must not be written again and again
     try:
@@ -5675,12 +5573,8 @@ class Repo:
             if problem:
                 raise RepoError(f"cannot close {run_hash}: {path}: {problem}")
             names = own_check_ins(self._paths, run_hash)
-            # A process that resumes it counts on from there.
-            state.next_idx = max(
-                [state.next_idx, *(item.idx + 1 for item in map(parse_check_in, names) if item)]
-            )
-            open_ended = state.end is None or bool(names) and f"-{FINISHED}-" not in names[-1]
-            newest = last_check_ins(self._paths).get(run_hash)
+            newest = parse_check_in(names[-1]) if names else None
+            open_ended = state.end is None or newest is not None and newest.flag != FINISHED
             if state.end is None and finalize_dead(self._paths, state, newest) < 0:
                 raise RepoError(f"cannot close {run_hash}: {path} cannot be written")
             for name in names if open_ended else ():
@@ -5699,7 +5593,7 @@ class Repo:
 
     def _try_to_index(self, hashes: Sequence[str], wait_s: float) -> None:
         """Index some runs if that can be done now; their markers ask others to otherwise."""
-        with contextlib.suppress(IndexBusy, IndexUnusable, OSError, *sqlite_error()):
+        with contextlib.suppress(AimwatchError, OSError):
             Reindexer(self._paths).run(hashes, wait_s=wait_s)
 
     # ---------------------------------------------------------------- queries
@@ -5736,20 +5630,16 @@ class Repo:
 
     def names(self) -> Tuple[Set[str], Set[str]]:
         """Return the dotted paths of the params of all runs, and the names of their metrics."""
+
+        def all_paths(index: Optional[sqlite3.Connection]) -> Set[str]:
+            self._read_pending(index)
+            rows = [StoredRow(*parts) for parts in self._overlay.values()]
+            indexed = [] if index is None else index.execute(_ALL_PATHS).fetchall()
+            return {path for (path,) in indexed}.union(path for row in rows for path, _ in facts_of(row))
+
         params: Set[str] = set()
         metrics: Set[str] = set()
-        paths: Optional[Set[str]] = None
-        with self._asking, contextlib.suppress(*sqlite_error(), IndexUnusable):
-            index = self._open_index()
-            if index is not None:
-                with contextlib.closing(index):
-                    self._read_pending(index)
-                    indexed = {path for (path,) in index.execute(_ALL_PATHS)}
-                rows = [StoredRow(*parts) for parts in self._overlay.values()]
-                paths = indexed.union(path for row in rows for path, _ in facts_of(row))
-        if paths is None:
-            paths = {path for row in self.query_runs(_EVERY_RUN).found for path, _ in facts_of(row)}
-        for path in paths:
+        for path in self._ask(all_paths):
             if path.startswith('"'):
                 keys = json.loads(f"[{path}]")
                 params.update(".".join(keys[: nth + 1]) for nth in range(len(keys)))
@@ -5758,77 +5648,35 @@ class Repo:
         return params, metrics
 
     def _answer(self, query: CompiledQuery) -> List[Tuple[StoredRow, Any]]:
-        """Return what a query finds, newest run first. Raises nothing for any state of the index."""
-        with self._asking:
-            for _ in range(5):
-                file = self._index_file()
-                index = self._open_index()
-                if index is None:
-                    break
-                try:
-                    with contextlib.closing(index):
-                        found = self._select(query, index)
-                    if self._index_file() == file:
-                        return found
-                    # Another file is there: a run may have come into it, and lost its marker.
-                except (*sqlite_error(), IndexUnusable) as error:
-                    if self._index_file() != file or "readonly" in str(error):
-                        continue  # replaced meanwhile, or to be rolled back after a writer was killed
-                    log.warning("%s: %s; reading the run logs", self._paths.index, error)
-                    if not is_damage(error) or not self._renewed():
-                        break
-            return self._select(query, None)
+        """Return what a query finds, newest run first."""
 
-    def _renewed(self) -> bool:
-        try:
-            with self._index.locked(1.0):
-                self._index.renew()
-        except (*sqlite_error(), IndexBusy, OSError):
-            return False
-        return True
+        def select(index: Optional[sqlite3.Connection]) -> List[Any]:
+            lacking = self._read_pending(index)
+            found: List[Any] = list(query.matches(StoredRow(*parts) for parts in self._overlay.values()))
+            if index is not None:
+                rows = stored_rows(index, query.candidates(index))
+                found += query.matches(row for row in rows if row["hash"] not in lacking)
+            return found
 
-    def _select(
-        self, query: CompiledQuery, index: Optional[sqlite3.Connection]
-    ) -> List[Tuple[StoredRow, Any]]:
-        """Return what a query finds in the overlay and in the index, newest run first."""
-        not_in_index = self._read_pending(index)
-        found: List[Any] = list(query.matches(StoredRow(*parts) for parts in self._overlay.values()))
-        if index is not None:
-            rows = stored_rows(index, query.candidates(index))
-            found += query.matches(row for row in rows if row["hash"] not in not_in_index)
+        found: List[Any] = self._ask(select)
         found.sort(key=lambda pair: (pair[0]["created_at"], pair[0]["hash"]), reverse=True)
         return found
 
-    def _index_file(self) -> Any:
-        try:
-            info = os.stat(self._paths.index)
-        except OSError:
-            return None
-        return info.st_dev, info.st_ino
-
-    def _open_index(self) -> Optional[sqlite3.Connection]:
-        """Return the index to read, made if it must be and can be; None to do without."""
-        for make in (False, True):
-            try:
-                if make:
-                    with self._index.writing(1.0):
-                        pass
-                # Never to write: SQLite would take the journal of a writer of a new file for one left
-                # beside the old file, and remove it under that writer.
-                return open_index(self._paths.index, read_only=True)
-            except (*sqlite_error(), IndexBusy, IndexUnusable, OSError) as error:
-                if re.search("locked|busy", str(error)):
-                    break
-        return None
+    def _ask(self, question: Callable[[Optional[sqlite3.Connection]], Any]) -> Any:
+        """Return what the index answers to a question or, where it cannot be read, the logs alone."""
+        with self._asking:
+            with contextlib.suppress(IndexBusy, IndexUnusable, OSError), self._index.reading() as index:
+                return question(index)
+            return question(None)
 
     def _read_pending(self, index: Optional[sqlite3.Connection]) -> Set[str]:
         """Bring the overlay to what the index lacks; return the runs for which the index does not speak:
         those in the overlay, and those whose log is gone or cannot be read."""
-        sizes, hidden = self._lacking(index)
+        sizes = self._lacking(index)
         if index is not None and len(sizes) > MAX_PENDING:
             # Worth a try to keep it for the next who asks; what is not indexed is read below.
             self._try_to_index(list(sizes), 0.1)
-            sizes, hidden = self._lacking(index)
+            sizes = self._lacking(index)
         known, self._overlay = self._overlay, {}
         for run_hash, size in sizes.items():
             parts = known.get(run_hash)
@@ -5837,32 +5685,22 @@ class Repo:
                 if problem:
                     log.warning("%s", problem)
                 if state is None:
-                    hidden.add(run_hash)
                     continue
                 parts = stored_parts(run_row(state, size))
             self._overlay[run_hash] = parts
-        return hidden | self._overlay.keys()
+        return set(sizes)
 
-    def _lacking(self, index: Optional[sqlite3.Connection]) -> Tuple[Dict[str, int], Set[str]]:
-        """Return the runs that the index lacks or knows too little of, with the size of their
-        logs, and the runs that have a marker and no log: they were deleted."""
-        hashes = list_runs(self._paths) if index is None else list_pending(self._paths)
-        sizes: Dict[str, int] = {}
-        hidden = set()
-        for run_hash in hashes:
-            try:
-                size = os.lstat(self._paths.run_log(run_hash)).st_size
-            except FileNotFoundError:
-                hidden.add(run_hash)
-                continue
-            except OSError:
-                continue
-            known = None
-            if index is not None:
-                known = index.execute(_LOG_SIZE, (run_hash,)).fetchone()
-            if known != (size,):
-                sizes[run_hash] = size
-        return sizes, hidden
+    def _lacking(self, index: Optional[sqlite3.Connection]) -> Dict[str, int]:
+        """Return the runs that the index lacks or knows too little of, with the size of their logs; that of a
+        run that was deleted is -1."""
+        if index is None:
+            return log_sizes(self._paths, list_runs(self._paths))
+        sizes = log_sizes(self._paths, list_pending(self._paths))
+        return {
+            run_hash: size
+            for run_hash, size in sizes.items()
+            if index.execute(_LOG_SIZE, (run_hash,)).fetchone() != (size,)
+        }
 
     # ---------------------------------------------------------------- the index
 
@@ -8673,8 +8511,6 @@ class Watcher:
         #: What tells the last watcher.json that this watcher wrote from one of another.
         self._saved_as: Any = None
         #: The check-ins that are ignored since their files are another user's, and who owns the runs' logs.
-        self._forged: Set[str] = set()
-        self._log_owners: Dict[str, int] = {}
         #: Of each muted run, the state that it had when it was muted, which is what people know.
         self._muted: Dict[str, str] = {}
         #: What is to be alerted and is not in the outbox yet.
@@ -8862,8 +8698,7 @@ class Watcher:
         return False
 
     def _list(self) -> List[str]:
-        """Return the names in check_ins, less those that are forged; of a folder with very many, the newest
-        of each run."""
+        """Return the names in check_ins; of a folder with very many, the newest of each run."""
         listing, whole = list_bounded(self.paths.check_ins, MAX_NAMES)
         if not whole and not self._said_crowded:
             self._said_crowded = True
@@ -8872,15 +8707,7 @@ class Watcher:
                 f"{self.paths.check_ins} holds more than {MAX_NAMES} names, which makes every look slow: "
                 "remove what is not needed there",
             )
-        return self._without_forged(listing)
-
-    def _without_forged(self, listing: List[str]) -> List[str]:
-        self._forged.intersection_update(listing)
-        new = set(listing) - self.table.names - self._forged
-        for name, uid in forged_check_ins(self.paths, new, self._log_owners).items():
-            self._forged.add(name)
-            log.warning("%s is ignored: it is user %d's, and its run is not", printable(name), uid)
-        return [name for name in listing if name not in self._forged] if self._forged else listing
+        return listing
 
     def _find_dead(self, now_s: float) -> List[Change]:
         """Look at the markers of the runs that are due, and return what has become of those that nobody
@@ -9062,7 +8889,6 @@ class Watcher:
         if now_s - self._swept_s < SWEEP_INTERVAL_S and not self._once:
             return
         self._swept_s = now_s
-        self._log_owners.clear()
         if self._save(now=True):  # what is alerted is known from watcher.json alone from here on
             self.outbox.compact()
         over = read_acks(self.paths) - {ack_name(item.name, item.state) for item in self.table.runs.values()}
@@ -9388,10 +9214,8 @@ class ReindexThread(threading.Thread):
                 self.reindexer.run([run_hash], batch_s=0.0, wait_s=0.0)
             problems = self.reindexer.problems
         except IndexBusy:
-            self.reindexer.forget_sizes()  # somebody else indexes; look again later
-            return
+            return  # somebody else indexes; look again later
         except Exception as error:
-            self.reindexer.forget_sizes()
             problems = [f"reindexing: {type(error).__name__}: {error}"]
         for problem in problems:
             if problem not in self._complained and len(self._complained) < 1000:
@@ -11525,7 +11349,7 @@ def _one_pass(watcher: Watcher, stop: StopSignal, pinger: Optional[Pinger]) -> i
         pass
     counts = watcher.counts()
     watcher.close()
-    with contextlib.suppress(AimwatchError, OSError, *sqlite_error()):
+    with contextlib.suppress(AimwatchError, OSError):
         Reindexer(watcher.paths).run_all(wait_s=1.0)  # so that `runs`, too, knows what has died
     return 1 if watcher.trouble or counts[STALLED] or counts[FAILED] else 0
 
@@ -11622,7 +11446,6 @@ STATUS_FACTS_S = 5.0
 def _check_in_names(paths: RepoPaths) -> List[str]:
     try:
         names = list_some(paths.check_ins, MAX_NAMES + 1)
-        forged = forged_check_ins(paths, names, {})
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -11632,7 +11455,7 @@ def _check_in_names(paths: RepoPaths) -> List[str]:
             f"{paths.check_ins} holds more than {MAX_NAMES} names: remove what is not needed there; 'runs' "
             "does without them"
         )
-    return [name for name in names if name not in forged]
+    return names
 
 
 def status_object(paths: RepoPaths) -> Dict[str, Any]:
@@ -12991,15 +12814,15 @@ def cmd_close(args: Any) -> int:
 def cmd_reindex(args: Any) -> int:
     """Bring the index up to date with what the runs recorded; for cron."""
     paths = find_repo(args.repo)
-    reindexer = Reindexer(paths)
-    try:
-        problems = reindexer.run_all(args.rebuild, REINDEX_WAIT_S, _progress_bar())
-    except (OSError, *sqlite_error()) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise AimwatchError(f"cannot write {paths.index}: {why}") from None
-    finally:
+
+    def show(done: int, of: int) -> None:
         if sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            print(f"\r{done} of {of} runs", end="" if done < of else "\n", file=sys.stderr, flush=True)
+
+    try:
+        problems = Reindexer(paths).run_all(args.rebuild, REINDEX_WAIT_S, show)
+    except OSError as error:
+        raise AimwatchError(f"cannot write {paths.index}: {error.strerror}") from None
     for problem in problems:
         print(f"{command_line()}: {problem}", file=sys.stderr)
     return 1 if problems else 0
@@ -13007,20 +12830,6 @@ def cmd_reindex(args: Any) -> int:
 
 #: How long `reindex` waits for another process that writes the index.
 REINDEX_WAIT_S = 60.0
-
-
-def _progress_bar() -> OnProgress:
-    """Return what draws a bar with rate and time left where stderr is a terminal."""
-    begun = time.monotonic()
-
-    def show(done: int, of: int) -> None:
-        if sys.stderr.isatty() and done and (done % 20 == 0 or done == of):
-            rate = done / max(time.monotonic() - begun, 0.001)
-            bar = "#" * (done * 30 // of)
-            left = f"{rate:.0f}/s, {human_s((of - done) / rate)} left"
-            print(f"\r[{bar:<30}] {done}/{of} runs, {left}\x1b[K", end="", file=sys.stderr, flush=True)
-
-    return show
 
 
 # -------------------------------------------------------------------------- demo
