@@ -113,6 +113,7 @@ from typing import (
     Iterable,
     Iterator,
     List,
+    Mapping,
     NamedTuple,
     NoReturn,
     Optional,
@@ -10654,8 +10655,10 @@ PAGE_JS = r"""
 
 # -------------------------------------------------------------------------- server
 
-#: How many connections are served at once; how long one may take to ask; how much a request may be.
-MAX_CONNECTIONS, IDLE_S, MAX_REQUEST_BYTES = 32, 30.0, 16384
+#: How many connections are served at once, and how long one may be silent.
+MAX_CONNECTIONS, IDLE_S = 32, 30.0
+#: For how many half seconds nobody is there before what was kept for them is dropped.
+_FORGET_AFTER = 120
 _CLOSED = (
     b"Closed. Open the address that 'aimwatch up' printed, with its key. If you did, the name in the "
     b"address is not one that this server knows: start it with --allowed-host NAME.\n"
@@ -10670,42 +10673,31 @@ class Gate(NamedTuple):
     base_path: str
     cookie: str
 
-    def answer(self, site: Site, head: bytes, own_address: str) -> Tuple[Reply, bool]:
-        """Return the answer to the head of a request, and whether the connection is to be closed."""
+    def answer(self, site: Site, target: str, headers: Mapping[str, str], own_address: str) -> Reply:
+        """Return the answer to GET."""
         import hmac
 
-        first, *lines = head.decode("latin-1").split("\r\n")
-        method, _, target = first.partition(" ")
-        target, _, version = target.rpartition(" ")
-        if version not in ("HTTP/1.0", "HTTP/1.1") or not re.fullmatch("/[!-~]*", target):
-            return Reply(400), True
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        # No body is read, so what follows could not be told from one.
-        closes = version == "HTTP/1.0" or headers.get("connection", "").lower() == "close"
-        closes |= bool({"content-length", "transfer-encoding"} & set(headers))
-        if method not in ("GET", "HEAD"):
-            return Reply(405, headers=(("Allow", "GET, HEAD"),)), True
         path, _, query = target.partition("?")
         # Any other name belongs to a site that was made to lead here, to read this one in a browser.
-        host = re.sub(r":[0-9]+$", "", headers.get("host", "")).strip("[]").lower()
-        cookies = [part.strip().partition("=") for part in headers.get("cookie", "").split(";")]
+        host = re.sub(r":[0-9]+$", "", headers.get("Host", "")).strip("[]").lower()
+        cookies = [part.strip().partition("=") for part in headers.get("Cookie", "").split(";")]
         given = [value for name, _, value in cookies if name == self.cookie]
-        given.append(headers.get("authorization", "").partition("Bearer ")[2])
+        given.append(headers.get("Authorization", "").partition("Bearer ")[2])
         key = query[4:] if query.startswith("key=") and path == f"{self.base_path}/" else ""
         fits = [hmac.compare_digest(item.encode("utf-8"), self.token.encode()) for item in (key, *given)]
         if (host not in self.hosts and host != own_address) or (self.token and not any(fits)):
-            return Reply(403, _CLOSED), closes
+            return Reply(403, _CLOSED)
         if key:
             # A browser sends no strict cookie where a redirect began with another site's link.
-            is_elsewhere = headers.get("sec-fetch-site") == "cross-site"
+            is_elsewhere = headers.get("Sec-Fetch-Site") == "cross-site"
             way = ("Refresh", "0; url=./") if is_elsewhere else ("Location", "./")
             cookie = [("Set-Cookie", f"{self.cookie}={self.token}; SameSite=Strict; HttpOnly")] * fits[0]
-            return Reply(200 if is_elsewhere else 303, headers=(*cookie, way)), closes
+            return Reply(200 if is_elsewhere else 303, headers=(*cookie, way))
         if path == self.base_path:
-            return Reply(301, headers=(("Location", f"{path.rpartition('/')[2]}/"),)), closes
+            return Reply(301, headers=(("Location", f"{path.rpartition('/')[2]}/"),))
         if not path.startswith(f"{self.base_path}/"):
-            return Reply(404, b"There is no such page.\n"), closes
-        return site.answer(path[len(self.base_path) + 1 :], query, headers.get("if-none-match", "")), closes
+            return Reply(404, b"There is no such page.\n")
+        return site.answer(path[len(self.base_path) + 1 :], query, headers.get("If-None-Match", ""))
 
 
 def reply_bytes(reply: Reply, with_body: bool, closes: bool) -> bytes:
@@ -10735,72 +10727,68 @@ def reply_bytes(reply: Reply, with_body: bool, closes: bool) -> bytes:
 
 def serve(site: Site, gate: Gate, listener: Any, stop: StopSignal) -> None:
     """Answer requests until `stop` is set."""
+    import http.server
     import socket
+    import socketserver
 
-    served: Dict[Any, bool] = {}  # whether each has sent a whole request with the token; the oldest first
+    links: Dict[Any, bool] = {}  # whether each has sent a whole request with the token; the oldest first
 
-    def converse(link: Any) -> None:
-        own, data = "localhost", b""
-        if link.family != socket.AF_UNIX:
-            own = link.getsockname()[0]
-            # Otherwise the second piece of an answer waits 40 ms for the first to be acknowledged.
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        while True:
-            deadline = time.monotonic() + IDLE_S
-            while b"\r\n\r\n" not in data:
-                link.settimeout(max(0.001, deadline - time.monotonic()))
-                more = link.recv(4096)
-                if not more or len(data) > MAX_REQUEST_BYTES:
-                    return
-                data += more
-            head, _, data = data.partition(b"\r\n\r\n")
-            served[link] = True
-            try:
-                reply, closes = gate.answer(site, head, own)
-            except Exception:
-                log.exception("a page could not be made")
-                reply, closes = Reply(500, b"What 'aimwatch up' wrote says why.\n"), True
-            served[link] = reply.status != 403
-            closes |= len(served) > MAX_CONNECTIONS // 2  # with many others there, nobody keeps a connection
-            link.settimeout(IDLE_S)
-            link.sendall(reply_bytes(reply, not head.startswith(b"HEAD "), closes))
-            if closes:
-                return
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version, timeout = "HTTP/1.1", IDLE_S
 
-    def work(link: Any) -> None:
-        try:
-            with contextlib.suppress(OSError), link:  # the other side may go at any time
-                converse(link)
-        finally:
-            served.pop(link, None)
+        def do_GET(self) -> None:
+            own = "localhost" if listener.family == socket.AF_UNIX else self.request.getsockname()[0]
+            headers = {name.title(): value for name, value in self.headers.items()}
+            reply = gate.answer(site, self.path, headers, own)
+            links[self.request] = reply.status != 403
+            # No body is read, so what follows could not be told from one.
+            has_body = "Content-Length" in headers or "Transfer-Encoding" in headers
+            # With many others there, nobody keeps a connection.
+            self.close_connection |= has_body or len(links) > MAX_CONNECTIONS // 2
+            self.wfile.write(reply_bytes(reply, self.command != "HEAD", self.close_connection))
 
-    asked = time.monotonic()
-    listener.settimeout(0.5)
-    while not stop.is_set:
-        try:
-            link, _ = listener.accept()
-            if len(served) >= MAX_CONNECTIONS:
-                oldest = next((item for item, has_asked in list(served.items()) if not has_asked), None)
-                if oldest is None:
-                    link.close()
-                    continue
-                served.pop(oldest, None)
+        do_HEAD = do_GET
+
+        def send_error(self, code: int, *_: Any) -> None:
+            self.close_connection = True
+            self.wfile.write(reply_bytes(Reply(code), True, True))
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+        daemon_threads, block_on_close, unused = True, False, 0
+
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            """Whether there is room for a connection; those that have not asked yet make way."""
+            if len(links) >= MAX_CONNECTIONS:
+                silent = next((link for link, has_asked in list(links.items()) if not has_asked), None)
+                if silent is None:
+                    return False
+                links.pop(silent, None)
                 with contextlib.suppress(OSError):  # it goes by itself
-                    oldest.shutdown(socket.SHUT_RDWR)
-            asked = time.monotonic()
-            served[link] = False
-            try:
-                threading.Thread(target=work, args=(link,), daemon=True).start()
-            except RuntimeError:  # no threads are left just now
-                served.pop(link, None)
-                link.close()
-        except socket.timeout:
-            if asked and not served and time.monotonic() - asked > 60:
-                asked = 0.0
+                    silent.shutdown(socket.SHUT_RDWR)
+            links[request] = False
+            return True
+
+        def shutdown_request(self, request: Any) -> None:
+            links.pop(request, None)
+            super().shutdown_request(request)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            if not isinstance(sys.exc_info()[1], OSError):  # the other side may go at any time
+                log.exception("a page could not be made")
+
+        def service_actions(self) -> None:
+            self.unused = 0 if links else self.unused + 1
+            if self.unused == _FORGET_AFTER:
                 site.forget()
-        except OSError as error:  # no descriptors are left
-            log.warning("cannot take a connection: %s", error)
-            stop.wait(0.5)
+
+    server = Server(("", 0), Handler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = listener
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    stop.wait(math.inf)
 
 
 def listen(host: str, port: int, uds: Optional[str]) -> Any:
