@@ -2521,9 +2521,9 @@ class _Process:
                 self._shell, self._cell_error = shell, id(getattr(sys, "last_value", None))
 
     def _after_cell(self, result: Any) -> None:
-        """End the runs of a cell that raised; of one that ended well, or never began, no promise stays."""
+        """End the runs of a cell that raised; of one that ended well no promise stays."""
         error, last = getattr(result, "error_in_exec", None), getattr(sys, "last_value", None)
-        if error is None and id(last) != self._cell_error and not getattr(result, "error_before_exec", None):
+        if error is None and id(last) != self._cell_error:
             error = last  # %run shows it, and goes on
         self._cell_error = id(last)
         thread = _thread.get_ident()  # a run of another thread goes on between cells
@@ -2746,7 +2746,7 @@ class Run:
         self._stacks_on = stacks and os.environ.get("AIMWATCH_STACKS", "").lower() not in _OFF
         if not read_only and _imports_main():
             self._set_up(paths, run_hash, read_only)
-            self._inert = "was made while a worker imports the main module"
+            self._inert = "the run was made while a worker imports the main module"
             return
         if read_only or run_hash_given or not self._join(paths):
             self._set_up(paths, run_hash, read_only)
@@ -2768,7 +2768,7 @@ class Run:
     def _unpickled(cls, root: str, run_hash: str, read_only: bool) -> Run:
         run = cls._to_read(RepoPaths(root), run_hash)
         run.read_only = read_only
-        run._inert = "was unpickled, and belongs to the process that pickled it"
+        run._inert = "the run was unpickled, and belongs to the process that pickled it"
         return run
 
     def __reduce__(self) -> Any:
@@ -2851,8 +2851,7 @@ class Run:
     def _open(self, may_exist: bool, wait_s: Optional[float] = None) -> None:
         # Reentrant: the SIGTERM handler runs on top of whatever the main thread was doing.
         self._lock = threading.RLock()
-        self._disk_lock = threading.RLock()
-        self._disk_idx = -1
+        #: Until when what is on disk promises a report (monotonic).
         self._deadline = 0.0
         self._promised = False
         #: What the last report asked for; what "auto" learned, and when (monotonic), NaN after anything else.
@@ -2868,8 +2867,8 @@ class Run:
         self._signal_mono = 0.0
         #: The thread that reported last.
         self._thread = _thread.get_ident()
-        #: Which check-in and which record were the last when a notebook's cell took back the promise.
-        self._idle_since = -1, 0.0
+        #: The time of the last record when a notebook's cell ended.
+        self._idle_since = -1.0
         #: Of loops inside each other, how many items are done, of how many; when the outermost began, and
         #: when it is recorded again how much is done (monotonic).
         self._loops: List[List[Any]] = []
@@ -2878,7 +2877,6 @@ class Run:
         #: Log lines since the last checkpoint.
         self._lines = 0
         self._looked_s, self._look_at_s, self._lock_at_mono = 0.0, 0.0, _monotonic() + LOCK_S
-        self._lock_lost = 0
         #: Log messages that could not be put into `news` yet.
         self._messages = b""
         #: An exception that was being handled when the run began is none of the run's.
@@ -2901,7 +2899,7 @@ class Run:
                 self._record(self._session_record())
                 if resumed:  # an alert reads parts of the log, and must not take the first host for this one
                     self._checkpoint()
-                self._write_check_in(STARTING, 0, 0.0, None, strict=True)
+                self._file.write(self._file.next_idx(), STARTING, 0)
                 undo.pop_all()
         except OSError as error:
             raise RepoError(
@@ -2970,8 +2968,7 @@ class Run:
         """Say that the run is alive and promise to say so again within `expect_next_in` seconds.
 
         Made for the innermost loop: a call that the check-in on disk already covers does not
-        touch the disk. Never raises for a failing disk. Called on the class, as in Aim, it is for the
-        newest run of the process.
+        touch the disk. Never raises for a failing disk.
 
         Arguments:
             expect_next_in: seconds, int or float; 0 = no promise; "auto" = what the times between the
@@ -2981,12 +2978,6 @@ class Run:
         Raises ArgumentTypeError for something that is no number, ArgumentError for NaN, negative
         values and more than ten years.
         """
-        if self is None:  # called on the class
-            if _process.newest() is None:
-                warn_not_recorded("Run.report_progress() without a run")
-            else:
-                report_progress(expect_next_in=expect_next_in, block=block)
-            return
         covered, until_mono = self._window
         if expect_next_in == covered and _monotonic() < until_mono and not block:
             return
@@ -2997,34 +2988,55 @@ class Run:
             self._asked, self._track_reports = AUTO if learns else expect_next_in, False
             self._report(self._asked, block)
 
-    def _report(self, expect_next_in: Any, block: bool) -> None:
-        now = _monotonic()
-        self._thread = _thread.get_ident()
-        _process.exit = None  # whoever called it, somebody caught it
-        with self._disk_lock:
-            if expect_next_in is not AUTO:
-                expect_s, self._learned_mono = checked_expect_s(expect_next_in), math.nan
-            else:
+    def _report(self, asked: Any, block: bool = False) -> None:
+        with self._locked():
+            now = _monotonic()
+            self._thread = _thread.get_ident()
+            _process.exit = None  # whoever called `sys.exit`, somebody caught it
+            if asked is AUTO:
                 if not math.isnan(self._learned_mono):
                     self._rhythm.add(now - self._learned_mono)
                 expect_s, self._learned_mono = self._phase_s or self._rhythm.expect_s, now
-            margin_s = promise_margin_s(expect_s)
+            else:
+                expect_s, self._learned_mono = checked_expect_s(asked), math.nan
             # By how much the deadline on disk exceeds the one promised now; NaN: both are "none".
             over_s = self._deadline - (now + expect_s if expect_s else math.inf)
-            if not block and self._ended is None and 0 <= over_s <= margin_s + 1:
-                until = self._deadline - expect_s
-                self._window = (
-                    expect_next_in,
-                    min(until, now + LEARN_S) if expect_next_in is AUTO else until,
-                )
-                return
+            if block or self._ended is not None or not 0 <= over_s <= promise_margin_s(expect_s) + 1:
+                self._write_check_in(asked, expect_s)
+            else:
+                self._cover(asked, self._deadline - expect_s)
+
+    def _cover(self, asked: Any, until_mono: float) -> None:
+        """Let calls that ask for the same return at once until then."""
+        self._window = asked, min(until_mono, _monotonic() + LEARN_S) if asked is AUTO else until_mono
+
+    def _write_check_in(self, asked: Any, expect_s: float) -> None:
         if self._ended is not None:
             self._reopen()
+        now = _monotonic()
         if self._signal is not None and now - self._signal_mono > SIGNAL_S:
             self._signal = None
             self._record({"resume": round(time.time(), 3), "signal": None})
         self._promised = expect_s > 0 and not self._track_reports
-        self._write_check_in(CHECK_IN, expect_s, margin_s, expect_next_in)
+        self._look_if_due()
+        written_s = math.ceil(expect_s + promise_margin_s(expect_s)) if expect_s else 0
+        try:
+            self._file.write(self._file.next_idx(), CHECK_IN, written_s)
+        except OSError as error:
+            if not self._complained:
+                self._complained = True
+                log.warning("cannot check in below %s: %s", self._paths.check_ins, error.strerror)
+            self._window = asked, now + RETRY_S
+            return
+        if self._ended is not None:
+            return  # meanwhile, by another thread
+        self._deadline = now + written_s if written_s else math.inf
+        self._cover(asked, now + (written_s - expect_s if written_s else IDLE_CHECK_IN_S))
+        if self._stacks_on and written_s:
+            due_mono = now + written_s + STACKS_AFTER_S
+            _process.stacks.arm(self._paths.stack(self.hash), due_mono, self._thread)
+        else:
+            _process.stacks.disarm(self._paths.stack(self.hash))
 
     def progress(
         self,
@@ -3091,55 +3103,14 @@ class Run:
             return
         self._log_message(logging.DEBUG, f"phase {_checked_text('name', name)}", {"expect": expect_s})
         outer_s, self._phase_s = self._phase_s, expect_s
-        self._report(expect_s, False)
+        self._report(expect_s)
         try:
             yield
         finally:
             self._phase_s = outer_s
             if self._is_mine() and self._ended is None:
                 self._learned_mono = math.nan
-                self._report(outer_s or self._asked, False)
-
-    def _write_check_in(
-        self, flag: str, expect_s: float, margin_s: float, asked: Any, strict: bool = False
-    ) -> None:
-        """Write a check-in and note what it covers; no lock is held while it is written."""
-        if self._pid and self._lock.acquire(blocking=False):
-            try:
-                now_s = time.time()
-                if not self._looked_s <= now_s < self._look_at_s:
-                    self._look(now_s)
-            finally:
-                self._lock.release()
-        now = _monotonic()
-        written_s = math.ceil(expect_s + margin_s) if expect_s else 0
-        idx = self._file.next_idx()
-        try:
-            self._file.write(idx, flag, written_s)
-        except OSError as error:
-            if strict:
-                raise
-            if not self._complained:
-                self._complained = True
-                log.warning("cannot check in below %s: %s", self._paths.check_ins, error.strerror)
-            self._window = (asked, now + RETRY_S)
-            return
-        if self._complained:
-            self._complained = False
-            log.warning("checking in below %s works again", self._paths.check_ins)
-        with self._disk_lock:
-            if idx > self._disk_idx:
-                self._disk_idx = idx
-                self._deadline = now + written_s if written_s else math.inf
-                until = now + (written_s - expect_s if written_s else IDLE_CHECK_IN_S)
-                if asked is AUTO:
-                    until = min(until, now + LEARN_S)
-                self._window = (asked if flag == CHECK_IN else math.nan, until)
-        if self._stacks_on and written_s:
-            due_mono = now + written_s + STACKS_AFTER_S
-            _process.stacks.arm(self._paths.stack(self.hash), due_mono, self._thread)
-        elif self._stacks_on:
-            _process.stacks.disarm(self._paths.stack(self.hash))
+                self._report(outer_s or self._asked)
 
     def report_successful_finish(self, *, block: bool = True) -> None:
         """Say that the run reached its end. `block` is Aim's; the report is always written."""
@@ -3195,7 +3166,7 @@ class Run:
             if not self._looked_s <= now < self._look_at_s:
                 self._look(now)
                 if self._track_reports and self._ended is None:
-                    self._report(AUTO, False)
+                    self._report(AUTO)
             for metric, number in points:
                 if number is not None:
                     self._add_point(metric, number, step, epoch, context, now)
@@ -3512,9 +3483,7 @@ class Run:
                 f"{MAX_RECORD_BYTES}: set its parts one by one, or store it in a file, and its path here"
             )
         with self._locked():
-            now = time.time()
-            if self._pid and not self._looked_s <= now < self._look_at_s:
-                self._look(now)
+            self._look_if_due()
             # From the line, so that the state shares nothing with what the caller holds.
             applied = self._state.apply(from_json(line))
             if applied:
@@ -3553,6 +3522,11 @@ class Run:
         ]
         return [encode_line(record) for record in [self._state.header, *series]]
 
+    def _look_if_due(self) -> None:
+        now_s = time.time()
+        if self._pid and not self._looked_s <= now_s < self._look_at_s:
+            self._look(now_s)
+
     def _look(self, now_s: float) -> None:
         """See whether the run's files are still where they were, and make them again where not.
 
@@ -3569,38 +3543,26 @@ class Run:
                 self._log.look()
                 # The check-in went with it: let the next report be written.
                 self._window, self._deadline = (math.nan, 0.0), 0.0
-            self._hold_marker(now_s)
+            self._hold_marker()
         except (OSError, AimwatchError) as error:
             log.debug("run %s: %s", self.hash, error)
         if self._messages:
             self._write_messages()
 
-    def _hold_marker(self, now_s: float) -> None:
+    def _hold_marker(self) -> None:
         """Lock the marker again, once a minute, and at once where it was removed or its descriptor closed.
 
         The lock is lost where this process itself opened the file and closed it, as a script does that
         copies the repository. Whoever holds it already is not affected.
         """
-        if self._marker.is_there():
-            if _monotonic() < self._lock_at_mono:
-                return
-            locked = self._marker.retake()
-        else:
+        if not self._marker.is_there():
             self._marker.release()
-            locked = self._marker.acquire()
-            if locked is not False and self._ended is None:
+            if self._marker.acquire() is not False and self._ended is None:
                 # The indexer that found the marker free, and removed it, wrote that the run died.
-                self._record({"resume": round(now_s, 3)})
-        self._lock_lost = self._lock_lost + 1 if locked is False else 0
-        if not self._lock_lost:
+                self._record({"resume": round(time.time(), 3)})
+        elif _monotonic() >= self._lock_at_mono:
             self._lock_at_mono = _monotonic() + LOCK_S
-        elif self._lock_lost == 2:  # once, it may be somebody's look at whether it is held
-            log.error(
-                "run %s has lost its lock, and another process holds %s: this process opened and closed "
-                "that file, as to copy the repository does; if both write the run, end one of them",
-                self.hash,
-                self._marker.path,
-            )
+            self._marker.retake()
 
     # ---------------------------------------------------------------- the end
 
@@ -3639,11 +3601,11 @@ class Run:
 
     def _after_cell(self, error: Optional[BaseException]) -> None:
         if self._is_mine() and self._ended is None:
-            if error is not None and self._idle_since != (self._disk_idx, self._state.last_time):
+            if error is not None and (self._promised or self._state.last_time > self._idle_since):
                 self._end_by_exception(error)
             elif self._promised:
-                self._report(0, False)
-                self._idle_since = self._disk_idx, self._state.last_time
+                self._report(0)
+            self._idle_since = self._state.last_time
 
     def _end_unreported(self, reason: str) -> None:
         if self._promised or self._signal is not None:
@@ -3714,7 +3676,7 @@ class Run:
             self._ended, self._to_end = end.flag, record
         record = self._to_end
         _process.stacks.disarm(self._paths.stack(self.hash))
-        self._disk_idx, self._deadline, self._window = record["idx"], 0.0, (math.nan, 0.0)
+        self._deadline, self._window = 0.0, (math.nan, 0.0)
         # The log first: who sees the check-in must find the reason.
         self._record(record)
         self._promised = False
@@ -3772,19 +3734,13 @@ class Run:
                 f"{what}: run {self.hash} is only read here (read_only=True, or what a query found): "
                 f"open it with Run({self.hash!r}) to write"
             )
-        if not self._complained and self._inert not in _process.said:
-            self._complained = True
-            why = self._inert or "was closed"
-            if self._inert:
-                _process.said.add(self._inert)
-            elif self._pid != os.getpid():
-                why = f"belongs to process {self._pid}, and this is a child of it"
-            log.error("%s is ignored: run %s %s", what, self.hash, why)
+        why = self._inert or f"run {self.hash} was closed"
+        if self._pid not in (0, os.getpid()):
+            why = f"run {self.hash} belongs to process {self._pid}, and this is a child of it"
+        if why not in _process.said:
+            _process.said.add(why)
+            log.error("%s is ignored: %s", what, why)
         return False
-
-
-#: So that it can be called on the class, at no cost to those who call it on a run.
-Run.report_progress.__defaults__ = (None,)
 
 
 def report_progress(*, expect_next_in: Union[int, float, str] = 0, block: bool = False) -> None:
