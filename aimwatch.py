@@ -2637,8 +2637,6 @@ def checked_run_hash(value: Any) -> str:
     return value
 
 
-#: What $AIMWATCH_STACKS may say to turn them off.
-_OFF = ("0", "no", "off", "false")
 #: A promise that is learned from the times between reports, and how often these are looked at.
 AUTO, LEARN_S = "auto", 1.0
 #: A promise of 0 is written again this often, so that people see the run alive.
@@ -2662,8 +2660,8 @@ INDEXER_WAIT_S = BUSY_S + 1.0
 MAX_STEP = 2**63
 #: A longer record is refused, and a longer log message is cut so that it is none.
 MAX_RECORD_BYTES, MAX_LOG_MESSAGE = 1 << 20, 1 << 16
-#: How many messages wait for the watcher, and how long one of them may be there.
-MAX_MESSAGES_BYTES, MAX_MESSAGE_LINE = 64 << 10, 16 << 10
+#: How many messages wait for the watcher, and how many characters of each.
+MAX_MESSAGES_BYTES, MAX_MESSAGE_CHARS = 64 << 10, 1 << 10
 
 
 def existing_run(paths: RepoPaths, run_hash: str) -> str:
@@ -2710,6 +2708,14 @@ class Run:
     cannot be used, RunBusyError where another process, or another object in this one, writes the run.
     """
 
+    #: The process that may write the run; 0 for a run that is read.
+    _pid = 0
+    #: Why nothing is written, where it is for another process to do that.
+    _inert = ""
+    _closed = _complained = False
+    #: The promise that the check-in on disk covers, and until when (monotonic).
+    _window: Tuple[Any, float] = (math.nan, 0.0)
+
     def __init__(
         self,
         run_hash: Optional[str] = None,
@@ -2725,7 +2731,6 @@ class Run:
         stacks: bool = True,
         not_failures: Iterable[Union[str, type]] = (),
     ) -> None:
-        self._pid = 0  # so that __del__ finds a run that was never opened, whatever fails here
         run_hash_given = run_hash is not None
         run_hash = os.urandom(12).hex() if run_hash is None else checked_run_hash(run_hash)
         if experiment is not None:
@@ -2743,36 +2748,29 @@ class Run:
             run_hash = existing_run(paths, run_hash)
             if not read_only:
                 paths.create()
-        self._stacks_on = stacks and os.environ.get("AIMWATCH_STACKS", "").lower() not in _OFF
-        if not read_only and _imports_main():
-            self._set_up(paths, run_hash, read_only)
+        self._stacks_on = stacks and os.environ.get("AIMWATCH_STACKS") != "0"
+        self.hash, self.read_only, self._paths = run_hash, read_only, paths
+        if read_only:
+            self._read()
+            return
+        if _imports_main():
             self._inert = "the run was made while a worker imports the main module"
             return
-        if read_only or run_hash_given or not self._join(paths):
-            self._set_up(paths, run_hash, read_only)
-            if read_only:
-                self._read()
-                return
-            self._open(run_hash_given)
+        if run_hash_given or not self._join():
+            self._open(run_hash_given, INDEXER_WAIT_S)
         if experiment is not None:
             self.experiment = experiment
 
     @classmethod
-    def _to_read(cls, paths: RepoPaths, run_hash: str) -> Run:
+    def _to_read(cls, paths: RepoPaths, run_hash: str, read_only: bool = True, inert: str = "") -> Run:
         """Return a run that is only read, and its log when something is first asked of it."""
         run = cls.__new__(cls)
-        run._set_up(paths, run_hash, read_only=True)
-        return run
-
-    @classmethod
-    def _unpickled(cls, root: str, run_hash: str, read_only: bool) -> Run:
-        run = cls._to_read(RepoPaths(root), run_hash)
-        run.read_only = read_only
-        run._inert = "the run was unpickled, and belongs to the process that pickled it"
+        run.hash, run.read_only, run._paths, run._inert = run_hash, read_only, paths, inert
         return run
 
     def __reduce__(self) -> Any:
-        return Run._unpickled, (self._paths.root, self.hash, self.read_only)
+        why = "the run was unpickled, and belongs to the process that pickled it"
+        return Run._to_read, (self._paths, self.hash, self.read_only, why)
 
     def __copy__(self) -> Run:
         return self
@@ -2780,41 +2778,27 @@ class Run:
     def __deepcopy__(self, _: Any) -> Run:
         return self
 
-    def _set_up(self, paths: RepoPaths, run_hash: str, read_only: bool) -> None:
-        #: The process that may write the run; 0 for a run that is read.
-        self._pid = 0
-        #: Why nothing is written, where it is for another process to do that.
-        self._inert = ""
-        self._closed = False
-        self.hash = run_hash
-        self.read_only = read_only
-        self._paths = paths
-        #: The promise that the check-in on disk covers, and until when (monotonic).
-        self._window: Tuple[Any, float] = (math.nan, 0.0)
-        self._complained = False
-        if not read_only:
-            self._state = RunState(run_hash)
-
-    def _join(self, paths: RepoPaths) -> bool:
+    def _join(self) -> bool:
         """Go on with the run that `aimwatch exec` began for this program; False where there is none, another
         of the program's processes has it, or this one has had it: its second run is another."""
-        run_hash, repo = (os.environ.get(f"AIMWATCH_{name}", "") for name in ("RUN", "REPO"))
-        if not RUN_HASH.fullmatch(run_hash) or os.path.realpath(repo) != os.path.realpath(paths.root):
+        own, run_hash = self.hash, os.environ.get("AIMWATCH_RUN", "")
+        repo = os.path.realpath(os.environ.get("AIMWATCH_REPO", ""))
+        if not RUN_HASH.fullmatch(run_hash) or repo != os.path.realpath(self._paths.root):
             return False
         if describe_rank().get("rank") or _process.joined:
             return False
-        with contextlib.suppress(OSError):
-            header = read_log(paths.run_log(run_hash), run_hash).header
+        with contextlib.suppress(OSError, RunBusyError):
+            header = read_log(self._paths.run_log(run_hash), run_hash).header
             wait_s = 0.0
             if header.get("exec") == header.get("pid") and header.get("host") == this_host():
                 with contextlib.suppress(OSError, TypeError, OverflowError):
                     os.kill(header["pid"], HAND_OVER)
                     wait_s = INDEXER_WAIT_S
-            self._set_up(paths, run_hash, read_only=False)
-            with contextlib.suppress(RunBusyError):
-                self._open(may_exist=True, wait_s=wait_s)
-                self._track_reports = _process.joined = True
-                return True
+            self.hash = run_hash
+            self._open(True, wait_s)
+            self._track_reports = _process.joined = True
+            return True
+        self.hash = own
         return False
 
     # ---------------------------------------------------------------- opening
@@ -2848,7 +2832,8 @@ class Run:
             del self._state  # asked again, it says so again
             raise RepoError(f"cannot read {path}: {problem}")
 
-    def _open(self, may_exist: bool, wait_s: Optional[float] = None) -> None:
+    def _open(self, may_exist: bool, wait_s: float) -> None:
+        self._state = RunState(self.hash)
         # Reentrant: the SIGTERM handler runs on top of whatever the main thread was doing.
         self._lock = threading.RLock()
         #: Until when what is on disk promises a report (monotonic).
@@ -2884,7 +2869,7 @@ class Run:
         self._marker = FileLock(self._paths.marker(self.hash))
         try:
             with contextlib.ExitStack() as undo:
-                self._take_marker(INDEXER_WAIT_S if wait_s is None else wait_s)
+                self._take_marker(wait_s)
                 undo.callback(self._marker.release)
                 self._log = AppendFile(self._paths.run_log(self.hash), self._summary)
                 undo.callback(self._log.close)
@@ -2931,18 +2916,14 @@ class Run:
                 self.hash,
             )
         elif not locked:
-            raise RunBusyError(self._busy_message())
-
-    def _busy_message(self) -> str:
-        try:
-            header = read_log(self._paths.run_log(self.hash), self.hash).header
-        except OSError:
-            header = {}
-        return (
-            f"run {self.hash} is being written by process {header.get('pid', '?')} on "
-            f"{printable(str(header.get('host', '?')), 100)}: end that process first, or start a "
-            "run of another hash"
-        )
+            header: Dict[str, Any] = {}
+            with contextlib.suppress(OSError):
+                header = read_log(self._paths.run_log(self.hash), self.hash).header
+            raise RunBusyError(
+                f"run {self.hash} is being written by process {header.get('pid', '?')} on "
+                f"{printable(str(header.get('host', '?')), 100)}: end that process first, or start a "
+                "run of another hash"
+            )
 
     def _adopt(self) -> List[str]:
         """Go on where an earlier process left this run, and return the check-ins that are ours."""
@@ -3146,9 +3127,9 @@ class Run:
             if name is not None:
                 raise ArgumentError("name must be left out when track() is given a dict of values")
             # All are checked before the first is recorded.
-            points = [(_checked_name(key), _number(item, key)) for key, item in value.items()]
+            points = [(_checked_text(_METRIC_NAME, key), _number(item, key)) for key, item in value.items()]
         else:
-            metric = name if type(name) is str else _checked_name(name)
+            metric = name if type(name) is str else _checked_text(_METRIC_NAME, name)
             points = [(metric, value if type(value) is float else _number(value, name))]
         if step is not None and type(step) is not int:
             step = _checked_step(step)
@@ -3428,19 +3409,16 @@ class Run:
     def _log_message(self, level: int, msg: Any, params: Dict[str, Any]) -> None:
         if not self._may_write("log"):
             return
-        record: Dict[str, Any] = {"log": level, "message": str(msg)[:MAX_LOG_MESSAGE]}
-        record["time"] = round(time.time(), 3)
+        message, now = str(msg), round(time.time(), 3)
+        record: Dict[str, Any] = {"log": level, "message": message[:MAX_LOG_MESSAGE], "time": now}
         if params:
             record["params"] = encode_value(params, [], "what comes with a log message")
         self._record(record)
-        line = encode_line(record)
-        if len(line) > MAX_MESSAGE_LINE:
-            line = encode_line(
-                {**record, "message": record["message"][: MAX_MESSAGE_LINE // 16], "params": {}}
-            )
         with self._locked():
-            if len(self._messages) + len(line) <= MAX_MESSAGES_BYTES:
-                self._messages += line
+            if len(self._messages) < MAX_MESSAGES_BYTES:
+                self._messages += encode_line(
+                    {"log": level, "message": message[:MAX_MESSAGE_CHARS], "time": now}
+                )
             self._write_messages()
 
     def _write_messages(self) -> None:
@@ -3448,7 +3426,7 @@ class Run:
 
         What a full file does not take is in the run's log alone; what a full disk does not take waits.
         """
-        try:
+        with contextlib.suppress(OSError):
             path = os.path.join(self._paths.news, self.hash)
             fd = open_below(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
@@ -3456,8 +3434,6 @@ class Run:
                 self._messages = self._messages[os.write(fd, self._messages) :] if room else b""
             finally:
                 os.close(fd)
-        except OSError as error:
-            log.debug("cannot announce messages of run %s: %s", self.hash, error)
 
     # ---------------------------------------------------------------- records
 
@@ -3494,33 +3470,16 @@ class Run:
                     self._checkpoint()
             return applied
 
-    def _checkpoint(self) -> None:
-        """Write the whole state, unless it is too long a line for its readers: they then read the records
-        themselves."""
-        self._lines = 0
-        self._look_at_s = 0.0
-        line = self._checkpoint_line()
-        if line:
-            self._log.append(line)
-
-    def _checkpoint_line(self) -> bytes:
-        with contextlib.suppress(RecursionError):  # params that somebody else nested too deeply
-            line = encode_line(self._state.to_checkpoint())
-            if len(line) <= MAX_LINE_BYTES:
-                return line
-        return b""
-
     def _summary(self) -> List[bytes]:
-        """Return the lines with which the log is begun anew."""
-        line = self._checkpoint_line()
-        if line:
-            return [encode_line(self._state.header), line]
-        # Points of series that the new file does not declare would count for nothing.
-        series = [
-            {"series": item.id, "name": item.name, "context": item.context}
-            for item in self._state.series.values()
-        ]
-        return [encode_line(record) for record in [self._state.header, *series]]
+        """Return the lines with which the log is begun anew: what describes the run, and its whole state. Too
+        long a line is left out; its readers read the records themselves."""
+        lines = encode_line(self._state.header), encode_line(self._state.to_checkpoint())
+        return [line for line in lines if len(line) <= MAX_LINE_BYTES]
+
+    def _checkpoint(self) -> None:
+        self._lines = 0
+        for line in self._summary()[1:]:
+            self._log.append(line)
 
     def _look_if_due(self) -> None:
         now_s = time.time()
@@ -3803,70 +3762,60 @@ class Metric:
         self.run = run
         self.name = series.name
         self.context = Context(decode_value(series.context))
-        self.count, self.min, self.max, self.last = (
-            series.count,
-            series.min,
-            series.max,
-            series.last,
-        )
+        self.count, self.last = series.count, series.last
+        self.min, self.max = series.min, series.max
         self.first_step, self.last_step = series.first_step, series.last_step
         self._id = series.id
-        self._points: Optional[List[Tuple[int, float, Optional[float], float]]] = None
 
     def __repr__(self) -> str:
         return f"<Metric {self.name!r} {self.context!r} of run {self.run.hash}: {self.count} points>"
 
-    def _read(self) -> List[Tuple[int, float, Optional[float], float]]:
-        if self._points is None:
-            self._points = self._read_some()
-        return self._points
-
-    def _read_some(self, **bounds: Any) -> List[Tuple[int, float, Optional[float], float]]:
+    def _read(self, **bounds: Any) -> List[Tuple[int, float, Optional[float], float]]:
         path = self.run._paths.run_log(self.run.hash)
         try:
             return read_points(path, self._id, **bounds)
         except OSError as error:
             raise RepoError(f"cannot read {path}: {error.strerror}") from None
 
+    @functools.cached_property
+    def _points(self) -> List[Tuple[int, float, Optional[float], float]]:
+        return self._read()
+
     def some_points(self, most: int) -> List[Tuple[int, float]]:
         """Return steps and values; of more than `most` points some that are as far from each other. Raises
         RepoError where that takes more than 10 s."""
         every = max(1, -(-self.count // most))
-        return [point[:2] for point in self._read_some(every=every, limit_s=10.0)]
+        return [point[:2] for point in self._read(every=every, limit_s=10.0)]
 
     @property
     def steps(self) -> List[int]:
         """The steps, in rising order."""
-        return [point[0] for point in self._read()]
+        return [point[0] for point in self._points]
 
     @property
     def values(self) -> List[float]:
         """The values, one for each step."""
-        return [point[1] for point in self._read()]
+        return [point[1] for point in self._points]
 
     @property
     def epochs(self) -> List[Optional[float]]:
         """The epochs, None where none was given."""
-        return [point[2] for point in self._read()]
+        return [point[2] for point in self._points]
 
     @property
     def times(self) -> List[float]:
         """When each was recorded, in seconds since the epoch."""
-        return [point[3] for point in self._read()]
+        return [point[3] for point in self._points]
+
+
+#: What a wrong name of a metric is called.
+_METRIC_NAME = "the name in track(value, name='loss')"
 
 
 def _checked_text(what: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ArgumentTypeError(f"{what} must be a string, not {type(value).__name__}")
     return value
-
-
-def _checked_name(name: Any) -> str:
-    if not isinstance(name, str):
-        raise ArgumentTypeError(
-            f"a metric's name must be a string, not {type(name).__name__}: track(value, name='loss')"
-        )
-    return name
 
 
 def _number(value: Any, name: Any) -> Optional[float]:
