@@ -106,6 +106,7 @@ from collections import Counter, deque
 from typing import (
     TYPE_CHECKING,
     Any,
+    BinaryIO,
     Callable,
     Deque,
     Dict,
@@ -238,41 +239,25 @@ _O_REACH = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY
 def open_folder(path: str) -> int:
     """Return a descriptor of a folder, for `dir_fd`. Raises OSError.
 
-    Below the root of a repository each folder is opened in the one above it, and a link is followed only
-    if root or this user made it. Whoever may write there could otherwise put a link in the place of a
-    folder after it was checked, and have the files of another folder removed.
+    Below `.aim` each folder is opened in the one above it, and no link is followed. Whoever may write there
+    could otherwise put a link in the place of a folder after it was checked, and have the files of another
+    folder removed.
     """
-    parts = path.split("/")
-    first = len(parts) - 1 - parts[::-1].index(".aim") if ".aim" in parts else len(parts)
-    fd = os.open("/".join(parts[:first]) or "/", _O_REACH)
-    for at in range(first, len(parts)):
-        above = fd
+    root, aim, below = path.rpartition("/.aim/")
+    at = f"{root}/.aim" if aim else path
+    fd = os.open(at, _O_REACH)
+    for name in below.split("/") if aim else ():
+        above, at = fd, f"{at}/{name}"
         try:
-            fd = _open_folder_in(above, parts[at])
+            fd = os.open(name, _O_REACH | os.O_NOFOLLOW, dir_fd=above)
         except OSError as error:
-            error.filename = "/".join(parts[: at + 1])
+            if os.path.islink(at):
+                raise OSError(errno.ELOOP, "symbolic links are not followed here", at) from None
+            error.filename = at
             raise
         finally:
             os.close(above)
     return fd
-
-
-def _open_folder_in(above: int, name: str) -> int:
-    try:
-        return os.open(name, _O_REACH | os.O_NOFOLLOW, dir_fd=above)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENOTDIR) or not hasattr(os, "O_PATH"):
-            raise
-    link = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=above)
-    try:
-        info = os.fstat(link)
-        if stat.S_ISLNK(info.st_mode) and info.st_uid not in (0, os.geteuid()):
-            why = f"it is a symbolic link that belongs to user {info.st_uid}"
-            raise OSError(errno.ELOOP, why)
-        target = os.readlink("", dir_fd=link) if stat.S_ISLNK(info.st_mode) else name
-        return os.open(target, _O_REACH, dir_fd=above)
-    finally:
-        os.close(link)
 
 
 @contextlib.contextmanager
@@ -315,56 +300,33 @@ def unlink_below(path: str) -> None:
 
 
 @contextlib.contextmanager
-def _to_list(folder: str) -> Iterator[int]:
-    reached = open_folder(folder)
-    try:
-        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=reached)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-    except OSError as error:
-        error.filename = folder
-        raise
-    finally:
-        os.close(reached)
-
-
-def list_below(folder: str) -> List[str]:
-    """Return the names in a folder that is opened as by `open_folder`. Raises OSError."""
-    with _to_list(folder) as fd:
-        return os.listdir(fd)
-
-
-@contextlib.contextmanager
 def scan_below(folder: str) -> Iterator[Iterator[os.DirEntry[str]]]:
     """Do as `os.scandir` does, with a folder that is opened as by `open_folder`."""
-    with _to_list(folder) as fd, os.scandir(fd) as entries:
-        yield entries
-
-
-def rename_below(path: str, new: str) -> None:
-    """Rename a file within its folder, which is opened as by `open_folder`. Raises OSError."""
-    with folder_of(path) as (folder, name):
-        os.rename(name, os.path.basename(new), src_dir_fd=folder, dst_dir_fd=folder)
+    with folder_of(folder) as (above, name):
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
+        try:
+            with os.scandir(fd) as entries:
+                yield entries
+        finally:
+            os.close(fd)
 
 
 def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
     """Put `data` at `path` in one step, so that a reader sees the old file or the new one.
 
-    The temporary file is new (O_EXCL), so neither a planted link nor a leftover is written to,
-    and it has its final `mode` (less the umask) from its first byte.
+    The caller keeps other writers of this machine out. The temporary file is new (O_EXCL), so neither a
+    planted link nor a leftover is written to, and it has its final `mode` (less the umask) from its first
+    byte.
     """
-    temporary = f"{path}.{os.urandom(6).hex()}.tmp"
+    temporary = f"{path}.{this_host()}.tmp"
+    with contextlib.suppress(FileNotFoundError):
+        unlink_below(temporary)  # of a writer that was killed
     fd = open_below(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
             os.fsync(fd)
-        finally:
-            os.close(fd)
         with folder_of(path) as (folder, name):
             os.replace(os.path.basename(temporary), name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
@@ -376,7 +338,8 @@ def names_in(folder: str, pattern: str) -> List[str]:
     """Return the names in a folder that match a regular expression as a whole; [] where there is no
     such folder. Raises OSError where it cannot be listed."""
     try:
-        return list(filter(re.compile(pattern).fullmatch, list_below(folder)))
+        with scan_below(folder) as entries:
+            return [entry.name for entry in entries if re.fullmatch(pattern, entry.name)]
     except FileNotFoundError:
         return []
 
@@ -389,31 +352,26 @@ def file_stamp(path: str) -> Any:
     return None
 
 
-def remove_leftovers(path: str) -> None:
-    """Remove what `replace_file` left beside `path` where it was killed. For the only one who may
-    replace that file just now; on a share, whose locks may not be seen, nothing younger than an hour."""
-    folder, name = os.path.split(path)
-    oldest_s = time.time() - 3600 if is_network(folder) else math.inf
-    with contextlib.suppress(OSError):
-        for found in names_in(folder, re.escape(name) + r"\.[0-9a-f]{12}\.tmp"):
-            if os.lstat(os.path.join(folder, found)).st_mtime < oldest_s:
-                unlink_below(os.path.join(folder, found))
+def open_regular(path: str) -> BinaryIO:
+    """Open a regular file to read it. Raises OSError, also for anything else: a link or a FIFO that somebody
+    planted is refused."""
+    fd = open_below(path, os.O_RDONLY)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return os.fdopen(fd, "rb")
 
 
-def read_bounded(path: str, limit: int, follow: bool = True) -> bytes:
-    """Return at most `limit` bytes of a regular file; anything else is refused unread, and a
-    symbolic link too unless it is to be followed."""
-    return read_with_stat(path, limit, follow)[0]
+def read_bounded(path: str, limit: int) -> bytes:
+    """Return at most `limit` bytes of a file that is opened as by `open_regular`."""
+    with open_regular(path) as file:
+        return file.read(limit)
 
 
-def read_with_stat(path: str, limit: int, follow: bool = True) -> Tuple[bytes, os.stat_result]:
-    """Do as `read_bounded`, and return also what the file was that was read.
-
-    O_NONBLOCK keeps a FIFO that somebody planted from hanging the reader in `open`.
-    """
-    fd = open_regular(path, 0 if follow else os.O_NOFOLLOW)
-    with os.fdopen(fd, "rb") as file:
-        return file.read(limit), os.fstat(fd)
+def read_with_stat(path: str, limit: int) -> Tuple[bytes, os.stat_result]:
+    """Return at most `limit` bytes of a file, and what the file was that was read."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        return file.read(limit), os.fstat(file.fileno())
 
 
 #: File systems that no other machine writes; whatever is not among them is taken for a shared one.
@@ -468,19 +426,6 @@ def command_line(repo: Optional[str] = None) -> str:
     elif called != "aimwatch":
         called = "aim-watcher"  # this is a training script, and calling it again would train again
     return called if repo is None else f"{called} --repo {shlex.quote(repo)}"
-
-
-def open_regular(path: str, how: int = os.O_NOFOLLOW) -> int:
-    """Return a descriptor to read a regular file with. Raises OSError, also for anything else: of a
-    folder, `os.fdopen` would leave the descriptor open."""
-    fd = open_below(path, os.O_RDONLY) if how else os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(fd)
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        raise OSError(errno.EINVAL, "not a regular file", path)
-    return fd
 
 
 #: Not the joiners U+200C and U+200D: words of Persian and families of emoji need them.
@@ -992,7 +937,7 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
                 f"no repository at {root}: run '{command_line(root)} init' or start a run there"
             ) from None
     except OSError as error:
-        way_out = ": remove it, or have its owner or root replace it" if error.errno == errno.ELOOP else ""
+        way_out = ": put a folder in its place" if error.errno == errno.ELOOP else ""
         raise RepoError(f"cannot use {error.filename}: {error.strerror}{way_out}") from None
     if create:
         paths.create()
@@ -1851,7 +1796,7 @@ def read_log_parts(path: str, run_hash: str) -> RunState:
     """Return what those parts of a log say that an alert needs: where a run writes on without end, that
     it died must be said all the same, and soon. Raises OSError."""
     state = RunState(run_hash)
-    with os.fdopen(open_regular(path), "rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         checkpoint = _last_checkpoint(file.fileno(), size, max(0, size - CHECKPOINT_REACH))
         for start in (0, checkpoint, size - FACTS_BYTES):
@@ -1875,7 +1820,7 @@ def read_log(path: str, run_hash: str) -> RunState:
     the cost, not what it ever recorded. A file with so much after its last checkpoint that it is no log of
     ours is refused.
     """
-    with os.fdopen(open_regular(path), "rb") as file:
+    with open_regular(path) as file:
         size = start = os.fstat(file.fileno()).st_size
         # Not to the end of the line: somebody may have made one that fills the disk.
         header = file.readline(MAX_LINE_BYTES)
@@ -1937,7 +1882,7 @@ def read_points(
     start = b"[%d," % series_id
     points = []
     left = 0
-    with os.fdopen(open_regular(path), "rb") as file:
+    with open_regular(path) as file:
         for line, _ in read_lines(file, time.monotonic() + limit_s):
             if line.startswith(start):
                 left -= 1
@@ -1963,7 +1908,7 @@ def parse_message(line: bytes) -> Optional[Dict[str, Any]]:
 
 def read_messages(path: str) -> Iterator[Dict[str, Any]]:
     """Yield the log messages of a run as recorded. Raises OSError."""
-    with os.fdopen(open_regular(path), "rb") as file:
+    with open_regular(path) as file:
         for line, _ in read_lines(file):
             message = parse_message(line)
             if message is not None:
@@ -4424,7 +4369,7 @@ def list_pending(paths: RepoPaths) -> List[str]:
 def log_size(path: str) -> int:
     """Return the size of a run's log, from the opened file: a network file system may answer `stat` from a
     cache. Raises OSError."""
-    with os.fdopen(open_regular(path), "rb") as file:
+    with open_regular(path) as file:
         return os.fstat(file.fileno()).st_size
 
 
@@ -4642,7 +4587,9 @@ def last_check_ins(paths: RepoPaths) -> Dict[str, CheckIn]:
     found: Dict[str, CheckIn] = {}
     freshen(paths.check_ins)
     with contextlib.suppress(OSError):
-        for check_in in filter(None, map(parse_check_in, list_below(paths.check_ins))):
+        for check_in in filter(
+            None, map(parse_check_in, names_in(paths.check_ins, rf"{RUN_HASH.pattern}-.*"))
+        ):
             found[check_in.run_hash] = max(check_in, found.get(check_in.run_hash, check_in))
     return found
 
@@ -6124,7 +6071,6 @@ class NotifierConfig:
                     raise ConfigError(
                         f"{self._lock_path} has been locked for {CONFIG_LOCK_WAIT_S:g} s: try again"
                     )
-                remove_leftovers(self.path)
                 shared = is_network(self._folder)
                 if shared:
                     freshen(self.path)
@@ -7040,7 +6986,7 @@ class Outbox:
         #: Held while the file is written, which takes as long as the disk does. Only writers wait for it.
         self._writing = threading.Lock()
         self._compact_at = 0
-        with contextlib.suppress(FileNotFoundError), os.fdopen(open_regular(path), "rb") as file:
+        with contextlib.suppress(FileNotFoundError), open_regular(path) as file:
             for line, _ in read_lines(file):
                 self._apply(json_object(line) or {})
         #: None where nothing is to be written, as after the end: what was sent then is sent again.
@@ -7915,7 +7861,7 @@ def main_stack(paths: RepoPaths, run_hash: str) -> List[Tuple[str, str, str]]:
     """Return the file, line and function of each frame of the thread in which a run hangs, outermost first,
     from what its process left when it missed its promise; [] where it left nothing."""
     try:
-        text = read_bounded(paths.stack(run_hash), 1 << 20, follow=False).decode("utf-8", "replace")
+        text = read_bounded(paths.stack(run_hash), 1 << 20).decode("utf-8", "replace")
     except OSError:
         return []
     # The thread that reported last is the last, unless there are more than `faulthandler` shows.
@@ -7976,8 +7922,9 @@ def take_messages(path: str) -> bytes:
     """Take the messages away that a run left at `path`, and return them; those that were taken and not
     removed come first. Raises OSError."""
     if not os.path.lexists(path + TAKEN):
-        rename_below(path, path + TAKEN)
-    return read_bounded(path + TAKEN, MAX_MESSAGES_BYTES, follow=False)
+        with folder_of(path) as (folder, name):
+            os.rename(name, name + TAKEN, src_dir_fd=folder, dst_dir_fd=folder)
+    return read_bounded(path + TAKEN, MAX_MESSAGES_BYTES)
 
 
 def remove_messages(path: str, size: int) -> None:
@@ -8293,7 +8240,7 @@ MAX_WATCHER_BYTES = 64 << 20
 def read_watcher_file(paths: RepoPaths) -> Dict[str, Any]:
     """Return the content of watcher.json; {} where it is missing or damaged."""
     try:
-        return json_object(read_bounded(paths.watcher, MAX_WATCHER_BYTES, follow=False)) or {}
+        return json_object(read_bounded(paths.watcher, MAX_WATCHER_BYTES)) or {}
     except OSError:
         return {}
 
@@ -8437,8 +8384,6 @@ class Watcher:
             paths.check_folders()
             paths.create()
             frozen = self._take_lock(seize)
-            for path in (paths.outbox, paths.watcher):
-                remove_leftovers(path)
             self._first = not os.path.exists(paths.watcher) and not os.path.exists(paths.outbox)
             self.outbox = Outbox(paths.outbox)
             self.dispatcher = Dispatcher(paths, self.outbox, NotifierConfig(paths))
@@ -8450,7 +8395,7 @@ class Watcher:
                 self._alert_trouble("seized", reason)
         except OSError as error:
             self._lock.release()
-            way_out = ": remove it" if error.errno == errno.ELOOP else ""
+            way_out = ": put a folder in its place" if error.errno == errno.ELOOP else ""
             raise RepoError(f"cannot use {error.filename or paths.own}: {error.strerror}{way_out}") from None
         except BaseException:
             self._lock.release()
@@ -8479,7 +8424,7 @@ class Watcher:
         with contextlib.suppress(OSError):
             owner = f"user {os.lstat(soft).st_uid}"
             with contextlib.suppress(OSError):
-                text = read_bounded(soft, 200, follow=False).decode("utf-8", "replace")
+                text = read_bounded(soft, 200).decode("utf-8", "replace")
                 owner = printable(" ".join(text.split()), 100) or owner
             log.warning(
                 "%s is there: Aim's watcher (%s) may watch too; remove it if that has ended", soft, owner
@@ -9685,7 +9630,7 @@ class LogFollower:
 
     def read(self) -> LogFollower:
         """Take in what was appended. Raises OSError."""
-        with self._lock, os.fdopen(open_regular(self._path), "rb") as file:
+        with self._lock, open_regular(self._path) as file:
             identity, size = identity_of(file.fileno()), os.fstat(file.fileno()).st_size
             if self._identity != identity or size < self._offset:
                 self._identity, self._offset = identity, 0
@@ -10198,7 +10143,7 @@ class Site:
     def _notified(self, run_hash: str) -> List[str]:
         """Return what of a run was notified to whom and when, a line each."""
         lines = []
-        with contextlib.suppress(FileNotFoundError), os.fdopen(open_regular(self.paths.outbox), "rb") as file:
+        with contextlib.suppress(FileNotFoundError), open_regular(self.paths.outbox) as file:
             for line, _ in read_lines(file):
                 record = json_object(line) if f'"{run_hash}-'.encode() in line else None
                 with contextlib.suppress(AttributeError, KeyError, TypeError):
