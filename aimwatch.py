@@ -1009,6 +1009,11 @@ def promise_margin_s(expect_next_in_s: float) -> float:
     return min(max(expect_next_in_s / 10, 1.0), 30.0)
 
 
+def own_check_ins(paths: RepoPaths, run_hash: str) -> List[str]:
+    """Return the names in `check_ins` that are this run's, by number."""
+    return sorted(filter(parse_check_in, names_in(paths.check_ins, f"{run_hash}-.*")))
+
+
 def _idx_of(name: str) -> int:
     return int(name.split("-")[1])
 
@@ -1971,38 +1976,30 @@ def _last_checkpoint(fd: int, size: int, least: int = 0) -> int:
 def git_commit() -> Optional[str]:
     """Return the commit that is checked out around the script, or else around the working folder, as the
     files in `.git` say."""
+
+    def text_of(*path: str) -> str:
+        with contextlib.suppress(OSError):
+            return read_bounded(os.path.join(*path), 1 << 22).decode("utf-8", "replace").strip()
+        return ""
+
     script = next(iter(getattr(sys, "argv", ())), "")
     ours = os.path.realpath(script) == os.path.realpath(__file__)  # `exec`: where this file lies says nothing
     for start in ("." if ours else os.path.dirname(script), "."):
-        with contextlib.suppress(OSError):
-            folder = os.path.realpath(start)
-            while not os.path.lexists(os.path.join(folder, ".git")) and folder != "/":
-                folder = os.path.dirname(folder)
-            commit = _commit_in(os.path.join(folder, ".git"))
-            if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", commit):
-                return commit
+        folder = os.path.realpath(start)
+        while not os.path.lexists(os.path.join(folder, ".git")) and folder != "/":
+            folder = os.path.dirname(folder)
+        git = os.path.join(folder, ".git")
+        # A file in a worktree or a submodule, where the branches are in another folder.
+        git = os.path.join(folder, text_of(git).partition("gitdir:")[2].strip() or git)
+        shared = os.path.join(git, text_of(git, "commondir"))
+        commit = text_of(git, "HEAD")
+        if commit.startswith("ref:"):
+            ref = commit[len("ref:") :].strip()
+            packed = re.search(f"^(.*) {re.escape(ref)}$", text_of(shared, "packed-refs"), re.MULTILINE)
+            commit = text_of(git, ref) or text_of(shared, ref) or (packed[1] if packed else "")
+        if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", commit):
+            return commit
     return None
-
-
-def _commit_in(git: str) -> str:
-    """Return the commit that HEAD leads to. Raises OSError."""
-
-    def text_of(*path: str) -> str:
-        return read_bounded(os.path.join(*path), 1 << 22).decode("utf-8", "replace").strip()
-
-    if os.path.isfile(git):  # of a worktree or a submodule
-        git = os.path.join(os.path.dirname(git), text_of(git).partition("gitdir:")[2].strip())
-    head = text_of(git, "HEAD")
-    if not head.startswith("ref:"):
-        return head
-    ref = head[len("ref:") :].strip()
-    with contextlib.suppress(OSError):
-        return text_of(git, ref)
-    with contextlib.suppress(OSError):
-        git = os.path.join(git, text_of(git, "commondir"))
-        return text_of(git, ref)
-    lines = (line.partition(" ") for line in text_of(git, "packed-refs").splitlines())
-    return next((commit for commit, _, name in lines if name == ref), "")
 
 
 def stdout_file() -> Optional[str]:
@@ -2027,15 +2024,13 @@ def describe_session() -> Dict[str, Any]:
     with contextlib.suppress(OSError):  # the folder may be gone; the run is not
         session["cwd"] = os.getcwd()
     session.update(commit=git_commit(), stdout=stdout_file())
-    job = os.environ.get("SLURM_JOB_ID")
-    if job:
-        array = os.environ.get("SLURM_ARRAY_JOB_ID")
-        task = os.environ.get("SLURM_ARRAY_TASK_ID")
-        session["job"] = f"slurm {array}_{task}" if array and task else f"slurm {job}"
-    elif os.environ.get("PBS_JOBID"):
-        session["job"] = f"pbs {os.environ['PBS_JOBID']}"
-    elif os.environ.get("LSB_JOBID"):
-        session["job"] = f"lsf {os.environ['LSB_JOBID']}"
+    for system, variable in (("slurm", "SLURM_JOB_ID"), ("pbs", "PBS_JOBID"), ("lsf", "LSB_JOBID")):
+        if os.environ.get(variable):
+            session["job"] = f"{system} {os.environ[variable]}"
+            break
+    array = [os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK")]
+    if all(array):
+        session["job"] = "slurm {}_{}".format(*array)
     session.update(describe_rank())
     return session
 
@@ -2166,29 +2161,22 @@ def frames_of(error: Optional[BaseException] = None, frame: Optional[FrameType] 
     """Return the frames of an exception, or of the stack that ends in a frame, that say where it came from,
     outermost first: `file:line in name: code`. Those of another process count, where the exception has
     them as text."""
-    import linecache
-
     steps = [] if frame is None else list(traceback.walk_stack(frame))[::-1]
     steps += traceback.walk_tb(None if error is None else error.__traceback__)
-    found: List[Tuple[str, int, str, Any]] = [
-        (step.f_code.co_filename, line or 0, step.f_code.co_name, step.f_globals) for step, line in steps
-    ]
+    found = list(traceback.StackSummary.extract(iter(steps), lookup_lines=False))
     for _ in range(MAX_CAUSES):
         if error is not None:
             with contextlib.suppress(Exception):
                 text = _ESCAPE.sub("", str(error)[-MAX_TRACEBACK:])
-                found += [
-                    (file, int(line), name, code) for file, line, name, code in _REMOTE_FRAME.findall(text)
-                ]
+                for file, line, name, code in _REMOTE_FRAME.findall(text):
+                    found.append(traceback.FrameSummary(file, int(line), name, line=code))
             error = error.__cause__
     frames = []
-    for file, line, name, source in (found[index] for index in telling_frames([row[0] for row in found])):
-        if not isinstance(source, str):
-            try:
-                source = linecache.getline(file, line, source).strip()
-            except Exception:  # without a descriptor to open the file with, the frame has no code
-                source = ""
-        frames.append(f"{file}:{line} in {name}: {source}"[:MAX_FRAME])
+    for step in (found[index] for index in telling_frames([step.filename for step in found])):
+        code = ""
+        with contextlib.suppress(Exception):  # where no descriptor is left to open the file with
+            code = step.line
+        frames.append(f"{step.filename}:{step.lineno} in {step.name}: {code}"[:MAX_FRAME])
     return frames
 
 
@@ -2358,8 +2346,7 @@ class _Process:
         return next((run for run in reversed(list(self.runs)) if not run._closed), None)
 
     def _install(self) -> None:
-        # What the end needs: where no descriptor is left, nothing can be imported.
-        import linecache  # noqa: F401
+        # It reads lines of code for the end: where no descriptor is left, nothing can be imported.
         import tokenize  # noqa: F401
 
         _hook(sys, "excepthook", self._on_uncaught)
@@ -2767,15 +2754,14 @@ class Run:
     def _read(self) -> None:
         path = self._paths.run_log(self.hash)
         try:
-            self._state = read_log(path, self.hash)
+            state = read_log(path, self.hash)
         except FileNotFoundError:
             raise RepoError(f"no run {self.hash} in {self._paths.root}: it was removed") from None
         except OSError as error:
             raise RepoError(f"cannot read {path}: {error.strerror}") from None
-        problem = log_problem(self._state)
-        if problem:
-            del self._state  # asked again, it says so again
-            raise RepoError(f"cannot read {path}: {problem}")
+        if log_problem(state):
+            raise RepoError(f"cannot read {path}: {log_problem(state)}")
+        self._state = state
 
     def _open(self, may_exist: bool, wait_s: float) -> None:
         self._state = RunState(self.hash)
@@ -2879,13 +2865,9 @@ class Run:
                 raise RepoError(f"cannot go on with run {self.hash}: {problem}")
         with contextlib.suppress(OSError):  # where an earlier process hung matters no more
             os.unlink(self._paths.stack(self.hash))
-        names = []
-        for name in os.listdir(self._paths.check_ins):
-            parsed = parse_check_in(name) if name.startswith(self.hash) else None
-            if parsed is not None and parsed.run_hash == self.hash:
-                if parsed.idx < MAX_IDX:
-                    self._state.next_idx = max(self._state.next_idx, parsed.idx + 1)
-                names.append(name)
+        names = own_check_ins(self._paths, self.hash)
+        known = [idx for idx in map(_idx_of, names) if idx < MAX_IDX]
+        self._state.next_idx = max([self._state.next_idx - 1, *known]) + 1
         return names if self._log.size else []
 
     # ---------------------------------------------------------------- progress
@@ -5575,11 +5557,6 @@ WITH RECURSIVE found (path) AS (
     UNION ALL SELECT (SELECT min(path) FROM facts WHERE path > found.path) FROM found WHERE path IS NOT NULL)
 SELECT path FROM found WHERE path IS NOT NULL
 """
-
-
-def own_check_ins(paths: RepoPaths, run_hash: str) -> List[str]:
-    """Return the names in `check_ins` that are this run's, by number."""
-    return sorted(filter(parse_check_in, names_in(paths.check_ins, f"{run_hash}-.*")))
 
 
 # ======================================================================================
