@@ -2395,7 +2395,7 @@ class _Process:
             return
         self._ending = True
         try:
-            self._each(lambda run: run._end_by_signal(signum, frame))
+            self._each(lambda run: run._end_and_close(run._signal_end(signum, frame)))
             self._set_signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
             if os.getpid() == 1:  # to which, in a container, the kernel does not deliver it
@@ -2414,13 +2414,12 @@ class _Process:
 
     def _on_uncaught(self, real: Callable[..., Any], kind: Any, error: BaseException, trace: Any) -> Any:
         if not _interactive():
-            self._each(lambda run: run._end_by_exception(error))
+            self._each(lambda run: run._end(run._end_of(error)))
         return real(kind, error, trace)
 
     def _on_thread_exception(self, real: Callable[..., Any], hooked: Any) -> Any:
         thread, error = _thread.get_ident(), hooked.exc_value
-        if error is not None:
-            self._each(lambda run: run._end_by_exception(error) if run._thread == thread else None)
+        self._each(lambda run: run._end(run._end_of(error) if run._thread == thread else None))
         return real(hooked)
 
     def _on_sys_exit(self, real: Callable[..., Any], *status: Any) -> Any:
@@ -2645,6 +2644,10 @@ class Run:
     #: Why nothing is written, where it is for another process to do that.
     _inert = ""
     _closed = _complained = False
+    #: The end by a SIGTERM that a handler of the user's takes care of, and when that came (monotonic).
+    _signal: Optional[End] = None
+    _signal_mono = 0.0
+    _not_failures = NOT_FAILURES
     #: The promise that the check-in on disk covers, and until when (monotonic).
     _window: Tuple[Any, float] = (math.nan, 0.0)
 
@@ -2673,7 +2676,7 @@ class Run:
             )
         if isinstance(not_failures, (str, type)):
             raise ArgumentTypeError("not_failures must be several: not_failures=(TrialPruned,)")
-        self._not_failures = NOT_FAILURES | {getattr(item, "__name__", str(item)) for item in not_failures}
+        self._not_failures |= {getattr(item, "__name__", str(item)) for item in not_failures}
         must_exist = read_only or (run_hash_given and not create)
         paths = find_repo(None if repo is None else os.fsdecode(repo), create=not must_exist)
         if must_exist:
@@ -2778,9 +2781,6 @@ class Run:
         #: The flag of the end that is reported, and its record until it is on disk.
         self._ended: Optional[str] = None
         self._to_end: Optional[Dict[str, Any]] = None
-        #: The end by a SIGTERM that a handler of the user's takes care of, and when that came (monotonic).
-        self._signal: Optional[End] = None
-        self._signal_mono = 0.0
         #: The thread that reported last.
         self._thread = _thread.get_ident()
         #: The time of the last record when a notebook's cell ended.
@@ -3423,32 +3423,24 @@ class Run:
         self._looked_s, self._look_at_s = now_s, now_s + LOOK_S
         self._thread = _thread.get_ident()
         try:
-            in_place = self._log.look() and self._marker.is_there()
-            if not in_place and os.path.isdir(self._paths.aim):
+            if not (self._log.look() and self._marker.is_there()) and os.path.isdir(self._paths.aim):
                 self._paths.create()
                 self._log.look()
                 # The check-in went with it: let the next report be written.
                 self._window, self._deadline = (math.nan, 0.0), 0.0
-            self._hold_marker()
+            if not self._marker.is_there():
+                self._marker.release()
+                if self._marker.acquire() is not False and self._ended is None:
+                    # The indexer that found the marker free, and removed it, wrote that the run died.
+                    self._record({"resume": round(time.time(), 3)})
+            elif _monotonic() >= self._lock_at_mono:
+                # Lost where this process opened the file and closed it, as to copy the repository.
+                self._lock_at_mono = _monotonic() + LOCK_S
+                self._marker.retake()
         except (OSError, AimwatchError) as error:
             log.debug("run %s: %s", self.hash, error)
         if self._messages:
             self._write_messages()
-
-    def _hold_marker(self) -> None:
-        """Lock the marker again, once a minute, and at once where it was removed or its descriptor closed.
-
-        The lock is lost where this process itself opened the file and closed it, as a script does that
-        copies the repository. Whoever holds it already is not affected.
-        """
-        if not self._marker.is_there():
-            self._marker.release()
-            if self._marker.acquire() is not False and self._ended is None:
-                # The indexer that found the marker free, and removed it, wrote that the run died.
-                self._record({"resume": round(time.time(), 3)})
-        elif _monotonic() >= self._lock_at_mono:
-            self._lock_at_mono = _monotonic() + LOCK_S
-            self._marker.retake()
 
     # ---------------------------------------------------------------- the end
 
@@ -3456,14 +3448,14 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: Optional[BaseException], trace: Any) -> None:
-        _in_full(self._end_and_close, error)
+        _in_full(self._end_and_close, self._end_of(error))
 
     def close(self) -> None:
         """End the run: `failed` where an exception is being handled, `finished` otherwise, unless
         its end was already reported. Calling it again does nothing."""
         if self._is_mine():
             error = sys.exc_info()[1]
-            _in_full(self._end_and_close, None if error is self._outer_error else error)
+            _in_full(self._end_and_close, self._end_of(None if error is self._outer_error else error))
 
     def finalize(self) -> None:
         """Aim's other name for `close`."""
@@ -3473,46 +3465,40 @@ class Run:
         # The object was dropped while the process lives on; at its exit, _at_exit comes first.
         try:
             if self._is_mine():
-                self._end_unreported("was dropped without reporting a successful finish")
+                self._end_and_close(self._unreported("was dropped without reporting a successful finish"))
         except Exception:
             pass  # at interpreter shutdown, what this needs may be gone
 
     def _at_exit(self, error: Optional[BaseException]) -> None:
-        if self._is_mine():
-            if error is not None:
-                self._end_by_exception(error)
-            if _process.exit is not None:
-                self._end(_process.exit)
-            self._end_unreported("exited without reporting a successful finish")
+        said = self._unreported("exited without reporting a successful finish")
+        self._end_and_close(self._end_of(error), _process.exit, said)
 
     def _after_cell(self, error: Optional[BaseException]) -> None:
         if self._is_mine() and self._ended is None:
             if error is not None and (self._promised or self._state.last_time > self._idle_since):
-                self._end_by_exception(error)
+                self._end(self._end_of(error))
             elif self._promised:
                 self._report(0)
             self._idle_since = self._state.last_time
 
-    def _end_unreported(self, reason: str) -> None:
-        if self._promised or self._signal is not None:
-            self._end(self._signal or End(FAILED, reason))
-        self._end_and_close()
-
-    def _end_and_close(self, error: Optional[BaseException] = None) -> None:
-        if self._is_mine():
-            if error is not None:
-                self._end_by_exception(error)
-            self._end(End(FINISHED))
-            self._close_files()
-
-    def _end_by_exception(self, error: BaseException) -> None:
-        end: Optional[End] = None
+    def _end_of(self, error: Optional[BaseException]) -> Optional[End]:
+        """Return how an exception ends the run; None where there is none, or it is no failure."""
+        if error is None or self._not_failures & {kind.__name__ for kind in type(error).__mro__}:
+            return None
         if isinstance(error, SystemExit):
-            end = exit_end(error.code, error) or self._signal
-        elif not self._not_failures & {kind.__name__ for kind in type(error).__mro__}:
-            end = End(FAILED, describe_exception(error), frames_of(error))
-        if end is not None and self._is_mine():
-            self._end(end)
+            return exit_end(error.code, error) or self._signal
+        return End(FAILED, describe_exception(error), frames_of(error))
+
+    def _unreported(self, reason: str) -> Optional[End]:
+        """Return how the run ends where nobody says so, and a promise or a signal says that it should not."""
+        return self._signal or (End(FAILED, reason) if self._promised else None)
+
+    def _end_and_close(self, *ends: Optional[End]) -> None:
+        """End the run as the first of these says, or well, and close it."""
+        if self._is_mine():
+            for end in (*ends, End(FINISHED)):
+                self._end(end)
+            self._close_files()
 
     # ---------------------------------------------------------------- signals
 
@@ -3520,11 +3506,6 @@ class Run:
         if self._thread != _thread.get_ident():
             frame = sys._current_frames().get(self._thread, frame)
         return End(FAILED, f"terminated by {signal.Signals(signum).name}", frames_of(frame=frame))
-
-    def _end_by_signal(self, signum: int, frame: Optional[FrameType]) -> None:
-        if self._is_mine():
-            self._end(self._signal_end(signum, frame))
-            self._close_files()
 
     def _note_signal(self, signum: int, frame: Optional[FrameType]) -> None:
         """Note a signal that a handler of the user's takes care of, who may save, end the process, or not."""
@@ -3545,10 +3526,10 @@ class Run:
 
     # ---------------------------------------------------------------- what is recorded of the end
 
-    def _end(self, end: End) -> None:
+    def _end(self, end: Optional[End]) -> None:
         """Record how the run ended, in its log and then as a check-in. The first end counts, and is said once
         more where this was interrupted."""
-        if not self._is_mine() or (self._ended is not None and self._to_end is None):
+        if end is None or not self._is_mine() or (self._ended is not None and self._to_end is None):
             return
         if self._to_end is None:
             end = self._with_signal(end)
@@ -3643,17 +3624,6 @@ AIM_OBJECTS = ("Audio", "Distribution", "Figure", "Image", "Text")
 Audio, Distribution, Figure, Image, Text = (
     type(name, (), {"__init__": lambda self, *args, **options: None}) for name in AIM_OBJECTS
 )
-
-
-def _name_in_aim(value: Any) -> str:
-    """Return the name of an object, ours or Aim's, that is not recorded, or of those in a list; "" for
-    anything else."""
-    if isinstance(value, (list, tuple)) and value:
-        value = value[0]
-    for kind in type(value).__mro__:
-        if kind.__name__ in AIM_OBJECTS and str(kind.__module__).split(".")[0] in ("aim", __name__):
-            return kind.__name__
-    return ""
 
 
 def warn_not_recorded(what: str) -> None:
@@ -3758,9 +3728,11 @@ def _number(value: Any, name: Any) -> Optional[float]:
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             number = float(found)
             return int(number) if isinstance(found, int) and abs(number) < 2**53 else number
-    if _name_in_aim(value):
-        warn_not_recorded(f"track({_name_in_aim(value)})")
-        return None
+    some = value[0] if isinstance(value, (list, tuple)) and value else value
+    for kind in type(some).__mro__:
+        if kind.__name__ in AIM_OBJECTS and str(kind.__module__).split(".")[0] in ("aim", __name__):
+            warn_not_recorded(f"track({kind.__name__})")
+            return None
     shape = getattr(value, "shape", None)
     what = type(value).__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
     raise ArgumentTypeError(
@@ -3915,7 +3887,7 @@ class LoopCallback:
         run = self.run = self.run or Run(**self._given[2])
         if name == "on_exception":
             self._training = False
-            run._end_by_exception(args[2])
+            run._end(run._end_of(args[2]))
             return
         if name in _BEGIN_HOOKS:
             self._training, self._began_mono = True, _monotonic()

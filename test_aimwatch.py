@@ -2910,6 +2910,8 @@ class ReadOnlyRun(Case):
                     "open it with Run('r') to write",
                 )
             self.assertEqual((reader["p"], reader.active), (1, False))
+            with self.assertRaises(ZeroDivisionError), reader:
+                1 / 0  # noqa: B018
             reader.close()
         with self.assertRaises(aimwatch.ArgumentTypeError):
             reader.report_progress(expect_next_in=None)  # type: ignore[arg-type]
