@@ -13863,6 +13863,83 @@ class Bench:
         """Print a figure that has a limit of its own and no baseline."""
         self.line(what, f"{value:.3g} {unit}", "its limit", value / limit, f"<= {limit:g}", value <= limit)
 
+    def idle(self, what: str, process: Any, percent: float, megabytes: float) -> None:
+        """Print what a process costs that has nothing to do."""
+
+        def cpu_s() -> float:
+            fields = read_file(f"/proc/{process.pid}/stat").rpartition(b")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+        time.sleep(3)
+        before = cpu_s()
+        time.sleep(10)
+        self.at_most(f"{what}: of one core", 10 * (cpu_s() - before), "%", percent)
+        most = re.search(rb"VmHWM:\s*(\d+)", read_file(f"/proc/{process.pid}/status"))
+        self.at_most(f"{what}: memory at most", int(most[1]) / 1024, "MB", megabytes)  # type: ignore[index]
+
+
+@contextlib.contextmanager
+def ours(root: str, *argv: str, **options: Any) -> Iterator[Any]:
+    """Have a process of the command line, with a pipe to its standard output, until the context ends."""
+    command = [sys.executable, "-m", "aimwatch", "--repo", root, *argv]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def bench_import(bench: Bench, root: str) -> None:
+    def start(code: str) -> Callable[[], Any]:
+        return lambda: subprocess.run([sys.executable, "-c", code], check=True)
+
+    bench.compare("start Python and import aimwatch", start("import aimwatch"), "import json, logging",
+                  start("import json, logging, threading"), 2, "ms", 1, 15)  # fmt: skip
+
+
+def bench_exec(bench: Bench, root: str) -> None:
+    exec_, cat = (
+        (sys.executable, "-m", "aimwatch", "--repo", root, "exec", "--"),
+        ("sh", "-c", "echo; exec cat"),
+    )
+    bare = (sys.executable, "-c", "import aimwatch, os, sys; os.execvp(sys.argv[1], sys.argv[1:])")
+    processes: List[Any] = []
+
+    def start(command: Sequence[str]) -> None:
+        """Start `cat`, and wait until it has written its first byte."""
+        process: Any = subprocess.Popen([*command, *cat], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process.stdout.read(1)
+        processes.append(process)
+
+    def end() -> None:
+        while processes:
+            with processes.pop():
+                pass  # its input is closed, and it is waited for
+
+    def start_both() -> None:
+        end()
+        start(exec_)
+        start(bare)
+
+    bench.compare("exec: until the program runs", lambda: start(exec_), "by an import of it", lambda: start(bare),
+                  2, "ms", 1, 21, prepare=end)  # fmt: skip
+    chunk, size, rate = bytes(1 << 16), 200 << 20, 200e6
+
+    def pump(process: Any) -> None:
+        with open(os.devnull, "wb") as sink:
+            reader = threading.Thread(target=shutil.copyfileobj, args=(process.stdout, sink))
+            reader.start()
+            begun = time.perf_counter()
+            for sent in range(0, size, len(chunk)):
+                process.stdin.write(chunk)
+                time.sleep(max(0.0, sent / rate - (time.perf_counter() - begun)))
+            process.stdin.close()
+            reader.join()
+
+    bench.compare("exec: cat at 200 MB/s", lambda: pump(processes[0]), "cat", lambda: pump(processes[1]), 1.05,
+                  "ms", 1, 5, prepare=start_both)  # fmt: skip
+    end()
+
 
 def bench_progress(bench: Bench, root: str) -> None:
     run, count = Run(repo=root), 200_000
@@ -13880,32 +13957,20 @@ def bench_progress(bench: Bench, root: str) -> None:
     while time.monotonic() < begun + 3:
         run.report_progress(expect_next_in=2)
     bench.at_most("check-ins written, E = 2 s, tight loop", (idx() - before) / 3, "/s", 1.34)
-    names = [os.path.join(paths.pending, name) for name in "xy"]
-    open(names[0], "w").close()
+    names = [os.path.join(root, name) for name in "xy"]
+    write_file(names[0])
     bench.compare(
         "report_progress, writing", lambda: [run.report_progress(expect_next_in=60, block=True) for _ in range(200)],
         "os.rename", lambda: [os.rename(names[n % 2], names[1 - n % 2]) for n in range(200)], 5, "us", 200,
     )  # fmt: skip
-    os.unlink(names[0])
     run.close()
-
-
-def _cpu_s(pid: int) -> float:
-    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
-        fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _most_kb(pid: int) -> int:
-    with open(f"/proc/{pid}/status", encoding="ascii") as file:
-        return int(re.search(r"VmHWM:\s*(\d+)", file.read())[1])  # type: ignore[index]
 
 
 def bench_poll(bench: Bench, root: str) -> None:
     paths = aimwatch.find_repo(root, create=True)
     names = [named(f"{number:024x}", 1, expect=330) for number in range(10_000)]
     for name in names:
-        open(os.path.join(paths.check_ins, name), "w").close()
+        write_file(os.path.join(paths.check_ins, name))
     watcher = aimwatch.Watcher(paths)
     watcher.poll()
     turns = itertools.count()
@@ -13928,90 +13993,8 @@ def bench_poll(bench: Bench, root: str) -> None:
             prepare=lambda share=share: renew(share) if share else None,  # type: ignore[misc]
         )  # fmt: skip
     watcher.close()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "aimwatch", "--repo", root, "start"], stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environ(root),
-    )  # fmt: skip
-
-    time.sleep(2)
-    before = _cpu_s(process.pid)
-    time.sleep(10)
-    used = _cpu_s(process.pid) - before
-    resident_kb = _most_kb(process.pid)
-    process.terminate()
-    process.wait()
-    bench.at_most("idle watcher, 10,000 runs: of one core", 100 * used / 10, "%", 3)
-    bench.at_most("idle watcher, 10,000 runs: resident, peak", resident_kb / 1024, "MB", 40)
-
-
-def _environ(root: str) -> Dict[str, str]:
-    """Return an environment in which aimwatch is compiled once, as it is for users."""
-    environ = {**os.environ, "PYTHONPATH": HERE, "PYTHONPYCACHEPREFIX": os.path.join(root, "pyc")}
-    environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    subprocess.run([sys.executable, "-c", "import aimwatch"], env=environ, check=True)
-    return environ
-
-
-def bench_import(bench: Bench, root: str) -> None:
-    environ = _environ(root)
-
-    def start(code: str) -> Callable[[], Any]:
-        return lambda: subprocess.run([sys.executable, "-c", code], env=environ, check=True)
-
-    bench.compare("start Python and import aimwatch", start("import aimwatch"), "import json, logging",
-                  start("import json, logging, threading"), 2, "ms", 1, 15)  # fmt: skip
-
-
-def bench_exec(bench: Bench, root: str) -> None:
-    environ = {**_environ(root), "AIMWATCH_REPO": root}
-    ours = [sys.executable, "-m", "aimwatch", "exec", "--"]
-    bare = [sys.executable, "-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"]
-
-    def started(*command: str) -> Any:
-        """Return a process whose program has written its first byte."""
-        process = subprocess.Popen(
-            [*command, "sh", "-c", "echo; exec cat"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environ,
-        )
-        process.stdout.read(1)  # type: ignore[union-attr]
-        return process
-
-    def end(process: Any) -> None:
-        process.stdin.close()
-        process.stdout.read()
-        process.stdout.close()
-        process.wait()
-
-    took_s: List[List[float]] = [[], []]
-    for _ in range(21):
-        for times, command in zip(took_s, (bare, ours)):
-            begun = time.perf_counter()
-            process = started(*command)
-            times.append(time.perf_counter() - begun)
-            end(process)
-    cost_ms = 1000 * (statistics.median(took_s[1]) - statistics.median(took_s[0]))
-    bench.at_most("exec: until the program runs, beyond Python's", cost_ms, "ms", 30)
-    chunk, size, rate = bytes(1 << 16), 200 << 20, 200e6
-
-    def pump(process: Any) -> None:
-        reader = threading.Thread(
-            target=lambda: [0 for _ in iter(lambda: process.stdout.read1(1 << 16), b"")]
-        )
-        reader.start()
-        begun = time.perf_counter()
-        for sent in range(0, size, len(chunk)):
-            process.stdin.write(chunk)
-            time.sleep(max(0.0, sent / rate - (time.perf_counter() - begun)))
-        process.stdin.close()
-        reader.join()
-
-    processes: List[Any] = []
-    bench.compare(
-        "exec: cat at 200 MB/s", lambda: pump(processes[0]), "cat", lambda: pump(processes[1]), 1.05, "ms", 1, 5,
-        prepare=lambda: processes.__setitem__(slice(None), [started(*ours), started(*bare)]),
-    )  # fmt: skip
+    with ours(root, "start", stderr=subprocess.DEVNULL) as process:
+        bench.idle("idle watcher, 10,000 runs", process, 3, 40)
 
 
 def bench_track(bench: Bench, root: str) -> None:
@@ -14031,10 +14014,9 @@ def bench_track(bench: Bench, root: str) -> None:
     run.close()
 
 
-def _put_run(paths: aimwatch.RepoPaths, number: int, points: int, created_at: float = 0.0) -> str:
+def _put_run(paths: aimwatch.RepoPaths, number: int, points: int) -> str:
     """Write the log of a closed run as `Run` does, and its marker; return its hash."""
-    state = aimwatch.RunState(f"{number:024x}")
-    created_at = created_at or 1775000000.0 + number
+    state, created_at = aimwatch.RunState(f"{number:024x}"), 1775000000.0 + number
     records: List[Any] = [
         {"format": 1, "hash": state.hash, "created_at": created_at, "host": "node", "pid": 4711,
          "user": "ada", "argv": ["train.py", "--lr", "0.1"], "python": "3.11.7", "cwd": "/home/ada"},
@@ -14049,9 +14031,8 @@ def _put_run(paths: aimwatch.RepoPaths, number: int, points: int, created_at: fl
     for record in records:
         assert state.apply(record)
     records.append(state.to_checkpoint())
-    with open(paths.run_log(state.hash), "w", encoding="ascii") as file:
-        file.writelines(aimwatch.to_json(record) + "\n" for record in records)
-    open(paths.marker(state.hash), "w").close()
+    write_file(paths.run_log(state.hash), "".join(aimwatch.to_json(record) + "\n" for record in records))
+    write_file(paths.marker(state.hash))
     return state.hash
 
 
@@ -14095,7 +14076,7 @@ def bench_index(bench: Bench, root: str) -> None:
                 os.unlink(path)
             make_index(path)
         for run_hash in hashes:
-            open(paths.marker(run_hash), "w").close()
+            write_file(paths.marker(run_hash))
 
     def inserts() -> None:
         with contextlib.closing(aimwatch.connect(plain, "rw", 5.0)) as db:
@@ -14108,13 +14089,9 @@ def bench_index(bench: Bench, root: str) -> None:
     reindex()
     with contextlib.closing(aimwatch.connect(paths.index, "ro", 5.0)) as db:
         rows = {table: db.execute(f"SELECT * FROM {table}").fetchall() for table in ("runs", "facts")}
-    for what, ours, rate in (
-        ("reindex of pending runs, each", reindex, 1500),
-        ("reindex --rebuild, each", rebuild, 500),
-    ):
-        bench.compare(
-            what, ours, "bare inserts of the rows", inserts, 1e6 // rate, "us", count, 5, True, prepare
-        )
+    for what, act, rate in (("pending runs", reindex, 1500), ("--rebuild", rebuild, 500)):
+        bench.compare(f"reindex, {what}, each", act, "bare inserts of the rows", inserts, 1e6 // rate, "us",
+                      count, 5, True, prepare)  # fmt: skip
 
 
 def bench_close(bench: Bench, root: str) -> None:
@@ -14136,12 +14113,8 @@ def bench_close(bench: Bench, root: str) -> None:
     plain.close()
     assert not os.listdir(paths.pending)
     long, short = _put_run(paths, 1, 100_000), _put_run(paths, 2, 100)
-    bench.compare(
-        "resume a run of 100,000 points", lambda: runs.append(Run(long, repo=root)), "of 100 points",
-        lambda: runs.append(Run(short, repo=root)), 2.5, "ms", prepare=lambda: [run.close() for run in runs],
-    )  # fmt: skip
-    for run in runs:
-        run.close()
+    bench.compare("resume a run of 100,000 points", lambda: Run(long, repo=root).close(), "of 100 points",
+                  lambda: Run(short, repo=root).close(), 2.5, "ms")  # fmt: skip
 
 
 def bench_query(bench: Bench, root: str) -> None:
@@ -14188,29 +14161,20 @@ def bench_page(bench: Bench, root: str) -> None:
     paths = aimwatch.find_repo(root, create=True)
     for number in range(10_000):
         _put_run(paths, number, 4)
-    assert aimwatch.Repo(root).reindex(rebuild=True) == []
-    live = Run(repo=root)
-    state, long_log = aimwatch.RunState("f" * 24), paths.run_log("f" * 24)
-    with open(long_log, "w", encoding="ascii") as file:
-        for line in ({"format": 1, "created_at": 1775000000.0}, {"series": 1, "name": "loss", "context": {}}):
-            assert state.apply(line)
-            file.write(aimwatch.to_json(line) + "\n")
+    with Run("f" * 24, create=True, repo=root) as long:
         for step in range(1_000_000):
-            point = [1, step, random.random(), 1775000000 + step / 10]
-            state.apply(point)
-            file.write(aimwatch.to_json(point) + "\n")
-            if step % 10_000 == 9_999:
-                file.write(aimwatch.to_json(state.to_checkpoint()) + "\n")
+            long.track(random.random(), "loss", step=step)
+    assert aimwatch.Repo(root).reindex(rebuild=True) == []
 
     def lines() -> None:
-        with open(long_log, "rb") as file:
+        with open(paths.run_log(long.hash), "rb") as file:
             [line.split(b",") for line in file]
 
     def all_rows() -> None:
         with contextlib.closing(aimwatch.connect(paths.index, "ro", 5.0)) as db:
             db.execute(f"SELECT {aimwatch._STORED} FROM runs ORDER BY created_at DESC").fetchall()
 
-    run, views = f"run/{'f' * 24}/", iter(range(1, 1000))
+    run, views = f"run/{long.hash}/", iter(range(1, 1000))
     site = aimwatch.Site(paths)
     bench.compare("overview of 10,000 runs, the first", lambda: aimwatch.Site(paths).answer("", ""),
                   "bare SQL", all_rows, 300, "ms", 1, 5, absolute=True)  # fmt: skip
@@ -14219,58 +14183,34 @@ def bench_page(bench: Bench, root: str) -> None:
     site.answer(run, "")
     bench.compare("1,000,000 points, another chart", lambda: site.answer(run, f"from={next(views)}"),
                   "its lines read and split", lines, 200, "ms", 1, 3, absolute=True)  # fmt: skip
-    command = [sys.executable, "-m", "aimwatch", "--repo", root, "up", "--port", "0", "--no-token"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_environ(root))
-    assert process.stdout is not None
-    port = int(process.stdout.readline().rsplit(":", 1)[1].strip("/\n"))
-    client = http.client.HTTPConnection("127.0.0.1", port)
 
-    def get(etag: str = "") -> Tuple[bytes, str]:
-        client.request("GET", "/", headers={"If-None-Match": etag} if etag else {})
+    def get(client: Any, **headers: str) -> Tuple[bytes, str]:
+        client.request("GET", "/", headers=headers)
         answer = client.getresponse()
-        body = answer.read()
-        assert answer.status == (304 if etag else 200), answer.status
-        return body, answer.headers.get("ETag", "")
+        assert answer.status == (304 if headers else 200), answer.status
+        return answer.read(), answer.headers.get("ETag", "")
 
-    try:
-        time.sleep(3.0)
-        cpu_s, begun = _cpu_s(process.pid), time.monotonic()
-        time.sleep(10.0)
-        share = (_cpu_s(process.pid) - cpu_s) / (time.monotonic() - begun)
-        bench.at_most("up, 10,000 runs, nobody looks: of a core", share * 100, "%", 2.0)
-        bench.at_most("the same: memory at most", _most_kb(process.pid) / 1024, "MB", 80.0)
-        body, etag = get()
-        base, base_name = _echo(len(body)), f"bare socket, {len(body)} bytes"
-        bench.compare("a page that is kept", get, base_name, base, 1, "ms", 1, 25, absolute=True)
-        bench.compare("304", lambda: get(etag), base_name, base, 2, "ms", 1, 25, absolute=True)
-        bench.compare("overview when a live run has recorded", get, base_name, base, 20, "ms", 1, 25,
-                      absolute=True, prepare=lambda: live.track(0.5, "loss"))  # fmt: skip
-    finally:
-        process.kill()
-        process.wait()
+    with ours(root, "up", "--port", "0", "--no-token", text=True) as process:
+        client = http.client.HTTPConnection(process.stdout.readline().partition("//")[2].strip("/\n"))
+        bench.idle("up, 10,000 runs, nobody looks", process, 2, 80)
+        live = Run(repo=root)
+        body, etag = get(client)
+        plain = Webhook((200, body.decode()))
+        plain_client = http.client.HTTPConnection("127.0.0.1", plain.port)
+        for what, act, limit_ms, prepare in (
+            ("a page that is kept", lambda: get(client), 1, lambda: None),
+            ("304", lambda: get(client, **{"If-None-Match": etag}), 2, lambda: None),
+            (
+                "overview when a live run has recorded",
+                lambda: get(client),
+                20,
+                lambda: live.track(0.5, "loss"),
+            ),
+        ):
+            bench.compare(what, act, f"http.server, {len(body)} bytes", lambda: get(plain_client), limit_ms, "ms",
+                          1, 25, True, prepare)  # fmt: skip
+        plain.close()
         live.close()
-
-
-def _echo(size: int) -> Callable[[], None]:
-    """Return what asks a bare loopback server for so many bytes."""
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        link, _ = listener.accept()
-        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        while link.recv(1):
-            link.sendall(bytes(size))
-
-    threading.Thread(target=serve, daemon=True).start()
-    client = socket.create_connection(listener.getsockname())
-
-    def ask() -> None:
-        client.sendall(b"x")
-        left = size
-        while left:
-            left -= len(client.recv(left))
-
-    return ask
 
 
 def bench_aim(bench: Bench, root: str) -> None:
@@ -14279,7 +14219,6 @@ def bench_aim(bench: Bench, root: str) -> None:
 
     repo = aim.Repo.from_path(root, init=True)
     options = {"repo": root, "system_tracking_interval": None, "capture_terminal_logs": False}
-    theirs, ours = aim.Run(**options), Run(repo=root)
 
     def progress(run: Any) -> Callable[[], Any]:
         return lambda: [run.report_progress(expect_next_in=60) for _ in range(20_000)]
@@ -14288,15 +14227,17 @@ def bench_aim(bench: Bench, root: str) -> None:
         context, steps = {"subset": "train"}, itertools.count()
         return lambda: [run.track(0.5, name="loss", step=next(steps), context=context) for _ in range(500)]
 
-    for what, act, limit, count in (("report_progress", progress, 1, 20_000), ("track", track, 1 / 40, 500)):
-        bench.compare(f"{what} against Aim's", act(ours), "aim", act(theirs), limit, "us", count)
-    for closing in (ours, theirs):
-        closing.close()
+    with contextlib.closing(aim.Run(**options)) as theirs, Run(repo=root) as run:
+        for what, act, limit, count in (
+            ("report_progress", progress, 1, 20_000),
+            ("track", track, 1 / 40, 500),
+        ):
+            bench.compare(f"{what} against Aim's", act(run), "aim", act(theirs), limit, "us", count)
     paths, own = aimwatch.find_repo(root), aimwatch.Repo(root)
     for number in range(100):
-        with contextlib.closing(aim.Run(**options)) as run:
-            run["hparams"] = {"lr": number % 10 / 10, "bs": 32, "half": bool(number % 2)}
-            run.track(number, name="loss", context={"subset": "train"})
+        with contextlib.closing(aim.Run(**options)) as theirs:
+            theirs["hparams"] = {"lr": number % 10 / 10, "bs": 32, "half": bool(number % 2)}
+            theirs.track(number, name="loss", context={"subset": "train"})
         _put_run(paths, number, 20)
 
     def reindex() -> None:
@@ -14320,6 +14261,8 @@ def run_bench() -> int:
     """Run every part in a repository of its own; 1 where a figure is over its limit."""
     bench = Bench()
     print(f"{'figure':<44} {'aimwatch':>12}  {'baseline':<44} {'ratio':>8}  limit")
+    os.environ.update(PYTHONPATH=HERE, PYTHONPYCACHEPREFIX=COMPILED.name)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     parts = [bench_import, bench_exec, bench_progress, bench_poll, bench_track, bench_index]
     parts += [bench_close, bench_query, bench_page]
     if importlib.util.find_spec("aim") is not None:
