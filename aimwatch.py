@@ -592,8 +592,6 @@ def freshen(folder: str) -> None:
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 #: Errors that mean "the file that was here is not any more", as opposed to "it cannot be seen now".
 GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EBADF}
-#: How long a thread waits for another that is just opening or closing a locked file.
-_REGISTRY_WAIT_S = 2.0
 
 
 def _try_lock(fd: int, how: int, length: int = 0, start: int = 0) -> Optional[bool]:
@@ -621,8 +619,9 @@ class FileLock:
     that by `lock_state`.
     """
 
-    #: By real path, what this process holds. Reentrant, since a signal's handler may end a run.
-    _registry: Dict[str, FileLock] = {}
+    #: By what tells the file from others, the locks that this process holds. Reentrant, since a signal's
+    #: handler may end a run.
+    _registry: Dict[Tuple[int, int], FileLock] = {}
     _guard = threading.RLock()
 
     def __init__(self, path: str, *, flock: bool = False, brief: bool = False, mode: int = 0o666) -> None:
@@ -630,80 +629,79 @@ class FileLock:
         self.brief = brief
         self._mode = mode
         self._flock = flock
-        self._key = _real_path(path)
-        self._fd, self._pid = -1, 0
-        self._identity = (0, 0)
+        self._fd, self._identity = -1, (0, 0)
+
+    @classmethod
+    def of(cls, path: str) -> Optional[FileLock]:
+        """Return what holds the lock on a file in this process."""
+        with contextlib.suppress(OSError):
+            return cls._registry.get(identity_of(path))
+        return None
 
     def acquire(self, wait_s: float = 0.0, create: bool = True) -> Optional[bool]:
         """Lock the file at the path, waiting at most `wait_s` seconds for who holds it.
 
         True: it is held now. False: another process holds it, or another FileLock of this one. None: it
-        is held within this process, and the file system has no locks for others. Raises OSError.
+        is held within this process, and the file system has no locks for others. Where this object holds
+        it, it is locked again: code that copies the repository closes other descriptors of the file, and
+        with them goes the lock. Raises OSError.
         """
         deadline = time.monotonic() + wait_s
         while True:
-            locked = self._acquire(create)
+            with self._guard:
+                locked = self._acquire(create)
             if locked is not False or time.monotonic() >= deadline:
                 return locked
             time.sleep(0.01)
 
     def _acquire(self, create: bool) -> Optional[bool]:
-        if not self._guard.acquire(timeout=_REGISTRY_WAIT_S):
-            return False
-        try:
-            while self._key not in self._registry:
+        if self.held and self.is_there():
+            return self._lock(self._fd)
+        self.release()
+        while self.of(self.path) is None:
+            with contextlib.ExitStack() as undo:
                 fd = open_below(self.path, os.O_RDWR | (os.O_CREAT if create else 0), self._mode)
-                try:
-                    locked = _try_lock(fd, fcntl.LOCK_EX, int(self.brief))
-                    if locked is not False and self._flock and not _try_flock(fd):
-                        locked = False
-                    # An indexer that held the lock may have removed the file before it let go.
-                    in_place = locked is False or _is_at(self.path, identity_of(fd))
-                except BaseException:
-                    os.close(fd)
-                    raise
-                if locked is not False and in_place:
-                    self._fd, self._identity, self._pid = fd, identity_of(fd), os.getpid()
-                    self._registry[self._key] = self
+                undo.callback(os.close, fd)
+                locked, identity = self._lock(fd), identity_of(fd)
+                if locked is False:
+                    return False
+                # An indexer that held the lock may have removed the file before it let go.
+                if is_still(self.path, identity):
+                    undo.pop_all()
+                    self._fd, self._identity = fd, identity
+                    self._registry[identity] = self
                     return locked
-                os.close(fd)
-                if in_place:
-                    break
-            return False
-        finally:
-            self._guard.release()
+        return False
+
+    def _lock(self, fd: int) -> Optional[bool]:
+        locked = _try_lock(fd, fcntl.LOCK_EX, int(self.brief))
+        # On macOS and on NFS, both kinds of lock are one, and we would meet our own.
+        if locked is not False and self._flock and sys.platform == "linux":
+            try:
+                if _mount_of(self.path)[:1] not in ([b"nfs"], [b"nfs4"]):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                log.debug("%s: no lock that Aim's watcher would see: %s", self.path, error.strerror)
+        return locked
 
     @property
     def held(self) -> bool:
         """True from `acquire` to `release`, in the process that called them."""
-        return self._fd >= 0 and self._pid == os.getpid()
+        return self._registry.get(self._identity) is self
 
     def is_there(self) -> bool:
         """True where the path leads to the file that is locked, or nobody can tell; False also where
         somebody else closed its descriptor."""
-        return is_still(self._fd, self._identity) and _is_at(self.path, self._identity)
-
-    def retake(self) -> Optional[bool]:
-        """Lock the open file again, which changes nothing for who holds it: code that copies the
-        repository closes other descriptors of the file, and with them goes the lock."""
-        if not is_still(self._fd, self._identity):
-            return False
-        return _try_lock(self._fd, fcntl.LOCK_EX, int(self.brief))
+        return is_still(self._fd, self._identity) and is_still(self.path, self._identity)
 
     def release(self) -> None:
         """Let others have the lock. Does nothing where it is not held."""
-        held = self._guard.acquire(timeout=_REGISTRY_WAIT_S)
-        try:
-            fd, self._fd = self._fd, -1
-            if fd >= 0 and self._pid == os.getpid():
-                if self._registry.get(self._key) is self:
-                    del self._registry[self._key]
-                if is_still(fd, self._identity):
-                    with contextlib.suppress(OSError):
-                        os.close(fd)
-        finally:
-            if held:
-                self._guard.release()
+        with self._guard:
+            if self.held:
+                del self._registry[self._identity]
+                close_own(self._fd, self._identity)
 
     def __enter__(self) -> FileLock:
         return self
@@ -721,97 +719,47 @@ class FileLock:
 os.register_at_fork(after_in_child=FileLock.forget_in_child)
 
 
-def _real_path(path: str) -> str:
-    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
-
-
-def _try_flock(fd: int) -> bool:
-    """Take the BSD lock on a file whose record lock is held; False where another program has it.
-
-    NFS makes a record lock of it, which meets the one that we hold ourselves. That case is recognized by
-    the BSD lock being free while ours is let go, and then the record lock alone serves both.
-    """
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return True  # no such lock here
-        fcntl.lockf(fd, fcntl.LOCK_UN)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        fcntl.flock(fd, fcntl.LOCK_UN)
-        return _try_lock(fd, fcntl.LOCK_EX) is not False
-    return True
-
-
 def lock_state(path: str) -> str:
     """Return whether somebody, be it this process, holds the lock on a file: `held`, `free`, `absent` for
     no such file, `unknown` where locks do not work or the file may not be read."""
-    folder, name = os.path.split(path)
-    (state,) = lock_states(folder, [name])
-    return state
-
-
-def lock_states(folder: str, names: Iterable[str]) -> Iterator[str]:
-    """Yield what `lock_state` says of each of these files in a folder, which is opened once."""
-    real, fd = os.path.realpath(folder), -1
-    try:
-        fd = open_folder(folder)
-        for name in names:
-            yield _lock_state_in(fd, name, os.path.join(real, name))
-    except OSError as error:  # the folder's; the names of a generator are not read from files
-        state = "absent" if isinstance(error, FileNotFoundError) else "unknown"
-        yield from (state for _ in names)
-    finally:
-        if fd >= 0:
-            os.close(fd)
-
-
-def _lock_state_in(folder: int, name: str, real_path: str) -> str:
-    if not FileLock._guard.acquire(timeout=_REGISTRY_WAIT_S):
-        return "unknown"
-    try:
-        ours = FileLock._registry.get(real_path)
+    with FileLock._guard:
+        ours = FileLock.of(path)
         if ours is not None:
             return "free" if ours.brief else "held"
-        fd = os.open(name, os.O_RDONLY | O_SAFE, dir_fd=folder)
         try:
-            # Shared, so that two that only look do not see each other; the second byte, see FileLock.
-            return {True: "free", False: "held", None: "unknown"}[_try_lock(fd, fcntl.LOCK_SH, 1, 1)]
-        finally:
-            os.close(fd)
-    except FileNotFoundError:
-        return "absent"
-    except OSError:
-        return "unknown"
-    finally:
-        FileLock._guard.release()
+            fd = open_below(path, os.O_RDONLY)
+            try:
+                # Shared, so that two that only look do not see each other; the second byte, see FileLock.
+                return {True: "free", False: "held", None: "unknown"}[_try_lock(fd, fcntl.LOCK_SH, 1, 1)]
+            finally:
+                os.close(fd)
+        except FileNotFoundError:
+            return "absent"
+        except OSError:
+            return "unknown"
 
 
-def identity_of(fd: int) -> Tuple[int, int]:
-    """Return what tells the file of a descriptor from every other."""
-    info = os.fstat(fd)
+def identity_of(file: Union[int, str]) -> Tuple[int, int]:
+    """Return what tells the file of a descriptor, or at a path, from every other. Raises OSError."""
+    info = os.stat(file)
     return info.st_dev, info.st_ino
 
 
-def is_still(fd: int, identity: Tuple[int, int]) -> bool:
-    """False where the descriptor went stale with its share, or somebody else closed it: its number may by
-    now be that of another file, which must be neither written nor closed."""
+def is_still(file: Union[int, str], identity: Tuple[int, int]) -> bool:
+    """True where a descriptor or a path leads to a file, or nobody can tell. A descriptor goes stale with its
+    share, and where somebody else closed it, its number may by now be that of another file, which must be
+    neither written nor closed."""
     try:
-        return identity_of(fd) == identity
+        return identity_of(file) == identity
     except OSError as error:
         return error.errno not in GONE
 
 
-def _is_at(path: str, identity: Tuple[int, int]) -> bool:
-    """True where a path leads to a file, or nobody can tell."""
-    try:
-        info = os.lstat(path)
-    except OSError as error:
-        return error.errno not in GONE
-    return (info.st_dev, info.st_ino) == identity
+def close_own(fd: int, identity: Tuple[int, int]) -> None:
+    """Close a descriptor, unless it is no longer that of the file."""
+    with contextlib.suppress(OSError):  # of a share that is gone, not even this succeeds
+        if is_still(fd, identity):
+            os.close(fd)
 
 
 # ======================================================================================
@@ -1539,8 +1487,8 @@ class AppendFile:
     once a second. When too much waits, the oldest lines are given up and counted in `dropped`.
 
     On a network file system a write succeeds, and its error comes at fsync. There a thread syncs the file
-    once a second while there is something to sync; lines are kept until a sync has succeeded, and after one
-    that failed, those that the file lacks wait to be appended again.
+    once a second while there is something to sync, and lines are kept until a sync has succeeded. After one
+    that failed, the file is cut to what is known to be on the disk, and the lines since wait again.
 
     Arguments:
         path: the file; it is made where it is missing, and not its folder.
@@ -1557,24 +1505,22 @@ class AppendFile:
         self._waiting: Deque[bytes] = deque()
         self._waiting_bytes = 0
         self._retry_mono = -math.inf
-        #: True while nothing is at the path, and a line that was written would be in no file that is found.
-        self._gone = False
-        #: True from an error on until everything is in the file, and until the summary is appended, which
-        #: sets right what lines in another order, or lost ones, made of the file.
-        self._in_trouble = self._out_of_order = False
-        #: On a network file system, how many lines were written, how many of them are known to be on the
-        #: disk, the size of the file then, and the lines since.
+        #: True from the first error on until everything is in the file.
+        self._in_trouble = False
+        #: True where nothing may be written before the file is opened again: its path leads elsewhere, its
+        #: descriptor is stale, or some of what was written to it is lost.
+        self._lost = False
+        #: On a network file system, the size of the file when it was on the disk, the lines since, each with
+        #: the size of the file at its end, and whether the thread runs.
         self._must_sync = is_network(os.path.dirname(path))
-        self._written = self._synced = self._synced_size = 0
-        self._unsynced: Deque[bytes] = deque()
-        self._unsynced_bytes = 0
-        self._syncing, self._sync_error = False, ""
+        self._synced_size = 0
+        self._unsynced: Deque[Tuple[int, bytes]] = deque()
+        self._syncing = False
         #: Whether the thread that syncs found the file in its place. Asking has the system send all that was
         #: written since, so where that thread runs nobody else asks.
         self._in_place = True
-        self._fd, self._identity, self._opened = -1, (0, 0), 0
+        self._fd, self._identity = -1, (0, 0)
         self._open()
-        self._synced_size = self.size
 
     def _open(self) -> None:
         fd = open_below(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -1582,71 +1528,83 @@ class AppendFile:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file", self.path)
+            size, identity = info.st_size, (info.st_dev, info.st_ino)
+            if identity == self._identity and self._must_sync and self._synced_size < size:
+                size = self._synced_size
+                os.ftruncate(fd, size)
             # A writer that was killed may have left half a line; the next record must not join it.
-            torn = info.st_size > 0 and os.pread(fd, 1, info.st_size - 1) != b"\n"
+            torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
         except BaseException:
             os.close(fd)
             raise
-        with contextlib.suppress(OSError):
-            if is_still(self._fd, self._identity):
-                os.close(self._fd)
-        self._fd, self.size, self._torn = fd, info.st_size, torn
-        self._identity = info.st_dev, info.st_ino
-        self._opened += 1
+        close_own(self._fd, self._identity)
+        self._fd, self._identity, self._torn = fd, identity, torn
+        self.size = self._synced_size = size
 
     def append(self, line: bytes) -> None:
         """Write one line with its line break; keep it for later where that fails. Never raises OSError."""
         if self._waiting or not self._write(line):
-            self._wait([line])
+            self._wait(line)
             self.flush()
 
-    def _wait(self, lines: List[bytes], first: bool = False) -> None:
-        if first:
-            self._waiting.extendleft(reversed(lines))
-        else:
-            self._waiting.extend(lines)
-        self._waiting_bytes += sum(map(len, lines))
+    def _wait(self, line: bytes) -> None:
+        self._waiting.append(line)
+        self._waiting_bytes += len(line)
         while self._waiting_bytes > MAX_WAITING_BYTES:
             self._waiting_bytes -= len(self._waiting.popleft())
             self.dropped += 1
-            self._out_of_order = True
 
     def flush(self, now: bool = False) -> bool:
         """Write what waits, if the last try was not a moment ago or `now`; True when nothing waits."""
         mono = time.monotonic()
-        waits = self._waiting or self._sync_error
-        if waits and not self._gone and (now or mono >= self._retry_mono):
+        if (self._waiting or self._lost) and (now or mono >= self._retry_mono):
             self._retry_mono = mono + RETRY_S
-            if self._sync_error:
-                self._find_missing()
-            probe = self._must_sync and self._in_trouble
-            while self._waiting and not self._sync_error:
+            if self._lost:
+                self._open_again()
+            while self._waiting:
                 line = self._waiting[0]
                 if not self._write(line):
                     break
                 # A signal's handler that recorded something meanwhile has written this line too.
                 if self._waiting and self._waiting[0] is line:
                     self._waiting_bytes -= len(self._waiting.popleft())
-                if probe and not self.sync():
-                    break
-                probe = False
-        whole = not self._waiting and not self._sync_error
-        if whole and self._in_trouble and (not self._must_sync or self._synced == self._written):
+        whole = not self._waiting and not self._lost
+        if whole and self._in_trouble and (not self._must_sync or self._synced_size == self.size):
             self._in_trouble = False
             log.warning("%s can be written again (%d records lost)", self.path, self.dropped)
         return whole
 
+    def _open_again(self) -> None:
+        """Open the file again; what is not known to be in it waits to be written. Where there is another or
+        none, it is begun with the first line of the summary, what waits, and the rest of the summary."""
+        identity = self._identity
+        lines = [line for end, line in self._unsynced if end > self._synced_size] + [*self._waiting]
+        try:
+            self._open()
+        except OSError as error:
+            self._complain(error)
+            return
+        if self._identity != identity:
+            first, *rest = self._summary()
+            lines = [first, *self._waiting, *rest]
+            self._in_trouble = True
+            log.warning("%s was begun anew: of what it held, only the summary is there", self.path)
+        self._lost, self._in_place = False, True
+        self._unsynced.clear()
+        self._waiting, self._waiting_bytes = deque(), 0
+        for line in lines:
+            self._wait(line)
+
     def _write(self, line: bytes) -> bool:
-        if self._gone or self._sync_error:
+        if self._lost:
             return False
         try:
             written = os.write(self._fd, b"\n" + line if self._torn else line)
         except OSError as error:
             self._complain(error)
-            if self._must_sync:  # it may be that of an earlier write, and is reported only once
-                self._sync_error = str(error.strerror)
             return False
         missing = len(line) + self._torn - written
+        self.size += written
         self._torn = missing > 0 and (written > 0 or self._torn)
         if missing > 1:  # the next record brings the line break
             return False
@@ -1655,6 +1613,8 @@ class AppendFile:
         return True
 
     def _complain(self, error: OSError) -> None:
+        # On a network file system, it may be the error of an earlier write, and is reported only once.
+        self._lost = self._lost or self._must_sync
         if not self._in_trouble:
             self._in_trouble = True
             self._retry_mono = time.monotonic() + RETRY_S
@@ -1662,12 +1622,11 @@ class AppendFile:
 
     def _keep(self, line: bytes) -> None:
         """Keep a line until it is known to be on the disk."""
-        self._unsynced.append(line)
-        self._written += 1
-        self.size += len(line)
-        self._unsynced_bytes += len(line)
-        while len(self._unsynced) > self._written - self._synced or self._unsynced_bytes > MAX_WAITING_BYTES:
-            self._unsynced_bytes -= len(self._unsynced.popleft())
+        self._unsynced.append((self.size, line))
+        while self._unsynced and self._unsynced[0][0] <= self._synced_size:
+            self._unsynced.popleft()
+        if self.size - self._synced_size > MAX_WAITING_BYTES:  # what a share that hangs is given to lose
+            self._synced_size = self._unsynced.popleft()[0]
         if not self._syncing:
             self._syncing = True
             try:
@@ -1681,114 +1640,49 @@ class AppendFile:
             clean = self.sync()
             self._in_place = self._is_in_place()
             time.sleep(RETRY_S)
-            self._syncing = self._syncing and clean and self._synced < self._written
+            self._syncing = self._syncing and clean and self._synced_size < self.size
 
     def sync(self) -> bool:
         """Wait until what was written has reached the disk; False where it is known that it did not."""
-        written, size, opened = self._written, self.size, self._opened
+        size, fd = self.size, self._fd
         try:
-            os.fsync(self._fd)
+            os.fsync(fd)
         except OSError as error:
-            if self._must_sync and opened == self._opened:
+            if self._must_sync and fd == self._fd:
                 self._complain(error)
-                self._sync_error = str(error.strerror)
-            return not self._must_sync
-        if opened == self._opened and not self._sync_error:  # an error is reported by one fsync alone
-            self._synced, self._synced_size = written, size
-        return not self._sync_error
-
-    def _find_missing(self) -> None:
-        """Let the lines wait that the file lacks after a sync that failed. Those that follow in the file are
-        then in another order, which the summary sets right."""
-        if not _is_at(self.path, self._identity):
-            return  # `look` begins it anew
-        try:
-            self._open()
-            tail = bytearray()
-            while len(tail) < MAX_WAITING_BYTES:
-                data = os.pread(self._fd, 1 << 20, self._synced_size + len(tail))
-                if not data:
-                    break
-                tail += data
-        except OSError as error:
-            self._sync_error = str(error.strerror)
-            return
-        found = set(bytes(tail).split(b"\n"))
-        unknown = self._written - self._synced
-        kept = list(self._unsynced)[-unknown:] if unknown else []
-        missing = [line for line in kept if line.rstrip(b"\n") not in found]
-        self.dropped += unknown - len(kept)
-        self._synced, self._sync_error = self._written, ""
-        self._unsynced, self._unsynced_bytes, size = deque(), 0, self.size
-        for line in kept:
-            if line.rstrip(b"\n") in found:
-                self._keep(line)
-        self.size = size  # which has these lines already
-        self._out_of_order = self._out_of_order or bool(missing) or unknown > len(kept)
-        self._wait(missing, first=True)
+        if fd == self._fd and not self._lost:  # an error is reported by one fsync alone
+            self._synced_size = size
+        return not self._lost
 
     def look(self) -> bool:
         """Return True where the path leads to the file that is written.
 
         A file that is gone takes writes all the same, and nobody finds them. So where it was removed or
-        replaced it is begun anew, with the first line of the summary, what waits, and the rest of the
-        summary; where only the descriptor went stale, as on a share that went away, it is opened again.
+        replaced it is begun anew with the summary; where only the descriptor went stale, as on a share that
+        went away, it is opened again.
         """
-        if self._in_place if self._syncing else self._is_in_place():
-            was_gone, self._gone = self._gone, False
-            if self.flush(now=was_gone):
-                self._set_right()
-            return True
-        identity = self._identity
-        try:
-            self._open()
-        except OSError as error:
-            if not self._gone:
-                log.warning("%s is gone (%s); records wait in memory", self.path, error.strerror)
-            self._gone = self._in_trouble = True
-            return False
-        self._gone, self._in_place = False, True
-        if self._identity != identity:
-            first, *rest = self._summary()
-            self._waiting = deque([first, *self._waiting, *rest])
-            self._waiting_bytes = sum(map(len, self._waiting))
-            self._synced, self._synced_size, self._sync_error = self._written, 0, ""
-            self._in_trouble, self._out_of_order = True, False
-            log.warning("%s was begun anew: of what it held, only the summary is there", self.path)
-        self.flush(now=True)
-        return True
+        self._lost = self._lost or not (self._in_place if self._syncing else self._is_in_place())
+        self.flush(now=self._lost)
+        return not self._lost
 
     def _is_in_place(self) -> bool:
-        return _is_at(self.path, self._identity) and is_still(self._fd, self._identity)
-
-    def _set_right(self) -> None:
-        if self._out_of_order:
-            self._out_of_order = False
-            for line in self._summary():
-                self.append(line)
+        return is_still(self.path, self._identity) and is_still(self._fd, self._identity)
 
     def close(self) -> int:
         """Try once more to write what waits, and close the file. Return its size in bytes, or -1 where
         not everything is in it."""
-        size = -1
         whole = False
-        for _ in range(2):  # of what a failed sync lost, once more
-            if not whole and self.flush(now=True):
-                self._set_right()
-                whole = self.flush(now=True) and (not self._must_sync or self.sync())
+        for _ in range(2):  # what a failed sync lost is written once more
+            whole = whole or self.flush(now=True) and (not self._must_sync or self.sync())
         self._syncing = False
-        self._opened += 1  # what the thread still syncs is of no more interest
-        if not whole:
-            missing = len(self._waiting) + self._written - self._synced
-            log.error("%s: %d records could not be written", self.path, missing)
-        else:
+        if whole:
             self.flush()  # says that all is well again
-        with contextlib.suppress(OSError):  # of a share that is gone, not even this succeeds
-            if is_still(self._fd, self._identity):
-                if whole and not self.dropped:
-                    size = os.fstat(self._fd).st_size
-                os.close(self._fd)
-        self._gone = True  # the descriptor's number may soon be that of another file
+        else:
+            missing = len(self._waiting) + sum(end > self._synced_size for end, _ in self._unsynced)
+            log.error("%s: %d records could not be written", self.path, missing)
+        size = self.size if whole and not self.dropped else -1
+        close_own(self._fd, self._identity)
+        self._fd, self._lost = -1, True
         return size
 
 
@@ -2835,7 +2729,8 @@ class Run:
 
     def _take_marker(self, wait_s: float) -> None:
         """Lock `pending/<hash>`, which says that this process writes the run."""
-        if any(run._is_mine() and run._marker._key == self._marker._key for run in list(_process.runs)):
+        ours = FileLock.of(self._marker.path)
+        if any(run._is_mine() and run._marker is ours for run in list(_process.runs)):
             raise RunBusyError(
                 f"run {self.hash} is already open in this process: use that object, or close it first"
             )
@@ -3428,15 +3323,13 @@ class Run:
                 self._log.look()
                 # The check-in went with it: let the next report be written.
                 self._window, self._deadline = (math.nan, 0.0), 0.0
-            if not self._marker.is_there():
-                self._marker.release()
-                if self._marker.acquire() is not False and self._ended is None:
-                    # The indexer that found the marker free, and removed it, wrote that the run died.
-                    self._record({"resume": round(time.time(), 3)})
-            elif _monotonic() >= self._lock_at_mono:
+            was_there = self._marker.is_there()
+            if not was_there or _monotonic() >= self._lock_at_mono:
                 # Lost where this process opened the file and closed it, as to copy the repository.
                 self._lock_at_mono = _monotonic() + LOCK_S
-                self._marker.retake()
+                if self._marker.acquire() is not False and not was_there and self._ended is None:
+                    # The indexer that found the marker free, and removed it, wrote that the run died.
+                    self._record({"resume": round(time.time(), 3)})
         except (OSError, AimwatchError) as error:
             log.debug("run %s: %s", self.hash, error)
         if self._messages:
@@ -8514,7 +8407,8 @@ class Watcher:
         writes any more."""
         suspects, deadline = [], self._clock() + MARKERS_S
         due = self.table.to_look_at(now_s)
-        for watched, state in zip(due, lock_states(self.paths.pending, [item.hash for item in due])):
+        for watched in due:
+            state = lock_state(self.paths.marker(watched.hash))
             if state == "absent" and not os.path.exists(self.paths.run_log(watched.hash)):
                 state = "unknown"  # Aim's run
             if watched.note_marker(state, now_s):
