@@ -244,33 +244,25 @@ class Case(unittest.TestCase):
         self.root = os.path.realpath(tempfile.mkdtemp(prefix="aimwatch-test-"))
         self.addCleanup(shutil.rmtree, self.root, ignore_errors=True)
         self.paths = aimwatch.find_repo(self.root, create=True)
-        environ = mock.patch.dict(os.environ)
+        environ = mock.patch.dict(os.environ, PYTHONPATH=HERE, PYTHONPYCACHEPREFIX=COMPILED.name)
         environ.start()
         self.addCleanup(environ.stop)
-        os.environ["PYTHONPATH"] = HERE
-        os.environ["PYTHONPYCACHEPREFIX"] = COMPILED.name
-        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         for name in list(os.environ):
-            if name.lower().endswith("_proxy") or name == "AIMWATCH_REPO":
+            if name.lower().endswith("_proxy") or name in ("AIMWATCH_REPO", "PYTHONDONTWRITEBYTECODE"):
                 del os.environ[name]
-        handlers, level, propagate = (
-            aimwatch.log.handlers[:],
-            aimwatch.log.level,
-            aimwatch.log.propagate,
-        )
-        self.addCleanup(self._restore_log, handlers, level, propagate)
-        aimwatch.log.handlers[:] = [logging.NullHandler()]
-
-    def _restore_log(self, handlers: Any, level: int, propagate: bool) -> None:
-        aimwatch.log.handlers[:] = handlers
-        aimwatch.log.setLevel(level)
-        aimwatch.log.propagate = propagate
+        self.patch(aimwatch.log, "handlers", [logging.NullHandler()])
+        self.patch(aimwatch.log, "propagate", aimwatch.log.propagate)
+        self.addCleanup(aimwatch.log.setLevel, aimwatch.log.level)
 
     def patch(self, target: Any, name: str, value: Any) -> None:
         """Have another value in its place until the test ends."""
         patch = mock.patch.object(target, name, value)
         patch.start()
         self.addCleanup(patch.stop)
+
+    def without_sync(self) -> None:
+        """Wait for no disk: nothing pulls a plug here."""
+        self.patch(os, "fsync", lambda fd: None)
 
     # ---- runs
 
@@ -351,25 +343,28 @@ class Case(unittest.TestCase):
         return self.command(sys.executable, "-c", code, *argv, **options)
 
     def command(self, *command: str, **options: Any) -> Any:
-        """Start a command; it is killed with the test. `stdout` and `stderr` are text pipes."""
+        """Start a command, with pipes of text from it, and killed with the test; with its group where it
+        has a session of its own."""
         environ = {**os.environ, "AIMWATCH_REPO": self.root, "PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen(
-            command, env=environ, stdin=options.pop("stdin", subprocess.DEVNULL), stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, **options,
-        )  # fmt: skip
-        self.addCleanup(self._end, process)
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, **{"env": environ, **pipes, "text": True, **options})
+        self.addCleanup(self._end, process, os.killpg if options.get("start_new_session") else os.kill)
         return process
+
+    def aimwatch(self, *argv: str, **options: Any) -> Any:
+        """Start our command line as a process of its own; as a module, since a script is compiled each time."""
+        return self.command(sys.executable, "-m", "aimwatch", *argv, **options)
 
     def start_watcher(self, *argv: str) -> Any:
         """Start a real watcher on this repository and return it once it has looked."""
-        # As a module, since a script is compiled at every start.
-        process = self.command(sys.executable, "-m", "aimwatch", "start", "--poll-interval", "0.1", *argv)
+        process = self.aimwatch("start", "--poll-interval", "0.1", *argv)
         process.first_line = process.stderr.readline()
         return process
 
-    def _end(self, process: Any) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+    def _end(self, process: Any, kill: Callable[[int, int], None]) -> None:
+        if process.returncode is None or kill is os.killpg:
+            with contextlib.suppress(ProcessLookupError):
+                kill(process.pid, signal.SIGKILL)
         process.wait()
         for stream in filter(None, (process.stdin, process.stdout, process.stderr)):
             stream.close()
@@ -6112,9 +6107,7 @@ class NotifierCase(Case):
     def setUp(self) -> None:
         super().setUp()
         self.addCleanup(self.wait_for, self._no_threads)
-        no_sync = mock.patch("os.fsync")  # nothing here pulls a plug
-        no_sync.start()
-        self.addCleanup(no_sync.stop)
+        self.without_sync()
         self.logged = Lines()
         aimwatch.log.handlers[:] = [self.logged]
         aimwatch.log.setLevel(logging.INFO)
@@ -8428,20 +8421,11 @@ for line in sys.stdin:
 
     def setUp(self) -> None:
         super().setUp()
-        self.nursery = subprocess.Popen(
-            [sys.executable, "-c", self.NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.addCleanup(self._end_nursery)
+        self.nursery = self.process(self.NURSERY, stdin=subprocess.PIPE, stderr=None)
         self.servers = {name: self.webhook((204, "")) for name in "ab"}
         self.threads = threading.active_count()
         self.template = os.path.join(self.root, "template")
         self.at_rest()
-
-    def _end_nursery(self) -> None:
-        assert self.nursery.stdin and self.nursery.stdout
-        self.nursery.stdin.close()
-        self.nursery.wait()
-        self.nursery.stdout.close()
 
     def at_rest(self) -> None:
         """Leave a repository as a watcher left it, with all that happened since."""
@@ -8480,7 +8464,6 @@ for line in sys.stdin:
 
     def live(self, root: str, now: float, kill_at: int) -> str:
         """Let a watcher live once; return how many lines it ran, or that it was killed."""
-        assert self.nursery.stdin and self.nursery.stdout
         self.nursery.stdin.write(json.dumps([root, now, kill_at]) + "\n")
         self.nursery.stdin.flush()
         said = self.nursery.stdout.readline().strip()
@@ -8853,13 +8836,9 @@ class OnATerminal(NotifierCase):
         """Answer each prompt when it stands there; return the exit code and all that was seen."""
         ours, theirs = pty.openpty()
         self.addCleanup(os.close, ours)
-        environ = {**os.environ, "AIMWATCH_REPO": self.root, "TERM": "dumb"}
-        process = subprocess.Popen(
-            [sys.executable, "-c", self.LEADER, MODULE, "notifiers", "add"],
-            stdin=theirs, stdout=theirs, stderr=theirs, env=environ,
-        )  # fmt: skip
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
+        os.environ["TERM"] = "dumb"
+        argv = (self.LEADER, MODULE, "notifiers", "add")
+        process = self.process(*argv, stdin=theirs, stdout=theirs, stderr=theirs)
         os.close(theirs)
         seen, told = "", 0
         for prompt, answer in (*dialogue, ("", "")):
@@ -9218,12 +9197,6 @@ class WatchCase(Case):
 
     def stop(self, watcher: aimwatch.Watcher) -> None:
         watcher.close()
-
-    def without_sync(self) -> None:
-        """Wait for no disk: nothing pulls a plug here."""
-        no_sync = mock.patch("os.fsync")
-        no_sync.start()
-        self.addCleanup(no_sync.stop)
 
     def look(self, watcher: aimwatch.Watcher, seconds: int) -> None:
         for _ in range(seconds):
@@ -10657,7 +10630,7 @@ class WatcherProcessCase(WatchCase):
 
     def call(self, *argv: str) -> Tuple[int, str, str]:
         """Run the command line as a process of its own: (code, out, err)."""
-        process = self.command(sys.executable, "-m", "aimwatch", *argv)
+        process = self.aimwatch(*argv)
         out, err = process.communicate(timeout=30)
         return process.returncode, out, err
 
@@ -10718,17 +10691,15 @@ class TestStart(WatcherProcessCase):
     def test_watcher_of_aim_and_ours_exclude_each_other(self) -> None:
         taking = "import fcntl, sys\nfile = open(sys.argv[1], 'w')\nfcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
         taking += "print('taken', flush=True)\nsys.stdin.read()"
-        aims = subprocess.Popen([sys.executable, "-c", taking, self.paths.watcher_lock],
-                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
-        self.addCleanup(aims.stdout.close)
-        assert aims.stdin and aims.stdout and aims.stdout.readline() == b"taken\n"
+        aims = self.process(taking, self.paths.watcher_lock, stdin=subprocess.PIPE)
+        self.assertEqual(aims.stdout.readline(), "taken\n")
         code, _, err = self.call("start", "--once")
         aims.stdin.close()
         aims.wait()
         self.assertEqual(code, 1)
         self.assertIn(f"Aim's watcher already watches {self.root}", err)
         self.watch()
-        refused = self.command(sys.executable, "-c", taking, self.paths.watcher_lock)
+        refused = self.process(taking, self.paths.watcher_lock)
         self.assertIn("BlockingIOError", refused.communicate()[1])
 
     def test_soft_lock_of_aims_watcher_is_a_warning_that_names_its_owner(self) -> None:
@@ -10751,7 +10722,7 @@ class TestStart(WatcherProcessCase):
             with self.subTest(number=number, options=options):
                 self.check_in(f"a{int(number)}{len(options)}", 1, "failed")
                 due = len(server.requests) + max(1, len(options))
-                watcher = self.command(sys.executable, "-m", "aimwatch", "start", *options)
+                watcher = self.aimwatch("start", *options)
                 self.wait_for(lambda due=due: len(server.requests) >= due)
                 begun = time.monotonic()
                 watcher.send_signal(number)
@@ -10823,12 +10794,7 @@ class TestBlockedLog(WatcherProcessCase):
                 while True:
                     os.write(writing, b"x" * 4096)
             os.set_blocking(writing, True)
-            watcher = subprocess.Popen(
-                [sys.executable, "-m", "aimwatch", "start", "--poll-interval", "0.1"],
-                env={**os.environ, "AIMWATCH_REPO": self.root}, stdin=subprocess.DEVNULL, stderr=full,
-            )  # fmt: skip
-        self.addCleanup(watcher.wait)
-        self.addCleanup(watcher.kill)
+            watcher = self.aimwatch("start", "--poll-interval", "0.1", stderr=full)
         self.wait_for(lambda: self.saved().get("pid") == watcher.pid)
         for kind, server in servers.items():
             self.check_in(kind, 1, kind)
@@ -11930,7 +11896,7 @@ class Gates(Case):
 class UpCase(WatcherProcessCase):
     def up(self, *argv: str) -> Any:
         """Start a server; its `url` and `port` are what it printed."""
-        process = self.command(sys.executable, "-m", "aimwatch", "up", "--port", "0", *argv)
+        process = self.aimwatch("up", "--port", "0", *argv)
         process.url = process.stdout.readline().strip()
         process.port = int((re.search(r":(\d+)/", process.url) or [0, 0])[1])
         self.assertRegex(process.stdout.readline(), "^from elsewhere: ssh -L ")
@@ -12663,24 +12629,9 @@ class RanksOfRealProcesses(WatcherProcessCase):
 
 
 class ExecCase(WatcherProcessCase):
-    def program(
-        self, *argv: str, options: Sequence[str] = (), stdin: Any = subprocess.DEVNULL, **popen: Any
-    ) -> Any:
+    def program(self, *argv: str, options: Sequence[str] = (), **popen: Any) -> Any:
         """Start a program through `exec`, in a group of its own, with pipes of bytes; killed with the test."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "aimwatch", "--repo", self.root, "exec", *options, "--", *argv], stdin=stdin,
-            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True, **popen},
-        )  # fmt: skip
-        self.addCleanup(self._end_group, process)
-        return process
-
-    def _end_group(self, process: Any) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
+        return self.aimwatch("exec", *options, "--", *argv, text=False, start_new_session=True, **popen)
 
     def python(self, code: str, *argv: str, **options: Any) -> Any:
         return self.program(sys.executable, "-c", code, *argv, **options)
@@ -13480,11 +13431,8 @@ class TestReadme(WatcherProcessCase):
     def watches(self, line: str, env: Optional[Dict[str, str]] = None) -> None:
         """Start a watcher in the place of the one before; it stays for what follows."""
         self.stop_watching()
-        self.watching = subprocess.Popen(
-            ["bash", "-c", f"exec {line}"], env=env, cwd=self.folder, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-        )  # fmt: skip
-        self.addCleanup(self._end, self.watching)
+        options = {"env": env} if env else {}
+        self.watching = self.command("bash", "-c", f"exec {line}", cwd=self.folder, **options)
         silent = threading.Timer(20, self.watching.kill)
         silent.start()
         said = iter(self.watching.stderr.readline, "")
