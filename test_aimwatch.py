@@ -9183,7 +9183,7 @@ class TestLookingClock(unittest.TestCase):
 
 
 class WatchCase(Case):
-    """A test with a watcher on a clock that the test drives, one look a second."""
+    """A test with a watcher: on a clock that the test drives, one look a second, or of its own."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -9245,6 +9245,35 @@ class WatchCase(Case):
             if error:
                 raise error
         return run.hash
+
+    # ---- real processes
+
+    def sent(self) -> List[Tuple[str, str]]:
+        """Return (run, event) for every delivery the outbox records."""
+        if not os.path.exists(self.paths.outbox):
+            return []
+        sent = [one for item in self.outbox() for one in item.get("sent", ())]
+        # Read after that, since an event stands before what says that it was sent.
+        kind = {item["event"]: (item["facts"].get("run.hash", ""), item["kind"]) for item in self.events()}
+        return [kind[one] for one in sent]
+
+    def wait_sent(self, *expected: Tuple[str, str]) -> None:
+        self.wait_for(lambda: sorted(self.sent()) == sorted(expected) or None)
+
+    def saved(self) -> Dict[str, Any]:
+        return aimwatch.read_watcher_file(self.paths)
+
+    def call(self, *argv: str) -> Tuple[int, str, str]:
+        """Run the command line as a process of its own: (code, out, err)."""
+        process = self.aimwatch(*argv)
+        out, err = process.communicate(timeout=30)
+        return process.returncode, out, err
+
+    def end(self, process: Any, number: int = signal.SIGTERM) -> str:
+        """End a watcher and return the rest of what it wrote."""
+        process.send_signal(number)
+        err: str = process.communicate(timeout=20)[1]
+        return err
 
 
 class TestWatcher(WatchCase):
@@ -10612,36 +10641,7 @@ while True:
 """
 
 
-class WatcherProcessCase(WatchCase):
-    def sent(self) -> List[Tuple[str, str]]:
-        """Return (run, event) for every delivery the outbox records."""
-        if not os.path.exists(self.paths.outbox):
-            return []
-        sent = [one for item in self.outbox() for one in item.get("sent", ())]
-        # Read after that, since an event stands before what says that it was sent.
-        kind = {item["event"]: (item["facts"].get("run.hash", ""), item["kind"]) for item in self.events()}
-        return [kind[one] for one in sent]
-
-    def wait_sent(self, *expected: Tuple[str, str]) -> None:
-        self.wait_for(lambda: sorted(self.sent()) == sorted(expected) or None)
-
-    def saved(self) -> Dict[str, Any]:
-        return aimwatch.read_watcher_file(self.paths)
-
-    def call(self, *argv: str) -> Tuple[int, str, str]:
-        """Run the command line as a process of its own: (code, out, err)."""
-        process = self.aimwatch(*argv)
-        out, err = process.communicate(timeout=30)
-        return process.returncode, out, err
-
-    def end(self, process: Any, number: int = signal.SIGTERM) -> str:
-        """End a watcher and return the rest of what it wrote."""
-        process.send_signal(number)
-        err: str = process.communicate(timeout=20)[1]
-        return err
-
-
-class TestStart(WatcherProcessCase):
+class TestStart(WatchCase):
     def test_summary_line_names_repository_runs_and_notifiers(self) -> None:
         self.check_in("a", 1)
         self.check_in("b", 1, "finished")
@@ -10781,7 +10781,7 @@ class NotifySocket:
                 return found
 
 
-class TestBlockedLog(WatcherProcessCase):
+class TestBlockedLog(WatchCase):
     def test_stderr_that_takes_nothing_stops_no_alert_and_no_end(self) -> None:
         servers = {"failed": self.webhook(), "finished": self.webhook()}
         for kind, server in servers.items():
@@ -10834,7 +10834,7 @@ class TestBlockedLog(WatcherProcessCase):
         self.assertEqual((numbers, len(numbers) + dropped), (list(range(len(numbers))), 1500))
 
 
-class TestSigns(WatcherProcessCase):
+class TestSigns(WatchCase):
     def test_systemd_is_told_at_a_path_or_an_abstract_address(self) -> None:
         path, name = os.path.join(self.root, "notify"), f"aimwatch-test-{os.getpid()}"
         addresses = [(path, path)]
@@ -10914,7 +10914,7 @@ sys.exit(aimwatch.main(["start", "--standby", "--poll-interval", "0.1", "--grace
 """
 
 
-class TestStandby(WatcherProcessCase):
+class TestStandby(WatchCase):
     def test_second_watcher_takes_over_when_the_first_is_killed_and_tells_once(self) -> None:
         self.configure(n={"type": "logger"})
         self.check_in("a", 1, expect=1)
@@ -10963,7 +10963,7 @@ class TestStandby(WatcherProcessCase):
 # -------------------------------------------------------------------- machines that see each other late
 
 
-class TestTwoMachines(WatcherProcessCase):
+class TestTwoMachines(WatchCase):
     """File systems whose listings are stale, and whose locks are seen on one machine alone."""
 
     def setUp(self) -> None:
@@ -11893,7 +11893,7 @@ class Gates(Case):
         self.assertNotIn("Access-Control", head)
 
 
-class UpCase(WatcherProcessCase):
+class UpCase(WatchCase):
     def up(self, *argv: str) -> Any:
         """Start a server; its `url` and `port` are what it printed."""
         process = self.aimwatch("up", "--port", "0", *argv)
@@ -12163,7 +12163,7 @@ class _Terminal(io.StringIO):
         return True
 
 
-class TestStatus(WatcherProcessCase):
+class TestStatus(WatchCase):
     def status(self, *argv: str) -> Tuple[int, str]:
         code, out, err = self.run_cli("status", *argv)
         self.assertEqual(err, "")
@@ -12597,7 +12597,7 @@ with Run(fate + rank, create=True) as run:
 """
 
 
-class RanksOfRealProcesses(WatcherProcessCase):
+class RanksOfRealProcesses(WatchCase):
     def test_hang_and_exception_of_one_rank(self) -> None:
         script = os.path.join(self.root, "train.py")
         write_file(script, RANK)
@@ -12628,7 +12628,7 @@ class RanksOfRealProcesses(WatcherProcessCase):
                     process.kill()
 
 
-class ExecCase(WatcherProcessCase):
+class ExecCase(WatchCase):
     def program(self, *argv: str, options: Sequence[str] = (), **popen: Any) -> Any:
         """Start a program through `exec`, in a group of its own, with pipes of bytes; killed with the test."""
         return self.aimwatch("exec", *options, "--", *argv, text=False, start_new_session=True, **popen)
@@ -13302,7 +13302,7 @@ with Run() as run:
 """
 
 
-class TestReadme(WatcherProcessCase):
+class TestReadme(WatchCase):
     """Does what README.md says, as somebody who reads it from its beginning to its end.
 
     The places that it names are replaced by a temporary folder and a server on 127.0.0.1. What no
@@ -13672,7 +13672,7 @@ except BaseException as error:
 
 
 @unittest.skipUnless(importlib.util.find_spec("aim"), "aim is not importable here")
-class TestBesideAim(WatcherProcessCase):
+class TestBesideAim(WatchCase):
     def setUp(self) -> None:
         super().setUp()
         os.environ["AIM_UI_TELEMETRY_ENABLED"] = "0"
