@@ -10668,17 +10668,13 @@ def _log_to_stderr(timed: bool) -> _LogHandler:
 
 # -------------------------------------------------------------------------- commands and arguments
 
-#: Adds an argument to a parser.
-Argument = Callable[[Any], Any]
-
-
 #: Every command by the words that call it, in the order of the help: (what it does, its arguments, epilog).
-_COMMANDS: Dict[str, Tuple[Callable[[Any], int], Sequence[Argument], str]] = {}
+_COMMANDS: Dict[str, Tuple[Callable[[Any], int], Sequence[str], str]] = {}
 
 
-def command(name: str, *arguments: Argument, epilog: str = "") -> Callable[[Callable[[Any], int]], Any]:
+def command(name: str, *arguments: str, epilog: str = "") -> Callable[[Callable[[Any], int]], Any]:
     """Make a function the command `name`. It gets the parsed arguments and returns the exit code;
-    the first paragraph of its docstring is its help."""
+    the first paragraph of its docstring is its help. For `arguments` see `add_argument`."""
 
     def register(do: Callable[[Any], int]) -> Callable[[Any], int]:
         _COMMANDS[name] = do, arguments, epilog
@@ -10687,101 +10683,119 @@ def command(name: str, *arguments: Argument, epilog: str = "") -> Callable[[Call
     return register
 
 
-def argument(
-    *names: str, type: Optional[Callable[[str], Any]] = None, variable: str = "", **options: Any
-) -> Argument:
-    """Return an argument of a command, as `argparse` takes it.
+#: What is said of arguments that several commands have.
+COMMON_HELP = {
+    "RUN": "the run's name or hash, or the first characters of its hash",
+    "RUN ...": "names or hashes, or the first characters of hashes",
+    "NAME": "its name or ID, or the first characters of its ID",
+    "--json": "print JSON",
+    "--yes": "ask nothing",
+}
 
-    Arguments:
-        type: turns the text into the value, or raises an AimwatchError that says what is wrong.
-        variable: the environment variable that holds the default.
+
+def add_argument(parser: Any, text: str) -> None:
+    """Add to a parser the argument that a text describes: how it is written, two spaces, its help.
+
+    `--once` is a switch, `--for TIME` has a value, `RUN` stands alone. What is in brackets may be left out,
+    and what has dots may be given several times. READERS says how a `TIME` is read. A number or a variable
+    in `(default: 1h)` is the default.
     """
+    import argparse
 
-    def add_to(parser: Any) -> None:
-        import argparse
+    usage, _, about = text.partition("  ")
+    about = about or COMMON_HELP[usage]
+    found = re.fullmatch(r"(--[a-z-]+)? ?(\[?)([A-Z=]*)((?: A?\.{3})?)\]?", usage)
+    flag, bracket, metavar, dots = found.groups() if found else ("", "", "", "")
+    if not metavar:
+        parser.add_argument(flag, action="store_true", help=about)
+        return
 
-        def checked(text: str) -> Any:
-            try:
-                return type(text) if type else text
-            except AimwatchError as error:
-                raise argparse.ArgumentTypeError(str(error)) from None
-
-        if variable:
-            options["default"] = os.environ.get(variable)
-        parser.add_argument(*names, **options, **({"type": checked} if type else {}))
-
-    return add_to
-
-
-def switch(name: str, help: str) -> Argument:
-    """Return an option that takes no value."""
-    return argument(name, action="store_true", help=help)
-
-
-def seconds_from(least: float) -> Callable[[str], float]:
-    """Return what reads a number of seconds that is at least so large."""
-
-    def seconds(text: str) -> float:
+    def read(value: str) -> Any:
         try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= MAX_EXPECT_S:
-            raise AimwatchError(f"{text!r} is not a number of seconds from {least:g} up to {MAX_EXPECT_S}")
-        return value
+            return READERS.get(metavar, str)(value)
+        except AimwatchError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
-    return seconds
+    options: Dict[str, Any] = {"metavar": metavar, "type": read, "help": about}
+    default = re.search(r"\(default: (?:\$(\w+)|([0-9][\w.]*)\))", about)
+    if default:
+        options["default"] = default[2] or os.environ.get(default[1])
+    if flag and dots:
+        options.update(action="append", default=[])
+    elif not flag:
+        options["default"] = "" if bracket else None
+        options["nargs"] = {"": None, "[": "?", " ...": "+", "[ ...": "*", " A...": "A..."}[bracket + dots]
+    parser.add_argument(flag or metavar.lower(), **options)
 
 
 def duration(text: str) -> float:
     """Return the seconds of `90`, `30m`, `2h` or `1d`."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*([smhd]?)", text.strip())
-    if match is None or not float(match[1]):
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]*)?)\s*([smhd]?)", text.strip())
+    unit_s = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+    seconds = float(match[1]) * unit_s[match[2]] if match else math.inf
+    if seconds > MAX_EXPECT_S:
         raise AimwatchError(f"{text!r} is not a time such as 90, 30m, 2h or 1d")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    return seconds
 
 
-def whole_number(text: str) -> int:
-    """Return a whole number that is not negative."""
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise AimwatchError(f"{text!r} is not a whole number")
-    return int(text)
+def number_to(most: int) -> Callable[[str], int]:
+    """Return what reads a whole number from 0 up to `most`."""
 
+    def number(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or int(text) > most:
+            raise AimwatchError(f"{text!r} is not a whole number from 0 to {most}")
+        return int(text)
 
-def port_number(text: str) -> int:
-    """Return the number of a port, 0 for any."""
-    number = whole_number(text)
-    if number > 65535:
-        raise AimwatchError(f"{text!r} is not a port from 0 to 65535")
     return number
 
 
 def log_level(text: str) -> int:
     """Return a level of log messages, given as a name or as a number."""
-    level = LOG_LEVELS.get(text.upper(), int(text) if re.fullmatch("[0-9]{1,4}", text) else -1)
-    if not 0 <= level <= 1000:
+    level = str(LOG_LEVELS.get(text.upper(), text))
+    if not re.fullmatch("[0-9]{1,3}", level):
         raise AimwatchError(f"{text!r} is not one of {', '.join(LOG_LEVELS)}")
-    return level
+    return int(level)
 
 
-def names_from(*known: str) -> Callable[[str], List[str]]:
-    """Return what reads names with commas between them; where some are given, only these."""
-
-    def names(text: str) -> List[str]:
-        found = [item.strip() for item in re.split(r",(?![^\[\]]*\])", text) if item.strip()]
-        for name in found:
-            if known and name not in known:
-                raise AimwatchError(f"{name!r} is not one of {', '.join(known)}")
-        return list(dict.fromkeys(found))
-
-    return names
+def listed_names(text: str) -> List[str]:
+    """Return names that are given with commas between them."""
+    names = re.split(r",(?![^\[\]]*\])", text)
+    return list(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
-ONE_HASH = argument("hash", metavar="RUN", help="the run's name or hash, or the first characters of its hash")
-HASHES = argument("hash", metavar="RUN", nargs="+", help="names or hashes, or the first characters of hashes")
-NOTIFIER_ID = argument("id", metavar="NAME", help="its name or ID, or the first characters of its ID")
-AS_JSON = switch("--json", "print JSON")
-ASK_NOTHING = switch("--yes", "ask nothing")
+def event_names(text: str) -> List[str]:
+    """Return kinds of events that are given with commas between them."""
+    for name in listed_names(text):
+        if name not in EVENTS:
+            raise AimwatchError(f"{name!r} is not one of {', '.join(EVENTS)}")
+    return listed_names(text)
+
+
+def key_value(text: str) -> Tuple[List[str], Any]:
+    """Return the path and the value of `hparams.lr=0.1`: JSON, or text where it is none."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise AimwatchError(f"{text!r} is not of the form name=value, such as hparams.lr=0.1")
+    try:
+        return key.split("."), from_json(value)
+    except (ValueError, RecursionError):
+        return key.split("."), value
+
+
+#: By what the help calls a value, how it is read from text; what is not here is the text.
+READERS: Dict[str, Callable[[str], Any]] = {
+    "TIME": duration,
+    "N": number_to(999_999_999),
+    "PORT": number_to(65535),
+    "URL": checked_url,
+    "LEVEL": log_level,
+    "LIST": listed_names,
+    "EVENTS": event_names,
+    "NAME=VALUE": key_value,
+}
+WANTED_EVENTS = (
+    f"--events EVENTS  of what to notify: any of {','.join(EVENTS)} (default: {','.join(DEFAULT_EVENTS)})"
+)
 
 # -------------------------------------------------------------------------- start, init, status
 
@@ -10796,43 +10810,15 @@ def _give_memory_back() -> None:
 
 @command(
     "start",
-    argument(
-        "--grace",
-        type=seconds_from(0),
-        default=DEFAULT_GRACE_S,
-        metavar="S",
-        help="seconds of silence beyond the promise before a run counts as stalled (default: %(default)g)",
-    ),
-    argument(
-        "--poll-interval",
-        type=seconds_from(0.05),
-        default=DEFAULT_POLL_INTERVAL_S,
-        metavar="S",
-        help="seconds between two looks (default: %(default)g)",
-    ),
-    argument(
-        "--remind-every",
-        type=duration,
-        default=0.0,
-        metavar="TIME",
-        help="notify again of a run that stays stalled, each time that long after the last, "
-        f"at most {MAX_REMINDERS} times: 30m, 2h (default: never)",
-    ),
-    switch("--standby", "where another watcher holds the repository, wait and take over when it is gone"),
-    argument(
-        "--ping-url",
-        type=checked_url,
-        variable="AIMWATCH_PING_URL",
-        metavar="URL",
-        help="GET this URL after every poll that went well, for a dead-man's switch "
-        "(default: $AIMWATCH_PING_URL, which no process list shows)",
-    ),
-    switch("--once", "look once, notify, and exit: 1 when any run is stalled or failed; for cron"),
-    argument(
-        "--metrics-file",
-        metavar="PATH",
-        help="keep in PATH, for the node exporter, what `up` has at /metrics",
-    ),
+    f"--grace TIME  silence beyond the promise before a run counts as stalled (default: {DEFAULT_GRACE_S:g})",
+    f"--poll-interval TIME  between two looks (default: {DEFAULT_POLL_INTERVAL_S:g})",
+    "--remind-every TIME  notify again of a run that stays stalled, each time that long after the last, "
+    f"at most {MAX_REMINDERS} times: 30m, 2h (default: never)",
+    "--standby  where another watcher holds the repository, wait and take over when it is gone",
+    "--ping-url URL  GET this URL after every poll that went well, for a dead-man's switch "
+    "(default: $AIMWATCH_PING_URL, which no process list shows)",
+    "--once  look once, notify, and exit: 1 when any run is stalled or failed; for cron",
+    "--metrics-file PATH  keep in PATH, for the node exporter, what `up` has at /metrics",
 )
 def cmd_start(args: Any) -> int:
     """Watch the repository until told to stop, or once."""
@@ -10934,41 +10920,18 @@ def _write_metrics(site: Site, path: Optional[str]) -> None:
             log.warning("cannot write %s: %s", path, error)
 
 
-def key_value(text: str) -> Tuple[List[str], Any]:
-    """Return the path and the value of `hparams.lr=0.1`: JSON, or text where it is none."""
-    key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")):
-        raise AimwatchError(f"{text!r} is not of the form name=value, such as hparams.lr=0.1")
-    try:
-        return key.split("."), from_json(value)
-    except (ValueError, RecursionError):
-        return key.split("."), value
-
-
 @command(
     "exec",
-    argument("--name", help="the run's name (default: none)"),
-    argument("--experiment", help="the experiment that the run belongs to"),
-    argument("--tag", action="append", default=[], help="a tag; may be given several times"),
-    argument(
-        "--param",
-        type=key_value,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a param, such as hparams.lr=0.1; may be given several times",
-    ),
-    argument(
-        "--expect",
-        type=seconds_from(0),
-        metavar="S",
-        help="seconds within which it writes or computes; 0: no promise (default: learned from its output)",
-    ),
-    argument("argv", nargs="A...", metavar="COMMAND", help="the program and its arguments, after --"),
+    "--name NAME  the run's name (default: none)",
+    "--experiment NAME  the experiment that the run belongs to",
+    "--tag TAG ...  a tag; may be given several times",
+    "--param NAME=VALUE ...  a param, such as hparams.lr=0.1; may be given several times",
+    "--expect TIME  within which it writes or computes; 0: no promise (default: learned from its output)",
+    "COMMAND A...  the program and its arguments, after --",
 )
 def cmd_exec(args: Any) -> int:
     """Run a program of any kind as a run, and exit with its status."""
-    argv = args.argv[1:] if args.argv[0] == "--" else args.argv
+    argv = args.command[1:] if args.command[0] == "--" else args.command
     if not argv:
         raise AimwatchError("exec: no command: give the program and its arguments after --")
     run_hash = os.urandom(12).hex()
@@ -11039,7 +11002,7 @@ def _offer_notifier(paths: RepoPaths, args: Any) -> None:
     if sys.stdin.isatty() and sys.stderr.isatty() and not args.once:
         print(f"Nobody is notified yet: {paths.root} has no enabled notifiers.")
         if _confirm("Would you like to configure notifiers?", True):
-            cmd_notifiers_add(build_parser().parse_args(["--repo", paths.root, "notifiers", "add"]))
+            cmd_notifiers_add(args)
             return
     log.info(
         "no notifiers are enabled, so events are only written here; '%s notifiers add' sets one up",
@@ -11049,8 +11012,8 @@ def _offer_notifier(paths: RepoPaths, args: Any) -> None:
 
 @command(
     "init",
-    argument("--group", metavar="NAME", help="share it: all members of the group train, its owner watches"),
-    argument("--owner", metavar="USER", help="with --group, who watches and indexes (default: you)"),
+    "--group NAME  share it: all members of the group train, its owner watches",
+    "--owner USER  with --group, who watches and indexes (default: you)",
 )
 def cmd_init(args: Any) -> int:
     """Create a repository, or share one with a group."""
@@ -11224,7 +11187,7 @@ def _owner_of(path: str) -> str:
 
 @command(
     "status",
-    AS_JSON,
+    "--json",
     epilog="Exits 1 when any run is stalled or failed that nobody has acknowledged, or no watcher is alive.",
 )
 def cmd_status(args: Any) -> int:
@@ -11296,13 +11259,7 @@ def _find_live(paths: RepoPaths, text: str) -> str:
     return Repo(paths.root).find_run(text, {item.run_hash for item in parsed if item is not None})
 
 
-@command(
-    "mute",
-    ONE_HASH,
-    argument(
-        "--for", type=duration, default=3600.0, metavar="TIME", help="30m, 2h, 1d; at most 30d (default: 1h)"
-    ),
-)
+@command("mute", "RUN", "--for TIME  30m, 2h, 1d; at most 30d (default: 1h)")
 def cmd_mute(args: Any) -> int:
     """Notify nobody of a run for a while; it is watched all the same, and people are notified after that if
     it is stalled or failed then."""
@@ -11311,18 +11268,18 @@ def cmd_mute(args: Any) -> int:
     seconds = getattr(args, "for")
     if seconds > MAX_MUTE_S:
         raise AimwatchError(f"a mute ends after {human_s(MAX_MUTE_S)} at the latest")
-    run_hash = _find_live(paths, args.hash)
+    run_hash = _find_live(paths, args.run)
     until = math.ceil(time.time() + seconds)
     _leave_mutes(paths, run_hash, f"{run_hash}-{until}")
     print(f"muted run {run_hash} until {local_time(until)}")
     return 0
 
 
-@command("unmute", ONE_HASH)
+@command("unmute", "RUN")
 def cmd_unmute(args: Any) -> int:
     """Notify of a muted run again, and at once if it is stalled or failed."""
     paths = find_repo(args.repo)
-    run_hash = _find_live(paths, args.hash)
+    run_hash = _find_live(paths, args.run)
     if not _leave_mutes(paths, run_hash):
         raise AimwatchError(f"run {run_hash} is not muted")
     print(f"unmuted run {run_hash}")
@@ -11331,19 +11288,19 @@ def cmd_unmute(args: Any) -> int:
 
 @command(
     "ack",
-    argument("hash", metavar="RUN", nargs="*", help="names or hashes, or the first characters of hashes"),
-    switch("--all", "every run that is stalled or failed"),
+    "[RUN ...]  names or hashes, or the first characters of hashes",
+    "--all  every run that is stalled or failed",
 )
 def cmd_ack(args: Any) -> int:
     """Say that you have taken on stalled or failed runs: until their state changes, `status` shows by whom
     and exits as if they were not there, and nobody is reminded of them."""
-    if bool(args.hash) == args.all:
+    if bool(args.run) == args.all:
         raise AimwatchError("ack: give hashes of runs, or --all")
     paths = find_repo(args.repo)
     paths.create()
     rows = {row["hash"]: row for row in status_rows(paths, read_watcher_file(paths))}
     bad = [run_hash for run_hash, row in rows.items() if row["state"] in (STALLED, FAILED)]
-    for run_hash in bad if args.all else [_find_live(paths, prefix) for prefix in args.hash]:
+    for run_hash in bad if args.all else [_find_live(paths, prefix) for prefix in args.run]:
         group = rows[run_hash]["group"] if run_hash in rows else None
         ranks = [other for other in bad if other == run_hash or group and rows[other]["group"] == group]
         if not ranks:
@@ -11375,13 +11332,13 @@ def _leave_mutes(paths: RepoPaths, run_hash: str, *names: str) -> List[str]:
 
 @command(
     "up",
-    argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: %(default)s)"),
-    argument("--port", type=port_number, default=43880, help="0: a free one (default: %(default)s)"),
-    argument("--uds", metavar="PATH", help="listen on a socket file for this user alone, without a token"),
-    argument("--base-path", default="", metavar="PATH", help="what a proxy leaves before every path"),
-    argument("--allowed-host", action="append", default=[], metavar="NAME", help="a name that a proxy calls"),
-    switch("--no-token", "let in everybody who reaches the port, for a machine of your own"),
-    switch("--watch", "run the watcher too"),
+    "--host ADDRESS  where to listen (default: 127.0.0.1)",
+    "--port PORT  0: a free one (default: 43880)",
+    "--uds PATH  listen on a socket file for this user alone, without a token",
+    "--base-path PATH  what a proxy leaves before every path",
+    "--allowed-host NAME ...  a name that a proxy calls",
+    "--no-token  let in everybody who reaches the port, for a machine of your own",
+    "--watch  run the watcher too",
     epilog="The token is a new one at each start, unless $AIMWATCH_TOKEN holds one.",
 )
 def cmd_up(args: Any) -> int:
@@ -11404,7 +11361,7 @@ def cmd_up(args: Any) -> int:
             name = this_host() if name in ("0.0.0.0", "::") else name
             shown = f"[{name}]" if ":" in name else name
             local = f"{shown}:{port}"
-        base = f"/{args.base_path.strip('/')}".rstrip("/")
+        base = f"/{(args.base_path or '').strip('/')}".rstrip("/")
         names = ["localhost", name, args.host, this_host(), *args.allowed_host]
         reindexing = ReindexThread(paths)
         if args.watch:
@@ -11443,34 +11400,21 @@ def _ask(prompt: str, check: Callable[[str], Any], secret: bool = False) -> Any:
             said = input(f"{prompt}: ")
         try:
             return check(said)
-        except AimwatchError as error:
-            print(f"Error: {error}" if isinstance(error, ConfigError) else error)
+        except ConfigError as error:
+            print(f"Error: {error}")
 
 
 def _confirm(question: str, default: bool) -> bool:
-    def yes_or_no(said: str) -> bool:
-        said = said.strip().lower()
-        if said not in ("", "y", "yes", "n", "no"):
-            raise AimwatchError("Please answer y or n.")
-        return said.startswith("y") if said else default
-
-    return bool(_ask(f"{question} [{'Y/n' if default else 'y/N'}]", yes_or_no))
+    said = input(f"{question} [{'Y/n' if default else 'y/N'}]: ").strip().lower()
+    return said.startswith("y") if said else default
 
 
-def _flags() -> Dict[str, List[str]]:
-    """Return the flags that give arguments of notifiers, with the types that have them."""
-    flags: Dict[str, List[str]] = {}
-    for kind, fields in NOTIFIER_FIELDS.items():
-        for field in fields:
-            flags.setdefault(field.flag, []).append(kind)
-    return flags
-
-
-WANTED_EVENTS = argument(
-    "--events",
-    type=names_from(*EVENTS),
-    metavar="LIST",
-    help=f"of what to notify: any of {','.join(EVENTS)} (default: {','.join(DEFAULT_EVENTS)})",
+#: What a notifier of any type has besides its arguments.
+COMMON_FIELDS = (
+    Field("name", "name", "Name (empty: none)", checked_notifier_name, asked=True),
+    Field(
+        "where", "where", "Only runs for which, as run.user == 'ann' (empty: all)", checked_query, asked=True
+    ),
 )
 #: How a notifier of each type is added.
 NOTIFIER_EXAMPLES = {
@@ -11483,80 +11427,55 @@ NOTIFIER_EXAMPLES = {
 }
 
 
-def _add_field_flags(parser: Any) -> None:
-    """Add a flag for every argument that some type of notifier has; where the type is given, the help shows
-    those of that type."""
-    import argparse
-
-    fields = {field.flag: field for type_fields in NOTIFIER_FIELDS.values() for field in type_fields}
-    chosen = next((kind for kind in NOTIFIER_FIELDS if kind in parser.argv), "TYPE")
-    parser.epilog += (
-        f" For example: {command_line()} notifiers add {chosen} {NOTIFIER_EXAMPLES.get(chosen, '--help')}"
-    )
-    for flag, kinds in _flags().items():
-        field = fields[flag]
-        about = f"{', '.join(kinds)}: " if chosen == "TYPE" and len(kinds) < len(NOTIFIER_FIELDS) else ""
-        about += field.prompt[:1].lower() + field.prompt[1:] if field.prompt[1:2].islower() else field.prompt
-        options: Dict[str, Any] = {"action": "append"} if flag == "header" else {}
-        if flag == "message":
-            about += "; it may name " + ", ".join("{%s}" % name for name in TEMPLATE_FIELDS)
-        has = chosen == "TYPE" or chosen in kinds
-        parser.add_argument(f"--{flag}", metavar="TEXT", help=about if has else argparse.SUPPRESS, **options)
-        if field.secret:
-            about = f"read --{flag} from FILE" if has else argparse.SUPPRESS
-            parser.add_argument(f"--{flag}-file", metavar="FILE", help=about)
-
-
-@command(
-    "notifiers add",
-    argument(
-        "type",
-        nargs="?",
-        choices=sorted(NOTIFIER_FIELDS),
-        metavar="TYPE",
-        help=", ".join(sorted(NOTIFIER_FIELDS)),
-    ),
-    argument("--name", type=checked_notifier_name, help="what to call it (default: none)"),
-    argument(
-        "--where",
-        type=checked_query,
-        metavar="QUERY",
-        help="notify only of the runs for which it is true, such as \"run.user == 'ann'\" (default: all)",
-    ),
-    _add_field_flags,
-    WANTED_EVENTS,
-    ASK_NOTHING,
-    epilog="What is not given is asked for. A secret on the command line shows in process lists: use the "
-    "-file flags, where - is standard input.",
-)
+@command("notifiers add", epilog="'notifiers add TYPE --help' shows the flags of a type, and an example.")
 def cmd_notifiers_add(args: Any) -> int:
-    """Add a notifier, by questions or wholly by flags."""
+    """Add a notifier, by questions, or wholly by the flags of its type."""
+    kinds = ", ".join(NOTIFIER_FIELDS)
+    is_known = a_text("|".join(NOTIFIER_FIELDS), f"{{}} is not one of {kinds}")
+    kind = _ask(f"Select notifier type to add ({kinds})", is_known)
+    args = build_parser().parse_args(["notifiers", "add", kind], args)
+    return int(args.do(args))
+
+
+def _make_add_command(kind: str) -> None:
+    flags = []
+    for field in (*NOTIFIER_FIELDS[kind], *COMMON_FIELDS):
+        about = field.prompt
+        if field.name == "message":
+            about += "; it may name " + ", ".join("{%s}" % name for name in TEMPLATE_FIELDS)
+        flags.append(f"--{field.flag} TEXT{' ...' if field.name == 'headers' else ''}  {about}")
+        if field.secret:
+            flags.append(f"--{field.flag}-file FILE  read --{field.flag} from FILE")
+    epilog = (
+        "What is not given is asked for. A secret on the command line shows in process lists: use the -file "
+        f"flags, where - is standard input. For example: notifiers add {kind} {NOTIFIER_EXAMPLES[kind]}"
+    )
+
+    @command(f"notifiers add {kind}", *flags, WANTED_EVENTS, "--yes", epilog=epilog)
+    def add(args: Any) -> int:
+        """Add a notifier of this type."""
+        return _add_notifier(kind, args)
+
+
+for _type in NOTIFIER_FIELDS:
+    _make_add_command(_type)
+
+
+def _add_notifier(kind: str, args: Any) -> int:
+    import uuid
+
     paths = find_repo(args.repo)
     config = NotifierConfig(paths)
     config.read()
     _log_to_stderr(timed=True)
-    added = _add_notifier(config, args)
-    try:
-        while not args.yes:
-            if _confirm("Send a sample now?", True):
-                _send_sample(paths, added)
-            if args.type or not _confirm("Would you like to add another notifier?", False):
-                break
-            added = _add_notifier(config, args)
-    except (EOFError, KeyboardInterrupt):
-        print("\nno other notifier was added")  # `main` would say that nothing was changed
-    return 0
-
-
-def _add_notifier(config: NotifierConfig, args: Any) -> Notifier:
-    import uuid
-
-    kind = args.type or _ask_type(args)
-    notifier: Dict[str, Any] = {"id": str(uuid.uuid4()), "type": kind, "arguments": _arguments(kind, args)}
-    notifier["status"] = "enabled"
-    notifier.update(_who_hears_what(args))
+    arguments = _field_values(NOTIFIER_FIELDS[kind], args)
+    arguments.setdefault("message", AIM_DEFAULT_MESSAGE)
+    notifier = {"id": str(uuid.uuid4()), "type": kind, "arguments": arguments, "status": "enabled"}
+    notifier.update(_field_values(COMMON_FIELDS, args))
+    also = () if args.events or args.yes or not _confirm("Also when a run finishes?", False) else (FINISHED,)
+    notifier["events"] = args.events or [*DEFAULT_EVENTS, *also]
     _show(notifier)
-    _warn_about(notifier)
+    _warn_about(kind, arguments)
     if not args.yes and not _confirm("Save notifier configuration above?", True):
         raise AimwatchError("aborted: nothing was saved")
     with config.edit() as raw:
@@ -11565,123 +11484,55 @@ def _add_notifier(config: NotifierConfig, args: Any) -> Notifier:
             if notifier.get("name") and entry.get("name") == notifier["name"]:
                 raise ConfigError(f"there is a notifier called {notifier['name']}: give another --name")
             if all(entry.get(key) == notifier.get(key) for key in ("type", "arguments", "events", "where")):
-                raise ConfigError(
-                    f"the same notifier is there already: {entry.get('name') or entry.get('id')}"
-                )
+                known = entry.get("name") or entry.get("id")
+                raise ConfigError(f"the same notifier is there already: {known}")
         entries[notifier["id"]] = notifier
-    added = read_notifier(notifier["id"], notifier)
+    added = read_notifier(str(notifier["id"]), notifier)
     print(
         f"added {kind} notifier {added.id}; try it: {command_line(args.repo)} notifiers test {added.shown_as}"
     )
-    return added
+    if not args.yes and _confirm("Send a sample now?", True):
+        _send_sample(paths, added)
+    return 0
 
 
-def _who_hears_what(args: Any) -> Dict[str, Any]:
-    """Return a notifier's name, query and events from flags and questions, without those left out."""
-    name, where, events = args.name, args.where, args.events
-    if not args.yes:
-        if name is None:
-            name = _ask("Name (empty: none)", lambda said: said and checked_notifier_name(said))
-        if where is None:
-            where = _ask("Only runs for which, such as run.user == 'ann' (empty: all)", checked_query)
-        if events is None and _confirm("Also when a run finishes?", False):
-            events = [*DEFAULT_EVENTS, FINISHED]
-    said = {"name": name, "where": where, "events": list(DEFAULT_EVENTS) if events is None else events}
-    return {key: value for key, value in said.items() if value not in (None, "")}
-
-
-def _ask_type(args: Any) -> str:
-    kinds = ", ".join(NOTIFIER_FIELDS)
-
-    def known(said: str) -> str:
-        if said.strip() not in NOTIFIER_FIELDS:
-            raise AimwatchError(f"{printable(said.strip(), 40)!r} is not one of {kinds}.")
-        return said.strip()
-
-    if args.yes:
-        raise AimwatchError(f"with --yes the type must be given: {kinds}")
-    return str(_ask(f"Select notifier type to add ({kinds})", known))
-
-
-def _arguments(kind: str, args: Any) -> Dict[str, Any]:
-    """Return a notifier's arguments from flags, files and questions."""
-    fields = NOTIFIER_FIELDS[kind]
-    given = {flag: _flag_value(flag, args) for flag in _flags()}
-    for flag, value in given.items():
-        if value is not None and flag not in [field.flag for field in fields]:
-            raise AimwatchError(f"--{flag} has no meaning for type {kind}")
-    arguments: Dict[str, Any] = {}
+def _field_values(fields: Sequence[Field], args: Any) -> Dict[str, Any]:
+    """Return what a notifier has from flags, files and questions, without what is left out."""
+    values: Dict[str, Any] = {}
     for field in fields:
-        if field.name == "password" and "user" not in arguments:
+        if field.name == "password" and "user" not in values:
             continue
-        if field.name in ("sender", "to") and arguments["host"] not in (*_LOCAL_HOSTS, this_host()):
-            # Only the mail server of this machine knows its users by their names alone.
-            field = field._replace(check=_with_hosts(field.check))
-        value = _field_value(field, given[field.flag], args, kind)
-        if field.name == "message":
-            value = value or AIM_DEFAULT_MESSAGE
+        said = _said(field, args)
+        if said is None and not args.yes and (field.required or field.asked):
+            value = _ask(field.prompt, functools.partial(_checked, field), field.secret)
+        else:
+            try:
+                value = _checked(field, said)
+            except ConfigError as error:
+                raise ConfigError(f"--{field.flag}: {error}") from None
         if value:
-            arguments[field.name] = value
-    return arguments
+            values[field.name] = value
+    return values
 
 
-def _with_hosts(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return a check of mail addresses that takes none without a host."""
-    return lambda text: check(re.sub(r"(?<![^,\s])[^@,\s]+(?![^,\s])", r"\g<0>@", text))
-
-
-_LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
-#: Flags whose value may have several lines.
-_MANY_LINES = ("header", "body")
-
-
-def _flag_value(flag: str, args: Any) -> Optional[str]:
-    name = flag.replace("-", "_")
-    value = getattr(args, name)
-    if isinstance(value, list):
-        value = "\n".join(value)
-    path = getattr(args, f"{name}_file", None)
-    if path is None:
-        return value  # type: ignore[no-any-return]
-    if value is not None:
-        raise AimwatchError(f"--{flag} and --{flag}-file exclude each other")
-    try:
-        if path == "-":
-            whole = flag in _MANY_LINES and args.yes  # without --yes, what follows answers questions
-            return (sys.stdin.read(MAX_ANSWER_BYTES) if whole else sys.stdin.readline()).rstrip("\n")
-        with open(path, encoding="utf-8-sig") as file:
+def _said(field: Field, args: Any) -> Optional[str]:
+    """Return what the flags of a field say, None where they say nothing."""
+    name = field.flag.replace("-", "_")
+    value, path = getattr(args, name), getattr(args, f"{name}_file", None)
+    if path == "-":  # without --yes, what follows answers questions
+        return (sys.stdin.read(MAX_ANSWER_BYTES) if args.yes else sys.stdin.readline()).strip("\n")
+    if path is not None:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             return file.read(MAX_ANSWER_BYTES).strip("\n")
-    except OSError as error:
-        raise AimwatchError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise AimwatchError(f"cannot read {path}: it is not UTF-8 text") from None
+    return "\n".join(value) if isinstance(value, list) else value
 
 
-def _field_value(field: Field, given: Optional[str], args: Any, kind: str) -> Any:
-    def check(said: str) -> Any:
-        if said:
-            return _checked_field(field, said)
-        if field.required:
-            raise AimwatchError("This is needed.")
-        return ""
-
-    if given is not None:
-        return _checked_field(field, given)
-    if args.yes and field.required:
-        also = f" or --{field.flag}-file" if field.secret else ""
-        raise AimwatchError(f"notifiers add {kind} --yes needs --{field.flag}{also}")
-    if args.yes or not (field.required or field.asked):
-        return ""
-    return _ask(field.prompt, check, field.secret)
-
-
-def _checked_field(field: Field, text: str) -> Any:
-    try:
-        return field.check(text)
-    except ConfigError as error:
-        if not str(error).startswith("must "):
-            raise
-        raise ConfigError(f"--{field.flag} {error}") from None
+def _checked(field: Field, said: Optional[str]) -> Any:
+    if said:
+        return field.check(said)
+    if field.required:
+        raise ConfigError("this is needed")
+    return None
 
 
 def _show(notifier: Dict[str, Any]) -> None:
@@ -11691,33 +11542,34 @@ def _show(notifier: Dict[str, Any]) -> None:
     for name, value in shown.items():
         value = "(the default message)" if value == AIM_DEFAULT_MESSAGE else value
         print(printable(f"{name.replace('_', ' ').capitalize()}: {value}", 300))
-    print(f"Events: {', '.join(notifier.get('events', DEFAULT_EVENTS))}\n--------")
+    print(f"Events: {', '.join(notifier['events'])}\n--------")
 
 
-def _warn_about(notifier: Dict[str, Any]) -> None:
+def _warn_about(kind: str, arguments: Dict[str, Any]) -> None:
+    import urllib.parse
+
     for name in ("url", "base_url"):
-        url = notifier["arguments"].get(name, "")
-        host = re.sub(r"(?i)^http://(?:[^/?#]*@)?(\[[^\]]*\]|[^/:?#]*).*$", r"\1", url)
-        if host != url and host not in _LOCAL_HOSTS:
+        parts = urllib.parse.urlsplit(arguments.get(name, ""))
+        if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
             print(
-                f"Warning: {host} is another machine, and over http:// everybody between reads "
+                f"Warning: {parts.hostname} is another machine, and over http:// everybody between reads "
                 "what is sent, the address included: use https:// where you can."
             )
-    if notifier["arguments"].get("security") == "none" and notifier["arguments"].get("password"):
+    if arguments.get("security") == "none" and arguments.get("password"):
         print("Warning: with --security none, everybody between reads the password and the mails.")
-    if notifier["type"] == "workplace" and "base_url" not in notifier["arguments"]:
+    if kind == "workplace" and "base_url" not in arguments:
         print(
             "Note: Meta closed Workplace on 2026-06-01. This notifier reaches only a server that "
             "speaks its format, given with --base-url."
         )
 
 
-@command("notifiers remove", NOTIFIER_ID, ASK_NOTHING)
+@command("notifiers remove", "NAME", "--yes")
 def cmd_notifiers_remove(args: Any) -> int:
     """Remove a notifier; what waits for it is given up."""
     config = NotifierConfig(find_repo(args.repo))
     raw = config.read()
-    notifier_id = config.find(args.id, raw)
+    notifier_id = config.find(args.name, raw)
     if not args.yes:
         notifier = read_notifier(notifier_id, raw["notifications"]["notifiers"][notifier_id])
         _show({**notifier._asdict()})
@@ -11729,13 +11581,13 @@ def cmd_notifiers_remove(args: Any) -> int:
     return 0
 
 
-@command("notifiers enable", NOTIFIER_ID, WANTED_EVENTS)
+@command("notifiers enable", "NAME", WANTED_EVENTS)
 def cmd_notifiers_enable(args: Any) -> int:
     """Have a notifier hear of what happens again, or of other events."""
     return _switch_notifier(args, "enabled", args.events)
 
 
-@command("notifiers disable", NOTIFIER_ID)
+@command("notifiers disable", "NAME")
 def cmd_notifiers_disable(args: Any) -> int:
     """Have a notifier hear of nothing more, and keep its configuration."""
     return _switch_notifier(args, "disabled")
@@ -11744,14 +11596,14 @@ def cmd_notifiers_disable(args: Any) -> int:
 def _switch_notifier(args: Any, status: str, events: Optional[Sequence[str]] = None) -> int:
     config = NotifierConfig(find_repo(args.repo))
     with config.edit() as raw:
-        notifier_id = config.find(args.id, raw)
+        notifier_id = config.find(args.name, raw)
         entry = raw["notifications"]["notifiers"][notifier_id]
         if not isinstance(entry, dict):
             raise ConfigError(f"notifier {notifier_id} is not an object: remove it and add it again")
         entry["status"] = status
         if events is not None:
             entry["events"] = events
-    print(f"{status} notifier {args.id}")
+    print(f"{status} notifier {args.name}")
     return 0
 
 
@@ -11775,7 +11627,7 @@ def _outbox_state(paths: RepoPaths) -> Outbox:
         raise RepoError(f"cannot read {paths.outbox}: {error.strerror}") from None
 
 
-@command("notifiers list", AS_JSON)
+@command("notifiers list", "--json")
 def cmd_notifiers_list(args: Any) -> int:
     """List the notifiers, with what is wrong with those that do not work."""
     paths = find_repo(args.repo)
@@ -11851,9 +11703,7 @@ def cmd_get_log_level(args: Any) -> int:
     return 0
 
 
-@command(
-    "notifiers set-log-level", argument("level", type=log_level, metavar="LEVEL", help=", ".join(LOG_LEVELS))
-)
+@command("notifiers set-log-level", f"LEVEL  {', '.join(LOG_LEVELS)}")
 def cmd_set_log_level(args: Any) -> int:
     """Set from which level on people hear of log messages of runs."""
     with NotifierConfig(find_repo(args.repo)).edit() as raw:
@@ -11863,19 +11713,14 @@ def cmd_set_log_level(args: Any) -> int:
 
 @command(
     "notifiers test",
-    argument(
-        "id",
-        nargs="?",
-        metavar="NAME",
-        help="its name or ID, or the first characters of its ID (default: every enabled one)",
-    ),
+    "[NAME]  its name or ID, or the first characters of its ID (default: every enabled one)",
 )
 def cmd_notifiers_test(args: Any) -> int:
     """Send a sample through the real transport and say what came back."""
     paths = find_repo(args.repo)
     config = NotifierConfig(paths)
-    if args.id is not None:
-        wanted = config.find(args.id, config.read())
+    if args.name:
+        wanted = config.find(args.name, config.read())
         notifiers = [item for item in config.notifiers() if item.id == wanted]
     else:
         notifiers = _enabled_notifiers(paths, args)
@@ -11935,36 +11780,17 @@ METRIC_COLUMNS = ("run", "metric", "context", "last", "step", "min", "max", "cou
 DEFAULT_LIMIT = 50
 
 
-def _listing(columns: Sequence[str], also: str = "") -> List[Argument]:
+def _listing(columns: Sequence[str], also: str = "") -> List[str]:
     """Return the arguments of a command that lists what a query finds."""
     return [
-        argument("query", nargs="?", default="", metavar="QUERY", help="default: all"),
-        argument(
-            "--limit",
-            type=whole_number,
-            metavar="N",
-            help=f"show at most N, 0 for all (default: {DEFAULT_LIMIT}, and all with --json and --csv)",
-        ),
-        argument(
-            "--sort",
-            metavar="COLUMN",
-            help="sort by a column, -COLUMN for the "
-            "largest first, written --sort=-COLUMN (default: the newest first)",
-        ),
-        argument(
-            "--columns",
-            type=names_from(),
-            metavar="LIST",
-            help=f"what to show (default: {','.join(columns)}{also})",
-        ),
-        _add_formats,
+        "[QUERY]  default: all",
+        f"--limit N  show at most N, 0 for all (default: {DEFAULT_LIMIT}, and all with --json and --csv)",
+        "--sort COLUMN  sort by a column, -COLUMN for the largest first, written --sort=-COLUMN (default: "
+        "the newest first)",
+        f"--columns LIST  what to show (default: {','.join(columns)}{also})",
+        "--json",
+        "--csv  print CSV",
     ]
-
-
-def _add_formats(parser: Any) -> None:
-    group = parser.add_mutually_exclusive_group()
-    AS_JSON(group)
-    switch("--csv", "print CSV")(group)
 
 
 class Moment(float):
@@ -12201,11 +12027,11 @@ def cmd_metrics(args: Any) -> int:
     return 0
 
 
-@command("show", ONE_HASH, AS_JSON)
+@command("show", "RUN", "--json")
 def cmd_show(args: Any) -> int:
     """Show everything that is known of one run, and its log messages."""
     repo = Repo(args.repo)
-    state, row = _read_run(repo, repo.find_run(args.hash))
+    state, row = _read_run(repo, repo.find_run(args.run))
     messages = list(read_messages(repo._paths.run_log(state.hash)))
     if args.json:
         print_json(run_object(row, messages))
@@ -12274,11 +12100,11 @@ def run_fields(row: Dict[str, Any]) -> List[Tuple[str, Any]]:
     return [(name, value) for name, value in fields.items() if value is not None and value != ""]
 
 
-@command("diff", ONE_HASH, argument("other", metavar="RUN", help="another run"))
+@command("diff", "RUN", "OTHER  another run")
 def cmd_diff(args: Any) -> int:
     """Show in what two runs differ, and what was run where."""
     repo = Repo(args.repo)
-    hashes = [repo.find_run(args.hash), repo.find_run(args.other)]
+    hashes = [repo.find_run(args.run), repo.find_run(args.other)]
     values = [_compared(_read_run(repo, run_hash)[1]) for run_hash in hashes]
     names = list(dict.fromkeys(itertools.chain(*values)))
     rows: List[List[Any]] = [[name, *(known.get(name) for known in values)] for name in names]
@@ -12315,18 +12141,13 @@ def _compared(row: Dict[str, Any]) -> Dict[str, Any]:
 POINT_COLUMNS = ("metric", "context", "step", "epoch", "value", "time")
 
 
-@command(
-    "export",
-    ONE_HASH,
-    argument("metric", metavar="METRIC", nargs="?", help="the metric's name (default: all)"),
-    AS_JSON,
-)
+@command("export", "RUN", "[METRIC]  the metric's name (default: all)", "--json")
 def cmd_export(args: Any) -> int:
     """Print the points of a run's metrics as CSV."""
     repo = Repo(args.repo)
-    run = Run._to_read(repo._paths, repo.find_run(args.hash))
+    run = Run._to_read(repo._paths, repo.find_run(args.run))
     args.csv = not args.json
-    found = run.metrics() if args.metric is None else _metrics_called(run, args.metric)
+    found = run.metrics() if not args.metric else _metrics_called(run, args.metric)
     points = (
         (metric.name, metric.context, step, epoch, value, Moment(at))
         for metric in found
@@ -12351,14 +12172,8 @@ MAX_REPORTED = 10
 
 @command(
     "report",
-    argument(
-        "--since",
-        type=duration,
-        default=86400.0,
-        metavar="TIME",
-        help="over how long: 90m, 12h, 7d (default: 1d)",
-    ),
-    switch("--send", "send it to the enabled notifiers, and print nothing"),
+    "--since TIME  over how long: 90m, 12h, 7d (default: 1d)",
+    "--send  send it to the enabled notifiers, and print nothing",
 )
 def cmd_report(args: Any) -> int:
     """Say what finished, what failed and by what, and what still runs; for cron."""
@@ -12405,15 +12220,11 @@ def report_lines(paths: RepoPaths, rows: Sequence[Dict[str, Any]], over_s: float
     return lines
 
 
-@command(
-    "plot",
-    ONE_HASH,
-    argument("metric", metavar="METRIC", help="the metric's name; each context is drawn"),
-)
+@command("plot", "RUN", "METRIC  the metric's name; each context is drawn")
 def cmd_plot(args: Any) -> int:
     """Draw a metric of a run as a chart in the terminal."""
     repo = Repo(args.repo)
-    run = Run._to_read(repo._paths, repo.find_run(args.hash))
+    run = Run._to_read(repo._paths, repo.find_run(args.run))
     found = _metrics_called(run, args.metric)
     import shutil
 
@@ -12456,11 +12267,11 @@ def chart(points: Sequence[Tuple[float, float]], width: int, height: int) -> Lis
     return [*lines, f"{'':>10} {ends}"]
 
 
-@command("rm", HASHES, ASK_NOTHING)
+@command("rm", "RUN ...", "--yes")
 def cmd_rm(args: Any) -> int:
     """Remove runs with everything they recorded."""
     repo = Repo(args.repo)
-    hashes = [repo.find_run(prefix) for prefix in args.hash]
+    hashes = [repo.find_run(prefix) for prefix in args.run]
     if not args.yes:
         for run_hash in hashes:
             state = load_run(repo._paths, run_hash)[0]
@@ -12475,11 +12286,11 @@ def cmd_rm(args: Any) -> int:
     return 0
 
 
-@command("close", HASHES)
+@command("close", "RUN ...")
 def cmd_close(args: Any) -> int:
     """Declare runs ended whose processes are gone: `status` shows them no more, and nobody is notified."""
     repo = Repo(args.repo)
-    for prefix in args.hash:
+    for prefix in args.run:
         run_hash = repo.find_run(prefix)
         changed = repo.close_run(run_hash)
         print(f"{'closed run' if changed else 'already closed:'} {run_hash}")
@@ -12488,7 +12299,7 @@ def cmd_close(args: Any) -> int:
 
 @command(
     "reindex",
-    switch("--rebuild", "build the index from nothing"),
+    "--rebuild  build the index from nothing",
     epilog="Silent when all is well and stderr is no terminal. Exits 1, with a list, when some run could not "
     "be read.",
 )
@@ -12556,7 +12367,7 @@ DEMO_FATES = (
 )
 
 
-@command("demo", switch("--keep", "leave the repository for a look"))
+@command("demo", "--keep  leave the repository for a look")
 def cmd_demo(args: Any) -> int:
     """Watch six training processes end in six ways, and check the alerts about them."""
     import shutil
@@ -12692,26 +12503,31 @@ def build_parser(argv: Optional[Sequence[str]] = None) -> Any:
         epilog="Exit codes: 0 fine, 1 something is wrong, 2 wrong usage.",
     )
     parser.add_argument("--version", action="version", version=f"aimwatch {__version__}")
+    parsers, groups = {"": parser}, {}
 
-    def add(group: Any, name: str, about: str, **options: Any) -> Any:
-        summary = about[:1].lower() + about[1:].rstrip(".")
-        return group.add_parser(name, parents=[repo], help=summary, description=about, **options)
+    def add(name: str, about: str, epilog: str) -> Any:
+        group, _, verb = name.rpartition(" ")
+        if group not in parsers:
+            add(group, "Say who is notified, and how.", "")
+        if group not in groups:
+            groups[group] = parsers[group].add_subparsers(
+                title="commands", metavar="COMMAND", required=group not in _COMMANDS
+            )
+        parsers[name] = groups[group].add_parser(
+            verb,
+            parents=[repo],
+            help=about[:1].lower() + about[1:].rstrip("."),
+            description=about,
+            epilog=epilog,
+        )
+        return parsers[name]
 
-    def add_group(to: Any, dest: str) -> Any:
-        return to.add_subparsers(title="commands", metavar="COMMAND", required=True, dest=dest)
-
-    groups = {"": add_group(parser, "verb")}
     named = [name for name in _COMMANDS if name.partition(" ")[0] in (argv or ())]
     for name in named or _COMMANDS:
         do, arguments, epilog = _COMMANDS[name]
-        group, _, verb = name.rpartition(" ")
-        if group not in groups:
-            groups[group] = add_group(add(groups[""], group, "Say who is notified, and how."), "sub")
-        about = (do.__doc__ or "").partition("\n\n")[0].replace("\n    ", " ")
-        added = add(groups[group], verb, about, epilog=epilog)
-        added.argv = argv or ()
-        for add_to in arguments:
-            add_to(added)
+        added = add(name, (do.__doc__ or "").partition("\n\n")[0].replace("\n    ", " "), epilog)
+        for text in arguments:
+            add_argument(added, text)
         added.set_defaults(do=do)
     return parser
 
@@ -12744,7 +12560,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except AimwatchError as error:
         print(f"{command_line()}: {error}", file=sys.stderr)
     except (KeyboardInterrupt, EOFError):
-        print(f"\n{command_line()}: aborted: nothing was changed", file=sys.stderr)
+        print(f"\n{command_line()}: aborted", file=sys.stderr)
     except OSError as error:
         atexit.unregister(_drop_unread_output)
         atexit.register(_drop_unread_output)
