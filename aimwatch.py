@@ -2104,9 +2104,8 @@ class _Stacks:
     def __init__(self) -> None:
         # Reentrant, since a signal's handler may end a run.
         self._lock = threading.RLock()
-        #: Path of a run's file to when it is due (monotonic) and who promised; those that were due.
+        #: By path, when a run's file is due (monotonic), and the thread that promised.
         self._due: Dict[str, Tuple[float, int]] = {}
-        self._missed: Set[str] = set()
         self._has_thread = False
 
     def arm(self, path: str, due_mono: float, thread: int) -> None:
@@ -2123,10 +2122,8 @@ class _Stacks:
     def disarm(self, path: str) -> None:
         """Write nothing to `path`, and remove what was written: the run went on, or has ended."""
         with self._lock:
-            self._due.pop(path, None)
-            written = path in self._missed
-            self._missed.discard(path)
-        if written:
+            armed = self._due.pop(path, None)
+        if armed is None:
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
@@ -2143,7 +2140,6 @@ class _Stacks:
             missed = {path: thread for path, (due, thread) in self._due.items() if due <= now}
             for path in missed:
                 del self._due[path]
-            self._missed.update(missed)
             goes_on = self._has_thread = bool(self._due)
         for path, thread in missed.items():  # without the lock: a share may hang
             self._write(path, _all_stacks(thread))
@@ -2156,7 +2152,7 @@ class _Stacks:
                 os.write(fd, text)
             finally:
                 os.close(fd)
-            if path not in self._missed:  # the run went on meanwhile
+            if path in self._due:  # the run went on meanwhile
                 os.unlink(path)
         except OSError as error:
             log.debug("no stacks in %s: %s", path, error.strerror)
@@ -2369,7 +2365,7 @@ def _hook(module: Any, name: str, hook: Callable[..., Any]) -> Callable[..., Any
 
 def _interactive() -> bool:
     """True at a prompt, where an uncaught exception ends a statement and not the process."""
-    return hasattr(sys, "ps1") or bool(sys.flags.interactive or sys.flags.inspect)
+    return hasattr(sys, "ps1") or bool(sys.flags.inspect)
 
 
 _process = _Process()
@@ -2418,18 +2414,9 @@ class Rhythm:
 
     Pure: what it promises is a function of the gaps alone. Three times the longest gap that came lately,
     where "lately" is a hundred times as long as the gap itself: what takes a 70th of the time, such as a
-    checkpoint or a validation, is expected for ever, and what came once is forgotten.
+    checkpoint or a validation, is expected for ever, and what came once is forgotten. At least a minute, at
+    most a day, and half an hour until ten gaps are known.
     """
-
-    MULTIPLE, MEMORY = 3.0, 100.0
-    LEAST_S, MOST_S = 60.0, 86_400.0
-    #: Promised until so many gaps are known.
-    UNKNOWN_S, FEW = 1800.0, 10
-    #: A gap longer than all before, as the first validation is, may be half as long as the run so far. After
-    #: an hour, a run that had none is the less likely to have one.
-    HOUR_S = 3600.0
-    #: One gap teaches no more than this, or ten times what was known: the job may stop overnight.
-    ONE_GAP_S = 600.0
 
     def __init__(self) -> None:
         self.gaps = 0
@@ -2440,16 +2427,19 @@ class Rhythm:
         """Take the time between two reports into account."""
         self.gaps += 1
         self.seconds += gap_s
-        learned_s = min(gap_s, max(10 * self._longest_s, self.ONE_GAP_S))
-        self._longest_s = max(self._longest_s - gap_s / self.MEMORY, learned_s)
+        # One gap teaches no more than ten minutes, or ten times what was known: the job may stop overnight.
+        learned_s = min(gap_s, max(10 * self._longest_s, 600.0))
+        self._longest_s = max(self._longest_s - gap_s / 100, learned_s)
 
     @property
     def expect_s(self) -> float:
         """Within how many seconds the next report is promised."""
-        unseen_s = self.UNKNOWN_S
-        if self.gaps >= self.FEW:
-            unseen_s = min(self.seconds / 2, self.UNKNOWN_S * self.HOUR_S / max(self.seconds, self.HOUR_S))
-        return min(max(self.LEAST_S, self.MULTIPLE * self._longest_s, unseen_s), self.MOST_S)
+        unseen_s = 1800.0
+        if self.gaps >= 10:
+            # A gap longer than all before, as the first validation is, may be half as long as the run so
+            # far. After an hour, a run that had none is the less likely to have one.
+            unseen_s = min(self.seconds / 2, 1800.0 * 3600.0 / max(self.seconds, 3600.0))
+        return min(max(60.0, 3 * self._longest_s, unseen_s), 86_400.0)
 
 
 def checked_run_hash(value: Any) -> str:
@@ -2500,9 +2490,7 @@ def existing_run(paths: RepoPaths, run_hash: str) -> str:
     )
     try:
         return find_by_prefix(run_hash, list_runs(paths) if len(run_hash) >= 4 else [], "run", way_out)
-    except OSError as error:
-        raise RepoError(f"cannot read {paths.runs}: {error.strerror}") from None
-    except AimwatchError as error:
+    except (AimwatchError, OSError) as error:
         raise RepoError(str(error)) from None
 
 
@@ -2542,6 +2530,10 @@ class Run:
     _signal: Optional[End] = None
     _signal_mono = 0.0
     _not_failures = NOT_FAILURES
+    #: In `progress`: how much of all is done, how much of it is one item, and since when (monotonic).
+    _loop: Optional[Tuple[float, float, float]] = None
+    #: When it is recorded again how much is done (monotonic).
+    _part_at_mono = math.inf
     #: The promise that the check-in on disk covers, and until when (monotonic).
     _window: Tuple[Any, float] = (math.nan, 0.0)
 
@@ -2679,10 +2671,7 @@ class Run:
         self._thread = _thread.get_ident()
         #: The time of the last record when a notebook's cell ended.
         self._idle_since = -1.0
-        #: Of loops inside each other, how many items are done, of how many; when the outermost began, and
-        #: when it is recorded again how much is done (monotonic).
-        self._loops: List[List[Any]] = []
-        self._loops_began_mono, self._part_at_mono = 0.0, _monotonic() + LOOK_S
+        self._part_at_mono = _monotonic() + LOOK_S
         self._warned_odd = False
         #: Log lines since the last checkpoint.
         self._lines = 0
@@ -2838,7 +2827,7 @@ class Run:
         if self._stacks_on and written_s:
             due_mono = now + written_s + STACKS_AFTER_S
             _process.stacks.arm(self._paths.stack(self.hash), due_mono, self._thread)
-        else:
+        elif self._stacks_on:
             _process.stacks.disarm(self._paths.stack(self.hash))
 
     def progress(
@@ -2861,23 +2850,18 @@ class Run:
         if total is None:
             with contextlib.suppress(Exception):  # the code of the items' class may fail in any way
                 total = len(items)  # type: ignore[arg-type]
-        done: List[Any] = [0, total]
-        if not self._loops:
-            self._loops_began_mono = _monotonic()
-        self._loops.append(done)
+        outer = self._loop
+        begin, share, began_mono = outer or (0.0, 1.0, _monotonic())
         try:
-            for item in items:
+            for done, item in enumerate(items):
                 self.report_progress(expect_next_in=expect_next_in)
+                part = begin + share * done / total if total else begin
+                self._loop = part, share / total if total else 0.0, began_mono
+                self._note_part(part, began_mono)
                 yield item
-                done[0] += 1
-                if _monotonic() >= self._part_at_mono:
-                    part = 0.0
-                    for count, of in reversed(self._loops):
-                        part = (count + part) / of if of else 0.0
-                    self._note_part(part, self._loops_began_mono)
         finally:
-            self._loops = [loop for loop in self._loops if loop is not done]
-            if not self._loops:
+            self._loop = outer
+            if outer is None:
                 self._note_part(0.0, -math.inf)
 
     def _note_part(self, part: float, began_mono: float) -> None:
@@ -2953,11 +2937,8 @@ class Run:
         else:
             metric = name if type(name) is str else _checked_text(_METRIC_NAME, name)
             points = [(metric, value if type(value) is float else _number(value, name))]
-        if step is not None and type(step) is not int:
+        if step is not None and (type(step) is not int or not -MAX_STEP <= step < MAX_STEP):
             step = _checked_step(step)
-        if step is not None and not -MAX_STEP <= step < MAX_STEP:
-            named = brief(points[0][0]) if points else "{}"
-            raise ArgumentError(f"step {brief(step)} of metric {named} does not fit in 64 bits")
         if epoch is not None:
             epoch = _checked_epoch(epoch)
         # What _is_mine asks, without its calls: this is a training loop's innermost business.
@@ -2997,10 +2978,9 @@ class Run:
         # The innermost loop's business: no call that can be spared.
         if epoch is None and _MINUS_INF < value < _INF:
             line = f"[{series.id},{step},{value!r},{now:.3f}]\n"
-        elif epoch is None:
-            line = f"[{series.id},{step},{json_text(value)},{now:.3f}]\n"
         else:
-            line = f"[{series.id},{step},{json_text(value)},{now:.3f},{json_text(epoch)}]\n"
+            more = "" if epoch is None else f",{json_text(epoch)}"
+            line = f"[{series.id},{step},{json_text(value)},{now:.3f}{more}]\n"
         # The log first: what a signal's handler writes as the whole state must not count a point too many.
         self._log.append(line.encode("ascii"))
         series.add(step, value, now, epoch)
@@ -3045,10 +3025,8 @@ class Run:
         if context is not None and not isinstance(context, dict):
             context = context.to_dict()
         key = context_key(encode_value(context or {}, []))
-        for series in self._state.series.values():
-            if series.name == name and context_key(series.context) == key:
-                return Metric(self, series)
-        return None
+        named = (series for series in self._state.series.values() if series.name == name)
+        return next((Metric(self, series) for series in named if context_key(series.context) == key), None)
 
     # ---------------------------------------------------------------- params
 
@@ -3145,11 +3123,10 @@ class Run:
 
     def remove_tag(self, tag_name: str) -> bool:
         """Remove a tag, and return whether it was there."""
-        tags = self.tags
-        if tag_name not in tags:
-            return False
-        self._set_props(tags=[tag for tag in tags if tag != tag_name])
-        return True
+        was_there = tag_name in self.tags
+        if was_there:
+            self._set_props(tags=[tag for tag in self.tags if tag != tag_name])
+        return was_there
 
     @property
     def creation_time(self) -> float:
@@ -3635,12 +3612,14 @@ def _number(value: Any, name: Any) -> Optional[float]:
 
 
 def _checked_step(step: Any) -> int:
-    try:
-        return int(operator.index(step))  # of a bool, and of an enum's member, index() is itself
-    except TypeError:
-        if isinstance(step, float) and step.is_integer():
-            return int(step)
-    raise ArgumentTypeError(f"step must be an integer, not {brief(step)}")
+    # Of a bool, and of an enum's member, index() is itself.
+    integer = isinstance(step, float) and step.is_integer()
+    number = int(step) if integer or hasattr(step, "__index__") else None
+    if number is None:
+        raise ArgumentTypeError(f"step must be an integer, not {brief(step)}")
+    if not -MAX_STEP <= number < MAX_STEP:
+        raise ArgumentError(f"step {brief(step)} does not fit in 64 bits")
+    return number
 
 
 def _checked_epoch(epoch: Any) -> float:
