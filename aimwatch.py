@@ -1896,14 +1896,6 @@ def git_commit() -> Optional[str]:
     return None
 
 
-def stdout_file() -> Optional[str]:
-    """Return the path of the file that standard output goes to, where it is one, or that Slurm names."""
-    with contextlib.suppress(OSError):
-        if stat.S_ISREG(os.fstat(1).st_mode):
-            return os.readlink("/proc/self/fd/1")
-    return os.environ.get("SLURM_JOB_STDOUT")
-
-
 def describe_session() -> Dict[str, Any]:
     """Return where this process runs, as the first line of a run log states it."""
     session: Dict[str, Any] = {
@@ -1917,7 +1909,10 @@ def describe_session() -> Dict[str, Any]:
     }
     with contextlib.suppress(OSError):  # the folder may be gone; the run is not
         session["cwd"] = os.getcwd()
-    session.update(commit=git_commit(), stdout=stdout_file())
+    session.update(commit=git_commit(), stdout=os.environ.get("SLURM_JOB_STDOUT"))
+    with contextlib.suppress(OSError):
+        if stat.S_ISREG(os.fstat(1).st_mode):
+            session["stdout"] = os.readlink("/proc/self/fd/1")
     for system, variable in (("slurm", "SLURM_JOB_ID"), ("pbs", "PBS_JOBID"), ("lsf", "LSB_JOBID")):
         if os.environ.get(variable):
             session["job"] = f"{system} {os.environ[variable]}"
@@ -2043,12 +2038,9 @@ def exit_end(status: Any, error: Optional[BaseException]) -> Optional[End]:
 def telling_frames(files: Sequence[str]) -> List[int]:
     """Return which frames of a stack say where it is, by the files of all, outermost first: the innermost
     six, but always the last two in files of the user's own."""
-    users = [index for index, file in enumerate(files) if not _LIBRARY.search(file)]
-    kept = set(users[-2:])
-    for index in reversed(range(len(files))):
-        if len(kept) < _MAX_FRAMES:
-            kept.add(index)
-    return sorted(kept)
+    users = [index for index, file in enumerate(files) if not _LIBRARY.search(file)][-2:]
+    others = [index for index in range(len(files)) if index not in users]
+    return sorted(users + others[len(users) - _MAX_FRAMES :])
 
 
 def frames_of(error: Optional[BaseException] = None, frame: Optional[FrameType] = None) -> List[str]:
@@ -2229,7 +2221,11 @@ class _Process:
             # In other threads none can be set; None is a handler that is not Python's, and is kept.
             with contextlib.suppress(ValueError, TypeError):
                 signal.signal(signum, signal.getsignal(signum))
-        self._watch_cells()
+        with contextlib.suppress(Exception):  # IPython is not there, half imported, or another of that name
+            shell = sys.modules["IPython"].get_ipython()
+            if shell is not None and shell is not self._shell:
+                shell.events.register("post_run_cell", self._after_cell)
+                self._shell, self._cell_error = shell, id(getattr(sys, "last_value", None))
 
     def newest(self) -> Optional[Run]:
         """Return the run that was opened last and is not closed; in a forked child it may be the parent's."""
@@ -2296,11 +2292,8 @@ class _Process:
     # ---------------------------------------------------------------- exceptions, exit, exec
 
     def _each(self, end: Callable[[Run], None]) -> None:
-        def end_all() -> None:
-            for run in list(self.runs):
-                end(run)
-
-        _in_full(end_all)
+        for run in list(self.runs):
+            _in_full(end, run)
 
     def _on_uncaught(self, real: Callable[..., Any], kind: Any, error: BaseException, trace: Any) -> Any:
         if not _interactive():
@@ -2333,13 +2326,6 @@ class _Process:
         self._each(lambda run: run._at_exit(error if sys.excepthook != self._excepthook else None))
 
     # ---------------------------------------------------------------- notebooks
-
-    def _watch_cells(self) -> None:
-        with contextlib.suppress(Exception):  # half imported, or another that has the name
-            shell = sys.modules["IPython"].get_ipython()
-            if shell is not None and shell is not self._shell:
-                shell.events.register("post_run_cell", self._after_cell)
-                self._shell, self._cell_error = shell, id(getattr(sys, "last_value", None))
 
     def _after_cell(self, result: Any) -> None:
         """End the runs of a cell that raised; of one that ended well no promise stays."""
@@ -2525,7 +2511,7 @@ class Run:
     _pid = 0
     #: Why nothing is written, where it is for another process to do that.
     _inert = ""
-    _closed = _complained = False
+    _closed = _complained = _warned_odd = False
     #: The end by a SIGTERM that a handler of the user's takes care of, and when that came (monotonic).
     _signal: Optional[End] = None
     _signal_mono = 0.0
@@ -2672,7 +2658,6 @@ class Run:
         #: The time of the last record when a notebook's cell ended.
         self._idle_since = -1.0
         self._part_at_mono = _monotonic() + LOOK_S
-        self._warned_odd = False
         #: Log lines since the last checkpoint.
         self._lines = 0
         self._looked_s, self._look_at_s, self._lock_at_mono = 0.0, 0.0, _monotonic() + LOCK_S
@@ -2994,15 +2979,13 @@ class Run:
             raise ArgumentTypeError(
                 f"context of metric {brief(name)} must be a dict, not {type(context).__name__}"
             )
-        odd: List[str] = []
-        encoded = encode_value(context or {}, odd, f"context of metric {brief(name)}")
+        encoded = self._encode(context or {}, f"context of metric {brief(name)}")
         key = (name, context_key(encoded))
         if key not in self._by_key:
             series_id = self._next_series
             self._next_series += 1
             self._record({"series": series_id, "name": name, "context": encoded})
             self._by_key[key] = self._state.series[series_id]
-            self._warn_odd(odd, f"context of metric {name!r}")
         # A context with anything else in it has no short cut: it may not hash, or be another each time.
         if all(type(item) in (str, int, bool) for item in (context or {}).values()):
             self._by_key[name, tuple(context.items()) if context else ()] = self._by_key[key]
@@ -3039,14 +3022,11 @@ class Run:
         What JSON has no kind for is stored as text, with one warning. `strict` is Aim's.
         """
         path = _param_path(key)
-        odd: List[str] = []
-        encoded = encode_value(value, odd, f"param {'.'.join(path)!r}")
+        encoded = self._encode(value, f"param {'.'.join(path)!r}")
         if not path and not isinstance(encoded, dict):
             raise ArgumentTypeError(f"run[...] takes a dict, not {type(value).__name__}")
-        if self._may_write("setting a param"):
-            if not self._record({"set": path, "value": encoded}):
-                raise ArgumentError(f"no list element at param {path!r}: set the whole list")
-            self._warn_odd(odd, f"param {'.'.join(path)!r}")
+        if self._may_write("setting a param") and not self._record({"set": path, "value": encoded}):
+            raise ArgumentError(f"no list element at param {path!r}: set the whole list")
 
     def __getitem__(self, key: Any) -> Any:
         return decode_value(self._state.param(_param_path(key)))
@@ -3064,14 +3044,18 @@ class Run:
         if self._may_write("deleting a param"):
             self._record({"del": path})
 
-    def _warn_odd(self, odd: Sequence[str], where: str) -> None:
+    def _encode(self, value: Any, what: str) -> Any:
+        """Return a value as JSON can hold it, with a warning where JSON has no kind for it."""
+        odd: List[str] = []
+        encoded = encode_value(value, odd, what)
         if odd and not self._warned_odd:
             self._warned_odd = True
             log.warning(
                 "%s holds %s, which JSON has no kind for: stored as text (said once a run)",
-                printable(where, 100),
+                printable(what, 100),
                 printable(", ".join(sorted(set(odd))), 100),
             )
+        return encoded
 
     # ---------------------------------------------------------------- properties
 
@@ -3211,7 +3195,7 @@ class Run:
         message, now = str(msg), round(time.time(), 3)
         record: Dict[str, Any] = {"log": level, "message": message[:MAX_LOG_MESSAGE], "time": now}
         if params:
-            record["params"] = encode_value(params, [], "what comes with a log message")
+            record["params"] = self._encode(params, "what comes with a log message")
         self._record(record)
         with self._locked():
             if len(self._messages) < MAX_MESSAGES_BYTES:
@@ -3692,14 +3676,8 @@ def callback(
     return type("Callback", (LoopCallback, *bases), {})(run, expect_next_in, run_arguments)
 
 
-class LoopState(NamedTuple):
-    """What a hook of a framework has to say: how much is done (0: nobody knows), metrics, params."""
-
-    part: float
-    logs: Dict[str, Any]
-    step: Optional[int]
-    epoch: Optional[float]
-    params: Dict[str, Any]
+#: What a hook has to say: how much is done (0: nobody knows), metrics, step and epoch, params.
+LoopState = Tuple[float, Dict[str, Any], Optional[int], Optional[float], Dict[str, Any]]
 
 
 class LoopCallback:
@@ -3769,15 +3747,15 @@ class LoopCallback:
             run.report_progress(expect_next_in=self._given[1])
         elif run._ended is None:
             run.report_progress()
-        state = look(name, args, options)
+        part, logs, step, epoch, params = look(name, args, options)
         if name in _BEGIN_HOOKS:
-            run["hparams"] = {**state.params, **(run.get("hparams") or {})}
-        run._note_part(state.part, self._began_mono)
-        for key, value in state.logs.items():
+            run["hparams"] = {**params, **(run.get("hparams") or {})}
+        run._note_part(part, self._began_mono)
+        for key, value in logs.items():
             match = _SUBSET.fullmatch(key)
             context = {"subset": match[1] if match else "train" if self._training else "eval"}
             with contextlib.suppress(ArgumentError, ArgumentTypeError):  # what is no number
-                run.track(value, match[2] if match else key, state.step, state.epoch, context=context)
+                run.track(value, match[2] if match else key, step, epoch, context=context)
 
     def _look_at_transformers(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> LoopState:
         state, params = args[1], {}
@@ -3786,7 +3764,7 @@ class LoopCallback:
             with contextlib.suppress(AttributeError):
                 params["model"] = options["model"].config.to_dict()
         part = state.global_step / state.max_steps if state.max_steps else 0.0
-        return LoopState(part, options.get("logs") or {}, state.global_step, state.epoch, params)
+        return part, options.get("logs") or {}, state.global_step, state.epoch, params
 
     def _look_at_lightning(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> LoopState:
         trainer, loop, part, logs = args[0], args[0].fit_loop, 0.0, {}
@@ -3801,7 +3779,7 @@ class LoopCallback:
             logs = {key: value for key, value in values.items() if self._logged.get(key) != value}
             self._logged = values
         params = dict(args[1].hparams) if name in _BEGIN_HOOKS else {}
-        return LoopState(part, logs, trainer.global_step, trainer.current_epoch, params)
+        return part, logs, trainer.global_step, trainer.current_epoch, params
 
     def _look_at_keras(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> LoopState:
         params, part, logs = dict(self._fit), 0.0, {}
@@ -3816,7 +3794,7 @@ class LoopCallback:
             logs = args[0]
         elif name == "on_train_batch_end" and params.get("steps"):
             part = (self._epoch + (args[0] + 1) / params["steps"]) / params["epochs"]
-        return LoopState(part, logs or {}, self._epoch, self._epoch, params)
+        return part, logs or {}, self._epoch, self._epoch, params
 
 
 # ======================================================================================
