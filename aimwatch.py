@@ -5286,16 +5286,25 @@ class Kind(NamedTuple):
     by_default: bool = False
     #: For how many seconds the check-in of a run that ended so is kept.
     keep_s: float = math.inf
+    #: The line about such an event, as `fill_known` fills it.
+    line: str = "{run.name} {event}|: {run.reason}"
 
 
 KINDS: Dict[str, Kind] = {
-    STALLED: Kind("❗", 1, "31", by_default=True),
+    STALLED: Kind(
+        "❗",
+        1,
+        "31",
+        by_default=True,
+        line="{run.name} stalled|: silent for {run.silent}, promised a check-in within {run.promised}"
+        "|: {run.reason}",
+    ),
     FAILED: Kind("❌", 0, "31", by_default=True, keep_s=86400.0),
     RECOVERED: Kind("✅", 4, by_default=True),
-    STARTED: Kind("", 5),
-    FINISHED: Kind("✅", 6, "2", keep_s=600.0),
-    LOG: Kind("📝", 3),
-    TROUBLE: Kind("❗", 2),
+    STARTED: Kind("", 5, line="{run.name} started"),
+    FINISHED: Kind("✅", 6, "2", keep_s=600.0, line="{run.name} finished| {run.reason}"),
+    LOG: Kind("📝", 3, line="{run.name} logged {run.reason}|: {run.messages}"),
+    TROUBLE: Kind("❗", 2, line="aimwatch: {run.reason}"),
     RUNNING: Kind("", 7, "32"),
 }
 #: What a notifier may ask for, and what it gets where it does not ask.
@@ -5345,28 +5354,22 @@ class Notifier(NamedTuple):
         """True where events of this kind go to this notifier."""
         return kind == TROUBLE or kind in self.events
 
-    def secrets(self) -> List[str]:
-        """Return the strings that must not be shown, the longest first."""
+    def scrub(self, text: str) -> str:
+        """Return `text` with every secret of this notifier, and every longer part of one, as asterisks."""
         import base64
 
-        found: Set[str] = set()
-        for name, value in self.arguments.items():
-            field = _field(self.type, name)
-            for text in texts_in(value) if field is not None and field.secret else ():
-                found.add(text)
-                if name == "password":  # as a login writes it, which a server may quote
-                    for login in (text, f"\0{self.arguments.get('user', '')}\0{text}"):
-                        found.add(base64.b64encode(login.encode("utf-8", "replace")).decode())
+        password = self.arguments.get("password") or ""
+        # As a login writes it, which a server may quote.
+        logins = (password, f"\0{self.arguments.get('user')}\0{password}") if password else ()
+        hidden = {base64.b64encode(login.encode()).decode() for login in logins}
+        for field in NOTIFIER_FIELDS[self.type]:
+            for secret in texts_in(self.arguments.get(field.name)) if field.secret else ():
                 # The request line and library errors show the path without the host.
-                path = text.partition("://")[2].partition("/")[2]
-                found.add(path)
-                found.update(part for part in re.split(r"[/?&= ]", path or text) if len(part) >= 6)
-        return sorted((secret for secret in found if len(secret) > 3), key=len, reverse=True)
-
-    def scrub(self, text: str) -> str:
-        """Return `text` with every secret of this notifier replaced by asterisks."""
-        for secret in self.secrets():
-            text = text.replace(secret, "***")
+                path = secret.partition("://")[2].partition("/")[2]
+                hidden.update((secret, path))
+                hidden.update(part for part in re.split(r"[/?&= ]", path or secret) if len(part) >= 6)
+        for secret in sorted(hidden, key=len, reverse=True):
+            text = text.replace(secret, "***") if len(secret) > 3 else text
         return text
 
 
@@ -5379,24 +5382,18 @@ def texts_in(value: Any) -> Iterator[str]:
             yield from texts_in(item)
 
 
-def a_text(pattern: str, problem: str, *, strip: bool = True, number: bool = False) -> Callable[[Any], Any]:
-    """Return a check of text on a regular expression. It returns the text, and raises ConfigError.
+# The checks return a value as it is used, and raise ConfigError with what the value must be. They take what
+# config.json holds and what somebody typed, and show nothing of what may be a secret.
 
-    Arguments:
-        problem: what to say of text that does not match. `{}` in it stands for the text, and must not
-            stand in the check of a secret.
-        strip: whether white space around the text counts for nothing.
-        number: whether digits become an int, and an int is welcome too.
-    """
+
+def a_text(pattern: str, problem: str, strip: bool = True, number: bool = False) -> Callable[[Any], Any]:
+    """Return a check of text on a regular expression; `{}` in the problem stands for the text. With
+    `number`, digits become an int."""
 
     def check(value: Any) -> Any:
-        text = str(value) if number and type(value) is int else value
-        if not isinstance(text, str):
-            raise ConfigError(f"must be text, not {type(value).__name__}")
-        text = text.strip() if strip else text
+        text = str(value).strip() if strip else str(value)
         if not re.fullmatch(pattern, text):
-            shown = text if re.fullmatch("[0-9]+", text) else repr(text)
-            raise ConfigError(problem.replace("{}", printable(shown, 60)))
+            raise ConfigError(problem.replace("{}", printable(repr(text), 60)))
         return int(text) if number and text.isdigit() else text
 
     return check
@@ -5404,97 +5401,58 @@ def a_text(pattern: str, problem: str, *, strip: bool = True, number: bool = Fal
 
 #: By how a mail connection is secured, the port where none is given.
 MAIL_PORTS = {"starttls": 587, "tls": 465, "none": 25}
-checked_line = a_text(
-    r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]*", "must be on one line, without control characters"
-)
-checked_token = a_text(
-    r"[!-~]+",
-    "the token must be one word of printable ASCII: it has a space, a line break or another character "
-    "that cannot stand in an HTTP header, or it is empty",
-)
+checked_word = a_text("[!-~]+", "must be one word of printable ASCII, without a space or a line break")
 checked_login = a_text(
-    r"[ -~]+", "must be printable ASCII, which is all that a login to a mail server can carry", strip=False
+    "[ -~]+", "must be printable ASCII, which is all that a login to a mail server can carry", strip=False
+)
+checked_url = a_text(
+    r"(?i:https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?([/?#][!-~]*)?",
+    "must start with https:// or http:// and a host, and hold no user name, space, line break or non-ASCII "
+    "character",
 )
 #: A Workplace group ID; a number where it is one, since so Aim reads it.
-checked_group = a_text(r"[A-Za-z0-9_.]{1,64}", "group ID {}: it must be letters and digits", number=True)
-checked_security = a_text("|".join(MAIL_PORTS), f"{{}} is not one of {', '.join(MAIL_PORTS)}")
+checked_group = a_text("[A-Za-z0-9_.]{1,64}", "must be letters and digits, not {}", number=True)
+checked_security = a_text("|".join(MAIL_PORTS), f"must be one of {', '.join(MAIL_PORTS)}, not {{}}")
 checked_port = a_text(
-    "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]",
-    "port {} is not a number from 1 to 65535",
-    number=True,
+    "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-5][0-9]{3}", "must be a number from 1 to 65535, not {}", number=True
 )
 checked_address = a_text(
-    r"(?=[!-~]+\Z)[^@,;:<>\"()\[\]\\{}]+(@[A-Za-z0-9.-]+)?", "{} is no mail address: write name@host"
+    r"(?=[!-~]+\Z)[^@,;:<>\"()\[\]\\{}]+(@[A-Za-z0-9.-]+)?", "must be a mail address, name@host, not {}"
 )
-
-
-def checked_url(value: Any) -> str:
-    """Return an http(s) URL. Raises ConfigError, without showing the URL."""
-    import urllib.parse
-
-    if not isinstance(value, str):
-        raise ConfigError(f"must be text, not {type(value).__name__}")
-    url: str = value.strip()
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname
-        parts.port  # noqa: B018 - reading it is what checks it
-    except ValueError:
-        raise ConfigError("the URL has an impossible host or port") from None
-    if parts.scheme not in ("http", "https"):
-        scheme = f"{printable(parts.scheme, 20)}:" if parts.scheme else "no scheme"
-        raise ConfigError(f"the URL must start with https:// or http://, and this one has {scheme}")
-    if not host or not re.fullmatch(r"[!-~]+", url):
-        raise ConfigError("the URL must name a host and hold no spaces, line breaks or non-ASCII characters")
-    if "@" in parts.netloc:
-        raise ConfigError("the URL must not hold a user name or a password")
-    return url
+#: What people may call a notifier.
+checked_notifier_name = a_text(r"[\w.-]{1,40}", "must be of letters, digits, - . _, not {}")
 
 
 def checked_headers(value: Any) -> Dict[str, str]:
-    """Return HTTP headers from a dict, or from text with one `Name: value` a line. Raises
-    ConfigError, not showing a value."""
+    """Check HTTP headers: a dict, or text with one `Name: value` a line."""
     if isinstance(value, str):
         lines = [line.partition(":") for line in value.splitlines() if line.strip()]
-        if not all(colon for _, colon, _ in lines):  # a bare token, which no message may show
-            raise ConfigError("a line is no header: write 'Name: value'")
         value = {name.strip(): text.strip() for name, _, text in lines}
-    if not isinstance(value, dict):
-        raise ConfigError(f"must be an object of names and values, not {type(value).__name__}")
-    for name, text in value.items():
-        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
-            raise ConfigError("a header has no name that can be one: write 'Name: value'")
-        if not isinstance(text, str) or not re.fullmatch(r"[\t -~]+", text):
-            raise ConfigError("a header must have a value of printable ASCII")
-    return value
+    if not isinstance(value, dict) or not all(
+        re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name) and re.fullmatch(r"[\t -~]+", str(text))
+        for name, text in value.items()
+    ):
+        raise ConfigError("must be 'Name: value', of printable ASCII, on each line")
+    return {name: str(text) for name, text in value.items()}
 
 
 def checked_body(value: Any) -> Any:
-    """Return a JSON value whose texts are templates. Raises ConfigError, and where it is typed in,
-    also for an unknown field, which is otherwise sent as it stands."""
-    typed = isinstance(value, str)
-    if typed:
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise ConfigError('the body must be JSON, such as {"content": "{message}"}') from None
+    """Check a JSON value whose texts are templates."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(value) if isinstance(value, str) else value
     if not isinstance(value, (dict, list)):
-        raise ConfigError("the body must be a JSON object or list")
-    for text in texts_in(value) if typed else ():
-        checked_template(text)
+        raise ConfigError('must be a JSON object or list, such as {"content": "{message}"}')
     return value
 
 
 def checked_addresses(value: Any) -> List[str]:
-    """Return mail addresses, in which `{run.user}` may stand, from a list, or from text with commas between
-    them. Raises ConfigError."""
-    if isinstance(value, str):
-        value = [item for item in re.split(r"[,\s]+", value) if item]
-    if not isinstance(value, list) or not value:
+    """Check mail addresses, in which `{run.user}` may stand: a list, or text with commas between them."""
+    found = value if isinstance(value, list) else re.findall(r"[^,\s]+", str(value))
+    for item in found:
+        checked_address(str(item).replace(_USER, "user"))
+    if not found:
         raise ConfigError("must be mail addresses with commas between them")
-    for item in value:
-        checked_address(item.replace(_USER, "user") if isinstance(item, str) else item)
-    return [item.strip() for item in value]
+    return [str(item).strip() for item in found]
 
 
 #: What stands in a mail address for the login name of who trains.
@@ -5511,26 +5469,20 @@ def recipients(notifier: Notifier, facts: Facts) -> List[str]:
 
 
 def checked_command(value: Any) -> List[str]:
-    """Return a program and its arguments from a list, or from text that is split as a shell does.
-    Raises ConfigError."""
+    """Check a program and its arguments: a list, or text that is split as a shell does."""
     import shlex
 
-    if isinstance(value, str):
-        try:
-            value = shlex.split(value)
-        except ValueError as error:
-            raise ConfigError(f"the command cannot be taken apart: {error}") from None
-    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-        raise ConfigError("the command must be a program and its arguments")
-    if any("\0" in item for item in value) or not os.path.isabs(value[0]):
-        raise ConfigError(
-            f"the program must be given with its whole path, not {printable(repr(value[0]), 60)}"
-        )
+    with contextlib.suppress(ValueError):
+        value = shlex.split(value) if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ConfigError("must be a program and its arguments, as a shell takes them")
+    if not value or not os.path.isabs(value[0]):
+        raise ConfigError("must name the program with its whole path, such as /usr/bin/tee")
     return value
 
 
 def checked_query(value: Any) -> str:
-    """Return a query over runs. Raises ConfigError."""
+    """Check a query over runs."""
     try:
         compile_query(str(value))
     except QueryError as error:
@@ -5538,19 +5490,12 @@ def checked_query(value: Any) -> str:
     return str(value).strip()
 
 
-#: What people may call a notifier.
-checked_notifier_name = a_text(r"[\w.-]{1,40}", "a notifier's name is of letters, digits, - . _, not {}")
-
-
-def checked_template(value: Any) -> str:
-    """Return a message template. Raises ConfigError where it names an unknown field."""
-    if not isinstance(value, str):
-        raise ConfigError(f"must be text, not {type(value).__name__}")
-    for name in _TEMPLATE_FIELD.findall(value):
+def check_template(value: Any) -> None:
+    """Raise ConfigError where a message, or a text in a JSON value, names an unknown field."""
+    for name in _TEMPLATE_FIELD.findall(str(value)):
         if name not in TEMPLATE_FIELDS:
             known = ", ".join("{%s}" % field for field in TEMPLATE_FIELDS)
-            raise ConfigError(f"the message names {{{name}}}, which does not exist: use {known}")
-    return value
+            raise ConfigError(f"names {{{name}}}, which does not exist: use {known}")
 
 
 class Field(NamedTuple):
@@ -5566,15 +5511,13 @@ class Field(NamedTuple):
     asked: bool = False
 
 
-_MESSAGE = Field(
-    "message", "message", "Message template (empty for the default)", checked_template, asked=True
-)
+_MESSAGE = Field("message", "message", "Message template (empty for the default)", str, asked=True)
 _URL = Field("url", "webhook-url", "Webhook URL", checked_url, secret=True, required=True)
 NOTIFIER_FIELDS: Dict[str, Tuple[Field, ...]] = {
     "slack": (_URL, _MESSAGE),
     "workplace": (
         Field("group_id", "group-id", "Group ID", checked_group, required=True),
-        Field("access_token", "access-token", "Access token", checked_token, secret=True, required=True),
+        Field("access_token", "access-token", "Access token", checked_word, secret=True, required=True),
         Field("base_url", "base-url", f"Graph API URL instead of {WORKPLACE_URL}", checked_url, secret=True),
         _MESSAGE,
     ),
@@ -5586,10 +5529,8 @@ NOTIFIER_FIELDS: Dict[str, Tuple[Field, ...]] = {
         _MESSAGE,
     ),
     "email": (
-        Field("host", "smtp-host", "Mail server", checked_line, required=True),
-        Field(
-            "security", "security", "starttls, tls or none (empty: starttls)", checked_security, asked=True
-        ),
+        Field("host", "smtp-host", "Mail server", checked_word, required=True),
+        Field("security", "security", "starttls, tls, none (empty: starttls)", checked_security, asked=True),
         Field("port", "port", "Port (empty: 587, with tls 465, with none 25)", checked_port, asked=True),
         Field("user", "user", "User name to log in (empty: no login)", checked_login, asked=True),
         Field("password", "password", "Password", checked_login, secret=True, asked=True),
@@ -5606,66 +5547,51 @@ NOTIFIER_FIELDS: Dict[str, Tuple[Field, ...]] = {
 }
 
 
-def _field(kind: str, name: str) -> Optional[Field]:
-    return next((field for field in NOTIFIER_FIELDS.get(kind, ()) if field.name == name), None)
-
-
 def masked(kind: str, arguments: Dict[str, Any]) -> Dict[str, Any]:
     """Return a notifier's arguments as they may be shown. Of a type that we do not know, every
     value might be a secret."""
-    shown = {}
-    for name, value in arguments.items():
-        field = _field(kind, name)
-        if field is None or field.secret:
-            url = re.match(r"(https?://)(?:[^/?#]*@)?([A-Za-z0-9.:\[\]-]+)", str(value))
-            value = f"{url[1]}{url[2]}/***" if url else "***"
-        shown[name] = value
+    public = {field.name for field in NOTIFIER_FIELDS.get(kind, ()) if not field.secret}
+    shown = dict(arguments)
+    for name in arguments.keys() - public:
+        # Of an address with a user name in it nothing is shown.
+        url = re.match(r"https?://[A-Za-z0-9.:\[\]-]+(?![^/?#])", str(arguments[name]))
+        shown[name] = f"{url[0]}/***" if url else "***"
     return shown
 
 
 def read_notifier(notifier_id: str, raw: Any) -> Notifier:
     """Return one entry of config.json as a Notifier; what is wrong with it is its `problem`."""
-    if not isinstance(raw, dict):
-        return Notifier(notifier_id, "?", False, {}, (), "is not an object")
-    kind = str(raw.get("type"))
-    arguments = raw.get("arguments")
-    problem: Optional[str] = None
-    if kind not in NOTIFIER_FIELDS:
-        problem = f"type {printable(kind, 40)!r} is not one of {', '.join(NOTIFIER_FIELDS)}"
-    if not isinstance(arguments, dict):
-        arguments, problem = {}, problem or "has no 'arguments' object"
-    for field in NOTIFIER_FIELDS.get(kind, ()):
-        try:
-            value = arguments.get(field.name)
-            if value is None or value == "":
-                if field.required:
-                    raise ConfigError("is missing")
-            elif field is not _MESSAGE or not isinstance(value, str):
-                # In a message, an unknown field is sent as it stands.
-                arguments = {**arguments, field.name: field.check(value)}
-        except ConfigError as error:
-            between = "" if re.match("is |must ", str(error)) else ":"
-            problem = problem or f"argument {field.name!r}{between} {error}"
-    events = raw.get("events", DEFAULT_EVENTS)
-    if not isinstance(events, (list, tuple)) or not all(event in EVENTS for event in events):
-        events, problem = (), problem or f"'events' must be a list of {', '.join(EVENTS)}"
-    enabled = raw.get("status", "enabled") == "enabled"
-    name, where = (str(raw.get(key) or "") for key in ("name", "where"))
+    entry = raw if isinstance(raw, dict) else {"type": "?", "status": "disabled"}
+    kind, arguments = str(entry.get("type")), entry.get("arguments")
+    asked = entry.get("events", DEFAULT_EVENTS)
+    asked = asked if isinstance(asked, (list, tuple)) else [asked]
+    name, where = (str(entry.get(key) or "") for key in ("name", "where"))
+    checked = {**arguments} if isinstance(arguments, dict) else {}
+    subject, problem = "", None
     try:
+        if entry is not raw:
+            raise ConfigError("is not an object")
+        if kind not in NOTIFIER_FIELDS:
+            raise ConfigError(f"type {printable(kind, 40)!r} is not one of {', '.join(NOTIFIER_FIELDS)}")
+        if not isinstance(arguments, dict):
+            raise ConfigError("has no 'arguments' object")
+        for field in NOTIFIER_FIELDS[kind]:
+            subject = f"argument {field.name!r} "
+            if arguments.get(field.name) not in (None, ""):
+                checked[field.name] = field.check(arguments[field.name])
+            elif field.required:
+                raise ConfigError("is missing")
+        subject = "'events' "
+        if not all(event in EVENTS for event in asked):
+            raise ConfigError(f"must be a list of {', '.join(EVENTS)}")
+        subject = "'where': "
         checked_query(where)
     except ConfigError as error:
-        problem = problem or f"'where': {error}"
-    return Notifier(
-        notifier_id,
-        kind,
-        enabled,
-        arguments,
-        tuple(events),
-        problem,
-        printable(name, 40),
-        where,
-        "events" in raw,
-    )
+        problem = f"{subject}{error}"
+    enabled = entry.get("status", "enabled") == "enabled"
+    events = tuple(event for event in EVENTS if event in asked)
+    name, asks = printable(name, 40), "events" in entry
+    return Notifier(notifier_id, kind, enabled, checked, events, problem, name, where, asks)
 
 
 class NotifierConfig:
@@ -5674,48 +5600,36 @@ class NotifierConfig:
     def __init__(self, paths: RepoPaths) -> None:
         self.path = paths.config
         self._lock_path = paths.config_lock
-        self._folder = paths.notifications
 
-    def read(self, again: bool = True) -> Dict[str, Any]:
-        """Return the file's content, or an empty configuration where there is no file. On a share, what is
-        damaged is read `again`.
+    def read(self) -> Dict[str, Any]:
+        """Return the file's content, or an empty configuration where there is no file.
 
         Raises ConfigError where the file is damaged, of another shape, unreadable, or not to be trusted.
         """
         way_out = "mend it, or move it away and add the notifiers again"
         try:
             data, info = read_with_stat(self.path, MAX_LINE_BYTES)
-            self._check_trust(info)
             raw = json.loads(data.decode("utf-8-sig"))
         except FileNotFoundError:
             return {"notifications": {"version": "1.0", "log_level": 30, "notifiers": {}}}
         except OSError as error:
             raise ConfigError(f"cannot read {self.path}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
-            if again and is_network(self._folder):  # it may have been cut at the size of an older one
-                freshen(self.path)
-                return self.read(again=False)
             where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
             raise ConfigError(f"{self.path} is not JSON{where}: {way_out}") from None
+        # It says where everything goes, and what programs run as the one who watches. On some shares files
+        # belong to another number than their user has.
+        mine = info.st_uid in (0, os.geteuid()) or (os.geteuid() and os.access(self.path, os.W_OK))
+        if info.st_mode & 0o022 or not mine:
+            raise ConfigError(
+                f"{self.path} is not used: it must be a file that belongs to you (or root) and that nobody "
+                "else can write: chmod 600"
+            )
         top = raw.get("notifications") if isinstance(raw, dict) else None
         if not isinstance(top, dict) or not isinstance(top.setdefault("notifiers", {}), dict):
             shape = '{"notifications": {"notifiers": {...}}}'
             raise ConfigError(f"{self.path} has another shape than {shape}: {way_out}")
         return raw  # type: ignore[no-any-return]
-
-    def _check_trust(self, info: os.stat_result) -> None:
-        """Raise ConfigError for a file that others could write: it says where everything goes, and what
-        programs run as the one who watches. What counts is the file that was read."""
-        owners = {info.st_uid}
-        with contextlib.suppress(OSError):
-            owners.add(os.lstat(self.path).st_uid)  # of a link
-        # On some shares files belong to another number than their user has.
-        mine = os.geteuid() and len(owners) == 1 and os.access(self.path, os.W_OK)
-        if info.st_mode & 0o022 or not (mine or owners <= {0, os.geteuid()}):
-            raise ConfigError(
-                f"{self.path} is not used: it must be a file that belongs to you (or root) and that nobody "
-                "else can write: chmod 600"
-            )
 
     def notifiers(self) -> List[Notifier]:
         """Return every notifier, usable or not. Raises ConfigError like `read`."""
@@ -5731,59 +5645,44 @@ class NotifierConfig:
         """Return the ID of the notifier of that name, or that starts with `prefix`. Raises AimwatchError for
         none or several."""
         entries = raw["notifications"]["notifiers"]
-        named = [
-            item for item, entry in entries.items() if isinstance(entry, dict) and entry.get("name") == prefix
-        ]
-        if len(named) == 1 and prefix:
-            return str(named[0])
+        named = {
+            read_notifier(notifier_id, entry).name: notifier_id for notifier_id, entry in entries.items()
+        }
+        if prefix and prefix in named:
+            return str(named[prefix])
         return find_by_prefix(prefix, entries, "notifier", f": '{command_line()} notifiers list' shows them")
 
-    @contextlib.contextmanager
     def edit(self) -> Iterator[Dict[str, Any]]:
-        """Yield the content for a change and write it back, under a lock and in one step."""
+        """Yield the content to a `for` loop that changes it, and write it back, under a lock and in one step.
+
+        On a share another machine may not see the lock, and write what it had read before. So a little later
+        what is there is yielded again, until the change makes no difference any more.
+        """
         try:
-            os.makedirs(self._folder, exist_ok=True)
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
             with FileLock(self._lock_path, mode=0o600) as lock:  # who may not edit may not lock it either
                 if lock.acquire(wait_s=CONFIG_LOCK_WAIT_S) is False:
                     raise ConfigError(
                         f"{self._lock_path} has been locked for {CONFIG_LOCK_WAIT_S:g} s: try again"
                     )
-                shared = is_network(self._folder)
-                if shared:
-                    freshen(self.path)
-                raw = self.read()
-                before = json.dumps(raw)
-                yield raw
-                self._write(raw)
-                for _ in range(CONFIG_LOOKS if shared else 0):
-                    # Where the lock is not seen, another machine may have written what it had read before.
-                    time.sleep(CONFIG_LOOK_S)
-                    freshen(self.path)
-                    now = self.read()
-                    after = merge(json.loads(before), raw, now)
-                    if after == now:
-                        break
-                    self._write(after)
+                shared = is_network(os.path.dirname(self.path))
+                for look in range(CONFIG_LOOKS if shared else 1):
+                    if shared:
+                        time.sleep(CONFIG_LOOK_S if look else 0.0)
+                        freshen(self.path)
+                    raw = self.read()
+                    before = json.dumps(raw)
+                    yield raw
+                    if look and json.dumps(raw) == before:
+                        return
+                    replace_file(self.path, (json.dumps(raw, indent=4) + "\n").encode(), 0o600)
         except OSError as error:
             raise ConfigError(f"cannot write {self.path}: {error.strerror}") from None
-
-    def _write(self, raw: Dict[str, Any]) -> None:
-        replace_file(self.path, (json.dumps(raw, indent=4) + "\n").encode(), 0o600)
-
-
-def merge(before: Any, after: Any, now: Any) -> Any:
-    """Return `now` with what was changed between `before` and `after`."""
-    if not all(isinstance(value, dict) for value in (before, after, now)):
-        return now if after == before else after
-    result = {key: merge(before.get(key), value, now.get(key)) for key, value in after.items()}
-    result.update((key, value) for key, value in now.items() if key not in after and key not in before)
-    return {key: value for key, value in result.items() if key in now or before.get(key) != after[key]}
 
 
 CONFIG_LOCK_WAIT_S = 10.0
 #: On a network file system, how often at most is looked whether a change is still there, and when.
 CONFIG_LOOKS, CONFIG_LOOK_S = 5, 0.5
-
 
 #: The notifier used where none is configured.
 FALLBACK = Notifier("logger", "logger", True, {}, DEFAULT_EVENTS, None)
@@ -5803,78 +5702,62 @@ def fill_template(template: str, facts: Facts) -> str:
     """Return `template` with every known {field} replaced; unknown ones stand as they are."""
 
     def value(match: Any) -> str:
-        name = match.group(1)
-        if name not in TEMPLATE_FIELDS:
-            return str(match.group())
-        if name == "message" and "message" not in facts:
-            return default_message(facts)
-        return facts.get(name, "")
+        return facts.get(match[1], "") if match[1] in TEMPLATE_FIELDS else str(match[0])
 
     return _TEMPLATE_FIELD.sub(value, template)
 
 
-def summary(facts: Facts) -> str:
-    """Return one line that says which run and what happened."""
-    event, icon = facts.get("event", ""), _kind_of(facts).icon
-    if event == TROUBLE:
-        return f"{icon} aimwatch: {facts.get('run.reason', '')}"
-    name = facts.get("run.name") or facts.get("run.hash", "")
-    return f"{icon} {name} {_what_happened(event, facts)}".strip()
+def fill_known(template: str, facts: Facts) -> str:
+    """Return `template` filled in, without the parts between its bars of which a field is not known."""
+    parts = [part for part in template.split("|") if all(map(facts.get, _TEMPLATE_FIELD.findall(part)))]
+    return fill_template("".join(parts).lstrip(", "), facts)
+
+
+def on_one_line(reason: str) -> str:
+    """Return of a reason of several lines the first and the last, which say the most."""
+    first, *more = reason.split("\n")
+    return f"{first} ... {more[-1]}" if more else first
 
 
 def _kind_of(facts: Facts) -> Kind:
     return KINDS.get(facts.get("event", ""), Kind("", len(KINDS)))
 
 
-def _what_happened(event: str, facts: Facts) -> str:
-    silent, reason = facts.get("run.silent", ""), _on_one_line(facts.get("run.reason", ""))
-    if event == STALLED:
-        if not silent:  # a group of ranks
-            return f"stalled: {reason}"
-        text = f"stalled: silent for {silent}, promised a check-in within {facts.get('run.promised', '')}"
-        return f"{text}; {reason}" if reason else text
-    if event == LOG:
-        return f"logged {reason}"
-    if event == FAILED:
-        return f"failed: {reason}" if reason else "failed"
-    if event == FINISHED:
-        return f"{event} {reason}".strip()
-    return event if event == STARTED else f"{event}: {reason}"
-
-
-def _on_one_line(reason: str) -> str:
-    """Return of a reason of several lines the first and the last, which say the most."""
-    first, *more = reason.split("\n")
-    return f"{first} ... {more[-1]}" if more else first
+def summary(facts: Facts) -> str:
+    """Return one line that says which run and what happened."""
+    said = {
+        **facts,
+        "run.name": facts.get("run.name") or facts.get("run.hash", ""),
+        "run.reason": on_one_line(facts.get("run.reason", "")),
+        "run.messages": facts.get("run.messages", "").rpartition("\n")[2].strip(),
+    }
+    kind = _kind_of(facts)
+    return f"{kind.icon} {fill_known(kind.line, said)}".strip()
 
 
 def default_message(facts: Facts) -> str:
-    """Return the whole message about one event: what, which run, where, since when, how to look."""
-    lines = [summary(facts)]
-    if facts.get("event") != TROUBLE:
-        if facts.get("run.reason", "").count("\n") > 1:
-            lines.append(facts["run.reason"])
-        lines.append(f"run {facts.get('run.hash', '')}{_with(', experiment {}', facts, 'run.experiment')}")
-        where = _with("on {}", facts, "run.host") + _with(", process {}", facts, "run.pid")
-        where += _with(", job {}", facts, "run.job") + _with(", user {}", facts, "run.user")
-        lines.append(where.lstrip(", "))
-        died = facts.get("run.reason") == DIED
-        lines.append(
-            _with("last seen {}", facts, "run.last_seen") + _with(", {} ago", facts, "run.silent") * died
-        )
-        lines.append(_with("its output goes to {}", facts, "run.stdout"))
-        lines.append(_with("{}", facts, "run.messages"))
-        if facts.get("event") == STALLED and facts.get("run.process") == "alive":
-            lines.append("its process is still there: it hangs, or is slower than it promised")
-            if not facts.get("run.frames"):
-                lines.append("it left no stacks: no Python code can run in it, or they are turned off")
-        lines.append(_with("last metrics: {}", facts, "run.metrics"))
-        lines.append(_with("progress: {}", facts, "run.progress"))
-        lines.append(_with("last errors logged:\n{}", facts, "run.errors"))
-        heading = "where it hangs" if facts.get("event") == STALLED else "where it failed"
-        lines.append(_with(f"{heading}, innermost last:\n{{}}", facts, "run.frames"))
-        lines.append(_with("its last output:\n{}", facts, "run.output"))
-    return "\n".join(line for line in [*lines, look_further(facts)] if line)
+    """Return all that there is to say of one event: what, which run, where, since when."""
+    stalled = facts.get("event") == STALLED
+    hangs = stalled and facts.get("run.process") == "alive"
+    lines = [
+        "{run.reason}" if facts.get("run.reason", "").count("\n") > 1 else "",
+        "run {run.hash}|, experiment {run.experiment}",
+        "on {run.host}|, process {run.pid}|, job {run.job}|, user {run.user}",
+        "last seen {run.last_seen}" + ("|, {run.silent} ago" if facts.get("run.reason") == DIED else ""),
+        "its output goes to {run.stdout}",
+        "{run.messages}",
+        "its process is still there: it hangs, or is slower than it promised" if hangs else "",
+        "it left no stacks: no Python code can run in it, or they are turned off"
+        if hangs and not facts.get("run.frames")
+        else "",
+        "last metrics: {run.metrics}",
+        "progress: {run.progress}",
+        "last errors logged:\n{run.errors}",
+        f"where it {'hangs' if stalled else 'failed'}, innermost last:\n{{run.frames}}",
+        "its last output:\n{run.output}",
+    ]
+    known = [fill_known(line, facts) for line in lines] if facts.get("event") != TROUBLE else []
+    return "\n".join(filter(None, [summary(facts), *known]))
 
 
 def look_further(facts: Facts) -> str:
@@ -5885,24 +5768,19 @@ def look_further(facts: Facts) -> str:
     return f"look further: python3 {program} --repo {repo} {facts.get('look', 'status')}"
 
 
-def _with(template: str, facts: Facts, name: str) -> str:
-    value = facts.get(name, "")
-    return template.replace("{}", value) if value else ""
+def speaks_for(template: Optional[str], facts: Facts) -> bool:
+    """True where a user's template speaks for an event: for stalls and failures, as in Aim, and for
+    everything where it names {event} or {message}. What it cannot mean is said in our words."""
+    event, named = facts.get("event"), _TEMPLATE_FIELD.findall(template or "")
+    if not template or template == AIM_DEFAULT_MESSAGE or event == TROUBLE:
+        return False
+    return event in (STALLED, FAILED) or "event" in named or "message" in named
 
 
 def message_for(template: Optional[str], facts: Facts) -> str:
-    """Return what one notifier says of one event.
-
-    A user's template speaks for stalls and failures, as in Aim, and for everything where it names
-    {event} or {message}; what it cannot mean is said in our words.
-    """
-    event = facts.get("event")
-    if not template or template == AIM_DEFAULT_MESSAGE or event == TROUBLE:
-        return default_message(facts)
-    named = set(_TEMPLATE_FIELD.findall(template))
-    if event in (STALLED, FAILED) or named & {"event", "message"}:
-        return fill_template(template, facts)
-    return default_message(facts)
+    """Return what one notifier says of one event."""
+    facts = {"message": f"{default_message(facts)}\n{look_further(facts)}", **facts}
+    return fill_template(str(template), facts) if speaks_for(template, facts) else facts["message"]
 
 
 #: So many events stand in full in a message about several, where there is room for that.
@@ -5914,34 +5792,38 @@ BATCH_LINE_CHARS, BATCH_NAME_CHARS = 160, 60
 
 
 def message_for_batch(template: Optional[str], batch: Sequence[Facts], limit: int = MAX_MESSAGE) -> str:
-    """Return one message about all events of `batch`, the worst first, in its first line what happened;
-    what had one cause is said once. As far as it depends on their number, of at most `limit` characters."""
+    """Return one message of at most `limit` characters about all events of `batch`, the worst first, in its
+    first line what happened; what had one cause is said once."""
     if len(batch) == 1:
-        return message_for(template, batch[0])
-    mine = template and template != AIM_DEFAULT_MESSAGE and len(batch) <= FULL_EVENTS
+        return shorten(message_for(template, batch[0]), limit)
+    shown = [_with_short_names(facts) for facts in sorted(batch, key=lambda facts: _kind_of(facts).rank)]
     causes: Dict[Any, List[Facts]] = {}
-    for facts in sorted(batch, key=lambda facts: _kind_of(facts).rank):
-        causes.setdefault(id(facts) if mine else _cause(facts), []).append(facts)
+    for facts in shown:
+        alone = len(batch) <= FULL_EVENTS and speaks_for(template, facts)
+        causes.setdefault(id(facts) if alone else _cause(facts), []).append(facts)
     groups = list(causes.values())
-    kinds = [group[0].get("event", "") for group in groups for _ in group]
+    kinds = [facts.get("event", "") for facts in shown]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-    head = [f"{plural(len(batch), 'event')}{_shared(batch)}: {counts}"] if len(groups) > 1 else []
+    lines = [f"{_counted(shown, 'events')}: {counts}"] if len(groups) > 1 else []
     last = shorten(look_further({"repo": batch[0].get("repo", "")}), limit // 4, "...")
     if len(groups) <= FULL_EVENTS:
-        whole = [
-            _about(group, limit)
-            if len(group) > 1
-            else re.sub("\nlook further: .*$", "", message_for(template, group[0]))
-            for group in groups
-        ]
-        text = "\n\n".join([*head, *whole, last])
+        text = "\n\n".join([*lines, *(_about(template, group, limit // 3) for group in groups), last])
         if len(text) <= limit:
             return text
-    named = groups[:BATCH_LINES]
-    more = len(batch) - sum(map(len, named))
-    room = limit - len("\n".join([*head, "and 1000000 more", last])) - 1
-    lines = [_batch_line(group, min(BATCH_LINE_CHARS, room // len(named) - 1)) for group in named]
-    return "\n".join([*head, *lines, *([f"and {more} more"] if more else []), last])
+    left = len(batch)
+    for group in groups[:BATCH_LINES]:
+        line = shorten(summary(_merged(group)), BATCH_LINE_CHARS, " ...")
+        line += f" ({_names(group, limit // 3)})" if "run.hash" in group[0] else ""
+        if len("\n".join([*lines, line, f"and {left} more", last])) > limit:
+            break
+        lines.append(line)
+        left -= len(group)
+    return "\n".join([*lines, *([f"and {left} more"] if left else []), last])
+
+
+def _with_short_names(facts: Facts) -> Facts:
+    names = [name for name in ("run.name", "run.experiment", "run.host") if name in facts]
+    return {**facts, **{name: shorten(on_one_line(facts[name]), BATCH_NAME_CHARS, "...") for name in names}}
 
 
 def _cause(facts: Facts) -> Any:
@@ -5952,69 +5834,43 @@ def _cause(facts: Facts) -> Any:
     return event, facts.get({FAILED: "run.reason", STALLED: "run.frames"}.get(event, ""), "")
 
 
-def _shared(batch: Sequence[Facts]) -> str:
-    """Return where all of a batch ran: ` in sweep on node7`."""
-    text = ""
-    for word, field in (("in", "run.experiment"), ("on", "run.host")):
-        values = {facts.get(field, "") for facts in batch}
-        if len(values) == 1 and "" not in values:
-            text += f" {word} {shorten(_on_one_line(values.pop()), BATCH_NAME_CHARS, '...')}"
-    return text
+def _common(group: Sequence[Facts]) -> Facts:
+    return {name: text for name, text in group[0].items() if all(item.get(name) == text for item in group)}
 
 
-def _group_line(group: Sequence[Facts]) -> str:
-    """Return the line about several events of one cause."""
-    facts = group[0]
-    event, silent = facts.get("event", ""), {item.get("run.silent", "") for item in group}
-    why = _on_one_line(facts.get("run.reason", "")) if event == FAILED else ""
-    if event == STALLED and len(silent) == 1:
-        why = f"silent for {silent.pop()}"
-    line = f"{_kind_of(facts).icon} {len(group)} runs {event}{_shared(group)}" + (f": {why}" if why else "")
-    return line.strip()
+def _counted(group: Sequence[Facts], noun: str) -> str:
+    """Return how many there are, and where all of them ran: `7 runs in sweep on node7`."""
+    return f"{len(group)} {fill_known(noun + '| in {run.experiment}| on {run.host}', _common(group))}"
+
+
+def _merged(group: Sequence[Facts]) -> Facts:
+    """Return what is known of all events of a group, under a name that counts them."""
+    return {**_common(group), "run.name": _counted(group, "runs")} if len(group) > 1 else group[0]
 
 
 def _names(group: Sequence[Facts], most: int) -> str:
-    """Return the names of the runs of a group, with where they ran unless that was one place."""
-    names: List[str] = []
-    apart = " on " not in _shared(group)
+    """Return which runs those of a group are, with where they ran unless that was one place, in about `most`
+    characters."""
+    names = []
     for facts in group[:BATCH_LINES]:
-        where = _with(" on {}", facts, "run.host") if apart else ""
-        run, where = facts["run.hash"], shorten(where, BATCH_NAME_CHARS, "...")
-        name = shorten(_on_one_line(facts.get("run.name") or run), BATCH_NAME_CHARS, "...")
-        names.append(f"{name} ({run[:8]}{where})" if name != run else run + where)
-        if sum(map(len, names)) + 2 * len(names) > most:
-            names.pop()
-            break
+        apart = len(group) == 1 or "run.host" not in _common(group)
+        run = facts["run.hash"][:8] + (f" on {facts['run.host']}" if apart and facts.get("run.host") else "")
+        name = facts.get("run.name") or facts["run.hash"]
+        names.append(f"{name} ({run})" if len(group) > 1 else run)
+    while len(", ".join(names)) > most:
+        names.pop()
     left = len(group) - len(names)
     return ", ".join(names) + (f" and {left} more" if left else "")
 
 
-def _about(group: Sequence[Facts], limit: int) -> str:
-    """Return all that there is to say of several events of one cause."""
-    lines = [shorten(_group_line(group), limit // 4, " ..."), _names(group, limit // 3)]
-    frames = {facts.get("run.frames", "") for facts in group}
-    if len(frames) == 1 and "" not in frames:
-        heading = "where they hang" if group[0].get("event") == STALLED else "where they failed"
-        lines.append(f"{heading}, innermost last:\n{frames.pop()}")
-    return "\n".join(lines)
-
-
-def _batch_line(group: Sequence[Facts], limit: int) -> str:
-    """Return the line about one event of several, or those of one cause: whatever the run is called, also
-    what happened."""
-    facts = group[0]
-    if len(group) > 1:
-        line = shorten(_group_line(group), limit // 2, " ...")
-        return f"{line} ({_names(group, limit - len(line) - 25)})"
-    if "run.hash" not in facts:
-        return shorten(_on_one_line(summary(facts)), limit, " ...")
-    name = shorten(_on_one_line(facts.get("run.name", "")), BATCH_NAME_CHARS, "...")
-    where = shorten(_on_one_line(_with(" on {}", facts, "run.host")), BATCH_NAME_CHARS, "...")
-    tail = f" ({facts['run.hash'][:8]}{where if len(where) < limit // 3 else ''})"
-    line = summary({**facts, "run.name": name})
-    if facts.get("event") == LOG:
-        line += f": {facts.get('run.messages', '').rpartition(chr(10))[2].strip()}"
-    return shorten(line, limit - len(tail), " ...") + tail
+def _about(template: Optional[str], group: Sequence[Facts], most: int) -> str:
+    """Return all that there is to say of the events of one cause, which runs they are in about `most`
+    characters."""
+    text = default_message(_merged(group))
+    if len(group) == 1:
+        return message_for(template, {**group[0], "message": text})
+    first, _, rest = text.partition("\n")
+    return "\n".join(filter(None, [first, _names(group, most), rest]))
 
 
 def plain_facts(facts: Facts) -> Facts:
@@ -6027,41 +5883,29 @@ def plain_facts(facts: Facts) -> Facts:
 
 #: A field of more lines than this is cut.
 MAX_FACT_LINES = 30
+#: What calls for somebody in one of the chats (`@all`, `<@&1>`, `<users/all>`), and what hides where a link
+#: leads to (`[name](url)`, `<url|name>`).
+_CALLS = re.compile(
+    r"(?<!\w)@(?=[\w\[&!])|@(?=everyone|here|channel|all)|<(?=users/|\w+:)|\](?=[(\[:])",
+)
 
 
 def clean_facts(facts: Facts) -> Facts:
-    """Return `facts` without control characters and of a bounded size, wherever it came from."""
+    """Return `facts` of a bounded size, without control characters, and with nothing that has a meaning in a
+    chat: a zero-width space parts it."""
     return {
-        name: "\n".join(printable(line, 1000) for line in value.split("\n")[:MAX_FACT_LINES])
+        name: "\n".join(
+            _CALLS.sub("\\g<0>\u200b", printable(line, 1000)) for line in value.split("\n")[:MAX_FACT_LINES]
+        )
         for name, value in facts.items()
     }
-
-
-def without_mentions(text: str) -> str:
-    """Return `text` in which nothing calls for somebody in any of the chats (`@all`, `<@&1>`,
-    `<users/all>`), and no link hides where it leads to (`[name](url)`, `<url|name>`): a zero-width space
-    parts it."""
-    return re.sub(
-        r"(?<!\w)@(?=[\w\[&!])|@(?=everyone|here|channel|all)|<(?=users/|\w+:)|\](?=[(\[:])",
-        lambda match: match.group() + "\u200b",
-        text,
-    )
 
 
 def shorten(text: str, limit: int = MAX_MESSAGE, mark: str = "\n...") -> str:
     """Return `text` cut to `limit` characters, never inside an escaped character."""
     if len(text) <= limit:
         return text
-    cut = text[: limit - len(mark)]
-    if "&" in cut[-6:] and ";" not in cut[cut.rindex("&") :]:
-        cut = cut[: cut.rindex("&")]
-    return cut + mark
-
-
-def slack_escape(text: str) -> str:
-    """Escape what Slack's format gives a meaning to (https://api.slack.com/reference/surfaces/
-    formatting#escaping), so that no value mentions a channel or makes a link."""
-    return without_mentions(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"&[a-z]*\Z", "", text[: limit - len(mark)]) + mark
 
 
 # ======================================================================================
@@ -6089,97 +5933,81 @@ class Outcome(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """An HTTP answer; header names in lower case, the body cut at MAX_ANSWER_BYTES."""
+    """An HTTP answer; its body is cut at MAX_ANSWER_BYTES."""
 
     status: int
-    headers: Dict[str, str]
     body: str
+    retry_after: str = ""
 
 
-class Attempt(NamedTuple):
-    """One try to deliver something."""
-
-    #: When it must be over.
-    deadline_mono: float
-    #: False once the watcher ends, and nothing may be started any more that outlives it.
-    goes_on: Callable[[], bool]
-
-    def left_s(self) -> float:
-        """Return how much time is left. Raises TimeoutError where none is."""
-        left_s = self.deadline_mono - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError("timed out")
-        return left_s
-
-
-def try_once(send: Callable[[Attempt], Outcome], goes_on: Callable[[], bool] = lambda: True) -> Outcome:
-    """Try once to deliver something, within ATTEMPT_S."""
-    attempt = Attempt(time.monotonic() + ATTEMPT_S, goes_on)
+def try_once(notifier: Notifier, send: Callable[[float], Outcome]) -> Outcome:
+    """Try once to send something by a deadline, and return what came of it, in one line without secrets."""
+    deadline_mono = time.monotonic() + ATTEMPT_S
     try:
-        outcome = send(attempt)
+        outcome = send(deadline_mono)
     except Exception as error:
         outcome = judge_error(error)
-    if outcome.kind == RETRY and time.monotonic() >= attempt.deadline_mono:
-        return Outcome(RETRY, f"no complete answer within {ATTEMPT_S:g} s")
-    return outcome
+    if outcome.kind == RETRY and time.monotonic() >= deadline_mono:
+        outcome = Outcome(RETRY, f"no complete answer within {ATTEMPT_S:g} s")
+    return outcome._replace(detail=printable(notifier.scrub(" ".join(outcome.detail.split())), 200))
 
 
-def bounded_socket(base: Any, attempt: Attempt) -> Any:
-    """Return a class of sockets none of which waits longer than the attempt may last.
-
-    A time-out bounds one operation, and a server that sends one byte a second never runs into it. So it
-    is set before each of them to what is left. An answer that does not end fills no memory.
-    """
-    received = 0
-
-    def within(name: str) -> Callable[..., Any]:
-        operation = getattr(base, name)
-
-        def call(link: Any, *args: Any, **options: Any) -> Any:
-            nonlocal received
-            link.settimeout(attempt.left_s())
-            result = operation(link, *args, **options)
-            received += result if name == "recv_into" else 0
-            if received > MAX_RECEIVED_BYTES:
-                raise OSError(errno.EMSGSIZE, f"the answer is longer than {MAX_RECEIVED_BYTES} bytes")
-            return result
-
-        return call
-
-    names = [name for name in _SOCKET_OPERATIONS if hasattr(base, name)]
-    return type(base.__name__, (base,), {name: within(name) for name in names})
+def left_s(deadline_mono: float) -> float:
+    """Return how much time is left. Raises TimeoutError where none is."""
+    seconds = deadline_mono - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError("timed out")
+    return seconds
 
 
 #: No server says more than this in one attempt.
 MAX_RECEIVED_BYTES = 1 << 20
-#: What http.client, smtplib and ssl do with a socket that may have to wait.
-_SOCKET_OPERATIONS = ("connect", "do_handshake", "recv_into", "send", "sendall")
 
 
-def dial(host: str, port: int, attempt: Attempt) -> Any:
+def bounded_socket(base: Any, deadline_mono: float) -> Any:
+    """Return a class of sockets that receive nothing after a deadline, and not without end.
+
+    A time-out bounds one operation, and a server that sends one byte a second never runs into it. So it
+    is set before each to what is left.
+    """
+
+    class Bounded(base):  # type: ignore[misc]
+        received = 0
+
+        def recv_into(self, *args: Any, **options: Any) -> Any:
+            self.settimeout(left_s(deadline_mono))
+            count = super().recv_into(*args, **options)
+            self.received += count
+            if self.received > MAX_RECEIVED_BYTES:
+                raise OSError(errno.EMSGSIZE, f"the answer is longer than {MAX_RECEIVED_BYTES} bytes")
+            return count
+
+    return Bounded
+
+
+def dial(host: str, port: int, deadline_mono: float) -> Any:
     """Return a connected socket that ends with the attempt. Raises OSError."""
     import socket
 
-    failed = OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
-    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
-        link = bounded_socket(socket.socket, attempt)(family, kind, protocol)
-        try:
-            link.connect(address)
-            return link
-        except OSError as error:
-            link.close()
-            failed = error
-    # Which of several servers it was is what people ask first.
-    raise type(failed)(failed.errno, f"{host}:{port}: {failed.strerror or failed}")
+    try:
+        link = socket.create_connection((host, port), left_s(deadline_mono))
+    except OSError as error:
+        # Which of several servers it was is what people ask first.
+        raise type(error)(error.errno, f"{host}:{port}: {error.strerror or error}") from None
+    with link:
+        seconds = left_s(deadline_mono)  # where the name server took all of it, nothing is sent
+        bounded = bounded_socket(socket.socket, deadline_mono)(fileno=link.detach())
+    bounded.settimeout(seconds)
+    return bounded
 
 
-def tls_context(attempt: Attempt) -> Any:
+def tls_context(deadline_mono: float) -> Any:
     """Return a TLS context that trusts the system's certificates, or those of the usual variables."""
     import ssl
 
     bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
     context = ssl.create_default_context(cafile=bundle or None)
-    context.sslsocket_class = bounded_socket(ssl.SSLSocket, attempt)
+    context.sslsocket_class = bounded_socket(ssl.SSLSocket, deadline_mono)
     return context
 
 
@@ -6193,12 +6021,11 @@ def judge_error(error: BaseException) -> Outcome:
         error = reason
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     heals = isinstance(error, (OSError, http.client.HTTPException, MemoryError))
-    heals = heals or "can't start new thread" in text  # a machine out of processes will have some again
-    return Outcome(RETRY if heals else REFUSED, printable(f"{type(error).__name__}: {text}", 200))
+    return Outcome(RETRY if heals else REFUSED, f"{type(error).__name__}: {text}")
 
 
 def http_request(
-    url: str, attempt: Attempt, payload: Any = None, headers: Optional[Dict[str, str]] = None
+    url: str, deadline_mono: float, payload: Any = None, headers: Optional[Dict[str, str]] = None
 ) -> Answer:
     """GET `url`, or POST `payload` to it as JSON, and return the answer, whatever its status.
 
@@ -6207,25 +6034,25 @@ def http_request(
     import http.client
     import urllib.request
 
-    def within(factory: Any) -> Callable[..., Any]:
-        def make(host: str, **options: Any) -> Any:
-            connection = factory(host, **options)
-            connection._create_connection = lambda address, *_: dial(address[0], address[1], attempt)
-            return connection
+    class Handler(urllib.request.HTTPHandler):
+        https_request = urllib.request.HTTPHandler.http_request
 
-        return make
-
-    class Plain(urllib.request.HTTPHandler):
         def http_open(self, request: Any) -> Any:
-            return self.do_open(within(http.client.HTTPConnection), request)
-
-    class Secure(urllib.request.HTTPSHandler):
-        def __init__(self) -> None:
-            # Its own would read all certificates of the system, for every post, even over http.
-            urllib.request.AbstractHTTPHandler.__init__(self)
+            return self.do_open(self.bounded(http.client.HTTPConnection), request)
 
         def https_open(self, request: Any) -> Any:
-            return self.do_open(within(http.client.HTTPSConnection), request, context=tls_context(attempt))
+            context = tls_context(deadline_mono)
+            return self.do_open(self.bounded(http.client.HTTPSConnection), request, context=context)
+
+        def bounded(self, factory: Any) -> Any:
+            def make(host: str, **options: Any) -> Any:
+                connection = factory(host, **options)
+                connection._create_connection = lambda address, *_: dial(
+                    address[0], address[1], deadline_mono
+                )
+                return connection
+
+            return make
 
     data = None if payload is None else json.dumps(payload).encode()
     request = urllib.request.Request(url, data, method="GET" if data is None else "POST")
@@ -6236,115 +6063,73 @@ def http_request(
         request.add_unredirected_header(name, value)
     # Without urllib's handlers of errors and redirects, every answer is only an answer.
     opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.ProxyHandler(), Plain(), Secure(), urllib.request.UnknownHandler()):
+    for handler in (urllib.request.ProxyHandler(), Handler(), urllib.request.UnknownHandler()):
         opener.add_handler(handler)
     with opener.open(request, timeout=ATTEMPT_S) as response:
         body = response.read(MAX_ANSWER_BYTES).decode("utf-8", "replace")
-        found = {name.lower(): value for name, value in response.headers.items()}
-        return Answer(response.status, found, body)
+        return Answer(response.status, body, response.headers.get("Retry-After", ""))
 
 
-def retry_after_s(value: str, now_s: float) -> float:
-    """Return the wait that a Retry-After header asks for, in seconds or as a date (RFC 9110
-    10.2.3), at most MAX_RETRY_AFTER_S; 0 where it cannot be read."""
-    import email.utils
-
-    try:
-        if value.strip().isdigit():
-            wait_s = float(value)
-        else:
-            wait_s = email.utils.parsedate_to_datetime(value).timestamp() - now_s
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return 0.0
-    return min(max(wait_s, 0.0), MAX_RETRY_AFTER_S)
+#: Not by its type: small servers call everything they answer HTML.
+_PAGE = re.compile(r"\s*(<\?xml[^>]*>\s*)?<(!doctype|html|head|body|title)\b", re.IGNORECASE)
 
 
-def judge_status(answer: Answer, now_s: float) -> Optional[Outcome]:
-    """Judge an HTTP status that means the same everywhere; None for a success."""
-    said = printable(" ".join(answer.body.split()), 120)
-    text = f"HTTP {answer.status}" + (f": {said}" if said else "")
-    if answer.status in (429, 503):
-        return Outcome(RETRY, text, retry_after_s(answer.headers.get("retry-after", ""), now_s))
-    if 300 <= answer.status < 400:
-        return Outcome(BROKEN, f"HTTP {answer.status}: redirected; give the final URL")
-    if answer.status in (401, 403, 404, 410):
+def judge_answer(kind: str, answer: Answer) -> Outcome:
+    """Judge an HTTP answer to a notifier of some type, by its status and by what such a server says when it
+    has taken a message (https://developers.facebook.com/docs/graph-api/guides/error-handling)."""
+    status, said, found = answer.status, answer.body.strip(), json_object(answer.body)
+    text = f"HTTP {status}" + (f": {said}" if said else "")
+    if kind == "slack":  # servers that speak its format may answer with JSON
+        good = found is not None and not found.get("error") and False not in map(found.get, ("ok", "success"))
+        taken = status == 200 and (said == "ok" or good)
+    elif kind == "workplace":
+        taken = status == 200 and bool((found or {}).get("id"))
+    else:
+        taken = 200 <= status < 300 and not _PAGE.match(said)
+    if taken:
+        return Outcome(SENT, text)
+    if status in (429, 503):
+        asked = re.fullmatch("[0-9]{1,9}", answer.retry_after.strip())
+        return Outcome(RETRY, text, min(float(asked[0]), MAX_RETRY_AFTER_S) if asked else 0.0)
+    error = (found or {}).get("error") if kind == "workplace" and status < 500 else None
+    if isinstance(error, dict):
+        return Outcome(RETRY if error.get("code") in (1, 2, 4) else BROKEN, text)
+    if 300 <= status < 400:
+        return Outcome(BROKEN, f"HTTP {status}: redirected; give the final URL")
+    if status in (401, 403, 404, 410) or "invalid_token" in said:
         return Outcome(BROKEN, text)
-    if answer.status in (400, 413, 422):
+    if status in (400, 413, 422):
         return Outcome(REFUSED, text)
-    return None if 200 <= answer.status < 300 else Outcome(RETRY, text)
+    if status < 300:
+        text = f"HTTP {status} without what a {kind} server says (a proxy's or a portal's page?): {said}"
+    return Outcome(RETRY, text)
 
 
-def judge_slack(answer: Answer, now_s: float) -> Outcome:
-    """Judge the answer of a Slack webhook, or of a server that speaks its format."""
-    if "invalid_token" in answer.body:
-        return Outcome(BROKEN, f"HTTP {answer.status}: invalid_token")
-    wrong = judge_status(answer, now_s)
-    if wrong is not None:
-        return wrong
-    if answer.status == 200:
-        if answer.body.strip() == "ok":
-            return Outcome(SENT, "HTTP 200: ok")
-        found = json_object(answer.body)
-        refused = found is None or found.get("error") or False in (found.get("ok"), found.get("success"))
-        if not refused:
-            return Outcome(SENT, "HTTP 200 with a JSON object")
-    said = printable(" ".join(answer.body.split()), 80)
-    return Outcome(RETRY, f"HTTP {answer.status} without 'ok' (a proxy's or a portal's page?): {said}")
-
-
-def judge_workplace(answer: Answer, now_s: float) -> Outcome:
-    """Judge the answer of the Graph API, whose error codes say more than the status
-    (https://developers.facebook.com/docs/graph-api/guides/error-handling)."""
-    found = json_object(answer.body) or {}
-    if answer.status == 200 and found.get("id"):
-        return Outcome(SENT, "HTTP 200 with an id")
-    error = found.get("error")
-    if isinstance(error, dict) and answer.status != 429 and answer.status < 500:
-        said = printable(str(error.get("message", "")), 120)
-        kind = RETRY if error.get("code") in (1, 2, 4) else BROKEN
-        return Outcome(kind, f"Graph error {error.get('code')}: {said}")
-    wrong = judge_status(answer, now_s)
-    return wrong or Outcome(RETRY, f"HTTP {answer.status} without an id")
-
-
-def judge_webhook(answer: Answer, now_s: float) -> Outcome:
-    """Judge the answer of any server: every 2xx is a success, unless it is a page for people."""
-    wrong = judge_status(answer, now_s)
-    if wrong is not None:
-        return wrong
-    # Not by its type alone: small servers call everything they answer HTML.
-    if re.match(r"\s*(<\?xml[^>]*>\s*)?<(!doctype|html|head|body|title)\b", answer.body, re.IGNORECASE):
-        said = printable(" ".join(answer.body.split()), 80)
-        return Outcome(RETRY, f"HTTP {answer.status} with a page (a proxy's or a portal's?): {said}")
-    return Outcome(SENT, f"HTTP {answer.status}")
-
-
-def send_slack(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> Outcome:
+def send_slack(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float) -> Outcome:
     """Post one message to a Slack webhook (https://api.slack.com/messaging/webhooks)."""
     safe = [{name: slack_escape(value) for name, value in facts.items()} for facts in batch]
     for facts in safe:
         for field in ("run.frames", "run.output"):
             if field in facts:
                 facts[field] = "```\n{}\n```".format(facts[field].replace("```", "` ` `"))
-    text = shorten(message_for_batch(notifier.arguments.get("message"), safe), MAX_MESSAGE - 4)
+    text = message_for_batch(notifier.arguments.get("message"), safe, MAX_MESSAGE - 4)
     text += "\n```" * (text.count("```") % 2)  # it was cut in the middle of a block
-    answer = http_request(notifier.arguments["url"], attempt, {"text": text})
-    return judge_slack(answer._replace(body=notifier.scrub(answer.body)), time.time())
+    return judge_answer("slack", http_request(notifier.arguments["url"], deadline_mono, {"text": text}))
 
 
-def send_workplace(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> Outcome:
+def slack_escape(text: str) -> str:
+    """Escape what Slack's format gives a meaning to (https://api.slack.com/reference/surfaces/
+    formatting#escaping), so that no value mentions a channel or makes a link."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def send_workplace(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float) -> Outcome:
     """Post one message to a Workplace group's feed."""
     arguments = notifier.arguments
-    base = (arguments.get("base_url") or WORKPLACE_URL).rstrip("/")
+    url = f"{(arguments.get('base_url') or WORKPLACE_URL).rstrip('/')}/{arguments['group_id']}/feed"
     headers = {"Authorization": f"Bearer {arguments['access_token']}"}
-    text = shorten(message_for_batch(arguments.get("message"), _unmentioned(batch)))
-    url = f"{base}/{arguments['group_id']}/feed"
-    answer = http_request(url, attempt, {"message": text}, headers)
-    return judge_workplace(answer._replace(body=notifier.scrub(answer.body)), time.time())
-
-
-def _unmentioned(batch: Sequence[Facts]) -> List[Facts]:
-    return [{name: without_mentions(value) for name, value in facts.items()} for facts in batch]
+    text = message_for_batch(arguments.get("message"), batch)
+    return judge_answer("workplace", http_request(url, deadline_mono, {"message": text}, headers))
 
 
 #: Counted up when a field of the JSON document changes its meaning; new ones may come at any time.
@@ -6364,7 +6149,7 @@ def document(template: Optional[str], batch: Sequence[Facts]) -> Dict[str, Any]:
     return {
         "version": DOCUMENT_VERSION,
         "source": "aimwatch",
-        "text": shorten(message_for_batch(template, _unmentioned(batch))),
+        "text": message_for_batch(template, batch),
         "events": events,
         "events_left_out": len(batch) - len(events),
     }
@@ -6383,154 +6168,116 @@ def fill_body(body: Any, facts: Facts) -> Any:
     return shorten(fill_template(body, facts), MAX_BODY_MESSAGE) if isinstance(body, str) else body
 
 
-def send_webhook(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> Outcome:
+def send_webhook(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float) -> Outcome:
     """Post the document, or the body that the user wrote, to any URL."""
     arguments = notifier.arguments
-    template = arguments.get("message")
-    payload: Any = document(template, batch)
     if arguments.get("body"):
         # In a chat's own format, {message} is the text about the whole batch.
-        safe = _unmentioned(batch)
-        facts: Facts = {**safe[0], "message": message_for_batch(template, safe, MAX_BODY_MESSAGE)}
-        payload = fill_body(arguments["body"], facts)
-    answer = http_request(arguments["url"], attempt, payload, arguments.get("headers"))
-    return judge_webhook(answer._replace(body=notifier.scrub(answer.body)), time.time())
+        text = message_for_batch(arguments.get("message"), batch, MAX_BODY_MESSAGE)
+        payload = fill_body(arguments["body"], {**batch[0], "message": text})
+    else:
+        payload = document(arguments.get("message"), batch)
+    answer = http_request(arguments["url"], deadline_mono, payload, arguments.get("headers"))
+    return judge_answer("webhook", answer)
 
 
-#: The programs that run just now, by their process group, and an event for each that is being started,
-#: which may take long where the program lies on a share.
+#: The process groups of the programs that run just now.
 _programs: Set[int] = set()
-_starting: List[threading.Event] = []
 
 
-def send_command(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> Outcome:
+def send_command(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float) -> Outcome:
     """Run a program, without a shell, with the document on its standard input."""
     import subprocess
     import tempfile
 
     argv = notifier.arguments["command"]
-    data = json.dumps(document(notifier.arguments.get("message"), batch)).encode() + b"\n"
     secret = ("AIMWATCH_PING_URL", "NOTIFY_SOCKET")
     environ = {name: value for name, value in os.environ.items() if name not in secret}
     # Files and no pipes: the program need not read, and what it leaves behind may hold both open.
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stderr:
-        stdin.write(data)
+        stdin.write(json.dumps(document(notifier.arguments.get("message"), batch)).encode() + b"\n")
         stdin.seek(0)
-        started = threading.Event()
-        _starting.append(started)
+        files: Dict[str, Any] = {"stdin": stdin, "stdout": subprocess.DEVNULL, "stderr": stderr}
         try:
-            if not attempt.goes_on():
-                return Outcome(RETRY, "not started: the watcher ends")
             # A session of its own, so that what it starts is ended with it.
-            process = subprocess.Popen(
-                argv,
-                stdin=stdin,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                start_new_session=True,
-                env=environ,
-            )
-            _programs.add(process.pid)
+            process = subprocess.Popen(argv, env=environ, start_new_session=True, **files)
         except OSError as error:
             # A machine that is out of processes or memory will have some again.
             kind = RETRY if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.ETXTBSY) else BROKEN
             return Outcome(kind, f"{argv[0]}: {error.strerror}")
-        finally:
-            _starting.remove(started)
-            started.set()
+        _programs.add(process.pid)
         try:
-            status = process.wait(attempt.left_s())
-        except (TimeoutError, subprocess.TimeoutExpired):
+            status = process.wait(max(0.0, deadline_mono - time.monotonic()))
+        except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(1.0)  # in a system call that hangs, it ends only later
-            raise TimeoutError("timed out") from None
+            process.wait()
+            return Outcome(RETRY, "timed out")
         finally:
             _programs.discard(process.pid)
         if status == 0:
             return Outcome(SENT, f"{argv[0]} exited with status 0")
         how = f"exited with status {status}" if status > 0 else f"was killed by signal {-status}"
         stderr.seek(0)
-        said = printable(" ".join(stderr.read(1000).decode("utf-8", "replace").split()), 120)
+        said = stderr.read(1000).decode("utf-8", "replace").strip()
         return Outcome(RETRY, f"{argv[0]} {how}" + (f": {said}" if said else ""))
 
 
 def end_programs() -> None:
     """Kill the programs that run, when the watcher ends: nobody would do it after their time."""
-    deadline = time.monotonic() + 1.0
-    for started in list(_starting):  # any that is not in the list yet will find that the watcher ends
-        started.wait(max(0.0, deadline - time.monotonic()))
     for group in list(_programs):
         with contextlib.suppress(OSError):
             os.killpg(group, signal.SIGKILL)
 
 
+MAX_MAIL = 50_000
+
+
 def mail_text(notifier: Notifier, batch: Sequence[Facts], to: Sequence[str]) -> str:
     """Return the mail about a batch of events (RFC 5322).
 
-    It is put together here, in ASCII: `email` would decode what looks like an encoded word in a text, and
-    so undo what `printable` did, up to forged headers (CVE-2024-6923).
+    Of the classes of `email`, these take a text as it is. The newer ones decode what looks like an encoded
+    word in it, and so undo what `printable` did, up to forged headers (CVE-2024-6923).
     """
-    import binascii
     import email.utils
+    from email.header import Header
+    from email.mime.text import MIMEText
 
-    arguments = notifier.arguments
-    text = message_for_batch(arguments.get("message"), batch)
-    domain = re.sub(r"[^A-Za-z0-9.-]", "-", this_host())
-    headers = (
-        f"Subject: {encoded_words(printable(text.partition(chr(10))[0], 150))}",
-        f"From: {arguments['sender']}",
-        f"To: {', '.join(to)}",
-        f"Date: {email.utils.formatdate(localtime=True)}",
-        f"Message-ID: {email.utils.make_msgid(domain=domain)}",
-        # Says that a program wrote this, so that no absence notice answers (RFC 3834).
-        "Auto-Submitted: auto-generated",
-        "MIME-Version: 1.0",
-        'Content-Type: text/plain; charset="utf-8"',
-        "Content-Transfer-Encoding: quoted-printable",  # not every relay takes 8 bits
-    )
     # A template may hold half a character.
-    body = binascii.b2a_qp(text.encode("utf-8", "replace"), istext=True).decode("ascii")
-    return "\n".join((*headers, "", body, ""))
-
-
-def encoded_words(text: str) -> str:
-    """Return text as the value of a mail header: as encoded words (RFC 2047) of at most 75 characters,
-    unless it is short and nothing in it could be taken for one."""
-    if re.fullmatch("[ -~]{0,60}", text) and "=?" not in text:
-        return text
-    import email.header
-
-    safe = text.encode("utf-8", "replace").decode()
-    return email.header.Header(safe, "utf-8", 75, "Subject").encode()
-
-
-def address_literal(address: str) -> str:
-    """Return an IP address as a mail server knows a host by that has no name (RFC 5321 4.1.3)."""
-    return f"[IPv6:{address.partition('%')[0]}]" if ":" in address else f"[{address}]"
+    text = message_for_batch(notifier.arguments.get("message"), batch, MAX_MAIL)
+    text = text.encode("utf-8", "replace").decode()
+    mail = MIMEText(text, "plain", "utf-8")
+    headers: Dict[str, Any] = {
+        "Subject": Header(printable(text.partition("\n")[0], 150), "utf-8", header_name="Subject"),
+        "From": notifier.arguments["sender"],
+        "To": ", ".join(to),
+        "Date": email.utils.formatdate(localtime=True),
+        "Message-ID": email.utils.make_msgid(domain=re.sub(r"[^A-Za-z0-9.-]", "-", this_host())),
+        # Says that a program wrote this, so that no absence notice answers (RFC 3834).
+        "Auto-Submitted": "auto-generated",
+    }
+    for name, value in headers.items():
+        mail[name] = value
+    return mail.as_string(maxheaderlen=76)
 
 
 def judge_mail(error: BaseException) -> Outcome:
     """Judge what a mail server refused: 4xx is tried again, 5xx is not (RFC 5321 4.2.1)."""
     import smtplib
 
-    codes = [getattr(error, "smtp_code", 0)]
-    if isinstance(error, smtplib.SMTPRecipientsRefused):
-        codes = [code for code, _ in error.recipients.values()]
-    text = printable(f"{type(error).__name__}: {error}", 200)
-    if isinstance(error, smtplib.SMTPNotSupportedError):
-        return Outcome(BROKEN, text)
-    if not all(500 <= code < 600 for code in codes):
-        return judge_error(error)
-    return Outcome(REFUSED if isinstance(error, smtplib.SMTPDataError) else BROKEN, text)
+    codes = [code for code, _ in getattr(error, "recipients", {}).values()]
+    codes = codes or [getattr(error, "smtp_code", 0)]
+    if isinstance(error, smtplib.SMTPNotSupportedError) or all(500 <= code < 600 for code in codes):
+        kind = REFUSED if isinstance(error, smtplib.SMTPDataError) else BROKEN
+        return Outcome(kind, f"{type(error).__name__}: {error}")
+    return judge_error(error)
 
 
-def send_email(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> Outcome:
+def send_email(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float) -> Outcome:
     """Hand one mail to a relay (RFC 6409)."""
     import smtplib
 
     arguments = notifier.arguments
-    security = arguments.get("security") or "starttls"
+    host, security = arguments["host"], arguments.get("security") or "starttls"
     to = recipients(notifier, batch[0])
     if not to:
         return Outcome(SENT, "no address is left for it, since its user is unknown")
@@ -6538,17 +6285,17 @@ def send_email(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> 
 
     class Server(smtplib.SMTP):
         def _get_socket(self, host: str, port: int, timeout: float) -> Any:
-            link = dial(host, port, attempt)
-            return tls_context(attempt).wrap_socket(link, server_hostname=host) if security == "tls" else link
+            link = dial(host, port, deadline_mono)
+            if security == "tls":
+                link = tls_context(deadline_mono).wrap_socket(link, server_hostname=host)
+            return link
 
+    # Without a name of ours, it would ask the name server for one, which an air-gapped host lacks.
+    ours = this_host() if "." in this_host() else "[127.0.0.1]"
     try:
-        port = arguments.get("port") or MAIL_PORTS[security]
-        with contextlib.closing(Server(arguments["host"], port, "localhost")) as server:
-            # Without a name of ours, it would ask the name server for one, which an air-gapped host lacks.
-            ours = this_host()
-            server.local_hostname = ours if "." in ours else address_literal(server.sock.getsockname()[0])  # type: ignore[union-attr]
+        with contextlib.closing(Server(host, arguments.get("port") or MAIL_PORTS[security], ours)) as server:
             if security == "starttls":
-                server.starttls(context=tls_context(attempt))
+                server.starttls(context=tls_context(deadline_mono))
             if arguments.get("user"):
                 server.login(arguments["user"], arguments.get("password") or "")
             refused = server.sendmail(arguments["sender"], to, text)
@@ -6559,24 +6306,23 @@ def send_email(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> 
         return judge_mail(error)
     if refused:
         # Sent again, it would reach the others twice.
-        text = printable(f"accepted, except for {', '.join(refused)}", 200)
-        log.warning("notifier %s %s: the mail was %s", notifier.type, notifier.shown_as, text)
-        return Outcome(SENT, text)
-    return Outcome(SENT, f"accepted by {arguments['host']}")
+        except_for = printable(f"accepted, except for {', '.join(refused)}", 200)
+        log.warning("notifier email %s: the mail was %s", notifier.shown_as, except_for)
+        return Outcome(SENT, except_for)
+    return Outcome(SENT, f"accepted by {host}")
 
 
-def send_logger(notifier: Notifier, batch: Sequence[Facts], attempt: Attempt) -> Outcome:
+def send_logger(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float) -> Outcome:
     """Write every event to the log that the watcher writes."""
     for facts in batch:
         bad = facts.get("event") in (STALLED, FAILED, TROUBLE)
-        text = message_for(notifier.arguments.get("message"), facts)
-        text = "\n  ".join(printable(line, 1000) for line in text.split("\n"))
+        text = message_for(notifier.arguments.get("message"), facts).replace("\n", "\n  ")
         log.log(logging.WARNING if bad else logging.INFO, "%s", text)
     return Outcome(SENT, "written to the log")
 
 
 #: How each type delivers. A test of the command line checks that every type has fields and a way.
-TRANSPORTS: Dict[str, Callable[[Notifier, Sequence[Facts], Attempt], Outcome]] = {
+TRANSPORTS: Dict[str, Callable[[Notifier, Sequence[Facts], float], Outcome]] = {
     "slack": send_slack,
     "workplace": send_workplace,
     "logger": send_logger,
@@ -6586,22 +6332,13 @@ TRANSPORTS: Dict[str, Callable[[Notifier, Sequence[Facts], Attempt], Outcome]] =
 }
 
 
-def deliver(
-    notifier: Notifier,
-    batch: Sequence[Facts],
-    plain: bool = False,
-    goes_on: Callable[[], bool] = lambda: True,
-) -> Outcome:
-    """Try once to send `batch` to `notifier`; no secret stands in what is returned. With `plain`, in our
-    words and as few as possible."""
-    send = TRANSPORTS[notifier.type]
+def deliver(notifier: Notifier, batch: Sequence[Facts], plain: bool = False) -> Outcome:
+    """Try once to send `batch` to `notifier`. With `plain`, in our words and as few as possible."""
     if plain:
-        kept = {name: value for name, value in notifier.arguments.items() if name != "message"}
-        notifier = notifier._replace(arguments=kept)
+        notifier = notifier._replace(arguments={**notifier.arguments, "message": ""})
         batch = [plain_facts(facts) for facts in batch]
     safe = [clean_facts(facts) for facts in batch]
-    outcome = try_once(lambda attempt: send(notifier, safe, attempt), goes_on=goes_on)
-    return outcome._replace(detail=notifier.scrub(outcome.detail))
+    return try_once(notifier, lambda deadline_mono: TRANSPORTS[notifier.type](notifier, safe, deadline_mono))
 
 
 def back_off_s(failures: int, random: float) -> float:
@@ -6915,11 +6652,11 @@ class NotifierThread(threading.Thread):
     def _deliver(self, notifier: Notifier, batch: List[Event], name: str) -> Outcome:
         """Send one message; once more in plain words where the other side does not take it."""
         facts = [{**event.facts, "id": event.id} for event in batch]
-        outcome = deliver(notifier, facts, goes_on=lambda: not self._stopping)
+        outcome = deliver(notifier, facts)
         if outcome.kind == REFUSED and not self._stopping:
             log.warning("notifier %s: %s; trying again in plain words", name, outcome.detail)
             self._rest(MIN_POST_GAP_S)
-            outcome = deliver(notifier, facts, plain=True, goes_on=lambda: not self._stopping)
+            outcome = deliver(notifier, facts, plain=True)
             if outcome.kind == REFUSED:
                 return outcome._replace(kind=BROKEN)
         return outcome
@@ -8695,12 +8432,12 @@ class Pinger(threading.Thread):
     def ping(self) -> bool:
         """GET the URL once; say so in the log when that begins to fail, and when it works again."""
         url = self._notifier.arguments["url"]
-        outcome = try_once(lambda attempt: judge_webhook(http_request(url, attempt), time.time()))
+        outcome = try_once(self._notifier, lambda until: judge_answer("webhook", http_request(url, until)))
         failing = outcome.kind != SENT
         if failing != self._failing:
             self._failing = failing
-            text = self._notifier.scrub(outcome.detail)
-            log.warning("the ping URL %s: %s", "cannot be reached" if failing else "is reached again", text)
+            state = "cannot be reached" if failing else "is reached again"
+            log.warning("the ping URL %s: %s", state, outcome.detail)
         return not failing
 
 
@@ -11313,9 +11050,10 @@ def _add_notifier(kind: str, args: Any) -> int:
     _warn_about(kind, arguments)
     if not args.yes and not _confirm("Save notifier configuration above?", True):
         raise AimwatchError("aborted: nothing was saved")
-    with config.edit() as raw:
+    for raw in config.edit():
         entries = raw["notifications"]["notifiers"]
-        for entry in filter(lambda entry: isinstance(entry, dict), entries.values()):
+        others = [entries[other_id] for other_id in entries if other_id != notifier["id"]]
+        for entry in filter(lambda entry: isinstance(entry, dict), others):
             if notifier.get("name") and entry.get("name") == notifier["name"]:
                 raise ConfigError(f"there is a notifier called {notifier['name']}: give another --name")
             if all(entry.get(key) == notifier.get(key) for key in ("type", "arguments", "events", "where")):
@@ -11363,11 +11101,12 @@ def _said(field: Field, args: Any) -> Optional[str]:
 
 
 def _checked(field: Field, said: Optional[str]) -> Any:
-    if said:
-        return field.check(said)
-    if field.required:
+    if not said and field.required:
         raise ConfigError("this is needed")
-    return None
+    value = field.check(said) if said else None
+    if field.name in ("message", "body"):
+        check_template(value)
+    return value
 
 
 def _show(notifier: Dict[str, Any]) -> None:
@@ -11410,8 +11149,8 @@ def cmd_notifiers_remove(args: Any) -> int:
         _show({**notifier._asdict()})
         if not _confirm("Remove notifier configuration above?", False):
             raise AimwatchError("aborted: nothing was removed")
-    with config.edit() as raw:
-        raw["notifications"]["notifiers"].pop(config.find(notifier_id, raw))
+    for raw in config.edit():
+        raw["notifications"]["notifiers"].pop(notifier_id, None)
     print(f"removed notifier {printable(notifier_id)}")
     return 0
 
@@ -11430,7 +11169,7 @@ def cmd_notifiers_disable(args: Any) -> int:
 
 def _switch_notifier(args: Any, status: str, events: Optional[Sequence[str]] = None) -> int:
     config = NotifierConfig(find_repo(args.repo))
-    with config.edit() as raw:
+    for raw in config.edit():
         notifier_id = config.find(args.name, raw)
         entry = raw["notifications"]["notifiers"][notifier_id]
         if not isinstance(entry, dict):
@@ -11541,7 +11280,7 @@ def cmd_get_log_level(args: Any) -> int:
 @command("notifiers set-log-level", f"LEVEL  {', '.join(LOG_LEVELS)}")
 def cmd_set_log_level(args: Any) -> int:
     """Set from which level on people hear of log messages of runs."""
-    with NotifierConfig(find_repo(args.repo)).edit() as raw:
+    for raw in NotifierConfig(find_repo(args.repo)).edit():
         raw["notifications"]["log_level"] = args.level
     return 0
 
@@ -11592,8 +11331,7 @@ def _send_sample(paths: RepoPaths, item: Notifier) -> bool:
     }
     delivered = _deliver_now(item, sample, sys.stdout)
     if delivered and item.id in _outbox_state(paths).broken():
-        with NotifierConfig(paths).edit():
-            pass  # a running watcher sees that the file is new, and tries again at once
+        freshen(paths.config)  # a running watcher sees that the file is new, and tries again at once
     return delivered
 
 
@@ -12045,7 +11783,7 @@ def report_lines(paths: RepoPaths, rows: Sequence[Dict[str, Any]], over_s: float
     for state, by_reason in groups.items():
         lines += ["", state]
         for reason, found in by_reason.items():
-            lines += [f"  {printable(_on_one_line(reason), 200)}"] if reason else []
+            lines += [f"  {printable(on_one_line(reason), 200)}"] if reason else []
             for row in found[:MAX_REPORTED]:
                 where = f"on {row['host']}," if row["host"] else ""
                 about = filter(None, (short[row["hash"]], row["name"], where))
@@ -12240,7 +11978,7 @@ def _demo_run(paths: RepoPaths, processes: contextlib.ExitStack) -> None:
     notifier: Dict[str, Any] = {"id": "demo", "type": "logger", "status": "enabled"}
     notifier["events"] = [STALLED, FAILED, RECOVERED, STARTED, FINISHED]
     notifier["arguments"] = {"message": "{message}"}
-    with NotifierConfig(paths).edit() as raw:
+    for raw in NotifierConfig(paths).edit():
         raw["notifications"]["notifiers"]["demo"] = notifier
     print(
         f"Starting a watcher (grace {human_s(DEMO_GRACE_S)}) and {len(DEMO_FATES)} training "

@@ -304,7 +304,7 @@ class Case(unittest.TestCase):
 
     def configure(self, **notifiers: Dict[str, Any]) -> None:
         """Write config.json: id=dict(type=..., arguments={...}, events=[...])."""
-        with aimwatch.NotifierConfig(self.paths).edit() as raw:
+        for raw in aimwatch.NotifierConfig(self.paths).edit():
             for notifier_id, entry in notifiers.items():
                 raw["notifications"]["notifiers"][notifier_id] = {
                     "id": notifier_id, "status": "enabled", "arguments": {}, **entry,
@@ -1931,7 +1931,7 @@ class Loops(HandDriven):
         self.assertEqual(self.shown(run), "25 %, about 6 h left")
         self.assertIn("25 %, about 6 h left", self.run_cli("status")[1])
         facts = {**aimwatch.run_facts(self.paths, "r"), "event": "stalled"}
-        self.assertIn("progress: 25 %, about 6 h left", aimwatch.default_message(facts))
+        self.assertIn("progress: 25 %, about 6 h left", aimwatch.message_for(None, facts))
 
     def series(self, run: Any) -> Dict[str, Any]:
         return {
@@ -6250,7 +6250,7 @@ class ConfigFile(NotifierCase):
     def test_full_disk_leaves_the_file_as_it_was(self) -> None:
         self.write_config(AIM_CONFIG)
         names = sorted(os.listdir(self.paths.notifications) + ["config.lock"])
-        with mock.patch("os.write", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+        with mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, "No space left on device")):
             code, _, err = self.run_cli("notifiers", "add", "logger", "--yes")
         self.assertEqual(code, 1)
         self.assert_one_line(err, r"cannot write .*config\.json: No space left on device")
@@ -6305,7 +6305,7 @@ CONFIG_COMMANDS = (
 
 
 class ConfigOnAShare(NotifierCase):
-    """Where the lock is not seen, and a file is read as it was, or cut."""
+    """Where another machine does not see the lock."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -6315,9 +6315,6 @@ class ConfigOnAShare(NotifierCase):
         ):
             patch.start()
             self.addCleanup(patch.stop)
-
-    def ids(self) -> List[str]:
-        return sorted(self.config.read()["notifications"]["notifiers"])
 
     def test_change_that_another_machine_wrote_over_is_made_again(self) -> None:
         self.configure(a={"type": "logger"}, b={"type": "logger"})
@@ -6330,27 +6327,12 @@ class ConfigOnAShare(NotifierCase):
             if other:
                 real(path, other.pop(), mode)
 
-        with mock.patch.object(aimwatch, "replace_file", overwritten), self.config.edit() as raw:
-            notifiers = raw["notifications"]["notifiers"]
-            notifiers["new"] = {"id": "new", "type": "logger", "status": "enabled", "arguments": {}}
-            del notifiers["a"]
-        self.assertEqual(self.ids(), ["new", "other"])
-
-    def test_file_that_is_cut_at_an_older_size_is_read_again(self) -> None:
-        self.configure(a={"type": "logger"})
-        real, cut = aimwatch.read_with_stat, [True]
-
-        def read(path: str, limit: int) -> Any:
-            return real(path, 40 if cut[0] else limit)
-
-        def fresh(path: str) -> None:
-            cut[0] = False
-
-        with mock.patch.object(aimwatch, "read_with_stat", read):
-            with mock.patch.object(aimwatch, "freshen"), self.assertRaises(aimwatch.ConfigError):
-                self.config.read()
-            with mock.patch.object(aimwatch, "freshen", fresh):
-                self.assertEqual(self.ids(), ["a"])
+        overwrites = mock.patch.object(aimwatch, "replace_file", overwritten)
+        for argv in (("add", "logger", "--message", "new", "--yes"), ("remove", "a", "--yes")):
+            with self.subTest(argv), overwrites:
+                self.assertEqual(self.run_cli("notifiers", *argv)[::2], (0, ""))
+        names = [entry["arguments"].get("message") or entry_id for entry_id, entry in self.entries().items()]
+        self.assertEqual(names, ["other", "new"])
 
     def test_change_that_could_not_be_read_is_read_at_the_next_look(self) -> None:
         self.configure(a={"type": "logger"})
@@ -6412,12 +6394,11 @@ class DamagedConfig(NotifierCase):
             ({"type": "slack", "arguments": [1]}, "has no 'arguments' object"),
             ({"type": "slack", "arguments": {}}, "argument 'url' is missing"),
             ({"type": "slack", "arguments": {"url": None}}, "argument 'url' is missing"),
-            ({"type": "slack", "arguments": {"url": [1]}}, "argument 'url' must be text"),
-            ({"type": "slack", "arguments": {**slack, "message": 5}}, "'message' must be text"),
+            ({"type": "slack", "arguments": {"url": [1]}}, "argument 'url' must start with http"),
             ({"type": "workplace", "arguments": {"group_id": 1}}, "'access_token' is missing"),
-            ({"type": "workplace", "arguments": {**group, "access_token": 12345}}, "must be text"),
-            ({"type": "workplace", "arguments": {**group, "base_url": "ftp://x"}}, "has ftp:"),
-            ({"type": "slack", "arguments": slack, "events": "stalled"}, events),
+            ({"type": "workplace", "arguments": {**group, "access_token": [1, 2]}}, "must be one word"),
+            ({"type": "workplace", "arguments": {**group, "base_url": "ftp://x"}}, "must start with http"),
+            ({"type": "slack", "arguments": slack, "events": "oops"}, events),
             ({"type": "slack", "arguments": slack, "events": ["stalled", "x"]}, events),
             ({"type": "slack", "arguments": slack, "events": [[]]}, events),
         ):
@@ -6463,7 +6444,7 @@ class CheckedValues(unittest.TestCase):
         for check, values in (
             (aimwatch.checked_url, ("https://hooks.slack.com/services/T/B/x", "http://127.0.0.1:8080/x?y=1")),
             (aimwatch.checked_url, ("http://[::1]:80/x", "HTTPS://h/")),
-            (aimwatch.checked_token, ("EAAB|x-_.~/+=",)),
+            (aimwatch.checked_word, ("EAAB|x-_.~/+=",)),
             (aimwatch.checked_group, (123, "a_b.C9", "x" * 64)),
             (aimwatch.checked_port, (1, 25, 65535)),
             (aimwatch.checked_address, ("ann@hpc.example", "root")),
@@ -6475,34 +6456,20 @@ class CheckedValues(unittest.TestCase):
         self.assertEqual(aimwatch.checked_login(" PASS WORD "), " PASS WORD ")
 
     def test_value_that_is_not_is_refused_and_no_secret_shown(self) -> None:
-        scheme = "the URL must start with https:// or http://, and this one has "
-        host = "the URL must name a host and hold no spaces, line breaks or non-ASCII characters"
-        part, user = (
-            "the URL has an impossible host or port",
-            "the URL must not hold a user name or a password",
-        )
-        token = "the token must be one word of printable ASCII"
-        login, port = "must be printable ASCII, which is all", "is not a number from 1 to 65535"
-        address, group = "is no mail address: write name@host", "it must be letters and digits"
         for check, message, values in (
-            (aimwatch.checked_url, scheme + "no scheme", ("", "hooks.slack.com/SECRETSECRET")),
-            (aimwatch.checked_url, scheme + "ftp:", ("ftp://h/SECRETSECRET",)),
-            (aimwatch.checked_url, scheme + "javascript:", ("javascript:SECRETSECRET",)),
-            (aimwatch.checked_url, host, ("https://", "https:///SECRETSECRET", "https://h/SECRETSECRET x")),
-            (aimwatch.checked_url, host, ("https://h/SECRET\nSECRETSECRET", "https://h/SECRET\r\nHost: x")),
-            (aimwatch.checked_url, host, ("https://hé/SECRETSECRET", "https://h/SECRETSECRET\x00")),
-            (aimwatch.checked_url, part, ("https://h:99999/x", "https://h:port/x", "https://[::1/x")),
-            # http.client takes it for a part of the host's name, and shows it in its errors.
-            (aimwatch.checked_url, user, ("https://u:SECRET@h/x", "http://SECRET@h/x", "http://u:SECRET@h:80")),
-            (aimwatch.checked_token, token, ("", " ", "SECRET SECRET", "SECRET\nX: y", "SECRET\r\nX", "SECRÉT")),
-            (aimwatch.checked_token, token, ("a\x7fb", "\0")),
-            (aimwatch.checked_login, login, ("", "SECRÉT", "SECRET\n", "\0")),
-            (aimwatch.checked_group, group, ("", "1/2", "1 2", "../x", "x" * 65, "é", "1\n2")),
-            (aimwatch.checked_port, port, (0, 65536, -1, "", "x", "1.5", "²")),
-            (aimwatch.checked_address, address, ("", "a b@c", "a@b@c", "<a@b>", "a@b\nBcc: c@d", "é@b")),
-            (aimwatch.checked_line, "must be on one line", ("a\nb", "\x1b[2J")),
-            (aimwatch.checked_line, "must be text, not int", (5,)),
-            (aimwatch.checked_port, "must be text, not bool", (True,)),
+            (aimwatch.checked_url, "must start with https:// or http:// and a host, and hold no user name", (
+                "", "hooks.slack.com/SECRETSECRET", "ftp://h/SECRETSECRET", "javascript:SECRETSECRET", "https://",
+                "https:///SECRETSECRET", "https://h/SECRETSECRET x", "https://h/SECRET\nSECRETSECRET",
+                "https://h/SECRET\r\nHost: x", "https://hé/SECRETSECRET", "https://h/SECRETSECRET\x00", "https://h:port/x",
+                "https://[::1/x", "https://u:SECRET@h/x", "http://SECRET@h/x", "http://u:SECRET@h:80", "https://h\\SECRET",
+            )),
+            (aimwatch.checked_word, "must be one word of printable ASCII", (
+                "", " ", "SECRET SECRET", "SECRET\nX: y", "SECRET\r\nX", "SECRÉT", "a\x7fb", "\0",
+            )),
+            (aimwatch.checked_login, "must be printable ASCII, which is all", ("", "SECRÉT", "SECRET\n", "\0")),
+            (aimwatch.checked_group, "must be letters and digits", ("", "1/2", "1 2", "../x", "x" * 65, "é", "1\n2")),
+            (aimwatch.checked_port, "must be a number from 1 to 65535", (0, -1, 655360, "", "x", "1.5", "²", True)),
+            (aimwatch.checked_address, "must be a mail address", ("", "a b@c", "a@b@c", "<a@b>", "a@b\nBcc: c@d", "é@b")),
         ):  # fmt: skip
             for value in values:
                 with self.subTest(value), self.assertRaises(aimwatch.ConfigError) as caught:
@@ -6512,15 +6479,16 @@ class CheckedValues(unittest.TestCase):
                 self.assertNotIn("\n", str(caught.exception))
 
     def test_template_names_known_fields_alone(self) -> None:
-        every = ["{%s}" % name for name in aimwatch.TEMPLATE_FIELDS]
-        for value in ("", "{} {0} {{x y}} { } }{", '{"text": 1}', *every):
-            with self.subTest(value):
-                self.assertEqual(aimwatch.checked_template(value), value)
+        for name in aimwatch.TEMPLATE_FIELDS:
+            aimwatch.check_template({"a": ["{%s}" % name]})
+        for value in ("", "{} {0} {{x y}} { } }{", '{"text": 1}', {"{": ["}"]}):
+            aimwatch.check_template(value)
         for name in ("oops", "run", "run.__class__", "run.hash.__class__", "run.hsah", "event.x"):
-            with self.subTest(name), self.assertRaises(aimwatch.ConfigError) as caught:
-                aimwatch.checked_template("a {run.name} {%s} b" % name)
-            said = f"the message names {{{name}}}, which does not exist: use {{event}}, {{message}}"
-            self.assertIn(said, str(caught.exception))
+            for value in ("a {run.name} {%s} b" % name, {"a": [{"b": "{%s}" % name}]}):
+                with self.subTest(value), self.assertRaises(aimwatch.ConfigError) as caught:
+                    aimwatch.check_template(value)
+                said = f"names {{{name}}}, which does not exist: use {{event}}, {{message}}"
+                self.assertIn(said, str(caught.exception))
 
 
 class Secrets(NotifierCase):
@@ -6594,6 +6562,7 @@ class Secrets(NotifierCase):
 
 class Messages(unittest.TestCase):
     maxDiff = None
+    LAST = f"look further: python3 {os.path.join(HERE, 'aimwatch.py')} --repo /data/x status"
 
     def test_process_without_stacks_is_said_to_run_no_python_code(self) -> None:
         said = "\nit left no stacks: no Python code can run in it, or they are turned off\n"
@@ -6601,14 +6570,15 @@ class Messages(unittest.TestCase):
             ("alive", "", True), ("alive", "  t.py:1 in f", False), ("gone", "", False), ("unknown", "", False),
         ):  # fmt: skip
             with self.subTest(process=process, frames=frames):
-                text = aimwatch.default_message(facts_of(run_process=process, run_frames=frames))
+                text = aimwatch.message_for(None, facts_of(run_process=process, run_frames=frames))
                 self.assertEqual(said in text, expected, text)
 
     def test_default_message_of_each_event_starts_with_what_happened(self) -> None:
-        reason = {"run_reason": "ValueError: {no} <b>"}
         for facts, first in (
+            (facts_of("stalled"), "❗ n1 stalled: silent for 3 min, promised a check-in within 60 s"),
+            (facts_of("stalled", run_silent="", run_reason="rank 1"), "❗ n1 stalled: rank 1"),
             (facts_of("failed"), "❌ n1 failed"),
-            (facts_of("failed", **reason), "❌ n1 failed: ValueError: {no} <b>"),
+            (facts_of("failed", run_reason="E: {no} <b>|x"), "❌ n1 failed: E: {no} <b>|x"),
             (facts_of("recovered", run_reason="silent for 5 min"), "✅ n1 recovered: silent for 5 min"),
             (facts_of("started"), "n1 started"),
             (facts_of("finished"), "✅ n1 finished"),
@@ -6616,26 +6586,23 @@ class Messages(unittest.TestCase):
             (facts_of("failed", run_reason="in a worker\nTraceback\nValueError: bad"),
              "❌ n1 failed: in a worker ... ValueError: bad"),
             (facts_of("failed", run_name=""), "❌ 000000000000000000000001 failed"),
+            (facts_of("trouble", run_reason="cannot be read"), "❗ aimwatch: cannot be read"),
         ):  # fmt: skip
             with self.subTest(first):
-                lines = aimwatch.default_message(facts).split("\n")
-                self.assertEqual(lines[0], first)
-                program = os.path.join(HERE, "aimwatch.py")
-                self.assertEqual(lines[-1], f"look further: python3 {program} --repo /data/x status")
-                self.assertEqual(aimwatch.summary(facts), first)
+                lines = aimwatch.message_for(None, facts).split("\n")
+                self.assertEqual((lines[0], lines[-1]), (first, self.LAST))
 
     def test_default_message_says_what_is_known_and_no_more(self) -> None:
-        last = f"look further: python3 {os.path.join(HERE, 'aimwatch.py')} --repo /r status"
-        failed = {"event": "failed", "repo": "/r", "run.hash": "abc"}
+        failed = {"event": "failed", "repo": "/data/x", "run.hash": "abc"}
         frames = "  a.py:1 in f\n  b.py:2 in g"
         for facts, expected in (
-            ({"event": "trouble", "repo": "/r", "run.reason": "cannot be read"}, "❗ aimwatch: cannot be read\n"),
+            ({"event": "trouble", "repo": "/data/x", "run.reason": "r"}, "❗ aimwatch: r\n"),
             (failed, "❌ abc failed\nrun abc\n"),
             ({**failed, "run.pid": "7"}, "❌ abc failed\nrun abc\nprocess 7\n"),
             ({**failed, "run.frames": frames}, f"❌ abc failed\nrun abc\nwhere it failed, innermost last:\n{frames}\n"),
         ):  # fmt: skip
             with self.subTest(facts=facts):
-                self.assertEqual(aimwatch.default_message(facts), expected + last)
+                self.assertEqual(aimwatch.message_for(None, facts), expected + self.LAST)
 
     def test_template_is_filled_by_look_up_alone(self) -> None:
         odd = "{run.hash} {event} {0} {} {x!r} %s"
@@ -6645,10 +6612,10 @@ class Messages(unittest.TestCase):
             ("{oops} {run.__class__} {run.hash.x}", "{oops} {run.__class__} {run.hash.x}"),
             ("{} {0} {{run.name}} {run.name!r} {run.name:>9} {", "{} {0} {n1} {run.name!r} {run.name:>9} {"),
             ("{run.reason}", odd), ('{"a": {"b": "{run.name}"}}', '{"a": {"b": "n1"}}'),
-            ("<a> {message} <b>", f"<a> {aimwatch.default_message(facts)} <b>"),
+            ("<a> {message} <b>", f"<a> {aimwatch.message_for(None, facts)} <b>"),
         ):  # fmt: skip
             with self.subTest(template):
-                self.assertEqual(aimwatch.fill_template(template, facts), expected)
+                self.assertEqual(aimwatch.message_for(template, facts), expected)
 
     def test_template_speaks_for_what_it_can_mean(self) -> None:
         for template, mine in (
@@ -6659,11 +6626,9 @@ class Messages(unittest.TestCase):
             for event in (*aimwatch.EVENTS, "trouble"):
                 with self.subTest(template=template, event=event):
                     facts = facts_of(event, run_reason="r")
+                    ours = aimwatch.message_for(None, facts)
                     text = aimwatch.message_for(template, facts)
-                    if event in mine:
-                        self.assertEqual(text, aimwatch.fill_template(template or "", facts))
-                    else:
-                        self.assertEqual(text, aimwatch.default_message(facts))
+                    self.assertEqual(text == ours, event not in mine, text)
 
     def test_what_had_one_cause_is_one_block(self) -> None:
         full = "OSError: [Errno 28] No space left on device"
@@ -6673,28 +6638,25 @@ class Messages(unittest.TestCase):
             for n in range(1, 8)
         ]
         names = ", ".join(f"n{n} ({str(n) * 8})" for n in range(1, 8))
-        block = f"❌ 7 runs failed in resnet on node7: {full}\n{names}\nwhere they failed, innermost last:\n{frames}"
-        last = f"look further: python3 {os.path.join(HERE, 'aimwatch.py')} --repo /data/x status"
-        self.assertEqual(aimwatch.message_for_batch(None, seven), f"{block}\n\n{last}")
+        text = aimwatch.message_for_batch(None, seven)
+        self.assertTrue(text.startswith(f"❌ 7 runs in resnet on node7 failed: {full}\n{names}\n"), text)
+        self.assertTrue(text.endswith(f"where it failed, innermost last:\n{frames}\n\n{self.LAST}"), text)
         seven[6].update({"run.host": "node8", "run.frames": ""})
         text = aimwatch.message_for_batch(None, seven)
-        self.assertTrue(
-            text.startswith(f"❌ 7 runs failed in resnet: {full}\nn1 (11111111 on node7), "), text
-        )
+        first = f"❌ 7 runs in resnet failed: {full}\nn1 (11111111 on node7), "
+        self.assertTrue(text.startswith(first), text)
         self.assertNotIn("innermost", text)
         other = facts_of("failed", 8, run_reason="KeyError: 'x'")
-        text = aimwatch.message_for_batch(None, [facts_of("stalled", 9), *seven[:6], other])
-        self.assertEqual(text.split("\n\n")[0], "8 events in resnet on node7: 7 failed, 1 stalled")
-        self.assertEqual(
-            text.split("\n\n")[1], block.replace("7 runs", "6 runs").replace(", n7 (77777777)", "")
-        )
-        self.assertTrue(text.split("\n\n")[2].startswith("❌ n8 failed: KeyError: 'x'\nrun 0000"), text)
-        self.assertTrue(text.split("\n\n")[3].startswith("❗ n9 stalled: silent for 3 min"), text)
-        self.assertEqual(text.count("look further"), 1)
+        blocks = aimwatch.message_for_batch(None, [facts_of("stalled", 9), *seven[:6], other]).split("\n\n")
+        for block, begins in zip(blocks, (
+            "8 events in resnet on node7: 7 failed, 1 stalled", "❌ 6 runs in resnet on node7 failed: OSError",
+            "❌ n8 failed: KeyError: 'x'\nrun 0000", "❗ n9 stalled: silent for 3 min", self.LAST,
+        )):  # fmt: skip
+            self.assertTrue(block.startswith(begins), block)
         hang = [facts_of("stalled", n, run_frames=f"  t.py:{n // 2} in f") for n in range(4)]
         text = aimwatch.message_for_batch(None, hang)
-        self.assertEqual(text.count("❗ 2 runs stalled in resnet on node7: silent for 3 min\n"), 2)
-        self.assertEqual(text.count("where they hang, innermost last:\n  t.py:"), 2)
+        self.assertEqual(text.count("❗ 2 runs in resnet on node7 stalled: silent for 3 min, "), 2)
+        self.assertEqual(text.count("where it hangs, innermost last:\n  t.py:"), 2)
         odd = [{**facts, "event": kind} for kind in ("", "odd", "log", "trouble") for facts in seven[:2]]
         self.assertIn("look further", aimwatch.message_for_batch(None, odd))
         # What a user wrote is said of each.
@@ -6706,28 +6668,14 @@ class Messages(unittest.TestCase):
         text = aimwatch.message_for_batch(None, batch)
         self.assertEqual(text.split("\n")[0], "201 events in resnet on node7: 2 failed, 199 stalled")
         for part in (
-            "❌ n999 failed: A\n",
-            "❌ n998 failed: B ... C\n",
-            "and 179 more",
-            "n0 (00000000), n1 (",
-        ):
+            "❌ n999 failed: A\n", "❌ n998 failed: B ... C\n", "and 179 more", "n0 (00000000), n1 (",
+            "\n❗ 199 runs in resnet on node7 stalled: silent for 3 min, ",
+        ):  # fmt: skip
             self.assertIn(part, text)
-        self.assertIn("\n❗ 199 runs stalled in resnet on node7: silent for 3 min\n", text)
         apart = [facts_of("failed", number, run_reason=f"E{number}") for number in range(199)]
         lines = aimwatch.message_for_batch(None, apart).split("\n")
         self.assertEqual(lines[1], "❌ n0 failed: E0 (00000000 on node7)")
         self.assertEqual((len(lines), lines[-2]), (1 + aimwatch.BATCH_LINES + 2, "and 179 more"))
-        self.assertEqual(aimwatch.message_for_batch("t {run.name}", batch[:1]), "t n0")
-
-    def test_shorten_cuts_long_text_alone_and_never_inside_an_escape(self) -> None:
-        for text, limit, expected in (
-            ("x" * 10, 10, "x" * 10), ("x" * 11, 10, "x" * 6 + "\n..."), ("xxx&amp;yyyy", 11, "xxx\n..."),
-            ("xxx&lt;yyyyy", 11, "xxx&lt;\n..."), ("x&lt;&gt;yyyy", 12, "x&lt;\n..."),
-        ):  # fmt: skip
-            with self.subTest(text=text):
-                self.assertEqual(aimwatch.shorten(text, limit), expected)
-        long = aimwatch.shorten("y" * 5000)
-        self.assertEqual((len(long), long[-4:]), (3000, "\n..."))
 
     def test_batch_of_200_names_what_there_is_room_for_whatever_they_are_called(self) -> None:
         names = (
@@ -6747,18 +6695,26 @@ class Messages(unittest.TestCase):
                     text = aimwatch.message_for_batch(None, batch, limit)
                     self.assertLessEqual(len(text), limit)
                     lines = text.split("\n")
-                    if alike or kind != "failed":
-                        self.assertIn(f"200 runs {kind} in ", lines[0])
-                        shown = lines[1]
-                    else:
-                        self.assertRegex(lines[0], "^200 events in .*: 200 failed$")
-                        shown = "".join(lines[1:-1])
-                    found = re.findall(r"\((\d{8})[^)]*\)", shown)
+                    apart = kind == "failed" and not alike
+                    self.assertRegex(
+                        lines[0], "^200 events in .*: 200 failed$" if apart else f"^. 200 runs in .* {kind}"
+                    )
+                    found = re.findall(r"\((\d{8})[^)]*\)", text)
                     self.assertEqual(found, [f"{number:08d}" for number in range(len(found))])
                     self.assertGreater(len(found), 4)
-                    self.assertTrue(shown.endswith(f"and {200 - len(found)} more"), shown)
-                    self.assertIn("status", lines[-1])
+                    self.assertIn(f"and {200 - len(found)} more", text)
+                    self.assertIn("look further", lines[-1])
                     self.assertNotIn("&", re.sub("&(amp|lt|gt);", "", text))
+
+    def test_long_text_is_cut_and_never_inside_an_escape(self) -> None:
+        for text, limit, expected in (
+            ("x" * 10, 10, "x" * 10), ("x" * 11, 10, "x" * 6 + "\n..."), ("xxx&amp;yyyy", 11, "xxx\n..."),
+            ("xxx&lt;yyyyy", 11, "xxx&lt;\n..."), ("x&lt;&gt;yyyy", 12, "x&lt;\n..."),
+        ):  # fmt: skip
+            with self.subTest(text=text):
+                self.assertEqual(aimwatch.shorten(text, limit), expected)
+        long = aimwatch.message_for_batch("y" * 5000, [facts_of()])
+        self.assertEqual((len(long), long[-4:]), (3000, "\n..."))
 
     def test_mentions_and_disguised_links_of_every_chat_are_parted(self) -> None:
         for text in (
@@ -6767,133 +6723,98 @@ class Messages(unittest.TestCase):
             "[1]: https://evil.test", "<https://evil.test|docs>",
         ):  # fmt: skip
             with self.subTest(text):
-                safe = aimwatch.without_mentions(text)
+                safe = aimwatch.clean_facts({"x": text})["x"]
                 self.assertNotRegex(safe, r"@[\w\[&!]|<users|\][(\[:]|<https")
                 self.assertEqual(safe.replace("\u200b", ""), text)
         for plain in ("ann@host, a @ b, <b>", "https://site.test/x", "[1, 2] (3)", "a < b"):
-            self.assertEqual(aimwatch.without_mentions(plain), plain)
-
-    def test_slack_escape_leaves_nothing_with_a_meaning(self) -> None:
-        self.assertEqual(
-            aimwatch.slack_escape("<!channel> & <@U1>"), "&lt;!channel&gt; &amp; &lt;@\u200bU1&gt;"
-        )
-        self.assertEqual(aimwatch.slack_escape("&lt;"), "&amp;lt;")
+            self.assertEqual(aimwatch.clean_facts({"x": plain})["x"], plain)
 
 
 # =============================================================== Notifiers: transports
 
-NOW_S = 1_000_000_000.0  # Sun, 09 Sep 2001 01:46:40 GMT
-
 
 class Judgements(unittest.TestCase):
-    def check(self, judge: Any, *table: Tuple[int, str, str, str]) -> None:
-        """Check what a judge says of (status, body): its kind, and a part of its text."""
-        for status, body, kind, detail in table:
-            with self.subTest(status=status, body=body):
-                found = judge(aimwatch.Answer(status, {}, body), NOW_S)
-                self.assertEqual((found.kind, found.wait_s), (kind, 0.0))
+    def check(self, kind: str, *table: Tuple[int, str, str, str]) -> None:
+        """Check what is said of an answer to a notifier of some type: (status, body, outcome, its text)."""
+        for status, body, outcome, detail in table:
+            with self.subTest(kind=kind, status=status, body=body):
+                found = aimwatch.judge_answer(kind, aimwatch.Answer(status, body))
+                self.assertEqual((found.kind, found.wait_s), (outcome, 0.0))
                 self.assertIn(detail, found.detail)
 
+    def test_answers_that_mean_the_same_everywhere(self) -> None:
+        for kind in ("slack", "workplace", "webhook"):
+            for status in (400, 413, 422):
+                self.check(kind, (status, "why", "refused", f"HTTP {status}: why"))
+            for status in (401, 403, 404, 410):
+                self.check(kind, (status, "", "broken", f"HTTP {status}"))
+            for status in (301, 307):
+                self.check(kind, (status, "", "broken", f"HTTP {status}: redirected; give the final URL"))
+            for status in (408, 500, 502, 503, 429):
+                self.check(kind, (status, "", "retry", f"HTTP {status}"))
+
     def test_slack_answers(self) -> None:
-        portal = "HTTP 200 without 'ok' (a proxy's or a portal's page?): <html>log in</html>"
         self.check(
-            aimwatch.judge_slack, (200, " ok\n", "sent", "HTTP 200: ok"),
-            (200, '{"ok": true}', "sent", "HTTP 200 with a JSON object"),
-            (200, "{}", "sent", "HTTP 200 with a JSON object"),
-            (200, '{"ok": false, "error": "x"}', "retry", "without 'ok'"),
-            (200, '{"success": false}', "retry", "without 'ok'"),
-            (200, '{"error": "x"}', "retry", "without 'ok'"), (200, '["ok"]', "retry", "without 'ok'"),
-            (200, "okay", "retry", "without 'ok'"), (200, "", "retry", "without 'ok'"),
-            (200, "<html>log\n in</html>".replace("\n ", " "), "retry", portal),
-            (204, "", "retry", "HTTP 204 without 'ok'"),
-            (400, "invalid_payload", "refused", "HTTP 400: invalid_payload"),
-            (403, "invalid_token", "broken", "HTTP 403: invalid_token"),
-            (200, "invalid_token", "broken", "HTTP 200: invalid_token"),
-            (400, "invalid_token", "broken", "HTTP 400: invalid_token"), (401, "", "broken", "HTTP 401"),
-            (403, "action_prohibited", "broken", "HTTP 403: action_prohibited"),
-            (404, "no_service", "broken", "HTTP 404: no_service"),
-            (410, "channel_is_archived", "broken", "HTTP 410: channel_is_archived"),
-            (302, "", "broken", "HTTP 302: redirected; give the final URL"),
-            (308, "", "broken", "HTTP 308: redirected; give the final URL"), (408, "", "retry", "HTTP 408"),
-            (500, "a\x1b[2J\nb", "retry", "HTTP 500: a\\x1b[2J b"),
-            (503, "x" * 200, "retry", "HTTP 503: " + "x" * 117 + "..."),
+            "slack", (200, " ok\n", "sent", "HTTP 200: ok"), (200, '{"ok": true}', "sent", "HTTP 200: {"),
+            (200, "{}", "sent", "HTTP 200"), (200, '{"ok": false, "error": "x"}', "retry", "a proxy's"),
+            (200, '{"success": false}', "retry", "a proxy's"), (200, '{"error": "x"}', "retry", "a proxy's"),
+            (200, '["ok"]', "retry", "a proxy's"), (200, "okay", "retry", "a proxy's"),
+            (200, "", "retry", "a proxy's"), (204, "", "retry", "a proxy's"),
+            (200, "<html>log in</html>", "retry", "HTTP 200 without what a slack server says (a proxy's or a "
+             "portal's page?): <html>log in</html>"),
+            (403, "invalid_token", "broken", "invalid_token"), (200, "invalid_token", "broken", "invalid_token"),
+            (400, "invalid_token", "broken", "invalid_token"), (404, "no_service", "broken", "no_service"),
         )  # fmt: skip
 
     def test_answers_of_any_server(self) -> None:
         page = "<!DOCTYPE html><html>log in</html>"
         for status in (200, 201, 202, 204, 299):
-            self.check(aimwatch.judge_webhook, (status, "any", "sent", f"HTTP {status}"))
-        for status in (400, 413, 422):
-            self.check(aimwatch.judge_webhook, (status, "", "refused", f"HTTP {status}"))
-        for status in (401, 403, 404, 410, 301, 307):
-            self.check(aimwatch.judge_webhook, (status, "", "broken", f"HTTP {status}"))
+            self.check("webhook", (status, "any", "sent", f"HTTP {status}"))
         self.check(
-            aimwatch.judge_webhook,
-            (200, "<response>ok</response>", "sent", "HTTP 200"),
-            (200, page, "retry", "HTTP 200 with a page"),
-            (200, f"\n <?xml version='1.0'?>\n{page.lower()}", "retry", "HTTP 200 with a page"),
-            (502, page, "retry", "HTTP 502"),
-        )
-
-    def test_429_and_503_wait_as_long_as_was_asked(self) -> None:
-        for judge in (aimwatch.judge_slack, aimwatch.judge_workplace, aimwatch.judge_webhook):
-            for status, headers, wait_s in (
-                (429, {"retry-after": "30"}, 30.0),
-                (429, {}, 0.0),
-                (503, {"retry-after": "7"}, 7.0),
-            ):
-                with self.subTest(judge=judge.__name__, headers=headers):
-                    found = judge(aimwatch.Answer(status, headers, "rate_limited"), NOW_S)
-                    self.assertEqual(found, ("retry", f"HTTP {status}: rate_limited", wait_s))
+            "webhook", (200, "<response>ok</response>", "sent", "HTTP 200"), (200, page, "retry", "a portal's"),
+            (200, f"\n <?xml version='1.0'?>\n{page.lower()}", "retry", "a portal's"), (502, page, "retry", "HTTP 502"),
+        )  # fmt: skip
 
     def test_workplace_answers(self) -> None:
         def error(code: Any) -> str:
             return json.dumps({"error": {"message": "said", "code": code}})
 
         self.check(
-            aimwatch.judge_workplace, (200, '{"id": "1_2"}', "sent", "HTTP 200 with an id"),
-            (200, "{}", "retry", "HTTP 200 without an id"), (200, "ok", "retry", "HTTP 200 without an id"),
-            (200, "<html>", "retry", "HTTP 200 without an id"),
-            (201, '{"id": "1"}', "retry", "HTTP 201 without an id"),
-            (200, error(1), "retry", "Graph error 1: said"), (400, error(1), "retry", "Graph error 1: said"),
-            (400, error(2), "retry", "Graph error 2: said"), (403, error(4), "retry", "Graph error 4: said"),
-            (400, error(190), "broken", "Graph error 190: said"),
-            (401, error(None), "broken", "Graph error None: said"),
-            (400, error([1]), "broken", "Graph error [1]: said"), (500, error(190), "retry", "HTTP 500: "),
-            (400, '{"error": "text"}', "refused", "HTTP 400: "), (401, "", "broken", "HTTP 401"),
-            (404, "", "broken", "HTTP 404"), (301, "", "broken", "HTTP 301: redirected; give the final URL"),
-            (502, "", "retry", "HTTP 502"),
+            "workplace", (200, '{"id": "1_2"}', "sent", "HTTP 200"), (200, "{}", "retry", "a proxy's"),
+            (200, "ok", "retry", "a proxy's"), (201, '{"id": "1"}', "retry", "a proxy's"),
+            (200, error(1), "retry", "said"), (400, error(1), "retry", "said"), (400, error(2), "retry", "said"),
+            (403, error(4), "retry", "said"), (400, error(190), "broken", "said"), (401, error(None), "broken", "said"),
+            (400, error([1]), "broken", "said"), (500, error(190), "retry", "HTTP 500: "),
+            (400, '{"error": "text"}', "refused", "HTTP 400: "),
         )  # fmt: skip
 
-    def test_retry_after_in_every_form(self) -> None:
-        for value, wait_s in (
-            ("0", 0.0), ("120", 120.0), (" 7 ", 7.0), ("86400", 3600.0), ("9" * 400, 3600.0),
-            ("Sun, 09 Sep 2001 01:48:40 GMT", 120.0), ("Sun, 09 Sep 2001 01:46:00 GMT", 0.0),
-            ("Sun, 09 Sep 2035 01:46:00 GMT", 3600.0), ("Sun, 99 Sep 2001 01:48:40 GMT", 0.0),
-            ("", 0.0), ("-5", 0.0), ("soon", 0.0), ("1.5", 0.0), ("²", 0.0), ("nan", 0.0), ("\x00", 0.0),
-        ):  # fmt: skip
-            with self.subTest(value=value[:40]):
-                self.assertEqual(aimwatch.retry_after_s(value, NOW_S), wait_s)
+    def test_429_and_503_wait_as_long_as_was_asked(self) -> None:
+        for kind, status in itertools.product(("slack", "workplace", "webhook"), (429, 503)):
+            for asked, wait_s in (
+                ("30", 30.0), ("", 0.0), (" 7 ", 7.0), ("86400", 3600.0), ("-5", 0.0), ("soon", 0.0), ("²", 0.0),
+            ):  # fmt: skip
+                with self.subTest(kind=kind, asked=asked):
+                    found = aimwatch.judge_answer(kind, aimwatch.Answer(status, "rate_limited", asked))
+                    self.assertEqual(found, ("retry", f"HTTP {status}: rate_limited", wait_s))
 
     def test_error_is_tried_again_and_named(self) -> None:
         import http.client
         import urllib.error
 
         gone = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
-        for error, detail in (
-            (gone, "ConnectionRefusedError: Connection refused"),
-            (urllib.error.URLError(gone), "ConnectionRefusedError: Connection refused"),
-            (urllib.error.URLError("no\nhost"), "URLError: <urlopen error no\\x0ahost>"),
-            (socket.timeout("timed out"), ": timed out"),
-            (http.client.BadStatusLine("X\r"), "BadStatusLine: "),
-            (MemoryError(), "MemoryError: MemoryError"),
-            (OSError("x" * 500), "..."),
+        for error, kind, detail in (
+            (gone, "retry", "ConnectionRefusedError: Connection refused"),
+            (urllib.error.URLError(gone), "retry", "ConnectionRefusedError: Connection refused"),
+            (urllib.error.URLError("no host"), "retry", "URLError: <urlopen error no host>"),
+            (socket.timeout("timed out"), "retry", ": timed out"),
+            (http.client.BadStatusLine("X\r"), "retry", "BadStatusLine: "),
+            (MemoryError(), "retry", "MemoryError: MemoryError"),
+            (KeyError("ours"), "refused", "KeyError: 'ours'"),
         ):
             with self.subTest(error=error):
                 found = aimwatch.judge_error(error)
-                self.assertEqual((found.kind, found.wait_s), ("retry", 0.0))
+                self.assertEqual((found.kind, found.wait_s), (kind, 0.0))
                 self.assertIn(detail, found.detail)
-                self.assertLessEqual(len(found.detail), 200)
 
     def test_back_off_doubles_from_one_second_to_five_minutes(self) -> None:
         for failures, wait_s in ((1, 1), (2, 2), (3, 4), (9, 256), (10, 300), (10**6, 300)):
@@ -6938,7 +6859,7 @@ class Transports(NotifierCase):
             "workplace", group_id=77, access_token=TOKEN, base_url=base, message="{run.name}"
         )
         outcome = aimwatch.deliver(notifier, [facts_of(run_name="<x>")])
-        self.assertEqual(outcome, ("sent", "HTTP 200 with an id", 0.0))
+        self.assertEqual(outcome, ("sent", 'HTTP 200: {"id": "1_2"}', 0.0))
         ((method, path, headers, body, _),) = server.requests
         self.assertEqual((method, path), ("POST", "/v14.0/77/feed"))
         self.assertEqual(headers["authorization"], f"Bearer {TOKEN}")
@@ -7010,7 +6931,7 @@ class Transports(NotifierCase):
                 server = self.raw_server(script)
                 outcome = self.slack(server.url)
                 self.assertEqual(outcome.kind, "retry")
-                self.assertIn("HTTP 200 without 'ok'", outcome.detail)
+                self.assertIn("a portal's page?", outcome.detail)
                 self.wait_for(closed.is_set, 5)
 
     def test_proxy_of_the_environment_is_used(self) -> None:
@@ -7101,11 +7022,11 @@ class Webhooks(NotifierCase):
             {"id": "id1", "event": "failed", "time": "t", "repo": "/data/x"},
         )
         self.assertEqual((event["run"]["hash"], event["run"]["reason"]), (f"{1:024x}", "E: x"))
-        self.assertTrue(found["text"].startswith("❌ 2 runs failed in resnet on node7: E: x\nn1 ("))
+        self.assertTrue(found["text"].startswith("❌ 2 runs in resnet on node7 failed: E: x\nn1 ("))
         server.requests.clear()
         aimwatch.deliver(notifier, [facts_of(run_name="@all")])
         found = json.loads(server.requests[0][3])
-        self.assertEqual(found["events"][0]["run"]["name"], "@all")
+        self.assertEqual(found["events"][0]["run"]["name"], "@\u200ball")
         self.assertNotIn("@all", found["text"])
 
     def test_body_of_a_chat_keeps_its_shape_whatever_the_data(self) -> None:
@@ -7289,7 +7210,7 @@ class Mail(NotifierCase):
                 self.assertEqual(mail["auto-submitted"], "auto-generated")
                 self.assertEqual(
                     mail.get_content().replace("\r\n", "\n").rstrip("\n"),
-                    aimwatch.default_message(facts_of()),
+                    aimwatch.message_for(None, facts_of()),
                 )
                 login = base64.b64encode(b"\0ann\0PASS WORD").decode()
                 self.assertIn(f"AUTH PLAIN {login}", server.said)
@@ -7369,13 +7290,13 @@ class Mail(NotifierCase):
         unknown = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         for names, detail in (
             (late, "no complete answer within 0.05 s"),
-            (mock.Mock(side_effect=unknown), "gaierror: Name or service not known"),
+            (mock.Mock(side_effect=unknown), "gaierror: 127.0.0.1:"),
         ):
             with mock.patch("socket.getaddrinfo", names), mock.patch("aimwatch.ATTEMPT_S", 0.05):
                 for notifier in (notifier_of("slack", url=server.url), mail.notifier()):
                     outcome = aimwatch.deliver(notifier, [facts_of()])
                     self.assertEqual((outcome.kind, outcome.detail[: len(detail)]), ("retry", detail))
-        self.assertEqual((server.requests, mail.accepted), ([], 0))
+        self.assertEqual((server.requests, mail.mails), ([], []))
 
     def test_no_data_gets_into_the_headers_or_ends_the_mail(self) -> None:
         name = "x\r\nBcc: eve@evil.example\r\n\r\n.\r\nRCPT TO:<eve@evil.example>\n\x1b[2J\u202e é"
@@ -7416,6 +7337,8 @@ class Mail(NotifierCase):
         self.assertEqual(thread._batch(), [events[0], events[2]])
 
     def test_what_a_run_says_is_never_parsed_as_mail(self) -> None:
+        import email.header
+
         forged = "=?utf-8?q?x=0D=0ABcc:_evil@x.example=0D=0A=0D=0Aall_is_well?="
         for name in (forged, forged * 3, "é" * 200, "\U0001f980" * 90, "=?", "plain", "a\ud800b"):
             with self.subTest(name):
@@ -7424,22 +7347,23 @@ class Mail(NotifierCase):
                     self.send(server, facts_of(run_name=name), message="{run.name}").kind, "sent"
                 )
                 head = server.mails[0][2].partition(b"\r\n\r\n")[0].decode("ascii")
-                self.assertEqual(re.findall(r"(?m)^(\S+?):", head),
-                                 ["Subject", "From", "To", "Date", "Message-ID", "Auto-Submitted", "MIME-Version",
-                                  "Content-Type", "Content-Transfer-Encoding"])  # fmt: skip
-                self.assertLessEqual(max(map(len, head.splitlines())), 76 if name != "plain" else 100)
-                raw = head.partition("Subject: ")[2].partition("\r\nFrom")[0]
-                words = re.findall(r"=\?utf-8\?b\?([A-Za-z0-9+/=]+)\?=", raw)
-                self.assertEqual(b"".join(map(base64.b64decode, words)).decode() or raw,
-                                 aimwatch.printable(name, 150))  # fmt: skip
+                found = sorted(re.findall(r"(?m)^(\S+?):", head))
+                self.assertEqual(found, [
+                    "Auto-Submitted", "Content-Transfer-Encoding", "Content-Type", "Date", "From", "MIME-Version",
+                    "Message-ID", "Subject", "To",
+                ])  # fmt: skip
+                self.assertLessEqual(max(len(line) for line in head.splitlines() if "=?" in line), 76)
+                ((subject, _),) = email.header.decode_header(
+                    head.partition("Subject: ")[2].partition("\r\nFrom")[0]
+                )
+                self.assertEqual(subject.decode(), aimwatch.printable(name, 150))
 
     def test_server_is_greeted_with_a_name_or_the_address_of_the_connection(self) -> None:
-        for host, said in (("node7", "[127.0.0.1]"), ("node7.hpc.example", "node7.hpc.example")):
+        for host, said in (("node7", r"[127.0.0.1]"), ("node7.hpc.example", "node7.hpc.example")):
             server = self.server()
             with mock.patch.object(aimwatch, "this_host", return_value=host):
                 self.send(server)
             self.assertIn(f"ehlo {said}", server.said)
-        self.assertEqual(aimwatch.address_literal("fe80::1%eth0"), "[IPv6:fe80::1]")
 
     def test_long_lines_and_lines_of_dots_arrive_whole(self) -> None:
         server = self.server()
@@ -7504,29 +7428,6 @@ class Commands(NotifierCase):
         pid = int(read_file(started))
         watcher.dispatcher.stop(0.0)
         self.wait_for(lambda: not self.runs(pid))
-
-    def test_program_that_the_end_of_the_watch_meets_at_its_start_is_ended_too(self) -> None:
-        self.configure(a={"type": "command", "arguments": {"command": [self.script("sleep 60")]}})
-        watcher, gate, started, real = self.watcher(), self.gate(), [], subprocess.Popen
-
-        def start(*args: Any, **options: Any) -> Any:
-            started.append(real(*args, **options))
-            gate.wait(10)  # it runs, and nobody has noted that
-            return started[0]
-
-        with mock.patch("subprocess.Popen", start):
-            watcher.dispatcher.notify([event_of(1)])
-            self.wait_for(lambda: started)
-            end = threading.Thread(target=watcher.dispatcher.stop, args=(0.0,))
-            end.start()
-            end.join(0.3)  # it waits for the start
-            gate.set()
-            end.join()
-            self.wait_for(lambda: started[0].poll() is not None, 5)  # long before its own time is over
-        # The other way round: who comes when the watch has ended starts nothing.
-        outcome = aimwatch.deliver(self.config.notifiers()[0], [facts_of()], goes_on=lambda: False)
-        self.assertEqual(outcome, ("retry", "not started: the watcher ends", 0.0))
-        self.assertEqual(len(started), 1)
 
     def test_how_a_program_ends_is_judged(self) -> None:
         for text, kind, detail in (
@@ -7606,28 +7507,6 @@ class Commands(NotifierCase):
             "os.access", return_value=False
         ):
             self.assertEqual(self.refused(), owner != 0)
-        os.rename(self.paths.config, self.paths.config + ".real")
-        os.symlink(self.paths.config + ".real", self.paths.config)
-        self.assertFalse(self.refused())
-        if os.geteuid() == 0:
-            os.chown(self.paths.config, 51003, -1, follow_symlinks=False)
-            self.assertTrue(self.refused())
-
-    def test_file_that_is_swapped_while_it_is_read_is_not_used(self) -> None:
-        self.configure(a={"type": "command", "arguments": {"command": [self.script("exit 0")]}})
-        good = self.paths.config + ".good"
-        os.rename(self.paths.config, good)
-        shutil.copy(good, self.paths.config)
-        os.chmod(self.paths.config, 0o666)
-        real = aimwatch.read_with_stat
-
-        def swap(path: str, limit: int) -> Any:
-            found = real(path, limit)
-            os.replace(good, self.paths.config)
-            return found
-
-        with mock.patch.object(aimwatch, "read_with_stat", swap):
-            self.assertTrue(self.refused())
 
 
 # ============================================================================== Outbox
@@ -7962,7 +7841,7 @@ class Notifying(NotifyingCase):
         self.configure(a=hook(broken.url), b=hook(good.url))
         dispatcher = self.dispatcher()
         dispatcher.notify([event_of(1)])
-        with self.config.edit() as raw:
+        for raw in self.config.edit():
             del raw["notifications"]["notifiers"]["a"]
         self.configure(c=hook(new.url))
         dispatcher.reload_if_changed()
@@ -8276,7 +8155,7 @@ class Mending(NotifyingCase):
         self.wait_sent("good", 1)
         dispatcher = self.restart(dispatcher)
         self.assertEqual(len(self.troubles(good)), 1)
-        problem = "argument 'url': the URL must start"
+        problem = "argument 'url' must start"
         self.assertIn(problem, self.troubles(good)[0])
         self.assertRegex(self.logged.lines[0], f"ERROR notifier bad {problem} .*; it is not used")
         self.assert_hidden("\n".join(good.texts()))
@@ -8433,7 +8312,7 @@ for line in sys.stdin:
             watcher.poll()
             clock.pass_(100.0)
         watcher.close()
-        with self.config.edit() as raw:
+        for raw in self.config.edit():
             del raw["notifications"]["notifiers"]["old"]
         for name, server in self.servers.items():
             arguments = {"url": server.url}
@@ -8556,12 +8435,12 @@ class NotifiersAdd(NotifierCase):
         for said in (
             "Select notifier type to add (slack, workplace, logger, webhook, email, command): ",
             "Error: 'foo' is not one of slack, workplace, logger, webhook, email, command\n",
-            "Webhook URL: Error: the URL must start with https:// or http://, and this one has ftp:",
+            "Webhook URL: Error: must start with https:// or http:// and a host",
             "Webhook URL: Error: this is needed\n",
-            "Error: the message names {oops}, which does not exist: use {event}",
+            "Error: names {oops}, which does not exist: use {event}",
             "\nType: slack\nUrl: https://hooks.example.com/***\nMessage: lost {run.hash}\n"
             "Name: ops\nWhere: run.user == 'ann'\nEvents: stalled, failed, recovered, finished\n--------\n",
-            "Name (empty: none): Error: a notifier's name is of letters, digits, - . _, not 'two words'\n",
+            "Name (empty: none): Error: must be of letters, digits, - . _, not 'two words'\n",
             " (empty: all): Error: query, column ",
             "Save notifier configuration above? [Y/n]: added",
             f"added slack notifier {entry['id']}; try it: ",
@@ -8634,29 +8513,29 @@ class NotifiersAdd(NotifierCase):
             (group, "--access-token: this is needed$"),
             (("slack", "--webhook-url-file", "/nonexistent"), "No such file or directory: '/nonexistent'$"),
             (("slack", "--webhook-url-file", self.root), "Is a directory: "),
-            (("slack", "--webhook-url-file", no_text), "this one has no scheme$"),
+            (("slack", "--webhook-url-file", no_text), "--webhook-url: must start with https:// or http://"),
             (("slack", "--webhook-url-file", "-"), "--webhook-url: this is needed$"),
-            (("slack", "--webhook-url", "x"), "must start with https:// or http://, and this one has no scheme$"),
-            ((*group, "--access-token-file", two_lines), "--access-token: the token must be one word of printable ASCII"),
-            (("workplace", "--group-id", "a b", "--access-token", "t"), "group ID 'a b': it must be letters and digits$"),
-            ((*slack, "--message", "{run.oops}"), "the message names {run.oops}, which does not exist: use"),
-            ((*hook, "--header", "no colon SECRET"), "a line is no header: write 'Name: value'$"),
-            ((*hook, "--header", "TOKEN"), "a line is no header: write 'Name: value'$"),
-            ((*hook, "--header", "a b: TOKEN"), "a header has no name that can be one: write 'Name: value'$"),
-            ((*hook, "--header", "X-K: PASSWORD\u00e9"), "a header must have a value of printable ASCII$"),
-            ((*hook, "--body", "{"), "the body must be JSON, such as"),
-            ((*hook, "--body", '"text"'), "the body must be a JSON object or list$"),
-            ((*hook, "--body", '{"a": "{run.oops}"}'), "the message names {run.oops}, which does not exist"),
+            (("slack", "--webhook-url", "x"), "--webhook-url: must start with https:// or http://"),
+            ((*group, "--access-token-file", two_lines), "--access-token: must be one word of printable ASCII"),
+            (("workplace", "--group-id", "a b", "--access-token", "t"), "--group-id: must be letters and digits, not 'a b'$"),
+            ((*slack, "--message", "{run.oops}"), "--message: names {run.oops}, which does not exist: use"),
+            ((*hook, "--header", "no colon SECRET"), "--header: must be 'Name: value'"),
+            ((*hook, "--header", "TOKEN"), "--header: must be 'Name: value'"),
+            ((*hook, "--header", "a b: TOKEN"), "--header: must be 'Name: value'"),
+            ((*hook, "--header", "X-K: PASSWORD\u00e9"), "--header: must be 'Name: value'"),
+            ((*hook, "--body", "{"), "--body: must be a JSON object or list, such as"),
+            ((*hook, "--body", '"text"'), "--body: must be a JSON object or list"),
+            ((*hook, "--body", '{"a": "{run.oops}"}'), "--body: names {run.oops}, which does not exist"),
             (mail, "--to: this is needed$"),
-            ((*mail, "--to", "a@b\nBcc: x@y"), "'Bcc:' is no mail address: write name@host$"),
-            ((*mail, "--to", ","), "must be mail addresses with commas between them$"),
-            ((*mail, "--to", "a@b", "--port", "0"), "port 0 is not a number from 1 to 65535$"),
-            ((*mail, "--to", "a@b", "--security", "ssl"), "'ssl' is not one of starttls, tls, none$"),
+            ((*mail, "--to", "a@b\nBcc: x@y"), "--to: must be a mail address, name@host, not 'Bcc:'$"),
+            ((*mail, "--to", ","), "--to: must be mail addresses with commas between them$"),
+            ((*mail, "--to", "a@b", "--port", "0"), "--port: must be a number from 1 to 65535, not '0'$"),
+            ((*mail, "--to", "a@b", "--security", "ssl"), "--security: must be one of starttls, tls, none, not 'ssl'$"),
             ((*mail, "--to", "a@b", "--user", "u", "--password", "PASSW\u00d6RD"), "--password: must be printable ASCII"),
-            (("email", "--smtp-host", "a\nb", "--from", "a", "--to", "b"), "--smtp-host: must be on one line"),
-            (("command", "--command", "tell"), "must be given with its whole path, not 'tell'$"),
-            (("command", "--command", "/bin/tell '"), "the command cannot be taken apart: No closing quotation$"),
-            (("command", "--command", " "), "the command must be a program and its arguments$"),
+            (("email", "--smtp-host", "a\nb", "--from", "a", "--to", "b"), "--smtp-host: must be one word"),
+            (("command", "--command", "tell"), "--command: must name the program with its whole path"),
+            (("command", "--command", "/bin/tell '"), "--command: must be a program and its arguments, as a shell takes them$"),
+            (("command", "--command", " "), "--command: must name the program with its whole path"),
         ):  # fmt: skip
             with self.subTest(argv):
                 code, out, err = self.add(*argv, "--yes")
@@ -8673,7 +8552,7 @@ class NotifiersAdd(NotifierCase):
             (("logger", "--where", "run.user == 'ann'", "--yes"), "the same notifier is there already: ops$"),
             (
                 ("logger", "--name", "a b", "--yes"),
-                "--name: a notifier's name is of letters, digits, - . _, not 'a b'$",
+                "--name: must be of letters, digits, - . _, not 'a b'$",
             ),
             (("logger", "--where", "run.x =", "--yes"), "--where: query, column [0-9]+: "),
         ):
@@ -8950,7 +8829,7 @@ class NotifiersCommands(NotifierCase):
     def test_sample_is_sent_and_the_answer_told(self) -> None:
         for answer, code, verdict in (
             ((200, "ok"), 0, "delivered: HTTP 200: ok"),
-            ((200, "<html>"), 1, "NOT delivered: HTTP 200 without 'ok'"),
+            ((200, "<html>"), 1, "NOT delivered: HTTP 200 without what a slack server says"),
             ((500, "boom"), 1, "NOT delivered: HTTP 500: boom"),
             ((404, "no_service"), 1, "NOT delivered: HTTP 404: no_service"),
             ((302, "", {"Location": "/"}), 1, "NOT delivered: HTTP 302: redirected"),
@@ -9255,7 +9134,7 @@ class TestWatcher(WatchCase):
         self.assertEqual(facts["run.last_seen"], "2001-09-09T01:46:40+00:00")
         self.assertIn(
             "a stalled: silent for 5 s, promised a check-in within 3 s",
-            aimwatch.default_message(facts),
+            aimwatch.message_for(None, facts),
         )
 
     def test_run_that_checks_in_again_is_told_with_how_long_it_was_silent(self) -> None:
@@ -9283,7 +9162,7 @@ class TestWatcher(WatchCase):
         self.assertEqual(facts["run.reason"], "ValueError: loss is NaN")
         self.assertIn("our_run", facts["run.frames"])
         self.assertEqual(facts["run.pid"], str(os.getpid()))
-        self.assertIn("failed: ValueError: loss is NaN\n", aimwatch.default_message(facts))
+        self.assertIn("failed: ValueError: loss is NaN\n", aimwatch.message_for(None, facts))
 
     def test_many_deaths_at_once_do_not_keep_the_watcher_from_looking(self) -> None:
         names = [f"n{number}" for number in range(50)]
@@ -9557,7 +9436,7 @@ class TestDeath(WatchCase):
         self.kill(early)
         self.look(watcher, 60)
         self.assertEqual(self.told(), [("late", "stalled"), ("early", "failed")])
-        self.assertNotIn("its process", aimwatch.default_message(self.facts("stalled")))
+        self.assertNotIn("its process", aimwatch.message_for(None, self.facts("stalled")))
 
     def test_run_that_went_on_elsewhere_is_not_dead_since_its_lock_is_not_seen(self) -> None:
         first = self.start()
@@ -10243,7 +10122,7 @@ class TestAcknowledged(WatchCase):
         self.assertIn("\nnotifier webhook gone does not work: HTTP 404: no; 2 events waiting\n", out)
         trouble = [item["facts"] for item in self.events() if item["kind"] == "trouble"]
         self.assertEqual(len(trouble), 2)
-        self.assertTrue(aimwatch.default_message(trouble[0]).endswith(" notifiers list"))
+        self.assertTrue(aimwatch.message_for(None, trouble[0]).endswith(" notifiers list"))
 
 
 class TestMutes(WatchCase):
@@ -10423,7 +10302,7 @@ class TestMessagesOfRuns(WatchCase):
         self.look(watcher, 1)
         self.assertEqual((self.told(), self.messages()), ([("r", "log")], ["first", "second"]))
         self.assertEqual(self.events()[0]["to"], ["n"])
-        self.assertIn("logged 2 messages", aimwatch.default_message(self.facts("log")))
+        self.assertIn("logged 2 messages", aimwatch.message_for(None, self.facts("log")))
         self.look(watcher, 3)
         self.say("old", "after")
         self.say("r", "too low again", level=20)
@@ -13168,7 +13047,7 @@ class TestCommandLine(Case):
             ("start --grace nan", "'nan' is not a time such as 90, 30m, 2h or 1d"),
             ("start --grace 9999999h", "'9999999h' is not a time such as 90, 30m, 2h or 1d"),
             ("start --remind-every 5y", "'5y' is not a time such as 90, 30m, 2h or 1d"),
-            ("start --ping-url ftp://x", "the URL must start with https:// or http://, and this one has ftp:"),
+            ("start --ping-url ftp://x", "argument --ping-url: must start with https:// or http://"),
             ("start --dance", "unrecognized arguments: --dance"),
             ("runs --limit x", "'x' is not a whole number"),
             ("up --port 65536", "'65536' is not a whole number from 0 to 65535"),
@@ -13482,7 +13361,7 @@ class TestReadme(WatchCase):
         }  # fmt: skip
         facts = {"event": "stalled", "repo": "/shared/experiments", "look": f"show {run['hash']}"}
         facts.update((f"run.{name}", value) for name, value in run.items())
-        text = aimwatch.default_message(facts).replace(HERE, "/opt")
+        text = aimwatch.message_for(None, facts).replace(HERE, "/opt")
         self.assertEqual(text, block.rstrip("\n"))
 
     def test_every_block_and_command_does_what_it_says(self) -> None:
