@@ -1047,50 +1047,32 @@ MAX_TAIL_BYTES = 128 << 20
 MAX_WAITING_BYTES = 64 << 20
 #: How often an unwritable log is tried again.
 RETRY_S = 1.0
-#: What a log says beside its points, since its last checkpoint, counts up to this size: a run that
-#: declares series without end must not fill the memory of who reads it.
-MAX_STATE_BYTES = 2 * MAX_LINE_BYTES
-#: More torn checkpoints than this are in no log of ours.
-MAX_TORN_CHECKPOINTS = 100
 _CHECKPOINT_START = b'{"checkpoint"'
 #: A checkpoint is written every so many lines, and at the end.
 CHECKPOINT_LINES = 10_000
 
 
-def context_key(context: Dict[str, Any]) -> str:
-    """Return what two encoded contexts have in common exactly when they are equal."""
-    return json.dumps(_numbers_alike(context), sort_keys=True)
-
-
-def _numbers_alike(value: Any, depth: int = 0) -> Any:
+def context_key(context: Any, depth: int = 0) -> Any:
+    """Return what two encoded contexts have in common exactly when they are equal: 1, 1.0 and True are equal
+    in Python, and name the same series in Aim."""
     if depth > 4 * MAX_PARAM_DEPTH:
         return None  # no writer of ours nests so deeply
-    # 1, 1.0 and True are equal in Python, and name the same series in Aim.
-    if isinstance(value, dict):
-        return {key: _numbers_alike(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers_alike(item, depth + 1) for item in value]
-    if isinstance(value, (bool, float)) and int(value) == value:
-        return int(value)
-    return value
+    if isinstance(context, dict):
+        return frozenset((key, context_key(item, depth + 1)) for key, item in context.items())
+    if isinstance(context, list):
+        return tuple(context_key(item, depth + 1) for item in context)
+    return context
 
 
 class SeriesState:
     """What is known of one metric series without reading its points."""
 
-    __slots__ = (
-        "context",
-        "count",
-        "first_step",
-        "id",
-        "last",
-        "last_epoch",
-        "last_step",
+    #: In the order of a checkpoint.
+    _FIELDS = (
+        "id", "name", "context", "count", "min", "max", "last", "first_step", "last_step", "last_epoch",
         "last_time",
-        "max",
-        "min",
-        "name",
-    )
+    )  # fmt: skip
+    __slots__ = _FIELDS
 
     def __init__(self, series_id: int, name: str, context: Dict[str, Any]) -> None:
         self.id = series_id
@@ -1124,10 +1106,7 @@ class SeriesState:
 
     def to_list(self) -> List[Any]:
         """Return the series as a checkpoint holds it."""
-        floats = [json_float(value) for value in (self.min, self.max, self.last)]
-        epoch = None if self.last_epoch is None else json_float(self.last_epoch)
-        steps = [self.first_step, self.last_step, epoch, json_float(self.last_time)]
-        return [self.id, self.name, self.context, self.count, *floats, *steps]
+        return [json_float(getattr(self, field)) for field in self._FIELDS]
 
     @classmethod
     def from_list(cls, values: Sequence[Any]) -> SeriesState:
@@ -1144,53 +1123,32 @@ class SeriesState:
         return series
 
 
-def json_float(value: float) -> Union[float, str]:
+def json_float(value: Any) -> Any:
     """Return `value`, or the string that stands for it where JSON has no number for it."""
-    return value if math.isfinite(value) else repr(value)
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 #: Deeper params are stored as text.
 MAX_PARAM_DEPTH = 50
-#: Longer ints too: Python refuses to turn more than 4,300 digits into text or back.
-MAX_INT_BITS = 8192
-#: One value holds at most so many: a list that holds one list twice, which holds another twice, and so
-#: on, is small in memory and endless as text.
-MAX_PARAM_ITEMS = 1 << 20
 #: Larger arrays are stored as their own short text.
 MAX_ARRAY_ITEMS = 10_000
 
 
-def encode_value(value: Any, odd: List[str], what: str = "a value") -> Any:
+def encode_value(value: Any, odd: List[str]) -> Any:
     """Return a param or a context value as strict JSON can hold it.
 
     None, bool, int, float, text, mappings, sequences and sets keep their kind; arrays become lists;
     dataclasses and namespaces become dicts of their fields; a NumPy scalar becomes its number. Anything
-    else becomes text, as does a container inside itself, and its type is added to `odd`. Raises
-    ArgumentError, which names `what`, for more than MAX_PARAM_ITEMS values.
+    else becomes text, as does a container inside itself, and its type is added to `odd`.
     """
-    left = MAX_PARAM_ITEMS
     #: The containers around what is encoded just now.
     around: Set[int] = set()
 
     def encode(value: Any, depth: int) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise ArgumentError(
-                f"{printable(what, 80)} holds more than {MAX_PARAM_ITEMS} values: "
-                "store it in a file, and its path here"
-            )
-        if value is None or isinstance(value, bool):
+        if value is None or isinstance(value, (bool, int, str)):
             return value
-        if isinstance(value, str):
-            return str.__str__(value)  # str() of an enum's member is `Color.RED`, where its value is "red"
-        if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
-            odd.append(f"an int of {value.bit_length()} bits")
-            return hex(value)
-        if isinstance(value, int):
-            return int(value)
         if isinstance(value, float):
-            return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
+            return value if math.isfinite(value) else {"$float": repr(float(value))}
         parts = _parts(value)
         if parts is None:
             odd.append(type(value).__name__)
@@ -1207,7 +1165,7 @@ def encode_value(value: Any, odd: List[str], what: str = "a value") -> Any:
         else:
             encoded = {}
             for key, item in parts.items():
-                name = _text_key(key)
+                name = _text(key)
                 if name in encoded:
                     odd.append(f"two keys {brief(name)}")
                 encoded[name] = encode(item, depth + 1)
@@ -1245,18 +1203,15 @@ def _parts(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
+    # str() of an enum's member is `Color.RED`, where its value is "red" or 2.
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int.__repr__(value)
     try:
         return str(value)
     except Exception:
         return f"<{type(value).__name__} without a text>"
-
-
-def _text_key(key: Any) -> str:
-    if isinstance(key, str):
-        return str.__str__(key)
-    if isinstance(key, int) and not isinstance(key, bool):
-        return _text(int(key))  # of an enum's member, too, the number
-    return _text(key)
 
 
 def decode_value(value: Any, depth: int = 0) -> Any:
@@ -1304,12 +1259,6 @@ def _checked_props(props: Any) -> Dict[str, Any]:
     return dict(props)
 
 
-def _checked_path(path: Any) -> List[str]:
-    if not isinstance(path, list) or not all(isinstance(key, str) for key in path):
-        raise TypeError("a param's path is a list of strings")
-    return path
-
-
 class RunState:
     """Everything a run log says, less the points themselves.
 
@@ -1331,8 +1280,6 @@ class RunState:
         self.next_idx = 1
         self.last_time = 0.0
         self.skipped = 0
-        #: Bytes of the records that made this state, as far as they were read from a log.
-        self.weight = 0
 
     def apply(self, record: Any) -> bool:
         """Take one parsed line in; False where it is not a record of ours."""
@@ -1355,15 +1302,14 @@ class RunState:
         return when_s
 
     def _apply_point(self, point: List[Any]) -> bool:
-        epoch = float(point[4]) if len(point) > 4 else None
-        step, value, series = int(point[1]), float(point[2]), self.series[point[0]]
-        series.add(step, value, self._seen(point[3]), epoch)
+        step, value, epoch, when = _parse_point(point)
+        self.series[point[0]].add(step, value, when, epoch)
+        self.last_time = max(self.last_time, when)
         return True
 
     def _apply_header(self, record: Dict[str, Any]) -> None:
-        self._seen(record["created_at"])
+        self.created_at = self._seen(record["created_at"])
         self.header = record
-        self.created_at = float(record["created_at"])
 
     def _apply_resume(self, record: Dict[str, Any]) -> None:
         self._seen(record["resume"])
@@ -1374,7 +1320,7 @@ class RunState:
         self.props.update(_checked_props(record["props"]))
 
     def _apply_set(self, record: Dict[str, Any]) -> None:
-        path, value = _checked_path(record["set"]), record["value"]
+        path, value = list(map(str, record["set"])), record["value"]
         if path:
             parent: Any = self.params
             for key in path[:-1]:
@@ -1388,12 +1334,12 @@ class RunState:
             self.params = value
 
     def _apply_del(self, record: Dict[str, Any]) -> None:
-        path = _checked_path(record["del"])
-        if not path:
+        if record["del"]:
+            *path, key = map(str, record["del"])
+            parent = self.param(path)
+            del parent[int(key) if isinstance(parent, list) else key]
+        else:
             self.params = {}
-            return
-        parent = self.param(path[:-1])
-        del parent[int(path[-1]) if isinstance(parent, list) else path[-1]]
 
     def param(self, path: Sequence[str]) -> Any:
         """Return what stands at a path of params, encoded. Raises KeyError."""
@@ -1434,29 +1380,26 @@ class RunState:
         }
 
     def _apply_checkpoint(self, record: Dict[str, Any]) -> None:
-        series = [SeriesState.from_list(values) for values in record["series"]]
-        for field, kind in (("header", dict), ("params", dict), ("props", dict), ("logs", dict)):
-            if not isinstance(record[field], kind):
-                raise TypeError(f"{field} is no {kind.__name__}")
+        # Everything is looked at before anything is taken over: half a checkpoint would be a lie.
         if record["checkpoint"] != 1:
             raise ValueError("another format")
-        props = _checked_props(record["props"])
-        # Everything is looked at before anything is taken over: half a checkpoint would be a lie.
-        errors, end, next_idx = map(str, record["errors"]), record["end"], _checked_idx(record["next_idx"])
-        if isinstance(end, dict):
-            self._seen(end["time"])
-            if not isinstance(end["end"], str):
-                raise TypeError("an end is finished or failed")
+        header, params, props = (
+            dict(record["header"]),
+            dict(record["params"]),
+            _checked_props(record["props"]),
+        )
+        series = [SeriesState.from_list(values) for values in record["series"]]
         logs = {str(int(level)): int(count) for level, count in record["logs"].items()}
+        errors, next_idx = deque(map(str, record["errors"]), maxlen=5), _checked_idx(record["next_idx"])
+        created_at = self._seen(header.get("created_at", self.created_at))
         self._seen(record["last_time"])
-        created_at = self._seen(record["header"].get("created_at", self.created_at))
+        self.end = None
+        if record["end"]:
+            self._apply_end(record["end"])
         self.next_idx = max(self.next_idx, next_idx)
-        self.header, self.params, self.props = record["header"], record["params"], props
-        self.created_at = created_at
+        self.header, self.params, self.props, self.created_at = header, params, props, created_at
         self.series = {item.id: item for item in series}
-        self.logs = logs
-        self.errors = deque(errors, maxlen=5)
-        self.end = end if isinstance(end, dict) else None
+        self.logs, self.errors = logs, errors
 
     def _apply_end(self, record: Dict[str, Any]) -> None:
         idx = _checked_idx(record["idx"])
@@ -1721,25 +1664,19 @@ def read_log(path: str, run_hash: str) -> RunState:
     """
     with open_regular(path) as file:
         size = start = os.fstat(file.fileno()).st_size
-        # Not to the end of the line: somebody may have made one that fills the disk.
-        header = file.readline(MAX_LINE_BYTES)
-        lines = read_lines(file)
-        for _ in range(MAX_TORN_CHECKPOINTS):
-            state = RunState(run_hash)
+        state, lines = RunState(run_hash), read_lines(file)
+        _apply_line(state, file.readline(MAX_LINE_BYTES))
+        for _ in range(2):  # the last may be torn, and the one before it serves as well
             start = _last_checkpoint(file.fileno(), start, max(0, size - MAX_TAIL_BYTES))
-            if not start and size > MAX_TAIL_BYTES:
-                raise OSError(errno.EFBIG, f"no checkpoint in its last {MAX_TAIL_BYTES >> 20} MB")
-            if not start:
-                break
-            _apply_line(state, header)
             file.seek(start)
-            if _apply_line(state, next(lines, (b"", True))[0]):
+            if not start or _apply_line(state, next(lines, (b"", True))[0]):
                 break
-            start = max(start - 2, 0)  # it is torn, and the one before it serves as well
+            start -= 1
         else:
-            state, start = RunState(run_hash), 0
-        if not start:
+            start = 0
             file.seek(0)
+        if not start and size > MAX_TAIL_BYTES:
+            raise OSError(errno.EFBIG, f"no checkpoint in its last {MAX_TAIL_BYTES >> 20} MB")
         for line, whole in lines:
             # A last line without its end is being written, or was torn; not counted as damage.
             if not _apply_line(state, line) and whole:
@@ -1768,21 +1705,15 @@ def _parse_point(point: Any) -> Tuple[int, float, Optional[float], float]:
     return int(point[1]), float(point[2]), epoch, when
 
 
-def read_points(
-    path: str, series_id: int, every: int = 1, limit_s: float = math.inf
-) -> List[Tuple[int, float, Optional[float], float]]:
+def read_points(path: str, series_id: int, every: int = 1) -> List[Tuple[int, float, Optional[float], float]]:
     """Return the points of one series as (step, value, epoch, time), sorted by step, those of one
-    step as recorded; those that `read_log` counts and no others. Raises OSError.
-
-    Arguments:
-        every: return the first of so many that follow each other.
-        limit_s: how long this may take.
-    """
+    step as recorded; those that `read_log` counts and no others. Of `every` so many that follow each other,
+    only the first. Raises OSError."""
     start = b"[%d," % series_id
     points = []
     left = 0
     with open_regular(path) as file:
-        for line, _ in read_lines(file, time.monotonic() + limit_s):
+        for line, _ in read_lines(file):
             if line.startswith(start):
                 left -= 1
                 if left < 0:
@@ -1814,35 +1745,27 @@ def read_messages(path: str) -> Iterator[Dict[str, Any]]:
                 yield message
 
 
-def read_lines(file: Any, deadline_mono: float = math.inf) -> Iterator[Tuple[bytes, bool]]:
-    """Yield (line, whether it had its end), skipping lines of over MAX_LINE_BYTES in pieces. Raises OSError
-    at the deadline."""
-    while True:
-        if time.monotonic() > deadline_mono:
-            raise OSError(errno.ETIMEDOUT, "it takes too long to read")
-        line = file.readline(MAX_LINE_BYTES)
-        if not line:
-            return
+def read_lines(file: BinaryIO) -> Iterator[Tuple[bytes, bool]]:
+    """Yield (line, whether it had its end), skipping lines of over MAX_LINE_BYTES in pieces. Raises
+    OSError."""
+    line = file.readline(MAX_LINE_BYTES)
+    while line:
         whole = line.endswith(b"\n")
         if not whole and len(line) == MAX_LINE_BYTES:
-            while line and not line.endswith(b"\n") and time.monotonic() <= deadline_mono:
+            while line and not line.endswith(b"\n"):
                 line = file.readline(MAX_LINE_BYTES)
             line, whole = b"", True
         yield line, whole
+        line = file.readline(MAX_LINE_BYTES)
 
 
 def _apply_line(state: RunState, line: bytes) -> bool:
     if line == b"\n":
         return True  # written by a resumed run to end its predecessor's torn line
     try:
-        record = from_json(line)
+        return state.apply(from_json(line))
     except (ValueError, RecursionError):
         return False
-    if type(record) is dict:
-        state.weight = len(line) + (0 if line.startswith(_CHECKPOINT_START) else state.weight)
-        if state.weight > MAX_STATE_BYTES and "end" not in record:
-            return False
-    return state.apply(record)
 
 
 def _last_checkpoint(fd: int, size: int, least: int = 0) -> int:
@@ -3047,7 +2970,7 @@ class Run:
     def _encode(self, value: Any, what: str) -> Any:
         """Return a value as JSON can hold it, with a warning where JSON has no kind for it."""
         odd: List[str] = []
-        encoded = encode_value(value, odd, what)
+        encoded = encode_value(value, odd)
         if odd and not self._warned_odd:
             self._warned_odd = True
             log.warning(
@@ -3521,10 +3444,10 @@ class Metric:
     def __repr__(self) -> str:
         return f"<Metric {self.name!r} {self.context!r} of run {self.run.hash}: {self.count} points>"
 
-    def _read(self, **bounds: Any) -> List[Tuple[int, float, Optional[float], float]]:
+    def _read(self, every: int = 1) -> List[Tuple[int, float, Optional[float], float]]:
         path = self.run._paths.run_log(self.run.hash)
         try:
-            return read_points(path, self._id, **bounds)
+            return read_points(path, self._id, every)
         except OSError as error:
             raise RepoError(f"cannot read {path}: {error.strerror}") from None
 
@@ -3533,10 +3456,9 @@ class Metric:
         return self._read()
 
     def some_points(self, most: int) -> List[Tuple[int, float]]:
-        """Return steps and values; of more than `most` points some that are as far from each other. Raises
-        RepoError where that takes more than 10 s."""
+        """Return steps and values; of more than `most` points some that are as far from each other."""
         every = max(1, -(-self.count // most))
-        return [point[:2] for point in self._read(every=every, limit_s=10.0)]
+        return [point[:2] for point in self._read(every)]
 
     @property
     def steps(self) -> List[int]:
@@ -3627,7 +3549,7 @@ def _param_path(key: Any) -> List[str]:
             raise ArgumentTypeError(
                 f"a param's key must be a string, an int, a tuple of these or ..., not {brief(part)}"
             )
-    return [_text_key(part) for part in parts]
+    return [_text(part) for part in parts]
 
 
 def utc_datetime(epoch_s: float) -> datetime.datetime:
