@@ -4152,7 +4152,7 @@ class Params(RecordingCase):
         self.strict("r")
 
     def test_keys_of_every_kind_are_kept_apart(self) -> None:
-        keys = ("a.b", '"', "'", "a\nb", "\r", "\0", "", "é", "\ud800", ",", "0", "__class__", "k" * 5000)
+        keys = ("a.b", '"', "'", "a\nb", "\r", "\0", "", "é", "\ud800", ",", "0", "__class__", "k" * 3000)
         run = self.run_object("r")
         run["a"] = {"b": "nested"}
         for n, key in enumerate(keys):
