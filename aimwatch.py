@@ -8853,9 +8853,9 @@ def each(template: str, rows: Iterable[Sequence[Any]]) -> List[Html]:
     return [html(template, *row) for row in rows]
 
 
-def ago(seconds: float) -> Html:
-    """Return how long ago something was; the script counts it on."""
-    return html('<time data-age="{}">{} ago</time>', round(seconds), human_s(max(1, round(seconds))))
+def ago(seconds: float) -> str:
+    """Return how long ago something was."""
+    return f"{human_s(max(1, round(seconds)))} ago"
 
 
 def badge(state: str) -> Html:
@@ -8882,7 +8882,7 @@ def grid(names: Sequence[str], rows: Sequence[Sequence[Any]], heads: Sequence[An
 
 def page_of(title: str, top: str, about: str, parts: Dict[str, Any]) -> str:
     """Return a whole page: its parts by their titles, and `top`, the way from it to the first page."""
-    section = '<section id="{}" data-live><h2>{}</h2>{}</section>'
+    section = '<section id="{}"><h2>{}</h2>{}</section>'
     sections = each(section, [(name, name, content) for name, content in parts.items() if content])
     return html(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{} \u00b7 aimwatch</title>'
@@ -8983,49 +8983,42 @@ class LogFollower:
                 self._offset += end or len(data)
 
     def _take(self, data: bytes) -> None:
-        lines = data[:-1].split(b"\n") if b'{"log"' in data else []
-        series: Dict[int, List[Any]] = {}
-        try:
-            # All lines at once, which takes a third of the time.
+        lines = data[:-1].split(b"\n")
+        try:  # all lines at once take a third of the time
             rows = _plain_json("[" + data[:-1].decode("ascii").replace("\n", ",") + "]")
-            if len(rows) != data.count(b"\n"):
+            if len(rows) != len(lines):
                 raise ValueError("torn lines that make one")
-            for row in rows:
-                try:
-                    series[row[0]].append(row)
-                except KeyError:
-                    if type(row) is list:
-                        series[row[0]] = [row]
         except _NO_POINT:
-            series, lines = {}, data.split(b"\n")
+            rows = []
             for line in lines:
                 with contextlib.suppress(*_NO_POINT):
-                    if type(row := from_json(line)) is list:
-                        series.setdefault(row[0], []).append(row)
+                    rows.append(from_json(line))
+        series: Dict[int, List[Any]] = {}
+        for row in rows:
+            if type(row) is list and row and type(row[0]) is int:
+                series.setdefault(row[0], []).append(row)
         for series_id, points in series.items():
             add_points(self.points.setdefault(series_id, {}), points)
-        self.messages.extend(filter(None, map(parse_message, lines)))
+        if b'{"log"' in data:
+            self.messages.extend(filter(None, map(parse_message, lines)))
 
 
 class Scale:
-    """Maps values to 0 up to 1; `low` and `high` are the ends, or their logarithms."""
+    """Maps values to 0 up to 1; `low` and `high` are the ends, or their logarithms. Raises ArithmeticError
+    or ValueError for what cannot be drawn."""
 
     def __init__(self, values: Sequence[float], is_log: bool, margin: float = 0.0) -> None:
         self.is_log = is_log
-        low, high = self.to(min(values)), self.to(max(values))
-        is_wide = high - low > abs(high) * 1e-12 + 1e-290
-        more = (high - low) * margin if is_wide else abs(low) * 0.05 or 0.5
-        most = 305.0 if is_log else 2e300  # of a logarithm, so that there is a number to it
-        self.low, self.high = max(low - more, -most), min(high + more, most)
-
-    def to(self, value: float) -> float:
-        """Return a value, or its logarithm; beyond 1e300 nothing can be told apart."""
-        value = min(max(value, 1e-300 if self.is_log else -1e300), 1e300)
-        return math.log10(value) if self.is_log else value
+        self._to: Callable[[float], float] = math.log10 if is_log else float
+        low, high = self._to(min(values)), self._to(max(values))
+        more = (high - low) * margin if low < high else abs(low) * 0.05 or 0.5
+        self.low, self.high = low - more, high + more
+        if not math.isfinite(self.high - self.low):
+            raise OverflowError("the numbers are too large")
 
     def at(self, value: float) -> float:
         """Return where a value lies; what is far outside is just outside."""
-        return min(max((self.to(value) - self.low) / (self.high - self.low), -9.0), 9.0)
+        return min(max((self._to(value) - self.low) / (self.high - self.low), -9.0), 9.0)
 
     def value(self, at: float) -> float:
         """Return the value that lies there."""
@@ -9038,9 +9031,9 @@ class Scale:
             first, last = math.ceil(self.low), math.floor(self.high)
             return [10.0**power for power in range(first, last + 1, (last - first) // 7 + 1)]
         low, high = self.value(0), self.value(1)
-        unit = 10.0 ** math.floor(math.log10(high / 5 - low / 5))
-        choices = [step for step in (*steps, unit, 2 * unit, 5 * unit) if step >= high / 5 - low / 5]
-        step = choices[0] if choices else 10 * unit
+        least = (high - low) / 5
+        unit = 10.0 ** math.floor(math.log10(least))
+        step = next(step for step in (*steps, unit, 2 * unit, 5 * unit, 10 * unit) if step >= least)
         return [nth * step for nth in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
@@ -9063,10 +9056,10 @@ def to_draw(xs: Any, ys: Any, edges: Sequence[float]) -> List[int]:
 
 
 class Curve(NamedTuple):
-    """One line of a chart; `look` is its classes: a colour and a way of dashing."""
+    """One line of a chart."""
 
     label: str
-    look: str
+    colour: str
     columns: Dict[str, Any]
     created_at: float
 
@@ -9074,14 +9067,13 @@ class Curve(NamedTuple):
         """Return where the points lie on an axis, sorted; the values there; and as pairs the points
         whose values are no finite numbers."""
         xs, ys = self.columns["time" if axis == "since" else axis], self.columns["value"]
-        is_sorted = xs[-1:] == xs[-1:] and all(map(operator.le, xs, xs[1:]))  # which no NaN is
-        if math.isfinite(sum(ys)) and is_sorted and not log_x and not log_y:
+        if axis == "since":
+            xs = [at - self.created_at for at in xs]
+        is_sorted = math.isfinite(sum(xs)) and all(map(operator.le, xs, xs[1:]))
+        if is_sorted and math.isfinite(sum(ys)) and not log_x and not log_y:
             return xs, ys, []
-        offset = self.created_at if axis == "since" else 0.0
-        pairs = sorted(
-            (pair for pair in zip(xs, ys) if pair[0] == pair[0] and (pair[0] > offset or not log_x)),
-            key=operator.itemgetter(0),
-        )
+        pairs = [pair for pair in zip(xs, ys) if pair[0] == pair[0] and (pair[0] > 0 or not log_x)]
+        pairs.sort(key=operator.itemgetter(0))
         finite = [pair for pair in pairs if math.isfinite(pair[1]) and (pair[1] > 0 or not log_y)]
         odd = [pair for pair in pairs if not math.isfinite(pair[1])]
         return [pair[0] for pair in finite], [pair[1] for pair in finite], odd
@@ -9099,74 +9091,70 @@ _MARKS = {"nan": (PLOT[3] - 2, "\u00d7"), "-inf": (PLOT[3] - 2, "\u25be"), "inf"
 
 def chart_svg(name: str, curves: Sequence[Curve], ask: Ask) -> Html:
     """Draw curves over one another, as the parameters x, xscale, yscale, smooth, from and to say."""
-    import bisect
-
     axis = ask.one["x"] if ask.one["x"] in AXES else "step"
+    try:
+        drawn = _plot(axis, curves, ask)
+    except (ArithmeticError, ValueError, OSError):
+        drawn = html('<p class="none">these numbers cannot be drawn so</p>')
+    swatch = '<li><svg viewBox="0 0 18 4"><polyline points="1,2 17,2" color="{}"/></svg>{} <b></b></li>'
+    legend = each(swatch, [(curve.colour, cell_text(curve.label)) for curve in curves])
+    figure = '<figure data-axis="{}"><figcaption>{} <b></b></figcaption>{}<ul>{}</ul></figure>'
+    return html(figure, axis, name, drawn, legend)
+
+
+def _plot(axis: str, curves: Sequence[Curve], ask: Ask) -> Html:
     log_x, log_y = ask.one["xscale"] == "log", ask.one["yscale"] == "log"
     keep = min(max(ask.number("smooth") or 0.0, 0.0), 0.999)
-    left, top, width, height = PLOT
-    data = []
-    ends: List[float] = []
-    for curve in curves:
-        xs, ys, odd = curve.on(axis, log_x, log_y)
-        offset = curve.created_at if axis == "since" else 0.0
-        ends += [at - offset for at in (*xs[:1], *xs[-1:], *(at for at, _ in odd))]
-        data.append((curve, offset, xs, ys, odd))
+    width, height = PLOT[2:]
+    found = [curve.on(axis, log_x, log_y) for curve in curves]
+    ends = [at for xs, _, odd in found for at in (*xs[:1], *xs[-1:], *(at for at, _ in odd))]
     if not ends:
-        return html('<figure><figcaption>{}</figcaption><p class="none">no {}</p></figure>', name, AXES[axis])
-    low, high = (ask.number(which) for which in ("from", "to"))
-    low = min(ends) if low is None or (log_x and low <= 0) else low
-    x = Scale([low, max(low, max(ends) if high is None else high)], log_x)
+        return html('<p class="none">no {}</p>', AXES[axis])
+    low, high = ask.number("from"), ask.number("to")
+    x = Scale([min(ends) if low is None else low, max(ends) if high is None else high], log_x)
     edges = [x.value(nth / width) for nth in range(width + 1)]
-    lines: List[Tuple[str, int, List[Tuple[float, float]]]] = []
-    marks: Dict[Tuple[str, str, int], float] = {}
-    for nth, (curve, offset, xs, ys, odd) in enumerate(data):
-        for at, value in odd:
-            if -0.01 <= x.at(at - offset) <= 1.01:
-                marks[curve.look, repr(value), round(x.at(at - offset) * width / 8)] = at - offset
-        kinds = [(f"{curve.look} line", ys)]
-        if keep:
-            smooth = itertools.accumulate(ys, lambda mean, y: mean + (1 - keep) * (y - mean))
-            kinds = [(f"{curve.look} raw", ys), (f"{curve.look} line", list(smooth))]
-        for look, values in kinds:
-            parts: Dict[int, List[Tuple[float, float]]] = {}
-            for at in to_draw(xs, values, [edge + offset for edge in edges]):
-                gap = bisect.bisect_left(odd, (xs[at], -math.inf))  # no line leads over what is no number
-                parts.setdefault(gap, []).append((xs[at] - offset, values[at]))
-            lines += [(look, nth, line) for line in parts.values()]
-    in_view = [value for _, _, line in lines for at, value in line if 0 <= x.at(at) <= 1]
-    y = Scale(in_view or [1.0], log_y, 0.04)
+    lines = []  # the number and colour of the curve, whether this is what was recorded, and points
     shapes = []
-    for look, nth, line in lines:
-        spots = [f"{x.at(at) * width:.1f},{(1 - y.at(value)) * height:.1f}" for at, value in line]
-        path = " ".join(spots * 2 if len(spots) == 1 else spots)
-        look += " dot" * (len(spots) == 1)  # a line of no length has round ends
+    for nth, (curve, (xs, ys, odd)) in enumerate(zip(curves, found)):
+        smooth = itertools.accumulate(ys, lambda mean, y: mean + (1 - keep) * (y - mean))
+        for is_raw, values in [(True, ys)] + [(False, list(smooth))] * (keep > 0 and len(xs) > 0):
+            line = [(xs[at], values[at]) for at in to_draw(xs, values, edges)]
+            lines.append((nth, curve.colour, is_raw, line))
+        marks = {(repr(value), round(x.at(at) * width / 8)): at for at, value in odd if 0 <= x.at(at) <= 1}
+        for (kind, _), at in marks.items():
+            mark = '<text class="mark" color="{}" x="{}" y="{}">{}<title>{} at {}</title></text>'
+            shapes.append(html(mark, curve.colour, x.at(at) * width, *_MARKS[kind], kind, f"{at:.10g}"))
+    in_view = [value for *_, line in lines for at, value in line if 0 <= x.at(at) <= 1]
+    y = Scale(in_view or [1.0], log_y, 0.04)
+    for nth, colour, is_raw, line in lines:
+        spots = " ".join(f"{x.at(at) * width:.1f},{(1 - y.at(value)) * height:.1f}" for at, value in line)
+        look = ("raw " * (is_raw and keep > 0)) + ("dot" * (len(line) == 1))
         values = " ".join(f"{at!r},{value!r}" for at, value in line)
-        shape = '<polyline class="{}" points="{}" data-n="{}" data-v="{}"/>'
-        shapes.append(html(shape, look, path, nth, values))
-    for (look, kind, _), at in marks.items():
-        mark = '<text class="mark {}" x="{}" y="{}">{}<title>{} at {}</title></text>'
-        shapes.append(html(mark, look, x.at(at) * width, *_MARKS[kind], kind, f"{at:.10g}"))
-    axes = []
+        data = html('data-n="{}" data-v="{}"', nth, values) if is_raw else ""
+        points = f"{spots} {spots}" if len(line) == 1 else spots  # a line of no length has round ends
+        shapes.append(html('<polyline class="{}" color="{}" points="{}" {}/>', look, colour, points, data))
+    return html(
+        '<svg class="chart" viewBox="0 0 {} {}" role="img" tabindex="0">{}<svg x="{}" y="{}" width="{}"'
+        ' height="{}">{}<rect height="100%" width="0"/></svg></svg>',
+        *CHART_SIZE, _axes(axis, x, y), *PLOT, shapes,
+    )  # fmt: skip
+
+
+def _axes(axis: str, x: Scale, y: Scale) -> List[Html]:
+    left, top, width, height = PLOT
+    drawn = []
     for value in y.ticks():
         down = top + (1 - y.at(value)) * height
-        axes.append(html('<path d="M{} {}h{}"/>', left, down, width))
-        axes.append(html('<text class="y" x="{}" y="{}">{}</text>', left - 6, down, f"{value:.4g}"))
+        drawn.append(html('<path d="M{} {}h{}"/>', left, down, width))
+        drawn.append(html('<text class="y" x="{}" y="{}">{}</text>', left - 6, down, f"{value:.4g}"))
     for value in x.ticks(_TIME_STEPS if axis in ("time", "since") else ()):
         across = left + x.at(value) * width
         text = f"{value:.6g}" if axis != "since" else human_s(value) if value else "0"
-        if axis == "time" and 0 <= value < MAX_TIME_S:
+        if axis == "time":
             text = time.strftime("%b %d" if x.high - x.low > 3 * 86400 else "%H:%M:%S", time.localtime(value))
-        axes.append(html('<path d="M{} {}v{}"/>', across, top, height))
-        axes.append(html('<text class="x" x="{}" y="{}">{}</text>', across, CHART_SIZE[1] - 6, text))
-    names = [(curve.look, cell_text(curve.label)) for curve in curves]
-    legend = each('<li><i class="{}"></i>{} <b></b></li>', names)
-    return html(
-        '<figure><figcaption>{} <b></b></figcaption><svg class="chart" viewBox="0 0 {} {}" role="img"'
-        ' tabindex="0" aria-label="{}" data-axis="{}" data-x="{} {} {}" data-box="{} {} {} {}">{}'
-        '<svg x="{}" y="{}" width="{}" height="{}">{}</svg></svg><ul class="legend">{}</ul></figure>',
-        name, *CHART_SIZE, name, axis, x.low, x.high, int(log_x), *PLOT, axes, *PLOT, shapes, legend,
-    )  # fmt: skip
+        drawn.append(html('<path d="M{} {}v{}"/>', across, top, height))
+        drawn.append(html('<text class="x" x="{}" y="{}">{}</text>', across, CHART_SIZE[1] - 6, text))
+    return drawn
 
 
 # -------------------------------------------------------------------------- pages
@@ -9244,7 +9232,8 @@ class Site:
         try:
             if not os.path.isdir(self.paths.aim):
                 raise RepoError(f"no repository at {self.paths.root}: it was moved, or its share is away")
-            stamp = self._stamp(*hashes)
+            # Every 5 s a page says anew how long ago things were.
+            stamp = [path, query, int(self._utc()) // 5, *self._stamp(*hashes)]
             etag = f'"{zlib.crc32(repr(stamp).encode()):x}"'
             if etag == known_etag:
                 return Reply(304, etag=etag)
@@ -9252,8 +9241,6 @@ class Site:
             def body() -> bytes:
                 return write(find(self, Ask(query), *hashes)).encode("utf-8", "backslashreplace")
 
-            # Every 5 s a page says anew how long ago things were.
-            stamp.append(int(self._utc()) // 5)
             text = self._keep("page", f"{path}?{query}", stamp, body) if kind == "text/html" else body()
             return Reply(200, text, kind, (), etag)
         except (AimwatchError, OSError) as error:
@@ -9501,12 +9488,12 @@ class Site:
             for metric in row["metrics"]:
                 at = seen[metric["name"]] = seen.get(metric["name"], -1) + 1
                 # Of one run a colour is a context, of several it is a run.
-                look = f"c{nth % 8} d{(at + nth // 8) % 3}" if len(rows) > 1 else f"c{at % 8} d{at // 8 % 3}"
+                colour = f"hsl({210 + 137 * (nth if len(rows) > 1 else at)} 65% 48%)"
                 name = (row["name"] or row["hash"][:8]) if len(rows) > 1 else metric["name"]
                 label = f"{name} {shown(metric['context'], 'context')}"
                 columns = points.get(metric["series"])
                 if columns:
-                    curve = Curve(label, look, columns, row["created_at"])
+                    curve = Curve(label, colour, columns, row["created_at"])
                     curves.setdefault(metric["name"], []).append(curve)
         if not curves:
             return Html()
@@ -9655,102 +9642,83 @@ _ROUTES: Tuple[Tuple[str, Callable[..., Any], str, Callable[[Any], str]], ...] =
 
 #: The look of every page.
 PAGE_CSS = """
-:root { --bg: #f6f7f9; --card: #fff; --text: #1c2230; --soft: #5d6778; --line: #dfe3ea; --link: #1d4ed8;
-  --run: #15803d; --bad: #c01c28; --warn: #b45309; --c0: #2563eb; --c1: #dc2626; --c2: #059669; --c3:
-  #d97706; --c4: #7c3aed; --c5: #0891b2; --c6: #be185d; --c7: #65a30d; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { :root { --bg: #12151c; --card: #1a1f29; --text: #e3e7ef; --soft:
-  #98a2b5; --line: #2d3442; --link: #8ab4ff; --run: #4ade80; --bad: #ff7b72; --warn: #fbbf24; --c0: #6ea8fe;
-  --c1: #ff7b72; --c2: #3fd69b; --c3: #f5b041; --c4: #b794f6; --c5: #4dd0e1; --c6: #f472b6; --c7: #a3e635; }
-  }
-* { box-sizing: border-box; } body { margin: 0; overflow-wrap: anywhere; background: var(--bg); color:
-  var(--text); font: 14px/1.45 system-ui, sans-serif; } a { color: var(--link); text-decoration: none; }
-  header { padding: .6em 1.2em; background: var(--card); border-bottom: 1px solid var(--line); color:
-  var(--soft); } header a { font: 700 1.15em system-ui; color: var(--text); margin-right: .6em; } output {
-  color: var(--bad); float: right; }
-main { max-width: 1360px; margin: 0 auto; padding: 0 1.2em 3em; } h1 { font-size: 1.35em; margin: .6em 0; }
-  h2 { font-size: 1.1em; margin: 1.6em 0 .5em; } #State h2 { display: none; } p { margin: .5em 0; } small {
-  display: block; color: var(--soft); } .none, .good { color: var(--soft); }
+:root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --text: #1c2230; --soft: #5d6778;
+  --line: #dfe3ea; --link: #1d4ed8; --run: #15803d; --bad: #c01c28; --warn: #b45309; }
+@media (prefers-color-scheme: dark) { :root { --bg: #12151c; --card: #1a1f29; --text: #e3e7ef;
+  --soft: #98a2b5; --line: #2d3442; --link: #8ab4ff; --run: #4ade80; --bad: #ff7b72; --warn: #fbbf24; } }
+* { box-sizing: border-box; }
+body { margin: 0; overflow-wrap: anywhere; background: var(--bg); color: var(--text);
+  font: 14px/1.45 system-ui, sans-serif; }
+a { color: var(--link); text-decoration: none; }
+header { padding: .6em 1.2em; background: var(--card); border-bottom: 1px solid var(--line); }
+header a { font: 700 1.15em system-ui; color: var(--text); margin-right: .6em; }
+output { color: var(--bad); float: right; }
+main { max-width: 1360px; margin: 0 auto; padding: 0 1.2em 3em; }
+h1 { font-size: 1.35em; margin: .6em 0; } h2 { font-size: 1.1em; margin: 1.6em 0 .5em; }
+#State h2 { display: none; } p { margin: .5em 0; } small { display: block; }
+header, small, .none, .good, .state, .ask, th, dt, ul { color: var(--soft); }
+.state, .chip { white-space: nowrap; font-weight: 600; } .chip { margin-right: 1.4em; }
+.running { color: var(--run); } .failed, .bad { color: var(--bad); } .stalled { color: var(--warn); }
 pre { font: .92em/1.5 ui-monospace, monospace; white-space: pre-wrap; padding: .7em; margin: .5em 0; }
-pre, .wide, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; } .state {
-  white-space: nowrap; font-weight: 600; color: var(--soft); } .running { color: var(--run); }
-  .state.failed, .bad { color: var(--bad); } .stalled { color: var(--warn); } .chip { margin-right: 1.4em;
-  white-space: nowrap; display: inline-block; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; } th, td { text-align: left;
-  vertical-align: top; padding: .45em .7em; white-space: nowrap; } td small, td p, td div, .text {
-  white-space: normal; min-width: 8em; max-width: 26em; } td .text, th .text { display: inline-block; } th {
-  color: var(--soft); font-weight: 500; font-size: .9em; } th a { color: inherit; } tbody tr { border-top:
-  1px solid var(--line); } tbody tr:hover { background: var(--bg); }
-.ask { display: flex; flex-wrap: wrap; gap: .6em 1em; align-items: center; margin: .6em 0; color:
-  var(--soft); } input, select, button { font: inherit; color: var(--text); background: var(--card); border:
-  1px solid var(--line); border-radius: 6px; padding: .3em .6em; max-width: 75vw; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(250px, 45%), 1fr)); gap: .6em 1.4em;
-  } dt { color: var(--soft); font-size: .88em; } dd { margin: 0; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); gap: 1em;
-  } figure { margin: 0; padding: .7em; min-width: 0; } figcaption { font-weight: 600; } figure b { color:
-  var(--text); font-weight: 500; float: right; } .legend b { float: none; } .legend { display: flex;
-  flex-wrap: wrap; gap: 0 1em; margin: .3em 0 0; padding: 0; color: var(--soft); font-size: .9em; } .legend
-  li { list-style: none; } .legend i { display: inline-block; width: 1.2em; margin-right: .4em;
-  vertical-align: middle; border-top: 3px solid; } .legend .d1 { border-style: dashed; } .legend .d2 {
-  border-style: dotted; }
-svg.chart { display: block; width: 100%; touch-action: pan-y; cursor: crosshair; }
-svg.chart:focus-visible { outline: 2px solid var(--link); } path { stroke: var(--line); } svg text {
-  font-size: 11px; fill: var(--soft); text-anchor: middle; } svg .y { text-anchor: end; dominant-baseline:
-  middle; } svg .mark { font: 700 13px system-ui; fill: currentColor; }
-polyline { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linejoin: round; stroke-linecap:
-  round; } .dot { stroke-width: 6; } .raw { opacity: .3; } .d1 { stroke-dasharray: 6 3; } .d2 {
-  stroke-dasharray: 2 3; } rect { fill: var(--link); opacity: .15; } .c0 { color: var(--c0); } .c1 { color:
-  var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color:
-  var(--c5); } .c6 { color: var(--c6); } .c7 { color: var(--c7); }
-@media (max-width: 640px) { thead { display: none; } tr { display: block; padding: .5em 0; } td:empty {
-  display: none; } td { display: block; position: relative; padding: .12em .6em .12em 8.2em; white-space:
-  normal; } td::before { content: attr(data-name); color: var(--soft); position: absolute; left: .6em; } }
+pre, .wide, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .45em .7em; white-space: nowrap; }
+td small, td p, .text { white-space: normal; min-width: 8em; max-width: 26em; }
+.text, .chip { display: inline-block; } th { font-weight: 500; font-size: .9em; } th a { color: inherit; }
+tbody tr { border-top: 1px solid var(--line); } tbody tr:hover { background: var(--bg); }
+.ask { display: flex; flex-wrap: wrap; gap: .6em 1em; align-items: center; margin: .6em 0; }
+input, select, button { font: inherit; color: var(--text); background: var(--card); max-width: 75vw;
+  border: 1px solid var(--line); border-radius: 6px; padding: .3em .6em; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(250px, 45%), 1fr)); gap: .6em 1.4em; }
+dt { font-size: .88em; } dd { margin: 0; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); gap: 1em; }
+figure { margin: 0; padding: .7em; min-width: 0; } figcaption { font-weight: 600; }
+figure b { color: var(--text); font-weight: 500; } figcaption b { float: right; }
+ul { display: flex; flex-wrap: wrap; gap: 0 1em; margin: .3em 0 0; padding: 0; font-size: .9em; }
+li { list-style: none; } li svg { width: 1.3em; margin-right: .4em; vertical-align: middle; }
+.chart { display: block; width: 100%; cursor: crosshair; }
+.chart:focus-visible { outline: 2px solid var(--link); }
+path { stroke: var(--line); } rect { fill: var(--link); opacity: .3; }
+text { font-size: 11px; fill: var(--soft); text-anchor: middle; }
+.y { text-anchor: end; dominant-baseline: middle; } .mark { font: 700 13px system-ui; fill: currentColor; }
+polyline { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linecap: round; }
+.dot { stroke-width: 6; } .raw { opacity: .3; }
+@media (max-width: 640px) { thead, td:empty { display: none; } tr { display: block; padding: .5em 0; }
+  td { display: block; position: relative; padding: .12em .6em .12em 8.2em; white-space: normal; }
+  td::before { content: attr(data-name); color: var(--soft); position: absolute; left: .6em; } }
 """
 #: What refreshes a page, and lets people read and zoom charts.
 PAGE_JS = r"""
 "use strict";
 (() => {
   const all = (what, from = document) => [...from.querySelectorAll(what)];
-  const nums = text => text.split(" ").map(Number);
   const trouble = document.querySelector("output");
-  const chartAt = event => event.target.closest?.("svg.chart");
-  let etag = "", pointer = null, drag = null, cursor = null;
-  const human = s => s < 60 ? Math.max(1, Math.round(s)) + " s" : s < 3600 ? Math.floor(s / 60) + " min"
-    : Math.floor(s / 3600) + " h " + Math.floor(s % 3600 / 60) + " min";
-  const age = () => all("time").forEach(time => {
-    time.since ??= Date.now() / 1000 - time.dataset.age;
-    time.textContent = human(Date.now() / 1000 - time.since) + " ago";
-  });
+  let shown = "", pointer = null, reading = null, start = null;
 
   // Takes over what has changed of a page. Where somebody types, and what is ticked or open, stays.
   function swap(page) {
-    const ticked = new Set(all("[name=run]:checked").map(box => box.value)), focus = document.activeElement;
-    const open = new Set(all("details[open]").map(item => item.id)), at = all(".chart").indexOf(focus);
-    for (const old of all("[data-live]")) if (!page.getElementById(old.id)) old.remove();
-    for (const fresh of all("[data-live]", page)) {
+    const kept = new Set(all("[name=run]:checked, details[open]").map(item => item.value || item.id));
+    for (const fresh of all("section", page)) {
       const old = document.getElementById(fresh.id), source = fresh.innerHTML;
       if (!old) document.querySelector("main").append(fresh);
-      else if (old.source !== source && !(focus.matches("input, select") && old.contains(focus))) {
+      else if (old.source !== source && !old.querySelector("input:focus, select:focus, svg:focus")) {
         fresh.source = source;
         old.replaceWith(fresh);
       }
     }
+    for (const item of all("[name=run], details")) item.checked = item.open = kept.has(item.value || item.id);
     document.title = page.title;
-    all("[name=run]").forEach(box => { box.checked = ticked.has(box.value); });
-    all("details").forEach(item => { item.open = open.has(item.id); });
-    if (at >= 0) all(".chart")[at]?.focus({preventScroll: true});
-    if (pointer) read(document.elementFromPoint(pointer.clientX, pointer.clientY)?.closest("svg.chart"));
+    if (pointer) read(chartAt(document.elementFromPoint(pointer.clientX, pointer.clientY)));
   }
-  async function refresh(now) {
-    if (drag || (document.hidden && !now)) return;
+  async function refresh() {
+    if (start || document.hidden) return;
     try {
-      const headers = etag && !now ? {"If-None-Match": etag} : {};
-      const answer = await fetch(location.href, {cache: "no-store", headers});
-      if (answer.status !== 304) {
-        const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-        if (!answer.ok) throw page.querySelector("section")?.lastChild.textContent || "it has a new key";
-        etag = answer.headers.get("ETag");
+      const answer = await fetch(location.href, {cache: "no-cache"}), text = await answer.text();
+      if (text !== shown) {
+        const page = new DOMParser().parseFromString(text, "text/html");
+        if (!answer.ok) throw page.querySelector("section")?.lastChild.textContent || text;
         swap(page);
-        age();
+        shown = text;
       }
       trouble.textContent = "";
     } catch (error) {
@@ -9758,84 +9726,69 @@ PAGE_JS = r"""
     }
   }
 
-  // Where a place on the screen lies on the x axis of a chart, and the other way round.
-  function axis(chart) {
-    const [low, high, log] = nums(chart.dataset.x), [left, top, width, height] = nums(chart.dataset.box);
-    const box = chart.getBoundingClientRect(), unit = box.width / chart.viewBox.baseVal.width;
-    const to = log ? Math.log10 : x => x, from = log ? x => 10 ** x : x => x;
-    const part = px => Math.min(1, Math.max(0, ((px - box.left) / unit - left) / width));
-    return {low, high, top, height, box, unit, to, from, value: px => from(low + part(px) * (high - low)),
-      at: x => left + (to(x) - low) / (high - low) * width};
-  }
-  function shape(chart, name, attributes) {
-    const item = document.createElementNS("http://www.w3.org/2000/svg", name);
-    for (const key in attributes) item.setAttribute(key, attributes[key]);
-    return chart.appendChild(item);
-  }
-  const points = line => line.dataset.v.split(" ").map(pair => pair.split(",").map(Number));
-  const nearest = (found, x) => found.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
-  // Writes what lies at a place of a chart beside its name and into its legend.
-  function read(chart, x) {
-    cursor?.remove();
-    all("figure b").forEach(item => { item.textContent = ""; });
-    if (!chart?.querySelector("polyline")) return;
-    const scale = axis(chart), kind = chart.dataset.axis, figure = chart.parentNode;
-    const words = x =>
-      kind === "time" ? new Date(x * 1000).toLocaleString() : kind === "since" ? human(x) : x;
-    const lines = all(chart.querySelector(".raw") ? ".raw" : "polyline", chart);
-    x = chart.reading = nearest(lines.flatMap(points), x ?? scale.value(pointer.clientX))[0];
-    cursor = shape(chart, "path", {d: `M${scale.at(x)} ${scale.top}v${scale.height}`});
-    figure.querySelector("figcaption b").textContent = kind + " " + words(x);
+  const nearest = (found, at) => found.reduce((a, b) => Math.abs(b.at - at) < Math.abs(a.at - at) ? b : a);
+  // Returns the points of a chart: the number of the curve, where it lies, and its values.
+  const points = chart => all("[data-v]", chart).flatMap(line => {
+    const pairs = line.dataset.v.split(" ").map(pair => pair.split(",").map(Number));
+    return pairs.map(([x, y], nth) => ({of: +line.dataset.n, at: line.points[nth].x, x, y}));
+  });
+  // Writes what lies nearest to a place beside the name of a chart and into its legend, and marks the way
+  // to it from where a drag began.
+  function read(chart, at) {
+    const found = chart ? points(chart) : [];
+    for (const item of all("figure b")) item.textContent = "";
+    for (const item of all("rect")) item.setAttribute("width", 0);
+    if (!found.length) return;
+    const figure = chart.closest("figure"), kind = figure.dataset.axis, rect = chart.querySelector("rect");
+    const words = x => kind === "time" ? new Date(x * 1000).toLocaleString() : x;
+    reading = nearest(found, at ?? place(chart));
+    const ats = [reading.at, (start ?? reading).at];
+    rect.setAttribute("x", Math.min(...ats) - .5);
+    rect.setAttribute("width", Math.max(...ats) - Math.min(...ats) + 1);
+    figure.querySelector("figcaption b").textContent = kind + " " + words(reading.x);
     all("li b", figure).forEach((item, nth) => {
-      const own = lines.filter(line => +line.dataset.n === nth).flatMap(points);
-      const [at, y] = own.length ? nearest(own, x) : [];
-      if (own.length) item.textContent = +y.toPrecision(8) + (at === x ? "" : " at " + words(at));
+      const own = found.filter(point => point.of === nth);
+      if (!own.length) return;
+      const {x, y} = nearest(own, reading.at);
+      item.textContent = +y.toPrecision(8) + (x === reading.x ? "" : " at " + words(x));
     });
   }
-  function zoom(...ends) {
+  function zoom(from, to) {
     const url = new URL(location.href);
-    for (const [name, x] of [["from", ends[0]], ["to", ends[1]]]) {
+    for (const [name, x] of Object.entries({from, to})) {
       url.searchParams.delete(name);
-      if (x !== undefined) url.searchParams.set(name, x);
+      if (from < to) url.searchParams.set(name, x);
     }
     history.replaceState(null, "", url);
-    refresh(true);
+    document.activeElement.blur();
+    refresh();
   }
-  addEventListener("pointermove", event => {
+  const chartAt = target => target?.closest?.("svg.chart");
+  const place = chart =>
+    new DOMPoint(pointer.clientX, 0).matrixTransform(chart.querySelector("svg").getScreenCTM().inverse()).x;
+  addEventListener("mousemove", event => {
     pointer = event;
-    if (!drag) return read(chartAt(event));
-    const ends = [drag.x, drag.scale.value(event.clientX)].map(drag.scale.at).sort((a, b) => a - b);
-    drag.box.setAttribute("x", ends[0]);
-    drag.box.setAttribute("width", ends[1] - ends[0]);
+    read(chartAt(event.target));
   });
-  addEventListener("pointerdown", event => {
-    const chart = chartAt(event);
-    if (!chart || event.button || event.pointerType === "touch") return;
-    const scale = axis(chart), box = shape(chart, "rect", {y: scale.top, height: scale.height, width: 0});
-    drag = {scale, box, x: scale.value(event.clientX), px: event.clientX};
-  });
-  addEventListener("pointerup", event => {
-    if (!drag) return;
-    const {scale, box, x, px} = drag, to = scale.value(event.clientX);
-    drag = box.remove();
-    if (Math.abs(event.clientX - px) > 5) zoom(Math.min(x, to), Math.max(x, to));
-  });
-  addEventListener("dblclick", event => chartAt(event) && zoom());
-  addEventListener("keydown", event => {
-    const chart = chartAt(event), by = {"+": .25, "-": 1}[event.key];
-    const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
-    if (!chart || !(step || by || event.key === "Escape")) return;
+  addEventListener("mousedown", event => {
+    if (!chartAt(event.target) || event.button) return;
     event.preventDefault();
-    const scale = axis(chart), middle = chart.reading ?? scale.from((scale.low + scale.high) / 2);
-    const xs = [...new Set(all("polyline", chart).flatMap(points).map(point => point[0]))];
-    xs.sort((a, b) => a - b);
-    if (step) read(chart, xs[Math.min(xs.length - 1, Math.max(0, xs.indexOf(chart.reading) + step))]);
-    else if (by) zoom(...[-by, by].map(k => scale.from(scale.to(middle) + k * (scale.high - scale.low))));
-    else zoom();
+    start = reading;
   });
-  for (const item of all(".drawn select")) item.addEventListener("change", () => item.form.requestSubmit());
-  for (const item of all("[data-live]")) item.source = item.innerHTML;
-  setInterval(age, 1000);
+  addEventListener("mouseup", () => {
+    const ends = start && [start.x, reading.x];
+    start = null;
+    if (ends && ends[0] !== ends[1]) zoom(Math.min(...ends), Math.max(...ends));
+  });
+  addEventListener("dblclick", event => chartAt(event.target) && zoom());
+  addEventListener("keydown", event => {
+    const chart = chartAt(event.target), step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (!chart || !step) return;
+    event.preventDefault();
+    const ats = [...new Set(points(chart).map(point => point.at))].sort((a, b) => a - b);
+    read(chart, ats[Math.min(ats.length - 1, Math.max(0, ats.indexOf(reading?.at) + step))]);
+  });
+  for (const item of all("section")) item.source = item.innerHTML;
   setInterval(refresh, 2000);
 })();
 """

@@ -11315,21 +11315,18 @@ class PageText(unittest.TestCase):
         self.assertEqual([ask.number(name) for name in ("from", "to", "q")], [None, 2.5, None])
 
 
-def a_curve(values: Sequence[Any], label: str = "loss", **columns: Sequence[float]) -> aimwatch.Curve:
-    """Return a curve of values, at the steps 0, 1, ... and one a second after 1000."""
-    points: Dict[str, Any] = {}
-    rows = [[1, step, value, 1000.0 + step] for step, value in enumerate(values)]
-    aimwatch.add_points(points, rows)
-    points.update((name, array.array("d", column)) for name, column in columns.items())
-    return aimwatch.Curve(label, "c0 d0", points, 1000.0)
-
-
 class Charts(unittest.TestCase):
     def drawn(
         self, values: Sequence[Any], query: str = "", **columns: Sequence[float]
     ) -> List[List[List[float]]]:
-        """Return the lines of a chart: for each its points."""
-        self.svg = aimwatch.chart_svg("loss", [a_curve(values, **columns)], aimwatch.Ask(query))
+        """Return the lines of a chart of values at the steps 0, 1, ... and one a second after 1000: for each
+        its points as they can be read."""
+        points: Dict[str, Any] = {}
+        rows = [[1, step, value, 1000.0 + step] for step, value in enumerate(values)]
+        aimwatch.add_points(points, rows)
+        points.update((name, array.array("d", column)) for name, column in columns.items())
+        curve = aimwatch.Curve("loss", "red", points, 1000.0)
+        self.svg = aimwatch.chart_svg("loss", [curve], aimwatch.Ask(query))
         found = re.findall('data-v="([^"]*)"', self.svg)
         return [[[float(part) for part in pair.split(",")] for pair in line.split()] for line in found]
 
@@ -11352,30 +11349,34 @@ class Charts(unittest.TestCase):
                     self.assertIn(max(column)[1], shown)
 
     def test_what_is_drawn(self) -> None:
-        for values, query, lines in (
-            ([1.0, 2.0, 3.0], "", [[[0, 1], [1, 2], [2, 3]]]),
-            ([5.0], "", [[[0, 5]]]),
-            ([1.0, "nan", 3.0, "inf", "-inf"], "", [[[0, 1]], [[2, 3]]]),
-            ([1.0, 2.0, 3.0, 4.0], "from=1&to=2", [[[0, 1], [1, 2], [2, 3], [3, 4]]]),
-            ([0.0, 10.0, 100.0], "yscale=log", [[[1, 10], [2, 100]]]),
-            ([1.0, 2.0, 3.0], "xscale=log", [[[1, 2], [2, 3]]]),
-            ([1.0, 2.0], "x=time", [[[1000, 1], [1001, 2]]]),
-            ([1.0, 2.0], "x=since", [[[0, 1], [1, 2]]]),
-            ([1.0, 2.0], "x=nonsense&smooth=x", [[[0, 1], [1, 2]]]),
-            ([0.0, 1.0, 1.0], "smooth=0.5", [[[0, 0], [1, 1], [2, 1]], [[0, 0], [1, 0.5], [2, 0.75]]]),
-            ([1.7e308, -1.7e308], "", [[[0, 1.7e308], [1, -1.7e308]]]),
-            (["nan", "nan"], "", []), ([1.0, 2.0], "x=epoch", []),
-        ):  # fmt: skip
+        for values, query, line in (
+            ([1.0, 2.0, 3.0], "", [[0, 1], [1, 2], [2, 3]]),
+            ([5.0], "", [[0, 5]]),
+            ([1.0, "nan", 3.0, "inf", "-inf"], "", [[0, 1], [2, 3]]),
+            ([1.0, 2.0, 3.0, 4.0], "from=1&to=2", [[0, 1], [1, 2], [2, 3], [3, 4]]),
+            ([0.0, 10.0, 100.0], "yscale=log", [[1, 10], [2, 100]]),
+            ([1.0, 2.0, 3.0], "xscale=log", [[1, 2], [2, 3]]),
+            ([1.0, 2.0], "x=time", [[1000, 1], [1001, 2]]),
+            ([1.0, 2.0], "x=since", [[0, 1], [1, 2]]),
+            ([1.0, 2.0], "x=nonsense&smooth=x", [[0, 1], [1, 2]]),
+            ([1.0, 2.0], "smooth=0.5", [[0, 1], [1, 2]]),
+        ):
             with self.subTest(values=values, query=query):
-                self.assertEqual(self.drawn(values, query), lines)
+                self.assertEqual(self.drawn(values, query), [line])
+        self.assertEqual(self.svg.count("<polyline"), 3)  # the smooth line, what it was made of, the legend
+        self.assertEqual(self.drawn([1.0, 2.0], "x=epoch"), [])
         self.assertEqual(self.drawn([3.0, 1.0], step=[7.0, 2.0]), [[[2, 1], [7, 3]]])
         self.assertEqual(self.drawn([3.0, 1.0], "x=epoch", epoch=[0.0, 0.5]), [[[0, 3], [0.5, 1]]])
+        self.drawn([4.0])
+        self.assertIn('class="dot"', self.svg)
+        self.drawn([1.0, "nan", 3.0, "inf", "-inf"])
+        self.assertEqual(re.findall("<title>(.*?)</title>", self.svg), ["nan at 1", "inf at 3", "-inf at 4"])
 
-    def test_no_number_is_too_odd_to_be_drawn(self) -> None:
+    def test_no_number_is_too_odd_for_a_chart(self) -> None:
         dice = random.Random(7)
         values = [0.0, 1.0, -1.0, 1e308, -1.7e308, 5e-324, "nan", "inf", "-inf", 1e-300, 2**60]
         numbers = ["0", "-1", "1", "1e300", "1.7e308", "-1.7e308", "5e-324", "nan", "inf", "x", "1e17"]
-        for _ in range(2000):
+        for _ in range(1000):
             count = dice.randrange(1, 6)
             steps = [dice.choice([0.0, 1.0, -5.0, 1e300, 1e17, 5e-324]) for _ in range(count)]
             epochs = [dice.choice([0.0, 1.0, NAN, 1e308]) for _ in range(count)]
@@ -11386,31 +11387,23 @@ class Charts(unittest.TestCase):
             with self.subTest(query=query, values=drawn, steps=steps, epochs=epochs):
                 self.drawn(drawn, query, step=steps, epoch=epochs)
                 self.assertNotRegex(self.svg, '(?: |")-?(?:nan|inf)')
-
-    def test_what_is_no_number_is_marked_where_it_is(self) -> None:
-        self.drawn([1.0, "nan", 3.0, "inf", "-inf"])
-        titles = re.findall("<title>(.*?)</title>", self.svg)
-        self.assertEqual(titles, ["nan at 1", "inf at 3", "-inf at 4"])
-        self.drawn([4.0])
-        self.assertIn('class="c0 d0 line dot"', self.svg)
+        self.drawn([1.7e308, -1.7e308])
+        self.assertIn("these numbers cannot be drawn so", self.svg)
 
     def test_ticks_are_round_and_inside(self) -> None:
         for low, high, is_log, steps, ticks in (
             (0, 10, False, (), [0, 2, 4, 6, 8, 10]), (-1, 1, False, (), [-1, -0.5, 0, 0.5, 1]),
-            (5, 5, False, (), [4.8, 5.0, 5.2]), (1, 1e6, True, (), [1, 10, 100, 1e3, 1e4, 1e5, 1e6]),
+            (5, 5, False, (), [4.8, 4.9, 5.0, 5.1, 5.2]), (1, 1e6, True, (), [1, 10, 100, 1e3, 1e4, 1e5, 1e6]),
             (1e-30, 1e30, True, (), None), (0, 7000, False, aimwatch._TIME_STEPS, [0, 1800, 3600, 5400]),
-            (-1.7e308, 1.7e308, False, (), None), (1e17, 1e17 + 32, False, (), None), (0, 5e-324, False, (), None), (3, 40, True, (), None),
+            (1e17, 1e17 + 32, False, (), None), (3, 40, True, (), None),
         ):  # fmt: skip
             with self.subTest(low=low, high=high):
                 scale = aimwatch.Scale([low, high], is_log)
                 found = scale.ticks(steps)
-                self.assertTrue(
-                    1 <= len(found) <= 12 and all(-0.01 <= scale.at(tick) <= 1.01 for tick in found), found
-                )
-                if ticks is not None:
-                    for tick, right in zip(found, ticks):
-                        self.assertAlmostEqual(tick, right)
-                    self.assertEqual(len(found), len(ticks))
+                self.assertTrue(1 <= len(found) <= 12)
+                self.assertTrue(all(-0.01 <= scale.at(tick) <= 1.01 for tick in found), found)
+                for tick, right in itertools.zip_longest(found, found if ticks is None else ticks):
+                    self.assertAlmostEqual(tick, right)
 
 
 class Followers(StoredCase):
@@ -11551,12 +11544,14 @@ class Pages(StoredCase):
 
     def test_nothing_new_is_304(self) -> None:
         self.fill()
+        self.now = 1e9
         for path in ("", "run/live/", "api/runs", "metrics"):
             etag = self.site.answer(path, "").etag
-            self.assertEqual(self.site.answer(path, "", etag).status, 304)
-            self.now += 3600
             with mock.patch.object(aimwatch, "status_rows", side_effect=AssertionError("made again")):
                 self.assertEqual(self.site.answer(path, "", etag).status, 304)
+            self.now += 5  # a page says how long ago things were
+            etag = self.site.answer(path, "", etag).etag
+            self.assertEqual(self.site.answer(path, "", etag).status, 304)
             self.live.track(9, "m")
             self.assertEqual(self.site.answer(path, "", etag).status, 200)
 
@@ -11938,17 +11933,32 @@ class InABrowser(UpCase):
         self.assertIn("<b>done</b>", browser.run("document.body.innerText"))
         open_page(f"{origin}compare/?run=done&run=victim")
         self.assertIn("0.2", browser.run("document.getElementById('What differs').innerText"))
-        self.assertGreaterEqual(
-            browser.run("document.querySelectorAll('polyline').length"), 3
-        )  # two, around the NaN
+        self.assertEqual(browser.run("document.querySelectorAll('.chart polyline').length"), 2)
         open_page(f"{origin}run/done/")
         browser.run("document.querySelector('.chart').focus()")
         for key in ("ArrowRight", "ArrowRight"):
             browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
         read = browser.run("document.querySelector('figure').innerText")
         self.assertRegex(read, r"loss\s+step 1\s(?s:.*)loss 0\.5")
-        browser.call("Input.dispatchKeyEvent", type="keyDown", key="+")
-        self.wait_for(lambda: "from=" in browser.run("location.search"))
+        box = browser.run(
+            "(r => [r.left, r.top, r.width, r.height])(document.querySelector('.chart svg').getBoundingClientRect())"
+        )
+        xs, y = [box[0] + box[2] * part for part in (0.2, 0.5, 0.75)], box[1] + box[3] / 2
+
+        def mouse(kind: str, x: float, clicks: int = 1) -> None:
+            browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=clicks)
+
+        mouse("mouseMoved", xs[0])
+        self.assertRegex(browser.run("document.querySelector('figure').innerText"), r"loss\s+step 10\s")
+        for kind, x in zip(("mousePressed", "mouseMoved", "mouseReleased"), (xs[0], xs[1], xs[2])):
+            mouse(kind, x)
+        self.wait_for(lambda: browser.run("location.search").startswith("?from=10&to="))
+        ticks = "document.querySelector('.chart .x').textContent"
+        self.wait_for(lambda: browser.run(ticks) == "10")
+        for clicks in (1, 2):
+            mouse("mousePressed", xs[1], clicks)
+            mouse("mouseReleased", xs[1], clicks)
+        self.wait_for(lambda: browser.run(ticks) == "0")
         open_page(f"{origin}run/victim/")
         text = "document.querySelector('h1').innerText"
         self.assertIn("running", browser.run(text))
