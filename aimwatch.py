@@ -299,14 +299,12 @@ def unlink_below(path: str) -> None:
         os.unlink(name, dir_fd=folder)
 
 
-@contextlib.contextmanager
-def scan_below(folder: str) -> Iterator[Iterator[os.DirEntry[str]]]:
-    """Do as `os.scandir` does, with a folder that is opened as by `open_folder`."""
+def list_below(folder: str) -> List[str]:
+    """Return the names in a folder that is opened as by `open_folder`. Raises OSError."""
     with folder_of(folder) as (above, name):
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
         try:
-            with os.scandir(fd) as entries:
-                yield entries
+            return os.listdir(fd)
         finally:
             os.close(fd)
 
@@ -338,8 +336,7 @@ def names_in(folder: str, pattern: str) -> List[str]:
     """Return the names in a folder that match a regular expression as a whole; [] where there is no
     such folder. Raises OSError where it cannot be listed."""
     try:
-        with scan_below(folder) as entries:
-            return [entry.name for entry in entries if re.fullmatch(pattern, entry.name)]
+        return list(filter(re.compile(pattern).fullmatch, list_below(folder)))
     except FileNotFoundError:
         return []
 
@@ -6745,6 +6742,7 @@ TRANSITIONS = {
     (None, RUNNING): (STARTED,),
     (None, FINISHED): (FINISHED,),
     (None, FAILED): (FAILED,),
+    (RUNNING, RUNNING): (STARTED,),
     (RUNNING, STALLED): (STALLED,),
     (RUNNING, FINISHED): (FINISHED,),
     (RUNNING, FAILED): (FAILED,),
@@ -6759,13 +6757,11 @@ TRANSITIONS = {
 }
 #: The states in which a run's process should be there.
 LIVE = (RUNNING, STALLED)
-#: No watcher has looked for so long: 300 years.
-MAX_LOOKED_S = 1e10
 
 
 def bounded(value: Any) -> float:
     """Return a number of seconds from watcher.json; 0 for anything that no watcher has written there."""
-    return float(value) if type(value) in (int, float) and 0 <= value <= MAX_LOOKED_S else 0.0
+    return float(value) if type(value) in (int, float) and 0 <= value <= 1e10 else 0.0
 
 
 #: A gap of more than this, and nobody is accused until the watcher has looked for another while.
@@ -6810,10 +6806,8 @@ class LookingClock:
         return self.total_s >= self.hold_until_s
 
 
-#: So many stalls within so long, and a run flaps: it gets more grace until it was steady for as long.
-FLAP_STALLS, FLAP_WINDOW_S, FLAP_GRACE_S = 3, 3600.0, 900.0
-
-
+#: So many stalls within so long, and a run flaps: it gets more grace until it has not stalled for long.
+FLAP_STALLS, FLAP_WINDOW_S, FLAP_GRACE_S, FLAP_LASTS_S = 3, 3600.0, 900.0, 3 * 3600.0
 #: A live run's marker is looked at when nothing new came from it for so long, and then so often. Its process
 #: is gone where the marker was free so long ago, and is now.
 QUIET_S, MARKER_EVERY_S, CONFIRM_S = 5.0, 10.0, 5.0
@@ -6826,7 +6820,7 @@ class WatchedRun:
 
     __slots__ = (
         *("hash", "idx", "name", "promise_s", "since_s", "since_utc", "stalls", "state", "utc"),
-        *("free_s", "look_s", "was_held"),
+        *("free_s", "look_s", "was_held", "member"),
     )
 
     def __init__(self, check_in: CheckIn, name: str, now_s: float, now_utc: float) -> None:
@@ -6836,40 +6830,39 @@ class WatchedRun:
         #: Whether this watcher has found its marker locked, when it is to look at it again, and since when
         #: it was free; that means nothing any more when a check-in came later.
         self.was_held, self.look_s, self.free_s = False, 0.0, -1.0
+        #: Which rank of which group it is, once that was read.
+        self.member: Any = None
         self.take(check_in, name, now_s, now_utc)
 
     def take(self, check_in: CheckIn, name: str, now_s: float, now_utc: float) -> None:
         """Note a newer check-in, seen now, and the state that it means."""
-        self.state = FLAG_STATES[check_in.flag]
-        self.idx, self.utc, self.promise_s = check_in.idx, check_in.utc, check_in.expect_next_in_s
-        self.name, self.since_s, self.since_utc = name, now_s, now_utc or float(check_in.utc)
+        _, self.idx, flag, self.utc, self.promise_s = check_in
+        self.state, self.name = FLAG_STATES[flag], name
+        self.since_s, self.since_utc = now_s, now_utc or float(self.utc)
 
-    @property
-    def flaps(self) -> bool:
-        """True from the third stall within an hour until the run has been steady."""
-        return len(self.stalls) >= FLAP_STALLS
+    def flaps_at(self, at_s: float) -> bool:
+        """True from the third stall within an hour until it has not stalled for long."""
+        return len(self.stalls) == FLAP_STALLS and at_s - self.stalls[-1] < FLAP_LASTS_S
 
     def note_stall(self, now_s: float) -> str:
         """Note that it is stalled now; return what its earlier stalls add to the message."""
-        self.state = STALLED
-        if self.flaps:
-            self.stalls[-1] = now_s
+        self.state, late = STALLED, self.flaps_at(now_s)
+        earlier = [at_s for at_s in self.stalls[: FLAP_STALLS - 1] if late or now_s - at_s < FLAP_WINDOW_S]
+        self.stalls = [*earlier, now_s]
+        if late:
             return f"it has flapped before, so this comes {human_s(FLAP_GRACE_S)} late"
-        self.stalls = [at for at in self.stalls if now_s - at < FLAP_WINDOW_S] + [now_s]
-        if not self.flaps:
+        if not self.flaps_at(now_s):
             return ""
-        more = human_s(FLAP_GRACE_S)
         return (
-            f"it flaps: {FLAP_STALLS} stalls in {human_s(now_s - self.stalls[0])}; from now on you hear of "
-            f"it when it is silent for {more} more, until it has been steady for {more}"
+            f"it flaps: {FLAP_STALLS} stalls in {human_s(now_s - self.stalls[0])}; until it has not stalled "
+            f"for {human_s(FLAP_LASTS_S)}, you hear of it when it is silent for {human_s(FLAP_GRACE_S)} more"
         )
 
     def note_marker(self, state: str, now_s: float) -> bool:
         """Note what its marker looks like now; True where nobody holds it, now and a while ago."""
         self.was_held = self.was_held or state == "held"
         if state not in ("free", "absent"):
-            quiet = now_s - self.since_s >= QUIET_S
-            self.doubt_marker(now_s, MARKER_EVERY_S if quiet else QUIET_S)
+            self.doubt_marker(now_s, MARKER_EVERY_S)
             return False
         if self.free_s < self.since_s:
             self.free_s = now_s
@@ -6880,34 +6873,21 @@ class WatchedRun:
         """Note that its marker says nothing, as a free one where locks are seen on one machine alone."""
         self.free_s, self.look_s = -1.0, now_s + again_s
 
-    def note_sign(self, now_s: float, grace_s: float) -> None:
-        """Note, before a check-in is taken in, whether a run that flaps has become steady."""
-        if not self.flaps:
-            return
-        if self.promise_s and now_s - self.since_s >= self.promise_s + grace_s:
-            self.stalls[-1] = now_s
-        elif now_s - self.stalls[-1] >= FLAP_GRACE_S:
-            self.stalls = []
-
     def to_list(self) -> List[Any]:
         """Return what watcher.json keeps."""
         numbers = [round(number, 3) for number in (self.since_s, self.since_utc, self.free_s, *self.stalls)]
         return [self.name, *numbers[:2], self.state, self.was_held, *numbers[2:]]
 
     @classmethod
-    def from_list(cls, values: Any) -> Optional[WatchedRun]:
-        """Read back what `to_list` gave; None for anything else."""
-        try:
-            name, since_s, since_utc, state, was_held, free_s, *stalls = values
-            check_in = parse_check_in(name)
-            if check_in is None or check_in.flag not in FLAG_STATES or state not in STATES:
-                return None
-        except (TypeError, ValueError):
-            return None
-        watched = cls(check_in, name, bounded(since_s), bounded(since_utc))
-        watched.state, watched.was_held = state, was_held is True
-        watched.free_s = bounded(free_s) or -1.0
-        watched.stalls = [bounded(at) for at in stalls[-FLAP_STALLS:]]
+    def from_list(cls, values: List[Any]) -> WatchedRun:
+        """Read back what `to_list` gave. Raises ValueError or TypeError for most other things."""
+        name, since_s, since_utc, state, was_held, free_s, *stalls = values
+        check_in = parse_check_in(name)
+        if check_in is None or check_in.flag not in FLAG_STATES or state not in STATES:
+            raise ValueError(f"{name!r}, {state!r}: not a run")
+        watched = cls(check_in, name, float(since_s), float(since_utc))
+        watched.state, watched.was_held, watched.free_s = state, bool(was_held), float(free_s)
+        watched.stalls = [float(at_s) for at_s in stalls]
         return watched
 
 
@@ -6948,11 +6928,10 @@ class RunTable:
         self.runs: Dict[str, WatchedRun] = {}
         self.reported: List[str] = []
         self.names: Set[str] = set()
+        #: The runs whose check-in is in the listings no more, as after `close`, and in how many.
+        self.missing: Dict[str, int] = {}
         #: No run is overdue before this moment.
         self._next_s = math.inf
-        self._missing: Dict[str, int] = {}
-        #: The runs whose check-in has now been missing for MISSING_POLLS listings.
-        self.vanished: List[str] = []
 
     def restore(self, watched: WatchedRun) -> None:
         """Take in what an earlier watcher knew."""
@@ -6964,11 +6943,11 @@ class RunTable:
         """Return when, on the looking clock, a run's silence is too long; never for no promise."""
         if watched.state != RUNNING or not watched.promise_s:
             return math.inf
-        grace_s = self.grace_s + (FLAP_GRACE_S if watched.flaps else 0.0)
-        deadline_s = watched.since_s + watched.promise_s + grace_s
+        deadline_s = watched.since_s + watched.promise_s + self.grace_s
+        if watched.flaps_at(deadline_s):
+            deadline_s += FLAP_GRACE_S
         # What may be dead is not called stalled.
-        late_s = watched.free_s + 2 * CONFIRM_S if watched.free_s >= watched.since_s else 0.0
-        return max(deadline_s, late_s)
+        return max(deadline_s, watched.free_s + 2 * CONFIRM_S if watched.free_s >= watched.since_s else 0.0)
 
     def take(self, listing: Iterable[str], now_s: float, now_utc: float) -> List[Change]:
         """Compare a listing with the last one and return what changed.
@@ -6980,89 +6959,49 @@ class RunTable:
         fresh = names - self.names
         gone = self.names - names if len(names) - len(fresh) < len(self.names) else set()
         self.names = names
-        newest: Dict[str, Tuple[CheckIn, str]] = {}
-        for name in fresh:
-            if self.take_heartbeat(name, now_s, now_utc, gone):
-                continue
-            check_in = parse_check_in(name)
-            if check_in is not None and check_in.flag in FLAG_STATES:
-                best = newest.get(check_in.run_hash)
-                if best is None or best[0].idx < check_in.idx:
-                    newest[check_in.run_hash] = (check_in, name)
-            elif check_in is None or check_in.flag not in AIM_ONLY_FLAGS:
-                self.reported.append(name)
         changes: List[Change] = []
-        for check_in, name in newest.values():
-            changes += self._take_check_in(check_in, name, now_s, now_utc)
-        self._note_missing(gone)
+        for name in sorted(fresh, reverse=True):  # of several names of one run, the newest first
+            check_in = parse_check_in(name)
+            if check_in is None or check_in.flag not in FLAG_STATES:
+                if check_in is None or check_in.flag not in AIM_ONLY_FLAGS:
+                    self.reported.append(name)
+                continue
+            run = check_in.run_hash
+            watched, old_state, silent_s = self.runs.get(run), None, 0.0
+            if watched is not None and check_in.idx <= watched.idx:
+                if name == watched.name:
+                    self.missing.pop(run, None)
+                continue
+            if watched is None:
+                watched = self.runs[run] = WatchedRun(check_in, name, now_s, now_utc)
+            else:
+                old_state, silent_s = watched.state, now_s - watched.since_s
+                gone.discard(watched.name)
+                self.missing.pop(run, None)
+                watched.take(check_in, name, now_s, now_utc)
+            if now_s + watched.promise_s < self._next_s:
+                self._next_s = min(self._next_s, self.deadline_s(watched))
+            # Nearly every new name is a heartbeat of a running run: what that costs is what a poll costs.
+            if old_state != RUNNING or check_in.flag != CHECK_IN:
+                kinds = TRANSITIONS.get((old_state, watched.state), ())
+                changes += [Change(kind, watched, silent_s, old_state) for kind in kinds]
+                if watched.state in (FINISHED, FAILED):
+                    watched.stalls = []
+        self._forget_missing(gone)
         return changes
 
-    def take_heartbeat(self, name: str, now_s: float, now_utc: float, gone: Set[str]) -> bool:
-        """Take in the check-in of a running run that goes on running; False for anything else.
-
-        Nearly every new name is one of these, so this decides what a poll costs.
-        """
-        match = _CHECK_IN_NAME.fullmatch(name)
-        if match is None:
-            return False
-        run, idx, flag, utc, expect = match.groups()
-        watched = self.runs.get(run)
-        if flag != CHECK_IN or watched is None or watched.state != RUNNING or watched.idx >= int(idx):
-            return False
-        gone.discard(watched.name)
-        if watched.stalls:
-            watched.note_sign(now_s, self.grace_s)
-        watched.idx, watched.utc, watched.promise_s = int(idx), utc, int(expect)
-        watched.name, watched.since_s, watched.since_utc = name, now_s, now_utc or float(utc)
-        if now_s + watched.promise_s < self._next_s:
-            self._next_s = min(self._next_s, self.deadline_s(watched))
-        if self._missing:
-            self._missing.pop(run, None)
-        return True
-
-    def _take_check_in(self, check_in: CheckIn, name: str, now_s: float, now_utc: float) -> List[Change]:
-        watched = self.runs.get(check_in.run_hash)
-        old_state, silent_s = None, 0.0
-        if watched is None:
-            watched = self.runs[check_in.run_hash] = WatchedRun(check_in, name, now_s, now_utc)
-        elif name == watched.name:
-            self._missing.pop(check_in.run_hash, None)
-            return []
-        elif check_in.idx > watched.idx or self._missing.get(check_in.run_hash, 0) >= MISSING_POLLS:
-            self._missing.pop(check_in.run_hash, None)
-            old_state, silent_s = watched.state, now_s - watched.since_s
-            watched.note_sign(now_s, self.grace_s)
-            watched.take(check_in, name, now_s, now_utc)
-        else:
-            return []
-        if watched.state in (FINISHED, FAILED):
-            watched.stalls = []
-        self._next_s = min(self._next_s, self.deadline_s(watched))
-        kinds = TRANSITIONS.get((old_state, watched.state), ())
-        if (old_state, check_in.flag) == (RUNNING, STARTING):
-            kinds = (STARTED,)
-        return [Change(kind, watched, silent_s, old_state) for kind in kinds]
-
-    def _note_missing(self, gone: Iterable[str]) -> None:
+    def _forget_missing(self, gone: Iterable[str]) -> None:
         for name in gone:
             watched = self.runs.get(name.partition("-")[0])
             if watched is not None and watched.name == name:
-                self._missing[watched.hash] = 0
-        for run in self._missing:
-            self._missing[run] += 1
-        self.vanished = [run for run, polls in self._missing.items() if polls == MISSING_POLLS]
-        if self.vanished:  # any other check-in that they left counts from the next listing on
-            left = set(self.vanished)
-            self.names = {name for name in self.names if name.partition("-")[0] not in left}
-
-    def is_missing(self, run: str) -> bool:
-        """True where its check-in is in the listings no more, as after `close`."""
-        return run in self._missing
-
-    def forget(self, run: str) -> None:
-        """Drop a run that is not there any more."""
-        self.runs.pop(run, None)
-        self._missing.pop(run, None)
+                self.missing[watched.hash] = 0
+        for run in self.missing:
+            self.missing[run] += 1
+        forgotten = {run for run, polls in self.missing.items() if polls == MISSING_POLLS}
+        for run in forgotten:
+            del self.runs[run], self.missing[run]
+        if forgotten:  # any other check-in that they left counts from the next listing on
+            self.names = {name for name in self.names if name.partition("-")[0] not in forgotten}
 
     def is_overdue(self, now_s: float) -> bool:
         """True where `overdue` may find a run."""
@@ -7071,22 +7010,20 @@ class RunTable:
     def overdue(self, now_s: float) -> List[Change]:
         """Return the runs whose silence became too long by `now_s`; they are stalled now."""
         changes: List[Change] = []
-        if not self.is_overdue(now_s):
-            return changes
-        for watched in self.runs.values():
-            if self.deadline_s(watched) <= now_s:
-                note = watched.note_stall(now_s)
-                changes.append(Change(STALLED, watched, now_s - watched.since_s, RUNNING, note))
-        self._next_s = min(map(self.deadline_s, self.runs.values()), default=math.inf)
+        if self.is_overdue(now_s):
+            for watched in self.runs.values():
+                if self.deadline_s(watched) <= now_s:
+                    note = watched.note_stall(now_s)
+                    changes.append(Change(STALLED, watched, now_s - watched.since_s, RUNNING, note))
+            self._next_s = min(map(self.deadline_s, self.runs.values()), default=math.inf)
         return changes
 
     def to_look_at(self, now_s: float) -> List[WatchedRun]:
         """Return the live runs of which the marker is to be looked at now, the longest due first."""
         # Also before one is called stalled, unless its marker says nothing.
-        found, soon_s = [], now_s + (MARKER_EVERY_S if now_s >= self._next_s else 0.0)
+        soon_s, found = now_s + MARKER_EVERY_S * self.is_overdue(now_s), []
         for watched in self.runs.values():
-            is_due = watched.look_s <= now_s or watched.look_s <= soon_s and self.deadline_s(watched) <= now_s
-            if is_due and watched.state in LIVE:
+            if watched.look_s <= soon_s and watched.state in LIVE:
                 due_s = min(watched.since_s + QUIET_S, self.deadline_s(watched))
                 # Once at first sight: whose marker was found held is known to be gone when it is free.
                 if due_s <= now_s or not watched.look_s:
@@ -7154,17 +7091,15 @@ def describe_progress(state: RunState) -> str:
         return ""
 
 
-def short_facts(paths: RepoPaths, run_hash: str) -> Facts:
-    """Return the message fields that take no look at the run."""
-    return {"run.hash": run_hash, "run.name": run_hash, "repo": paths.root}
-
-
-def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
-    """Return what a run's own log says of it, as message fields; the hash alone for Aim's runs."""
-    facts = short_facts(paths, run_hash)
+def run_facts(paths: RepoPaths, run_hash: str, in_full: bool = True) -> Facts:
+    """Return what a run's own log says of it, as message fields; the hash alone for Aim's runs, and unless
+    `in_full`."""
+    facts = {"run.hash": run_hash, "run.name": run_hash, "repo": paths.root}
     try:
-        state = read_log_parts(paths.run_log(run_hash), run_hash)
+        state = read_log_parts(paths.run_log(run_hash), run_hash) if in_full else None
     except OSError:
+        state = None
+    if state is None:
         return facts
     for field in ("host", "pid", "job", "user", "stdout", "rank", "world", "group"):
         if state.header.get(field) is not None:
@@ -7214,11 +7149,11 @@ def hanging_frames(paths: RepoPaths, run_hash: str) -> str:
     return "\n".join(f"  {printable(f'{file}:{line} in {name}', 200)}" for file, line, name in told)
 
 
-def change_facts(paths: RepoPaths, change: Change, in_full: bool = True) -> Facts:
+def change_facts(paths: RepoPaths, change: Change, in_full: bool) -> Facts:
     """Return the message fields for one change of a run's state; without a look at the run's own files
     unless `in_full`."""
     watched = change.run
-    facts = run_facts(paths, watched.hash) if in_full else short_facts(paths, watched.hash)
+    facts = run_facts(paths, watched.hash, in_full)
     facts["event"], facts["run.state"] = change.kind, watched.state
     facts["run.last_seen"] = iso_time(watched.since_utc, "seconds")
     facts["run.promised"] = human_s(watched.promise_s) if watched.promise_s else ""
@@ -7250,25 +7185,6 @@ def change_facts(paths: RepoPaths, change: Change, in_full: bool = True) -> Fact
 
 #: How many of the messages that a run left for the watcher an alert quotes.
 QUOTED_MESSAGES = 10
-#: What ends the name of a run's messages that the watcher took, until their alert is recorded.
-TAKEN = ".taken"
-
-
-def take_messages(path: str) -> bytes:
-    """Take the messages away that a run left at `path`, and return them; those that were taken and not
-    removed come first. Raises OSError."""
-    if not os.path.lexists(path + TAKEN):
-        with folder_of(path) as (folder, name):
-            os.rename(name, name + TAKEN, src_dir_fd=folder, dst_dir_fd=folder)
-    return read_bounded(path + TAKEN, MAX_MESSAGES_BYTES)
-
-
-def remove_messages(path: str, size: int) -> None:
-    """Remove the messages that were taken, of which so many bytes were read."""
-    with contextlib.suppress(OSError):
-        # A run may have opened the file before it was taken, and written to it after it was read.
-        if size >= MAX_MESSAGES_BYTES or os.lstat(path + TAKEN).st_size <= size:
-            unlink_below(path + TAKEN)
 
 
 def message_line(message: Dict[str, Any], at: str = "") -> str:
@@ -7310,7 +7226,7 @@ _WAITS = re.compile(
 
 
 class Member(NamedTuple):
-    """Which rank of which group a run is of, and of one that failed, why and when."""
+    """Which rank of which group a run is of, "" for none; and of one that failed, why and when."""
 
     group: str
     rank: int
@@ -7320,15 +7236,14 @@ class Member(NamedTuple):
     time_s: float = 0.0
 
 
-def read_member(paths: RepoPaths, run_hash: str) -> Optional[Member]:
-    """Return which rank of which group a run is of; None for a process that is alone."""
-    try:
+def read_member(paths: RepoPaths, run_hash: str) -> Member:
+    """Return which rank of which group a run is of."""
+    header: Dict[str, Any] = {}
+    with contextlib.suppress(OSError):
         header = read_log_parts(paths.run_log(run_hash), run_hash).header
-    except OSError:
-        return None
     group, rank = header.get("group"), header.get("rank")
     if not isinstance(group, str) or not isinstance(rank, int):
-        return None
+        return Member("", 0, "", run_hash)
     return Member(group, rank, printable(str(header.get("host")), 100), run_hash)
 
 
@@ -7359,33 +7274,27 @@ class Groups:
     def __init__(self, paths: RepoPaths, wait_s: float = ROLL_CALL_S) -> None:
         self.paths = paths
         self._wait_s = wait_s
-        self._members: Dict[str, Optional[Member]] = {}
         self._reads_until = math.inf
         #: By group and kind of change: since when it waits for the others, and who took part so far.
         self._waiting: Dict[Tuple[str, str], Tuple[float, List[Member]]] = {}
 
-    def member(self, run: str) -> Optional[Member]:
+    def member(self, watched: WatchedRun) -> Member:
         """Return which rank a run is of."""
-        if run not in self._members and _monotonic() < self._reads_until:
-            self._members[run] = read_member(self.paths, run)
-        return self._members.get(run)
-
-    def forget(self) -> None:
-        """Ask the logs again who is who: runs go, and others are resumed."""
-        self._members = {}
+        if watched.member is None and _monotonic() < self._reads_until:
+            watched.member = read_member(self.paths, watched.hash)
+        return watched.member or Member("", 0, "", watched.hash)
 
     def by_group(self, runs: Dict[str, WatchedRun]) -> Dict[str, Dict[int, WatchedRun]]:
         """Return by group and rank the runs that have not finished, the newest of each rank."""
         found: Dict[str, Dict[int, WatchedRun]] = collections.defaultdict(dict)
         for watched in sorted(runs.values(), key=lambda watched: watched.since_s):
-            member = self.member(watched.hash) if watched.state != FINISHED else None
-            if member is not None:
-                found[member.group][member.rank] = watched
+            if watched.state != FINISHED and self.member(watched).group:
+                found[self.member(watched).group][self.member(watched).rank] = watched
         return {group: dict(sorted(members.items())) for group, members in found.items()}
 
     def whole(self, some: Set[str], runs: Dict[str, WatchedRun]) -> Set[str]:
         """Return some runs and all that are in a group with one of them."""
-        groups = {member.group for member in map(self.member, some) if member is not None}
+        groups = {self.member(runs[run]).group for run in some & runs.keys()} - {""}
         members = self.by_group(runs) if groups else {}
         return some.union(watched.hash for group in groups for watched in members.get(group, {}).values())
 
@@ -7397,19 +7306,17 @@ class Groups:
         self._reads_until = _monotonic() + FACTS_S
         for change in changes:
             if change.kind in (STARTED, RECOVERED):  # another process may have gone on with it
-                self._members.pop(change.run.hash, None)
-        of_ranks = self._waiting or any(self.member(change.run.hash) for change in changes)
+                change.run.member = None
+        of_ranks = self._waiting or any(self.member(change.run).group for change in changes)
         groups = self.by_group(runs) if of_ranks else {}
         for change in changes:
-            member = self.member(change.run.hash)
-            if member is None:
-                alerted.append(change)
-                continue
+            member = self.member(change.run)
             key, members = (member.group, change.kind), groups.get(member.group, {})
-            if change.kind in (STALLED, FAILED) and not change.suffix:
-                self._waiting.setdefault(key, (now_s, []))[1].append(
-                    self._taking_part(change.run, change.note)
-                )
+            if not member.group:
+                alerted.append(change)
+            elif change.kind in (STALLED, FAILED) and not change.suffix:
+                parts = self._waiting.setdefault(key, (now_s, []))[1]
+                parts.append(self._taking_part(change.run, change.note))
             elif key not in spoken and self._speaks(change, member, members):
                 spoken.add(key)
                 visible = members.get(0, change.run).hash
@@ -7435,13 +7342,12 @@ class Groups:
 
     def _taking_part(self, watched: WatchedRun, note: str = "") -> Member:
         """Return the member that a run is, with why it failed; `note`: as the watcher has found."""
-        member = self.member(watched.hash) or Member("", 0, "", watched.hash)
         end: Dict[str, Any] = {}
         if watched.state == FAILED:
             with contextlib.suppress(OSError):
                 end = read_log_parts(self.paths.run_log(watched.hash), watched.hash).end or {}
         reason, time_s = printable(str(end.get("reason") or note)), float(end.get("time") or 0.0)
-        return member._replace(reason=reason, time_s=time_s)
+        return self.member(watched)._replace(reason=reason, time_s=time_s)
 
     def _speaks(self, change: Change, member: Member, members: Dict[int, WatchedRun]) -> bool:
         """Return whether a change of a rank is alerted that is neither a new stall nor a new failure."""
@@ -7508,12 +7414,9 @@ class Groups:
         return [[*key, round(since_s, 3), parts] for key, (since_s, parts) in self._waiting.items()]
 
     def restore(self, values: Iterable[Any]) -> None:
-        """Take in what `to_list` gave; anything else is passed over."""
-        for value in values:
-            with contextlib.suppress(TypeError, ValueError):
-                group, kind, since_s, parts = value
-                if isinstance(group, str) and kind in (STALLED, FAILED):
-                    self._waiting[group, kind] = bounded(since_s), [Member(*part) for part in parts]
+        """Take in what `to_list` gave."""
+        for group, kind, since_s, parts in values:
+            self._waiting[group, kind] = float(since_s), [Member(*part) for part in parts]
 
 
 # ======================================================================================
@@ -7524,36 +7427,18 @@ class Groups:
 # none: the next one finds both, or sees the same change again.
 # ======================================================================================
 
-_MUTE = re.compile(r"([A-Za-z0-9_]{1,64})-([0-9]{1,12})")
 #: A mute always ends.
 MAX_MUTE_S = 30 * 86400.0
-#: The clock of who mutes may differ so much from the watcher's.
-MUTE_CLOCK_S = 3600.0
-#: More names in the folder are not looked at.
-MAX_MUTES = 10_000
-
-
-def mute_holds(until_utc: float, now_utc: float) -> bool:
-    """True while a mute lasts; False also for one that nobody could have asked for."""
-    return 0 < until_utc - now_utc <= MAX_MUTE_S + MUTE_CLOCK_S
 
 
 def read_mutes(paths: RepoPaths) -> Dict[str, Tuple[int, List[str]]]:
     """Return by run until when (UTC seconds) it is muted, and the files that say so. Raises OSError."""
     mutes: Dict[str, Tuple[int, List[str]]] = {}
-    try:
-        names = list_some(paths.mutes, MAX_MUTES)
-    except FileNotFoundError:
-        return mutes
-    for name in names:
-        match = _MUTE.fullmatch(name)
-        if match is not None:
-            until, files = mutes.get(match[1], (0, []))
-            mutes[match[1]] = (max(until, int(match[2])), [*files, name])
+    for name in names_in(paths.mutes, r"[A-Za-z0-9_]{1,64}-[0-9]{1,12}"):
+        run, until = name.split("-")
+        last, files = mutes.get(run, (0, []))
+        mutes[run] = (max(last, int(until)), [*files, name])
     return mutes
-
-
-_ACK = re.compile(rf".+-({STALLED}|{FAILED})")
 
 
 def ack_name(check_in: str, state: str) -> str:
@@ -7565,11 +7450,18 @@ def ack_name(check_in: str, state: str) -> str:
 def read_acks(paths: RepoPaths) -> Set[str]:
     """Return the names of all such files; none where the folder cannot be read."""
     with contextlib.suppress(OSError):
-        return set(filter(_ACK.fullmatch, list_some(paths.mutes, MAX_MUTES)))
+        return set(names_in(paths.mutes, rf".+-({STALLED}|{FAILED})"))
     return set()
 
 
-#: No watcher that looks after MAX_NAMES runs has written so much.
+def remove_all(files: Iterable[str]) -> None:
+    """Remove files that nobody needs any more; what cannot be removed is left for the next time."""
+    for path in files:
+        with contextlib.suppress(OSError):
+            unlink_below(path)
+
+
+#: No watcher has written so much.
 MAX_WATCHER_BYTES = 64 << 20
 
 
@@ -7581,54 +7473,13 @@ def read_watcher_file(paths: RepoPaths) -> Dict[str, Any]:
         return {}
 
 
-def _listed(saved: Dict[str, Any], name: str) -> List[Any]:
-    values = saved.get(name)
-    return values if isinstance(values, list) else []
-
-
 def saved_runs(saved: Dict[str, Any]) -> List[WatchedRun]:
     """Return the runs that watcher.json knows."""
-    found = map(WatchedRun.from_list, _listed(saved, "runs"))
-    return [watched for watched in found if watched is not None]
-
-
-def saved_events(saved: Dict[str, Any]) -> List[Event]:
-    """Return the events that watcher.json holds, which may not have come as far as the outbox."""
-    found = []
-    for item in _listed(saved, "events"):
-        with contextlib.suppress(AttributeError, TypeError):
-            event = Event(*item)
-            texts = (event.id, event.kind, *event.facts.values(), *event.not_for)
-            if all(isinstance(text, str) for text in texts):
-                found.append(event)
+    found, runs = [], saved.get("runs")
+    for values in runs if isinstance(runs, list) else ():
+        with contextlib.suppress(TypeError, ValueError):
+            found.append(WatchedRun.from_list(values))
     return found
-
-
-#: A folder of more names is listed name by name, and only the newest of each run is kept.
-MAX_NAMES = 50_000
-
-
-def list_some(folder: str, most: int) -> List[str]:
-    """Return the names in a folder, at most so many. Raises OSError."""
-    with scan_below(folder) as entries:
-        return [entry.name for entry in itertools.islice(entries, most)]
-
-
-def list_bounded(folder: str, most: int) -> Tuple[List[str], bool]:
-    """Return (the names in a folder, True), or where there are more than `most` (the newest
-    check-in of each of at most so many runs, False). Raises OSError."""
-    newest: Dict[str, Tuple[int, str]] = {}
-    with scan_below(folder) as entries:
-        names = [entry.name for entry in itertools.islice(entries, most)]
-        if len(names) < most:
-            return names, True
-        for name in itertools.chain(names, (entry.name for entry in entries)):
-            check_in = parse_check_in(name)
-            if check_in is not None and check_in.flag in FLAG_STATES:
-                best = newest.get(check_in.run_hash)
-                if (best[0] < check_in.idx) if best else len(newest) < most:
-                    newest[check_in.run_hash] = (check_in.idx, name)
-    return [name for _, name in newest.values()], False
 
 
 class StopSignal:
@@ -7664,6 +7515,8 @@ SWEEP_INTERVAL_S = 60.0
 SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S = 100.0, 10.0
 #: `status` locks watcher.lock for a moment, to see whether somebody watches.
 LOCK_PROBE_S = 0.3
+#: What ends the name of a run's messages that the watcher took, until their alert is recorded.
+TAKEN = ".taken"
 
 
 class Watcher:
@@ -7694,27 +7547,25 @@ class Watcher:
         self._once = once
         self._remind_every_s = remind_every_s
         self._clock, self._utc, self._wait = clock, utc, wait
-        self._started_utc, self._begun_mono = utc(), clock()
+        self._id = (this_host(), boot_id(), os.getpid(), round(utc(), 3))
         #: True once it watches no more.
         self.closed = False
         #: What tells the last watcher.json that this watcher wrote from one of another.
         self._saved_as: Any = None
-        #: The check-ins that are ignored since their files are another user's, and who owns the runs' logs.
         #: Of each muted run, the state that it had when it was muted, which is what people know.
         self._muted: Dict[str, str] = {}
         #: What is to be alerted and is not in the outbox yet.
         self._events: List[Event] = []
         #: False between a look at the runs and the events that it leads to.
         self._may_save = True
-        self._said_crowded = False
-        self._reported: Set[str] = set()
+        self._said: Set[str] = set()
         #: Called with each run that was found to have ended without a check-in that says so.
         self.on_dead: Callable[[str], None] = lambda run: None
         #: How many looks succeeded, and why the last one did not.
         self.looks, self.trouble = 0, ""
-        self._blind_since: Optional[float] = None
         self._reminded_s = self._swept_s = 0.0
-        self._saved_mono, self._save_cost_s = -math.inf, 0.0
+        #: When watcher.json is written again at the earliest, and how long after the last time.
+        self._save_mono, self._save_pause_s = -math.inf, 0.0
         self._lock = FileLock(paths.watcher_lock, flock=True)
         try:
             paths.check_folders()
@@ -7726,9 +7577,13 @@ class Watcher:
             self._restore()
             self.dispatcher.load()
             if frozen:
+                # Where that cannot be written, the other one would not step down when it comes back.
+                if not self._save(now=True):
+                    raise RepoError(f"{frozen} watches {paths.root}, and {paths.watcher} cannot be written")
                 reason = f"{frozen} holds the watch of {paths.root} and does not look: taken over from it"
                 log.warning("%s", reason)
-                self._alert_trouble("seized", reason)
+                event = trouble(f"seized-{utc():.2f}", paths.root, reason)
+                self.dispatcher.notify([event._replace(facts=self._dated(event.facts))])
         except OSError as error:
             self._lock.release()
             way_out = ": put a folder in its place" if error.errno == errno.ELOOP else ""
@@ -7752,52 +7607,40 @@ class Watcher:
                 f"{who} already watches {self.paths.root}, though its lock is not seen on this machine"
             )
         if locked is None:
-            log.warning(
-                "%s: this file system has no record locks: make sure that no second watcher is started",
-                path,
-            )
-        soft = f"{path}.softlock"
+            log.warning("%s: no record locks here: make sure that no second watcher is started", path)
         with contextlib.suppress(OSError):
-            owner = f"user {os.lstat(soft).st_uid}"
-            with contextlib.suppress(OSError):
-                text = read_bounded(soft, 200).decode("utf-8", "replace")
-                owner = printable(" ".join(text.split()), 100) or owner
-            log.warning(
-                "%s is there: Aim's watcher (%s) may watch too; remove it if that has ended", soft, owner
-            )
+            owner = login_name(os.lstat(f"{path}.softlock").st_uid)
+            may = "may watch too; remove it if that has ended"
+            log.warning("%s.softlock is there: Aim's watcher (of user %s) %s", path, owner, may)
         return frozen
 
     def _restore(self) -> None:
         """Go on where the last watcher stopped; its looking counts, the time between does not."""
-        saved = read_watcher_file(self.paths)
-        if not saved and not self._first:
-            log.warning(
-                "%s is missing or damaged: every run counts as seen for the first time, and what ended is "
-                "alerted unless %s says that it was",
-                self.paths.watcher,
-                self.paths.outbox,
-            )
-        looking = self.looking
-        looking.total_s = self._reminded_s = bounded(saved.get("looked_s"))
-        looking.hold_until_s = min(bounded(saved.get("hold_until_s")), looking.total_s + HOLD_S)
-        mono, between_s = bounded(saved.get("mono")), None
-        if mono and saved.get("boot") == boot_id():
-            between_s = max(0.0, self._clock() - mono)
-        if self._once and between_s is not None:
+        saved, looking = read_watcher_file(self.paths), self.looking
+        same_boot = saved.get("boot") == boot_id()
+        try:
+            looking.total_s = self._reminded_s = float(saved["looked_s"])
+            looking.hold_until_s = float(saved["hold_until_s"])
+            between_s = max(0.0, self._clock() - float(saved["mono"])) if same_boot else math.inf
+            for watched in saved_runs(saved):
+                watched.was_held = watched.was_held and same_boot
+                self.table.restore(watched)
+            self._muted = dict(saved["muted"])
+            self._events = [Event(*item) for item in saved["events"]]
+            self.groups.restore(saved["groups"])
+        except (KeyError, TypeError, ValueError):
+            between_s = 0.0
+            if not self._first:
+                log.warning(
+                    "%s is missing or damaged: every run counts as seen for the first time, and what ended "
+                    "is alerted unless %s says that it was",
+                    self.paths.watcher,
+                    self.paths.outbox,
+                )
+        if not self._once:
+            looking.gap(between_s)
+        elif between_s < math.inf:
             looking.total_s += between_s
-        elif saved and not self._once:
-            looking.gap(GAP_S + 1 if between_s is None else between_s)
-        for watched in saved_runs(saved):
-            watched.since_s = min(watched.since_s, looking.total_s)
-            watched.stalls = [min(at, looking.total_s) for at in watched.stalls]
-            watched.free_s = min(watched.free_s, looking.total_s)
-            watched.was_held = watched.was_held and saved.get("boot") == boot_id()
-            self.table.restore(watched)
-        muted = saved.get("muted")
-        if isinstance(muted, dict):
-            self._muted = {run: state for run, state in muted.items() if state in STATES}
-        self._events = saved_events(saved)
-        self.groups.restore(_listed(saved, "groups"))
 
     def poll(self) -> List[Change]:
         """Look once, and alert what changed. Never raises for a repository that cannot be read, and
@@ -7806,19 +7649,22 @@ class Watcher:
         if not self._lock.held:
             with contextlib.suppress(OSError):
                 self._lock.acquire()  # somebody who seemed dead held it
-        before = self._clock()
+        before, arrived = self._clock(), False
         try:
-            listing = self._list()
+            listing = list_below(self.paths.check_ins)
         except OSError as error:
-            self._note_blind(error)
+            if not self.trouble:
+                log.error("cannot list %s: %s", error.filename or self.paths.check_ins, error.strerror)
+            self.trouble = error.strerror or type(error).__name__
+            self.looking.look(self._clock(), 0.0)
             return []
-        after = self._clock()
-        arrived = False
-        if self._blind_since is None:
-            arrived = self.looking.look(before, self.poll_interval_s + 1) and self.looks > 0
-            self.looking.look(after, MAX_LISTING_S)
+        if self.trouble:
+            log.warning("%s can be read again", self.paths.check_ins)
+            self.trouble = ""
+            self.looking.look(self._clock(), 0.0)
         else:
-            self._note_sight(self._blind_since)
+            arrived = self.looking.look(before, self.poll_interval_s + 1) and self.looks > 0
+            self.looking.look(self._clock(), MAX_LISTING_S)
         self.dispatcher.reload_if_changed()
         self._send()  # what the last watcher, or an error, left
         now_s, first, self._first = self.looking.total_s, self._first, False
@@ -7835,25 +7681,20 @@ class Watcher:
                 taken_on = read_acks(self.paths) if due else set()
                 changes += [item for item in due if ack_name(item.run.name, STALLED) not in taken_on]
             self._reminded_s = now_s
-        self._report_names()
+        for name in self.table.reported:
+            shown = printable(repr(name), 120)
+            self._warn_once(f"{self.paths.check_ins}: ignoring {shown}: not a check-in")
+        self.table.reported.clear()
         muted = self.groups.whole(self._read_mutes(), self.table.runs)
+        wanted = [item for item in self._unmuted(changes, muted) if self.dispatcher.wanted(item.kind)]
         deadline = self._clock() + FACTS_S
-        self._events = [
-            self._event(change, self._clock() < deadline)
-            for change in self.groups.gather(
-                [change for change in self._unmuted(changes, muted) if self.dispatcher.wanted(change.kind)],
-                self.table.runs,
-                now_s,
-            )
-            if change.id not in self.outbox.known
-        ]
+        alerted = self.groups.gather(wanted, self.table.runs, now_s)
+        self._events = [self._event(change, self._clock() < deadline) for change in alerted]
         taken = self._take_messages(first, muted, deadline)
         self._may_save = True
         self._send()
-        for path, size in taken:
-            remove_messages(path, size)
+        remove_all(taken)
         self.dispatcher.notify_of_broken()
-        self._forget_vanished()
         self._sweep()
         self.outbox.flush()
         self.looking.look(self._clock(), MAX_LISTING_S)
@@ -7868,33 +7709,23 @@ class Watcher:
         if self._saved_as in (None, found) or found is None:
             return
         saved = read_watcher_file(self.paths)
-        if saved and not saved.get("ended") and watcher_id(saved) != self._id():
+        if saved and not saved.get("ended") and watcher_id(saved) != self._id:
             self._may_save = False
             raise WatcherBusyError(f"{describe_watcher(self.paths)} watches {self.paths.root} now")
         self._saved_as = found
-
-    def _id(self) -> Tuple[Any, ...]:
-        return this_host(), boot_id(), os.getpid(), round(self._started_utc, 3)
 
     def _look_again(self, now_s: float, changes: List[Change]) -> bool:
         """List once more, and not from a cache, before anybody is accused; False where it fails."""
         freshen(self.paths.check_ins)
         with contextlib.suppress(OSError):
-            changes += self.table.take(self._list(), now_s, self._utc())
+            changes += self.table.take(list_below(self.paths.check_ins), now_s, self._utc())
             return True
         return False
 
-    def _list(self) -> List[str]:
-        """Return the names in check_ins; of a folder with very many, the newest of each run."""
-        listing, whole = list_bounded(self.paths.check_ins, MAX_NAMES)
-        if not whole and not self._said_crowded:
-            self._said_crowded = True
-            self._alert_trouble(
-                "crowded",
-                f"{self.paths.check_ins} holds more than {MAX_NAMES} names, which makes every look slow: "
-                "remove what is not needed there",
-            )
-        return listing
+    def _warn_once(self, text: str) -> None:
+        if text not in self._said and len(self._said) < 1000:
+            self._said.add(text)
+            log.warning("%s", text)
 
     def _find_dead(self, now_s: float) -> List[Change]:
         """Look at the markers of the runs that are due, and return what has become of those that nobody
@@ -7919,7 +7750,7 @@ class Watcher:
         deadline = self._clock() + FACTS_S
         for watched in suspects:
             marker = lock_state(self.paths.marker(watched.hash))
-            if marker == "held" or self.table.is_missing(watched.hash) or self._clock() >= deadline:
+            if marker == "held" or watched.hash in self.table.missing or self._clock() >= deadline:
                 continue
             end = None
             with contextlib.suppress(OSError):  # Aim's run, or a share that is away
@@ -7940,9 +7771,8 @@ class Watcher:
         became of them in the meantime instead."""
         runs = self.table.runs
         old_states = {change.run.hash: change.old_state or RUNNING for change in reversed(changes)}
-        for run in muted:
-            if run in runs and run not in self._muted:
-                self._muted[run] = old_states.get(run, runs[run].state)
+        for run in muted & runs.keys() - self._muted.keys():
+            self._muted[run] = old_states.get(run, runs[run].state)
         alerted = [change for change in changes if change.run.hash not in self._muted]
         ended = self._muted.keys() - muted
         taken_on = read_acks(self.paths) if ended else set()
@@ -7950,16 +7780,13 @@ class Watcher:
             known, watched = self._muted.pop(run), runs.get(run)
             if watched is None or ack_name(watched.name, watched.state) in taken_on:
                 continue
-            kinds = TRANSITIONS.get((known, watched.state), ())
+            kinds = TRANSITIONS.get((known, watched.state), ()) if known != watched.state else ()
+            note = {RUNNING: "checked in again while it was muted", FINISHED: "finished while it was muted"}
             if watched.state in (STALLED, FAILED):
                 kinds = (watched.state,)  # people may know, and be reminded
-            silent_s = self.looking.total_s - watched.since_s
-            note, suffix = "it was muted until now", f"-muted-{self._utc():.3f}"
-            if watched.state == RUNNING:
-                note = "checked in again while it was muted"
-            elif watched.state == FINISHED:
-                note = "finished while it was muted"
-            alerted += [Change(kind, watched, silent_s, known, note, suffix) for kind in kinds]
+            silent_s, suffix = self.looking.total_s - watched.since_s, f"-muted-{self._utc():.3f}"
+            why = note.get(watched.state, "it was muted until now")
+            alerted += [Change(kind, watched, silent_s, known, why, suffix) for kind in kinds]
         return alerted
 
     def _read_mutes(self) -> Set[str]:
@@ -7968,47 +7795,37 @@ class Watcher:
             mutes = read_mutes(self.paths)
         except OSError:
             return set(self._muted)  # a folder that cannot be read ends no mute
-        muted = {run for run, (until, _) in mutes.items() if mute_holds(until, self._utc())}
-        for run in mutes.keys() - muted:
-            for name in mutes[run][1]:
-                with contextlib.suppress(OSError):
-                    unlink_below(os.path.join(self.paths.mutes, name))
-        return muted
+        over = {run for run, (until, _) in mutes.items() if until <= self._utc()}
+        remove_all(os.path.join(self.paths.mutes, name) for run in over for name in mutes[run][1])
+        return mutes.keys() - over
 
-    def _take_messages(self, first: bool, muted: Set[str], deadline: float) -> List[Tuple[str, int]]:
+    def _take_messages(self, first: bool, muted: Set[str], deadline: float) -> List[str]:
         """Take away what runs logged since the last poll, and make events of it for those who want them;
-        return the files that were taken, with how much of each was read. At first sight, and while
-        nobody wants to know, it is dropped: nobody wants to hear of it later."""
-        try:
-            names = list_some(self.paths.news, MAX_NAMES)
-        except OSError:
-            return []
+        return the files that were taken, which are removed when the events are in the outbox. At first
+        sight, and while nobody wants to know, it is dropped: nobody wants to hear of it later."""
+        taken: List[str] = []
+        names: List[str] = []
+        with contextlib.suppress(OSError):
+            names = names_in(self.paths.news, rf"[A-Za-z0-9_]{{1,64}}({re.escape(TAKEN)})?")
         wanted, level = self.dispatcher.wanted(LOG) and not first, self.dispatcher.log_level
-        taken = []
-        for run in sorted({name[: -len(TAKEN)] if name.endswith(TAKEN) else name for name in names}):
+        for run in sorted({name.partition(".")[0] for name in names}):
             if self._clock() >= deadline:
                 break  # the rest waits for the next poll
-            if RUN_HASH.fullmatch(run) is None:
-                continue
-            path, size = os.path.join(self.paths.news, run), MAX_MESSAGES_BYTES
+            path = os.path.join(self.paths.news, run)
             try:
-                data = take_messages(path)
-                size = len(data)
-                lines = data.splitlines(keepends=True) if wanted and run not in muted else ()
-                found = filter(None, map(parse_message, lines))
-                messages = [message for message in found if message["log"] >= level]
-                if messages:
-                    event_id = f"{run}-{size}-{messages[-1]['time']:.3f}-{LOG}"
-                    if event_id not in self.outbox.known:
-                        facts = message_facts(self.paths, run, messages)
-                        self._events.append(
-                            Event(event_id, LOG, self._dated(facts), self.dispatcher.not_for(run, RUNNING))
-                        )
-            except OSError as error:
-                if error.errno not in (errno.ELOOP, errno.EINVAL):
-                    continue  # the share is away, perhaps: tried again at the next poll
-                # A link or a device that somebody planted is removed unread.
-            taken.append((path, size))
+                if run + TAKEN not in names:
+                    with folder_of(path) as (folder, name):
+                        os.rename(name, name + TAKEN, src_dir_fd=folder, dst_dir_fd=folder)
+                data = read_bounded(path + TAKEN, MAX_MESSAGES_BYTES)
+            except OSError:
+                continue  # the share is away, perhaps: tried again at the next poll
+            taken.append(path + TAKEN)
+            found = filter(None, map(parse_message, data.splitlines(keepends=True)))
+            messages = [message for message in found if message["log"] >= level]
+            if messages and wanted and run not in muted:
+                facts = self._dated(message_facts(self.paths, run, messages))
+                event_id = f"{run}-{len(data)}-{messages[-1]['time']:.3f}-{LOG}"
+                self._events.append(Event(event_id, LOG, facts, self.dispatcher.not_for(run, RUNNING)))
         return taken
 
     def _send(self) -> None:
@@ -8027,49 +7844,11 @@ class Watcher:
                 not_for = self.dispatcher.not_for(run, change.run.state)
         except Exception as error:  # whatever the run wrote, that it failed must be alerted
             log.error("run %s: %s: its alert says little", change.run.hash, type(error).__name__)
-            facts = {"event": change.kind, **short_facts(self.paths, change.run.hash)}
+            facts = change_facts(self.paths, change, in_full=False)
         return Event(change.id, change.kind, self._dated(facts), not_for)
 
     def _dated(self, facts: Facts) -> Facts:
         return {**facts, "time": iso_time(self._utc(), "seconds")}
-
-    def _alert_trouble(self, what: str, reason: str) -> None:
-        event = trouble(f"{what}-{self._utc():.2f}", self.paths.root, reason)
-        self.dispatcher.notify([event._replace(facts=self._dated(event.facts))])
-
-    def _note_blind(self, error: OSError) -> None:
-        now, self.trouble = self._clock(), error.strerror or type(error).__name__
-        if self._blind_since is None:
-            self._blind_since = now
-            log.error("cannot list %s: %s", error.filename or self.paths.check_ins, self.trouble)
-        self.looking.look(now, 0.0)
-
-    def _note_sight(self, blind_since: float) -> None:
-        now, self._blind_since, self.trouble = self._clock(), None, ""
-        self.looking.look(now, 0.0)
-        log.warning("%s can be read again after %s", self.paths.check_ins, human_s(now - blind_since))
-
-    def _report_names(self) -> None:
-        for name in self.table.reported:
-            if name not in self._reported and len(self._reported) < 1000:
-                self._reported.add(name)
-                log.warning(
-                    "%s: ignoring %s: not a check-in", self.paths.check_ins, printable(repr(name), 120)
-                )
-        self.table.reported.clear()
-
-    def _forget_vanished(self) -> None:
-        for run in self.table.vanished:
-            ended = self.table.runs[run].state not in LIVE
-            try:
-                # A run of ours whose log has no end has lost its check-in, not its life.
-                ended = ended or read_log_parts(self.paths.run_log(run), run).end is not None
-            except FileNotFoundError:
-                ended = True
-            except OSError:
-                pass
-            if ended:
-                self.table.forget(run)
 
     def _sweep(self) -> None:
         """Shorten the outbox, and remove check-ins of our runs that ended and were alerted a while ago."""
@@ -8079,51 +7858,34 @@ class Watcher:
         self._swept_s = now_s
         if self._save(now=True):  # what is alerted is known from watcher.json alone from here on
             self.outbox.compact()
-        over = read_acks(self.paths) - {ack_name(item.name, item.state) for item in self.table.runs.values()}
-        for name in over:
-            with contextlib.suppress(OSError):
-                unlink_below(os.path.join(self.paths.mutes, name))
-        self.groups.forget()
+        acks = {ack_name(item.name, item.state) for item in self.table.runs.values()}
+        remove_all(os.path.join(self.paths.mutes, name) for name in read_acks(self.paths) - acks)
         ended = {run for run, watched in self.table.runs.items() if self._can_sweep(watched, now_s)}
-        if not ended:
-            return
-        swept = [self.paths.stack(run) for run in ended]
-        for name in self.table.names:
-            check_in = parse_check_in(name)
-            if check_in is not None and check_in.run_hash in ended:
-                swept.append(os.path.join(self.paths.check_ins, name))
-        for path in swept:
-            with contextlib.suppress(OSError):
-                unlink_below(path)
+        remove_all(map(self.paths.stack, ended))
+        names = [name for name in self.table.names if name.partition("-")[0] in ended] if ended else ()
+        remove_all(os.path.join(self.paths.check_ins, name) for name in names)
 
     def _can_sweep(self, watched: WatchedRun, now_s: float) -> bool:
-        keep_s = KINDS[watched.state].keep_s
         return (
-            now_s - watched.since_s > keep_s
+            now_s - watched.since_s > KINDS[watched.state].keep_s
             and not self.outbox.is_waiting(Change(watched.state, watched, 0, None).id)
             and os.path.exists(self.paths.run_log(watched.hash))
         )
 
     def _save(self, now: bool = False, ended: bool = False) -> bool:
         """Write watcher.json, at a rate that its own cost bounds; True where that was done."""
-        if not self._may_save:
-            return False  # an error ends the watch between a look and its events: the next must see anew
         begun = self._clock()
-        pause_s = min(self._save_cost_s * SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S)
-        if begun - self._saved_mono < pause_s and not now:
-            if self._save_cost_s == MAX_SAVE_INTERVAL_S:
-                self._note_look()
+        # An error ends the watch between a look and its events: the next watcher must see anew.
+        if not self._may_save or (begun < self._save_mono and not now):
             return False
         content = {
             "version": 1,
-            **dict(zip(_WATCHER_ID, self._id())),
+            **dict(zip(_WATCHER_ID, self._id)),
             "ended": ended,
             "seen_at": round(self._utc(), 3),
             "mono": round(begun, 3),
             "poll_interval_s": self.poll_interval_s,
-            "save_interval_s": round(
-                max(self.poll_interval_s, begun - max(self._saved_mono, self._begun_mono)), 3
-            ),
+            "save_interval_s": round(max(self.poll_interval_s, self._save_pause_s), 3),
             "once": self._once,
             "looked_s": round(self.looking.total_s, 3),
             "hold_until_s": round(self.looking.hold_until_s, 3),
@@ -8136,27 +7898,12 @@ class Watcher:
             replace_file(self.paths.watcher, to_json(content).encode("ascii"))
             self._saved_as = file_stamp(self.paths.watcher)
         except OSError as error:
-            if self._save_cost_s != MAX_SAVE_INTERVAL_S:
-                log.warning("cannot write %s: %s", self.paths.watcher, error.strerror)
-            self._saved_mono, self._save_cost_s = begun, MAX_SAVE_INTERVAL_S
-            self._note_look()
+            self._warn_once(f"cannot write {self.paths.watcher}: {error.strerror}")
+            self._save_mono = begun + MAX_SAVE_INTERVAL_S
             return False
-        self._saved_mono, self._save_cost_s = begun, self._clock() - begun
+        self._save_pause_s = min((self._clock() - begun) * SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S)
+        self._save_mono = begun + self._save_pause_s
         return True
-
-    def _note_look(self) -> None:
-        """Say in watcher.json that this watcher looks, where a full disk takes no new one: only the time in
-        its own last one is written over, which needs no room."""
-        own = to_json({"version": 1, **dict(zip(_WATCHER_ID, self._id()))})[:-1].encode("ascii")
-        with contextlib.suppress(OSError):
-            fd = open_below(self.paths.watcher, os.O_RDWR)
-            try:
-                match = re.match(re.escape(own) + rb'.{,40}?"seen_at": ?([0-9.]+ *)', os.pread(fd, 4096, 0))
-                if match is not None:
-                    width = len(match[1])
-                    os.pwrite(fd, (b"%-*.3f" % (width, self._utc()))[:width], match.start(1))
-            finally:
-                os.close(fd)
 
     def run(self, stop: StopSignal, after_poll: Callable[[], None] = lambda: None) -> None:
         """Poll until `stop` is set."""
@@ -8205,9 +7952,8 @@ def may_live(saved: Dict[str, Any]) -> bool:
     if saved.get("host") != this_host():
         return is_elsewhere(saved)
     pid = saved.get("pid")
-    if saved.get("ended") or saved.get("boot") != boot_id() or not isinstance(pid, int) or pid == os.getpid():
-        return False
-    return os.path.exists(f"/proc/{pid}")
+    is_over = saved.get("ended") or saved.get("boot") != boot_id() or pid == os.getpid()
+    return not is_over and os.path.exists(f"/proc/{pid}")
 
 
 #: A standby takes over from a watcher that has not looked for so long, and three intervals.
@@ -8227,18 +7973,16 @@ class SeenAt:
         self._since_mono = time.monotonic()
         self._interval_s = DEFAULT_POLL_INTERVAL_S
 
-    def look(self, fresh: bool = True) -> float:
-        """Return for how many seconds it has not changed."""
+    def look(self, fresh: bool = True) -> Any:
+        """Return what has changed when it looks again."""
         if fresh:
             freshen(self._paths.watcher)
         saved = read_watcher_file(self._paths)
         seen = (*watcher_id(saved), saved.get("seen_at"))
         if saved and seen != self._seen:
-            self._seen, self._since_mono = seen, time.monotonic()
-            self._ended = bool(saved.get("ended"))
-            interval_s = bounded(saved.get("save_interval_s")) or bounded(saved.get("poll_interval_s"))
-            self._interval_s = interval_s or DEFAULT_POLL_INTERVAL_S
-        return self.still_s()
+            self._seen, self._since_mono, self._ended = seen, time.monotonic(), bool(saved.get("ended"))
+            self._interval_s = bounded(saved.get("save_interval_s")) or DEFAULT_POLL_INTERVAL_S
+        return self._seen
 
     def still_s(self) -> float:
         """Return how many seconds ago a look saw it change."""
@@ -8246,19 +7990,17 @@ class SeenAt:
 
     def moves(self, wait: Callable[[float], None] = time.sleep) -> bool:
         """Look for two intervals whether it changes."""
-        self.look()
-        first = self._seen
+        first = self.look()
         for _ in range(round(4 * min(2 * self._interval_s + LOOK_ON_S, MAX_LOOK_ON_S))):
             wait(0.25)
-            self.look()
-            if self._seen != first:
+            if self.look() != first:
                 return True
         return False
 
     def is_frozen(self, fresh: bool = True) -> bool:
         """True where it has not changed for so long that its watcher is taken for dead."""
-        still_s = self.look(fresh)
-        return not self._ended and still_s > FROZEN_S + 3 * self._interval_s
+        self.look(fresh)
+        return not self._ended and self.still_s() > FROZEN_S + 3 * self._interval_s
 
 
 def describe_watcher(paths: RepoPaths) -> str:
@@ -10536,17 +10278,11 @@ STATUS_FACTS_S = 5.0
 
 def _check_in_names(paths: RepoPaths) -> List[str]:
     try:
-        names = list_some(paths.check_ins, MAX_NAMES + 1)
+        return list_below(paths.check_ins)
     except FileNotFoundError:
         return []
     except OSError as error:
         raise RepoError(f"cannot list {paths.check_ins}: {error.strerror}") from None
-    if len(names) > MAX_NAMES:
-        raise RepoError(
-            f"{paths.check_ins} holds more than {MAX_NAMES} names: remove what is not needed there; 'runs' "
-            "does without them"
-        )
-    return names
 
 
 def status_object(paths: RepoPaths) -> Dict[str, Any]:
@@ -10594,7 +10330,7 @@ def status_rows(
     now, deadline = time.time(), time.monotonic() + STATUS_FACTS_S
     mutes: Dict[str, int] = {}
     with contextlib.suppress(OSError):
-        mutes = {run: until for run, (until, _) in read_mutes(paths).items() if mute_holds(until, now)}
+        mutes = {run: until for run, (until, _) in read_mutes(paths).items() if until > now}
     acks, rows = read_acks(paths), []
     for seen in runs.runs.values():
         watched = known.get(seen.name)
