@@ -201,18 +201,14 @@ class ConfigError(AimwatchError):
 to_json: Callable[[Any], str] = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON")
-
-
 def _finite_number(text: str) -> float:
     number = float(text)
-    if math.isinf(number):  # 1e999: no writer of ours, and nothing that could be written again
-        raise ValueError(f"{text} is too large for a number")
+    if not math.isfinite(number):  # NaN, or 1e999: nothing that could be written again
+        raise ValueError(f"{text} is no number of JSON")
     return number
 
 
-_from_json = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite_number).decode
+_from_json = json.JSONDecoder(parse_constant=_finite_number, parse_float=_finite_number).decode
 
 
 def from_json(data: Union[bytes, str]) -> Any:
@@ -236,46 +232,36 @@ O_SAFE = os.O_NOFOLLOW | os.O_NONBLOCK
 _O_REACH = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY
 
 
-def open_folder(path: str) -> int:
-    """Return a descriptor of a folder, for `dir_fd`. Raises OSError.
+@contextlib.contextmanager
+def folder_of(path: str) -> Iterator[Tuple[int, str]]:
+    """Open the folder of a file, and yield its descriptor, for `dir_fd`, and the name in it. Raises OSError.
 
     Below `.aim` each folder is opened in the one above it, and no link is followed. Whoever may write there
     could otherwise put a link in the place of a folder after it was checked, and have the files of another
     folder removed.
     """
-    root, aim, below = path.rpartition("/.aim/")
-    at = f"{root}/.aim" if aim else path
-    fd = os.open(at, _O_REACH)
-    for name in below.split("/") if aim else ():
-        above, at = fd, f"{at}/{name}"
-        try:
-            fd = os.open(name, _O_REACH | os.O_NOFOLLOW, dir_fd=above)
-        except OSError as error:
-            if os.path.islink(at):
-                raise OSError(errno.ELOOP, "symbolic links are not followed here", at) from None
-            error.filename = at
-            raise
-        finally:
-            os.close(above)
-    return fd
-
-
-@contextlib.contextmanager
-def folder_of(path: str) -> Iterator[Tuple[int, str]]:
-    """Open the folder of a file, and yield its descriptor and the name in it. Raises OSError."""
     folder, name = os.path.split(path)
-    fd = open_folder(folder or ".")
+    root, aim, below = folder.rpartition("/.aim/")
+    at = f"{root}/.aim" if aim else folder or "."
+    fd = os.open(at, _O_REACH)
     try:
+        for part in below.split("/") if aim else ():
+            at = f"{at}/{part}"
+            above, fd = fd, os.open(part, _O_REACH | os.O_NOFOLLOW, dir_fd=fd)
+            os.close(above)
+        at = path
         yield fd, name
     except OSError as error:
-        error.filename = path
+        if at != path and os.path.islink(at):
+            raise OSError(errno.ELOOP, "symbolic links are not followed here", at) from None
+        error.filename = at
         raise
     finally:
         os.close(fd)
 
 
 def open_below(path: str, flags: int, mode: int = 0o666) -> int:
-    """Open a file as `os.open` does, in a folder that is opened as by `open_folder`, and with O_SAFE.
+    """Open a file as `os.open` does, in a folder that is opened as by `folder_of`, and with O_SAFE.
 
     A file that is made in a folder with the setgid bit takes what its group may do from the folder,
     whatever the umask: so several people share a repository. Not one with a private `mode`.
@@ -294,13 +280,13 @@ def open_below(path: str, flags: int, mode: int = 0o666) -> int:
 
 
 def unlink_below(path: str) -> None:
-    """Remove a file from a folder that is opened as by `open_folder`. Raises OSError."""
+    """Remove a file from a folder that is opened as by `folder_of`. Raises OSError."""
     with folder_of(path) as (folder, name):
         os.unlink(name, dir_fd=folder)
 
 
 def list_below(folder: str) -> List[str]:
-    """Return the names in a folder that is opened as by `open_folder`. Raises OSError."""
+    """Return the names in a folder that is opened as by `folder_of`. Raises OSError."""
     with folder_of(folder) as (above, name):
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
         try:
@@ -802,16 +788,20 @@ class RepoPaths:
     def stack(self, run_hash: str) -> str:
         return os.path.join(self.stacks, f"{run_hash}.txt")
 
+    def owners_folders(self) -> List[str]:
+        """Return the folders in which only the owner of the repository writes."""
+        return [self.aim, self.ext, self.notifications, self.own]
+
     def folders(self) -> List[str]:
-        """Return the folders in which anything is written."""
-        own = [self.own, self.runs, self.pending, self.news, self.stacks, self.mutes]
-        return [self.check_ins, self.notifications, *own]
+        """Return all folders, each after the one that it is in."""
+        shared = [self.check_ins, self.runs, self.pending, self.news, self.stacks, self.mutes]
+        return [*self.owners_folders(), *shared]
 
     def check_folders(self) -> None:
-        """Raise OSError where a folder cannot be reached, or is a symbolic link that somebody else made."""
+        """Raise OSError where a folder cannot be reached, or is a symbolic link."""
         for folder in self.folders():
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                os.close(open_folder(folder))
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), folder_of(f"{folder}/."):
+                pass
 
     def create(self) -> None:
         """Make the folders that are missing: in some of them only their owner writes, whatever the umask.
@@ -819,26 +809,21 @@ class RepoPaths:
         folder = self.root
         try:
             os.makedirs(folder, exist_ok=True)
-            for folder in [self.aim, self.ext, *self.folders()]:
-                with folder_of(folder) as (above, name):
-                    try:
-                        os.mkdir(name, 0o755 if folder in self.owners_folders() else 0o777, dir_fd=above)
-                    except FileExistsError:
-                        os.close(open_folder(folder))
+            for folder in self.folders():
+                with folder_of(folder) as (above, name), contextlib.suppress(FileExistsError):
+                    os.mkdir(name, 0o755 if folder in self.owners_folders() else 0o777, dir_fd=above)
+                with folder_of(f"{folder}/."):
+                    pass
         except OSError as error:
             raise RepoError(
                 f"cannot create a repository at {self.root}: {folder}: {error.strerror}: "
                 "check the path, or choose another folder with --repo or Run(repo=...)"
             ) from None
 
-    def owners_folders(self) -> List[str]:
-        """Return the folders in which only the owner of the repository writes."""
-        return [self.aim, self.ext, self.notifications, self.own]
-
     def share(self, group: int, owner: int = -1) -> None:
         """Make the folders those of a group whose members all train here, and nobody but the owner watches,
         indexes, and says who is notified. Raises OSError."""
-        for folder in [self.aim, self.ext, *self.folders()]:
+        for folder in self.folders():
             with folder_of(folder) as (above, name):
                 fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
                 try:
@@ -855,12 +840,11 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
     nearest `.aim` in this folder or one above it, else this folder. With `create` the repository
     is made where it is missing. Raises RepoError where there is none and none may be made.
     """
-    if given is None:
-        try:
-            given = os.environ.get("AIMWATCH_REPO") or _nearest_repo(os.getcwd())
-        except OSError as error:
-            raise RepoError(f"the current folder cannot be told: {error.strerror}") from None
-    elif not str(given):
+    try:
+        given = given if given is not None else os.environ.get("AIMWATCH_REPO") or _nearest_repo(os.getcwd())
+    except OSError as error:
+        raise RepoError(f"the current folder cannot be told: {error.strerror}") from None
+    if not str(given):
         raise RepoError("the repository's path is empty: give the folder that holds .aim")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", given):
         raise RepoError(
@@ -891,13 +875,11 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
 
 def _nearest_repo(folder: str) -> str:
     above = folder
-    while True:
-        if os.path.isdir(os.path.join(above, ".aim")):
-            return above
-        parent = os.path.dirname(above)
-        if parent == above:
+    while not os.path.isdir(os.path.join(above, ".aim")):
+        if above == os.path.dirname(above):
             return folder
-        above = parent
+        above = os.path.dirname(above)
+    return above
 
 
 # ======================================================================================
@@ -990,39 +972,26 @@ class CheckInFile:
         older = sorted(self._names, key=_idx_of)
         if older and idx < _idx_of(older[-1]) < MAX_IDX:
             return  # another thread has said more since this one took its number
-        if flag == FAILED and self._create_beside(target):
-            older = []
-        elif older and self._rename(older[-1], target):
-            older.pop()
-        else:
+        if flag == FAILED:
+            with contextlib.suppress(OSError):
+                self._create(target)
+                return
+        newest = older.pop() if older else target
+        try:
+            os.rename(os.path.join(self.folder, newest), os.path.join(self.folder, target))
+        except FileNotFoundError:  # there was none yet, or another thread moved it, or somebody tidied up
             self._create(target)
+        self._names.discard(newest)
         self._names.add(target)
         for name in older:
-            self._remove(name)
-
-    def _create_beside(self, name: str) -> bool:
-        try:
-            self._create(name)
-        except OSError:
-            return False
-        return True
-
-    def _rename(self, old: str, new: str) -> bool:
-        try:
-            os.rename(os.path.join(self.folder, old), os.path.join(self.folder, new))
-        except FileNotFoundError:
-            return False  # another thread moved it, or somebody tidied up; a new file says the same
-        self._names.discard(old)
-        return True
+            with contextlib.suppress(OSError):  # a leftover with a lower number says nothing
+                os.unlink(os.path.join(self.folder, name))
+            self._names.discard(name)
 
     def _create(self, name: str) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         os.close(os.open(os.path.join(self.folder, name), flags, 0o666))
-
-    def _remove(self, name: str) -> None:
-        with contextlib.suppress(OSError):  # a leftover with a lower number says nothing
-            os.unlink(os.path.join(self.folder, name))
-        self._names.discard(name)
+        self._names.add(name)
 
 
 # ======================================================================================
@@ -8671,7 +8640,7 @@ class Ask:
 
 #: How much of a log is parsed at a time, and how many points are kept, at 32 bytes each.
 _PARSE_BYTES, MAX_KEPT_POINTS = 1 << 18, 2_000_000
-_plain_json = json.JSONDecoder(parse_constant=_no_constant).decode
+_plain_json = json.JSONDecoder(parse_constant=_finite_number).decode
 
 
 def add_points(columns: Dict[str, Any], rows: List[Any]) -> None:
