@@ -13052,16 +13052,14 @@ class TestReadme(WatchCase):
     #: A line of a shell block to how it is run; the first that matches counts.
     LINES = (
         # Tested elsewhere.
-        (r"python3 -m unittest|python3 aimwatch\.py demo|pip install \.|sudo python3 .* init --group .*", ""),
+        (r"python3 -m unittest|python3 aimwatch\.py demo|pip install \.", ""),
         (r"python3 test_aimwatch\.py bench", "begins_to_measure"),
         (r"python3 aimwatch\.py (--repo \S+ )?start(?!.*--once)( .*)?", "watches"),
         (r"python3 aimwatch\.py .* up( .*)?", "serves"),
         (r"python3 aimwatch\.py .*notifiers add", "adds_by_answers"),
         (r"python3 aimwatch\.py .*init --group ml", "shares"),
         (r"python3 aimwatch\.py .*notifiers test", "sends_samples"),
-        (r"python3 -c .*hashlib.*", "prints_the_hash"),
-        (r"tmux new-session -d -s \w+ .*", "watches_in_tmux"),
-        (r"python3 .*|rm [a-z]+\.txt|cat > [a-z]+\.json <<'EOF'\n(?s:.*)\nEOF", "runs"),
+        (r"python3 .*|rm [a-z]+\.txt", "shell"),
     )
     BLOCKS = {
         "sh": "run_lines", "python": "run_python", "ini": "run_unit", "cron": "run_cron", "bash": "run_script",
@@ -13096,10 +13094,9 @@ class TestReadme(WatchCase):
         self.paths = aimwatch.RepoPaths(os.path.join(self.folder, "shared", "experiments"))
         os.environ.update(
             PATH=os.path.dirname(python) + os.pathsep + os.environ["PATH"],
-            TMPDIR=os.path.join(self.folder, "tmp"), TMUX_TMPDIR=os.path.join(self.folder, "tmp"),
+            TMPDIR=os.path.join(self.folder, "tmp"),
         )  # fmt: skip
-        for name in ("PYTHONPATH", "TMUX"):
-            os.environ.pop(name, None)
+        del os.environ["PYTHONPATH"]
         self.watching: Any = None
 
     def write(self, name: str, text: str) -> str:
@@ -13144,9 +13141,6 @@ class TestReadme(WatchCase):
             self.assertIn(b"All runs", page.read())
         self.end(server)
 
-    def runs(self, line: str) -> None:
-        self.shell(line)
-
     def shares(self, line: str) -> None:
         group = grp.getgrgid(os.getegid()).gr_name
         self.assertIn(f"shared with group {group}: ", self.shell(line.replace(" ml", f" {group}")))
@@ -13163,10 +13157,6 @@ class TestReadme(WatchCase):
         out = self.shell(line)
         self.assertEqual(out.count(": delivered: "), len(added), out)
         self.assertEqual(len(self.slack.requests), before + added.count("slack"))
-
-    def prints_the_hash(self, line: str) -> None:
-        with open(MODULE, "rb") as file:
-            self.assertEqual(self.shell(line), hashlib.sha256(file.read()).hexdigest() + "\n")
 
     def watches(self, line: str, env: Optional[Dict[str, str]] = None) -> None:
         """Start a watcher in the place of the one before; it stays for what follows."""
@@ -13188,28 +13178,11 @@ class TestReadme(WatchCase):
             self.assertRegex(self.end(watching), r"INFO +stopped\n$")
             self.assertEqual(watching.returncode, 0)
 
-    def watches_in_tmux(self, line: str) -> None:
-        self.stop_watching()
-        seen_at = self.saved()["seen_at"]
-        if shutil.which("tmux"):
-            self.addCleanup(subprocess.run, ["tmux", "kill-server"], stderr=subprocess.DEVNULL)
-            self.shell(line)
-        else:
-            inner = self.command("bash", "-c", "exec " + shlex.split(line)[-1], cwd=self.folder)
-            self.addCleanup(inner.terminate)
-        self.wait_for(lambda: self.saved()["seen_at"] > seen_at)
-        os.kill(self.saved()["pid"], signal.SIGTERM)
-        self.wait_for(lambda: aimwatch.lock_state(self.paths.watcher_lock) == "free")
-        with open(os.path.join(self.folder, "aimwatch.log"), encoding="utf-8") as file:
-            self.assertIn(f" watching {self.paths.root}: ", file.read())
-
     # ---- how each kind of block is run
 
     def run_lines(self, block: str) -> None:
-        for line in re.findall(r"(?ms)^cat > \S+ <<'EOF'\n.*?^EOF$|^[^\n]+$", block.replace("\\\n", " ")):
-            line = line.partition("  # ")[0].rstrip()
-            if line and not line.startswith("#"):
-                self.run_line(line)
+        for line in block.splitlines():
+            self.run_line(line)
 
     def run_line(self, line: str) -> None:
         methods = [name for rule, name in self.LINES if re.fullmatch(rule, line)]
@@ -13276,7 +13249,7 @@ class TestReadme(WatchCase):
         prose = re.sub(r"^```.*?^```$", "", self.readme, flags=re.M | re.S)
         for text in dict.fromkeys(re.findall(r"`([^`\n]+)`", prose)):
             ours = any(text.startswith(f"{command} ") for command in commands)
-            programs = ("python3", "pip", "systemctl", ".ci/run", "aim", "aimwatch", "aim-watcher", "tmux")
+            programs = ("python3", "pip", "systemctl", ".ci/run", "aim", "aimwatch", "aim-watcher")
             if (not ours and text.split()[0] not in programs) or len(text.split()) == 1:
                 continue
             with self.subTest(text=text):
