@@ -110,8 +110,8 @@ class Shared(unittest.TestSuite):
 
         sys.stdout.flush()
         sys.stderr.flush()
-        for wait in [forked(work) for _ in range(WORKERS)]:
-            count, found = wait() or (0, {"errors": [["worker", "killed"]]})
+        for worker in [Child(work) for _ in range(WORKERS)]:
+            count, found = worker.wait() or (0, {"errors": [["worker", "killed"]]})
             result.testsRun += count
             for kind, items in found.items():
                 holders = [(unittest.FunctionTestCase(int, description=name), text) for name, text in items]
@@ -126,19 +126,22 @@ def write_file(path: str, data: Any = b"", mode: str = "wb") -> None:
         file.write(data if isinstance(data, bytes) else data.encode())
 
 
-def read_file(path: str) -> bytes:
+def read_file(path: Any) -> bytes:
     with open(path, "rb") as file:
         return file.read()
 
 
-def forked(work: Callable[[], Any]) -> Callable[[], Any]:
-    """Call a function in a forked process. Return what waits for that and returns what the function
-    did, as JSON can hold it; None where the process was killed."""
-    ours, theirs = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+class Child:
+    """A function called in a forked process, which does nothing else."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.output, theirs = os.pipe()
+        self.pid = os.fork()
+        if self.pid:
+            os.close(theirs)
+            return
         try:
-            os.close(ours)
+            os.close(self.output)
             found = work()
         except BaseException:
             found = traceback.format_exc()
@@ -146,19 +149,20 @@ def forked(work: Callable[[], Any]) -> Callable[[], Any]:
             with open(theirs, "w", encoding="utf-8") as file:
                 json.dump(found, file)
             os._exit(0)
-    os.close(theirs)
 
-    def wait() -> Any:
-        told = read_file(ours)
-        os.waitpid(pid, 0)
+    def wait(self) -> Any:
+        """Return what the function returned, as JSON can hold it; None where the process was killed."""
+        told = read_file(self.output)
+        os.waitpid(self.pid, 0)
         return json.loads(told) if told else None
 
-    return wait
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
 
 
 def in_child(work: Callable[[], Any]) -> Any:
     """Return what a function returns in a forked process."""
-    return forked(work)()
+    return Child(work).wait()
 
 
 def is_alive(pid: int) -> bool:
@@ -2104,17 +2108,6 @@ REAL: Tuple[Tuple[Tuple[str, ...], str, str, int, str, Any, str], ...] = (
     (("torch", "transformers", "accelerate"), TRANSFORMERS, "raise", 1, "failed", "ValueError: bad text", ""),
     (("torch", "keras"), KERAS, "fit", 0, "finished", None, "loss"),
     (("torch", "keras"), KERAS, "raise", 1, "failed", "ValueError: bad epoch", "loss"),
-    (("hydra",), "import hydra\nfrom aimwatch import Run\n@hydra.main(version_base=None, config_path=None)\n"
-     "def main(config):\n global run\n run = Run('r', create=True); raise KeyError('no layer')\nmain()", "+x=1", 1, "failed",
-     "exited with status 1 (KeyError: 'no layer')", ""),
-    (("optuna",), "import optuna\nfrom aimwatch import Run\nwith Run('r', create=True): raise optuna.TrialPruned", "", 1,
-     "finished", None, ""),
-    (("joblib",), "from aimwatch import Run\nfrom joblib import Parallel, delayed\ndef f(run, x): return 1 // x\n"
-     "with Run('r', create=True) as run: Parallel(n_jobs=2)(delayed(f)(run, x) for x in (1, 0))", "", 1, "failed",
-     "ZeroDivisionError: integer division or modulo by zero", ""),
-    (("omegaconf",), "from omegaconf import OmegaConf\nfrom aimwatch import Run\nwith Run('r', create=True) as run:\n"
-     " run['c'] = OmegaConf.create({'lr': 0.1, 'l': [1, 2]}); assert run['c'] == {'lr': 0.1, 'l': [1, 2]}", "", 0,
-     "finished", None, ""),
 )  # fmt: skip
 
 
@@ -4265,18 +4258,13 @@ class KilledWriters(RecordingCase):
         kills = int(os.environ.get("KILLS", "30"))
         for kill in range(kills):
             before = int.from_bytes(shared[:8], "little")
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    self.life(shared)
-                finally:
-                    os._exit(1)
+            writer = Child(lambda: self.life(shared))
             try:
                 self.wait_for(lambda: int.from_bytes(shared[:8], "little") > before + 5)
                 time.sleep(chance.random() * 0.01)
             finally:
-                os.kill(pid, signal.SIGKILL)
-                self.assertEqual(os.waitpid(pid, 0)[1], signal.SIGKILL)
+                writer.kill()
+            self.assertIsNone(writer.wait())
             recorded = int.from_bytes(shared[:8], "little")
             counts = {metric.context["even"]: metric.count for metric in self.reread("r").metrics()}
             self.assertGreaterEqual(sum(counts.values()), recorded)
@@ -5194,35 +5182,9 @@ class Torture(StoredCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.children: List[int] = []
-        self.addCleanup(self.kill_children)
+        self.stop = os.path.join(self.root, "stop")
         for name, value in (("CHECKPOINT_LINES", 20), ("INDEX_ITSELF_S", 0.2)):
             self.patch(aimwatch, name, value)
-
-    def kill_children(self) -> None:
-        for pid in self.children:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-    def forked(self, work: Callable[[int], None], number: int) -> int:
-        """Do some work in a child process, which exits with 0 unless it raised."""
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                work(number)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        self.children.append(pid)
-        return pid
-
-    def ended(self, pid: int) -> int:
-        status = os.waitpid(pid, 0)[1]
-        self.children.remove(pid)
-        return status
 
     def write(self, number: int) -> None:
         chance = random.Random(number)
@@ -5245,46 +5207,37 @@ class Torture(StoredCase):
             else:
                 kept = run  # noqa: F841 - dies with the process
 
-    def until_told(self, work: Callable[[], None]) -> None:
-        told: List[int] = []
-        signal.signal(signal.SIGTERM, lambda signum, frame: told.append(signum))
-        while not told:
-            work()
-
     def index(self, number: int) -> None:
         chance = random.Random(number)
-
-        def work() -> None:
+        while not os.path.exists(self.stop):
             with contextlib.suppress(aimwatch.IndexBusy):
                 aimwatch.Repo(self.root).reindex(rebuild=chance.random() < 0.3)
-
-        self.until_told(work)
 
     def ask(self, number: int) -> None:
         repo = aimwatch.Repo(self.root)
         seen: Set[str] = set()
-
-        def work() -> None:
+        while not os.path.exists(self.stop):
             found = {row["hash"] for row in repo.query_runs("run.p.number >= 0").found}
             self.assertLessEqual(seen, found, "a run that was there is not to be found any more")
             seen.update(found)
             for _, metric in repo.metric_rows("metric.name == 'm'"):
                 self.assertLessEqual(metric["count"], 60)
 
-        self.until_told(work)
-
     def test_many_write_some_are_killed_two_reindex_and_others_ask(self) -> None:
         chance = random.Random(8)
         count = int(os.environ.get("TORTURE_WRITERS", "20"))
-        others = [self.forked(work, number) for number in range(2) for work in (self.index, self.ask)]
-        writers = [self.forked(self.write, number) for number in range(count)]
-        for pid in chance.sample(writers, count // 4):
+
+        def start(work: Callable[[int], None], number: int) -> Child:
+            return Child(lambda: work(number) or "done")  # type: ignore[func-returns-value]
+
+        others = [start(work, number) for number in range(2) for work in (self.index, self.ask)]
+        writers = [start(self.write, number) for number in range(count)]
+        for writer in chance.sample(writers, count // 4):
             time.sleep(chance.random() * 0.05)
-            os.kill(pid, signal.SIGKILL)
-        self.assertLessEqual({self.ended(pid) for pid in writers}, {0, signal.SIGKILL})
-        for pid in others:
-            os.kill(pid, signal.SIGTERM)
-        self.assertEqual([self.ended(pid) for pid in others], [0] * 4)
+            writer.kill()
+        self.assertLessEqual({writer.wait() for writer in writers}, {"done", None})
+        write_file(self.stop)
+        self.assertEqual([other.wait() for other in others], ["done"] * 4)
         incremental = self.reindexed()
         self.assertEqual(self.pending(), [])
         rebuilt = self.rebuilt()
