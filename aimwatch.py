@@ -1078,9 +1078,7 @@ class SeriesState:
     def from_list(cls, values: Sequence[Any]) -> SeriesState:
         """Read back what `to_list` gave. Raises ValueError or TypeError on anything else."""
         series_id, name, context, count, low, high, last, first_step, last_step, epoch, when = values
-        if not isinstance(name, str) or not isinstance(context, dict):
-            raise TypeError("a series needs a name and a context")
-        series = cls(int(series_id), name, context)
+        series = cls(int(series_id), str(name), dict(context))
         series.count = int(count)
         series.min, series.max, series.last = float(low), float(high), float(last)
         series.first_step, series.last_step = int(first_step), int(last_step)
@@ -1100,45 +1098,33 @@ MAX_PARAM_DEPTH = 50
 MAX_ARRAY_ITEMS = 10_000
 
 
-def encode_value(value: Any, odd: List[str]) -> Any:
+def encode_value(value: Any, odd: List[str], around: Tuple[int, ...] = ()) -> Any:
     """Return a param or a context value as strict JSON can hold it.
 
     None, bool, int, float, text, mappings, sequences and sets keep their kind; arrays become lists;
     dataclasses and namespaces become dicts of their fields; a NumPy scalar becomes its number. Anything
     else becomes text, as does a container inside itself, and its type is added to `odd`.
+
+    Arguments:
+        around: what `id` says of the containers that the value is in.
     """
-    #: The containers around what is encoded just now.
-    around: Set[int] = set()
-
-    def encode(value: Any, depth: int) -> Any:
-        if value is None or isinstance(value, (bool, int, str)):
-            return value
-        if isinstance(value, float):
-            return value if math.isfinite(value) else {"$float": repr(float(value))}
-        parts = _parts(value)
-        if parts is None:
-            odd.append(type(value).__name__)
-            return _text(value)
-        if not isinstance(parts, (dict, list)):
-            return encode(parts, depth)
-        if id(value) in around or depth >= MAX_PARAM_DEPTH:
-            where = "inside itself" if id(value) in around else f"more than {MAX_PARAM_DEPTH} levels deep"
-            odd.append(f"a {type(value).__name__} {where}")
-            return f"<{type(value).__name__} {where}>"
-        around.add(id(value))
-        if isinstance(parts, list):
-            encoded: Any = [encode(item, depth + 1) for item in parts]
-        else:
-            encoded = {}
-            for key, item in parts.items():
-                name = _text(key)
-                if name in encoded:
-                    odd.append(f"two keys {brief(name)}")
-                encoded[name] = encode(item, depth + 1)
-        around.discard(id(value))
-        return encoded
-
-    return encode(value, 0)
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"$float": repr(float(value))}
+    parts = _parts(value)
+    if parts is None:
+        odd.append(type(value).__name__)
+        return _text(value)
+    if id(value) in around or len(around) >= MAX_PARAM_DEPTH:
+        odd.append(f"{type(value).__name__} inside itself")
+        return f"<{type(value).__name__} inside itself, or in more than {MAX_PARAM_DEPTH} others>"
+    around = (*around, id(value))
+    if isinstance(parts, list):
+        return [encode_value(item, odd, around) for item in parts]
+    if isinstance(parts, dict):
+        return {_text(key): encode_value(item, odd, around) for key, item in parts.items()}
+    return encode_value(parts, odd, around)
 
 
 def _parts(value: Any) -> Any:
@@ -1203,11 +1189,10 @@ def param_items(value: Any, path: str) -> Iterator[Tuple[str, Any]]:
         yield path, value
 
 
-def _checked_idx(value: Any) -> int:
-    idx = int(value)
-    if not 0 <= idx < MAX_IDX:
-        raise ValueError(f"no check-in has the number {value}")
-    return idx
+def _in_range(number: float, most: float) -> float:
+    if not 0 <= number < most:
+        raise ValueError(f"{number} is no time, or no number of a check-in")
+    return number
 
 
 _PROP_KINDS: Dict[str, Tuple[type, ...]] = {
@@ -1251,42 +1236,54 @@ class RunState:
         """Take one parsed line in; False where it is not a record of ours."""
         try:
             if type(record) is list:
-                return self._apply_point(record)
-            for key, handler in self._HANDLERS.items():
-                if key in record:
-                    handler(self, record)
-                    return True
+                step, value, epoch, when = _parse_point(record)
+                self.series[record[0]].add(step, value, when, epoch)
+                self.last_time = max(self.last_time, when)
+            elif "checkpoint" in record:
+                self._restore(record)
+            elif "format" in record:
+                self.created_at = self._seen(record["created_at"])
+                self.header = record
+            elif "resume" in record:
+                self._seen(record["resume"])
+                self.header = {**self.header, **record}
+                self.end = None
+            elif "set" in record:
+                self._set(list(map(str, record["set"])), record["value"])
+            elif "del" in record:
+                self._del(list(map(str, record["del"])))
+            elif "series" in record:
+                series = SeriesState(int(record["series"]), str(record["name"]), dict(record["context"]))
+                self.series.setdefault(series.id, series)
+            elif "props" in record:
+                self.props.update(_checked_props(record["props"]))
+            elif "log" in record:
+                self._seen(record["time"])
+                level, message = int(record["log"]), str(record["message"])
+                self.logs[str(level)] = self.logs.get(str(level), 0) + 1
+                if level >= logging.ERROR:
+                    self.errors.append(message[:1000])
+            elif "end" in record:
+                self._take_end(record)
+            else:
+                return False
         except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
-            pass
-        return False
+            return False
+        return True
 
     def _seen(self, when: Any) -> float:
-        when_s = float(when)
-        if not 0 <= when_s < MAX_TIME_S:
-            raise ValueError(f"{when} is no time")
+        when_s = _in_range(float(when), MAX_TIME_S)
         self.last_time = max(self.last_time, when_s)
         return when_s
 
-    def _apply_point(self, point: List[Any]) -> bool:
-        step, value, epoch, when = _parse_point(point)
-        self.series[point[0]].add(step, value, when, epoch)
-        self.last_time = max(self.last_time, when)
-        return True
+    def _take_end(self, record: Dict[str, Any]) -> None:
+        if not isinstance(record["end"], str):
+            raise TypeError("an end is finished or failed")
+        self.next_idx = max(self.next_idx, int(_in_range(int(record["idx"]), MAX_IDX)) + 1)
+        self._seen(record["time"])
+        self.end = record
 
-    def _apply_header(self, record: Dict[str, Any]) -> None:
-        self.created_at = self._seen(record["created_at"])
-        self.header = record
-
-    def _apply_resume(self, record: Dict[str, Any]) -> None:
-        self._seen(record["resume"])
-        self.header = {**self.header, **record}
-        self.end = None
-
-    def _apply_props(self, record: Dict[str, Any]) -> None:
-        self.props.update(_checked_props(record["props"]))
-
-    def _apply_set(self, record: Dict[str, Any]) -> None:
-        path, value = list(map(str, record["set"])), record["value"]
+    def _set(self, path: List[str], value: Any) -> None:
         if path:
             parent: Any = self.params
             for key in path[:-1]:
@@ -1296,14 +1293,13 @@ class RunState:
                     child = parent[at] = {}
                 parent = child
             parent[int(path[-1]) if isinstance(parent, list) else path[-1]] = value
-        elif isinstance(value, dict):
-            self.params = value
+        else:
+            self.params = dict(value)
 
-    def _apply_del(self, record: Dict[str, Any]) -> None:
-        if record["del"]:
-            *path, key = map(str, record["del"])
-            parent = self.param(path)
-            del parent[int(key) if isinstance(parent, list) else key]
+    def _del(self, path: List[str]) -> None:
+        if path:
+            parent = self.param(path[:-1])
+            del parent[int(path[-1]) if isinstance(parent, list) else path[-1]]
         else:
             self.params = {}
 
@@ -1316,19 +1312,6 @@ class RunState:
         except (IndexError, TypeError, ValueError):
             raise KeyError(tuple(path)) from None
         return found
-
-    def _apply_series(self, record: Dict[str, Any]) -> None:
-        name, context = record["name"], record["context"]
-        if isinstance(name, str) and isinstance(context, dict):
-            series_id = int(record["series"])
-            self.series.setdefault(series_id, SeriesState(series_id, name, context))
-
-    def _apply_log(self, record: Dict[str, Any]) -> None:
-        self._seen(record["time"])
-        level = str(int(record["log"]))
-        self.logs[level] = self.logs.get(level, 0) + 1
-        if record["log"] >= logging.ERROR:
-            self.errors.append(str(record["message"])[:1000])
 
     def to_checkpoint(self) -> Dict[str, Any]:
         """Return the whole state as a record, from which `apply` builds it again."""
@@ -1345,48 +1328,22 @@ class RunState:
             "last_time": self.last_time,
         }
 
-    def _apply_checkpoint(self, record: Dict[str, Any]) -> None:
-        # Everything is looked at before anything is taken over: half a checkpoint would be a lie.
+    def _restore(self, record: Dict[str, Any]) -> None:
         if record["checkpoint"] != 1:
             raise ValueError("another format")
-        header, params, props = (
-            dict(record["header"]),
-            dict(record["params"]),
-            _checked_props(record["props"]),
-        )
-        series = [SeriesState.from_list(values) for values in record["series"]]
-        logs = {str(int(level)): int(count) for level, count in record["logs"].items()}
-        errors, next_idx = deque(map(str, record["errors"]), maxlen=5), _checked_idx(record["next_idx"])
-        created_at = self._seen(header.get("created_at", self.created_at))
-        self._seen(record["last_time"])
-        self.end = None
+        # Into another state first: half a checkpoint would be a lie.
+        state = RunState(self.hash)
+        state.header, state.params = dict(record["header"]), dict(record["params"])
+        state.props = _checked_props(record["props"])
+        state.created_at = state._seen(state.header.get("created_at", self.created_at))
+        state.series = {item.id: item for item in map(SeriesState.from_list, record["series"])}
+        state.logs = {str(int(level)): int(count) for level, count in record["logs"].items()}
+        state.errors.extend(map(str, record["errors"]))
+        state.next_idx = max(self.next_idx, int(_in_range(int(record["next_idx"]), MAX_IDX)))
         if record["end"]:
-            self._apply_end(record["end"])
-        self.next_idx = max(self.next_idx, next_idx)
-        self.header, self.params, self.props, self.created_at = header, params, props, created_at
-        self.series = {item.id: item for item in series}
-        self.logs, self.errors = logs, errors
-
-    def _apply_end(self, record: Dict[str, Any]) -> None:
-        idx = _checked_idx(record["idx"])
-        if not isinstance(record["end"], str):
-            raise TypeError("an end is finished or failed")
-        self._seen(record["time"])
-        self.end = record
-        self.next_idx = max(self.next_idx, idx + 1)
-
-    #: By the key that names the kind of a record; a checkpoint has a "series" too, so it is first.
-    _HANDLERS: Dict[str, Callable[[RunState, Dict[str, Any]], None]] = {
-        "checkpoint": _apply_checkpoint,
-        "format": _apply_header,
-        "resume": _apply_resume,
-        "set": _apply_set,
-        "del": _apply_del,
-        "series": _apply_series,
-        "props": _apply_props,
-        "log": _apply_log,
-        "end": _apply_end,
-    }
+            state._take_end(record["end"])
+        state.last_time = max(self.last_time, state._seen(record["last_time"]))
+        self.__dict__.update(vars(state), skipped=self.skipped)
 
 
 class AppendFile:
@@ -1665,9 +1622,7 @@ _NO_POINT = (IndexError, OverflowError, RecursionError, TypeError, ValueError)
 
 def _parse_point(point: Any) -> Tuple[int, float, Optional[float], float]:
     # A last line without its end is one, if it parses: only its line break was torn off.
-    epoch, when = float(point[4]) if len(point) > 4 else None, float(point[3])
-    if not 0 <= when < MAX_TIME_S:
-        raise ValueError(f"{when} is no time")
+    epoch, when = float(point[4]) if len(point) > 4 else None, _in_range(float(point[3]), MAX_TIME_S)
     return int(point[1]), float(point[2]), epoch, when
 
 
@@ -1696,9 +1651,8 @@ def parse_message(line: bytes) -> Optional[Dict[str, Any]]:
     if line.startswith(b'{"log"'):
         with contextlib.suppress(ValueError, RecursionError, KeyError, OverflowError, TypeError):
             record = from_json(line)
-            level, when = int(record["log"]), float(record["time"])
-            if 0 <= when < MAX_TIME_S:
-                return {**record, "log": level, "time": when, "message": str(record["message"])}
+            level, when = int(record["log"]), _in_range(float(record["time"]), MAX_TIME_S)
+            return {**record, "log": level, "time": when, "message": str(record["message"])}
     return None
 
 

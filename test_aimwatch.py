@@ -4058,7 +4058,8 @@ class Params(RecordingCase):
         ring: Dict[str, Any] = {}
         ring["a"] = ring["b"] = ring
         run["ring"] = {"in": [ring, ring]}
-        inside = {"a": "<dict inside itself>", "b": "<dict inside itself>"}
+        said = "<dict inside itself, or in more than 50 others>"
+        inside = {"a": said, "b": said}
         self.assertEqual(self.reread("r")["ring"], {"in": [inside, inside]})
 
     def test_configurations_keep_their_shape(self) -> None:
@@ -4124,16 +4125,12 @@ class Params(RecordingCase):
             self.assertEqual(who["k"], {"red": 4, "2": 5})
         self.assertEqual(len(aimwatch.Repo(self.root).query_runs("run.d.red == 1 and run.k.red == 4")), 1)
 
-    def test_key_without_a_text_is_no_exception_and_two_of_one_text_are_told(self) -> None:
+    def test_key_without_a_text_is_no_exception(self) -> None:
         run = self.run_object("r")
         run["x"] = {Grumpy(): 1}
         with self.assertRaisesRegex(aimwatch.ArgumentTypeError, "or ..., not unprintable Grumpy"):
             run[Grumpy()] = 1
         self.assertEqual(self.reread("r")["x"], {"<Grumpy without a text>": 1})
-        other = self.run_object("o")
-        with self.assertLogs("aimwatch", logging.WARNING) as logs:
-            other["x"] = {1: "a", "1": "b"}
-        self.assertIn("param 'x' holds two keys '1', ", logs.output[0])
 
     def test_numbers_that_are_none_come_back_and_nothing_is_taken_for_them(self) -> None:
         run = self.run_object("r")
