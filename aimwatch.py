@@ -5184,8 +5184,6 @@ class Notifier(NamedTuple):
     #: What people call it, and a query: it hears only of the runs for which that is true.
     name: str = ""
     where: str = ""
-    #: Whether it says itself which events it wants, which Aim's never do.
-    asks: bool = False
 
     @property
     def shown_as(self) -> str:
@@ -5432,8 +5430,7 @@ def read_notifier(notifier_id: str, raw: Any) -> Notifier:
         problem = f"{subject}{error}"
     enabled = entry.get("status", "enabled") == "enabled"
     events = tuple(event for event in EVENTS if event in asked)
-    name, asks = printable(name, 40), "events" in entry
-    return Notifier(notifier_id, kind, enabled, checked, events, problem, name, where, asks)
+    return Notifier(notifier_id, kind, enabled, checked, events, problem, printable(name, 40), where)
 
 
 class NotifierConfig:
@@ -9655,11 +9652,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = 0) 
             widths[widths.index(widest, 1)] -= 1
         else:
             widths.pop()
-    return ["  ".join(map(_fitted, row, widths)).rstrip() for row in cells]
-
-
-def _fitted(cell: str, width: int) -> str:
-    return cell.ljust(width) if len(cell) <= width else f"{cell[: width - 2]}.."
+    lines = []
+    for row in cells:
+        fitted = [
+            cell if len(cell) <= width else f"{cell[: width - 2]}.." for cell, width in zip(row, widths)
+        ]
+        lines.append("  ".join(map(str.ljust, fitted, widths)).rstrip())
+    return lines
 
 
 def print_below(*texts: Optional[str]) -> None:
@@ -9679,99 +9678,68 @@ def short_hashes(paths: RepoPaths, hashes: Iterable[str]) -> Dict[str, str]:
     return {run_hash: run_hash[:8] if starts[run_hash[:8]] == 1 else run_hash for run_hash in hashes}
 
 
-#: Longer lines of the log on stderr are cut.
-MAX_LOG_LINE = 4000
+#: So many log lines wait for a stderr that takes none.
+MAX_QUEUED_LINES = 1000
 
 
-class _LogHandler(logging.Handler):
-    """Writes log lines to stderr, above a status line that it keeps at the bottom."""
+class _LogThread(logging.Handler):
+    """Writes log lines to stderr from a thread, above a status line at the bottom: a full pipe, or a
+    terminal that was stopped with Ctrl-S, may keep no poll, no notifier and no end of the process waiting."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._status = ""
-        self._stream = sys.stderr
-        #: What another thread is to write, and how many lines there was no room for.
-        self._queue: Optional[Deque[bytes]] = None
-        self._dropped = 0
-        self._filled = threading.Event()
+        import queue
 
-    def start(self) -> None:
-        """From now on, have a thread write: a full pipe, or a terminal that was stopped with Ctrl-S, may
-        keep no poll, no notifier and no end of the process waiting."""
-        with contextlib.suppress(OSError, ValueError, RuntimeError):
-            target = self._stream.fileno()
-            threading.Thread(target=self._run, args=(target,), name="aimwatch-log", daemon=True).start()
-            self._queue = deque()
+        super().__init__()
+        self._lines: Any = queue.Queue(MAX_QUEUED_LINES)
+        self._status, self._dropped = "", 0
+        # Not through sys.stderr: a lock of it that a thread holds at the end of the process is fatal.
+        target = sys.stderr.fileno()
+        threading.Thread(target=self._run, args=(target,), name="aimwatch-log", daemon=True).start()
 
     def _run(self, target: int) -> None:
-        while self._filled.wait():
-            self._filled.clear()
-            queue = self._queue
-            if queue is None:
-                return
-            while queue:
-                data, dropped = queue[0], self._dropped
-                if dropped:
-                    data = b"%d log lines were dropped: stderr took none\n" % dropped + data
-                while data:
-                    try:
-                        data = data[os.write(target, data) :]
-                    except BlockingIOError:  # somebody made it so
-                        time.sleep(0.05)
-                    except OSError:
-                        break
-                self._dropped -= dropped
-                queue.popleft()
-
-    def close(self) -> None:
-        """End the thread."""
-        self._queue = None
-        self._filled.set()
-        super().close()
+        while True:
+            text, dropped = self._lines.get(), self._dropped
+            if dropped:
+                text = f"{dropped} log lines were dropped: stderr took none\n{text}"
+            with contextlib.suppress(OSError):
+                os.write(target, text.encode("utf-8", "backslashreplace"))
+            self._dropped -= dropped
+            self._lines.task_done()
 
     def flush(self) -> None:
         """Wait until all is written, for a second at most."""
         deadline = time.monotonic() + 1.0
-        while self._queue and time.monotonic() < deadline:
+        while self._lines.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the lines of a record without what a hostile log could tell the terminal to do."""
-        return "\n".join(printable(line, MAX_LOG_LINE) for line in super().format(record).split("\n"))
-
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._draw(f"{self.format(record)}\n", self._status)
-        except Exception:
-            self.handleError(record)
+        self._draw(f"{self.format(record)}\n", self._status)
 
     def show(self, status: str) -> None:
-        """Draw the status line anew."""
-        if (self._status or status) and not self._queue:  # where lines wait, they draw it
+        """Draw the status line anew, where no lines wait, which will."""
+        if self._lines.empty():
             self._draw("", status)
 
     def _draw(self, lines: str, status: str) -> None:
         text = ("\r\x1b[K" if self._status else "") + lines + status
         self._status = status
-        if self._queue is None:
-            with contextlib.suppress(OSError, ValueError):
-                self._stream.write(text)
-                self._stream.flush()
-        elif len(self._queue) < MAX_QUEUED_LINES:
-            self._queue.append(text.encode("utf-8", "backslashreplace"))
-            self._filled.set()
-        else:
+        if self._lines.full():
             self._dropped += 1
+        else:
+            self._lines.put(text)
 
 
-#: So many log lines wait for a stderr that takes none.
-MAX_QUEUED_LINES = 1000
+class _PrintableLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines of a record without what a hostile log could tell the terminal to do."""
+        return "\n".join(printable(line, 4000) for line in super().format(record).split("\n"))
 
 
-def _log_to_stderr(timed: bool) -> _LogHandler:
-    handler = _LogHandler()
+def _log_to_stderr(timed: bool, thread: bool = False) -> Any:
+    """Have the log written to stderr, and return its handler."""
+    handler = _LogThread() if thread else logging.StreamHandler()
     text = "%(asctime)s %(levelname)-7s %(message)s" if timed else "aimwatch: %(message)s"
-    handler.setFormatter(logging.Formatter(text, "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_PrintableLines(text, "%Y-%m-%d %H:%M:%S"))
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(logging.INFO if timed else logging.WARNING)
@@ -9920,6 +9888,27 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def _stop_signal() -> StopSignal:
+    """Return what says when this process was told to stop."""
+    _give_memory_back()
+    stop = StopSignal()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+@contextlib.contextmanager
+def _reindexing(paths: RepoPaths, watcher: Optional[Watcher]) -> Iterator[None]:
+    """Keep the index up to date, and see whether the watcher sees the repository."""
+    reindexing = ReindexThread(paths)
+    if watcher is not None:
+        watcher.on_dead = reindexing.reindexer.note_dead
+        SightAlarm(watcher).start()
+    reindexing.start()
+    yield
+    reindexing.stop(0.5)
+
+
 @command(
     "start",
     f"--grace TIME  silence beyond the promise before a run counts as stalled (default: {DEFAULT_GRACE_S:g})",
@@ -9934,63 +9923,63 @@ def _give_memory_back() -> None:
 )
 def cmd_start(args: Any) -> int:
     """Watch the repository until told to stop, or once."""
-    handler = _log_to_stderr(timed=True)
-    handler.start()
-    _give_memory_back()
     paths = find_repo(args.repo)
-    notifiers = [item for item in NotifierConfig(paths).notifiers() if item.enabled]
-    if not notifiers:
-        _offer_notifier(paths, args)
-    elif not os.path.exists(paths.watcher) and not any(item.asks for item in notifiers):
+    nobody = not any(item.enabled for item in NotifierConfig(paths).notifiers())
+    if nobody and not args.once and sys.stdin.isatty() and sys.stderr.isatty():
+        print(f"Nobody is notified yet: {paths.root} has no enabled notifiers.")
+        if _confirm("Would you like to configure one?", True):
+            nobody = bool(cmd_notifiers_add(args))
+    handler = _log_to_stderr(timed=True, thread=not args.once)
+    if nobody:
         log.info(
-            "notifiers hear of %s; Aim's watcher also sends starts, finishes and log messages: "
-            "'%s notifiers enable %s --events %s' has them sent here too",
-            ", ".join(DEFAULT_EVENTS),
+            "no notifiers are enabled, so events are only written here; '%s notifiers add' sets one up",
             command_line(args.repo),
-            notifiers[0].shown_as,
-            ",".join(EVENTS),
         )
-    stop = StopSignal()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    pinger = Pinger(args.ping_url) if args.ping_url else None
+    stop = _stop_signal()
     while True:
         watcher = _take_watch(paths, args, stop)
         if watcher is None:
             return 0
         if args.once:
-            code = _one_pass(watcher, stop, pinger)
-            _write_metrics(Site(paths), args.metrics_file)
-            return code
+            return _one_pass(watcher, stop, args)
         try:
-            return _watch(watcher, args, stop, handler, pinger)
+            return _watch(watcher, stop, args, handler)
         except WatcherBusyError as error:  # another one has taken over
             if not args.standby:
                 raise
             log.error("%s", error)
 
 
-def _watch(
-    watcher: Watcher, args: Any, stop: StopSignal, handler: _LogHandler, pinger: Optional[Pinger]
-) -> int:
-    paths, site = watcher.paths, Site(watcher.paths)
-    reindexing = ReindexThread(paths)
-    watcher.on_dead = reindexing.reindexer.note_dead
-    threads: List[threading.Thread] = [reindexing, SightAlarm(watcher)]
-    if pinger is not None and not pinger.is_alive():
-        threads.append(pinger)
+#: How often a watcher that stands by asks whether the watch is free.
+STANDBY_INTERVAL_S = 2.0
 
-    def start_threads() -> None:
-        while threads:
-            try:
-                threads[0].start()
-            except RuntimeError as error:  # a machine that is out of processes will have some again
-                log.error("%s: %s; trying again", threads[0].name, error)
-                break
-            del threads[0]
+
+def _take_watch(paths: RepoPaths, args: Any, stop: StopSignal) -> Optional[Watcher]:
+    """Return the watcher, with --standby as soon as no other one watches; None when stopped before."""
+    held_by, seen_at, frozen = "", SeenAt(paths), False
+    options = args.grace, args.poll_interval, args.once, args.remind_every or 0.0
+    while not stop.is_set:
+        try:
+            return Watcher(paths, *options, wait=stop.wait, seize=frozen)
+        except RepoError as error:
+            # Who stands by is there for the bad day: a share that is away ends nobody's standing by.
+            if not args.standby or not (held_by or isinstance(error, WatcherBusyError)):
+                raise
+            if str(error) != held_by:
+                held_by = str(error)
+                log.info("standing by: %s", held_by)
+                sd_notify(f"READY=1\nSTATUS=standing by for {paths.root}")
+        sd_notify("WATCHDOG=1")
+        stop.wait(STANDBY_INTERVAL_S)
+        frozen = seen_at.is_frozen()
+    return None
+
+
+def _watch(watcher: Watcher, stop: StopSignal, args: Any, handler: _LogThread) -> int:
+    paths, site = watcher.paths, Site(watcher.paths)
+    pinger = Pinger(args.ping_url) if args.ping_url else None
 
     def after_poll() -> None:
-        start_threads()
         sd_notify("WATCHDOG=1")
         if pinger is not None and not watcher.trouble:
             pinger.healthy()
@@ -10001,7 +9990,6 @@ def _watch(
 
     try:
         watcher.poll()
-        start_threads()
         live = watcher.counts()
         log.info(
             "watching %s: %s (%d stalled), %d failed, grace %s, poll every %s; notifying %s",
@@ -10014,14 +10002,34 @@ def _watch(
             watcher.dispatcher.describe(),
         )
         sd_notify(f"READY=1\nSTATUS=watching {paths.root}")
-        watcher.run(stop, after_poll)
+        if pinger is not None:
+            pinger.start()
+        with _reindexing(paths, watcher):
+            watcher.run(stop, after_poll)
     finally:
         handler.show("")
         sd_notify("STOPPING=1")
         watcher.close()
-        reindexing.stop(0.5)
     log.info("stopped")
     return 0
+
+
+def _one_pass(watcher: Watcher, stop: StopSignal, args: Any) -> int:
+    watcher.poll()
+    while watcher.table.suspects() and not (watcher.trouble or stop.is_set):
+        stop.wait(watcher.poll_interval_s)  # the next pass may come in an hour
+        watcher.poll()
+    if args.ping_url and not watcher.trouble:
+        Pinger(args.ping_url).ping()
+    deadline = time.monotonic() + ATTEMPT_S + 1
+    while not stop.is_set and time.monotonic() < deadline and not watcher.dispatcher.drain(0.1):
+        pass
+    counts = watcher.counts()
+    watcher.close()
+    with contextlib.suppress(AimwatchError, OSError):
+        Reindexer(watcher.paths).run_all(wait_s=1.0)  # so that `runs`, too, knows what has died
+    _write_metrics(Site(watcher.paths), args.metrics_file)
+    return 1 if watcher.trouble or counts[STALLED] or counts[FAILED] else 0
 
 
 def _write_metrics(site: Site, path: Optional[str]) -> None:
@@ -10061,67 +10069,6 @@ def cmd_exec(args: Any) -> int:
     return run_program(argv, open_run, AUTO if args.expect is None else args.expect)
 
 
-#: How often a watcher that stands by asks whether the watch is free.
-STANDBY_INTERVAL_S = 2.0
-
-
-def _take_watch(paths: RepoPaths, args: Any, stop: StopSignal) -> Optional[Watcher]:
-    """Return the watcher, with --standby as soon as no other one watches; None when stopped before."""
-    held_by, seen_at, frozen = "", SeenAt(paths), False
-    while not stop.is_set:
-        try:
-            return Watcher(
-                paths,
-                args.grace,
-                args.poll_interval,
-                args.once,
-                args.remind_every,
-                wait=stop.wait,
-                seize=frozen,
-            )
-        except RepoError as error:
-            # Who stands by is there for the bad day: a share that is away ends nobody's standing by.
-            if not args.standby or not (held_by or isinstance(error, WatcherBusyError)):
-                raise
-            if str(error) != held_by:
-                held_by = str(error)
-                log.info("standing by: %s", held_by)
-                sd_notify(f"READY=1\nSTATUS=standing by for {paths.root}")
-        sd_notify("WATCHDOG=1")
-        stop.wait(STANDBY_INTERVAL_S)
-        frozen = seen_at.is_frozen()
-    return None
-
-
-def _one_pass(watcher: Watcher, stop: StopSignal, pinger: Optional[Pinger]) -> int:
-    watcher.poll()
-    while watcher.table.suspects() and not (watcher.trouble or stop.is_set):
-        stop.wait(watcher.poll_interval_s)  # the next pass may come in an hour
-        watcher.poll()
-    if pinger is not None and not watcher.trouble:
-        pinger.ping()
-    deadline = time.monotonic() + ATTEMPT_S + 1
-    while not stop.is_set and time.monotonic() < deadline and not watcher.dispatcher.drain(0.1):
-        pass
-    counts = watcher.counts()
-    watcher.close()
-    with contextlib.suppress(AimwatchError, OSError):
-        Reindexer(watcher.paths).run_all(wait_s=1.0)  # so that `runs`, too, knows what has died
-    return 1 if watcher.trouble or counts[STALLED] or counts[FAILED] else 0
-
-
-def _offer_notifier(paths: RepoPaths, args: Any) -> None:
-    if sys.stdin.isatty() and sys.stderr.isatty() and not args.once:
-        print(f"Nobody is notified yet: {paths.root} has no enabled notifiers.")
-        if _confirm("Would you like to configure notifiers?", True):
-            cmd_notifiers_add(args)
-            return
-    log.info(
-        "no notifiers are enabled, so events are only written here; '%s notifiers add' sets one up",
-        command_line(args.repo),
-    )
-
-
 @command(
     "init",
     "--group NAME  share it: all members of the group train, its owner watches",
@@ -10136,29 +10083,24 @@ def cmd_init(args: Any) -> int:
         print(f"repository already at {find_repo(given).root}")
     except RepoError:
         print(f"created a repository at {find_repo(given, create=True).root}")
-    if args.group:
-        _share_repo(find_repo(given, create=True), args.group, args.owner)
-    return 0
-
-
-def _share_repo(paths: RepoPaths, group: str, owner: Optional[str]) -> None:
+    if not args.group:
+        return 0
     import grp
     import pwd
 
+    paths, owner = find_repo(given, create=True), args.owner
     try:
-        gid, uid = grp.getgrnam(group).gr_gid, pwd.getpwnam(owner).pw_uid if owner else -1
+        paths.share(grp.getgrnam(args.group).gr_gid, pwd.getpwnam(owner).pw_uid if owner else -1)
     except KeyError as error:
         raise AimwatchError(f"cannot share {paths.root}: {printable(str(error.args[0]))}") from None
-    try:
-        paths.share(gid, uid)
     except OSError as error:
         raise RepoError(
             f"cannot share {error.filename or paths.root}: {error.strerror}: its owner, who must be a member "
             "of the group, or root can do it"
         ) from None
-    print(
-        f"shared with group {group}: all its members train there, and {owner or 'you'} alone watch and index"
-    )
+    who = owner or "you"
+    print(f"shared with group {args.group}: all its members train there, and {who} alone watch and index")
+    return 0
 
 
 #: A watcher that holds its lock and has not looked for this long hangs.
@@ -10200,12 +10142,9 @@ STATUS_FACTS_S = 5.0
 
 
 def _check_in_names(paths: RepoPaths) -> List[str]:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return list_below(paths.check_ins)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise RepoError(f"cannot list {paths.check_ins}: {error.strerror}") from None
+    return []
 
 
 def status_object(paths: RepoPaths) -> Dict[str, Any]:
@@ -10254,7 +10193,7 @@ def status_rows(
     mutes: Dict[str, int] = {}
     with contextlib.suppress(OSError):
         mutes = {run: until for run, (until, _) in read_mutes(paths).items() if until > now}
-    acks, rows = read_acks(paths), []
+    rows = []
     for seen in runs.runs.values():
         watched = known.get(seen.name)
         facts = facts_of(paths, seen.hash) if seen.state != FINISHED and time.monotonic() < deadline else {}
@@ -10262,7 +10201,10 @@ def status_rows(
         state = watched.state if watched else seen.state
         if state == RUNNING and facts.get("run.state") == FAILED:
             state = FAILED  # its log knows, and no watcher has seen it yet
-        ack = ack_name(seen.name, state)
+        taken_on_by = None
+        with contextlib.suppress(OSError):
+            ack = os.path.join(paths.mutes, ack_name(seen.name, state))
+            taken_on_by = login_name(os.lstat(ack).st_uid)
         rank, world = (facts.get(f"run.{field}", "") for field in ("rank", "world"))
         rows.append(
             {
@@ -10274,7 +10216,7 @@ def status_rows(
                 "rank": int(rank) if rank.isdecimal() else None,
                 "world": int(world) if world.isdecimal() else None,
                 "muted_until": None if muted_until is None else Moment(muted_until),
-                "acknowledged_by": _owner_of(os.path.join(paths.mutes, ack)) if ack in acks else None,
+                "acknowledged_by": taken_on_by,
                 "check_in": seen.name,
                 "watched": watched is not None,
                 **{field: facts.get(f"run.{field}") or None for field in _STATUS_FACTS},
@@ -10282,13 +10224,6 @@ def status_rows(
         )
     order = [FAILED, STALLED, RUNNING, FINISHED]
     return sorted(rows, key=lambda row: (order.index(row["state"]), -row["last_check_in"]))
-
-
-def _owner_of(path: str) -> str:
-    """Return the login name of a file's owner."""
-    with contextlib.suppress(OSError):
-        return login_name(os.lstat(path).st_uid)
-    return "somebody"
 
 
 @command(
@@ -10375,10 +10310,23 @@ def cmd_mute(args: Any) -> int:
     if seconds > MAX_MUTE_S:
         raise AimwatchError(f"a mute ends after {human_s(MAX_MUTE_S)} at the latest")
     run_hash = _find_live(paths, args.run)
+    _unmute(paths, run_hash)
     until = math.ceil(time.time() + seconds)
-    _leave_mutes(paths, run_hash, f"{run_hash}-{until}")
+    _leave_in_mutes(paths, f"{run_hash}-{until}")
     print(f"muted run {run_hash} until {local_time(until)}")
     return 0
+
+
+def _leave_in_mutes(paths: RepoPaths, name: str) -> None:
+    os.close(open_below(os.path.join(paths.mutes, name), os.O_WRONLY | os.O_CREAT))
+
+
+def _unmute(paths: RepoPaths, run_hash: str) -> bool:
+    """End the mutes of a run, and return whether it had any."""
+    names: List[str] = read_mutes(paths).get(run_hash, (0, []))[1]
+    for name in names:
+        unlink_below(os.path.join(paths.mutes, name))
+    return bool(names)
 
 
 @command("unmute", "RUN")
@@ -10386,7 +10334,7 @@ def cmd_unmute(args: Any) -> int:
     """Notify of a muted run again, and at once if it is stalled or failed."""
     paths = find_repo(args.repo)
     run_hash = _find_live(paths, args.run)
-    if not _leave_mutes(paths, run_hash):
+    if not _unmute(paths, run_hash):
         raise AimwatchError(f"run {run_hash} is not muted")
     print(f"unmuted run {run_hash}")
     return 0
@@ -10412,28 +10360,9 @@ def cmd_ack(args: Any) -> int:
         if not ranks:
             raise AimwatchError(f"run {run_hash} is neither stalled nor failed now")
         for rank in ranks:
-            path = os.path.join(paths.mutes, ack_name(rows[rank]["check_in"], rows[rank]["state"]))
-            try:
-                os.close(open_below(path, os.O_WRONLY | os.O_CREAT))
-            except OSError as error:
-                raise RepoError(f"cannot write {path}: {error.strerror}") from None
+            _leave_in_mutes(paths, ack_name(rows[rank]["check_in"], rows[rank]["state"]))
             print(f"acknowledged run {rank}, which is {rows[rank]['state']}")
     return 0
-
-
-def _leave_mutes(paths: RepoPaths, run_hash: str, *names: str) -> List[str]:
-    """Have a run no mutes but these, and return those that it had."""
-    try:
-        before: List[str] = read_mutes(paths).get(run_hash, (0, []))[1]
-        for name in names:
-            path = os.path.join(paths.mutes, name)
-            os.close(open_below(path, os.O_WRONLY | os.O_CREAT))
-        for name in set(before).difference(names):
-            with contextlib.suppress(FileNotFoundError):
-                unlink_below(os.path.join(paths.mutes, name))
-    except OSError as error:
-        raise RepoError(f"cannot change the mutes in {paths.mutes}: {error.strerror}") from None
-    return before
 
 
 @command(
@@ -10451,12 +10380,9 @@ def cmd_up(args: Any) -> int:
     """Show the runs on a web page, until told to stop."""
     import secrets
 
-    _log_to_stderr(timed=True).start()
-    _give_memory_back()
-    paths, stop = find_repo(args.repo), StopSignal()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    paths, stop = find_repo(args.repo), _stop_signal()
     with contextlib.ExitStack() as at_end, listen(args.host, args.port, args.uds) as listener:
+        _log_to_stderr(timed=True, thread=True)
         name, port, token = "localhost", 43880, ""
         if args.uds:
             at_end.callback(os.unlink, args.uds)
@@ -10465,24 +10391,19 @@ def cmd_up(args: Any) -> int:
             name, port = listener.getsockname()[:2]
             token = "" if args.no_token else os.environ.get("AIMWATCH_TOKEN") or secrets.token_urlsafe(24)
             name = this_host() if name in ("0.0.0.0", "::") else name
-            shown = f"[{name}]" if ":" in name else name
-            local = f"{shown}:{port}"
+            local = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
         base = f"/{(args.base_path or '').strip('/')}".rstrip("/")
         names = ["localhost", name, args.host, this_host(), *args.allowed_host]
-        reindexing = ReindexThread(paths)
-        if args.watch:
-            watcher = Watcher(paths)
-            watcher.on_dead = reindexing.reindexer.note_dead
+        watcher = Watcher(paths) if args.watch else None
+        if watcher is not None:
             watching = threading.Thread(target=watcher.run, args=(stop,), daemon=True)
             watching.start()
             at_end.callback(watcher.close)
             at_end.callback(watching.join, 1.0)
-            SightAlarm(watcher).start()
-        reindexing.start()
-        at_end.callback(reindexing.stop, 0.5)
-        rest = f"{port}{base}/" + (f"?key={token}" if token else "")
-        print(args.uds or f"http://{shown}:{rest}")
-        print(f"from elsewhere: ssh -L {port}:{local} {this_host()}, then http://localhost:{rest}")
+        at_end.enter_context(_reindexing(paths, watcher))
+        rest = f"{base}/" + (f"?key={token}" if token else "")
+        print(args.uds or f"http://{local}{rest}")
+        print(f"from elsewhere: ssh -L {port}:{local} {this_host()}, then http://localhost:{port}{rest}")
         text = watcher_state(paths, read_watcher_file(paths), time.time())[1]
         print("this process watches" if args.watch else text, flush=True)
         gate = Gate(frozenset(map(str.lower, names)), token, base, f"aimwatch_{port}")
@@ -11453,11 +11374,9 @@ with Run(experiment="demo") as run:
                 print("waiting", flush=True)
                 time.sleep(60)
 """
-DEMO_GRACE_S, DEMO_POLL_S = 1.0, 0.2
+DEMO_GRACE_S, DEMO_POLL_S, DEMO_LIMIT_S = 1.0, 0.2, 20.0
 #: How late an alert of the demo may be: some polls, and a busy machine.
 DEMO_SLACK_S = 2.0
-
-
 #: How long is waited for the first alert about a run that stalls (what it promised, the margin within which
 #: calls need not write, and the grace), and about one whose process is gone.
 DEMO_STALLED_S = 2.0 + DEMO_GRACE_S
@@ -11481,89 +11400,74 @@ def cmd_demo(args: Any) -> int:
     import tempfile
 
     root = tempfile.mkdtemp(prefix="aimwatch-demo-")
-    begun = time.monotonic()
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        with contextlib.ExitStack() as processes:
-            _demo_run(find_repo(root, create=True), processes)
-        ok = _demo_report(find_repo(root), time.monotonic() - begun)
+        with contextlib.ExitStack() as at_end:
+            ok = _demo_report(_demo_alerts(find_repo(root, create=True), at_end))
     finally:
         if args.keep:
             print(f"\nThe repository is kept: {command_line()} --repo {root} status")
         else:
             shutil.rmtree(root, ignore_errors=True)
-        signal.signal(signal.SIGTERM, before)
     return 0 if ok else 1
 
 
-def _demo_run(paths: RepoPaths, processes: contextlib.ExitStack) -> None:
+def _demo_alerts(paths: RepoPaths, at_end: contextlib.ExitStack) -> List[Tuple[str, str, float]]:
+    """Watch the processes, and return what the outbox says was sent: (the run's name, event, seconds after
+    its check-in)."""
     import subprocess
 
-    here = os.path.dirname(os.path.abspath(__file__))
-    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": path, "AIMWATCH_REPO": paths.root, "PYTHONUNBUFFERED": "1"}
-
-    def start(*argv: str, **options: Any) -> Any:
-        process = subprocess.Popen([sys.executable, *argv], env=env, text=True, **options)
-        processes.callback(process.wait)
-        processes.callback(process.kill)
-        return process
-
-    notifier: Dict[str, Any] = {"id": "demo", "type": "logger", "status": "enabled"}
-    notifier["events"] = [STALLED, FAILED, RECOVERED, STARTED, FINISHED]
-    notifier["arguments"] = {"message": "{message}"}
     for raw in NotifierConfig(paths).edit():
-        raw["notifications"]["notifiers"]["demo"] = notifier
+        demo = {"id": "demo", "type": "logger", "events": [STALLED, FAILED, RECOVERED, FINISHED]}
+        raw["notifications"]["notifiers"]["demo"] = {**demo, "arguments": {}}
     print(
-        f"Starting a watcher (grace {human_s(DEMO_GRACE_S)}) and {len(DEMO_FATES)} training "
-        f"processes in {paths.root}.\nEach promises a check-in within 1 s. What the watcher "
-        "says, as it comes:\n",
+        f"A watcher (grace {human_s(DEMO_GRACE_S)}) looks at {len(DEMO_FATES)} training processes in "
+        f"{paths.root}.\nEach promises a check-in within 1 s. What the watcher says, as it comes:\n",
         flush=True,
     )
-    watcher = start(
-        os.path.abspath(__file__),
-        *f"start --grace {DEMO_GRACE_S} --poll-interval {DEMO_POLL_S}".split(),
-        stderr=sys.stdout.fileno(),
-        stdin=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.alarm(60),  # in case this process is killed
-    )
-    _demo_wait(lambda: os.path.exists(paths.watcher))
-    silent: Dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    trainings = [(start("-c", DEMO_TRAINING, name, **silent), number) for name, _, number, _ in DEMO_FATES]
-    for process, number in trainings:
+    _log_to_stderr(timed=True)
+    stop = _stop_signal()
+    watcher = Watcher(paths, DEMO_GRACE_S, DEMO_POLL_S)
+    at_end.callback(watcher.close)
+    watcher.poll()  # what is there at the first look is no news
+    here = os.path.dirname(os.path.abspath(__file__))
+    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, "AIMWATCH_REPO": paths.root}
+    processes = []
+    for name, _, number, _ in DEMO_FATES:
+        process: Any = subprocess.Popen(
+            [sys.executable, "-c", DEMO_TRAINING, name], env=env, stdout=-1, stderr=subprocess.DEVNULL
+        )
+        at_end.enter_context(process)
+        at_end.callback(process.kill)
+        processes.append((process, number))
+    for process, number in processes:
         if number:
             process.stdout.readline()  # it has checked in and waits
             process.send_signal(number)
-    expected = sum(len(must) for _, _, _, must in DEMO_FATES)
-    _demo_wait(lambda: len(list(_demo_alerts(paths))) >= expected)
-    watcher.send_signal(signal.SIGTERM)
-    watcher.wait()
+    alerts: List[Tuple[str, str, float]] = []
+    deadline = time.monotonic() + DEMO_LIMIT_S
+
+    def after_poll() -> None:
+        alerts[:] = _sent_alerts(paths)
+        if time.monotonic() > deadline or len(alerts) >= sum(len(must) for _, _, _, must in DEMO_FATES):
+            stop.set()
+
+    watcher.run(stop, after_poll)
+    return alerts
 
 
-def _demo_wait(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 15
-    while not done() and time.monotonic() < deadline:
-        time.sleep(0.1)
-
-
-def _demo_alerts(paths: RepoPaths) -> Iterator[Tuple[str, str, float]]:
-    """Yield what the outbox says was sent, but for starts: (the run's name, event, seconds after its
-    check-in)."""
+def _sent_alerts(paths: RepoPaths) -> Iterator[Tuple[str, str, float]]:
     events: Dict[str, Any] = {}
-    with contextlib.suppress(FileNotFoundError), open(paths.outbox, "rb") as file:
-        for line in file:
-            record = json_object(line) or {}
-            if "event" in record:
-                events[record["event"]] = record
-            for event_id in record.get("sent", ()):
-                kind = events[event_id]["kind"]
-                if kind != STARTED:
-                    after_s = record["time"] - float(event_id.split("-")[2])
-                    yield events[event_id]["facts"]["run.name"], kind, after_s
+    for line in read_bounded(paths.outbox, MAX_LINE_BYTES).splitlines():
+        record = json_object(line) or {}
+        if "event" in record:
+            events[record["event"]] = record
+        for event_id in record.get("sent", ()):
+            after_s = record["time"] - float(event_id.split("-")[2])
+            yield events[event_id]["facts"]["run.name"], events[event_id]["kind"], after_s
 
 
-def _demo_report(paths: RepoPaths, took_s: float) -> bool:
-    alerts = list(_demo_alerts(paths))
+def _demo_report(alerts: Sequence[Tuple[str, str, float]]) -> bool:
     rows = []
     for name, what, _, must in DEMO_FATES:
         found = [(kind, after_s) for run, kind, after_s in alerts if run == name]
@@ -11576,7 +11480,7 @@ def _demo_report(paths: RepoPaths, took_s: float) -> bool:
     all_ok = all(row[-1] == "ok" for row in rows)
     header = ("RUN", "WHAT IT DOES", "ALERT", "AFTER", "ALLOWED", "")
     print("\n" + "\n".join(table(header, rows)))
-    print(f"\n{'Every alert came once, in time' if all_ok else 'Something is wrong'} ({took_s:.0f} s).")
+    print("\nEvery alert came once, in time." if all_ok else "\nSomething is wrong.")
     return all_ok
 
 
@@ -11653,9 +11557,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     import argparse
 
+    is_program, argv = argv is None, sys.argv[1:] if argv is None else argv
     try:
         # Given here, since a default of the parser would undo a --repo before the command.
-        argv = sys.argv[1:] if argv is None else argv
         args = build_parser(argv).parse_args(argv, argparse.Namespace(repo=None))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
@@ -11669,21 +11573,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (KeyboardInterrupt, EOFError):
         print(f"\n{command_line()}: aborted", file=sys.stderr)
     except OSError as error:
-        atexit.unregister(_drop_unread_output)
-        atexit.register(_drop_unread_output)
         if not isinstance(error, BrokenPipeError):  # the reader of the pipe has seen enough
             print(f"{command_line()}: {error}", file=sys.stderr)
+        if is_program:  # at its end, Python would complain of what standard output does not take
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 1
-
-
-def _drop_unread_output() -> None:
-    """Drop what standard output cannot take at the end of the process, where Python would complain of it."""
-    stdout = sys.__stdout__
-    if stdout is not None and not stdout.closed:
-        try:
-            stdout.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
 
 
 if __name__ == "__main__":

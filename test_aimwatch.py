@@ -8661,19 +8661,6 @@ class NotifiersCommands(NotifierCase):
             ],
         )
 
-    def test_first_start_on_a_configuration_of_aims_says_what_it_does_not_send(self) -> None:
-        self.configure(abc={"type": "logger"})
-        code, _, err = self.run_cli("start", "--once")
-        hint = re.search(
-            r"notifiers hear of stalled, failed, recovered; .*: '.* (notifiers enable .*)' has", err
-        )
-        assert hint is not None, err
-        self.assertNotIn("notifiers hear of", self.run_cli("start", "--once")[2])
-        self.assertEqual(self.run_cli(*hint[1].split())[0], 0)
-        self.assertEqual(self.config.notifiers()[0].events, aimwatch.EVENTS)
-        os.unlink(self.paths.watcher)
-        self.assertNotIn("notifiers hear of", self.run_cli("start", "--once")[2])
-
     def test_list_as_json_is_for_scripts(self) -> None:
         self.configure(a=hook(GOOD_URL, events=["log"]), b={"type": "pager", "arguments": {"k": "x"}})
         code, out, err = self.run_cli("notifiers", "list", "--json")
@@ -9457,7 +9444,9 @@ class TestDeath(WatchCase):
                 with contextlib.ExitStack() as stack:
                     watcher = self.watcher(self.clock, once=True)
                     stack.callback(watcher.close)
-                    aimwatch._one_pass(watcher, aimwatch.StopSignal(), None)
+                    aimwatch._one_pass(
+                        watcher, aimwatch.StopSignal(), mock.Mock(ping_url=None, metrics_file=None)
+                    )
                 self.kill(process)
                 self.clock.pass_(300.0)
         self.assertEqual(self.told(), [("r", "failed")])
@@ -10510,56 +10499,51 @@ class NotifySocket:
 
 
 class TestBlockedLog(WatchCase):
-    def test_stderr_that_takes_nothing_stops_no_alert_and_no_end(self) -> None:
-        servers = {"failed": self.webhook(), "finished": self.webhook()}
-        for kind, server in servers.items():
-            self.configure(**{kind: hook(server.url, events=[kind])}, l={"type": "logger"})
+    def start_on_full_pipe(self, *argv: str) -> Tuple[Any, int]:
+        """Start Python with a stderr that takes nothing more; return the process and the pipe's other end."""
         reading, writing = os.pipe()
         self.addCleanup(os.close, reading)
-        with open(writing, "w") as full:
-            os.set_blocking(writing, False)
+        os.set_blocking(writing, False)
+        for size in (4096, 1):
             with contextlib.suppress(BlockingIOError):
                 while True:
-                    os.write(writing, b"x" * 4096)
-            os.set_blocking(writing, True)
-            watcher = self.aimwatch("start", "--poll-interval", "0.1", stderr=full)
-        self.wait_for(lambda: self.saved().get("pid") == watcher.pid)
-        for kind, server in servers.items():
-            self.check_in(kind, 1, kind)
-            self.wait_for(server.texts)
+                    os.write(writing, b"x" * size)
+        os.set_blocking(writing, True)
+        process = subprocess.Popen(
+            [sys.executable, *argv], env={**os.environ, "AIMWATCH_REPO": self.root},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=writing,
+        )  # fmt: skip
+        os.close(writing)
+        self.addCleanup(self._end, process, os.kill)
+        return process, reading
+
+    def test_stderr_that_takes_nothing_stops_no_alert_and_no_end(self) -> None:
+        server = self.webhook()
+        self.configure(w={"type": "slack", "arguments": {"url": server.url}}, l={"type": "logger"})
+        self.stop(self.watch())
+        watcher, _ = self.start_on_full_pipe("-m", "aimwatch", "start", "--poll-interval", "0.1")
+        for number in range(2):
+            self.check_in(f"r{number}", 1, "failed")
+            self.wait_for(lambda number=number: any(f"r{number}" in text for text in server.texts()))
         watcher.terminate()
         self.assertEqual(watcher.wait(20), 0)
 
     def test_lines_that_find_no_room_are_counted(self) -> None:
-        reading, writing = os.pipe()
-        with open(reading, "rb") as reader, open(writing, "w") as stream:
-            with contextlib.redirect_stderr(stream):
-                handler = aimwatch._LogHandler()
-            os.set_blocking(writing, False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    os.write(writing, b"x" * 4096)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    os.write(writing, b"x")
-            os.set_blocking(writing, True)
-            handler.start()
-            self.addCleanup(
-                self.wait_for, lambda: "aimwatch-log" not in [thread.name for thread in threading.enumerate()]
-            )
-            self.addCleanup(handler.close)
-            for number in range(1500):
-                handler.emit(logging.LogRecord("n", 20, "", 0, f"line {number}", (), None))
-            text = reader.read(1 << 16).decode().lstrip("x")
-            while "\nline 999\n" not in text:
-                text += os.read(reader.fileno(), 1 << 16).decode()
-            handler.emit(logging.LogRecord("n", 20, "", 0, "last", (), None))
-            while "last" not in text:
-                text += os.read(reader.fileno(), 1 << 16).decode()
-        lines = text.replace("x", "").split("\n")
-        numbers = [int(line[5:]) for line in lines if line.startswith("line")]
+        logs = "import aimwatch; aimwatch._log_to_stderr(True, thread=True)\n"
+        logs += "for number in range(1500): aimwatch.log.info('line %d', number)\n"
+        logs += "print('done', flush=True); input(); aimwatch.log.info('last')"
+        process, reading = self.start_on_full_pipe("-c", logs)
+        self.assertEqual(process.stdout.readline(), b"done\n")
+        text = b""
+        while b"line 999\n" not in text:
+            text += os.read(reading, 1 << 16)
+        process.communicate(b"\n", timeout=20)
+        text += os.read(reading, 1 << 16)
+        lines = text.decode().lstrip("x").splitlines()
+        numbers = [int(line.split()[-1]) for line in lines if " line " in line]
         dropped = sum(int(line.split()[0]) for line in lines if "log lines were dropped" in line)
         self.assertEqual((numbers, len(numbers) + dropped), (list(range(len(numbers))), 1500))
+        self.assertTrue(lines[-1].endswith(" last"))
 
 
 class TestSigns(WatchCase):
@@ -11098,14 +11082,14 @@ class TestClosedDoors(WatchCase):
             (paths.watcher_lock, watch), (paths.outbox, watch), (paths.watcher, watch),
             (paths.config_lock, lambda: self.configure(n={"type": "logger"})),
             (paths.config, lambda: self.configure(n={"type": "logger"})),
-            (os.path.join(paths.mutes, f"r-{until}"), lambda: aimwatch._leave_mutes(paths, "r", f"r-{until}")),
+            (os.path.join(paths.mutes, f"r-{until}"), lambda: aimwatch._leave_in_mutes(paths, f"r-{until}")),
         ):  # fmt: skip
             for target in (victim, made):
                 with self.subTest(path=path, target=target):
                     if path == paths.config and target == victim:
                         continue  # its content is read, and refused as no JSON
                     os.symlink(target, path)
-                    with contextlib.suppress(aimwatch.AimwatchError):
+                    with contextlib.suppress(aimwatch.AimwatchError, OSError):
                         act()
                     self.assertEqual(self.content(), {"victim": "precious\n"})
                     shutil.rmtree(paths.aim)
@@ -12872,11 +12856,14 @@ class TestCommandLine(Case):
         reader, writer = os.pipe()
         os.close(reader)
         with open(writer, "wb") as broken, open("/dev/full", "wb") as full:
-            for stream, said in ((broken, ""), (full, "aim-watcher: [Errno 28] No space left on device\n")):
+            for stream, said in (
+                (broken, ""),
+                (full, "python3 -m aimwatch: [Errno 28] No space left on device\n"),
+            ):
                 with self.subTest(stream=stream.name):
                     done = subprocess.run(
-                        [sys.executable, "-c", "import sys, aimwatch; sys.exit(aimwatch.main(['status']))"],
-                        stdout=stream, stderr=subprocess.PIPE, env={**os.environ, "AIMWATCH_REPO": self.root},
+                        [sys.executable, "-m", "aimwatch", "--repo", self.root, "status"],
+                        stdout=stream, stderr=subprocess.PIPE,
                     )  # fmt: skip
                     self.assertEqual((done.returncode, done.stderr.decode()), (1, said))
 
@@ -12928,17 +12915,17 @@ class TestDemo(Case):
         call += "sys.exit(aimwatch.main())"
         process = self.command(sys.executable, "-c", call, "demo", "--keep", start_new_session=True)
         out, err = process.communicate(timeout=60)
-        self.assertEqual((process.returncode, err), (0, ""), out)
+        self.assertEqual(process.returncode, 0, out + err)
         rows = [line for line in out.splitlines() if line.endswith(("  ok", "  WRONG"))]
         self.assertLessEqual(max(map(len, rows)), 80)
         self.assertEqual([(row.split()[0], *re.findall("  (finished|failed|stalled|recovered)  ", row)) for row in rows],
                          [("finishes", "finished"), ("raises", "failed"), ("killed", "failed"), ("hangs", "stalled"),
                           ("terminated", "failed"), ("stalls", "stalled"), ("stalls", "recovered"),
                           ("stalls", "finished")])  # fmt: skip
-        self.assertRegex(out, r"\nEvery alert came once, in time \([0-9]+ s\)\.\n")
+        self.assertIn("\nEvery alert came once, in time.\n", out)
         for text in ("failed: ValueError: loss is NaN at step 10", "its process is gone",
                      "its process is still there", "failed: terminated by SIGTERM"):  # fmt: skip
-            self.assertIn(text, out)
+            self.assertIn(text, err)
         with self.assertRaises(ProcessLookupError):
             os.killpg(process.pid, 0)
         (kept,) = (name for name in os.listdir(self.root) if name.startswith("aimwatch-demo-"))
@@ -12949,18 +12936,17 @@ class TestDemo(Case):
         code, shown, _ = self.run_cli("--repo", root, "status")
         self.assertEqual((code, shown.splitlines()[-1]), (1, "1 stalled, 3 failed, 2 finished"))
 
-    def test_demo_leaves_nothing_whatever_comes_of_it(self) -> None:
-        for outcome, code in ((True, 0), (False, 1), (KeyboardInterrupt, 1)):
+    def test_demo_that_goes_wrong_says_so_and_leaves_nothing(self) -> None:
+        for outcome in ([], KeyboardInterrupt):
             for option in ((), ("--keep",)):
-                folder = os.path.join(self.root, f"{code}{outcome}{option}")
+                folder = os.path.join(self.root, f"{outcome}{option}")
                 os.mkdir(folder)
                 with self.subTest(outcome=outcome, option=option), mock.patch.object(
                     tempfile, "tempdir", folder
-                ), mock.patch.object(aimwatch, "_demo_run"), mock.patch.object(
-                    aimwatch, "_demo_report", side_effect=[outcome]
-                ):
-                    self.assertEqual(self.run_cli("demo", *option)[0], code)
-                    self.assertEqual(len(os.listdir(folder)), len(option))
+                ), mock.patch.object(aimwatch, "_demo_alerts", side_effect=[outcome]):
+                    code, out, _ = self.run_cli("demo", *option)
+                    self.assertEqual((code, len(os.listdir(folder))), (1, len(option)))
+                    self.assertEqual(out.count("WRONG: "), 8 if outcome == [] else 0)
 
 
 #: What stands before a block of Python in README.md.
