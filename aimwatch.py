@@ -84,9 +84,9 @@ import collections.abc
 import contextlib
 import datetime
 import errno
+import faulthandler
 import fcntl
 import functools
-import gc
 import itertools
 import json
 import logging
@@ -1922,9 +1922,7 @@ _getpid = os.getpid
 
 #: How long after a missed promise the stacks are written.
 STACKS_AFTER_S = 0.5
-#: Of so many threads and frames at most, and so many bytes.
-MAX_STACKS, MAX_STACKS_BYTES = 100, 1 << 19
-#: How often the thread that waits for missed promises looks.
+#: How often at least the thread that waits for missed promises looks.
 STACKS_POLL_S = 1.0
 
 
@@ -1944,8 +1942,8 @@ class _Stacks:
         self._has_thread = False
 
     def arm(self, path: str, due_mono: float, thread: int) -> None:
-        """Have all stacks written to `path` at a moment of the monotonic clock, unless armed anew before;
-        that of the thread which promised is the last."""
+        """Have all stacks written to `path` at a moment of the monotonic clock, unless armed anew before, and
+        said which thread promised."""
         self.disarm(path)
         with self._lock:
             self._due[path] = due_mono, thread
@@ -1965,54 +1963,45 @@ class _Stacks:
     def _watch(self) -> None:
         bell = _thread.allocate_lock()  # that nobody rings
         bell.acquire()
-        while self.write_missed():
-            bell.acquire(timeout=STACKS_POLL_S)
+        wait_s: Optional[float] = 0.0
+        while wait_s is not None:
+            bell.acquire(timeout=wait_s)
+            wait_s = self.write_missed()
 
-    def write_missed(self) -> bool:
-        """Write the stacks for every run that missed its promise; False where no other can miss one."""
+    def write_missed(self) -> Optional[float]:
+        """Write the stacks for every run that missed its promise; return in how many seconds another may miss
+        one, None where none can."""
         with self._lock:
             now = _monotonic()
             missed = {path: thread for path, (due, thread) in self._due.items() if due <= now}
             for path in missed:
                 del self._due[path]
-            goes_on = self._has_thread = bool(self._due)
+            next_mono = min((due for due, _ in self._due.values()), default=math.inf)
+            self._has_thread = bool(self._due)
         for path, thread in missed.items():  # without the lock: a share may hang
-            self._write(path, _all_stacks(thread))
-        return goes_on
+            self._write(path, thread)
+        return min(next_mono - now, STACKS_POLL_S) if next_mono < math.inf else None
 
-    def _write(self, path: str, text: bytes) -> None:
+    def _write(self, path: str, thread: int) -> None:
+        import tempfile
+
+        if thread not in [alive.ident for alive in threading.enumerate()]:
+            thread = threading.main_thread().ident or 0
         try:
+            with tempfile.TemporaryFile() as local:  # nothing else of Python runs until all is written to it
+                faulthandler.dump_traceback(local)
+                local.seek(0)
+                text = local.read()
             fd = open_below(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             try:
-                os.write(fd, text)
+                os.write(fd, f"Missed its promise in thread {thread:#018x}\n".encode() + text)
             finally:
                 os.close(fd)
-            if path in self._due:  # the run went on meanwhile
-                os.unlink(path)
+            with self._lock:
+                if path in self._due:  # the run went on meanwhile
+                    os.unlink(path)
         except OSError as error:
             log.debug("no stacks in %s: %s", path, error.strerror)
-
-
-def _all_stacks(last: int) -> bytes:
-    """Return the stacks of all threads but this one as `faulthandler` writes them: that which is asked for is
-    the last, or the main one where that has ended."""
-    collects = gc.isenabled()
-    gc.disable()  # up to 3.12 a collection at this place can deadlock
-    try:
-        frames = sys._current_frames()
-    finally:
-        if collects:
-            gc.enable()
-    frames.pop(_thread.get_ident(), None)
-    if last not in frames:
-        last = threading.main_thread().ident or 0
-    parts = ["Missed its promise\n"]
-    for ident in sorted(frames, key=lambda ident: ident == last)[-MAX_STACKS:]:
-        parts.append(f"Thread {ident:#018x} (most recent call first):\n")
-        for frame, line in itertools.islice(traceback.walk_stack(frames[ident]), MAX_STACKS):
-            code = frame.f_code
-            parts.append(f'  File "{code.co_filename}", line {line or "?"} in {code.co_name}\n')
-    return "".join(parts).encode("utf-8", "backslashreplace")[-MAX_STACKS_BYTES:]
 
 
 #: The signals that end a process, and its runs with it.
@@ -7055,11 +7044,10 @@ def main_stack(paths: RepoPaths, run_hash: str) -> List[Tuple[str, str, str]]:
         text = read_bounded(paths.stack(run_hash), 1 << 20).decode("utf-8", "replace")
     except OSError:
         return []
-    # The thread that reported last is the last, unless there are more than `faulthandler` shows.
-    last = text.rpartition(" (most recent call first):\n")[2]
-    if "\n..." in last:
-        return []
-    return re.findall(r'^  File "(.*)", line ([0-9?]+) in (.*)$', last, re.MULTILINE)[::-1]
+    thread = re.escape(text.partition("\n")[0].rpartition(" ")[2])
+    found = re.search(rf"hread {thread} .*\(most recent call first\):\n((?:  .*\n)*)", text)
+    stack = found[1] if found else ""
+    return re.findall(r'^  File "(.*)", line ([0-9?]+) in (.*)$', stack, re.MULTILINE)[::-1]
 
 
 def hanging_frames(paths: RepoPaths, run_hash: str) -> str:
