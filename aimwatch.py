@@ -2009,8 +2009,8 @@ ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 def _in_full(end: Callable[..., None], *arguments: Any) -> None:
-    """Do what ends a run. Where the handler of a signal raises in it, as torch's of SIGCHLD may, what is left
-    is done all the same, and then the exception goes on."""
+    """Do what ends a run, and do it again where the handler of a signal raises in it, as torch's of SIGCHLD
+    may: then what is left is done, and the exception goes on."""
     try:
         end(*arguments)
     except BaseException:
@@ -2020,10 +2020,8 @@ def _in_full(end: Callable[..., None], *arguments: Any) -> None:
 
 class _Process:
     """What runs need of the process: its exit and its status, exceptions that nobody handles, signals, exec,
-    the cells of a notebook.
-
-    Each hook calls what stood there before. Forked children inherit them, where every run declines by its
-    pid.
+    the cells of a notebook. Each hook calls what stood there before. A forked child inherits them, and every
+    run declines there by its pid.
     """
 
     def __init__(self) -> None:
@@ -2077,8 +2075,6 @@ class _Process:
         atexit.register(self._at_exit)
         os.register_at_fork(after_in_child=self._after_fork_in_child)
 
-    # ---------------------------------------------------------------- forks
-
     def _after_fork_in_child(self) -> None:
         # Only the forking thread exists in the child: locks held by others would never be released.
         self.stacks = _Stacks()
@@ -2087,8 +2083,6 @@ class _Process:
         for signum in ENDING_SIGNALS:
             if signal.getsignal(signum) == self._on_signal:
                 self._set_signal(signum, signal.SIG_DFL)
-
-    # ---------------------------------------------------------------- signals
 
     def _on_signal_set(self, real: Callable[..., Any], signalnum: int, handler: Any) -> Any:
         """Set ours in the place of the default action, and around a handler of SIGTERM."""
@@ -2120,8 +2114,6 @@ class _Process:
                 os._exit(128 + signum)
         finally:
             self._ending = False
-
-    # ---------------------------------------------------------------- exceptions, exit, exec
 
     def _each(self, end: Callable[[Run], None]) -> None:
         for run in list(self.runs):
@@ -2156,8 +2148,6 @@ class _Process:
         # Set even where somebody replaced our excepthook without calling it.
         error = None if _interactive() else getattr(sys, "last_value", None)
         self._each(lambda run: run._at_exit(error if sys.excepthook != self._excepthook else None))
-
-    # ---------------------------------------------------------------- notebooks
 
     def _after_cell(self, result: Any) -> None:
         """End the runs of a cell that raised; of one that ended well no promise stays."""
@@ -2270,10 +2260,8 @@ def checked_run_hash(value: Any) -> str:
     return value
 
 
-#: A promise that is learned from the times between reports, and how often these are looked at.
-AUTO, LEARN_S = "auto", 1.0
-#: A promise of 0 is written again this often, so that people see the run alive.
-IDLE_CHECK_IN_S = 30.0
+#: A promise that is learned from the times between reports.
+AUTO = "auto"
 #: How many of the last lines of a program's output are kept, and how much of each.
 OUTPUT_LINES, OUTPUT_LINE = 20, 300
 #: What the `Run()` of a program sends to the `aimwatch exec` that holds its run: nobody dies of it.
@@ -2282,8 +2270,6 @@ HAND_OVER = signal.SIGURG
 NOT_FAILURES = frozenset(("StopIteration", "GeneratorExit", "TrialPruned"))
 #: For how long a SIGTERM explains an end.
 SIGNAL_S = 600.0
-#: How long a run that closes waits for the index.
-INDEX_ITSELF_S = 0.3
 #: How long a record waits for another thread's before it goes ahead.
 LOCK_WAIT_S = 2.0
 #: How often a run looks whether its files are still there, and takes its lock again.
@@ -2590,12 +2576,12 @@ class Run:
         covered, until_mono = self._window
         if expect_next_in == covered and _monotonic() < until_mono and not block:
             return
-        learns = isinstance(expect_next_in, str) and expect_next_in == AUTO
-        if not learns:
-            checked_expect_s(expect_next_in)
+        asked: Any = AUTO
+        if not isinstance(expect_next_in, str) or expect_next_in != AUTO:
+            asked = checked_expect_s(expect_next_in)
         if self._may_write("report_progress"):
-            self._asked, self._track_reports = AUTO if learns else expect_next_in, False
-            self._report(self._asked, block)
+            self._asked, self._track_reports = asked, False
+            self._report(asked, block)
 
     def _report(self, asked: Any, block: bool = False) -> None:
         with self._locked():
@@ -2607,7 +2593,7 @@ class Run:
                     self._rhythm.add(now - self._learned_mono)
                 expect_s, self._learned_mono = self._phase_s or self._rhythm.expect_s, now
             else:
-                expect_s, self._learned_mono = checked_expect_s(asked), math.nan
+                expect_s, self._learned_mono = asked, math.nan
             # By how much the deadline on disk exceeds the one promised now; NaN: both are "none".
             over_s = self._deadline - (now + expect_s if expect_s else math.inf)
             if block or self._ended is not None or not 0 <= over_s <= promise_margin_s(expect_s) + 1:
@@ -2616,8 +2602,8 @@ class Run:
                 self._cover(asked, self._deadline - expect_s)
 
     def _cover(self, asked: Any, until_mono: float) -> None:
-        """Let calls that ask for the same return at once until then."""
-        self._window = asked, min(until_mono, _monotonic() + LEARN_S) if asked is AUTO else until_mono
+        """Let calls that ask for the same return at once until then, or for a second where they teach."""
+        self._window = asked, min(until_mono, _monotonic() + 1.0) if asked is AUTO else until_mono
 
     def _write_check_in(self, asked: Any, expect_s: float) -> None:
         if self._ended is not None:
@@ -2640,7 +2626,8 @@ class Run:
         if self._ended is not None:
             return  # meanwhile, by another thread
         self._deadline = now + written_s if written_s else math.inf
-        self._cover(asked, now + (written_s - expect_s if written_s else IDLE_CHECK_IN_S))
+        # Without a promise it is written again all the same, so that people see the run alive.
+        self._cover(asked, now + (written_s - expect_s if written_s else 30.0))
         if self._stacks_on and written_s:
             due_mono = now + written_s + STACKS_AFTER_S
             _process.stacks.arm(self._paths.stack(self.hash), due_mono, self._thread)
@@ -3031,9 +3018,8 @@ class Run:
         self._record(record)
         with self._locked():
             if len(self._messages) < MAX_MESSAGES_BYTES:
-                self._messages += encode_line(
-                    {"log": level, "message": message[:MAX_MESSAGE_CHARS], "time": now}
-                )
+                told = {"log": level, "message": message[:MAX_MESSAGE_CHARS], "time": now}
+                self._messages += encode_line(told)
             self._write_messages()
 
     def _write_messages(self) -> None:
@@ -3186,8 +3172,6 @@ class Run:
                 self._end(end)
             self._close_files()
 
-    # ---------------------------------------------------------------- signals
-
     def _signal_end(self, signum: int, frame: Optional[FrameType]) -> End:
         if self._thread != _thread.get_ident():
             frame = sys._current_frames().get(self._thread, frame)
@@ -3209,8 +3193,6 @@ class Run:
         if end.reason.startswith("exited with"):
             return self._signal
         return end._replace(reason=f"{self._signal.reason} ({end.reason})")
-
-    # ---------------------------------------------------------------- what is recorded of the end
 
     def _end(self, end: Optional[End]) -> None:
         """Record how the run ended, in its log and then as a check-in. The first end counts, and is said once
@@ -3262,7 +3244,7 @@ class Run:
         if has_local_locks(self._paths.own):
             return  # nothing would keep two machines from writing it at the same time
         try:
-            with Index(self._paths).writing(INDEX_ITSELF_S, most_runs=MAX_PENDING) as db:
+            with Index(self._paths).writing(0.3, most_runs=MAX_PENDING) as db:
                 db.execute("BEGIN IMMEDIATE")
                 index_run(db, self.hash, run_record(self._state, size))
                 db.execute("COMMIT")
@@ -3477,10 +3459,7 @@ def utc_datetime(epoch_s: float) -> datetime.datetime:
 #: may come, unless a training goes on.
 _EARLY_HOOKS = {"setup", "set_model", "set_params", "on_init_end"}
 _BEGIN_HOOKS, _END_HOOKS = {"on_train_begin", "on_train_start"}, {"on_train_end", "on_fit_end", "teardown"}
-_LAST_HOOKS = {
-    *_END_HOOKS,
-    *("on_validation_end", "on_test_end", "on_predict_end", "on_evaluate", "on_predict"),
-}
+_LAST_HOOKS = {*_END_HOOKS, "on_validation_end", "on_test_end", "on_predict_end", "on_evaluate", "on_predict"}
 _SUBSET = re.compile(r"(train|val|valid|validation|eval|test)[_/](.+)")
 
 
@@ -3500,10 +3479,8 @@ def callback(
     if expect_next_in != AUTO:
         checked_expect_s(expect_next_in)
     # Where Lightning is there, it is one of its own, which need not be in a list.
-    trainers = (sys.modules.get(name) for name in ("lightning.pytorch", "pytorch_lightning"))
-    bases = {
-        module.Callback: None for module in trainers if module is not None and hasattr(module, "Callback")
-    }
+    trainers: Any = (sys.modules.get(name) for name in ("lightning.pytorch", "pytorch_lightning"))
+    bases = dict.fromkeys(module.Callback for module in trainers if hasattr(module, "Callback"))
     return type("Callback", (LoopCallback, *bases), {})(run, expect_next_in, run_arguments)
 
 
