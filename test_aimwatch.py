@@ -483,22 +483,6 @@ def open_fds() -> int:
 
 
 class FileLocks(Case):
-    def test_brief_lock_excludes_like_any_other_and_is_not_taken_for_that_of_a_writer(self) -> None:
-        path = os.path.join(self.root, "x")
-        code = "import aimwatch, sys, time; lock = aimwatch.FileLock(sys.argv[1], brief=sys.argv[2] == 'brief')\n"
-        code += "print(lock.acquire(), flush=True); time.sleep(600)"
-        for brief in (True, False):
-            other = self.process(code, path, "brief" if brief else "whole")
-            self.assertEqual(other.stdout.readline(), "True\n")
-            self.assertEqual(aimwatch.lock_state(path), "free" if brief else "held")
-            for mine in (True, False):
-                self.assertIs(aimwatch.FileLock(path, brief=mine).acquire(), False)
-            other.kill()
-            other.wait()
-            with aimwatch.FileLock(path, brief=brief) as lock:
-                self.assertIs(lock.acquire(), True)
-                self.assertEqual(aimwatch.lock_state(path), "free" if brief else "held")
-
     """Who holds a lock, in this process and in others."""
 
     def lock(self, name: str = "lock", **options: Any) -> aimwatch.FileLock:
@@ -507,8 +491,7 @@ class FileLocks(Case):
         return lock
 
     def seen_elsewhere(self, path: str) -> str:
-        process = self.process("import sys, aimwatch; print(aimwatch.lock_state(sys.argv[1]))", path)
-        return str(process.communicate()[0].strip())
+        return str(in_child(lambda: aimwatch.lock_state(path)))
 
     def test_held_by_one_at_a_time(self) -> None:
         first, second = self.lock(), self.lock()
@@ -524,6 +507,16 @@ class FileLocks(Case):
         first.release()
         self.assertEqual(self.seen_elsewhere(first.path), "free")
         self.assertIs(second.acquire(), True)
+
+    def test_brief_lock_excludes_like_any_other_and_is_not_taken_for_that_of_a_writer(self) -> None:
+        for brief in (True, False):
+            with self.lock(brief=brief) as lock:
+                self.assertIs(lock.acquire(), True)
+                for say in (aimwatch.lock_state, self.seen_elsewhere):
+                    self.assertEqual(say(lock.path), "free" if brief else "held")
+                for other in (True, False):
+                    acquire = self.lock(brief=other).acquire
+                    self.assertEqual((acquire(), in_child(acquire)), (False, False))
 
     def test_file_that_was_removed_is_not_what_is_locked(self) -> None:
         first, second = self.lock(), self.lock()
@@ -2965,16 +2958,6 @@ class FullDisk(HandDriven):
                 self.clock.pass_(0.05)
         self.assertIn(len(calls), range(4, 7))
 
-    def test_log_that_stays_unwritable_is_an_error_at_the_end_and_no_exception(self) -> None:
-        with self.assertLogs("aimwatch", logging.ERROR) as logs:
-            run = self.run_object("r")
-            with self.full("os.write"):
-                run.name = "lost"
-                run.close()
-        self.assertEqual(len(logs.output), 1)
-        self.assertRegex(logs.output[0], rf"{self.paths.run_log('r')}: \d records could not be")
-        self.assertEqual(self.flags("r-"), ["finished"])
-
     def test_end_that_cannot_be_reported_is_in_the_log_where_the_watcher_looks(self) -> None:
         run = self.run_object("r")
         with self.full("os.rename"), self.assertLogs("aimwatch") as logs:
@@ -3077,37 +3060,13 @@ class LogReader(Case):
                     self.assertEqual((state.skipped, state.props), (1, {"a": 1}))
                     self.assertIn(self.read(self.HEADER, giant[:-1]).skipped, (0, 1))
 
-            class File:
-                sizes: List[int] = []
-
-                def readline(self, size: int) -> bytes:
-                    self.sizes.append(size)
-                    return b"x" * size if len(self.sizes) < 50 else b""
-
-            self.assertEqual(list(aimwatch.read_lines(File())), [(b"", True)])
-            self.assertEqual(max(File.sizes), 200)
-
-    def test_last_checkpoint_is_found_from_the_tail(self) -> None:
-        filler = b'{"props":{"x":"' + b"y" * 1000 + b'"}}\n'
-        checkpoint = b'{"checkpoint":1,"text":"\\n{\\"checkpoint\\""}\n'
-        block = 1 << 18
-        for before, after in ((1, 0), (1, 300), (300, 1), (600, 600), (0, 0)):
-            head = self.HEADER + checkpoint + filler * before
-            self.read(head, checkpoint, filler * after)
-            with self.subTest(before=before, after=after):
-                self.assertEqual(self.last_checkpoint(), len(head))
-        for past in range(-20, 20):  # the bytes that are looked for lie across two blocks
-            tail = b"x" * (block - len(checkpoint) + past) + b"\n"
-            self.read(self.HEADER, checkpoint, tail)
-            with self.subTest(past=past):
-                self.assertEqual(self.last_checkpoint(), len(self.HEADER))
-        for lines in ((), (self.HEADER,), (self.HEADER, filler, b'["checkpoint"]\n')):
-            self.read(*lines)
-            self.assertEqual(self.last_checkpoint(), 0)
-
-    def last_checkpoint(self) -> int:
-        with open(self.paths.run_log("r"), "rb") as file:
-            return aimwatch._last_checkpoint(file.fileno(), os.fstat(file.fileno()).st_size)
+    def test_last_checkpoint_is_found_from_the_tail_wherever_blocks_are_cut(self) -> None:
+        checkpoint, block = self.checkpoint(a=1), 1 << 18
+        for length in (0, 1, 600_000, *(block - len(checkpoint) + past for past in range(-20, 20))):
+            filler = b"x" * length + b"\n"
+            state = self.read(self.HEADER, self.checkpoint(a=0), filler * 2, checkpoint, filler)
+            with self.subTest(length=length):
+                self.assertEqual((state.props, state.skipped), ({"a": 1}, int(length > 0)))
 
     def checkpoint(self, **props: Any) -> bytes:
         state = self.read(self.HEADER)
@@ -4356,28 +4315,14 @@ class FullDiskForReal(RecordingCase):
                     found.append(json.loads(line))
         return [record for record in found if isinstance(record, list)]
 
-    def test_series_declared_on_a_disk_that_gave_it_up_is_read_all_the_same(self) -> None:
-        with mock.patch.object(aimwatch, "MAX_WAITING_BYTES", 400), mock.patch.object(aimwatch, "LOOK_S", 0):
-            run = self.run_object("r")
-            with self.limited(os.path.getsize(self.paths.run_log("r"))):
-                for n in range(100):
-                    run.track(n, "m")
-            self.assertTrue(run._log.flush(now=True))
-            run.track(100, "m")
-            run.close()
-        metric = self.reread("r").get_metric("m")
-        assert metric is not None
-        self.assertEqual((metric.count, metric.last, metric.min), (101, 100.0, 0.0))
-        self.assertLess(len(metric.values), 20)
-        self.assertEqual(run._log.dropped + len(metric.values), 101 + 1)  # the declaration, too
-
     def test_run_whose_end_is_not_on_disk_is_not_indexed_as_if_it_were(self) -> None:
         run = self.run_object("r")
         run.track(1, "m")
-        with self.limited(os.path.getsize(self.paths.run_log("r"))), self.assertLogs(
-            "aimwatch", logging.ERROR
-        ):
+        full = self.limited(os.path.getsize(self.paths.run_log("r")))
+        with full, self.assertLogs("aimwatch", logging.ERROR) as logs:
             run.close()
+        self.assertEqual(len(logs.output), 1)
+        self.assertRegex(logs.output[0], rf"{self.paths.run_log('r')}: \d records could not be")
         other = self.run_object("o")
         with mock.patch.object(other._log, "_write", return_value=False):  # there is room for the index
             other.close()
