@@ -8743,8 +8743,12 @@ def _plot(axis: str, curves: Sequence[Curve], ask: Ask) -> Html:
     lines = []  # the number and colour of the curve, whether this is what was recorded, and points
     shapes = []
     for nth, (curve, (xs, ys, odd)) in enumerate(zip(curves, found)):
-        smooth = itertools.accumulate(ys, lambda mean, y: mean + (1 - keep) * (y - mean))
-        for is_raw, values in [(True, ys)] + [(False, list(smooth))] * (keep > 0 and len(xs) > 0):
+        kinds = [(True, ys)]
+        if keep and len(ys):
+            kinds.append(
+                (False, list(itertools.accumulate(ys, lambda mean, y: mean + (1 - keep) * (y - mean))))
+            )
+        for is_raw, values in kinds:
             line = [(xs[at], values[at]) for at in to_draw(xs, values, edges)]
             lines.append((nth, curve.colour, is_raw, line))
         marks = {(repr(value), round(x.at(at) * width / 8)): at for at, value in odd if 0 <= x.at(at) <= 1}
@@ -8801,18 +8805,10 @@ class NotThere(AimwatchError):
     """What a URL names is not there."""
 
 
-def _kind(row: Dict[str, Any]) -> Tuple[str, str]:
-    return row["state"], row["experiment"]
-
-
 def run_link(row: Dict[str, Any], text: str = "", top: str = "") -> Html:
     """Return a link to the page of a run."""
     shown_as = cell_text(text or row["name"] or row["hash"][:8])
     return html('<a href="{}run/{}/">{}</a>', top, row["hash"], shown_as)
-
-
-#: Of each kind, how much is kept to answer faster. A row may hold large params.
-_MOST_KEPT = {"page": 100, "runs": 10, "row": 3000, "facts": 20_000, "kinds": 1, "outbox": 1}
 
 
 class Site:
@@ -8821,29 +8817,26 @@ class Site:
     def __init__(self, paths: RepoPaths, utc: Callable[[], float] = time.time) -> None:
         self.paths, self._utc, self._lock = paths, utc, threading.Lock()
         #: By kind, what was made, with the stamp of that from which it was, the oldest first.
-        self._kept: Dict[str, Dict[str, Tuple[Any, Any]]] = {kind: {} for kind in _MOST_KEPT}
+        self._kept: Dict[str, Dict[str, Tuple[Any, Any]]] = {}
         self._followers: Dict[str, LogFollower] = {}
         self._seen_at = SeenAt(paths)
 
-    def _keep(self, kind: str, key: str, stamp: Any, make: Callable[[], Any]) -> Any:
-        """Return what `make` returns, or returned when the stamp was the same."""
-        kept = self._kept[kind]
+    def _keep(self, kind: str, key: str, stamp: Any, make: Callable[[], Any], most: int) -> Any:
+        """Return what `make` returns, or returned when the stamp was the same; `most` are kept."""
+        kept = self._kept.setdefault(kind, {})
         known, value = kept.get(key, (self, None))
         if known != stamp:
             value = make()
             with self._lock:
                 kept.pop(key, None)
                 kept[key] = (stamp, value)
-                while len(kept) > _MOST_KEPT[kind]:
+                while len(kept) > most:
                     del kept[next(iter(kept))]
         return value
 
     def forget(self) -> None:
         """Drop what is kept to answer faster."""
-        with self._lock:
-            for kept in self._kept.values():
-                kept.clear()
-            self._followers.clear()
+        self._kept, self._followers = {}, {}
         _give_memory_back()
 
     def answer(self, path: str, query: str, known_etag: str = "") -> Reply:
@@ -8868,7 +8861,7 @@ class Site:
             def body() -> bytes:
                 return write(find(self, Ask(query), *hashes)).encode("utf-8", "backslashreplace")
 
-            text = self._keep("page", f"{path}?{query}", stamp, body) if kind == "text/html" else body()
+            text = self._keep("page", f"{path}?{query}", stamp, body, 100) if kind == "text/html" else body()
             return Reply(200, text, kind, (), etag)
         except (AimwatchError, OSError) as error:
             status = {NotThere: 404, QueryError: 400, ArgumentError: 400}.get(type(error), 503)
@@ -8904,7 +8897,7 @@ class Site:
                 raise RepoError(f"cannot read {trouble or path}")
             return {**run_row(state, size), "skipped": state.skipped}
 
-        return self._keep("row", run_hash, stamp, make)  # type: ignore[no-any-return]
+        return self._keep("row", run_hash, stamp, make, 3000)  # type: ignore[no-any-return]
 
     def follower(self, run_hash: str) -> LogFollower:
         """Return the points and messages of a run. Raises OSError."""
@@ -8915,31 +8908,20 @@ class Site:
             self._followers[run_hash] = found
         return found.read()
 
-    def live_rows(self) -> List[Dict[str, Any]]:
-        """Return what `status` shows of runs that have not finished."""
+    def status(self, ask: Optional[Ask] = None) -> Dict[str, Any]:
+        """What `status --json` prints."""
 
         def facts_of(paths: RepoPaths, run_hash: str) -> Facts:
             stamp = file_stamp(paths.run_log(run_hash))
-            return self._keep("facts", run_hash, stamp, lambda: run_facts(paths, run_hash))  # type: ignore[no-any-return]
+            return self._keep("facts", run_hash, stamp, lambda: run_facts(paths, run_hash), 20_000)  # type: ignore[no-any-return]
 
-        rows = status_rows(self.paths, read_watcher_file(self.paths), facts_of)
-        return [row for row in rows if row["state"] != FINISHED]
-
-    def watcher(self) -> Tuple[bool, str, float]:
-        """Return whether a watcher is alive, the same in words, and when it last looked, 0 for never."""
-        saved = read_watcher_file(self.paths)
         # Seen from one answer to the next: no page waits until a watcher on another machine looks again.
         looks = not self._seen_at.is_frozen(fresh=False)
-        state = watcher_state(self.paths, saved, self._utc(), looks)
-        return (*state, bounded(saved.get("seen_at")))
-
-    def outbox(self) -> Outbox:
-        """Return what was to be sent, and what was."""
-        return self._keep("outbox", "", file_stamp(self.paths.outbox), lambda: _outbox_state(self.paths))  # type: ignore[no-any-return]
+        return status_object(self.paths, facts_of, looks)
 
     def _indexed(self, q: str) -> List[Dict[str, Any]]:
         stamp = file_stamp(self.paths.index) or self._utc()
-        return self._keep("runs", q, stamp, lambda: Repo(self.paths.root).query_runs(q).found)  # type: ignore[no-any-return]
+        return self._keep("runs", q, stamp, lambda: Repo(self.paths.root).query_runs(q).found, 5)  # type: ignore[no-any-return]
 
     def _pending(self, q: str) -> Dict[str, Optional[Dict[str, Any]]]:
         """Return the rows of the runs whose logs say more than the index, None where a query is not true."""
@@ -8966,39 +8948,35 @@ class Site:
 
     def counts(self, live: List[Dict[str, Any]]) -> Dict[Tuple[str, str], int]:
         """Return how many runs there are by (state, experiment)."""
-        indexed = self._indexed("")
-        stamp = file_stamp(self.paths.index) or self._utc()
-        kinds = dict(self._keep("kinds", "", stamp, lambda: {row["hash"]: _kind(row) for row in indexed}))
-        kinds.update((run_hash, _kind(row)) for run_hash, row in self._pending("").items() if row)
-        for row in live:  # knows who stalled, and Aim's runs
-            kinds[row["hash"]] = row["state"], kinds.get(row["hash"], ("", ""))[1]
-        return Counter(kinds.values())
+        states = {row["hash"]: row["state"] for row in live}  # which know who stalled
+        rows = self.runs("")
+        counts = Counter((states.pop(row["hash"], row["state"]), row["experiment"]) for row in rows)
+        counts.update((state, "") for state in states.values())  # Aim's runs
+        return counts
 
     # ---- pages for people
 
     def overview(self, ask: Ask) -> str:
         """The first page: who watches, what lives, what failed, and all runs."""
-        now, live = self._utc(), self.live_rows()
-        alive, text, seen_at = self.watcher()
-        look = ago(now - seen_at) if seen_at else "never"
-        line = '<p class="{}">{} {}; last look: {}</p>'
-        mark = ("good", "\u25cf") if alive else ("bad", "\u25b2")
-        lines = [html(line, *mark, re.split(", for |;", text)[0], look)]
-        for item, problem, since, waiting in notifier_states(self.paths, self.outbox()):
-            if item.enabled and problem:
-                when = f" since {local_time(since)}" if since else ""
-                line = '<p class="bad">\u25b2 notifier {} does not work{}: {}; waiting: {}</p>'
-                lines.append(html(line, item.shown_as, when, problem, plural(waiting, "event")))
+        status = self.status()
+        live = [row for row in status["runs"] if row["state"] != FINISHED]
+        line = '<p class="{}">{} {}</p>'
+        mark = ("good", "\u25cf") if status["watcher"]["alive"] else ("bad", "\u25b2")
+        lines = [html(line, *mark, status["watcher"]["text"])]
+        for item in status["notifiers_that_do_not_work"]:
+            waiting = plural(item["waiting"], "event")
+            text = f"notifier {item['name']} does not work: {item['problem']}; waiting: {waiting}"
+            lines.append(html(line, "bad", "\u25b2", text))
         totals: Dict[str, int] = dict.fromkeys(_SHAPES, 0)
         for (state, _), count in self.counts(live).items():
             totals[state] = totals.get(state, 0) + count
         lines += each('<span class="chip">{} <b>{}</b></span>', zip(map(badge, totals), totals.values()))
         bad = sum(row["state"] != RUNNING for row in live)
         title = f"({bad}) " * bool(bad) + os.path.basename(self.paths.root)
-        tables = {"Live and failed": self._live_table(live, now), "All runs": self._list(ask, live)}
+        tables = {"Live and failed": self._live_table(live), "All runs": self._list(ask, live)}
         return page_of(title, "./", self.paths.root, {"State": lines, **tables})
 
-    def _live_table(self, live: List[Dict[str, Any]], now: float) -> Html:
+    def _live_table(self, live: List[Dict[str, Any]]) -> Html:
         rows, groups = [], with_groups_as_one(live)
         for row in groups[:PAGE_RUNS]:
             said = [(badge(one["state"]), run_link(one), one["reason"]) for one in row.get("members", ())]
@@ -9010,7 +8988,7 @@ class Site:
             progress, job = each("<small>{}</small>", [(row["progress"],), (row["job"],)])
             ack = f"acknowledged by {row['acknowledged_by']}" if row["acknowledged_by"] else ""
             why = "; ".join(filter(None, [ack, "muted" if row["muted_until"] else "", row["reason"]]))
-            since = ago(now - row["last_check_in"])
+            since = ago(self._utc() - row["last_check_in"])
             where = [row["host"], job]
             rows.append([badge(row["state"]), run, since, [promise, progress], where, row["metrics"], why])
         left = html("<p>and {} more</p>", len(groups) - len(rows)) if len(groups) > len(rows) else ""
@@ -9052,15 +9030,18 @@ class Site:
 
     def run(self, ask: Ask, run_hash: str) -> str:
         """Everything that is known of one run."""
-        row, now = self.row(run_hash), self._utc()
-        live = next((item for item in self.live_rows() if item["hash"] == run_hash), {})
+        row = self.row(run_hash)
+        live: Dict[str, Any] = {}
+        for item in self.status()["runs"]:
+            if item["hash"] == run_hash:
+                live = item
         facts = dict(run_fields(row))
         state = live.get("state", row["state"])
         if live:
             facts.update(
                 {name: live[name] for name in ("reason", "progress", "acknowledged_by") if live[name]}
             )
-            facts["last check-in"] = ago(now - live["last_check_in"])
+            facts["last check-in"] = ago(self._utc() - live["last_check_in"])
             facts["promise"] = human_s(live["promise_s"]) if live["promise_s"] else "none"
             facts["muted until"] = live["muted_until"] and local_time(live["muted_until"])
         if row["skipped"]:
@@ -9114,8 +9095,9 @@ class Site:
             seen: Dict[str, int] = {}
             for metric in row["metrics"]:
                 at = seen[metric["name"]] = seen.get(metric["name"], -1) + 1
-                # Of one run a colour is a context, of several it is a run.
-                colour = f"hsl({210 + 137 * (nth if len(rows) > 1 else at)} 65% 48%)"
+                # Of one run a colour is a context, of several it is a run, and a context a shade of it.
+                hue, shade = (nth, at % 3) if len(rows) > 1 else (at, 0)
+                colour = f"hsl({210 + 137 * hue} 60% {50 + 13 * shade}%)"
                 name = (row["name"] or row["hash"][:8]) if len(rows) > 1 else metric["name"]
                 label = f"{name} {shown(metric['context'], 'context')}"
                 columns = points.get(metric["series"])
@@ -9187,8 +9169,9 @@ class Site:
 
     def metrics(self, ask: Optional[Ask] = None) -> str:
         """What a cluster's monitoring wants to know, as OpenMetrics text with bounded labels."""
-        now, live = self._utc(), self.live_rows()
-        alive, _, seen_at = self.watcher()
+        now, status = self._utc(), self.status()
+        live = [row for row in status["runs"] if row["state"] != FINISHED]
+        seen_at = status["watcher"]["seen_at"]
         counts = sorted(self.counts(live).items(), key=lambda item: -item[1])
         largest = list(dict.fromkeys(experiment for (_, experiment), _ in counts))[:50]
         runs: Dict[str, float] = {}
@@ -9198,7 +9181,7 @@ class Site:
         ages = [max(0.0, now - row["last_check_in"]) for row in live if row["state"] != FAILED]
         notifiers = [
             (metric_labels(notifier=item.id[:8], type=item.type), problem, waiting)
-            for item, problem, _, waiting in notifier_states(self.paths, self.outbox())[:50]
+            for item, problem, _, waiting in notifier_states(self.paths, _outbox_state(self.paths))[:50]
         ]
         logs = map(self.paths.run_log, list_pending(self.paths))
         index_ns, *log_ns = [(file_stamp(path) or [0])[-1] for path in (self.paths.index, *logs)]
@@ -9206,7 +9189,7 @@ class Site:
             "runs": runs,
             "check_in_age_sum_seconds": {"": sum(ages)},
             "check_in_age_max_seconds": {"": max(ages, default=0.0)},
-            "watcher_alive": {"": alive},
+            "watcher_alive": {"": status["watcher"]["alive"]},
             "watcher_look_age_seconds": {"": now - seen_at} if seen_at else {},
             "notifier_broken": {labels: problem is not None for labels, problem, _ in notifiers},
             "notifier_waiting_events": {labels: waiting for labels, _, waiting in notifiers},
@@ -9260,7 +9243,7 @@ _ROUTES: Tuple[Tuple[str, Callable[..., Any], str, Callable[[Any], str]], ...] =
     (f"run/{_HASH}/points\\.csv", Site.points, "text/csv", as_csv),
     ("runs\\.csv", Site.list_of_runs, "text/csv", as_csv),
     ("metrics", Site.metrics, "application/openmetrics-text; version=1.0.0", str),
-    ("api/status", lambda site, ask: status_object(site.paths), "application/json", as_json),
+    ("api/status", Site.status, "application/json", as_json),
     ("api/runs", Site.list_of_runs, "application/json", as_json),
     (f"api/runs/{_HASH}", Site.show, "application/json", as_json),
     (f"api/runs/{_HASH}/points", Site.points, "application/json", as_json),
@@ -10112,10 +10095,14 @@ def _check_in_names(paths: RepoPaths) -> List[str]:
     return []
 
 
-def status_object(paths: RepoPaths) -> Dict[str, Any]:
-    """Return what `status --json` prints."""
+def status_object(
+    paths: RepoPaths,
+    facts_of: Callable[[RepoPaths, str], Facts] = run_facts,
+    looks: Optional[bool] = None,
+) -> Dict[str, Any]:
+    """Return what `status --json` prints; for `looks` see `watcher_state`."""
     saved = read_watcher_file(paths)
-    alive, text = watcher_state(paths, saved, time.time())
+    alive, text = watcher_state(paths, saved, time.time(), looks)
     watcher = {"alive": alive, "text": text}
     watcher.update((key, saved.get(key)) for key in ("host", "pid"))
     for key in ("started_at", "seen_at"):
@@ -10126,7 +10113,7 @@ def status_object(paths: RepoPaths) -> Dict[str, Any]:
         for item, problem, _, waiting in notifier_states(paths, _outbox_state(paths))
         if item.enabled and problem
     ]
-    runs = status_rows(paths, saved)
+    runs = status_rows(paths, saved, facts_of)
     broken = {"notifiers_that_do_not_work": notifiers, "modes": lax_modes(paths) or None}
     return {"repo": paths.root, "watcher": watcher, **broken, "runs": runs}
 

@@ -11416,9 +11416,7 @@ class Pages(StoredCase):
         text = self.get("run/bad/")
         self.assertIn("failed: no &lt;data&gt;; to notify: mine", text)
         self.assertIn("sent to mine", text)
-        self.assertRegex(
-            self.get(""), "notifier mine does not work since .*: 404 &lt;x&gt;; waiting: 0 events"
-        )
+        self.assertRegex(self.get(""), "notifier mine does not work: 404 &lt;x&gt;; waiting: 0 events")
         with mock.patch.object(
             aimwatch.NotifierConfig, "notifiers", side_effect=aimwatch.ConfigError("not yours")
         ):
@@ -11427,7 +11425,10 @@ class Pages(StoredCase):
     def test_metrics_are_openmetrics_with_bounded_labels(self) -> None:
         self.fill()
         self.configure(**{f"n{nth}": {"type": "logger"} for nth in range(60)})
-        rows = [{"hash": f"{nth}", "state": "finished", "experiment": f'e"\\\n{nth}'} for nth in range(80)]
+        rows = [
+            {"hash": f"{nth}", "state": "finished", "experiment": f'e"\\\n{nth}', "created_at": 1}
+            for nth in range(80)
+        ]
         with mock.patch.object(aimwatch.Site, "_indexed", return_value=rows):
             text = self.get("metrics")
         self.assertTrue(text.endswith("\n# EOF\n"))
