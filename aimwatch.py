@@ -8058,10 +8058,8 @@ COPY_BYTES, TAIL_BYTES = 1 << 16, 1 << 14
 DRAIN_S = 1.0
 #: Two signals of a kind within this time are one, sent to `exec` and to the program.
 SAME_SIGNAL_S = 0.5
-FORWARDED = {
-    *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM),
-    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT),
-}
+FORWARDED = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
+FORWARDED |= {signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT}
 
 
 class Program:
@@ -8231,20 +8229,20 @@ def cpu_seconds(program: int) -> float:
     return sum(used.get(pid, 0) for pid in found) / os.sysconf("SC_CLK_TCK")
 
 
-def count_oom_kills() -> Optional[int]:
-    """Return how many processes of this control group the kernel has killed since memory ran out; None where
-    that cannot be read."""
+def count_oom_kills() -> int:
+    """Return how many processes of this control group the kernel has killed since memory ran out, as far as
+    that can be read."""
     with contextlib.suppress(OSError, TypeError):
         with open("/proc/self/cgroup", encoding="utf-8") as file:
             group = re.search("^0::(.*)$", file.read(), re.MULTILINE)
         with open(f"/sys/fs/cgroup{group[1]}/memory.events", encoding="utf-8") as file:  # type: ignore[index]
             return int(re.search("^oom_kill ([0-9]+)$", file.read(), re.MULTILINE)[1])  # type: ignore[index]
-    return None
+    return 0
 
 
-def program_end(status: int, error: int, oom_kills: Optional[int], unwritten: int = 0) -> Tuple[int, str]:
+def program_end(status: int, error: int, oom_kills: int, unwritten: int = 0) -> Tuple[int, str]:
     """Return the exit code of a program as a shell gives it, and why it failed; "" where it did not.
-    `oom_kills`: how many processes were killed meanwhile since memory ran out; None: nobody can tell.
+    `oom_kills`: how many processes were killed meanwhile since memory ran out, as far as is known.
     `unwritten`: the errno where its output could not be written; it may have ended without noticing."""
     if error:
         return 127 if error in (errno.ENOENT, errno.ENOTDIR) else 126, f"cannot start: {os.strerror(error)}"
@@ -8258,7 +8256,7 @@ def program_end(status: int, error: int, oom_kills: Optional[int], unwritten: in
         reason = f"exited with status {code}" if code else ""
     if code and oom_kills:
         reason += f" (out of memory: the oom_kill count of its control group rose by {oom_kills})"
-    elif code == 128 + signal.SIGKILL and oom_kills is None:
+    elif code == 128 + signal.SIGKILL:
         reason += " (out of memory?)"
     if unwritten:
         reason += f"{'; ' * bool(reason)}its output could not be written: {os.strerror(unwritten)}"
@@ -8428,8 +8426,7 @@ def keep_program(
         print(f"{command_line()}: exec: {argv[0]}: {os.strerror(program.error)}", file=sys.stderr)
     else:
         program.wait(caught, caught_by_exec, reporter.hand_over)
-    kills = count_oom_kills()
-    kills = None if kills is None or kills_before is None else kills - kills_before
+    kills = count_oom_kills() - kills_before
     code, reason = program_end(program.status, program.error, kills, program.unwritten)
     lines = last_lines(program.output)
     reporter.finish(End(FAILED, reason, output=lines) if reason else End(FINISHED))
@@ -8508,9 +8505,13 @@ def grid(names: Sequence[str], rows: Sequence[Sequence[Any]], heads: Sequence[An
 
 
 def page_of(title: str, top: str, about: str, parts: Dict[str, Any]) -> str:
-    """Return a whole page: its parts by their titles, and `top`, the way from it to the first page."""
+    """Return a whole page: its parts, HTML or text, by their titles; `top` is the way to the first page."""
     section = '<section id="{}"><h2>{}</h2>{}</section>'
-    sections = each(section, [(name, name, content) for name, content in parts.items() if content])
+    sections = []
+    for name, content in parts.items():
+        if content:
+            is_text = type(content) is str
+            sections.append(html(section, name, name, html("<pre>{}</pre>", content) if is_text else content))
     return html(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{} \u00b7 aimwatch</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
@@ -8919,27 +8920,18 @@ class Site:
         looks = not self._seen_at.is_frozen(fresh=False)
         return status_object(self.paths, facts_of, looks)
 
-    def _indexed(self, q: str) -> List[Dict[str, Any]]:
-        stamp = file_stamp(self.paths.index) or self._utc()
-        return self._keep("runs", q, stamp, lambda: Repo(self.paths.root).query_runs(q).found, 5)  # type: ignore[no-any-return]
-
-    def _pending(self, q: str) -> Dict[str, Optional[Dict[str, Any]]]:
-        """Return the rows of the runs whose logs say more than the index, None where a query is not true."""
-        rows = []
-        for run_hash in list_pending(self.paths):
-            with contextlib.suppress(AimwatchError, OSError):
-                rows.append(self.row(run_hash))
-        found: Dict[str, Optional[Dict[str, Any]]] = {row["hash"]: None for row in rows}
-        found.update((row["hash"], row) for row, _ in compile_query(q).matches(rows))
-        return found
-
     def runs(self, q: str) -> List[Dict[str, Any]]:
         """Return the rows for which a query is true, newest first. Raises QueryError."""
-        pending = self._pending(q)
-        rows = [row for row in self._indexed(q) if row["hash"] not in pending]
-        rows += filter(None, pending.values())
-        rows.sort(key=operator.itemgetter("created_at"), reverse=True)
-        return rows
+        pending = {}  # whose logs say more than the index
+        for run_hash in list_pending(self.paths):
+            with contextlib.suppress(AimwatchError, OSError):
+                pending[run_hash] = self.row(run_hash)
+        found = [row for row, _ in compile_query(q).matches(pending.values())]
+        stamp = file_stamp(self.paths.index) or self._utc()
+        indexed = self._keep("runs", q, stamp, lambda: Repo(self.paths.root).query_runs(q).found, 5)
+        found += [row for row in indexed if row["hash"] not in pending]
+        found.sort(key=operator.itemgetter("created_at"), reverse=True)
+        return found
 
     def listing(self, ask: Ask) -> Tuple[List[str], List[Dict[str, Any]]]:
         """Return the columns and the rows of the list of runs. Raises QueryError."""
@@ -9031,13 +9023,10 @@ class Site:
     def run(self, ask: Ask, run_hash: str) -> str:
         """Everything that is known of one run."""
         row = self.row(run_hash)
-        live: Dict[str, Any] = {}
-        for item in self.status()["runs"]:
-            if item["hash"] == run_hash:
-                live = item
-        facts = dict(run_fields(row))
-        state = live.get("state", row["state"])
+        live = {item["hash"]: item for item in self.status()["runs"]}.get(run_hash)
+        facts, state = dict(run_fields(row)), row["state"]
         if live:
+            state = live["state"]
             facts.update(
                 {name: live[name] for name in ("reason", "progress", "acknowledged_by") if live[name]}
             )
@@ -9048,27 +9037,20 @@ class Site:
             facts["damage"] = f"{plural(row['skipped'], 'line')} of the log could not be read"
         reason = facts.pop("reason", "")
         fields = each("<div><dt>{}</dt><dd>{}</dd></div>", [item for item in facts.items() if item[1]])
-        stacks = {
-            "Where it hangs": hanging_frames(self.paths, run_hash) if state == STALLED else "",
-            "Where it failed": "\n".join(map(str, row["frames"])),
-        }
         metrics = []
         for metric in row["metrics"]:
             cells = [shown(metric_cell((row, metric), name), name) for name in METRIC_COLUMNS[1:]]
             metrics.append([*cells, html('<a href="points.csv?series={}">CSV</a>', metric["series"])])
-        messages = [f"{message_line(item)}\n" for item in self.follower(run_hash).messages]
         head = '<h1>{} {}</h1><p class="bad"><b>{}</b></p><dl>{}</dl>'
-        texts = {
-            "Params": row["params"] and json.dumps(row["params"], indent=2, ensure_ascii=False),
-            "Log messages": messages,
-            "Notified": self._notified(run_hash),
-        }
         parts = {
             "State": html(head, badge(state), facts["name"], reason, fields),
-            **{name: text and html("<pre>{}</pre>", text) for name, text in stacks.items()},
+            "Where it hangs": hanging_frames(self.paths, run_hash) if state == STALLED else "",
+            "Where it failed": "\n".join(map(str, row["frames"])),
             "Charts": self._charts(ask, [row]),
             "Metrics": metrics and grid([*METRIC_COLUMNS[1:], "points"], metrics),
-            **{name: text and html("<pre>{}</pre>", text) for name, text in texts.items()},
+            "Params": row["params"] and json.dumps(row["params"], indent=2, ensure_ascii=False),
+            "Log messages": "\n".join(map(message_line, self.follower(run_hash).messages)),
+            "Notified": "\n".join(self._notified(run_hash)),
         }
         return page_of(f"{state}: {facts['name']}", "../../", self.paths.root, parts)
 
@@ -9082,9 +9064,9 @@ class Site:
                     if record and "event" in record:
                         whom, facts = ", ".join(record["to"]) or "nobody", record.get("facts") or {}
                         what = f"{record['kind']}: {facts.get('run.reason') or ''}; to notify: {whom}"
-                        lines.append(f"{local_time(record['time'])} {what}\n")
+                        lines.append(f"{local_time(record['time'])} {what}")
                     elif record and "sent" in record:
-                        lines.append(f"{local_time(record['time'])} sent to {record['to']}\n")
+                        lines.append(f"{local_time(record['time'])} sent to {record['to']}")
         return lines
 
     def _charts(self, ask: Ask, rows: Sequence[Dict[str, Any]]) -> Html:
@@ -9150,10 +9132,9 @@ class Site:
 
     def points(self, ask: Ask, run_hash: str) -> List[Sequence[Any]]:
         """All points of a series, after the names of what they have."""
-        known, given = [metric["series"] for metric in self.row(run_hash)["metrics"]], ask.one["series"]
-        if given not in map(str, known):
-            what = f"there is no series {given!r}: add ?series=N with one of a metric in api/runs/{run_hash}"
-            raise NotThere(what) if given.isdigit() else ArgumentError(what)
+        given = ask.one["series"]
+        if given not in [str(metric["series"]) for metric in self.row(run_hash)["metrics"]]:
+            raise NotThere(f"no series {given!r}: add ?series=N with one of a metric in api/runs/{run_hash}")
         points = read_points(self.paths.run_log(run_hash), int(given))
         return [("step", "value", "epoch", "time"), *((*point[:3], Moment(point[3])) for point in points)]
 
