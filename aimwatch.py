@@ -3244,7 +3244,7 @@ class Run:
         if has_local_locks(self._paths.own):
             return  # nothing would keep two machines from writing it at the same time
         try:
-            with Index(self._paths).writing(0.3, most_runs=MAX_PENDING) as db:
+            with Index(self._paths).writing(0.3) as db:
                 db.execute("BEGIN IMMEDIATE")
                 index_run(db, self.hash, run_record(self._state, size))
                 db.execute("COMMIT")
@@ -3630,8 +3630,8 @@ CREATE TABLE doubts (hash PRIMARY KEY, seen NOT NULL, since NOT NULL) WITHOUT RO
 PRAGMA user_version = {INDEX_VERSION};
 COMMIT
 """
-_STORED = "hash, created_at, hidden, log_size, head, params, metrics"
-_PUT_RUN = f"INSERT INTO runs (id, active, {_STORED}) VALUES (?{', ?' * 8})"
+_STORED = "hash, created_at, hidden, active, log_size, head, params, metrics"
+_PUT_RUN = f"INSERT INTO runs (id, {_STORED}) VALUES (?{', ?' * 8})"
 _PUT_FACT = "INSERT OR IGNORE INTO facts VALUES (?, ?, ?)"
 _DROP_FACT = "DELETE FROM facts WHERE path = ? AND value = ? AND run = ?"
 
@@ -3701,7 +3701,8 @@ _from_text = json.JSONDecoder(parse_constant=float).decode
 class StoredRow(Dict[str, Any]):
     """A row as the index has it; each of its three texts is decoded when something in it is wanted."""
 
-    def __init__(self, run_hash: str, created_at: float, hidden: int, log_size: int, *texts: str) -> None:
+    def __init__(self, *stored: Any) -> None:
+        run_hash, created_at, hidden, _, log_size, *texts = stored
         archived, self.is_member = bool(hidden & 1), bool(hidden & 2)
         super().__init__(hash=run_hash, created_at=created_at, archived=archived, log_size=log_size)
         self._texts = dict(zip(("head", "params", "metrics"), texts))
@@ -3715,18 +3716,14 @@ class StoredRow(Dict[str, Any]):
         self.update(value if part == "head" else {part: value})
         return dict.__getitem__(self, key)
 
-    def whole(self) -> Dict[str, Any]:
-        """Return the row as `run_row` made it."""
-        return {field: self[field] for field in ROW_FIELDS}
-
 
 def stored_parts(row: Dict[str, Any]) -> Tuple[Any, ...]:
     """Return a row as the columns of `runs` hold it, and as `StoredRow` takes it."""
     head = {field: row[field] for field in ROW_FIELDS if field not in ("params", "metrics", "log_size")}
     # Rank 0 stands for a group: what else hides a run stands in a column, since most queries ask for it.
     hidden = row["archived"] | (2 if row["rank"] else 0)
-    fixed = row["hash"], row["created_at"], int(hidden), row["log_size"]
-    return (*fixed, _to_text(head), _to_text(row["params"]), _to_text(row["metrics"]))
+    fixed = row["hash"], row["created_at"], int(hidden), row["end_time"] is None, row["log_size"]
+    return (*fixed, *map(_to_text, (head, row["params"], row["metrics"])))
 
 
 def facts_of(row: Dict[str, Any]) -> Iterator[Tuple[str, Any]]:
@@ -3738,7 +3735,7 @@ def facts_of(row: Dict[str, Any]) -> Iterator[Tuple[str, Any]]:
     for metric in row["metrics"]:
         # Of a NaN there must be a fact too, since it says that the run has the metric.
         last = metric["last"]
-        found.append((metric_path(metric["name"]), "nan" if last != last else last))
+        found.append((f"metric {json.dumps(metric['name'])}", "nan" if last != last else last))
     todo: List[Tuple[str, Any]] = [("", row["params"])]
     while todo:
         path, value = todo.pop()
@@ -3751,11 +3748,6 @@ def facts_of(row: Dict[str, Any]) -> Iterator[Tuple[str, Any]]:
         fact = fact_value(value)
         if fact is not None:
             yield path, fact
-
-
-def metric_path(name: str) -> str:
-    """Return the path of the facts that say how the metrics of a name, in any context, ended."""
-    return f"metric {json.dumps(name)}"
 
 
 #: A fact holds so much of a text, and numbers that SQLite can store; the row has the rest.
@@ -3810,14 +3802,14 @@ def connect(path: str, mode: str, busy_timeout_s: float) -> sqlite3.Connection:
     )
 
 
-#: Whether a run is active, its row as `stored_parts` gives it, and its facts.
-RunRecord = Tuple[bool, Tuple[Any, ...], List[Tuple[str, Any]]]
+#: A run's row as `stored_parts` gives it, and its facts.
+RunRecord = Tuple[Tuple[Any, ...], List[Tuple[str, Any]]]
 
 
 def run_record(state: RunState, log_size: int = 0) -> RunRecord:
     """Return what the index holds of a run."""
     row = run_row(state, log_size)
-    return row["end_time"] is None, stored_parts(row), list(facts_of(row))
+    return stored_parts(row), list(facts_of(row))
 
 
 def index_run(db: sqlite3.Connection, run_hash: str, record: Optional[RunRecord]) -> None:
@@ -3829,8 +3821,8 @@ def index_run(db: sqlite3.Connection, run_hash: str, record: Optional[RunRecord]
         db.executemany(_DROP_FACT, [(path, value, run_id) for path, value in facts_of(StoredRow(*parts))])
         db.execute("DELETE FROM runs WHERE id = ?", (run_id,))
     if record is not None:
-        active, parts, facts = record
-        run_id = db.execute(_PUT_RUN, (run_id, active, *parts)).lastrowid
+        parts, facts = record
+        run_id = db.execute(_PUT_RUN, (run_id, *parts)).lastrowid
         db.executemany(_PUT_FACT, [(path, value, run_id) for path, value in facts])
 
 
@@ -3890,14 +3882,11 @@ class Index:
             raise IndexUnusable(f"{self.path} was replaced")
 
     @contextlib.contextmanager
-    def writing(
-        self, wait_s: float = 10.0, most_runs: float = math.inf, anew: bool = False
-    ) -> Iterator[sqlite3.Connection]:
+    def writing(self, wait_s: float = 10.0, anew: bool = False) -> Iterator[sqlite3.Connection]:
         """Yield the index, to be written by nobody else until the block ends.
 
-        Raises IndexBusy after `wait_s`, or where more than `most_runs` would have to be marked as pending
-        first, OSError where it cannot be written, and IndexUnusable where it is found damaged; then an empty
-        one has taken its place.
+        Raises IndexBusy after `wait_s`, OSError where it cannot be written, and IndexUnusable where it is
+        found damaged; then an empty one has taken its place.
         """
         deadline = _monotonic() + wait_s
         self._check_folder(write=True)
@@ -3911,8 +3900,6 @@ class Index:
             try:
                 db, _ = self._open("rw", busy_s)
             except (IndexUnusable, FileNotFoundError):
-                if len(list_runs(self._paths)) > most_runs:
-                    raise IndexBusy(f"{self.path} has to be filled first") from None
                 self._make_anew()
                 db, _ = self._open("rw", busy_s)
             try:
@@ -3978,13 +3965,6 @@ def list_pending(paths: RepoPaths) -> List[str]:
     return names_in(paths.pending, RUN_HASH.pattern)
 
 
-def log_size(path: str) -> int:
-    """Return the size of a run's log, from the opened file: a network file system may answer `stat` from a
-    cache. Raises OSError."""
-    with open_regular(path) as file:
-        return os.fstat(file.fileno()).st_size
-
-
 def log_sizes(paths: RepoPaths, hashes: Iterable[str]) -> Dict[str, int]:
     """Return the sizes of runs' logs, as the file system has them at hand, -1 for what is not there."""
     found = dict.fromkeys(hashes, -1)
@@ -3998,7 +3978,8 @@ def load_run(paths: RepoPaths, run_hash: str) -> Tuple[Optional[RunState], int, 
     """Return (state, bytes of the log that it covers, what is wrong with the log or "")."""
     path = paths.run_log(run_hash)
     try:
-        size = log_size(path)
+        with open_regular(path) as file:  # a network file system may answer `stat` from a cache
+            size = os.fstat(file.fileno()).st_size
         state = read_log(path, run_hash)
     except FileNotFoundError:
         return None, -1, ""
@@ -4018,52 +3999,33 @@ class Reindexer:
         self.index = Index(paths)
         #: What could not be read.
         self.problems: List[str] = []
-        #: The runs whose markers were found locked, here or by the watcher: a free one means death then.
-        self._held: Set[str] = set()
+        #: The runs of which a watcher says that they are dead.
+        self._known_dead: Set[str] = set()
         #: Sizes of the logs of pending runs, when `changed` looked last.
         self._sizes: Dict[str, int] = {}
         self._probe_mono = 0.0
-        #: Listed when the first run is met that may have died.
-        self._check_ins: Optional[Dict[str, CheckIn]] = None
 
-    def run_all(
-        self,
-        rebuild: bool = False,
-        wait_s: float = 10.0,
-        progress: Optional[Callable[[int, int], None]] = None,
-    ) -> List[str]:
-        """Index every pending run, or with `rebuild` every run; return what could not be read.
-
-        Arguments:
-            progress: called with how many runs are done, and of how many.
-
-        Raises as `run` does.
-        """
+    def run_all(self, rebuild: bool = False, wait_s: float = 10.0) -> List[str]:
+        """Index every pending run, or with `rebuild` every run; return what could not be read. Raises as
+        `run` does."""
         for is_last in (False, True):
             self.problems.clear()
             try:
                 with self.index.writing(wait_s, anew=rebuild):
                     pass
                 self.mark_lost()
-                self.run(list_pending(self.paths), wait_s=wait_s, progress=progress)
+                self.run(list_pending(self.paths), wait_s=wait_s)
                 break
             except IndexUnusable:
                 if is_last:
                     raise
         return list(dict.fromkeys(self.problems))
 
-    def run(
-        self,
-        hashes: Sequence[str],
-        batch_s: float = 0.1,
-        wait_s: float = 10.0,
-        progress: Optional[Callable[[int, int], None]] = None,
-    ) -> None:
+    def run(self, hashes: Sequence[str], batch_s: float = 0.1, wait_s: float = 10.0) -> None:
         """Index these runs in transactions of about `batch_s`.
 
         Raises as `Index.writing` does; what was not committed keeps its marker.
         """
-        self._check_ins = None
         done = 0
         while done < len(hashes):
             with self.index.writing(wait_s) as db, contextlib.ExitStack() as locks:
@@ -4081,52 +4043,42 @@ class Reindexer:
                 for run_hash in finished:
                     with contextlib.suppress(FileNotFoundError):
                         unlink_below(self.paths.marker(run_hash))
-            if progress is not None:
-                progress(done, len(hashes))
 
     def _one(self, db: sqlite3.Connection, run_hash: str, locks: contextlib.ExitStack) -> bool:
         """Index one run; True where its writer is gone and its marker can go after the commit."""
         marker = locks.enter_context(FileLock(self.paths.marker(run_hash), brief=True))
         try:
-            locked = marker.acquire(create=False)
+            gone = marker.acquire(create=False) is True
         except FileNotFoundError:
             return False  # another indexer was quicker
         except OSError as error:
             self.problems.append(f"{marker.path}: {error.strerror}")
             return False
-        gone = locked is True
-        if locked is False and lock_state(marker.path) == "held":  # and not by another indexer
-            self._held.add(run_hash)
         state, size, problem = load_run(self.paths, run_hash)
         record = None
         if state is not None:
             if gone and state.end is None:
                 gone = self._is_dead(db, state, size)
                 if gone:
-                    size = finalize_dead(self.paths, state, self._last_check_in(run_hash))
+                    size = finalize_dead(self.paths, state, last_check_in(self.paths, run_hash))
                     gone = size >= 0
             try:
                 record = run_record(state, size)
             except Exception as error:  # one log, whatever is in it, must not keep all the others out
                 problem = f"{self.paths.run_log(run_hash)}: {type(error).__name__}: {error}"
         known = db.execute("SELECT log_size, active FROM runs WHERE hash = ?", (run_hash,)).fetchone()
-        if record is None or known != (size, record[0]):
+        if record is None or known != (record[0][4], record[0][3]):
             index_run(db, run_hash, record)
         if problem:
             self.problems.append(problem)
         return gone and not problem
 
-    def _last_check_in(self, run_hash: str) -> Optional[CheckIn]:
-        if self._check_ins is None:
-            self._check_ins = last_check_ins(self.paths)
-        return self._check_ins.get(run_hash)
-
     def _is_dead(self, db: sqlite3.Connection, state: RunState, size: int) -> bool:
         """True where the free marker of a run that has not ended means that its process is gone, or where two
         passes that are far enough apart have seen nothing new of the run."""
-        if free_means_dead(state.header, state.hash in self._held):
+        if free_means_dead(state.header, state.hash in self._known_dead):
             return True
-        check_in, now = self._last_check_in(state.hash), _monotonic()
+        check_in, now = last_check_in(self.paths, state.hash), _monotonic()
         seen = f"{boot_id()} {check_in} {size}"
         found = db.execute("SELECT seen, since FROM doubts WHERE hash = ?", (state.hash,)).fetchone()
         if found is None or found[0] != seen:
@@ -4147,9 +4099,8 @@ class Reindexer:
                 mark_pending(self.paths, run_hash)
 
     def note_dead(self, run_hash: str) -> None:
-        """Take the word of a watcher that a run's marker, where it is free, means death. `changed` returns
-        the run next time."""
-        self._held.add(run_hash)
+        """Take a watcher's word that a run is dead if its marker is free; `changed` returns it next."""
+        self._known_dead.add(run_hash)
         self._sizes.pop(run_hash, None)
 
     def changed(self) -> List[str]:
@@ -4194,16 +4145,11 @@ def process_lives(header: Dict[str, Any]) -> bool:
     return None not in identity and identity == process_identity(header.get("pid"))
 
 
-def last_check_ins(paths: RepoPaths) -> Dict[str, CheckIn]:
-    """Return the check-in of each run that has the highest number."""
-    found: Dict[str, CheckIn] = {}
+def last_check_in(paths: RepoPaths, run_hash: str) -> Optional[CheckIn]:
+    """Return the check-in of a run that has the highest number, None for none. Raises OSError."""
     freshen(paths.check_ins)
-    with contextlib.suppress(OSError):
-        for check_in in filter(
-            None, map(parse_check_in, names_in(paths.check_ins, rf"{RUN_HASH.pattern}-.*"))
-        ):
-            found[check_in.run_hash] = max(check_in, found.get(check_in.run_hash, check_in))
-    return found
+    names = own_check_ins(paths, run_hash)
+    return parse_check_in(names[-1]) if names else None
 
 
 def end_of_dead(state: RunState) -> Dict[str, Any]:
@@ -4699,7 +4645,7 @@ class _Compiler:
                     return item[field]
             return None
 
-        return _Value(of, fact=metric_path(name) if field == "last" else "")
+        return _Value(of, fact=f"metric {json.dumps(name)}" if field == "last" else "")
 
     def metric_value(self, node: ast.expr, names: List[Any]) -> _Value:
         first = names[0]
@@ -5023,7 +4969,7 @@ class Repo:
         known, self._overlay = self._overlay, {}
         for run_hash, size in sizes.items():
             parts = known.get(run_hash)
-            if parts is None or parts[3] != size:
+            if parts is None or parts[4] != size:
                 state, _, problem = load_run(self._paths, run_hash)
                 if problem:
                     log.warning("%s", problem)
@@ -11140,7 +11086,7 @@ def cmd_report(args: Any) -> int:
     """Say what finished, what failed and by what, and what still runs; for cron."""
     repo = Repo(args.repo)
     since = time.time() - args.since
-    rows = [row.whole() for row in repo.query_runs(f"run.active or run.end_time >= {since!r}").found]
+    rows = repo.query_runs(f"run.active or run.end_time >= {since!r}").found
     states = {row["hash"]: row for row in status_rows(repo._paths, read_watcher_file(repo._paths))}
     for row in rows:
         if row["end_time"] is None and states.get(row["hash"], row)["state"] in (STALLED, FAILED):
@@ -11213,7 +11159,10 @@ def chart(points: Sequence[Tuple[float, float]], width: int, height: int) -> Lis
         return ["no finite values"]
     xs, ys = zip(*points)
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
-    across, up = Scale(xs, False), Scale(ys, False)
+    try:
+        across, up = Scale(xs, False), Scale(ys, False)
+    except OverflowError as error:
+        return [str(error)]
     grid = [[0] * width for _ in range(height)]
     for x, y in points:
         column = round(across.at(x) * (2 * width - 1))
@@ -11261,19 +11210,13 @@ def cmd_close(args: Any) -> int:
 @command(
     "reindex",
     "--rebuild  build the index from nothing",
-    epilog="Silent when all is well and stderr is no terminal. Exits 1, with a list, when some run could not "
-    "be read.",
+    epilog="Silent when all is well. Exits 1, with a list, when some run could not be read.",
 )
 def cmd_reindex(args: Any) -> int:
     """Bring the index up to date with what the runs recorded; for cron."""
     paths = find_repo(args.repo)
-
-    def show(done: int, of: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{done} of {of} runs", end="" if done < of else "\n", file=sys.stderr, flush=True)
-
     try:
-        problems = Reindexer(paths).run_all(args.rebuild, REINDEX_WAIT_S, show)
+        problems = Reindexer(paths).run_all(args.rebuild, REINDEX_WAIT_S)
     except OSError as error:
         raise AimwatchError(f"cannot write {paths.index}: {error.strerror}") from None
     for problem in problems:
