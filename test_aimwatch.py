@@ -5442,7 +5442,9 @@ class ReindexThreads(StoredCase):
             [f"WARNING:aimwatch:{self.paths.run_log('another')}: RuntimeError: no idea",
              f"WARNING:aimwatch:{self.paths.run_log('bad')}: not a regular file"],
         )  # fmt: skip
-        self.assertEqual(aimwatch.Repo(self.root).reindex(), [f"{self.paths.run_log('bad')}: not a regular file"])
+        self.assertEqual(
+            aimwatch.Repo(self.root).reindex(), [f"{self.paths.run_log('bad')}: not a regular file"]
+        )
 
     def test_trouble_with_the_folder_itself_is_logged_once_and_passes(self) -> None:
         self.die("dead")
