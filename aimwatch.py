@@ -400,14 +400,11 @@ def command_line(repo: Optional[str] = None) -> str:
     """
     import shlex
 
-    main_module = sys.modules.get("__main__")
     called = os.path.basename(sys.argv[0]) if sys.argv else ""
-    if getattr(getattr(main_module, "__spec__", None), "name", "") == "aimwatch":
+    if getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "") == "aimwatch":
         called = "python3 -m aimwatch"
-    elif called == "aimwatch.py":
-        called = "python3 aimwatch.py"
-    elif called != "aimwatch":
-        called = "aim-watcher"  # this is a training script, and calling it again would train again
+    else:  # in a training script, which would train again if it were called again, the command's name
+        called = {"aimwatch.py": "python3 aimwatch.py", "aimwatch": called}.get(called, "aim-watcher")
     return called if repo is None else f"{called} --repo {shlex.quote(repo)}"
 
 
@@ -432,11 +429,7 @@ def human_s(seconds: float) -> str:
     if seconds < 9.95:
         return f"{seconds:.1f} s".replace(".0 s", " s")
     whole = round(seconds)
-    for unit_s, name, part_s, part in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "min"),
-        (60, "min", 1, "s"),
-    ):
+    for unit_s, name, part_s, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= unit_s:
             rest = whole % unit_s // part_s
             return f"{whole // unit_s} {name}" + (f" {rest} {part}" if rest else "")
@@ -571,23 +564,17 @@ def freshen(folder: str) -> None:
 # closes a locked file a second time loses the lock.
 # ======================================================================================
 
-#: Errors that mean "this file system has no record locks", as opposed to "somebody holds it".
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 #: Errors that mean "the file that was here is not any more", as opposed to "it cannot be seen now".
 GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EBADF}
 
 
-def _try_lock(fd: int, how: int, length: int = 0, start: int = 0) -> Optional[bool]:
-    """Take the POSIX record lock on `fd`: True when taken, False when held elsewhere, None when the file
-    system has no locks. Raises OSError for anything else."""
+def _try_lock(take: Callable[..., Any], fd: int, how: int, *span: int) -> Optional[bool]:
+    """Take a lock with `fcntl.lockf` or `fcntl.flock`: True when taken, False when held elsewhere, None where
+    the file system cannot say."""
     try:
-        fcntl.lockf(fd, how | fcntl.LOCK_NB, length, start)
+        take(fd, how | fcntl.LOCK_NB, *span)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        if error.errno in _NO_LOCKS:
-            return None
-        raise
+        return False if error.errno in (errno.EACCES, errno.EAGAIN) else None
     return True
 
 
@@ -657,16 +644,11 @@ class FileLock:
         return False
 
     def _lock(self, fd: int) -> Optional[bool]:
-        locked = _try_lock(fd, fcntl.LOCK_EX, int(self.brief))
+        locked = _try_lock(fcntl.lockf, fd, fcntl.LOCK_EX, int(self.brief))
         # On macOS and on NFS, both kinds of lock are one, and we would meet our own.
-        if locked is not False and self._flock and sys.platform == "linux":
-            try:
-                if _mount_of(self.path)[:1] not in ([b"nfs"], [b"nfs4"]):
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            except OSError as error:
-                log.debug("%s: no lock that Aim's watcher would see: %s", self.path, error.strerror)
+        are_two = sys.platform == "linux" and _mount_of(self.path)[:1] not in ([b"nfs"], [b"nfs4"])
+        if self._flock and are_two and _try_lock(fcntl.flock, fd, fcntl.LOCK_EX) is False:
+            return False
         return locked
 
     @property
@@ -713,7 +695,8 @@ def lock_state(path: str) -> str:
             fd = open_below(path, os.O_RDONLY)
             try:
                 # Shared, so that two that only look do not see each other; the second byte, see FileLock.
-                return {True: "free", False: "held", None: "unknown"}[_try_lock(fd, fcntl.LOCK_SH, 1, 1)]
+                locked = _try_lock(fcntl.lockf, fd, fcntl.LOCK_SH, 1, 1)
+                return {True: "free", False: "held", None: "unknown"}[locked]
             finally:
                 os.close(fd)
         except FileNotFoundError:
@@ -856,9 +839,7 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
         root = os.path.dirname(root)
     paths = RepoPaths(root)
     try:
-        for folder in (root, paths.aim):
-            if not stat.S_ISDIR(os.stat(folder).st_mode):
-                raise RepoError(f"no repository at {root}: {folder} is a file, not a folder")
+        os.stat(os.path.join(paths.aim, "."))
         paths.check_folders()
     except (FileNotFoundError, NotADirectoryError):
         if not create:
@@ -1033,12 +1014,13 @@ def context_key(context: Any, depth: int = 0) -> Any:
 class SeriesState:
     """What is known of one metric series without reading its points."""
 
-    #: In the order of a checkpoint.
-    _FIELDS = (
-        "id", "name", "context", "count", "min", "max", "last", "first_step", "last_step", "last_epoch",
-        "last_time",
-    )  # fmt: skip
-    __slots__ = _FIELDS
+    #: In the order of a checkpoint, with what makes each of a value of JSON.
+    _KINDS: Dict[str, Callable[[Any], Any]] = {
+        "id": int, "name": str, "context": dict, "count": int, "min": float, "max": float, "last": float,
+        "first_step": int, "last_step": int,
+        "last_epoch": lambda value: None if value is None else float(value), "last_time": float,
+    }  # fmt: skip
+    __slots__ = tuple(_KINDS)
 
     def __init__(self, series_id: int, name: str, context: Dict[str, Any]) -> None:
         self.id = series_id
@@ -1072,24 +1054,18 @@ class SeriesState:
 
     def to_list(self) -> List[Any]:
         """Return the series as a checkpoint holds it."""
-        return [json_float(getattr(self, field)) for field in self._FIELDS]
+        values = [getattr(self, field) for field in self._KINDS]
+        return [
+            repr(value) if value in (math.inf, -math.inf) or value != value else value for value in values
+        ]
 
     @classmethod
     def from_list(cls, values: Sequence[Any]) -> SeriesState:
         """Read back what `to_list` gave. Raises ValueError or TypeError on anything else."""
-        series_id, name, context, count, low, high, last, first_step, last_step, epoch, when = values
-        series = cls(int(series_id), str(name), dict(context))
-        series.count = int(count)
-        series.min, series.max, series.last = float(low), float(high), float(last)
-        series.first_step, series.last_step = int(first_step), int(last_step)
-        series.last_epoch = None if epoch is None else float(epoch)
-        series.last_time = float(when)
+        series = cls(*values[:3])
+        for (field, kind), value in zip(cls._KINDS.items(), values):
+            setattr(series, field, kind(value))
         return series
-
-
-def json_float(value: Any) -> Any:
-    """Return `value`, or the string that stands for it where JSON has no number for it."""
-    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 #: Deeper params are stored as text.
