@@ -6294,9 +6294,9 @@ class NotifierThread(threading.Thread):
         self._changed = threading.Condition()
         #: An event that cannot be in the outbox, since the disk does not answer.
         self._alarm: Optional[Event] = None
-        self._stopping = self._hurry = self._broken = False
-        #: How many attempts in a row have failed, and when the first of them did.
-        self._failures, self._failed_mono = 0, 0.0
+        self._stopping = self._hurry = False
+        #: What came of the last attempt, how many in a row have failed, and when the first of them did.
+        self._last, self._failures, self._failed_mono = SENT, 0, 0.0
 
     def use(self, notifier: Optional[Notifier]) -> None:
         """Go on with the notifier as it is configured now, and rest no longer."""
@@ -6346,32 +6346,36 @@ class NotifierThread(threading.Thread):
         """Send `batch`, which may be an alarm, in one message, and return how long to rest."""
         name = f"{notifier.type} {notifier.shown_as}"
         outcome = self._deliver(notifier, batch, name)
-        sent, broken, reason = outcome.kind == SENT, outcome.kind == BROKEN, outcome.detail
-        if notifier is not self.notifier and not sent:
+        kind, reason = outcome.kind, outcome.detail
+        if notifier is not self.notifier and kind != SENT:
             return MIN_POST_GAP_S  # as it is configured now, it has not been tried
-        if sent and self._failures:
+        if kind == SENT and self._failures:
             log.info("notifier %s is reached again", name)
-        if sent and notifier.type != "logger":  # whose messages say it themselves
-            log.info("notifier %s was sent %s", name, plural(len(batch), "event"))
-        elif not sent and (not self._failures or broken != self._broken):
-            then = "what waits is kept until it is mended; see 'notifiers list'" if broken else "trying again"
+        elif kind != self._last:
+            then = (
+                "what waits is kept until it is mended; see 'notifiers list'"
+                if kind == BROKEN
+                else "trying again"
+            )
             log.warning("notifier %s: %s; %s", name, reason, then)
+        if kind == SENT and notifier.type != "logger":  # whose messages say it themselves
+            log.info("notifier %s was sent %s", name, plural(len(batch), "event"))
         self._failed_mono = self._failed_mono if self._failures else _monotonic()
-        if not (sent or broken) and _monotonic() - self._failed_mono >= OUTAGE_S:
-            broken = self.id not in self._outbox.broken()
-            reason = f"{UNREACHED} for {human_s(OUTAGE_S)}: {reason}"
-        if alarm is None and sent:  # with an alarm, the disk does not answer
+        lasts = kind != SENT and _monotonic() - self._failed_mono >= OUTAGE_S
+        if alarm is None and kind == SENT:  # with an alarm, the disk does not answer
             self._outbox.sent([event.id for event in batch], self.id)
-        elif alarm is None and broken:
+        elif alarm is None and kind == BROKEN:
             self._outbox.note_broken(self.id, reason)
+        elif alarm is None and lasts and self.id not in self._outbox.broken():
+            self._outbox.note_broken(self.id, f"{UNREACHED} for {human_s(OUTAGE_S)}: {reason}")
         with self._changed:
-            self._failures, self._broken = 0 if sent else self._failures + 1, outcome.kind == BROKEN
-            if sent and self._alarm is alarm:
+            self._last, self._failures = kind, 0 if kind == SENT else self._failures + 1
+            if kind == SENT and self._alarm is alarm:
                 self._alarm = None
             self._changed.notify_all()
-        if sent:
+        if kind == SENT:
             return 0.0 if notifier.type == "logger" else COLLECT_S
-        if self._broken:
+        if kind == BROKEN:
             return BROKEN_RETRY_S
         random = int.from_bytes(os.urandom(4), "big") / 2**32
         return max(back_off_s(self._failures, random), outcome.wait_s, MIN_POST_GAP_S)
@@ -6588,7 +6592,6 @@ class LookingClock:
         self.hold_until_s = 0.0
         self._hold_s = min(grace_s, HOLD_S)
         self._last_mono: Optional[float] = None
-        self._gap_s = 0.0
 
     def look(self, now_mono: float, at_most_s: float) -> bool:
         """Count the time since the last call, up to `at_most_s`; the rest is a gap. False where there was
@@ -6596,16 +6599,12 @@ class LookingClock:
         passed = 0.0 if self._last_mono is None else max(0.0, now_mono - self._last_mono)
         self._last_mono = now_mono
         self.total_s += min(passed, at_most_s)
-        if passed > at_most_s:
-            self.gap(passed - at_most_s)
-        elif at_most_s:
-            self._gap_s = 0.0
+        self.gap(passed - at_most_s)
         return passed <= at_most_s
 
     def gap(self, seconds: float) -> None:
         """Note that the watcher did not look for that long."""
-        self._gap_s += seconds
-        if self._gap_s > GAP_S:
+        if seconds > GAP_S:
             self.hold_until_s = self.total_s + self._hold_s
 
     @property
@@ -6639,7 +6638,7 @@ class WatchedRun:
         #: it was free; that means nothing any more when a check-in came later.
         self.was_held, self.look_s, self.free_s = False, 0.0, -1.0
         #: Which rank of which group it is, once that was read.
-        self.member: Any = None
+        self.member: Optional[Member] = None
         self.take(check_in, name, now_s, now_utc)
 
     def take(self, check_in: CheckIn, name: str, now_s: float, now_utc: float) -> None:
@@ -6721,10 +6720,6 @@ class Change(NamedTuple):
         return f"{self.run.hash}-{self.run.idx}-{self.run.utc}-{self.kind}{self.suffix}"
 
 
-#: A run whose check-in is missing from this many listings is gone, and not just being renamed.
-MISSING_POLLS = 3
-
-
 class RunTable:
     """The state of every run, from listings of `check_ins`.
 
@@ -6736,8 +6731,7 @@ class RunTable:
         self.runs: Dict[str, WatchedRun] = {}
         self.reported: List[str] = []
         self.names: Set[str] = set()
-        #: The runs whose check-in is in the listings no more, as after `close`, and in how many.
-        self.missing: Dict[str, int] = {}
+        self._missing: Set[str] = set()
         #: No run is overdue before this moment.
         self._next_s = math.inf
 
@@ -6765,7 +6759,6 @@ class RunTable:
         """
         names = set(listing)
         fresh = names - self.names
-        gone = self.names - names if len(names) - len(fresh) < len(self.names) else set()
         self.names = names
         changes: List[Change] = []
         for name in sorted(fresh, reverse=True):  # of several names of one run, the newest first
@@ -6776,16 +6769,13 @@ class RunTable:
                 continue
             run = check_in.run_hash
             watched, old_state, silent_s = self.runs.get(run), None, 0.0
-            if watched is not None and check_in.idx <= watched.idx:
-                if name == watched.name:
-                    self.missing.pop(run, None)
+            # Numbers begin anew where the check-in with the higher one is gone.
+            if watched is not None and check_in.idx <= watched.idx and watched.name in names:
                 continue
             if watched is None:
                 watched = self.runs[run] = WatchedRun(check_in, name, now_s, now_utc)
             else:
                 old_state, silent_s = watched.state, now_s - watched.since_s
-                gone.discard(watched.name)
-                self.missing.pop(run, None)
                 watched.take(check_in, name, now_s, now_utc)
             if now_s + watched.promise_s < self._next_s:
                 self._next_s = min(self._next_s, self.deadline_s(watched))
@@ -6795,21 +6785,15 @@ class RunTable:
                 changes += [Change(kind, watched, silent_s, old_state) for kind in kinds]
                 if watched.state in (FINISHED, FAILED):
                     watched.stalls = []
-        self._forget_missing(gone)
         return changes
 
-    def _forget_missing(self, gone: Iterable[str]) -> None:
-        for name in gone:
-            watched = self.runs.get(name.partition("-")[0])
-            if watched is not None and watched.name == name:
-                self.missing[watched.hash] = 0
-        for run in self.missing:
-            self.missing[run] += 1
-        forgotten = {run for run, polls in self.missing.items() if polls == MISSING_POLLS}
-        for run in forgotten:
-            del self.runs[run], self.missing[run]
-        if forgotten:  # any other check-in that they left counts from the next listing on
-            self.names = {name for name in self.names if name.partition("-")[0] not in forgotten}
+    def forget_missing(self) -> None:
+        """Forget the runs whose check-in is not there, nor was at the last call, as after `close`. A single
+        listing may miss one that is just being renamed."""
+        missing = {run for run, watched in self.runs.items() if watched.name not in self.names}
+        for run in missing & self._missing:
+            del self.runs[run]
+        self._missing = missing
 
     def is_overdue(self, now_s: float) -> bool:
         """True where `overdue` may find a run."""
@@ -6820,7 +6804,7 @@ class RunTable:
         changes: List[Change] = []
         if self.is_overdue(now_s):
             for watched in self.runs.values():
-                if self.deadline_s(watched) <= now_s:
+                if self.deadline_s(watched) <= now_s and watched.name in self.names:
                     note = watched.note_stall(now_s)
                     changes.append(Change(STALLED, watched, now_s - watched.since_s, RUNNING, note))
             self._next_s = min(map(self.deadline_s, self.runs.values()), default=math.inf)
@@ -6899,15 +6883,12 @@ def describe_progress(state: RunState) -> str:
         return ""
 
 
-def run_facts(paths: RepoPaths, run_hash: str, in_full: bool = True) -> Facts:
-    """Return what a run's own log says of it, as message fields; the hash alone for Aim's runs, and unless
-    `in_full`."""
+def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
+    """Return what a run's own log says of it, as message fields; the hash alone for Aim's runs."""
     facts = {"run.hash": run_hash, "run.name": run_hash, "repo": paths.root}
     try:
-        state = read_log_parts(paths.run_log(run_hash), run_hash) if in_full else None
+        state = read_log_parts(paths.run_log(run_hash), run_hash)
     except OSError:
-        state = None
-    if state is None:
         return facts
     for field in ("host", "pid", "job", "user", "stdout", "rank", "world", "group"):
         if state.header.get(field) is not None:
@@ -6956,11 +6937,10 @@ def hanging_frames(paths: RepoPaths, run_hash: str) -> str:
     return "\n".join(f"  {printable(f'{file}:{line} in {name}', 200)}" for file, line, name in told)
 
 
-def change_facts(paths: RepoPaths, change: Change, in_full: bool) -> Facts:
-    """Return the message fields for one change of a run's state; without a look at the run's own files
-    unless `in_full`."""
+def change_facts(paths: RepoPaths, change: Change) -> Facts:
+    """Return the message fields for one change of a run's state."""
     watched = change.run
-    facts = run_facts(paths, watched.hash, in_full)
+    facts = run_facts(paths, watched.hash)
     facts["event"], facts["run.state"] = change.kind, watched.state
     facts["run.last_seen"] = iso_time(watched.since_utc, "seconds")
     facts["run.promised"] = human_s(watched.promise_s) if watched.promise_s else ""
@@ -6969,15 +6949,14 @@ def change_facts(paths: RepoPaths, change: Change, in_full: bool) -> Facts:
         facts["run.reason"] = change.note or facts.get("run.reason", "")
     if change.kind == STALLED:
         facts["run.reason"] = "; ".join(filter(None, (facts.get("run.reason"), change.note)))
-        if in_full:
-            if lock_state(paths.marker(watched.hash)) == "held":
-                facts["run.process"] = "alive"
-            facts["run.frames"] = hanging_frames(paths, watched.hash)
+        if lock_state(paths.marker(watched.hash)) == "held":
+            facts["run.process"] = "alive"
+        facts["run.frames"] = hanging_frames(paths, watched.hash)
     if change.visible:
         facts["run.rank"] = str(change.rank)
         if not change.suffix:
             facts["run.reason"], facts["run.silent"] = change.note, ""
-        if in_full and change.visible != watched.hash:
+        if change.visible != watched.hash:
             visible = run_facts(paths, change.visible)
             facts.update({field: visible.get(field, "") for field in ("run.name", "run.metrics")})
         facts["run.hash"], facts["look"] = change.visible, f"show {change.visible}"
@@ -7081,15 +7060,14 @@ class Groups:
     def __init__(self, paths: RepoPaths, wait_s: float = ROLL_CALL_S) -> None:
         self.paths = paths
         self._wait_s = wait_s
-        self._reads_until = math.inf
         #: By group and kind of change: since when it waits for the others, and who took part so far.
         self._waiting: Dict[Tuple[str, str], Tuple[float, List[Member]]] = {}
 
     def member(self, watched: WatchedRun) -> Member:
         """Return which rank a run is of."""
-        if watched.member is None and _monotonic() < self._reads_until:
+        if watched.member is None:
             watched.member = read_member(self.paths, watched.hash)
-        return watched.member or Member("", 0, "", watched.hash)
+        return watched.member
 
     def by_group(self, runs: Dict[str, WatchedRun]) -> Dict[str, Dict[int, WatchedRun]]:
         """Return by group and rank the runs that have not finished, the newest of each rank."""
@@ -7109,8 +7087,6 @@ class Groups:
         """Return what is to be alerted now: of the changes of ranks, one for each group when all that take
         part in it are there, or have been waited for."""
         alerted, spoken = [], set()
-        # Where more runs have died at once than can be read in that time, it looks again.
-        self._reads_until = _monotonic() + FACTS_S
         for change in changes:
             if change.kind in (STARTED, RECOVERED):  # another process may have gone on with it
                 change.run.member = None
@@ -7289,32 +7265,9 @@ def saved_runs(saved: Dict[str, Any]) -> List[WatchedRun]:
     return found
 
 
-class StopSignal:
-    """Tells a loop to end, from a signal handler.
-
-    It sleeps in short pieces: time.sleep goes on after a handler, and every lock of `threading` can be
-    the one that the handler's own thread was just taking.
-    """
-
-    def __init__(self) -> None:
-        self.is_set = False
-
-    def set(self) -> None:
-        """End the wait, and every later one at once."""
-        self.is_set = True
-
-    def wait(self, seconds: float) -> None:
-        """Wait for `set`, at most that long."""
-        deadline = time.monotonic() + seconds
-        while not self.is_set and time.monotonic() < deadline:
-            time.sleep(max(0.0, min(0.2, deadline - time.monotonic())))
-
-
 DEFAULT_GRACE_S, DEFAULT_POLL_INTERVAL_S = 100.0, 1.0
 #: A listing that takes longer than this was not looking, it was waiting for the file system.
 MAX_LISTING_S = 10.0
-#: A poll that has read about runs for so long says little of the others: it must look again.
-FACTS_S = 2.0
 #: How much of a poll is spent on looking at markers.
 MARKERS_S = 0.05
 SWEEP_INTERVAL_S = 60.0
@@ -7343,7 +7296,7 @@ class Watcher:
         remind_every_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         utc: Callable[[], float] = time.time,
-        wait: Callable[[float], None] = time.sleep,
+        wait: Callable[[float], Any] = time.sleep,
         seize: bool = False,
     ) -> None:
         self.paths = paths
@@ -7456,22 +7409,19 @@ class Watcher:
         if not self._lock.held:
             with contextlib.suppress(OSError):
                 self._lock.acquire()  # somebody who seemed dead held it
-        before, arrived = self._clock(), False
+        before = self._clock()
         try:
             listing = list_below(self.paths.check_ins)
         except OSError as error:
             if not self.trouble:
                 log.error("cannot list %s: %s", error.filename or self.paths.check_ins, error.strerror)
             self.trouble = error.strerror or type(error).__name__
-            self.looking.look(self._clock(), 0.0)
             return []
         if self.trouble:
             log.warning("%s can be read again", self.paths.check_ins)
             self.trouble = ""
-            self.looking.look(self._clock(), 0.0)
-        else:
-            arrived = self.looking.look(before, self.poll_interval_s + 1) and self.looks > 0
-            self.looking.look(self._clock(), MAX_LISTING_S)
+        arrived = self.looking.look(before, self.poll_interval_s + 1) and self.looks > 0
+        self.looking.look(self._clock(), MAX_LISTING_S)
         self.dispatcher.reload_if_changed()
         self._send()  # what the last watcher, or an error, left
         now_s, first, self._first = self.looking.total_s, self._first, False
@@ -7494,10 +7444,9 @@ class Watcher:
         self.table.reported.clear()
         muted = self.groups.whole(self._read_mutes(), self.table.runs)
         wanted = [item for item in self._unmuted(changes, muted) if self.dispatcher.wanted(item.kind)]
-        deadline = self._clock() + FACTS_S
         alerted = self.groups.gather(wanted, self.table.runs, now_s)
-        self._events = [self._event(change, self._clock() < deadline) for change in alerted]
-        taken = self._take_messages(first, muted, deadline)
+        self._events = list(map(self._event, alerted))
+        taken = self._take_messages(first, muted)
         self._may_save = True
         self._send()
         remove_all(taken)
@@ -7554,10 +7503,9 @@ class Watcher:
     ) -> List[Change]:
         """Return what has become of runs, as their logs say, and as the markers do unless `by_log_alone`."""
         changes: List[Change] = []
-        deadline = self._clock() + FACTS_S
         for watched in suspects:
             marker = lock_state(self.paths.marker(watched.hash))
-            if marker == "held" or watched.hash in self.table.missing or self._clock() >= deadline:
+            if marker == "held" or watched.name not in self.table.names:
                 continue
             end = None
             with contextlib.suppress(OSError):  # Aim's run, or a share that is away
@@ -7606,7 +7554,7 @@ class Watcher:
         remove_all(os.path.join(self.paths.mutes, name) for run in over for name in mutes[run][1])
         return mutes.keys() - over
 
-    def _take_messages(self, first: bool, muted: Set[str], deadline: float) -> List[str]:
+    def _take_messages(self, first: bool, muted: Set[str]) -> List[str]:
         """Take away what runs logged since the last poll, and make events of it for those who want them;
         return the files that were taken, which are removed when the events are in the outbox. At first
         sight, and while nobody wants to know, it is dropped: nobody wants to hear of it later."""
@@ -7616,8 +7564,6 @@ class Watcher:
             names = names_in(self.paths.news, rf"[A-Za-z0-9_]{{1,64}}({re.escape(TAKEN)})?")
         wanted, level = self.dispatcher.wanted(LOG) and not first, self.dispatcher.log_level
         for run in sorted({name.partition(".")[0] for name in names}):
-            if self._clock() >= deadline:
-                break  # the rest waits for the next poll
             path = os.path.join(self.paths.news, run)
             try:
                 if run + TAKEN not in names:
@@ -7643,15 +7589,13 @@ class Watcher:
             self.dispatcher.notify(self._events)
             self._events = []
 
-    def _event(self, change: Change, in_full: bool) -> Event:
-        run, not_for = change.visible or change.run.hash, []
+    def _event(self, change: Change) -> Event:
         try:
-            facts = change_facts(self.paths, change, in_full)
-            if in_full:
-                not_for = self.dispatcher.not_for(run, change.run.state)
+            facts = change_facts(self.paths, change)
+            not_for = self.dispatcher.not_for(change.visible or change.run.hash, change.run.state)
         except Exception as error:  # whatever the run wrote, that it failed must be alerted
             log.error("run %s: %s: its alert says little", change.run.hash, type(error).__name__)
-            facts = change_facts(self.paths, change, in_full=False)
+            facts, not_for = {"event": change.kind, "run.hash": change.run.hash}, []
         return Event(change.id, change.kind, self._dated(facts), not_for)
 
     def _dated(self, facts: Facts) -> Facts:
@@ -7663,6 +7607,7 @@ class Watcher:
         if now_s - self._swept_s < SWEEP_INTERVAL_S and not self._once:
             return
         self._swept_s = now_s
+        self.table.forget_missing()
         if self._save(now=True):  # what is alerted is known from watcher.json alone from here on
             self.outbox.compact()
         acks = {ack_name(item.name, item.state) for item in self.table.runs.values()}
@@ -7712,9 +7657,9 @@ class Watcher:
         self._save_mono = begun + self._save_pause_s
         return True
 
-    def run(self, stop: StopSignal, after_poll: Callable[[], None] = lambda: None) -> None:
+    def run(self, stop: threading.Event, after_poll: Callable[[], None] = lambda: None) -> None:
         """Poll until `stop` is set."""
-        while not stop.is_set:
+        while not stop.is_set():
             begun = self._clock()
             self.poll()
             after_poll()
@@ -7728,12 +7673,9 @@ class Watcher:
         self.outbox.close()
         self._lock.release()
 
-    def counts(self) -> Dict[str, int]:
+    def counts(self) -> Counter[str]:
         """Return how many runs are in each state."""
-        counts = {RUNNING: 0, STALLED: 0, FAILED: 0, FINISHED: 0}
-        for watched in self.table.runs.values():
-            counts[watched.state] += 1
-        return counts
+        return Counter(watched.state for watched in self.table.runs.values())
 
 
 #: What tells one watcher from all others in watcher.json.
@@ -7748,9 +7690,8 @@ def watcher_id(saved: Dict[str, Any]) -> Tuple[Any, ...]:
 def is_elsewhere(saved: Dict[str, Any]) -> bool:
     """True where the last watcher was on another machine, whose locks may not be seen on this one, and did
     not say that it ended."""
-    host, pid, seen_at = saved.get("host"), saved.get("pid"), saved.get("seen_at")
-    known = isinstance(host, str) and isinstance(pid, int) and isinstance(seen_at, float)
-    return known and host != this_host() and not saved.get("ended") and not saved.get("once")
+    is_over = saved.get("ended") or saved.get("once") or not saved.get("pid")
+    return not is_over and saved.get("host") != this_host()
 
 
 def may_live(saved: Dict[str, Any]) -> bool:
@@ -7795,7 +7736,7 @@ class SeenAt:
         """Return how many seconds ago a look saw it change."""
         return time.monotonic() - self._since_mono
 
-    def moves(self, wait: Callable[[float], None] = time.sleep) -> bool:
+    def moves(self, wait: Callable[[float], Any] = time.sleep) -> bool:
         """Look for two intervals whether it changes."""
         first = self.look()
         for _ in range(round(4 * min(2 * self._interval_s + LOOK_ON_S, MAX_LOOK_ON_S))):
@@ -7815,9 +7756,8 @@ def describe_watcher(paths: RepoPaths) -> str:
     saved = read_watcher_file(paths)
     if not saved.get("pid"):
         return "another watcher"
-    since = local_time(float(saved["started_at"])) if isinstance(saved.get("started_at"), float) else "?"
     pid, host = printable(str(saved["pid"]), 20), printable(str(saved.get("host")), 100)
-    return f"process {pid} on {host} (since {since})"
+    return f"process {pid} on {host} (since {local_time(bounded(saved.get('started_at')))})"
 
 
 # ======================================================================================
@@ -9378,7 +9318,7 @@ def reply_bytes(reply: Reply, with_body: bool, closes: bool) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + reply.body * with_body
 
 
-def serve(site: Site, gate: Gate, listener: Any, stop: StopSignal) -> None:
+def serve(site: Site, gate: Gate, listener: Any, stop: threading.Event) -> None:
     """Answer requests until `stop` is set."""
     import http.server
     import socket
@@ -9441,7 +9381,7 @@ def serve(site: Site, gate: Gate, listener: Any, stop: StopSignal) -> None:
     server.socket.close()
     server.socket = listener
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    stop.wait(math.inf)
+    stop.wait()
 
 
 def listen(host: str, port: int, uds: Optional[str]) -> Any:
@@ -9739,10 +9679,10 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _stop_signal() -> StopSignal:
+def _stop_signal() -> threading.Event:
     """Return what says when this process was told to stop."""
     _give_memory_back()
-    stop = StopSignal()
+    stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     return stop
@@ -9805,11 +9745,11 @@ def cmd_start(args: Any) -> int:
 STANDBY_INTERVAL_S = 2.0
 
 
-def _take_watch(paths: RepoPaths, args: Any, stop: StopSignal) -> Optional[Watcher]:
+def _take_watch(paths: RepoPaths, args: Any, stop: threading.Event) -> Optional[Watcher]:
     """Return the watcher, with --standby as soon as no other one watches; None when stopped before."""
     held_by, seen_at, frozen = "", SeenAt(paths), False
     options = args.grace, args.poll_interval, args.once, args.remind_every or 0.0
-    while not stop.is_set:
+    while not stop.is_set():
         try:
             return Watcher(paths, *options, wait=stop.wait, seize=frozen)
         except RepoError as error:
@@ -9826,7 +9766,7 @@ def _take_watch(paths: RepoPaths, args: Any, stop: StopSignal) -> Optional[Watch
     return None
 
 
-def _watch(watcher: Watcher, stop: StopSignal, args: Any, handler: _LogThread) -> int:
+def _watch(watcher: Watcher, stop: threading.Event, args: Any, handler: _LogThread) -> int:
     paths, site = watcher.paths, Site(watcher.paths)
     pinger = Pinger(args.ping_url) if args.ping_url else None
 
@@ -9865,15 +9805,15 @@ def _watch(watcher: Watcher, stop: StopSignal, args: Any, handler: _LogThread) -
     return 0
 
 
-def _one_pass(watcher: Watcher, stop: StopSignal, args: Any) -> int:
+def _one_pass(watcher: Watcher, stop: threading.Event, args: Any) -> int:
     watcher.poll()
-    while watcher.table.suspects() and not (watcher.trouble or stop.is_set):
+    while watcher.table.suspects() and not (watcher.trouble or stop.is_set()):
         stop.wait(watcher.poll_interval_s)  # the next pass may come in an hour
         watcher.poll()
     if args.ping_url and not watcher.trouble:
         Pinger(args.ping_url).ping()
     deadline = time.monotonic() + ATTEMPT_S + 1
-    while not stop.is_set and time.monotonic() < deadline and not watcher.dispatcher.drain(0.1):
+    while not stop.is_set() and time.monotonic() < deadline and not watcher.dispatcher.drain(0.1):
         pass
     counts = watcher.counts()
     watcher.close()
