@@ -9349,16 +9349,12 @@ class TestDeath(WatchCase):
 
     def test_pass_of_once_waits_to_be_sure(self) -> None:
         process = self.start()
-        with mock.patch.object(threading.Event, "wait", lambda stop, seconds=0.0: self.clock.pass_(seconds)):
-            for _ in range(2):
-                with contextlib.ExitStack() as stack:
-                    watcher = self.watcher(self.clock, once=True)
-                    stack.callback(watcher.close)
-                    aimwatch._one_pass(
-                        watcher, threading.Event(), mock.Mock(ping_url=None, metrics_file=None)
-                    )
-                self.kill(process)
-                self.clock.pass_(300.0)
+        stop = mock.Mock(wait=self.clock.pass_, is_set=lambda: False)
+        for _ in range(2):
+            with contextlib.closing(self.watcher(self.clock, once=True)) as watcher:
+                aimwatch._one_pass(watcher, stop, mock.Mock(ping_url=None, metrics_file=None))
+            self.kill(process)
+            self.clock.pass_(300.0)
         self.assertEqual(self.told(), [("r", "failed")])
         with aimwatch.Index(self.paths).reading() as index:
             self.assertEqual(index.execute("SELECT active FROM runs").fetchall(), [(0,)])
