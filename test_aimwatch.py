@@ -12817,19 +12817,17 @@ class TestCommandLine(Case):
 class TestDemo(Case):
     def test_demo_is_right_and_keeps_its_repository_where_told(self) -> None:
         os.environ["TMPDIR"] = self.root
-        # How late an alert may be is asked of a machine that does nothing else; here tests run beside it.
-        call = "import sys, aimwatch; sys.argv[0] = 'aimwatch.py'; aimwatch.DEMO_SLACK_S = 20; "
-        call += "sys.exit(aimwatch.main())"
+        # How soon an alert must come is asked of a machine that does nothing else; here tests run beside it.
+        call = "import sys, aimwatch; sys.argv[0] = 'aimwatch.py'; aimwatch.DEMO_LIMIT_S = 50; "
+        call += "aimwatch.CONFIRM_S = 1.0; sys.exit(aimwatch.main())"
         process = self.command(sys.executable, "-c", call, "demo", "--keep", start_new_session=True)
         out, err = process.communicate(timeout=60)
         self.assertEqual(process.returncode, 0, out + err)
-        rows = [line for line in out.splitlines() if line.endswith(("  ok", "  WRONG"))]
-        self.assertLessEqual(max(map(len, rows)), 80)
-        self.assertEqual([(row.split()[0], *re.findall("  (finished|failed|stalled|recovered)  ", row)) for row in rows],
-                         [("finishes", "finished"), ("raises", "failed"), ("killed", "failed"), ("hangs", "stalled"),
-                          ("terminated", "failed"), ("stalls", "stalled"), ("stalls", "recovered"),
-                          ("stalls", "finished")])  # fmt: skip
-        self.assertIn("\nEvery alert came once, in time.\n", out)
+        rows = [re.split("  +", line) for line in out.splitlines() if line.endswith("  ok")]
+        self.assertEqual({row[0]: row[2] for row in rows},
+                         {"finishes": "finished", "raises": "failed", "killed": "failed", "hangs": "stalled",
+                          "terminated": "failed", "stalls": "stalled, recovered, finished"})  # fmt: skip
+        self.assertIn("\nEvery alert came, and came once.\n", out)
         for text in ("failed: ValueError: loss is NaN at step 10", "its process is gone",
                      "its process is still there", "failed: terminated by SIGTERM"):  # fmt: skip
             self.assertIn(text, err)
@@ -12853,7 +12851,7 @@ class TestDemo(Case):
                 ), mock.patch.object(aimwatch, "_demo_alerts", side_effect=[outcome]):
                     code, out, _ = self.run_cli("demo", *option)
                     self.assertEqual((code, len(os.listdir(folder))), (1, len(option)))
-                    self.assertEqual(out.count("WRONG: "), 8 if outcome == [] else 0)
+                    self.assertEqual(out.count("WRONG: "), 6 if outcome == [] else 0)
 
 
 #: What stands before a block of Python in README.md.
