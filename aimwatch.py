@@ -3666,6 +3666,11 @@ def series_of(metric: Dict[str, Any]) -> SeriesState:
     return series
 
 
+def duration_s(row: Dict[str, Any]) -> float:
+    """Return how long a run took, or has taken until now."""
+    return float((time.time() if row["end_time"] is None else row["end_time"]) - row["created_at"])
+
+
 #: The keys of a row, in the order in which it is shown.
 ROW_FIELDS = tuple(run_row(RunState("")))
 
@@ -4170,21 +4175,16 @@ _MAX_CHARS = 10_000
 #: How many levels the syntax tree may have: functions that call each other compile and evaluate it.
 _MAX_DEPTH = 40
 
-_COMPARISONS: Dict[str, Callable[[Any, Any], Any]] = {
-    "==": operator.eq,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-    "in": lambda item, whole: item in whole,
-}
-_COMPARISON_SIGNS: Dict[type, str] = {
-    ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=",
-    ast.In: "in", ast.NotIn: "not in", ast.Is: "is", ast.IsNot: "is not",
+#: How SQL writes a comparison, what decides it, and whether the opposite is asked.
+_COMPARISONS: Dict[type, Tuple[str, Callable[[Any, Any], Any], bool]] = {
+    ast.Eq: ("==", operator.eq, False), ast.NotEq: ("==", operator.eq, True),
+    ast.Is: ("==", operator.eq, False), ast.IsNot: ("==", operator.eq, True),
+    ast.Lt: ("<", operator.lt, False), ast.LtE: ("<=", operator.le, False),
+    ast.Gt: (">", operator.gt, False), ast.GtE: (">=", operator.ge, False),
+    ast.In: ("in", lambda item, whole: item in whole, False),
+    ast.NotIn: ("in", lambda item, whole: item in whole, True),
 }  # fmt: skip
-_OPPOSITES = {"!=": "==", "not in": "in", "is not": "=="}
 _MIRRORED = {"==": "==", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
-
 
 _NUMBER = (int, float)
 _TIME = (datetime.datetime, datetime.timedelta)
@@ -4228,22 +4228,13 @@ _FUNCTIONS: Dict[str, Callable[..., Any]] = {
     "abs": _for(abs, _NUMBER), "bool": bool, "float": float, "int": int, "len": len, "max": max, "min": min,
     "round": _for(round, _NUMBER), "sum": sum,
 }  # fmt: skip
+_TIMES_MADE: Dict[str, Callable[..., Any]] = {
+    "datetime": datetime.datetime, "timedelta": datetime.timedelta,
+    "datetime.now": lambda: _utc(time.time()), "datetime.utcnow": lambda: _utc(time.time()),
+}  # fmt: skip
 _TIME_PARTS = ("year", "month", "day", "hour", "minute", "second")
 
 _IMPOSSIBLE = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
-
-
-def _holds(sign: str, left: Any, right: Any) -> bool:
-    """Compare two values; False where that is impossible."""
-    try:
-        return bool(_COMPARISONS[sign](_with_own_nan(left), right))
-    except _IMPOSSIBLE:
-        return False
-
-
-def _with_own_nan(value: Any) -> Any:
-    # Inside lists, Python takes one and the same NaN for equal to itself. Here every NaN equals nothing.
-    return _from_text(_to_text(value)) if isinstance(value, (list, dict)) or value != value else value
 
 
 _EPOCH = datetime.datetime(1970, 1, 1)
@@ -4326,12 +4317,12 @@ def _constant(value: Any) -> _Value:
     return _Value(lambda row, metric: value, value)
 
 
-def compile_query(text: str, over: str = "run", now_utc_s: Optional[float] = None) -> CompiledQuery:
+def compile_query(text: str, over: str = "run") -> CompiledQuery:
     """Compile a query over "run" or "metric"; an empty one is true for all. Raises QueryError."""
     if not text.strip():
         return CompiledQuery(lambda row, metric: True, over, set())
     tree = _parse(text)
-    compiler = _Compiler(text, over, time.time() if now_utc_s is None else now_utc_s)
+    compiler = _Compiler(text, over)
     terms = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
     compiler.conjuncts = set(terms)
     test = compiler.condition(tree)
@@ -4392,6 +4383,7 @@ _RUN_FIELDS: Dict[str, _Value] = {
     "end_time": _from_row("end_time"),
     "finalized_at": _Value(lambda row, metric: _utc(row["end_time"]), kind="time"),
     "active": _Value(lambda row, metric: row["end_time"] is None, fact="active", kind="flag"),
+    "duration": _Value(lambda row, metric: duration_s(row)),
     **{field: _from_row(field) for field in ("state", "reason", "host", "pid", "user", "job", "rank")},
 }
 
@@ -4403,10 +4395,9 @@ _INSTEAD.update(BitAnd="and", BitOr="or", Invert="not", NamedExpr="==")
 class _Compiler:
     """Turns the nodes of one query into functions, and notes how the index can narrow it."""
 
-    def __init__(self, text: str, over: str, now_utc_s: float) -> None:
+    def __init__(self, text: str, over: str) -> None:
         self.text = text
         self.over = over
-        self.now_utc_s = now_utc_s
         self.params: List[str] = []
         #: The fields of a run that the query speaks of.
         self.fields: Set[str] = set()
@@ -4425,35 +4416,36 @@ class _Compiler:
 
     def comparison(self, node: ast.Compare) -> Evaluated:
         values = [self.value(operand) for operand in (node.left, *node.comparators)]
-        signs = [_COMPARISON_SIGNS[type(op)] for op in node.ops]
-        tests = [self.pair(node, sign, *values[nth : nth + 2]) for nth, sign in enumerate(signs)]
+        tests = [self.pair(node, op, *values[nth : nth + 2]) for nth, op in enumerate(node.ops)]
         if len(tests) == 1:
             return tests[0]
         return lambda row, metric: all(test(row, metric) for test in tests)
 
-    def pair(self, node: ast.expr, sign: str, left: _Value, right: _Value) -> Evaluated:
-        if sign in ("is", "is not") and right.const is not None:
+    def pair(self, node: ast.expr, op: ast.cmpop, left: _Value, right: _Value) -> Evaluated:
+        if isinstance(op, (ast.Is, ast.IsNot)) and right.const is not None:
             self.refuse(node, "'is' compares with None only: write ==")
         for value, const in ((left, right.const), (right, left.const)):
-            known = value.fact or value.kind == "time"
-            can_equal = (value.kind == "time") is isinstance(const, datetime.datetime)
-            if known and not can_equal and isinstance(const, (str, int, float, *_TIME)):
+            if value.kind == "time" and isinstance(const, (str, int, float)):
                 self.refuse(
                     node,
-                    "only a time compares with datetime(...), and with nothing else: run.creation_time and "
-                    "run.end_time are seconds",
+                    "a time compares with datetime(...) only: run.creation_time and run.end_time are seconds",
                 )
+        sign, compare, is_opposite = _COMPARISONS[type(op)]
+        if not is_opposite:
+            self.narrow(node, left, sign, right.const)
+            if sign in _MIRRORED:
+                self.narrow(node, right, _MIRRORED[sign], left.const)
+            elif right.kind == "member" and isinstance(left.const, str):
+                self.narrow(node, right._replace(kind="value"), "==", left.const)
         left_of, right_of = left.of, right.of
-        if sign in _OPPOSITES:
-            opposite = _OPPOSITES[sign]
-            return lambda row, metric: not _holds(opposite, left_of(row, metric), right_of(row, metric))
-        sign = "==" if sign == "is" else sign
-        self.narrow(node, left, sign, right.const)
-        if sign in _MIRRORED:
-            self.narrow(node, right, _MIRRORED[sign], left.const)
-        elif right.kind == "member" and isinstance(left.const, str):
-            self.narrow(node, right._replace(kind="value"), "==", left.const)
-        return lambda row, metric: _holds(sign, left_of(row, metric), right_of(row, metric))
+
+        def of(row: Dict[str, Any], metric: Any) -> bool:
+            try:
+                return bool(compare(left_of(row, metric), right_of(row, metric))) is not is_opposite
+            except _IMPOSSIBLE:
+                return is_opposite
+
+        return of
 
     def narrow(self, node: ast.expr, value: _Value, sign: str, const: Any) -> None:
         """Note what holds of the facts of every run for which a comparison with a constant is true."""
@@ -4521,15 +4513,11 @@ class _Compiler:
     def call(self, node: ast.Call) -> _Value:
         function = node.func
         name = _dotted(function)
-        now = _EPOCH + datetime.timedelta(seconds=self.now_utc_s)
-        make: Any = {"datetime": datetime.datetime, "timedelta": datetime.timedelta}.get(name)
-        if name in ("datetime.now", "datetime.utcnow"):
-            make = lambda: now  # noqa: E731
-        if make is not None:
+        if name in _TIMES_MADE:
             consts = [self.const(argument) for argument in node.args]
             named = {str(keyword.arg): self.const(keyword.value) for keyword in node.keywords}
             try:
-                return _constant(make(*consts, **named))
+                return _constant(_TIMES_MADE[name](*consts, **named))
             except (TypeError, ValueError, OverflowError) as error:
                 self.refuse(node, f"no {name} can be made of this ({error})")
         if node.keywords:
@@ -4588,15 +4576,9 @@ class _Compiler:
         first, *rest = names
         if first == "metrics":
             return self.summary(node, rest)
-        if first == "duration":
-            now = self.now_utc_s
-            field = _Value(
-                lambda row, metric: (now if row["end_time"] is None else row["end_time"]) - row["created_at"]
-            )
-        elif first in _RUN_FIELDS:
-            field = _RUN_FIELDS[first]
-        else:
+        if first not in _RUN_FIELDS:
             return self.param(names)
+        field = _RUN_FIELDS[first]
         self.fields.add(first)
         if not rest:
             return field
@@ -10626,7 +10608,7 @@ def run_cell(row: Dict[str, Any], column: str) -> Any:
         at = row[_TIMES[column]]
         return None if at is None else Moment(at)
     if column == "duration":
-        return (time.time() if row["end_time"] is None else row["end_time"]) - row["created_at"]
+        return duration_s(row)
     if column in ROW_FIELDS:
         return row[column]
     metric = _METRIC_COLUMN.fullmatch(column)
@@ -10897,7 +10879,7 @@ def run_fields(row: Dict[str, Any]) -> List[Tuple[str, Any]]:
         "archived": "yes" if row["archived"] else None,
         "created": local_time(row["created_at"]),
         "ended": ended,
-        "duration": human_s(run_cell(row, "duration")),
+        "duration": human_s(duration_s(row)),
         "reason": row["reason"],
         "host": row["host"],
         "process": row["pid"],
@@ -11026,7 +11008,7 @@ def report_lines(paths: RepoPaths, rows: Sequence[Dict[str, Any]], over_s: float
             for row in found[:MAX_REPORTED]:
                 where = f"on {row['host']}," if row["host"] else ""
                 about = filter(None, (short[row["hash"]], row["name"], where))
-                lines.append(printable(f"    {' '.join(about)} {human_s(run_cell(row, 'duration'))}", 200))
+                lines.append(printable(f"    {' '.join(about)} {human_s(duration_s(row))}", 200))
             if len(found) > MAX_REPORTED:
                 lines.append(f"    and {len(found) - MAX_REPORTED} more")
     return lines

