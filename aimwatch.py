@@ -386,12 +386,6 @@ def is_network(path: str) -> bool:
     return bool(mount) and mount[0] not in _LOCAL_FILE_SYSTEMS
 
 
-def has_local_locks(path: str) -> bool:
-    """True where the locks of other machines may not be seen, as the type and options of the mount say."""
-    mount = b" ".join(_mount_of(path))
-    return bool(re.search(rb"^fuse(\.| )|\bnolock\b|\blocal_lock=(all|posix)|\blocalflock\b", mount))
-
-
 def command_line(repo: Optional[str] = None) -> str:
     """Return how this program is called here, for messages that name a command to type.
 
@@ -3217,8 +3211,8 @@ class Run:
 
     def _index_itself(self, size: int) -> None:
         """Put the closed run into the index if that is quick; its marker asks others to otherwise."""
-        if has_local_locks(self._paths.own):
-            return  # nothing would keep two machines from writing it at the same time
+        if is_network(self._paths.own):
+            return  # on some, nothing would keep two machines from writing it at the same time
         try:
             with Index(self._paths).writing(0.3) as db:
                 db.execute("BEGIN IMMEDIATE")

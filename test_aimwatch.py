@@ -719,14 +719,6 @@ class AppendFiles(Case):
             )
             with self.subTest(kind=kind), mock.patch("builtins.open", mock.mock_open(read_data=table)):
                 self.assertIs(aimwatch.is_network(self.folder), network)
-        for mount, local in (
-            ("nfs x rw,nolock,local_lock=all", True), ("nfs x rw,local_lock=posix", True), ("fuse x rw", True),
-            ("fuse.sshfs x rw", True), ("lustre x rw,localflock", True), ("lustre x rw,flock", False),
-            ("nfs4 x rw,local_lock=none", False), ("fuseblk x rw", False), ("ext4 x rw", False),
-        ):  # fmt: skip
-            table = f"2 1 {number} / / rw - {mount}\n".encode()
-            with self.subTest(mount=mount), mock.patch("builtins.open", mock.mock_open(read_data=table)):
-                self.assertIs(aimwatch.has_local_locks(self.folder), local)
         for broken in (b"", b"1 1\n", f"1 1 {number} / / rw nfs\n".encode()):
             with self.subTest(broken=broken), mock.patch("builtins.open", mock.mock_open(read_data=broken)):
                 self.assertFalse(aimwatch.is_network(self.folder))
@@ -5036,8 +5028,8 @@ class Bounds(StoredCase):
             with self.subTest(most=most):
                 self.assertEqual(metric.some_points(most), [(step, float(step)) for step in steps])
 
-    def test_run_does_not_index_itself_where_locks_are_not_seen(self) -> None:
-        with mock.patch.object(aimwatch, "has_local_locks", return_value=True):
+    def test_run_does_not_index_itself_on_a_share_whose_locks_may_be_local(self) -> None:
+        with mock.patch.object(aimwatch, "is_network", return_value=True):
             Run("r", create=True, repo=self.root).close()
         self.assertEqual((self.pending(), os.path.exists(self.paths.index)), (["r"], False))
 
