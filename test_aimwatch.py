@@ -11220,13 +11220,12 @@ class Pages(StoredCase):
         self.assertEqual(reindexed, [])
         for path, status, what in (
             ("", 200, "All runs"), ("run/r7/", 200, "polyline"), ("compare/", 200, "Tick runs"), ("metrics", 200, "# EOF"),
-            ("runs.csv", 200, "hash,name"), ("api/runs", 200, '"r7"'), ("api/status", 200, '"watcher"'),
-            ("api/runs/r7", 200, '"nested"'), ("run/r7/points.csv?series=1", 200, "step,value,epoch,time\n0,"),
-            ("api/runs/r7/points?series=1", 200, '[{"step": 0, "value": '), ("run/none/", 404, "there is no run none"),
-            ("api/runs/none", 404, '{"error": "there is no run none'), ("api/x", 404, '{"error": "There is no such page'), ("run/../", 404, ""), ("run/..%2f/", 404, ""), ("run/%00/", 404, ""),
-            ("run/a\x00b/", 404, ""), ("nothing", 404, "no such page"), ("api/runs?q=+%3D", 400, '{"error": '), ("run/none/", 404, 'href="../../"'),
-            *((f"api/runs/r7/points{query}", status, '{"error": ') for query, status in (("", 404), ("?series=x", 404), ("?series=99", 404))),
-            ("run/r7/points.csv", 404, "api/runs/r7"), ("runs.csv?q=run.x+%3D", 400, "column"),
+            ("runs.csv", 200, "hash,name"), ("api/runs", 200, '"r7"'), ("api/status", 200, '"watcher"'), ("api/runs/r7", 200, '"nested"'),
+            ("run/r7/points.csv?series=1", 200, "step,value,epoch,time\n0,"), ("api/runs/r7/points?series=1", 200, '[{"step": 0, "value": '),
+            ("run/none/", 404, "there is no run none"), ("run/none/", 404, 'href="../../"'), ("api/runs/none", 404, '{"error": "there is no run none'),
+            ("api/x", 404, '{"error": "There is no such page'), ("run/../", 404, ""), ("run/..%2f/", 404, ""), ("run/%00/", 404, ""),
+            ("run/a\x00b/", 404, ""), ("nothing", 404, "no such page"), ("api/runs?q=+%3D", 400, '{"error": '), ("runs.csv?q=run.x+%3D", 400, "column"),
+            ("api/runs/r7/points", 404, '{"error": '), ("api/runs/r7/points?series=x", 404, '{"error": '), ("run/r7/points.csv?series=99", 404, "api/runs/r7"),
             ("?q=run.n+%3E+%3D+3", 200, "run.n &gt; = 3\n        ^"), ("?page=99", 200, "page 99 of 1"), ("?page=x&columns=,,", 200, "r7"),
             ("?sort=-n&columns=hash,n", 200, "r7"), ("compare/?run=r3&run=r5&run=r5", 200, "What differs"), ("compare/?run=zz", 404, "zz"),
             ("compare/?q=run.n+%3E+2", 200, "4 of 4 runs"), ("run/live/?x=time&xscale=log&smooth=0.9&page=9", 200, "running"),
@@ -11262,12 +11261,8 @@ class Pages(StoredCase):
         run.track(NAN, evil, context={evil: evil})
         run.log_error(evil, x=evil)
         run.report_progress(expect_next_in=5)
-        for path in (
-            "",
-            "run/evil/",
-            "compare/?run=evil",
-            f"?q={urllib.parse.quote(evil)}&columns={urllib.parse.quote(evil)}&sort={urllib.parse.quote(evil)}",
-        ):
+        quoted = urllib.parse.quote(evil)
+        for path in ("", "run/evil/", "compare/?run=evil", f"?q={quoted}&columns={quoted}&sort={quoted}"):
             with self.subTest(path=path):
                 text = self.get(*path.partition("?")[::2])
                 own = text.replace(aimwatch.PAGE_JS, "").replace(aimwatch.PAGE_CSS, "")
@@ -11345,14 +11340,7 @@ class Pages(StoredCase):
         aimwatch.Repo(self.root).reindex()
         with mock.patch.object(aimwatch, "status_rows", return_value=rows):
             text = self.get("", "columns=hash,state")
-        for what in (
-            "2 ranks",
-            "acknowledged by ann",
-            "45 %",
-            "slurm 7",
-            "1 min 30 s ago",
-            "state stalled",
-        ):
+        for what in ("2 ranks", "acknowledged by ann", "45 %", "slurm 7", "1 min 30 s ago", "state stalled"):
             self.assertIn(what, text)
         dead = 'state failed">\u2716 failed</span></td><td data-name="run"><a href="run/dead/">'
         self.assertIn(dead, self.get(""))
@@ -11471,15 +11459,15 @@ class UpCase(WatchCase):
 
 
 class UpProcess(UpCase):
-    def test_live_state_with_a_watcher(self) -> None:
+    def test_live_state_token_and_end(self) -> None:
         training = self.process("import time, aimwatch\nrun = aimwatch.Run('victim', create=True)\nrun.track(1, 'loss')\n"
                                 "run.report_progress(expect_next_in=600)\nprint(flush=True)\ntime.sleep(600)")  # fmt: skip
         training.stdout.readline()
         server = self.up("--watch")
         self.assertIn("this process watches", server.third_line)
         self.assertIn("state running", self.get(server, "/run/victim/")[1])
-        training.kill()
-        self.wait_for(lambda: "state failed" in self.get(server, "/run/victim/")[1], 30)
+        training.terminate()
+        self.wait_for(lambda: "state failed" in self.get(server, "/run/victim/")[1])
         self.assertEqual(self.get(server, "/", Authorization="Bearer x")[0], 403)
         browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
         with browser.open(server.url, timeout=10) as page:
@@ -11489,63 +11477,51 @@ class UpProcess(UpCase):
         self.assertEqual(server.returncode, 0)
         self.assertLess(time.monotonic() - begun, 5)
 
-    def test_one_connection_many_requests_and_none_that_drips(self) -> None:
+    def test_one_connection_many_requests_and_none_for_the_silent(self) -> None:
         server = self.up("--no-token", "--base-path", "p/")
         client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
         self.addCleanup(client.close)
-        for _ in range(3):
-            for method, path, status in (
-                ("GET", "/p/", 200),
-                ("HEAD", "/p/", 200),
-                ("GET", "/p", 301),
-                ("GET", "/p/run/x/", 404),
-                ("POST", "/p/", 501),
-            ):
-                client.request(method, path)
-                answer = client.getresponse()
-                has_body = method == "GET" and status != 301
-                self.assertEqual((answer.status, bool(answer.read())), (status, has_body))
+        for method, path, status in 3 * (
+            ("GET", "/p/", 200), ("HEAD", "/p/", 200), ("GET", "/p", 301), ("GET", "/p/run/x/", 404), ("POST", "/p/", 501),
+        ):  # fmt: skip
+            client.request(method, path)
+            answer = client.getresponse()
+            has_body = method == "GET" and status != 301
+            self.assertEqual((answer.status, bool(answer.read())), (status, has_body))
+        address = ("127.0.0.1", server.port)
         for data in (
             b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * 70_000,
             b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nGET /",
         ):
-            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as link:
-                with contextlib.suppress(OSError):
-                    link.sendall(data)
-                    self.assertNotIn(b"200", b"".join(iter(lambda: link.recv(65536), b"")))
-        idle = [
-            socket.create_connection(("127.0.0.1", server.port), timeout=10)
-            for _ in range(aimwatch.MAX_CONNECTIONS)
-        ]
-        for link in idle:
+            with socket.create_connection(address, timeout=10) as link, contextlib.suppress(OSError):
+                link.sendall(data)
+                self.assertNotIn(b"200", b"".join(iter(lambda: link.recv(65536), b"")))
+        silent = [socket.create_connection(address, timeout=10) for _ in range(aimwatch.MAX_CONNECTIONS)]
+        for link in silent:
             self.addCleanup(link.close)
-        idle[1].sendall(b"GET /p/ HTTP/1.1\r\nHo")
-        for link in idle[:2]:  # each has to go for somebody who asks
-            self.assertEqual(self.get(server, "/p/", Connection="close")[0], 200)
-            with contextlib.suppress(OSError):
-                self.assertEqual(link.recv(1), b"")
-            link.close()
-            idle.append(socket.create_connection(("127.0.0.1", server.port), timeout=10))
-            self.addCleanup(idle[-1].close)
+        silent[0].sendall(b"GET /p/ HTTP/1.1\r\nHo")
+        self.assertEqual(self.get(server, "/p/", Connection="close")[0], 200)
+        with contextlib.suppress(OSError):
+            self.assertEqual(silent[0].recv(1), b"")  # it had to go for somebody who asked
+        code, _, err = self.run_cli("up", "--port", str(server.port))
+        self.assertEqual(code, 1)
+        self.assertRegex(err, "Address already in use.*--port")
         self.end(server)
 
     def test_what_cannot_be_listened_on(self) -> None:
-        server = self.up("--no-token")
         taken = os.path.join(self.root, "taken")
         open(taken, "w").close()
         for argv, words in (
-            (["--port", str(server.port)], "Address already in use.*--port"), (["--uds", taken], f"Address already in use.*--uds {taken}"),
-            (["--host", "256.0.0.1"], "--host 256.0.0.1"), (["--port", "65536"], "not a whole number from 0 to 65535"), (["--port", "x"], "not a whole number"),
+            (["--uds", taken], f"Address already in use.*--uds {taken}"), (["--host", "256.0.0.1"], "--host 256.0.0.1"),
+            (["--port", "65536"], "not a whole number from 0 to 65535"), (["--port", "x"], "not a whole number"),
         ):  # fmt: skip
             with self.subTest(argv=argv):
                 code, out, err = self.run_cli("up", *argv)
                 self.assertIn(code, (1, 2))
                 self.assertRegex(err, words)
-        with mock.patch(
-            "socket.create_server", side_effect=PermissionError(errno.EACCES, "Permission denied")
-        ):
+        refused = PermissionError(errno.EACCES, "Permission denied")
+        with mock.patch("socket.create_server", side_effect=refused):
             self.assertIn("from 1024 up", self.run_cli("up", "--port", "80")[2])
-        self.end(server)
 
     def test_socket_file_is_for_this_user_alone(self) -> None:
         path = os.path.join(self.root, "up.sock")
@@ -11561,13 +11537,9 @@ class UpProcess(UpCase):
     def test_start_keeps_a_file_for_the_node_exporter(self) -> None:
         path = os.path.join(self.root, "aimwatch.prom")
         self.our_run()
-        watcher = self.start_watcher("--metrics-file", path)
-        self.wait_for(lambda: os.path.exists(path))
+        self.run_cli("start", "--once", "--metrics-file", path)
         with open(path, encoding="utf-8") as file:
-            self.assertRegex(
-                file.read(), r'aimwatch_runs\{state="finished",.*\} 1\n(?s:.*)aimwatch_watcher_alive 1\n'
-            )
-        self.end(watcher)
+            self.assertIn('aimwatch_runs{state="finished",', file.read())
         self.run_cli("start", "--once", "--metrics-file", os.path.join(self.root, "none", "x"))
 
 
@@ -12241,12 +12213,10 @@ class RunsWithoutCode(ExecCase):
         script = os.path.join(self.root, "script")
         open(script, "w").close()
         for argv, code, reason, said in (
-            (["true"], 0, None, ""), (["sh", "-c", "exit 3"], 3, "exited with status 3", ""),
-            (["sh", "-c", "kill -9 $$"], 137, r"was killed by SIGKILL( \(out of memory\?\))?", ""),
-            (["sh", "-c", "kill -15 $$"], 143, "was killed by SIGTERM", ""),
+            (["true"], 0, None, ""), (["sh", "-c", "exec >&- 2>&-; exit 3"], 3, "exited with status 3", ""),
+            (["sh", "-c", "kill -9 $$"], 137, r"was killed by SIGKILL \(out of memory.*\)", ""),
             (["no-such-program"], 127, "cannot start: No such file or directory", "no-such-program: No such file"),
             ([script], 126, "cannot start: Permission denied", ": Permission denied"),
-            (["sh", "-c", "exec >&- 2>&-; sleep 0.1; exit 7"], 7, "exited with status 7", ""),
         ):  # fmt: skip
             with self.subTest(argv):
                 process = self.program(*argv, cwd=self.root)
@@ -12258,15 +12228,6 @@ class RunsWithoutCode(ExecCase):
                 self.assertEqual(argv, row["argv"])
                 self.assertEqual("failed" if reason else "finished", row["state"])
                 self.assertRegex(row["reason"] or "", reason or "^$")
-
-    def test_output_that_does_not_block_gets_all_of_it(self) -> None:
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        with os.fdopen(reader, "rb") as file:
-            process = self.program("sh", "-c", "head -c 300000 /dev/zero && exit 5", stdout=writer)
-            os.close(writer)
-            self.wait_for(lambda: select.select([file], [], [], 0)[0])
-            self.assertEqual((300_000, 5), (len(file.read()), process.wait()))
 
     def test_reason_names_memory_where_the_kernel_does(self) -> None:
         killed, group = signal.SIGKILL, " (out of memory: the oom_kill count of its control group rose by 1)"
@@ -12282,18 +12243,27 @@ class RunsWithoutCode(ExecCase):
             with self.subTest(status=status, error=error, kills=kills):
                 self.assertEqual(expected, aimwatch.program_end(status, error, kills))
 
-    def test_run_is_described_by_options(self) -> None:
+    def test_run_is_described_by_options_and_last_lines(self) -> None:
         options = (
             "--name night --experiment e --tag a --tag b --param hparams.lr=0.5 --param data=c4 --param n=[1]"
         )
-        self.program("true", options=options.split()).communicate(timeout=30)
+        self.program("sh", "-c", "echo bad >&2; exit 1", options=options.split()).communicate(timeout=30)
         row = self.the_run()
         self.assertEqual(("night", "e", ["a", "b"]), (row["name"], row["experiment"], row["tags"]))
         self.assertEqual({"hparams": {"lr": 0.5}, "data": "c4", "n": [1]}, row["params"])
+        self.assertEqual(["bad"], row["frames"])
+        self.assertIn("bad", self.run_cli("show", row["hash"])[1])
+        facts = aimwatch.run_facts(self.paths, row["hash"])
+        self.assertIn("its last output:\n  bad", aimwatch.default_message({**facts, "event": "failed"}))
+        output = b"lost\n" + b"x" * 400 + b"\n" + b"".join(b"line %d\n" % number for number in range(30))
+        output += b"\n  1%\r 50%\r100%\r\n\x1b[31mred\x1b[0m \x1b]0;title\x07\a \xff \xe2\x80\xae\nno end"
+        lines = aimwatch.last_lines(output)
+        self.assertEqual((20, "line 13"), (len(lines), lines[0]))
+        self.assertEqual(["100%", "red \\x07 \ufffd \\x202e", "no end"], lines[-3:])
         for argv, said in (
             (["exec"], "required: COMMAND"),
             (["exec", "--"], "COMMAND"),
-            (["exec", "--expect", "-1", "true"], "is not a time such as"),
+            (["exec", "--expect", "-1", "true"], "not a time"),
             (["exec", "--param", "lr", "--", "true"], "'lr' is not of the form name=value"),
             (["exec", "--param", ".=1", "--", "true"], "not of the form"),
         ):
@@ -12303,11 +12273,7 @@ class RunsWithoutCode(ExecCase):
                 self.assertIn(said, err)
 
     def test_bytes_pass_through_in_both_directions(self) -> None:
-        data = (
-            random.Random(1).randbytes(3_000_000)
-            if hasattr(random.Random, "randbytes")
-            else os.urandom(3_000_000)
-        )
+        data = os.urandom(1_000_000)
         process = self.program("cat", stdin=subprocess.PIPE)
         self.assertEqual((data, b""), process.communicate(data, timeout=60))
         both = "for i in 1 2 3 4 5; do echo out; echo err >&2; done"
@@ -12315,20 +12281,13 @@ class RunsWithoutCode(ExecCase):
         self.assertEqual(b"out\nerr\n" * 5, process.communicate(timeout=30)[0])
         process = self.program("sh", "-c", both)
         self.assertEqual((b"out\n" * 5, b"err\n" * 5), process.communicate(timeout=30))
-
-    def test_last_lines_are_kept_and_defused(self) -> None:
-        output = b"lost\n" + b"x" * 400 + b"\n" + b"".join(b"line %d\n" % number for number in range(30))
-        output += b"\n  1%\r 50%\r100%\r\n\x1b[31mred\x1b[0m \x1b]0;title\x07\a \xff \xe2\x80\xae\nno end"
-        lines = aimwatch.last_lines(output)
-        self.assertEqual(20, len(lines))
-        self.assertEqual(["100%", "red \\x07 \ufffd \\x202e", "no end"], lines[-3:])
-        self.assertEqual("line 13", lines[0])
-        self.program("sh", "-c", "echo to stderr >&2; exit 1").communicate(timeout=30)
-        row = self.the_run()
-        self.assertEqual(["to stderr"], row["frames"])
-        self.assertIn("to stderr", self.run_cli("show", row["hash"])[1])
-        self.assertIn("its last output:\n  to stderr", aimwatch.default_message(
-            {**aimwatch.run_facts(self.paths, row["hash"]), "event": "failed"}))  # fmt: skip
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        with os.fdopen(reader, "rb") as file:
+            process = self.program("sh", "-c", "head -c 300000 /dev/zero && exit 5", stdout=writer)
+            os.close(writer)
+            self.wait_for(lambda: select.select([file], [], [], 0)[0])
+            self.assertEqual((300_000, 5), (len(file.read()), process.wait()))
 
     def test_program_runs_where_nobody_can_watch(self) -> None:
         write_file(os.path.join(self.root, "file"))
@@ -12352,9 +12311,7 @@ class RunsWithoutCode(ExecCase):
         goes_on = "trap '' PIPE; while echo hi 2>/dev/null; do sleep 0.1; done; exit 9"
         with open("/dev/full", "wb") as full:
             for name, script, streams, code, why in (
-                ("output", "echo hi || exit 9", {"stdout": full}, 1, reason),
                 ("error", "echo hi >&2 || exit 9", {"stderr": full}, 1, reason),
-                ("both", "echo hi || exit 9", {"stdout": full, "stderr": full}, 1, reason),
                 ("output", "echo hi; exit 3", {"stdout": full}, 3, f"exited with status 3; {reason}"),
                 ("output", goes_on, {"stdout": full}, 9, f"exited with status 9; {reason}"),
             ):  # fmt: skip
@@ -12368,20 +12325,15 @@ class RunsWithoutCode(ExecCase):
                     self.assertEqual(("failed", why), (row["state"], row["reason"]))
 
     def test_little_is_held_of_what_nobody_reads(self) -> None:
-        code = """
-import os, sys, time
+        process = self.python("""
+import os, select, sys
 os.set_blocking(1, False)
-sent, until = 0, time.monotonic() + 1
-while time.monotonic() < until:
-    try:
-        sent += os.write(1, bytes(4096))
-        until = time.monotonic() + 1
-    except BlockingIOError:
-        time.sleep(0.01)
+sent = 0
+while select.select([], [1], [], 0.3)[1]:
+    sent += os.write(1, bytes(4096))
 print(sent, file=sys.stderr, flush=True)
 os._exit(0)
-"""
-        process = self.python(code)
+""")
         self.assertLess(int(process.stderr.readline()), 1 << 20)
         process.stdout.read()
 
@@ -12461,22 +12413,17 @@ class HeartbeatsOfPrograms(ExecCase):
             ("busy", "while True: pass"),
         ):
             self.python(code, options=["--expect", "1", "--name", name])
-
         self.wait_for(lambda: self.flags() == 3 * ["check_in"])
-        of = {
-            Run(name[:-6], repo=self.root, read_only=True).name: name[:-6]
-            for name in os.listdir(self.paths.runs)
-        }
+        hashes = [name[:-6] for name in os.listdir(self.paths.runs)]
+        of = {Run(run_hash, repo=self.root, read_only=True).name: run_hash for run_hash in hashes}
 
         def number(name: str) -> int:
             return max((int(item.split("-")[1]) for item in self.check_ins(of[name])), default=0)
 
-        first = number("silent")
-        for _ in range(2):  # the silent one, too, would have checked in again by then
-            for name in ("dots", "busy"):
-                before = number(name)
-                self.wait_for(lambda name=name, before=before: number(name) > before)
-        self.assertEqual(first, number("silent"))
+        first = {name: number(name) for name in of}
+        # The silent one, too, would have checked in again by then.
+        self.wait_for(lambda: all(number(name) > first[name] for name in ("dots", "busy")))
+        self.assertEqual(first["silent"], number("silent"))
         self.assertEqual(3 * ["00002"], [item.split("-")[-1] for item in self.check_ins()])
 
     def test_promise_is_learned_or_given_or_none(self) -> None:
@@ -12487,9 +12434,7 @@ class HeartbeatsOfPrograms(ExecCase):
         ):
             with self.subTest(options):
                 self.program("sleep", "600", options=options)
-                self.wait_for(
-                    lambda: self.check_ins()[-1:] and self.check_ins()[-1].split("-")[2] == "check_in"
-                )
+                self.wait_for(lambda: self.flags()[-1:] == ["check_in"])
                 self.assertEqual(promised, self.check_ins()[-1].split("-")[-1])
                 for name in self.check_ins():
                     os.unlink(os.path.join(self.paths.check_ins, name))
@@ -12534,8 +12479,6 @@ class RunsOfPrograms(ExecCase):
         self.assertEqual(2, len(set(hashes)))
         self.assertEqual(hashes[0], hashes[1])
         self.assertEqual(0, process.returncode)
-
-    def test_second_run_of_a_process_is_another(self) -> None:
         process = self.python(JOINS + "run.close()\nwith Run() as run: print(run.hash)")
         first, second = process.communicate(timeout=60)[0].split()
         self.assertNotEqual(first, second)
@@ -12594,8 +12537,7 @@ class ProgramsOnATerminal(ExecCase):
 
     def runs(self, *argv: str, after: str = "") -> None:
         command = [sys.executable, "-m", "aimwatch", "--repo", self.root, "exec", "--", *argv]
-        self.types(f"{shlex.join(command)} {after}\n" if hasattr(shlex, "join") else
-                   " ".join(map(shlex.quote, command)) + f" {after}\n")  # fmt: skip
+        self.types(" ".join(map(shlex.quote, command)) + f" {after}\n")
         self.reads(b"\n")  # its echo
 
     def states(self, group: int) -> Set[str]:
@@ -12609,6 +12551,12 @@ class ProgramsOnATerminal(ExecCase):
         return states
 
     def test_terminal_stays_one(self) -> None:
+        def modes() -> bytes:
+            self.types("stty -a | md5sum\n")
+            self.reads(b"md5sum\r\n")
+            return self.reads(b"$ ").split()[0]
+
+        before = modes()
         code = "import os; print(*map(os.isatty, (0, 1, 2)), *os.get_terminal_size(1), os.path.exists('/dev/tty'))"
         for after, expected in (
             ("", b"True True True 99 33 True"),
@@ -12619,6 +12567,14 @@ class ProgramsOnATerminal(ExecCase):
                 self.runs(sys.executable, "-c", code, after=after)
                 self.reads(expected + b"\r\n")
                 self.reads(b"$ ")
+        code = "import os, time\nprint('go')\nwhile os.get_terminal_size().lines == 33: time.sleep(0.01)\nprint(*os.get_terminal_size())"
+        self.runs(sys.executable, "-c", code)
+        self.reads(b"go\r\n")
+        self.resize(44, 111)
+        self.reads(b"111 44\r\n")
+        self.reads(b"$ ")
+        self.resize(33, 99)
+        self.assertEqual(before, modes())
 
     def test_keys_work_as_without(self) -> None:
         self.runs("sh", "-c", "echo begun; cat; echo ended")
@@ -12647,22 +12603,6 @@ class ProgramsOnATerminal(ExecCase):
         self.reads(b"$ ")
         self.types("echo status $?\n")
         self.reads(b"status 130\r\n")
-
-    def test_size_follows_and_modes_are_restored(self) -> None:
-        self.types("stty -a | md5sum\n")
-        self.reads(b"md5sum\r\n")
-        self.resize(33, 99)
-        before = self.reads(b"$ ")
-        code = "import os, time\nprint('go')\nwhile os.get_terminal_size().lines == 33: time.sleep(0.01)\nprint(*os.get_terminal_size())"
-        self.runs(sys.executable, "-c", code)
-        self.reads(b"go\r\n")
-        self.resize(44, 111)
-        self.reads(b"111 44\r\n")
-        self.reads(b"$ ")
-        self.resize(33, 99)
-        self.types("stty -a | md5sum\n")
-        self.reads(b"md5sum\r\n")
-        self.assertEqual(before.split()[0], self.reads(b"$ ").split()[0])
 
 
 class TestCommandLine(Case):
