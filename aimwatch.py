@@ -253,7 +253,7 @@ def folder_of(path: str) -> Iterator[Tuple[int, str]]:
         yield fd, name
     except OSError as error:
         if at != path and os.path.islink(at):
-            raise OSError(errno.ELOOP, "symbolic links are not followed here", at) from None
+            raise OSError(errno.ELOOP, "links are not followed here: put a folder in its place", at) from None
         error.filename = at
         raise
     finally:
@@ -801,13 +801,9 @@ class RepoPaths:
         """Make the folders those of a group whose members all train here, and nobody but the owner watches,
         indexes, and says who is notified. Raises OSError."""
         for folder in self.folders():
-            with folder_of(folder) as (above, name):
-                fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
-                try:
-                    os.fchown(fd, owner, group)
-                    os.fchmod(fd, 0o2755 if folder in self.owners_folders() else 0o3775)
-                finally:
-                    os.close(fd)
+            with folder_of(f"{folder}/.") as (fd, here):
+                os.chown(here, owner, group, dir_fd=fd)
+                os.chmod(here, 0o2755 if folder in self.owners_folders() else 0o3775, dir_fd=fd)
 
 
 def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
@@ -841,8 +837,7 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
                 f"no repository at {root}: run '{command_line(root)} init' or start a run there"
             ) from None
     except OSError as error:
-        way_out = ": put a folder in its place" if error.errno == errno.ELOOP else ""
-        raise RepoError(f"cannot use {error.filename}: {error.strerror}{way_out}") from None
+        raise RepoError(f"cannot use {error.filename}: {error.strerror}") from None
     if create:
         paths.create()
     return paths
@@ -1435,14 +1430,14 @@ class AppendFile:
         if self._lost:
             return False
         try:
-            written = os.write(self._fd, b"\n" + line if self._torn else line)
+            data = b"\n" + line if self._torn else line
+            written = os.write(self._fd, data)
         except OSError as error:
             self._complain(error)
             return False
-        missing = len(line) + self._torn - written
         self.size += written
-        self._torn = missing > 0 and (written > 0 or self._torn)
-        if missing > 1:  # the next record brings the line break
+        self._torn = written < len(data)
+        if written < len(data) - 1:  # the next record brings a line break
             return False
         if self._must_sync:
             self._keep(line)
@@ -7322,8 +7317,7 @@ class Watcher:
                 self.dispatcher.notify([event._replace(facts=self._dated(event.facts))])
         except OSError as error:
             self._lock.release()
-            way_out = ": put a folder in its place" if error.errno == errno.ELOOP else ""
-            raise RepoError(f"cannot use {error.filename or paths.own}: {error.strerror}{way_out}") from None
+            raise RepoError(f"cannot use {error.filename or paths.own}: {error.strerror}") from None
         except BaseException:
             self._lock.release()
             raise
