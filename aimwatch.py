@@ -7986,10 +7986,6 @@ class Program:
             self._close(source)  # which the program notices when it writes on
             if error.errno != errno.EPIPE:
                 self.unwritten = error.errno or errno.EIO
-                what = "standard output" if target == 1 else "standard error"
-                line = f"{command_line()}: exec: {what} could not be written: {error.strerror}\n"
-                with contextlib.suppress(OSError):  # it may be the same file
-                    os.write(2, os.fsencode(line))
 
     def _close(self, source: int) -> None:
         os.close(source)
@@ -8254,12 +8250,12 @@ def keep_program(
     kills_before = count_oom_kills()
     program.start(argv, {**os.environ, **reporter.environ()})
     catch(ignored)
-    if program.error:
-        print(f"{command_line()}: exec: {argv[0]}: {os.strerror(program.error)}", file=sys.stderr)
-    else:
+    if not program.error:
         program.wait(caught, caught_by_exec, reporter.hand_over)
     kills = count_oom_kills() - kills_before
     code, reason = program_end(program.status, program.error, kills, program.unwritten)
+    if program.error or program.unwritten:
+        log.error("exec: %s: %s", argv[0], reason)
     lines = last_lines(program.output)
     reporter.finish(End(FAILED, reason, output=lines) if reason else End(FINISHED))
     with contextlib.suppress(OSError):  # `exec` was killed
@@ -8685,8 +8681,10 @@ class Site:
         try:
             if not os.path.isdir(self.paths.aim):
                 raise RepoError(f"no repository at {self.paths.root}: it was moved, or its share is away")
-            # Every 5 s a page says anew how long ago things were.
-            stamp = [path, query, int(self._utc()) // 5, *self._stamp(*hashes)]
+            # Every 5 s a page says anew how long ago things were, and what the watcher found.
+            logs = map(self.paths.run_log, {*list_pending(self.paths), *hashes})
+            stamps = [file_stamp(file) for file in (self.paths.check_ins, *sorted(logs))]
+            stamp = [path, query, int(self._utc()) // 5, *stamps]
             etag = f'"{zlib.crc32(repr(stamp).encode()):x}"'
             if etag == known_etag:
                 return Reply(304, etag=etag)
@@ -8705,15 +8703,6 @@ class Site:
             return Reply(status, as_json({"error": text}).encode(), "application/json")
         page = page_of(f"{status}", "../" * path.count("/") or "./", self.paths.root, {"Trouble": text})
         return Reply(status, page.encode("utf-8", "backslashreplace"), "text/html")
-
-    def _stamp(self, *hashes: str) -> List[Any]:
-        """Return what changes when anything does that a page may show."""
-        paths = self.paths
-        files = [paths.check_ins, paths.pending, paths.mutes, paths.outbox, paths.index, paths.watcher]
-        with contextlib.suppress(OSError):
-            files += map(paths.run_log, os.listdir(paths.pending))
-        files += [path for name in hashes for path in (paths.run_log(name), paths.stack(name))]
-        return [lock_state(paths.watcher_lock), self._seen_at.still_s() > FROZEN_S, *map(file_stamp, files)]
 
     # ---- what is known
 
@@ -9222,8 +9211,6 @@ PAGE_JS = r"""
 
 #: How many connections are served at once, and how long one may be silent.
 MAX_CONNECTIONS, IDLE_S = 32, 30.0
-#: For how many half seconds nobody is there before what was kept for them is dropped.
-_FORGET_AFTER = 120
 _CLOSED = (
     b"Closed. Open the address that 'aimwatch up' printed, with its key. If you did, the name in the "
     b"address is not one that this server knows: start it with --allowed-host NAME.\n"
@@ -9346,7 +9333,7 @@ def serve(site: Site, gate: Gate, listener: Any, stop: threading.Event) -> None:
 
         def service_actions(self) -> None:
             self.unused = 0 if links else self.unused + 1
-            if self.unused == _FORGET_AFTER:
+            if self.unused == 120:  # a minute, in pieces of half a second
                 site.forget()
 
     server = Server(("", 0), Handler, bind_and_activate=False)
