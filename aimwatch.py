@@ -3986,7 +3986,7 @@ class Reindexer:
                 self.mark_lost()
                 self.run(list_pending(self.paths), wait_s=wait_s)
                 break
-            except IndexUnusable:
+            except (IndexUnusable, FileNotFoundError):  # another one begins it anew
                 if is_last:
                     raise
         return list(dict.fromkeys(self.problems))
