@@ -69,7 +69,7 @@ memory: the registry of `FileLock`; of each `Run` one for its records and one fo
 `Outbox` one for what waits and one for its file; a condition of each `NotifierThread`.
 
 Threads of a training process: one of `_Stacks` while a promise is outstanding, and on a network file
-system one of `AppendFile` while its log is not synced. Threads of `start`: the poll; `ReindexThread`; a
+system one of `AppendFile`, which syncs. Threads of `start`: the poll; `ReindexThread`; a
 `NotifierThread` for each notifier; `SightAlarm` for a repository that does not answer; `Pinger`. Threads of
 `up`: one for each connection, 32 at most; `ReindexThread`; with `--watch` the poll and its notifiers.
 """
@@ -1318,8 +1318,8 @@ class AppendFile:
     once a second. When too much waits, the oldest lines are given up and counted in `dropped`.
 
     On a network file system a write succeeds, and its error comes at fsync. There a thread syncs the file
-    once a second while there is something to sync, and lines are kept until a sync has succeeded. After one
-    that failed, the file is cut to what is known to be on the disk, and the lines since wait again.
+    once a second, and lines are kept until a sync has succeeded. After one that failed, the file is cut to
+    what is known to be on the disk, and the lines since wait again.
 
     Arguments:
         path: the file; it is made where it is missing, and not its folder.
@@ -1342,16 +1342,17 @@ class AppendFile:
         #: descriptor is stale, or some of what was written to it is lost.
         self._lost = False
         #: On a network file system, the size of the file when it was on the disk, the lines since, each with
-        #: the size of the file at its end, and whether the thread runs.
+        #: the size of the file at its end, and whether the thread found the file in its place. Asking has
+        #: the system send all that was written since, so nobody else asks.
         self._must_sync = is_network(os.path.dirname(path))
         self._synced_size = 0
         self._unsynced: Deque[Tuple[int, bytes]] = deque()
-        self._syncing = False
-        #: Whether the thread that syncs found the file in its place. Asking has the system send all that was
-        #: written since, so where that thread runs nobody else asks.
         self._in_place = True
         self._fd, self._identity = -1, (0, 0)
         self._open()
+        if self._must_sync:
+            with contextlib.suppress(RuntimeError):  # none can be started; `close` syncs
+                start_quiet_thread(self._sync_each_second)
 
     def _open(self) -> None:
         fd = open_below(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -1458,20 +1459,13 @@ class AppendFile:
             self._unsynced.popleft()
         if self.size - self._synced_size > MAX_WAITING_BYTES:  # what a share that hangs is given to lose
             self._synced_size = self._unsynced.popleft()[0]
-        if not self._syncing:
-            self._syncing = True
-            try:
-                start_quiet_thread(self._sync_each_second)
-            except RuntimeError:  # none can be started; `close` syncs
-                self._syncing = False
 
     def _sync_each_second(self) -> None:
-        time.sleep(RETRY_S)
-        while self._syncing:
-            clean = self.sync()
-            self._in_place = self._is_in_place()
+        while self._fd >= 0:
             time.sleep(RETRY_S)
-            self._syncing = self._syncing and clean and self._synced_size < self.size
+            if self._synced_size < self.size:
+                self.sync()
+            self._in_place = self._is_in_place()
 
     def sync(self) -> bool:
         """Wait until what was written has reached the disk; False where it is known that it did not."""
@@ -1492,7 +1486,7 @@ class AppendFile:
         replaced it is begun anew with the summary; where only the descriptor went stale, as on a share that
         went away, it is opened again.
         """
-        self._lost = self._lost or not (self._in_place if self._syncing else self._is_in_place())
+        self._lost = self._lost or not (self._in_place if self._must_sync else self._is_in_place())
         self.flush(now=self._lost)
         return not self._lost
 
@@ -1505,7 +1499,6 @@ class AppendFile:
         whole = False
         for _ in range(2):  # what a failed sync lost is written once more
             whole = whole or self.flush(now=True) and (not self._must_sync or self.sync())
-        self._syncing = False
         if whole:
             self.flush()  # says that all is well again
         else:

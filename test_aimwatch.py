@@ -696,21 +696,22 @@ class AppendFiles(Case):
         self.assertTrue(self.file.flush(now=True))
         self.assertEqual(self.content(), b"1\n2\n3\n4\n5\n")
 
-    def test_share_is_synced_by_a_thread_while_there_is_something_to_sync(self) -> None:
+    def test_share_is_synced_and_looked_at_by_a_thread(self) -> None:
         self.on_a_share(by_hand=None)
-        start = aimwatch._thread.start_new_thread
-        with mock.patch.object(aimwatch, "RETRY_S", 0.0), mock.patch.object(os, "fsync") as fsync:
-            self.file.append(b"1\n")
-            self.assertEqual(start.call_count, 1)
-            self.file.append(b"2\n")
-            self.assertEqual(start.call_count, 1)  # it runs
-            in_thread = start.call_args[0][0]
-            thread = threading.Thread(target=in_thread)
-            thread.start()
-            thread.join(10)
-            self.assertEqual((thread.is_alive(), fsync.call_count), (False, 1))
-            self.file.append(b"3\n")
-            self.assertEqual(start.call_count, 2)
+        self.file.append(b"1\n")
+        fds, path = [], self.path
+
+        def fsync(fd: int, file: Any = self.file) -> None:
+            fds.append(fd)
+            os.unlink(path)
+
+        def sleep(seconds: float, file: Any = self.file) -> None:
+            if fds:
+                file._fd, file._lost = -1, True  # as after `close`
+
+        with mock.patch.object(os, "fsync", fsync), mock.patch.object(time, "sleep", sleep):
+            aimwatch._thread.start_new_thread.call_args[0][0]()  # type: ignore[attr-defined]
+        self.assertEqual((len(fds), self.file._in_place), (1, False))
 
     def test_network_file_systems_are_told_by_the_table_of_mounts(self) -> None:
         device = os.stat(self.folder).st_dev
