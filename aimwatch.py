@@ -4995,7 +4995,7 @@ KINDS: Dict[str, Kind] = {
     ),
     FAILED: Kind("❌", 0, "31", by_default=True, keep_s=86400.0),
     RECOVERED: Kind("✅", 4, by_default=True),
-    STARTED: Kind("", 5, line="{run.name} started"),
+    STARTED: Kind("", 5),
     FINISHED: Kind("✅", 6, "2", keep_s=600.0, line="{run.name} finished| {run.reason}"),
     LOG: Kind("📝", 3, line="{run.name} logged {run.reason}|: {run.messages}"),
     TROUBLE: Kind("❗", 2, line="aimwatch: {run.reason}"),
@@ -5048,18 +5048,12 @@ class Notifier(NamedTuple):
 
     def scrub(self, text: str) -> str:
         """Return `text` with every secret of this notifier, and every longer part of one, as asterisks."""
-        import base64
-
-        password = self.arguments.get("password") or ""
-        # As a login writes it, which a server may quote.
-        logins = (password, f"\0{self.arguments.get('user')}\0{password}") if password else ()
-        hidden = {base64.b64encode(login.encode()).decode() for login in logins}
+        hidden: Set[str] = set()
         for field in NOTIFIER_FIELDS[self.type]:
             for secret in texts_in(self.arguments.get(field.name)) if field.secret else ():
                 # The request line and library errors show the path without the host.
-                path = secret.partition("://")[2].partition("/")[2]
-                hidden.update((secret, path))
-                hidden.update(part for part in re.split(r"[/?&= ]", path or secret) if len(part) >= 6)
+                path = secret.partition("://")[2].partition("/")[2] or secret
+                hidden.update((secret, path, *re.findall("[^/?&= ]{6,}", path)))
         for secret in sorted(hidden, key=len, reverse=True):
             text = text.replace(secret, "***") if len(secret) > 3 else text
         return text
@@ -5154,9 +5148,8 @@ _USER = "{run.user}"
 def recipients(notifier: Notifier, facts: Facts) -> List[str]:
     """Return the addresses that get a mail about an event. One with the user in it gets none where that is
     unknown, or is no name that a mail address can have."""
-    user = facts.get("run.user", "")
+    user, addresses = facts.get("run.user", ""), notifier.arguments.get("to") or ()
     known = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", user)
-    addresses = notifier.arguments.get("to") or ()
     return [item.replace(_USER, user) for item in addresses if known or _USER not in item]
 
 
@@ -5166,19 +5159,15 @@ def checked_command(value: Any) -> List[str]:
 
     with contextlib.suppress(ValueError):
         value = shlex.split(value) if isinstance(value, str) else value
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ConfigError("must be a program and its arguments, as a shell takes them")
-    if not value or not os.path.isabs(value[0]):
-        raise ConfigError("must name the program with its whole path, such as /usr/bin/tee")
-    return value
+    words = list(map(str, value)) if isinstance(value, list) else []
+    if not words or not os.path.isabs(words[0]):
+        raise ConfigError("must be a program with its whole path, and its arguments, as a shell takes them")
+    return words
 
 
 def checked_query(value: Any) -> str:
-    """Check a query over runs."""
-    try:
-        compile_query(str(value))
-    except QueryError as error:
-        raise ConfigError(str(error)) from None
+    """Check a query over runs. Raises QueryError."""
+    compile_query(str(value))
     return str(value).strip()
 
 
@@ -5231,9 +5220,7 @@ NOTIFIER_FIELDS: Dict[str, Tuple[Field, ...]] = {
         _MESSAGE,
     ),
     "command": (
-        Field(
-            "command", "command", "Program with its whole path, and arguments", checked_command, required=True
-        ),
+        Field("command", "command", "Program with whole path, and arguments", checked_command, required=True),
         _MESSAGE,
     ),
 }
@@ -5253,24 +5240,19 @@ def masked(kind: str, arguments: Dict[str, Any]) -> Dict[str, Any]:
 
 def read_notifier(notifier_id: str, raw: Any) -> Notifier:
     """Return one entry of config.json as a Notifier; what is wrong with it is its `problem`."""
-    entry = raw if isinstance(raw, dict) else {"type": "?", "status": "disabled"}
-    kind, arguments = str(entry.get("type")), entry.get("arguments")
-    asked = entry.get("events", DEFAULT_EVENTS)
+    entry = raw if isinstance(raw, dict) else {}
+    kind, given, asked = entry.get("type"), entry.get("arguments"), entry.get("events", DEFAULT_EVENTS)
+    arguments = {**given} if isinstance(given, dict) else {}
     asked = asked if isinstance(asked, (list, tuple)) else [asked]
     name, where = (str(entry.get(key) or "") for key in ("name", "where"))
-    checked = {**arguments} if isinstance(arguments, dict) else {}
     subject, problem = "", None
     try:
-        if entry is not raw:
-            raise ConfigError("is not an object")
         if kind not in NOTIFIER_FIELDS:
-            raise ConfigError(f"type {printable(kind, 40)!r} is not one of {', '.join(NOTIFIER_FIELDS)}")
-        if not isinstance(arguments, dict):
-            raise ConfigError("has no 'arguments' object")
+            raise ConfigError(f"type {printable(repr(kind), 40)} is not one of {', '.join(NOTIFIER_FIELDS)}")
         for field in NOTIFIER_FIELDS[kind]:
             subject = f"argument {field.name!r} "
             if arguments.get(field.name) not in (None, ""):
-                checked[field.name] = field.check(arguments[field.name])
+                arguments[field.name] = field.check(arguments[field.name])
             elif field.required:
                 raise ConfigError("is missing")
         subject = "'events' "
@@ -5278,11 +5260,11 @@ def read_notifier(notifier_id: str, raw: Any) -> Notifier:
             raise ConfigError(f"must be a list of {', '.join(EVENTS)}")
         subject = "'where': "
         checked_query(where)
-    except ConfigError as error:
+    except (ConfigError, QueryError) as error:
         problem = f"{subject}{error}"
-    enabled = entry.get("status", "enabled") == "enabled"
+    enabled, name = entry.get("status", "enabled") == "enabled", printable(name, 40)
     events = tuple(event for event in EVENTS if event in asked)
-    return Notifier(notifier_id, kind, enabled, checked, events, problem, printable(name, 40), where)
+    return Notifier(notifier_id, str(kind), enabled, arguments, events, problem, name, where)
 
 
 class NotifierConfig:
@@ -5297,17 +5279,19 @@ class NotifierConfig:
 
         Raises ConfigError where the file is damaged, of another shape, unreadable, or not to be trusted.
         """
-        way_out = "mend it, or move it away and add the notifiers again"
         try:
             data, info = read_with_stat(self.path, MAX_LINE_BYTES)
             raw = json.loads(data.decode("utf-8-sig"))
+            raw["notifications"].setdefault("notifiers", {}).items()
         except FileNotFoundError:
             return {"notifications": {"version": "1.0", "log_level": 30, "notifiers": {}}}
         except OSError as error:
             raise ConfigError(f"cannot read {self.path}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
-            raise ConfigError(f"{self.path} is not JSON{where}: {way_out}") from None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ConfigError(
+                f'{self.path} is not JSON like {{"notifications": {{"notifiers": {{}}}}}} ({error}): '
+                "mend it, or move it away and add the notifiers again"
+            ) from None
         # It says where everything goes, and what programs run as the one who watches. On some shares files
         # belong to another number than their user has.
         mine = info.st_uid in (0, os.geteuid()) or (os.geteuid() and os.access(self.path, os.W_OK))
@@ -5316,10 +5300,6 @@ class NotifierConfig:
                 f"{self.path} is not used: it must be a file that belongs to you (or root) and that nobody "
                 "else can write: chmod 600"
             )
-        top = raw.get("notifications") if isinstance(raw, dict) else None
-        if not isinstance(top, dict) or not isinstance(top.setdefault("notifiers", {}), dict):
-            shape = '{"notifications": {"notifiers": {...}}}'
-            raise ConfigError(f"{self.path} has another shape than {shape}: {way_out}")
         return raw  # type: ignore[no-any-return]
 
     def notifiers(self) -> List[Notifier]:
@@ -5327,21 +5307,13 @@ class NotifierConfig:
         entries = self.read()["notifications"]["notifiers"]
         return [read_notifier(notifier_id, raw) for notifier_id, raw in entries.items()]
 
-    def log_level(self) -> int:
-        """Return from which level on people hear of log messages. Raises ConfigError like `read`."""
-        level = self.read()["notifications"].get("log_level", logging.WARNING)
-        return level if isinstance(level, int) else logging.WARNING
-
     def find(self, prefix: str, raw: Dict[str, Any]) -> str:
         """Return the ID of the notifier of that name, or that starts with `prefix`. Raises AimwatchError for
         none or several."""
         entries = raw["notifications"]["notifiers"]
-        named = {
-            read_notifier(notifier_id, entry).name: notifier_id for notifier_id, entry in entries.items()
-        }
-        if prefix and prefix in named:
-            return str(named[prefix])
-        return find_by_prefix(prefix, entries, "notifier", f": '{command_line()} notifiers list' shows them")
+        named = [key for key in entries if prefix and read_notifier(key, entries[key]).name == prefix]
+        way_out = f": '{command_line()} notifiers list' shows them"
+        return find_by_prefix(prefix, entries, "notifier", way_out, named)
 
     def edit(self) -> Iterator[Dict[str, Any]]:
         """Yield the content to a `for` loop that changes it, and write it back, under a lock and in one step.
@@ -5353,14 +5325,11 @@ class NotifierConfig:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             with FileLock(self._lock_path, mode=0o600) as lock:  # who may not edit may not lock it either
                 if lock.acquire(wait_s=CONFIG_LOCK_WAIT_S) is False:
-                    raise ConfigError(
-                        f"{self._lock_path} has been locked for {CONFIG_LOCK_WAIT_S:g} s: try again"
-                    )
+                    raise ConfigError(f"{self._lock_path} is locked: try again")
                 shared = is_network(os.path.dirname(self.path))
                 for look in range(CONFIG_LOOKS if shared else 1):
-                    if shared:
-                        time.sleep(CONFIG_LOOK_S if look else 0.0)
-                        freshen(self.path)
+                    time.sleep(CONFIG_LOOK_S if look else 0.0)
+                    freshen(self.path)
                     raw = self.read()
                     before = json.dumps(raw)
                     yield raw
@@ -5401,7 +5370,7 @@ def fill_template(template: str, facts: Facts) -> str:
 def fill_known(template: str, facts: Facts) -> str:
     """Return `template` filled in, without the parts between its bars of which a field is not known."""
     parts = [part for part in template.split("|") if all(map(facts.get, _TEMPLATE_FIELD.findall(part)))]
-    return fill_template("".join(parts).lstrip(", "), facts)
+    return fill_template(re.sub("^, ", "", "".join(parts)), facts)
 
 
 def on_one_line(reason: str) -> str:
@@ -5478,8 +5447,8 @@ def message_for(template: Optional[str], facts: Facts) -> str:
 FULL_EVENTS = 10
 #: Otherwise so many have a line each, and the rest are counted.
 BATCH_LINES = 20
-#: How much of such a line is shown, and of a name in it.
-BATCH_LINE_CHARS, BATCH_NAME_CHARS = 160, 60
+#: How much of such a line is shown, of a name in it, and of the names of all runs that are said as one.
+BATCH_LINE_CHARS, BATCH_NAME_CHARS, BATCH_NAMES_CHARS = 160, 60, 600
 
 
 def message_for_batch(template: Optional[str], batch: Sequence[Facts], limit: int = MAX_MESSAGE) -> str:
@@ -5487,38 +5456,34 @@ def message_for_batch(template: Optional[str], batch: Sequence[Facts], limit: in
     first line what happened; what had one cause is said once."""
     if len(batch) == 1:
         return shorten(message_for(template, batch[0]), limit)
-    shown = [_with_short_names(facts) for facts in sorted(batch, key=lambda facts: _kind_of(facts).rank)]
     causes: Dict[Any, List[Facts]] = {}
-    for facts in shown:
+    names = ("run.name", "run.experiment", "run.host")
+    for facts in sorted(batch, key=lambda facts: _kind_of(facts).rank):
         alone = len(batch) <= FULL_EVENTS and speaks_for(template, facts)
-        causes.setdefault(id(facts) if alone else _cause(facts), []).append(facts)
+        short = {
+            key: shorten(on_one_line(facts[key]), BATCH_NAME_CHARS, "...") for key in names if key in facts
+        }
+        causes.setdefault(id(facts) if alone else _cause(facts), []).append({**facts, **short})
     groups = list(causes.values())
-    kinds = [facts.get("event", "") for facts in shown]
+    kinds = [facts.get("event", "") for group in groups for facts in group]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-    lines = [f"{_counted(shown, 'events')}: {counts}"] if len(groups) > 1 else []
+    parts = [f"{_counted('events', sum(groups, []))}: {counts}"] if len(groups) > 1 else []
+    gap, left = "\n\n" if len(groups) <= FULL_EVENTS else "\n", len(batch)
     last = shorten(look_further({"repo": batch[0].get("repo", "")}), limit // 4, "...")
-    if len(groups) <= FULL_EVENTS:
-        text = "\n\n".join([*lines, *(_about(template, group, limit // 3) for group in groups), last])
-        if len(text) <= limit:
-            return text
-    left = len(batch)
     for group in groups[:BATCH_LINES]:
-        line = shorten(summary(_merged(group)), BATCH_LINE_CHARS, " ...")
-        line += f" ({_names(group, limit // 3)})" if "run.hash" in group[0] else ""
-        if len("\n".join([*lines, line, f"and {left} more", last])) > limit:
+        facts = _as_one(group)
+        whole = message_for(template, {**facts, "message": default_message(facts)})
+        line = shorten(summary(facts), BATCH_LINE_CHARS, " ...") + fill_known("| ({run.hash})", facts)
+        room = limit - len(gap.join([*parts, "", f"and {left} more", last]))
+        if len(line) > room:
             break
-        lines.append(line)
+        parts.append(whole if len(groups) <= FULL_EVENTS and len(whole) <= room else line)
         left -= len(group)
-    return "\n".join([*lines, *([f"and {left} more"] if left else []), last])
-
-
-def _with_short_names(facts: Facts) -> Facts:
-    names = [name for name in ("run.name", "run.experiment", "run.host") if name in facts]
-    return {**facts, **{name: shorten(on_one_line(facts[name]), BATCH_NAME_CHARS, "...") for name in names}}
+    return gap.join([*parts, *([f"and {left} more"] if left else []), last])
 
 
 def _cause(facts: Facts) -> Any:
-    """Return what events have in common that are said in one line."""
+    """Return what events have in common that are said as one."""
     event = facts.get("event", "")
     if event in (LOG, TROUBLE) or "run.rank" in facts or "run.hash" not in facts:
         return id(facts)
@@ -5529,39 +5494,25 @@ def _common(group: Sequence[Facts]) -> Facts:
     return {name: text for name, text in group[0].items() if all(item.get(name) == text for item in group)}
 
 
-def _counted(group: Sequence[Facts], noun: str) -> str:
+def _counted(noun: str, group: Sequence[Facts]) -> str:
     """Return how many there are, and where all of them ran: `7 runs in sweep on node7`."""
     return f"{len(group)} {fill_known(noun + '| in {run.experiment}| on {run.host}', _common(group))}"
 
 
-def _merged(group: Sequence[Facts]) -> Facts:
-    """Return what is known of all events of a group, under a name that counts them."""
-    return {**_common(group), "run.name": _counted(group, "runs")} if len(group) > 1 else group[0]
-
-
-def _names(group: Sequence[Facts], most: int) -> str:
-    """Return which runs those of a group are, with where they ran unless that was one place, in about `most`
-    characters."""
-    names = []
-    for facts in group[:BATCH_LINES]:
-        apart = len(group) == 1 or "run.host" not in _common(group)
-        run = facts["run.hash"][:8] + (f" on {facts['run.host']}" if apart and facts.get("run.host") else "")
-        name = facts.get("run.name") or facts["run.hash"]
-        names.append(f"{name} ({run})" if len(group) > 1 else run)
-    while len(", ".join(names)) > most:
-        names.pop()
-    left = len(group) - len(names)
-    return ", ".join(names) + (f" and {left} more" if left else "")
-
-
-def _about(template: Optional[str], group: Sequence[Facts], most: int) -> str:
-    """Return all that there is to say of the events of one cause, which runs they are in about `most`
-    characters."""
-    text = default_message(_merged(group))
+def _as_one(group: Sequence[Facts]) -> Facts:
+    """Return several events of one cause as one: what they have in common, how many there are, and which."""
     if len(group) == 1:
-        return message_for(template, {**group[0], "message": text})
-    first, _, rest = text.partition("\n")
-    return "\n".join(filter(None, [first, _names(group, most), rest]))
+        return group[0]
+    common = _common(group)
+    runs = []
+    for facts in group[:BATCH_LINES]:
+        where = "" if "run.host" in common else fill_known("| on {run.host}", facts)
+        short = facts["run.hash"][:8] + where
+        runs.append(f"{facts['run.name']} ({short})" if facts.get("run.name") else facts["run.hash"] + where)
+    while len(", ".join(runs)) > BATCH_NAMES_CHARS:
+        runs.pop()
+    more = f" and {len(group) - len(runs)} more" if len(runs) < len(group) else ""
+    return {**common, "run.name": _counted("runs", group), "run.hash": ", ".join(runs) + more}
 
 
 def plain_facts(facts: Facts) -> Facts:
@@ -5576,9 +5527,7 @@ def plain_facts(facts: Facts) -> Facts:
 MAX_FACT_LINES = 30
 #: What calls for somebody in one of the chats (`@all`, `<@&1>`, `<users/all>`), and what hides where a link
 #: leads to (`[name](url)`, `<url|name>`).
-_CALLS = re.compile(
-    r"(?<!\w)@(?=[\w\[&!])|@(?=everyone|here|channel|all)|<(?=users/|\w+:)|\](?=[(\[:])",
-)
+_CALLS = re.compile(r"(?<!\w)@(?=[\w\[&!])|@(?=everyone|here|channel|all)|<(?=users/|\w+:)|\](?=[(\[:])")
 
 
 def clean_facts(facts: Facts) -> Facts:
@@ -5609,8 +5558,6 @@ def shorten(text: str, limit: int = MAX_MESSAGE, mark: str = "\n...") -> str:
 
 ATTEMPT_S = 10.0
 MAX_ANSWER_BYTES = 1 << 16
-MAX_BACK_OFF_S = 300.0
-MAX_RETRY_AFTER_S = 3600.0
 #: REFUSED: it is this message that the other side does not take.
 SENT, RETRY, BROKEN, REFUSED = "sent", "retry", "broken", "refused"
 
@@ -5623,21 +5570,19 @@ class Outcome(NamedTuple):
     wait_s: float = 0.0
 
 
-class Answer(NamedTuple):
-    """An HTTP answer; its body is cut at MAX_ANSWER_BYTES."""
-
-    status: int
-    body: str
-    retry_after: str = ""
-
-
 def try_once(notifier: Notifier, send: Callable[[float], Outcome]) -> Outcome:
     """Try once to send something by a deadline, and return what came of it, in one line without secrets."""
+    import http.client
+
     deadline_mono = time.monotonic() + ATTEMPT_S
     try:
         outcome = send(deadline_mono)
     except Exception as error:
-        outcome = judge_error(error)
+        # Networks heal; what is our own making is tried in plain words, since it would end the same.
+        heals = isinstance(error, (OSError, http.client.HTTPException, MemoryError))
+        reason = getattr(error, "reason", None)
+        known = reason if isinstance(reason, Exception) else error
+        outcome = Outcome(RETRY if heals else REFUSED, f"{type(known).__name__}: {known}")
     if outcome.kind == RETRY and time.monotonic() >= deadline_mono:
         outcome = Outcome(RETRY, f"no complete answer within {ATTEMPT_S:g} s")
     return outcome._replace(detail=printable(notifier.scrub(" ".join(outcome.detail.split())), 200))
@@ -5651,16 +5596,9 @@ def left_s(deadline_mono: float) -> float:
     return seconds
 
 
-#: No server says more than this in one attempt.
-MAX_RECEIVED_BYTES = 1 << 20
-
-
 def bounded_socket(base: Any, deadline_mono: float) -> Any:
-    """Return a class of sockets that receive nothing after a deadline, and not without end.
-
-    A time-out bounds one operation, and a server that sends one byte a second never runs into it. So it
-    is set before each to what is left.
-    """
+    """Return a class of sockets that receive nothing after a deadline, and not without end. A time-out bounds
+    one operation, and a server that sends one byte a second never runs into it."""
 
     class Bounded(base):  # type: ignore[misc]
         received = 0
@@ -5669,22 +5607,22 @@ def bounded_socket(base: Any, deadline_mono: float) -> Any:
             self.settimeout(left_s(deadline_mono))
             count = super().recv_into(*args, **options)
             self.received += count
-            if self.received > MAX_RECEIVED_BYTES:
-                raise OSError(errno.EMSGSIZE, f"the answer is longer than {MAX_RECEIVED_BYTES} bytes")
+            if self.received > 1 << 20:
+                raise OSError(errno.EMSGSIZE, "the answer is longer than 1 MiB")
             return count
 
     return Bounded
 
 
-def dial(host: str, port: int, deadline_mono: float) -> Any:
+def dial(address: Tuple[str, int], deadline_mono: float) -> Any:
     """Return a connected socket that ends with the attempt. Raises OSError."""
     import socket
 
     try:
-        link = socket.create_connection((host, port), left_s(deadline_mono))
+        link = socket.create_connection(address, left_s(deadline_mono))
     except OSError as error:
         # Which of several servers it was is what people ask first.
-        raise type(error)(error.errno, f"{host}:{port}: {error.strerror or error}") from None
+        raise type(error)(error.errno, f"{error.strerror or error}: %s:%s" % address) from None
     with link:
         seconds = left_s(deadline_mono)  # where the name server took all of it, nothing is sent
         bounded = bounded_socket(socket.socket, deadline_mono)(fileno=link.detach())
@@ -5702,86 +5640,56 @@ def tls_context(deadline_mono: float) -> Any:
     return context
 
 
-def judge_error(error: BaseException) -> Outcome:
-    """Judge an attempt that ended in an exception: it is tried again, since networks heal; but
-    where it is our own making, in plain words, since the next time would end the same."""
-    import http.client
+def post(
+    kind: str, url: str, deadline_mono: float, payload: Any = None, headers: Optional[Dict[str, str]] = None
+) -> Outcome:
+    """POST `payload` to a URL as JSON, or GET it where there is none, and judge the answer of a server for a
+    type of notifier. Proxies and CA bundles come from the usual variables.
 
-    reason = getattr(error, "reason", None)
-    if isinstance(reason, BaseException):
-        error = reason
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    heals = isinstance(error, (OSError, http.client.HTTPException, MemoryError))
-    return Outcome(RETRY if heals else REFUSED, f"{type(error).__name__}: {text}")
-
-
-def http_request(
-    url: str, deadline_mono: float, payload: Any = None, headers: Optional[Dict[str, str]] = None
-) -> Answer:
-    """GET `url`, or POST `payload` to it as JSON, and return the answer, whatever its status.
-
-    Raises OSError and http.client.HTTPException. Proxies and CA bundles come from the usual variables.
+    Raises OSError and http.client.HTTPException.
     """
-    import http.client
     import urllib.request
 
-    class Handler(urllib.request.HTTPHandler):
-        https_request = urllib.request.HTTPHandler.http_request
+    class Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+        def do_open(self, http_class: Any, req: Any, **http_conn_args: Any) -> Any:
+            def connection(host: str, **options: Any) -> Any:
+                made = http_class(host, **options)
+                made._create_connection = lambda address, *_: dial(address, deadline_mono)
+                return made
 
-        def http_open(self, request: Any) -> Any:
-            return self.do_open(self.bounded(http.client.HTTPConnection), request)
-
-        def https_open(self, request: Any) -> Any:
-            context = tls_context(deadline_mono)
-            return self.do_open(self.bounded(http.client.HTTPSConnection), request, context=context)
-
-        def bounded(self, factory: Any) -> Any:
-            def make(host: str, **options: Any) -> Any:
-                connection = factory(host, **options)
-                connection._create_connection = lambda address, *_: dial(
-                    address[0], address[1], deadline_mono
-                )
-                return connection
-
-            return make
+            return super().do_open(connection, req, **http_conn_args)
 
     data = None if payload is None else json.dumps(payload).encode()
-    request = urllib.request.Request(url, data, method="GET" if data is None else "POST")
-    request.add_header("User-Agent", f"aimwatch/{__version__}")
-    if data is not None:
-        request.add_header("Content-Type", "application/json; charset=utf-8")
-    for name, value in (headers or {}).items():
-        request.add_unredirected_header(name, value)
+    own = {"User-Agent": f"aimwatch/{__version__}", "Content-Type": "application/json; charset=utf-8"}
+    request = urllib.request.Request(url, data, {**own, **(headers or {})})
     # Without urllib's handlers of errors and redirects, every answer is only an answer.
     opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.ProxyHandler(), Handler(), urllib.request.UnknownHandler()):
-        opener.add_handler(handler)
+    opener.add_handler(urllib.request.ProxyHandler())
+    opener.add_handler(Handler(context=tls_context(deadline_mono)))
+    opener.add_handler(urllib.request.UnknownHandler())
     with opener.open(request, timeout=ATTEMPT_S) as response:
         body = response.read(MAX_ANSWER_BYTES).decode("utf-8", "replace")
-        return Answer(response.status, body, response.headers.get("Retry-After", ""))
+        return judge_answer(kind, response.status, body, response.headers.get("Retry-After", ""))
 
 
-#: Not by its type: small servers call everything they answer HTML.
-_PAGE = re.compile(r"\s*(<\?xml[^>]*>\s*)?<(!doctype|html|head|body|title)\b", re.IGNORECASE)
-
-
-def judge_answer(kind: str, answer: Answer) -> Outcome:
+def judge_answer(kind: str, status: int, body: str, retry_after: str = "") -> Outcome:
     """Judge an HTTP answer to a notifier of some type, by its status and by what such a server says when it
     has taken a message (https://developers.facebook.com/docs/graph-api/guides/error-handling)."""
-    status, said, found = answer.status, answer.body.strip(), json_object(answer.body)
+    said, found = body.strip(), json_object(body)
     text = f"HTTP {status}" + (f": {said}" if said else "")
     if kind == "slack":  # servers that speak its format may answer with JSON
         good = found is not None and not found.get("error") and False not in map(found.get, ("ok", "success"))
         taken = status == 200 and (said == "ok" or good)
     elif kind == "workplace":
         taken = status == 200 and bool((found or {}).get("id"))
-    else:
-        taken = 200 <= status < 300 and not _PAGE.match(said)
+    else:  # unless it is a page for people; not by its type: small servers call all that they answer HTML
+        page = re.match(r"(?i)(<\?xml[^>]*>\s*)?<(!doctype|html|head|body|title)\b", said)
+        taken = 200 <= status < 300 and not page
     if taken:
         return Outcome(SENT, text)
     if status in (429, 503):
-        asked = re.fullmatch("[0-9]{1,9}", answer.retry_after.strip())
-        return Outcome(RETRY, text, min(float(asked[0]), MAX_RETRY_AFTER_S) if asked else 0.0)
+        asked = re.fullmatch("[0-9]{1,9}", retry_after.strip())
+        return Outcome(RETRY, text, min(float(asked[0]), 3600.0) if asked else 0.0)
     error = (found or {}).get("error") if kind == "workplace" and status < 500 else None
     if isinstance(error, dict):
         return Outcome(RETRY if error.get("code") in (1, 2, 4) else BROKEN, text)
@@ -5798,20 +5706,17 @@ def judge_answer(kind: str, answer: Answer) -> Outcome:
 
 def send_slack(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float) -> Outcome:
     """Post one message to a Slack webhook (https://api.slack.com/messaging/webhooks)."""
-    safe = [{name: slack_escape(value) for name, value in facts.items()} for facts in batch]
+    import html
+
+    # https://api.slack.com/reference/surfaces/formatting#escaping
+    safe = [{name: html.escape(value, quote=False) for name, value in facts.items()} for facts in batch]
     for facts in safe:
         for field in ("run.frames", "run.output"):
             if field in facts:
                 facts[field] = "```\n{}\n```".format(facts[field].replace("```", "` ` `"))
     text = message_for_batch(notifier.arguments.get("message"), safe, MAX_MESSAGE - 4)
     text += "\n```" * (text.count("```") % 2)  # it was cut in the middle of a block
-    return judge_answer("slack", http_request(notifier.arguments["url"], deadline_mono, {"text": text}))
-
-
-def slack_escape(text: str) -> str:
-    """Escape what Slack's format gives a meaning to (https://api.slack.com/reference/surfaces/
-    formatting#escaping), so that no value mentions a channel or makes a link."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return post("slack", notifier.arguments["url"], deadline_mono, {"text": text})
 
 
 def send_workplace(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float) -> Outcome:
@@ -5820,25 +5725,18 @@ def send_workplace(notifier: Notifier, batch: Sequence[Facts], deadline_mono: fl
     url = f"{(arguments.get('base_url') or WORKPLACE_URL).rstrip('/')}/{arguments['group_id']}/feed"
     headers = {"Authorization": f"Bearer {arguments['access_token']}"}
     text = message_for_batch(arguments.get("message"), batch)
-    return judge_answer("workplace", http_request(url, deadline_mono, {"message": text}, headers))
-
-
-#: Counted up when a field of the JSON document changes its meaning; new ones may come at any time.
-DOCUMENT_VERSION = 1
-MAX_DOCUMENT_EVENTS = 100
-_DOCUMENT_FIELDS = ("id", "event", "time", "repo")
+    return post("workplace", url, deadline_mono, {"message": text}, headers)
 
 
 def document(template: Optional[str], batch: Sequence[Facts]) -> Dict[str, Any]:
     """Return the JSON document that webhooks and commands get: the message for people in `text`,
     and in `events` what is known of each, by the names that templates use."""
     events: List[Dict[str, Any]] = []
-    for facts in batch[:MAX_DOCUMENT_EVENTS]:
-        fields = {name.partition(".")[2]: value for name, value in facts.items() if name.startswith("run.")}
-        known: Dict[str, Any] = {name: facts[name] for name in _DOCUMENT_FIELDS if name in facts}
-        events.append({**known, "run": fields})
+    for facts in batch[:100]:
+        known: Dict[str, Any] = {key: facts[key] for key in ("id", "event", "time", "repo") if key in facts}
+        events.append({**known, "run": {name[4:]: facts[name] for name in facts if name.startswith("run.")}})
     return {
-        "version": DOCUMENT_VERSION,
+        "version": 1,  # counted up when a field changes its meaning; new ones may come at any time
         "source": "aimwatch",
         "text": message_for_batch(template, batch),
         "events": events,
@@ -5868,12 +5766,7 @@ def send_webhook(notifier: Notifier, batch: Sequence[Facts], deadline_mono: floa
         payload = fill_body(arguments["body"], {**batch[0], "message": text})
     else:
         payload = document(arguments.get("message"), batch)
-    answer = http_request(arguments["url"], deadline_mono, payload, arguments.get("headers"))
-    return judge_answer("webhook", answer)
-
-
-#: The process groups of the programs that run just now.
-_programs: Set[int] = set()
+    return post("webhook", arguments["url"], deadline_mono, payload, arguments.get("headers"))
 
 
 def send_command(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float) -> Outcome:
@@ -5889,38 +5782,18 @@ def send_command(notifier: Notifier, batch: Sequence[Facts], deadline_mono: floa
         stdin.write(json.dumps(document(notifier.arguments.get("message"), batch)).encode() + b"\n")
         stdin.seek(0)
         files: Dict[str, Any] = {"stdin": stdin, "stdout": subprocess.DEVNULL, "stderr": stderr}
-        try:
-            # A session of its own, so that what it starts is ended with it.
-            process = subprocess.Popen(argv, env=environ, start_new_session=True, **files)
-        except OSError as error:
-            # A machine that is out of processes or memory will have some again.
-            kind = RETRY if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.ETXTBSY) else BROKEN
-            return Outcome(kind, f"{argv[0]}: {error.strerror}")
-        _programs.add(process.pid)
+        # A session of its own, so that what it starts is ended with it.
+        process = subprocess.Popen(argv, env=environ, start_new_session=True, **files)
         try:
             status = process.wait(max(0.0, deadline_mono - time.monotonic()))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return Outcome(RETRY, "timed out")
-        finally:
-            _programs.discard(process.pid)
-        if status == 0:
-            return Outcome(SENT, f"{argv[0]} exited with status 0")
-        how = f"exited with status {status}" if status > 0 else f"was killed by signal {-status}"
         stderr.seek(0)
         said = stderr.read(1000).decode("utf-8", "replace").strip()
-        return Outcome(RETRY, f"{argv[0]} {how}" + (f": {said}" if said else ""))
-
-
-def end_programs() -> None:
-    """Kill the programs that run, when the watcher ends: nobody would do it after their time."""
-    for group in list(_programs):
-        with contextlib.suppress(OSError):
-            os.killpg(group, signal.SIGKILL)
-
-
-MAX_MAIL = 50_000
+    how = f"exited with status {status}" if status >= 0 else f"was killed by signal {-status}"
+    return Outcome(RETRY if status else SENT, f"{argv[0]} {how}" + (f": {said}" if said else ""))
 
 
 def mail_text(notifier: Notifier, batch: Sequence[Facts], to: Sequence[str]) -> str:
@@ -5934,33 +5807,31 @@ def mail_text(notifier: Notifier, batch: Sequence[Facts], to: Sequence[str]) -> 
     from email.mime.text import MIMEText
 
     # A template may hold half a character.
-    text = message_for_batch(notifier.arguments.get("message"), batch, MAX_MAIL)
+    text = message_for_batch(notifier.arguments.get("message"), batch, limit=50_000)
     text = text.encode("utf-8", "replace").decode()
     mail = MIMEText(text, "plain", "utf-8")
-    headers: Dict[str, Any] = {
-        "Subject": Header(printable(text.partition("\n")[0], 150), "utf-8", header_name="Subject"),
-        "From": notifier.arguments["sender"],
-        "To": ", ".join(to),
-        "Date": email.utils.formatdate(localtime=True),
-        "Message-ID": email.utils.make_msgid(domain=re.sub(r"[^A-Za-z0-9.-]", "-", this_host())),
-        # Says that a program wrote this, so that no absence notice answers (RFC 3834).
-        "Auto-Submitted": "auto-generated",
-    }
-    for name, value in headers.items():
-        mail[name] = value
-    return mail.as_string(maxheaderlen=76)
+    subject = printable(text.partition("\n")[0], 150)
+    mail["Subject"] = Header(subject, "utf-8", header_name="Subject", maxlinelen=76).encode()
+    mail["From"] = notifier.arguments["sender"]
+    mail["To"] = ", ".join(to)
+    mail["Date"] = email.utils.formatdate(localtime=True)
+    mail["Message-ID"] = email.utils.make_msgid(domain=re.sub(r"[^A-Za-z0-9.-]", "-", this_host()))
+    mail["Auto-Submitted"] = "auto-generated"  # by a program, so that no absence notice answers (RFC 3834)
+    return mail.as_string()
 
 
-def judge_mail(error: BaseException) -> Outcome:
+def judge_mail(error: Exception) -> Outcome:
     """Judge what a mail server refused: 4xx is tried again, 5xx is not (RFC 5321 4.2.1)."""
     import smtplib
 
     codes = [code for code, _ in getattr(error, "recipients", {}).values()]
     codes = codes or [getattr(error, "smtp_code", 0)]
-    if isinstance(error, smtplib.SMTPNotSupportedError) or all(500 <= code < 600 for code in codes):
-        kind = REFUSED if isinstance(error, smtplib.SMTPDataError) else BROKEN
-        return Outcome(kind, f"{type(error).__name__}: {error}")
-    return judge_error(error)
+    kind = REFUSED if isinstance(error, smtplib.SMTPDataError) else BROKEN
+    if not all(500 <= code < 600 for code in codes):
+        kind = BROKEN if isinstance(error, smtplib.SMTPNotSupportedError) else RETRY
+    # What is said of a login may quote it.
+    said = codes[0] if isinstance(error, smtplib.SMTPAuthenticationError) else error
+    return Outcome(kind, f"{type(error).__name__}: {said}")
 
 
 def send_email(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float) -> Outcome:
@@ -5976,7 +5847,7 @@ def send_email(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float)
 
     class Server(smtplib.SMTP):
         def _get_socket(self, host: str, port: int, timeout: float) -> Any:
-            link = dial(host, port, deadline_mono)
+            link = dial((host, port), deadline_mono)
             if security == "tls":
                 link = tls_context(deadline_mono).wrap_socket(link, server_hostname=host)
             return link
@@ -5995,12 +5866,8 @@ def send_email(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float)
                 server.putcmd("quit")
     except smtplib.SMTPException as error:
         return judge_mail(error)
-    if refused:
-        # Sent again, it would reach the others twice.
-        except_for = printable(f"accepted, except for {', '.join(refused)}", 200)
-        log.warning("notifier email %s: the mail was %s", notifier.shown_as, except_for)
-        return Outcome(SENT, except_for)
-    return Outcome(SENT, f"accepted by {host}")
+    # Sent again to some, it would reach the others twice.
+    return Outcome(SENT, f"accepted by {host}" + (f", except for {', '.join(refused)}" if refused else ""))
 
 
 def send_logger(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float) -> Outcome:
@@ -6035,7 +5902,7 @@ def deliver(notifier: Notifier, batch: Sequence[Facts], plain: bool = False) -> 
 def back_off_s(failures: int, random: float) -> float:
     """Return how long to wait after that many failures in a row; `random` in [0, 1) spreads
     watchers that failed together."""
-    return min(MAX_BACK_OFF_S, 2.0 ** min(failures - 1, 20)) * (0.75 + random / 2)
+    return min(300.0, 2.0 ** min(failures - 1, 20)) * (0.75 + random / 2)
 
 
 # ======================================================================================
@@ -6323,7 +6190,7 @@ class NotifierThread(threading.Thread):
             )
             log.warning("notifier %s: %s; %s", name, reason, then)
         if kind == SENT and notifier.type != "logger":  # whose messages say it themselves
-            log.info("notifier %s was sent %s", name, plural(len(batch), "event"))
+            log.info("notifier %s was sent %s: %s", name, plural(len(batch), "event"), reason)
         self._failed_mono = self._failed_mono if self._failures else _monotonic()
         lasts = kind != SENT and _monotonic() - self._failed_mono >= OUTAGE_S
         if alarm is None and kind == SENT:  # with an alarm, the disk does not answer
@@ -6386,7 +6253,8 @@ class Dispatcher:
         """Read the configuration. Raises ConfigError; what was in force stays in force."""
         stamp = file_stamp(self._config.path)
         notifiers = self._config.notifiers()
-        self.log_level = self._config.log_level()
+        level = self._config.read()["notifications"].get("log_level")
+        self.log_level = level if isinstance(level, int) else logging.WARNING
         self._stamp, self._complaint = stamp, ""
         enabled = [item for item in notifiers if item.enabled]
         fallback = [FALLBACK] if all(item.problem for item in enabled) else []
@@ -6499,7 +6367,6 @@ class Dispatcher:
             thread.stop()
         for thread in self._threads.values():
             thread.join(max(0.0, deadline - time.monotonic()))
-        end_programs()
 
 
 # ======================================================================================
@@ -7806,7 +7673,7 @@ class Pinger(threading.Thread):
     def ping(self) -> bool:
         """GET the URL once; say so in the log when that begins to fail, and when it works again."""
         url = self._notifier.arguments["url"]
-        outcome = try_once(self._notifier, lambda until: judge_answer("webhook", http_request(url, until)))
+        outcome = try_once(self._notifier, lambda until: post("webhook", url, until))
         failing = outcome.kind != SENT
         if failing != self._failing:
             self._failing = failing
@@ -10172,7 +10039,7 @@ def _ask(prompt: str, check: Callable[[str], Any], secret: bool = False) -> Any:
             said = input(f"{prompt}: ")
         try:
             return check(said)
-        except ConfigError as error:
+        except AimwatchError as error:
             print(f"Error: {error}")
 
 
@@ -10281,7 +10148,7 @@ def _field_values(fields: Sequence[Field], args: Any) -> Dict[str, Any]:
         else:
             try:
                 value = _checked(field, said)
-            except ConfigError as error:
+            except AimwatchError as error:
                 raise ConfigError(f"--{field.flag}: {error}") from None
         if value:
             values[field.name] = value

@@ -28,6 +28,7 @@ import functools
 import gc
 import grp
 import hashlib
+import html
 import http
 import http.server
 import importlib
@@ -6123,19 +6124,13 @@ raise SystemExit(sum(os.wait()[1] != 0 for _ in range(10)))
             lock.acquire()
             code, _, err = self.run_cli("notifiers", "set-log-level", "INFO")
         self.assertEqual(code, 1)
-        self.assert_one_line(err, r"config\.lock has been locked for 0\.05 s: try again")
+        self.assert_one_line(err, r"config\.lock is locked: try again")
 
 
 DAMAGED_FILES = (
-    (b"", r"is not JSON \(line 1\): mend it, or move it away and add the notifiers again"),
-    (b'{"notifications": {"version": "1.0", "notif', r"is not JSON \(line 1\)"),
-    (b'{"notifications":\n {"notifiers":\n {"x" 1}}}', r"is not JSON \(line 3\)"),
-    (b"\xff\xfe{}", r"is not JSON: mend it"), (b"[" * 200000, r"is not JSON: mend it"),
-    (b"[]", r'has another shape than \{"notifications": \{"notifiers": \{\.\.\.\}\}\}: mend it'),
-    (b'"text"', "has another shape"), (b"null", "has another shape"), (b"{}", "has another shape"),
-    (b'{"notifications": []}', "has another shape"),
-    (b'{"notifications": {"notifiers": []}}', "has another shape"),
-    (b'{"notifications": {"notifiers": null}}', "has another shape"),
+    b"", b'{"notifications": {"version": "1.0", "notif', b'{"notifications":\n {"notifiers":\n {"x" 1}}}',
+    b"\xff\xfe{}", b"[" * 200000, b"[]", b'"text"', b"null", b"{}", b'{"notifications": []}',
+    b'{"notifications": {"notifiers": []}}', b'{"notifications": {"notifiers": null}}',
 )  # fmt: skip
 CONFIG_COMMANDS = (
     (), ("list",), ("list", "--json"), ("dump",), ("add", "logger", "--yes"), ("remove", "x", "--yes"),
@@ -6188,13 +6183,14 @@ class ConfigOnAShare(NotifierCase):
 
 class DamagedConfig(NotifierCase):
     def test_damaged_file_is_named_by_every_command_and_left_alone(self) -> None:
-        for data, message in DAMAGED_FILES:
+        said = r'config\.json is not JSON like \{"notifications": \{"notifiers": \{\}\}\} \(.*\): mend it, or move it away'
+        for data in DAMAGED_FILES:
             self.write_config(data)
             for command in CONFIG_COMMANDS:
                 with self.subTest(data=data[:50], command=command):
                     code, out, err = self.run_cli(*(["notifiers", *command] if command else ["start"]))
                     self.assertEqual((code, out), (1, ""))
-                    self.assert_one_line(err, r"config\.json " + message)
+                    self.assert_one_line(err, said)
                     self.assertEqual(read_file(self.paths.config), data)
 
     def test_what_is_no_file_is_refused_unread(self) -> None:
@@ -6227,10 +6223,10 @@ class DamagedConfig(NotifierCase):
         slack, group = {"url": GOOD_URL}, {"group_id": 1, "access_token": TOKEN}
         events = "'events' must be a list of stalled, failed, recovered, started, finished, log"
         for raw, problem in (
-            ("text", "is not an object"),
+            ("text", "type None is not one of slack, work"),
             ({"type": "pager", "arguments": {}}, "type 'pager' is not one of slack, work"),
-            ({"type": "slack"}, "has no 'arguments' object"),
-            ({"type": "slack", "arguments": [1]}, "has no 'arguments' object"),
+            ({"type": "slack"}, "argument 'url' is missing"),
+            ({"type": "slack", "arguments": [1]}, "argument 'url' is missing"),
             ({"type": "slack", "arguments": {}}, "argument 'url' is missing"),
             ({"type": "slack", "arguments": {"url": None}}, "argument 'url' is missing"),
             ({"type": "slack", "arguments": {"url": [1]}}, "argument 'url' must start with http"),
@@ -6478,11 +6474,13 @@ class Messages(unittest.TestCase):
         ]
         names = ", ".join(f"n{n} ({str(n) * 8})" for n in range(1, 8))
         text = aimwatch.message_for_batch(None, seven)
-        self.assertTrue(text.startswith(f"❌ 7 runs in resnet on node7 failed: {full}\n{names}\n"), text)
+        self.assertTrue(
+            text.startswith(f"❌ 7 runs in resnet on node7 failed: {full}\nrun {names}, experiment"), text
+        )
         self.assertTrue(text.endswith(f"where it failed, innermost last:\n{frames}\n\n{self.LAST}"), text)
         seven[6].update({"run.host": "node8", "run.frames": ""})
         text = aimwatch.message_for_batch(None, seven)
-        first = f"❌ 7 runs in resnet failed: {full}\nn1 (11111111 on node7), "
+        first = f"❌ 7 runs in resnet failed: {full}\nrun n1 (11111111 on node7), "
         self.assertTrue(text.startswith(first), text)
         self.assertNotIn("innermost", text)
         other = facts_of("failed", 8, run_reason="KeyError: 'x'")
@@ -6513,7 +6511,7 @@ class Messages(unittest.TestCase):
             self.assertIn(part, text)
         apart = [facts_of("failed", number, run_reason=f"E{number}") for number in range(199)]
         lines = aimwatch.message_for_batch(None, apart).split("\n")
-        self.assertEqual(lines[1], "❌ n0 failed: E0 (00000000 on node7)")
+        self.assertEqual(lines[1], f"❌ n0 failed: E0 ({'0' * 24})")
         self.assertEqual((len(lines), lines[-2]), (1 + aimwatch.BATCH_LINES + 2, "and 179 more"))
 
     def test_batch_of_200_names_what_there_is_room_for_whatever_they_are_called(self) -> None:
@@ -6526,7 +6524,7 @@ class Messages(unittest.TestCase):
                 with self.subTest(name=name[:9], kind=kind, limit=limit, alike=alike):
                     more = {"run_name": name, "run_host": name, "run_experiment": name}
                     facts = aimwatch.clean_facts(facts_of(kind, run_reason=reason, **more))
-                    facts = {key: aimwatch.slack_escape(value) for key, value in facts.items()}
+                    facts = {key: html.escape(value, quote=False) for key, value in facts.items()}
                     batch = []
                     for number in range(200):
                         why = f"{'' if alike else number}{facts['run.reason']}"
@@ -6577,7 +6575,7 @@ class Judgements(unittest.TestCase):
         """Check what is said of an answer to a notifier of some type: (status, body, outcome, its text)."""
         for status, body, outcome, detail in table:
             with self.subTest(kind=kind, status=status, body=body):
-                found = aimwatch.judge_answer(kind, aimwatch.Answer(status, body))
+                found = aimwatch.judge_answer(kind, status, body)
                 self.assertEqual((found.kind, found.wait_s), (outcome, 0.0))
                 self.assertIn(detail, found.detail)
 
@@ -6633,7 +6631,7 @@ class Judgements(unittest.TestCase):
                 ("30", 30.0), ("", 0.0), (" 7 ", 7.0), ("86400", 3600.0), ("-5", 0.0), ("soon", 0.0), ("²", 0.0),
             ):  # fmt: skip
                 with self.subTest(kind=kind, asked=asked):
-                    found = aimwatch.judge_answer(kind, aimwatch.Answer(status, "rate_limited", asked))
+                    found = aimwatch.judge_answer(kind, status, "rate_limited", asked)
                     self.assertEqual(found, ("retry", f"HTTP {status}: rate_limited", wait_s))
 
     def test_error_is_tried_again_and_named(self) -> None:
@@ -6642,18 +6640,20 @@ class Judgements(unittest.TestCase):
 
         gone = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
         for error, kind, detail in (
-            (gone, "retry", "ConnectionRefusedError: Connection refused"),
-            (urllib.error.URLError(gone), "retry", "ConnectionRefusedError: Connection refused"),
-            (urllib.error.URLError("no host"), "retry", "URLError: <urlopen error no host>"),
+            (gone, "retry", "ConnectionRefusedError: [Errno"),
+            (urllib.error.URLError(gone), "retry", "ConnectionRefusedError: [Errno"),
+            (urllib.error.URLError("no\nhost"), "retry", "URLError: <urlopen error no host>"),
             (socket.timeout("timed out"), "retry", ": timed out"),
             (http.client.BadStatusLine("X\r"), "retry", "BadStatusLine: "),
-            (MemoryError(), "retry", "MemoryError: MemoryError"),
+            (MemoryError(), "retry", "MemoryError:"),
+            (OSError("x" * 500), "retry", "..."),
             (KeyError("ours"), "refused", "KeyError: 'ours'"),
         ):
             with self.subTest(error=error):
-                found = aimwatch.judge_error(error)
+                found = aimwatch.try_once(notifier_of("logger"), mock.Mock(side_effect=error))
                 self.assertEqual((found.kind, found.wait_s), (kind, 0.0))
                 self.assertIn(detail, found.detail)
+                self.assertLessEqual(len(found.detail), 200)
 
     def test_back_off_doubles_from_one_second_to_five_minutes(self) -> None:
         for failures, wait_s in ((1, 1), (2, 2), (3, 4), (9, 256), (10, 300), (10**6, 300)):
@@ -6861,7 +6861,7 @@ class Webhooks(NotifierCase):
             {"id": "id1", "event": "failed", "time": "t", "repo": "/data/x"},
         )
         self.assertEqual((event["run"]["hash"], event["run"]["reason"]), (f"{1:024x}", "E: x"))
-        self.assertTrue(found["text"].startswith("❌ 2 runs in resnet on node7 failed: E: x\nn1 ("))
+        self.assertTrue(found["text"].startswith("❌ 2 runs in resnet on node7 failed: E: x\nrun n1 ("))
         server.requests.clear()
         aimwatch.deliver(notifier, [facts_of(run_name="@all")])
         found = json.loads(server.requests[0][3])
@@ -7029,7 +7029,7 @@ class Mail(NotifierCase):
                 begun = time.monotonic()
                 outcome = self.send(self.server(tls, EHLO=b"250-x\r\n" * (1 << 20)), security=security)
                 self.assertEqual(outcome.kind, "retry")
-                self.assertIn("the answer is longer than 1048576 bytes", outcome.detail)
+                self.assertIn("the answer is longer than 1 MiB", outcome.detail)
                 self.assertLess(time.monotonic() - begun, 9)
 
     def test_mail_is_handed_over_plain_by_starttls_and_by_tls(self) -> None:
@@ -7090,11 +7090,8 @@ class Mail(NotifierCase):
     def test_some_recipients_refused_is_said_and_the_others_have_it_once(self) -> None:
         server = self.server(RCPT2="550 unknown")
         outcome = self.send(server, to=["a@x", "b@y", "c@z"])
-        self.assertEqual(outcome, ("sent", "accepted, except for b@y", 0.0))
+        self.assertEqual(outcome, ("sent", "accepted by 127.0.0.1, except for b@y", 0.0))
         self.assertEqual(len(server.mails), 1)
-        self.assertEqual(
-            self.logged.lines, ["WARNING notifier email n: the mail was accepted, except for b@y"]
-        )
         mixed = self.server(RCPT1="550 unknown", RCPT2="450 later")
         self.assertEqual(self.send(mixed, to=["a@x", "b@y"]).kind, "retry")
 
@@ -7127,11 +7124,11 @@ class Mail(NotifierCase):
 
         server, mail = self.webhook(), self.server()
         unknown = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        for names, detail in (
-            (late, "no complete answer within 0.05 s"),
-            (mock.Mock(side_effect=unknown), "gaierror: 127.0.0.1:"),
+        for names, limit_s, detail in (
+            (late, 0.05, "no complete answer within 0.05 s"),
+            (mock.Mock(side_effect=unknown), 10.0, "gaierror: [Errno"),
         ):
-            with mock.patch("socket.getaddrinfo", names), mock.patch("aimwatch.ATTEMPT_S", 0.05):
+            with mock.patch("socket.getaddrinfo", names), mock.patch("aimwatch.ATTEMPT_S", limit_s):
                 for notifier in (notifier_of("slack", url=server.url), mail.notifier()):
                     outcome = aimwatch.deliver(notifier, [facts_of()])
                     self.assertEqual((outcome.kind, outcome.detail[: len(detail)]), ("retry", detail))
@@ -7211,11 +7208,10 @@ class Mail(NotifierCase):
         self.assertIn("\n.\n" + "é" * 990, self.parsed(server).get_content().replace("\r\n", "\n"))
 
     def test_secrets_are_not_in_what_is_said_of_a_login(self) -> None:
-        for text in ("PASSWORD", base64.b64encode(b"\0ann\0PASSWORD").decode()):
-            server = self.server(AUTH=f"535 wrong: {text} is not it")
-            outcome = aimwatch.deliver(server.notifier(user="ann", password="PASSWORD"), [facts_of()])
-            self.assertEqual(outcome.kind, "broken")
-            self.assertIn("wrong: *** is not it", outcome.detail)
+        for code, kind in ((535, "broken"), (454, "retry")):
+            server = self.server(AUTH=f"{code} wrong: {base64.b64encode(b'PASSWORD').decode()} is not it")
+            outcome = self.send(server, user="ann", password="PASSWORD")
+            self.assertEqual(outcome, (kind, f"SMTPAuthenticationError: {code}", 0.0))
 
 
 class Commands(NotifierCase):
@@ -7257,17 +7253,6 @@ class Commands(NotifierCase):
         self.assertIn("exited with status 3: []\\x1b", outcome.detail)
         self.assertLess(len(outcome.detail), 300)
 
-    def test_no_program_outlives_the_watch(self) -> None:
-        started = os.path.join(self.root, "started")
-        script = self.script('echo $$ > "$1.new"; mv "$1.new" "$1"; sleep 60')
-        self.configure(a={"type": "command", "arguments": {"command": [script, started]}})
-        watcher = self.watcher()
-        watcher.dispatcher.notify([event_of(1)])
-        self.wait_for(lambda: os.path.exists(started))
-        pid = int(read_file(started))
-        watcher.dispatcher.stop(0.0)
-        self.wait_for(lambda: not self.runs(pid))
-
     def test_how_a_program_ends_is_judged(self) -> None:
         for text, kind, detail in (
             ("exit 0", "sent", "exited with status 0"),
@@ -7280,16 +7265,16 @@ class Commands(NotifierCase):
                 self.assertEqual(outcome.kind, kind)
                 self.assertTrue(outcome.detail.endswith(detail), outcome)
 
-    def test_program_that_cannot_be_run_is_broken_and_one_that_may_be_later_is_not(self) -> None:
+    def test_program_that_cannot_be_run_may_be_later(self) -> None:
         for path, detail in (
             (os.path.join(self.root, "missing"), "No such file or directory"),
             (self.script("exit 0", 0o644), "Permission denied"),
             (self.root, "Permission denied"),
         ):
-            self.assertEqual(self.run_program(path), ("broken", f"{path}: {detail}", 0.0))
-        full = OSError(errno.EAGAIN, "Resource temporarily unavailable")
-        with mock.patch("subprocess.Popen", side_effect=full):
-            self.assertEqual(self.run_program("/bin/true").kind, "retry")
+            outcome = self.run_program(path)
+            self.assertEqual(
+                (outcome.kind, detail in outcome.detail, path in outcome.detail), ("retry", True, True)
+            )
 
     def test_program_that_hangs_is_killed_with_its_children(self) -> None:
         path = os.path.join(self.root, "pids")
@@ -7649,7 +7634,7 @@ class Notifying(NotifyingCase):
                 "WARNING notifier slack abcdefghijk: HTTP 500: no /***; trying again",
                 f"WARNING notifier slack abcdefghijk: HTTP 404: /***; {kept}",
                 "INFO notifier slack abcdefghijk is reached again",
-                "INFO notifier slack abcdefghijk was sent 1 event",
+                "INFO notifier slack abcdefghijk was sent 1 event: HTTP 200: ok",
             ],
         )
 
@@ -7762,7 +7747,7 @@ class Notifying(NotifyingCase):
         self.assertTrue(self._no_threads())
         self.assertEqual((self.sent("a"), self.sent("b")), ([], [event_of(1).id]))
         refused = [line for line in self.logged.lines if line.startswith("WARNING notifier slack a: ")]
-        sent = "INFO notifier slack b was sent 1 event"
+        sent = "INFO notifier slack b was sent 1 event: HTTP 200: ok"
         self.assertEqual((len(refused), sorted(self.logged.lines)), (1, [sent, *refused]))
 
     def test_end_waits_for_no_post_that_hangs_and_its_answer_is_written_nowhere(self) -> None:
@@ -8372,9 +8357,9 @@ class NotifiersAdd(NotifierCase):
             ((*mail, "--to", "a@b", "--security", "ssl"), "--security: must be one of starttls, tls, none, not 'ssl'$"),
             ((*mail, "--to", "a@b", "--user", "u", "--password", "PASSW\u00d6RD"), "--password: must be printable ASCII"),
             (("email", "--smtp-host", "a\nb", "--from", "a", "--to", "b"), "--smtp-host: must be one word"),
-            (("command", "--command", "tell"), "--command: must name the program with its whole path"),
-            (("command", "--command", "/bin/tell '"), "--command: must be a program and its arguments, as a shell takes them$"),
-            (("command", "--command", " "), "--command: must name the program with its whole path"),
+            (("command", "--command", "tell"), "--command: must be a program with its whole path"),
+            (("command", "--command", "/bin/tell '"), "--command: must be a program with its whole path"),
+            (("command", "--command", " "), "--command: must be a program with its whole path"),
         ):  # fmt: skip
             with self.subTest(argv):
                 code, out, err = self.add(*argv, "--yes")
