@@ -1440,8 +1440,12 @@ class AppendFile:
         self._torn = written < len(data)
         if written < len(data) - 1:  # the next record brings a line break
             return False
-        if self._must_sync:
-            self._keep(line)
+        if self._must_sync:  # the line is kept until it is known to be on the disk
+            self._unsynced.append((self.size, line))
+            while self._unsynced and self._unsynced[0][0] <= self._synced_size:
+                self._unsynced.popleft()
+            if self.size - self._synced_size > MAX_WAITING_BYTES:  # what a share that hangs is given to lose
+                self._synced_size = self._unsynced.popleft()[0]
         return True
 
     def _complain(self, error: OSError) -> None:
@@ -1451,14 +1455,6 @@ class AppendFile:
             self._in_trouble = True
             self._retry_mono = time.monotonic() + RETRY_S
             log.warning("cannot write %s: %s; records wait in memory", self.path, error.strerror)
-
-    def _keep(self, line: bytes) -> None:
-        """Keep a line until it is known to be on the disk."""
-        self._unsynced.append((self.size, line))
-        while self._unsynced and self._unsynced[0][0] <= self._synced_size:
-            self._unsynced.popleft()
-        if self.size - self._synced_size > MAX_WAITING_BYTES:  # what a share that hangs is given to lose
-            self._synced_size = self._unsynced.popleft()[0]
 
     def _sync_each_second(self) -> None:
         while self._fd >= 0:
@@ -1584,21 +1580,16 @@ def _parse_point(point: Any) -> Tuple[int, float, Optional[float], float]:
     return int(point[1]), float(point[2]), epoch, when
 
 
-def read_points(path: str, series_id: int, every: int = 1) -> List[Tuple[int, float, Optional[float], float]]:
+def read_points(path: str, series_id: int) -> List[Tuple[int, float, Optional[float], float]]:
     """Return the points of one series as (step, value, epoch, time), sorted by step, those of one
-    step as recorded; those that `read_log` counts and no others. Of `every` so many that follow each other,
-    only the first. Raises OSError."""
+    step as recorded; those that `read_log` counts and no others. Raises OSError."""
     start = b"[%d," % series_id
     points = []
-    left = 0
     with open_regular(path) as file:
         for line, _ in read_lines(file):
             if line.startswith(start):
-                left -= 1
-                if left < 0:
-                    with contextlib.suppress(*_NO_POINT):
-                        points.append(_parse_point(from_json(line)))
-                        left = every - 1
+                with contextlib.suppress(*_NO_POINT):
+                    points.append(_parse_point(from_json(line)))
     points.sort(key=lambda point: point[0])
     return points
 
@@ -3293,21 +3284,13 @@ class Metric:
     def __repr__(self) -> str:
         return f"<Metric {self.name!r} {self.context!r} of run {self.run.hash}: {self.count} points>"
 
-    def _read(self, every: int = 1) -> List[Tuple[int, float, Optional[float], float]]:
-        path = self.run._paths.run_log(self.run.hash)
-        try:
-            return read_points(path, self._id, every)
-        except OSError as error:
-            raise RepoError(f"cannot read {path}: {error.strerror}") from None
-
     @functools.cached_property
     def _points(self) -> List[Tuple[int, float, Optional[float], float]]:
-        return self._read()
-
-    def some_points(self, most: int) -> List[Tuple[int, float]]:
-        """Return steps and values; of more than `most` points some that are as far from each other."""
-        every = max(1, -(-self.count // most))
-        return [point[:2] for point in self._read(every)]
+        path = self.run._paths.run_log(self.run.hash)
+        try:
+            return read_points(path, self._id)
+        except OSError as error:
+            raise RepoError(f"cannot read {path}: {error.strerror}") from None
 
     @property
     def steps(self) -> List[int]:
@@ -10860,16 +10843,12 @@ def cmd_plot(args: Any) -> int:
     width, height = shutil.get_terminal_size((80, 24))
     for metric in found:
         print(printable(f"{metric.name} {shown(metric.context, 'context')}".rstrip(), width))
-        points = [
-            (step, value) for step, value in metric.some_points(MAX_PLOT_POINTS) if math.isfinite(value)
-        ]
+        points = [(step, value) for step, value, *_ in metric._points if math.isfinite(value)]
         lines = chart(points, max(20, width - 12), max(4, min(height - 4, 16)))
         print("\n".join(lines))
     return 0
 
 
-#: Of a longer series, every second, third ... point is drawn.
-MAX_PLOT_POINTS = 100_000
 #: Bits of the eight dots of a braille character, by column and row.
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 

@@ -5023,15 +5023,6 @@ class Bounds(StoredCase):
                 self.assertEqual(code, 1)
                 self.assertIn("no checkpoint in its last 128 MB", err)
 
-    def test_long_series_is_drawn_from_points_that_are_as_far_from_each_other(self) -> None:
-        with Run("r", create=True, repo=self.root) as run:
-            for step in range(100):
-                run.track(step, "m")
-        (metric,) = self.reread("r").metrics()
-        for most, steps in ((100, range(100)), (40, range(0, 100, 3)), (1, [0])):
-            with self.subTest(most=most):
-                self.assertEqual(metric.some_points(most), [(step, float(step)) for step in steps])
-
     def test_run_does_not_index_itself_on_a_share_whose_locks_may_be_local(self) -> None:
         with mock.patch.object(aimwatch, "is_network", return_value=True):
             Run("r", create=True, repo=self.root).close()
