@@ -4754,13 +4754,10 @@ class Repo:
         checked_run_hash(run_hash)
         with self._held(run_hash):
             found = os.path.exists(paths.run_log(run_hash))
-            own = [(paths.check_ins, name) for name in own_check_ins(paths, run_hash)]
-            own += [(paths.news, name) for name in names_in(paths.news, rf"{run_hash}([.-].*)?")]
-            own += [(paths.mutes, name) for name in names_in(paths.mutes, rf"{run_hash}-.*")]
-            own += [os.path.split(path) for path in (paths.stack(run_hash), paths.run_log(run_hash))]
-            for folder, name in own:
-                with contextlib.suppress(FileNotFoundError):
-                    unlink_below(os.path.join(folder, name))
+            for folder in (paths.check_ins, paths.news, paths.mutes, paths.stacks, paths.runs):
+                for name in names_in(folder, rf"{run_hash}([.-].*)?"):
+                    with contextlib.suppress(FileNotFoundError):
+                        unlink_below(os.path.join(folder, name))
         # The marker stays until the index has forgotten the run, now or when somebody reindexes.
         self._try_to_index([run_hash], 2.0)
         return found
@@ -4777,13 +4774,9 @@ class Repo:
         if not os.path.exists(path):
             raise RepoError(f"no run {run_hash} in {self.path}: '{command_line()} runs' lists them")
         with self._held(run_hash):
-            try:
-                state = read_log(path, run_hash)
-            except OSError as error:
-                raise RepoError(f"cannot read {path}: {error.strerror}") from None
-            problem = log_problem(state)
-            if problem:
-                raise RepoError(f"cannot close {run_hash}: {path}: {problem}")
+            state, _, problem = load_run(self._paths, run_hash)
+            if state is None:
+                raise RepoError(f"cannot close {run_hash}: {problem or path}")
             names = own_check_ins(self._paths, run_hash)
             newest = parse_check_in(names[-1]) if names else None
             open_ended = state.end is None or newest is not None and newest.flag != FINISHED
@@ -8557,10 +8550,8 @@ class Site:
             raise NotThere(f"there is no run {run_hash} in {self.paths.root}")
 
         def make() -> Dict[str, Any]:
-            state, size, trouble = load_run(self.paths, run_hash)
-            if state is None:
-                raise RepoError(f"cannot read {trouble or path}")
-            return {**run_row(state, size), "skipped": state.skipped}
+            state, row = read_run(self.paths, run_hash)
+            return {**row, "skipped": state.skipped}
 
         return self._keep("row", run_hash, stamp, make, 3000)  # type: ignore[no-any-return]
 
@@ -8703,7 +8694,8 @@ class Site:
         fields = each("<div><dt>{}</dt><dd>{}</dd></div>", [item for item in facts.items() if item[1]])
         metrics = []
         for metric in row["metrics"]:
-            cells = [shown(metric_cell((row, metric), name), name) for name in METRIC_COLUMNS[1:]]
+            known = metric_cells(row, metric)
+            cells = [shown(known[name], name) for name in METRIC_COLUMNS[1:]]
             metrics.append([*cells, html('<a href="points.csv?series={}">CSV</a>', metric["series"])])
         head = '<h1>{} {}</h1><p class="bad"><b>{}</b></p><dl>{}</dl>'
         parts = {
@@ -10432,14 +10424,14 @@ def run_cell(row: Dict[str, Any], column: str) -> Any:
     metric = _METRIC_COLUMN.fullmatch(column)
     if metric:
         name, context, field = metric.groups()
-        found = [item for item in row["metrics"] if item["name"] == column[len("metric:") :]]
-        if not found:
-            wanted = dict(re.findall("([^=,]+)=([^,]*)", context or ""))
-            for item in row["metrics"]:
-                texts = {key: str(value) for key, value in item["context"].items()}
-                found += [item] if item["name"] == name and (context is None or texts == wanted) else []
+        wanted = dict(re.findall("([^=,]+)=([^,]*)", context or ""))
+        found = [item for item in row["metrics"] if item["name"] == name]
+        if context is not None:
+            found = [
+                item for item in found if {key: str(of) for key, of in item["context"].items()} == wanted
+            ]
         last = max(found, key=lambda item: int(item["last_step"]), default=None)
-        return None if last is None else _of_metric(last, field or "last")
+        return None if last is None else metric_cells(row, last)[field or "last"]
     value = row["params"]
     for key in column.split("."):
         try:
@@ -10449,17 +10441,12 @@ def run_cell(row: Dict[str, Any], column: str) -> Any:
     return value
 
 
-def metric_cell(found: Tuple[Dict[str, Any], Dict[str, Any]], column: str) -> Any:
-    """Return what a column of `metrics` shows of a series, given with the row of its run."""
-    row, metric = found
-    return row["hash"] if column == "run" else _of_metric(metric, _METRIC_FIELDS.get(column, column))
+def metric_cells(row: Dict[str, Any], metric: Dict[str, Any]) -> Dict[str, Any]:
+    """Return what the columns of `metrics` show of a series in the row of its run."""
+    more = {"run": row["hash"], "metric": metric["name"], "step": metric["last_step"]}
+    return {**metric, **more, "last_time": Moment(metric["last_time"])}
 
 
-def _of_metric(metric: Dict[str, Any], field: str) -> Any:
-    return Moment(metric[field]) if field == "last_time" else metric[field]
-
-
-_METRIC_FIELDS = {"metric": "name", "step": "last_step"}
 #: What shows a time, with the field of a row that holds it.
 _TIMES = {"created": "created_at", "ended": "end_time"}
 _TIMES.update((field, field) for field in ("created_at", "end_time", "last_time"))
@@ -10487,11 +10474,11 @@ def sorted_by(sort: Optional[str], items: List[Any], cell: Callable[[Any, str], 
     way, and so does NaN: a run that diverged is not the best one. Text comes after numbers."""
     if not sort:
         return items
-    values = [cell(item, sort.lstrip("-")) for item in items]
-    there = [nth for nth, value in enumerate(values) if value is not None and value == value]
-    there.sort(key=lambda nth: _sort_key(values[nth]), reverse=sort.startswith("-"))
-    rest = set(range(len(items))).difference(there)
-    return [items[nth] for nth in (*there, *sorted(rest))]
+    pairs = [(cell(item, sort.lstrip("-")), item) for item in items]
+    there = [(value, item) for value, item in pairs if value is not None and value == value]
+    there.sort(key=lambda pair: _sort_key(pair[0]), reverse=sort.startswith("-"))
+    missing = [item for value, item in pairs if value is None or value != value]
+    return [*(item for _, item in there), *missing]
 
 
 def _sort_key(value: Any) -> Tuple[int, Any]:
@@ -10563,8 +10550,7 @@ def csv_cell(value: Any, for_terminal: bool = False) -> Any:
     if not isinstance(value, str):
         return "" if value is None else value
     text = printable(value, len(value) * 10) if for_terminal else value
-    is_number = re.fullmatch(r"[+-]([0-9.]+(e[+-]?[0-9]+)?|inf|nan)", text, re.IGNORECASE)
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") and not is_number else text
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
 def json_cell(value: Any) -> Any:
@@ -10611,9 +10597,7 @@ def cmd_runs(args: Any) -> int:
 
         def is_known(column: str) -> bool:
             metric = _METRIC_COLUMN.fullmatch(column)
-            if metric:
-                return not metrics.isdisjoint((metric[1], column[len("metric:") :]))
-            return re.sub(r"(\.[0-9]+)+$", "", column) in params
+            return metric[1] in metrics if metric else re.sub(r"(\.[0-9]+)+$", "", column) in params
 
         _refuse_unknown(more, is_known, [*RUN_FIELDS, *params, *(f"metric:{name}" for name in metrics)])
         for name in query.params:
@@ -10635,7 +10619,8 @@ def cmd_metrics(args: Any) -> int:
     columns = _asked_columns(args, METRIC_COLUMNS)
     known = METRIC_COLUMNS + _SERIES_FIELDS
     _refuse_unknown(columns, known.__contains__, known)
-    _print_list(args, repo._paths, columns, repo.metric_rows(args.query), metric_cell, "series")
+    found = [metric_cells(*pair) for pair in repo.metric_rows(args.query)]
+    _print_list(args, repo._paths, columns, found, operator.getitem, "series")
     return 0
 
 
@@ -10643,7 +10628,7 @@ def cmd_metrics(args: Any) -> int:
 def cmd_show(args: Any) -> int:
     """Show everything that is known of one run, and its log messages."""
     repo = Repo(args.repo)
-    state, row = _read_run(repo, repo.find_run(args.run))
+    state, row = read_run(repo._paths, repo.find_run(args.run))
     messages = list(read_messages(repo._paths.run_log(state.hash)))
     if args.json:
         print_json(run_object(row, messages))
@@ -10661,7 +10646,7 @@ def cmd_show(args: Any) -> int:
     if row["metrics"]:
         print("\nmetrics")
         columns = METRIC_COLUMNS[1:]
-        cells = [[metric_cell((row, metric), column) for column in columns] for metric in row["metrics"]]
+        cells = [[metric_cells(row, metric)[column] for column in columns] for metric in row["metrics"]]
         print_rows(args, repo._paths, columns, cells)
     if messages:
         print("\nlog messages")
@@ -10670,10 +10655,11 @@ def cmd_show(args: Any) -> int:
     return 0
 
 
-def _read_run(repo: Repo, run_hash: str) -> Tuple[RunState, Dict[str, Any]]:
-    state, size, problem = load_run(repo._paths, run_hash)
+def read_run(paths: RepoPaths, run_hash: str) -> Tuple[RunState, Dict[str, Any]]:
+    """Return the state and the row of a run, as its log has them now. Raises RepoError."""
+    state, size, problem = load_run(paths, run_hash)
     if state is None:
-        raise RepoError(f"cannot read {problem or repo._paths.run_log(run_hash)}")
+        raise RepoError(f"cannot read {problem or paths.run_log(run_hash)}")
     return state, run_row(state, size)
 
 
@@ -10717,7 +10703,7 @@ def cmd_diff(args: Any) -> int:
     """Show in what two runs differ, and what was run where."""
     repo = Repo(args.repo)
     hashes = [repo.find_run(args.run), repo.find_run(args.other)]
-    values = [_compared(_read_run(repo, run_hash)[1]) for run_hash in hashes]
+    values = [_compared(read_run(repo._paths, run_hash)[1]) for run_hash in hashes]
     names = list(dict.fromkeys(itertools.chain(*values)))
     rows: List[List[Any]] = [[name, *(known.get(name) for known in values)] for name in names]
     rows = [row for row in rows if row[0] in _ALWAYS_COMPARED or json_cell(row[1]) != json_cell(row[2])]
