@@ -3597,22 +3597,17 @@ def run_row(state: RunState, log_size: int = 0) -> Dict[str, Any]:
         "tags": list(tags) if isinstance(tags, list) else [],
         "archived": bool(props.get("archived")),
         "state": end.get("end", "running"),
-        "reason": _scalar(end.get("reason")),
-        "frames": list(map(_scalar, frames)) if isinstance(frames, list) else [],
+        "reason": end.get("reason"),
+        "frames": list(map(str, frames)) if isinstance(frames, list) else [],
         "created_at": state.created_at,
         "end_time": float(end["time"]) if end else None,
         "last_time": state.last_time,
-        **{field: _scalar(state.header.get(field)) for field in _HEADER_FIELDS},
-        "argv": list(map(_scalar, argv)) if isinstance(argv, list) else None,
+        **{field: state.header.get(field) for field in _HEADER_FIELDS},
+        "argv": list(map(str, argv)) if isinstance(argv, list) else None,
         "params": decode_value(state.params),
         "metrics": [_metric_of(series) for series in state.series.values()],
         "log_size": log_size,
     }
-
-
-def _scalar(value: Any) -> Any:
-    """Return a value of a log's own lines; None for what only a foreign log has in its place."""
-    return value if isinstance(value, (str, int, float)) else None
 
 
 def _metric_of(series: SeriesState) -> Dict[str, Any]:
@@ -3770,20 +3765,6 @@ def index_run(db: sqlite3.Connection, run_hash: str, record: Optional[RunRecord]
         parts, facts = record
         run_id = db.execute(_PUT_RUN, (run_id, *parts)).lastrowid
         db.executemany(_PUT_FACT, [(path, value, run_id) for path, value in facts])
-
-
-#: So many rows are read at a time, with no lock between, so that a long question lets writers in.
-_ROWS_AT_A_TIME = 500
-
-
-def stored_rows(db: sqlite3.Connection, ids: Sequence[int]) -> Iterator[StoredRow]:
-    """Yield the rows of the runs with these row numbers."""
-    for at in range(0, len(ids), _ROWS_AT_A_TIME):
-        some = ids[at : at + _ROWS_AT_A_TIME]
-        # All at once: a cursor left open would keep writers from committing.
-        where = f"id IN ({','.join('?' * len(some))})"
-        for parts in db.execute(f"SELECT {_STORED} FROM runs WHERE {where}", some).fetchall():
-            yield StoredRow(*parts)
 
 
 def mark_pending(paths: RepoPaths, run_hash: str) -> None:
@@ -4237,8 +4218,8 @@ class CompiledQuery(NamedTuple):
                 if self.test(row, metric):
                     yield row, metric
 
-    def candidates(self, db: sqlite3.Connection) -> List[int]:
-        """Return the row numbers of the runs for which the query may be true.
+    def candidates(self, db: sqlite3.Connection) -> Iterator[StoredRow]:
+        """Yield the rows of the runs for which the query may be true.
 
         Those conditions narrow that leave few runs. Whether 10 runs or all have `lr == 0.1` is nothing
         that SQLite keeps, so it is counted, up to a limit.
@@ -4251,9 +4232,11 @@ class CompiledQuery(NamedTuple):
 
         possible = self.narrowings[:_MOST_NARROWINGS]
         chosen = list(filter(leaves_few, possible)) or possible
-        sql = " INTERSECT ".join(f"SELECT run FROM facts WHERE {where}" for where, _ in chosen)
+        ids = " INTERSECT ".join(f"SELECT run FROM facts WHERE {where}" for where, _ in chosen)
         args = [arg for _, args in chosen for arg in args]
-        return sorted({run for (run,) in db.execute(sql or "SELECT id FROM runs", args)})
+        sql = f"SELECT {_STORED} FROM runs" + (f" WHERE id IN ({ids})" if ids else "")
+        for parts in db.execute(sql, args):
+            yield StoredRow(*parts)
 
 
 #: So many runs are too many to look at one by one, where another condition leaves fewer.
@@ -4859,8 +4842,8 @@ class Repo:
             lacking = self._read_pending(index)
             found: List[Any] = list(query.matches(StoredRow(*parts) for parts in self._overlay.values()))
             if index is not None:
-                rows = stored_rows(index, query.candidates(index))
-                found += query.matches(row for row in rows if row["hash"] not in lacking)
+                rows = (row for row in query.candidates(index) if row["hash"] not in lacking)
+                found += query.matches(rows)
             return found
 
         found: List[Any] = self._ask(select)
@@ -10690,7 +10673,7 @@ def run_fields(row: Dict[str, Any]) -> List[Tuple[str, Any]]:
         "user": row["user"],
         "job": row["job"],
         "folder": row["cwd"],
-        "command": " ".join(map(str, row["argv"])) if isinstance(row["argv"], list) else None,
+        "command": " ".join(row["argv"] or ()),
         "commit": row["commit"],
         "output": row["stdout"],
         "python": row["python"],

@@ -3163,13 +3163,14 @@ class IndexCase(unittest.TestCase):
 
     def found(self, text: str, over: str = "run") -> List[Any]:
         query = aimwatch.compile_query(text, over)
-        everything = [run_id for (run_id,) in self.db.execute("SELECT id FROM runs ORDER BY id")]
         found, expected = (
-            [repr((row["hash"], metric)) for row, metric in query.matches(aimwatch.stored_rows(self.db, ids))]
-            for ids in (query.candidates(self.db), everything)
+            sorted(query.matches(rows), key=lambda pair: str(pair[0]["hash"]))
+            for rows in (query.candidates(self.db), query._replace(narrowings=()).candidates(self.db))
         )
-        self.assertEqual(found, expected, text)
-        return list(query.matches(aimwatch.stored_rows(self.db, everything)))
+        self.assertEqual(
+            *([repr((row["hash"], item)) for row, item in pairs] for pairs in (found, expected)), text
+        )
+        return expected
 
     def ask(self, text: str) -> List[str]:
         return sorted(row["hash"] for row, _ in self.found(text))
@@ -3407,7 +3408,7 @@ class NarrowingTest(IndexCase):
                 with self.subTest(text, many=many), mock.patch.object(aimwatch, "_MANY", many):
                     if text != "run.no is None and run.seed" and "!=" not in text:
                         self.assertEqual(self.ask(text), answer.split())
-                    found = aimwatch.compile_query(text).candidates(self.db)
+                    found = list(aimwatch.compile_query(text).candidates(self.db))
                     if many == 2000:
                         self.assertEqual(len(found), candidates)
 
