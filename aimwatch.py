@@ -1751,32 +1751,22 @@ def describe_rank() -> Dict[str, Any]:
     """Return the `rank` of this process, the size of its `world`, and its `group`, the same for all of
     them; {} for a process that is alone."""
     env = os.environ
-    for rank_name, world_name in RANK_VARIABLES:
-        values = env.get(rank_name, ""), env.get(world_name, "")
+    for names in RANK_VARIABLES:
+        values = [env.get(name, "") for name in names]
         if not all(re.fullmatch("[0-9]{1,7}", value) for value in values):
             continue
         rank, world = map(int, values)
         if not rank < world or world == 1:
             return {}
-        job: List[str] = [env[name] for name in JOB_VARIABLES if env.get(name)]
+        job = [env[name] for name in JOB_VARIABLES if env.get(name)]
         local = env.get("LOCAL_WORLD_SIZE") == str(world)
         if not job and (local or env.get("MASTER_ADDR", "localhost") in ("localhost", "127.0.0.1")):
-            job = [this_host(), str(_launcher(rank_name))]
+            job = [this_host()]
         import hashlib
 
         told = to_json([job, world, *(env.get(name) for name in START_VARIABLES)])
         return {"rank": rank, "world": world, "group": hashlib.sha256(told.encode("ascii")).hexdigest()[:12]}
     return {}
-
-
-def _launcher(rank_name: str) -> int:
-    """Return the nearest process above this one that is not of this rank: a shell or another wrapper between
-    the launcher and the rank has the rank's environment."""
-    pid, ours = os.getppid(), f"{rank_name}={os.environ[rank_name]}".encode()
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        while ours in read_bounded(f"/proc/{pid}/environ", 1 << 22).split(b"\0"):
-            pid = int(read_bounded(f"/proc/{pid}/stat", 4096).rpartition(b")")[2].split()[1])
-    return pid
 
 
 class End(NamedTuple):
