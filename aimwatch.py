@@ -2276,7 +2276,7 @@ class Run:
     #: In `progress`: how much of all is done, how much of it is one item, and since when (monotonic).
     _loop: Optional[Tuple[float, float, float]] = None
     #: When it is recorded again how much is done (monotonic).
-    _part_at_mono = math.inf
+    _part_at_mono = 0.0
     #: The promise that the check-in on disk covers, and until when (monotonic).
     _window: Tuple[Any, float] = (math.nan, 0.0)
 
@@ -2414,7 +2414,6 @@ class Run:
         self._thread = _thread.get_ident()
         #: The time of the last record when a notebook's cell ended.
         self._idle_since = -1.0
-        self._part_at_mono = _monotonic() + LOOK_S
         #: Log lines since the last checkpoint.
         self._lines = 0
         self._looked_s, self._look_at_s, self._lock_at_mono = 0.0, 0.0, _monotonic() + LOCK_S
