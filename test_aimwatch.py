@@ -62,7 +62,6 @@ import subprocess
 import sys
 import tempfile
 import termios
-import textwrap
 import threading
 import time
 import traceback
@@ -1195,24 +1194,37 @@ BEGIN = """\
 import gc, os, signal, sys, threading, time
 import aimwatch
 from aimwatch import Run
+index_itself, Run._index_itself = Run._index_itself, lambda run, size: None  # an import of sqlite3 takes its time
 folder = os.path.join(os.environ["AIMWATCH_REPO"], ".aim", "check_ins")
-def flags(run_hash=sys.argv[1]):
-    names = [name for name in os.listdir(folder) if name.startswith(run_hash + "-")]
+def flags(run_hash=None):
+    names = [name for name in os.listdir(folder) if name.startswith((run_hash or sys.argv[1]) + "-")]
     return " ".join(name.split("-")[2] for name in sorted(names))
 def boom():
     raise ValueError("boom")
-def term():
+def kill():
     os.kill(os.getpid(), signal.SIGTERM)
+def term():
+    kill()
     for _ in range(1500):
         time.sleep(0.01)
+def look():
+    with open(run._paths.run_log(run.hash), "rb") as file:
+        return file.read(), sorted(os.listdir(folder))
+def child(code):
+    pid = os.fork()
+    if pid == 0:
+        exec(code, globals())
+        os._exit(99)
+    status = os.waitpid(pid, 0)[1]
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
 """
 
 EXIT_REASON = "exited without reporting a successful finish"
 DROP_REASON = "was dropped without reporting a successful finish"
 
-#: What happens (also the run's hash), code, exit code, end and why; None: no end is recorded.
-ENDS: Tuple[Tuple[str, str, int, Any, Any], ...] = (
-    ("finish", "run.report_successful_finish()", 0, "finished", None),
+#: What happens (also the run's hash), code, exit code, end and why; None: no end is recorded; then the lines of
+#: output, and a text that must be among the frames. A row that makes no `Run(NAME` finds `run` made.
+ENDS: Tuple[Tuple[Any, ...], ...] = (
     ("finish_twice", "run.report_successful_finish(); run.close(); run.close()", 0, "finished", None),
     ("finish_then_raise", "run.report_successful_finish(); boom()", 1, "finished", None),
     ("close", "run.report_progress(expect_next_in=60); run.close()", 0, "finished", None),
@@ -1221,6 +1233,8 @@ ENDS: Tuple[Tuple[str, str, int, Any, Any], ...] = (
     ("close_in_except", "try: boom()\nexcept ValueError: run.close()", 0, "failed", "ValueError: boom"),
     ("close_in_finally", "try: boom()\nfinally: run.close()", 1, "failed", "ValueError: boom"),
     ("close_after_except", "try: boom()\nexcept ValueError: pass\nrun.close()", 0, "finished", None),
+    ("begun_in_except", "try: boom()\nexcept ValueError:\n run = Run(NAME, create=True); run.close()", 0,
+     "finished", None),
     ("with_", "with run: run.report_progress(expect_next_in=60)", 0, "finished", None),
     ("with_raise", "with run: boom()", 1, "failed", "ValueError: boom"),
     ("with_caught", "try:\n with run: boom()\nexcept ValueError: pass", 0, "failed", "ValueError: boom"),
@@ -1229,119 +1243,126 @@ ENDS: Tuple[Tuple[str, str, int, Any, Any], ...] = (
      "failed", "Bad: <its message cannot be shown>"),
     ("with_interrupt", "with run: raise KeyboardInterrupt", -2, "failed", "interrupted"),
     ("with_exit_0", "with run: sys.exit(0)", 0, "finished", None),
-    ("with_exit", "with run: sys.exit()", 0, "finished", None),
     ("with_exit_3", "with run: sys.exit(3)", 3, "failed", "exited with status 3"),
     ("with_exit_text", "with run: sys.exit('no data')", 1, "failed", "exited with status 1: no data"),
+    ("with_pruned", "class TrialPruned(Exception): pass\nclass Ours(TrialPruned): pass\n"
+     "with run: raise Ours", 1, "finished", None),
+    ("with_named", "class Mine(Exception): pass\nwith Run(NAME, create=True, not_failures=(KeyError, 'Mine')): raise Mine", 1,
+     "finished", None),
+    ("with_stop", "with run: next(iter(()))", 1, "finished", None),
+    ("generator", "def steps():\n with Run(NAME, create=True) as run:\n  for step in range(9):\n"
+     "   run.report_progress(expect_next_in=60); yield step\nfor step in steps(): break\nprint(flags())", 0,
+     "finished", None, ["finished"]),
     ("uncaught", "run.report_progress(expect_next_in=60); boom()", 1, "failed", "ValueError: boom"),
     ("uncaught_no_promise", "boom()", 1, "failed", "ValueError: boom"),
-    ("exit_3", "sys.exit(3)", 3, "failed", "exited with status 3"),
-    ("exit_3_promise", "run.report_progress(expect_next_in=60); sys.exit(3)", 3, "failed",
-     "exited with status 3"),
+    ("deep", "def deep(n):\n deep(n - 1) if n else boom()\ndeep(20)", 1, "failed", "ValueError: boom", [], " in deep: "),
+    ("exit_0", "sys.exit(0)", 0, "finished", None),
+    ("exit_3", "run.report_progress(expect_next_in=60); sys.exit(3)", 3, "failed", "exited with status 3"),
     ("exit_text", "sys.exit('no data')", 1, "failed", "exited with status 1: no data"),
     ("exit_true", "sys.exit(True)", 1, "failed", "exited with status 1"),
     ("exit_with_an_object", "class Odd: __eq__ = None\nsys.exit(Odd())", 1, "finished", None),
-    ("exit_0", "sys.exit(0)", 0, "finished", None),
     ("exit_while_handling", "try: boom()\nexcept ValueError: sys.exit(1)", 1, "failed",
+     "exited with status 1 (ValueError: boom)"),
+    ("exit_twice", "try:\n try: boom()\n except ValueError: sys.exit(1)\nexcept SystemExit: sys.exit(1)", 1, "failed",
      "exited with status 1 (ValueError: boom)"),
     ("with_exit_while_handling", "with run:\n try: boom()\n except ValueError: sys.exit(1)", 1, "failed",
      "exited with status 1 (ValueError: boom)"),
     ("exit_caught", "try: sys.exit(1)\nexcept SystemExit: run.report_progress()", 0, "finished", None),
     ("exit_then_clean_up", "try: sys.exit(1)\nfinally: run.track(1, 'm')", 1, "failed",
      "exited with status 1"),
-    ("exit_in_thread", "t = threading.Thread(target=sys.exit, args=(1,)); t.start(); t.join()", 0,
-     "finished", None),
     ("argparse", "import argparse; argparse.ArgumentParser().parse_args(['--x'])", 2, "failed",
      "exited with status 2"),
-    ("thread_raises", "def work():\n run.report_progress(expect_next_in=60); boom()\n"
-     "t = threading.Thread(target=work); t.start(); t.join()", 0, "failed", "ValueError: boom"),
-    ("other_thread_raises", "t = threading.Thread(target=boom); t.start(); t.join()", 0, "finished", None),
-    ("with_pruned", "class TrialPruned(Exception): pass\nclass Ours(TrialPruned): pass\n"
-     "with run: raise Ours", 1, "finished", None),
-    ("with_stop", "with run: next(iter(()))", 1, "finished", None),
-    ("hup", "os.kill(os.getpid(), signal.SIGHUP); time.sleep(9)", -1, "failed", "terminated by SIGHUP"),
-    ("exec_", "os.execlp('true', 'true', '-x')", 0, "failed", "replaced by true -x"),
-    ("exec_refused", "try: os.execve(path=sys.executable, argv=5, env={})\nexcept TypeError: pass", 0,
-     "finished", None),
-    ("exec_fails", "try: os.execlp('/', 'x')\nexcept OSError: run.report_progress()", 0, "finished", None),
     ("exit_promise", "run.report_progress(expect_next_in=60)", 0, "failed", EXIT_REASON),
     ("exit_no_promise", "run.report_progress()", 0, "finished", None),
     ("exit_promise_taken_back", "run.report_progress(expect_next_in=60); run.report_progress()", 0,
      "finished", None),
+    ("exec_", "os.execlp('true', 'true', '-x')", 0, "failed", "replaced by true -x"),
+    ("exec_refused", "try: os.execve(path=sys.executable, argv=5, env={})\nexcept TypeError: pass", 0,
+     "finished", None),
+    ("exec_fails", "try: os.execlp('/', 'x')\nexcept OSError: run.report_progress()", 0, "finished", None),
     ("os_exit", "run.report_progress(expect_next_in=60); os._exit(0)", 0, None, None),
     ("killed", "run.report_progress(expect_next_in=60); os.kill(os.getpid(), signal.SIGKILL)", -9,
      None, None),
     ("dropped", "run.report_progress(); del run; gc.collect(); os._exit(0)", 0, "finished", None),
     ("dropped_promise", "run.report_progress(expect_next_in=60)\ndel run; gc.collect(); os._exit(0)",
      0, "failed", DROP_REASON),
-    ("term", "run.report_progress(expect_next_in=60); term()", -15, "failed", "terminated by SIGTERM"),
+    ("hup", "os.kill(os.getpid(), signal.SIGHUP); time.sleep(9)", -1, "failed", "terminated by SIGHUP"),
+    ("term", "run.report_progress(expect_next_in=60); term()", -15, "failed", "terminated by SIGTERM", [], " in term: "),
     ("term_in_with", "with run: term()", -15, "failed", "terminated by SIGTERM"),
     ("term_after_finish", "run.report_successful_finish(); term()", -15, "finished", None),
-    ("in_thread", "def work():\n global run2\n run2 = Run(sys.argv[1] + '_2', create=True)\n"
-     " run2.report_progress(expect_next_in=60)\n run2.close()\nrun.close()\n"
-     "thread = threading.Thread(target=work); thread.start(); thread.join()\n"
-     "assert flags(run2.hash) == 'finished', flags(run2.hash)", 0, "finished", None),
+    ("term_twice", "real = run._file.write\ndef write(*args):\n kill(); time.sleep(0); real(*args)\n"
+     "run._file.write = write\nrun._promised = True\nterm()", -15, "failed", "terminated by SIGTERM"),
+    ("term_while_the_log_is_locked", "aimwatch.LOCK_WAIT_S = 0.05\nheld = threading.Event()\n"
+     "def hang():\n with run._lock:\n  held.set(); time.sleep(600)\n"
+     "threading.Thread(target=hang, daemon=True).start(); held.wait(); term()", -15, "failed", "terminated by SIGTERM"),
+    ("several", "others = [Run(f'{run.hash}_{n}', create=True) for n in range(3)]\n"
+     "for other in others: other.report_progress(expect_next_in=60)\nothers[0].report_successful_finish()\n"
+     "try:\n with others[1]: boom()\nexcept ValueError: pass\nterm()", -15, "failed", "terminated by SIGTERM"),
+    ("thread_exits", "t = threading.Thread(target=sys.exit, args=(1,)); t.start(); t.join()", 0,
+     "finished", None),
+    ("thread_raises", "def work():\n run.report_progress(expect_next_in=60); boom()\n"
+     "t = threading.Thread(target=work); t.start(); t.join()", 0, "failed", "ValueError: boom"),
+    ("other_thread_raises", "t = threading.Thread(target=boom); t.start(); t.join()", 0, "finished", None),
+    *((f"made_in_a_thread_{n}", "def work():\n global run\n run = Run(NAME, create=True); run.report_progress(expect_next_in=60)\n"
+       f"thread = threading.Thread(target=work); thread.start(); thread.join()\n{code}", *more)
+      for n, (code, *more) in enumerate([
+          ("run.close()", 0, "finished", None), ("", 0, "failed", EXIT_REASON), ("boom()", 1, "failed", "ValueError: boom"),
+          ("print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)\nother = Run(create=True)\nterm()", -15, "failed",
+           "terminated by SIGTERM", ["True"])])),
 )  # fmt: skip
 
 
-#: What, code before the run begins and after, exit status, output, and why the run ended.
-USERS_HOOKS = (
-    ("excepthook", "def hook(kind, error, trace): print('user', error, flags('r'), flags('s'))\n"
-     "sys.excepthook = hook\nother = Run('s', create=True)\n", "boom()", 1, ["user boom starting failed starting failed"],
-     "ValueError: boom"),
-    ("later excepthook that calls ours", "", "ours = sys.excepthook\ndef hook(*args):\n print('before', flags())\n"
-     " ours(*args)\n print('after', flags())\nsys.excepthook = hook\nboom()", 1,
-     ["before starting", "after starting failed"], "ValueError: boom"),
-    ("later excepthook that calls nothing", "", "sys.excepthook = lambda *args: print('user')\nboom()", 1, ["user"],
-     "ValueError: boom"),
-    ("SIGTERM handler", "def handler(number, frame): print(number, flags(), frame is not None); sys.exit(7)\n"
-     "signal.signal(signal.SIGTERM, handler)\n", "term()", 7, ["15 starting True"], "terminated by SIGTERM"),
-    ("later SIGTERM handler", "", "run.report_progress(expect_next_in=60)\n"
-     "signal.signal(signal.SIGTERM, lambda *args: sys.exit(5))\nother = Run('s', create=True)\nterm()", 5, [],
+#: The same, where the user has hooks and handlers of his own.
+USERS_HOOKS: Tuple[Tuple[Any, ...], ...] = (
+    ("excepthook", "def hook(kind, error, trace): print('user', error, flags(), flags(other.hash))\n"
+     "sys.excepthook = hook\nrun = Run(NAME, create=True); other = Run()\nboom()", 1, "failed", "ValueError: boom",
+     ["user boom starting failed starting failed"]),
+    ("excepthook_that_calls_ours", "ours = sys.excepthook\ndef hook(*args):\n print('before', flags())\n"
+     " ours(*args)\n print('after', flags())\nsys.excepthook = hook\nboom()", 1, "failed", "ValueError: boom",
+     ["before starting", "after starting failed"]),
+    ("excepthook_that_calls_nothing", "sys.excepthook = lambda *args: print('user')\nboom()", 1, "failed",
+     "ValueError: boom", ["user"]),
+    ("handler_before", "def handler(number, frame): print(number, flags(), frame is not None); sys.exit(7)\n"
+     "signal.signal(signal.SIGTERM, handler)\nrun = Run(NAME, create=True)\nterm()", 7, "failed", "terminated by SIGTERM",
+     ["15 starting True"], " in term: "),
+    ("handler_later", "run.report_progress(expect_next_in=60)\n"
+     "signal.signal(signal.SIGTERM, lambda *args: sys.exit(5))\nother = Run()\nterm()", 5, "failed",
      "terminated by SIGTERM"),
-    ("later SIGTERM handler that exits well", "", "signal.signal(signal.SIGTERM, lambda *args: sys.exit())\n"
-     "with run: term()", 0, [], "terminated by SIGTERM"),
-    ("later SIGTERM handler that raises", "", "def handler(*args): raise KeyError('stop')\n"
-     "signal.signal(signal.SIGTERM, handler)\nwith run: term()", 1, [],
+    ("handler_that_exits_well", "signal.signal(signal.SIGTERM, lambda *args: sys.exit())\n"
+     "with run: term()", 0, "failed", "terminated by SIGTERM"),
+    ("handler_that_raises", "def handler(*args): raise KeyError('stop')\n"
+     "signal.signal(signal.SIGTERM, handler)\nwith run: term()", 1, "failed",
      "terminated by SIGTERM (KeyError: 'stop')"),
-    ("chained SIGTERM handler", "", """\
-earlier = signal.getsignal(signal.SIGTERM)
-def handler(*args):
-    earlier(*args)
-    print('received', flags())
-signal.signal(signal.SIGTERM, handler)
-os.kill(os.getpid(), signal.SIGTERM)
-print('saved')
-""", 0, ["received starting", "saved"], "terminated by SIGTERM"),
-    ("chained SIGTERM handler, of a run that finishes", "", """\
-earlier = signal.getsignal(signal.SIGTERM)
-signal.signal(signal.SIGTERM, lambda *args: earlier(*args))
-os.kill(os.getpid(), signal.SIGTERM)
-run.report_progress(expect_next_in=60)
-run.close()
-print(flags())
-""", 0, ["finished"], "after SIGTERM"),
-    ("handler by its name", "", "signal.signal(signalnum=signal.SIGTERM, handler=lambda *args: sys.exit(4))\n"
-     "signal.getsignal(signalnum=signal.SIGTERM)\nterm()", 4, [], "terminated by SIGTERM"),
-    ("default action that is set back", "", "old = signal.signal(signal.SIGTERM, print)\n"
-     "signal.signal(signal.SIGTERM, signal.SIG_DFL)\nterm()", -15, [], "terminated by SIGTERM"),
-    ("handler before, a trainer's later, and back", "signal.signal(signal.SIGTERM, lambda *args: print('first'))\n",
+    ("handler_that_returns", "signal.signal(signal.SIGTERM, lambda *args: print(flags()))\nrun = Run(NAME, create=True)\n"
+     "run.report_progress(expect_next_in=60); kill(); run.report_progress(expect_next_in=60)\n"
+     "print(flags()); run.report_successful_finish()", 0, "finished", "after SIGTERM", ["check_in", "check_in"]),
+    ("handler_that_ends_the_process", "signal.signal(signal.SIGTERM, lambda *args: os._exit(9))\n"
+     "run.report_progress(); term()", 9, None, None),
+    ("handler_long_ago", "signal.signal(signal.SIGTERM, lambda *args: None); kill()\n"
+     "aimwatch.SIGNAL_S = 0.0; time.sleep(0.01); run.report_progress(block=True)", 0, "finished", None),
+    ("chained", "earlier = signal.getsignal(signal.SIGTERM)\ndef handler(*args):\n"
+     " earlier(*args)\n print('received', flags())\nsignal.signal(signal.SIGTERM, handler)\nkill()\nprint('saved')", 0,
+     "failed", "terminated by SIGTERM", ["received starting", "saved"]),
+    ("chained_and_finished", "earlier = signal.getsignal(signal.SIGTERM)\n"
+     "signal.signal(signal.SIGTERM, lambda *args: earlier(*args))\nkill()\n"
+     "run.report_progress(expect_next_in=60); run.close(); print(flags())", 0, "finished", "after SIGTERM", ["finished"]),
+    ("handler_by_its_name", "signal.signal(signalnum=signal.SIGTERM, handler=lambda *args: sys.exit(4))\n"
+     "signal.getsignal(signalnum=signal.SIGTERM)\nterm()", 4, "failed", "terminated by SIGTERM"),
+    ("default_set_back", "old = signal.signal(signal.SIGTERM, print)\n"
+     "signal.signal(signal.SIGTERM, signal.SIG_DFL)\nterm()", -15, "failed", "terminated by SIGTERM"),
+    ("handlers_in_turn", "signal.signal(signal.SIGTERM, lambda *args: print('first'))\nrun = Run(NAME, create=True)\n"
      "first = signal.getsignal(signal.SIGTERM)\nsignal.signal(signal.SIGTERM, lambda *a: (print('second'), first(*a)))\n"
-     "os.kill(os.getpid(), signal.SIGTERM)\nsignal.signal(signal.SIGTERM, first)\n"
-     "os.kill(os.getpid(), signal.SIGTERM)\nprint(flags())", 0, ["second", "first", "first", "starting"],
-     "terminated by SIGTERM"),
-    ("SIGTERM is ignored", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n",
-     "os.kill(os.getpid(), signal.SIGTERM)\nprint(flags())\n"
-     "print(signal.getsignal(signal.SIGTERM) == signal.SIG_IGN)\nrun.close()", 0, ["starting", "True"], None),
+     "kill(); signal.signal(signal.SIGTERM, first); kill()", 0, "failed", "terminated by SIGTERM",
+     ["second", "first", "first"]),
+    ("ignored", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nrun = Run(NAME, create=True); kill()\n"
+     "print(flags(), signal.getsignal(signal.SIGTERM) == signal.SIG_IGN); run.close()", 0, "finished", None,
+     ["starting True"]),
 )  # fmt: skip
 
 
 class ProcessCase(Case):
     def end_of(self, run_hash: str) -> Any:
         return aimwatch.read_log(self.paths.run_log(run_hash), run_hash).end
-
-    def is_free(self, run_hash: str) -> Any:
-        """Return whether no process holds the run's lock; not for a run of this process."""
-        return aimwatch.lock_state(self.paths.marker(run_hash)) in ("free", "absent")  # absent: indexed
 
     def finished_process(self, code: str, begin: str = "run = Run('r', create=True)\n") -> Any:
         """Run the code to its end; return (exit code, lines of output, standard error)."""
@@ -1357,17 +1378,53 @@ class ProcessCase(Case):
         self.assertEqual(process.stdout.readline(), "ready\n")
         return process
 
+    def check_rows(self, rows: Sequence[Tuple[Any, ...]]) -> None:
+        """Run the code of each row in a fork of one process, and hold what becomes of it against the row."""
+        codes = [
+            (name, code if "Run(NAME" in code else f"run = Run(NAME, create=True)\n{code}")
+            for name, code, *_ in rows
+        ]
+        out, err = self.process(BEGIN + EACH_FORKED, "", json.dumps(codes)).communicate(timeout=60)
+        statuses = [int(line) for line in out.split()]
+        self.assertEqual(len(statuses), len(rows), err)
+        for (name, _, expected, end, reason, *more), status in zip(rows, statuses):
+            out, err = (
+                read_file(os.path.join(self.root, f"{name}.{kind}")).decode() for kind in ("out", "err")
+            )
+            with self.subTest(name):
+                self.assertEqual(status, expected, err)
+                record = self.end_of(name) or {}
+                self.assertEqual((record.get("end"), record.get("reason")), (end, reason))
+                frames = record.get("frames", [])
+                last = self.check_ins(f"{name}-")[-1].split("-")
+                self.assertEqual(last[2], end or "check_in")
+                if end == "finished":
+                    self.assertEqual(len(self.check_ins(f"{name}-")), 1)
+                if end:
+                    self.assertEqual((record["idx"], last[4]), (int(last[1]), "00000"))
+                if reason == "ValueError: boom":
+                    self.assertIn(" in boom: ", frames[-1])
+                self.assertLessEqual(len(frames), 6)
+                if more:
+                    self.assertEqual(out.splitlines(), more[0], err)
+                self.assertIn(more[1] if more[1:] else "", "\n".join(frames))
+                self.assertNotIn("Error in sys.excepthook", err)
+                # Absent: indexed.
+                state = aimwatch.lock_state(self.paths.marker(name))
+                self.assertIn(state, ("free", "absent"), "the lock outlived the process")
+
 
 #: Runs every row in a process of its own that has imported aimwatch already.
 EACH_FORKED = """
 import json
-for name, what in json.loads(sys.argv[2]):
+for NAME, code in json.loads(sys.argv[2]):
     pid = os.fork()
     if pid == 0:
-        path = os.path.join(os.environ["AIMWATCH_REPO"], name + ".err")
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), 2)
-        sys.argv[1] = name
-        exec(f"run = Run({name!r}, create=True)\\n{what}", globals())
+        for fd, kind in (1, "out"), (2, "err"):
+            path = os.path.join(os.environ["AIMWATCH_REPO"], f"{NAME}.{kind}")
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), fd)
+        sys.argv[1] = NAME
+        exec(code, globals())
         break  # and leave as a script does at its end
     status = os.waitpid(pid, 0)[1]
     print(os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status))
@@ -1376,74 +1433,22 @@ for name, what in json.loads(sys.argv[2]):
 
 class HowARunEnds(ProcessCase):
     def test_every_way_to_end_leaves_its_state_and_its_reason(self) -> None:
-        rows = json.dumps([row[:2] for row in ENDS])
-        out, err = self.process(BEGIN + EACH_FORKED, "", rows).communicate(timeout=60)
-        codes = [int(line) for line in out.split()]
-        self.assertEqual(len(codes), len(ENDS), err)
-        for (name, _, code, end, reason), exit_code in zip(ENDS, codes):
-            with open(os.path.join(self.root, f"{name}.err")) as file:
-                err = file.read()
-            with self.subTest(name):
-                self.assertEqual(exit_code, code, err)
-                record = self.end_of(name) or {}
-                self.assertEqual(record.get("end"), end)
-                self.assertEqual(record.get("reason"), reason)
-                last = self.check_ins(f"{name}-")[-1].split("-")
-                self.assertEqual(last[2], end or "check_in")
-                if end == "finished":
-                    self.assertEqual(len(self.check_ins(f"{name}-")), 1)
-                if end:
-                    self.assertEqual((record["idx"], last[4]), (int(last[1]), "00000"))
-                if reason == "ValueError: boom":
-                    self.assertIn(" in boom: ", record["frames"][-1])
-                if reason == "terminated by SIGTERM":
-                    self.assertTrue(any(" in term: " in frame for frame in record["frames"]))
-                if code == 1 and "boom" in err:
-                    self.assertIn("ValueError: boom", err)
-                self.assertNotIn("aimwatch.py", err)
-                self.assertTrue(self.is_free(name), "the lock outlived the process")
-
-    def test_exception_that_was_handled_when_the_run_began_is_none_of_its(self) -> None:
-        code = "try: boom()\nexcept ValueError:\n run = Run('r', create=True); run.close()"
-        self.finished_process(code, begin="")
-        self.assertEqual(self.end_of("r")["end"], "finished")
-
-    def test_frames_are_the_innermost_six(self) -> None:
-        self.finished_process("def deep(n):\n deep(n - 1) if n else boom()\ndeep(20)")
-        frames = self.end_of("r")["frames"]
-        self.assertEqual(len(frames), 6)
-        self.assertRegex(frames[-1], r"^<string>:\d+ in boom: ")
-        self.assertIn(" in deep: ", frames[0])
-
-    def test_several_runs_in_one_process_end_each_by_itself(self) -> None:
-        begin = "runs = [Run('r%d' % n, create=True) for n in range(4)]\n"
-        code = (
-            "for run in runs: run.report_progress(expect_next_in=60)\n"
-            "runs[0].report_successful_finish()\n"
-            "try:\n with runs[1]: boom()\nexcept ValueError: pass\nterm()"
-        )
-        self.assertEqual(self.finished_process(code, begin=begin)[0], -15)
-        self.assertEqual(
-            [self.end_of(f"r{n}").get("reason") for n in range(4)],
-            [None, "ValueError: boom", "terminated by SIGTERM", "terminated by SIGTERM"],
-        )
-
-    # ---- excepthook
+        self.check_rows(ENDS)
+        reasons = [self.end_of(f"several_{n}").get("reason") for n in range(3)]
+        self.assertEqual(reasons, [None, "ValueError: boom", "terminated by SIGTERM"])
 
     def test_hooks_and_handlers_of_the_user_are_called_and_the_end_is_recorded(self) -> None:
-        for what, begin, code, status, out, reason in USERS_HOOKS:
-            with self.subTest(what):
-                found = self.finished_process(
-                    code, begin=textwrap.dedent(begin) + "run = Run('r', create=True)\n"
-                )
-                self.assertEqual(found[:2], (status, out), found[2])
-                self.assertEqual(self.end_of("r").get("reason"), reason)
-
-    # ---- SIGTERM
+        self.check_rows(USERS_HOOKS)
+        name = "handler_that_ends_the_process"
+        state = aimwatch.read_log(self.paths.run_log(name), name)
+        self.assertEqual(aimwatch.run_facts(self.paths, name)["run.reason"], "it got SIGTERM")
+        self.assertGreater(aimwatch.finalize_dead(self.paths, state, None), 0)
+        self.assertEqual(self.end_of(name)["reason"], "terminated by SIGTERM")
+        self.assertIn(" in kill: ", self.end_of(name)["frames"][-1])
 
     def test_sigterm_from_outside_ends_a_waiting_process(self) -> None:
         process = self.process(
-            BEGIN + "run = Run('r', create=True)\nrun.report_progress(expect_next_in=60)\n"
+            BEGIN + "run = Run('r', create=True)\nrun.report_progress(expect_next_in=60)\nRun._index_itself = index_itself\n"
             "def train():\n print('ready')\n while True: time.sleep(0.1)\ntrain()", "r"
         )  # fmt: skip
         self.assertEqual(process.stdout.readline(), "ready\n")
@@ -1453,20 +1458,6 @@ class HowARunEnds(ProcessCase):
         self.assertEqual(self.flags("r-"), ["check_in", "failed"])
         self.assertEqual(os.listdir(self.paths.pending), [])  # it has indexed itself
 
-    def test_second_sigterm_does_not_cut_the_first_short(self) -> None:
-        code = """
-real = run._file.write
-def write(*args):
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0)
-    real(*args)
-run._file.write = write
-run._promised = True
-term()
-"""
-        self.assertEqual(self.finished_process(code)[0], -signal.SIGTERM)
-        self.assertEqual(self.flags("r-"), ["starting", "failed"])
-
     def test_sigterm_ends_the_first_process_of_a_container(self) -> None:
         unshare = shutil.which("unshare")
         if not unshare or subprocess.run([unshare, "--pid", "--fork", "true"], stderr=-3).returncode:
@@ -1475,44 +1466,6 @@ term()
         process = self.command(unshare, "--pid", "--fork", sys.executable, "-c", code, "r")
         self.assertEqual((*process.communicate(timeout=60), process.returncode), ("", "", 143))
         self.assertEqual(self.flags("r-"), ["check_in", "failed"])
-
-    def test_generator_that_is_left_early_ends_its_run_well(self) -> None:
-        code = """
-def steps():
-    with Run("g", create=True) as run:
-        for step in range(9):
-            run.report_progress(expect_next_in=60)
-            yield step
-for step in steps():
-    break
-print(flags("g"))
-"""
-        self.assertEqual(self.finished_process(code, "")[1], ["finished"])
-
-    def test_sigterm_handler_that_returns_lets_the_run_go_on(self) -> None:
-        begin = "signal.signal(signal.SIGTERM, lambda *args: print(flags()))\nrun = Run('r', create=True)\n"
-        for expect in (0, 60):
-            code = (
-                f"run.report_progress(expect_next_in={expect})\n"
-                "os.kill(os.getpid(), signal.SIGTERM)\nprint(flags())\n"
-                f"run.report_progress(expect_next_in={expect})\nprint(flags())\n"
-                "run.report_successful_finish()"
-            )
-            exit_code, out, err = self.finished_process(code, begin=begin)
-            with self.subTest(expect=expect):
-                self.assertEqual((exit_code, err), (0, ""))
-                self.assertEqual(out, ["check_in", "check_in", "check_in"])
-                self.assertEqual((self.end_of("r")["end"], self.flags("r-")), ("finished", ["finished"]))
-                self.assertEqual(self.end_of("r")["reason"], "after SIGTERM")
-
-    def test_sigterm_while_another_thread_holds_the_log_is_not_held_up_for_ever(self) -> None:
-        code = (
-            "aimwatch.LOCK_WAIT_S = 0.05\nheld = threading.Event()\n"
-            "def hang():\n with run._lock:\n  held.set(); time.sleep(600)\n"
-            "threading.Thread(target=hang, daemon=True).start(); held.wait(); term()"
-        )
-        self.assertEqual(self.finished_process(code)[0], -15)
-        self.assertEqual(self.end_of("r")["reason"], "terminated by SIGTERM")
 
 
 #: What a forked child does (the code runs in the child), and the status it ends with.
@@ -1528,37 +1481,40 @@ CHILDREN = (
     ("reports", "run.report_progress(expect_next_in=5, block=True); run.report_progress()\n"
      "run.report_successful_finish(); run.name = 'child'; run.track(2, 'm'); run['x'] = 1\n"
      "run.log_error('x'); sys.exit(0)", 0),
-    ("opens the run", "aimwatch.INDEXER_WAIT_S = 0\ntry: Run('r', create=True)\nexcept aimwatch.RunBusyError as error: print(error); sys.exit(0)",
-     0),
+    ("opens the run", "aimwatch.INDEXER_WAIT_S = 0\ntry: Run('r', create=True)\n"
+     "except aimwatch.RunBusyError as error: print(error); sys.exit(0)", 0),
+)  # fmt: skip
+
+#: Rows as those of ENDS, in which the process of the run forks.
+FORKS: Tuple[Tuple[Any, ...], ...] = (
+    ("waits_in_the_parent", "import errno\ndef full(*args): raise OSError(errno.ENOSPC, 'full')\n"
+     "write, os.write = os.write, full\nrun.name = 'waits'\nos.write = write\nbefore = look()\n"
+     "run.report_progress(); print(child('term()'), look()[0] == before[0]); os._exit(0)", 0, None, None, ["-15 True"]),
+    ("handler_of_the_user", "signal.signal(signal.SIGTERM, lambda *args: os._exit(9))\nrun = Run(NAME, create=True)\n"
+     "before = look(); print(child('term()'), look() == before); run.close()", 0, "finished", None, ["9 True"]),
+    # A signal that reaches a child before it runs Python code is lost to a handler written in
+    # Python, and multiprocessing.Pool then waits for a worker that it has told to end.
+    ("default_action", "print(child('os._exit(signal.getsignal(signal.SIGTERM) != signal.SIG_DFL)')); run.close()", 0,
+     "finished", None, ["0"]),
+    ("run_of_its_own", "for n, what in enumerate(('own.report_successful_finish(); sys.exit(0)', 'boom()', 'term()')):\n"
+     " print(child(f'own = Run(\"own{n}\", create=True); {what}'), flags(f'own{n}'))\nrun.close()", 0, "finished", None,
+     ["0 finished", "1 starting failed", "-15 starting failed"]),
+    ("parent_lives", "for _ in range(2):\n pid = os.fork()\n if pid == 0: break\n"
+     "if pid == 0:\n run.report_progress(expect_next_in=5); os._exit(run._is_mine())\n"
+     "print(os.waitpid(pid, 0)[1])", 0, "finished", None, ["0"]),
 )  # fmt: skip
 
 
 class ForkedChildren(ProcessCase):
-    BEGIN = """\
-run = Run('r', create=True)
-run.report_progress(expect_next_in=60)
-def look():
-    with open(run._paths.run_log('r'), 'rb') as file:
-        return file.read(), sorted(os.listdir(folder))
-def child(code):
-    pid = os.fork()
-    if pid == 0:
-        exec(code, globals())
-        os._exit(99)
-    status = os.waitpid(pid, 0)[1]
-    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
-before = look()
-"""
-    IS_FREE = "os._exit(aimwatch.lock_state(run._paths.marker('r')) == 'free')"
-
     def test_child_does_nothing_to_its_parents_run(self) -> None:
+        is_free = "os._exit(aimwatch.lock_state(run._paths.marker('r')) == 'free')"
         code = (
-            f"for what in {[row[1] for row in CHILDREN]!r}:\n"
+            f"run.report_progress(expect_next_in=60)\nfor what in {[row[1] for row in CHILDREN]!r}:\n"
             " before = look()\n status = child(what)\n"
-            f" print('status', status, look() == before, child({self.IS_FREE!r}))\n"
+            f" print('status', status, look() == before, child({is_free!r}))\n"
             "print(os.getpid())\nrun.report_successful_finish()"
         )
-        exit_code, out, err = self.finished_process(code, begin=self.BEGIN)
+        exit_code, out, err = self.finished_process(code)
         told = [line for line in out if line.startswith("status")]
         self.assertEqual(len(told), len(CHILDREN), err)
         for (name, _, status), line in zip(CHILDREN, told):
@@ -1574,84 +1530,107 @@ before = look()
              "and this is a child of it"],
         )  # fmt: skip
 
-    def test_child_on_sigterm_does_not_write_what_waits_in_the_parent(self) -> None:
-        code = (
-            "import errno\n"
-            "def full(*args): raise OSError(errno.ENOSPC, 'full')\n"
-            "write, os.write = os.write, full\nrun.name = 'waits'\nos.write = write\n"
-            "print(child('term()'), look() == before)\nos._exit(0)"
-        )
-        self.assertEqual(self.finished_process(code, begin=self.BEGIN)[1], ["-15 True"])
-
-    def test_sigterm_handler_of_the_user_is_called_in_the_child_too(self) -> None:
-        begin = "signal.signal(signal.SIGTERM, lambda *args: os._exit(9))\n" + self.BEGIN
-        code = "print(child('term()'), look() == before)\nrun.close()"
-        self.assertEqual(self.finished_process(code, begin=begin)[1], ["9 True"])
-
-    def test_child_has_the_default_action_of_sigterm_that_was_there_before_the_run(self) -> None:
-        # A signal that reaches a child before it runs Python code is lost to a handler written in
-        # Python, and multiprocessing.Pool then waits for a worker that it has told to end.
-        look = "os._exit(signal.getsignal(signal.SIGTERM) != signal.SIG_DFL)"
-        self.assertEqual(self.finished_process(f"print(child({look!r}))\nrun.close()", self.BEGIN)[1], ["0"])
-
-    def test_child_may_have_a_run_of_its_own(self) -> None:
-        for name, code, status, reason in (
-            ("a", "own.report_successful_finish(); sys.exit(0)", 0, None),
-            ("b", "boom()", 1, "ValueError: boom"),
-            ("c", "term()", -15, "terminated by SIGTERM"),
-        ):
-            with self.subTest(name):
-                child = f"global own; own = Run({name!r}, create=True); {code}"
-                parent = f"print(child({child!r}))\nrun.report_successful_finish()"
-                self.assertEqual(self.finished_process(parent, begin=self.BEGIN)[1], [str(status)])
-                self.assertEqual(self.end_of(name).get("reason"), reason)
-                self.assertEqual(self.flags("r-"), ["finished"])
-
-
-class RunInAThread(ProcessCase):
-    def test_only_run_of_the_process_ends_as_it_would_elsewhere(self) -> None:
-        begin = (
-            "def work():\n global run\n run = Run('r', create=True); run.report_progress(expect_next_in=60)\n"
-            "thread = threading.Thread(target=work); thread.start(); thread.join()\n"
-        )
-        for code, exit_code, end, reason in (
-            ("run.close()", 0, "finished", None), ("", 0, "failed", EXIT_REASON),
-            ("boom()", 1, "failed", "ValueError: boom"),
-        ):  # fmt: skip
-            with self.subTest(code):
-                self.assertEqual(self.finished_process(code, begin=begin)[0], exit_code)
-                record = self.end_of("r")
-                self.assertEqual((record["end"], record.get("reason")), (end, reason))
-
-    def test_sigterm_is_watched_from_the_first_run_of_the_main_thread_on(self) -> None:
-        code = (
-            "thread = threading.Thread(target=lambda: runs.append(Run('r', create=True))); runs = []\n"
-            "thread.start(); thread.join()\n"
-            "print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)\nother = Run('s', create=True)\nterm()"
-        )
-        self.assertEqual(self.finished_process(code, begin="")[:2], (-15, ["True"]))
-        for run_hash in "rs":
-            self.assertEqual(self.end_of(run_hash)["reason"], "terminated by SIGTERM")
+    def test_parents_and_children_have_what_is_theirs(self) -> None:
+        self.check_rows(FORKS)
 
 
 # ---------------------------------------------------------------------- inside frameworks
 
-
-#: What raises, why the run ended, and, for some, a word that its frames must have.
-WORDS: Tuple[Tuple[str, str, str], ...] = (
-    ("raise ValueError('Caught KeyError in worker 1.\\n  File \"/job/data.py\", line 3, in load\\n    x[1]\\n'"
-     "'\\x1b[31mKeyError: 1\\x1b[0m\\n')", "ValueError: Caught KeyError in worker 1. ... KeyError: 1",
+#: The end of a run is interrupted once by an exception.
+INTERRUPTED = """
+real = run.{name}
+def once(*args):
+    run.{name} = real
+    raise RuntimeError("a worker was killed")
+run.report_progress(expect_next_in=60)
+try:
+    with run:
+        run.{name} = once
+except RuntimeError as error:
+    print(error, flags(), aimwatch.lock_state(run._paths.marker(NAME)) == "held")
+"""
+COPIES = """
+import copy, logging, pickle
+aimwatch.log.addHandler(logging.StreamHandler(sys.stdout))
+run["lr"] = 0.1
+assert copy.copy(run) is run and copy.deepcopy([run])[0] is run
+c = copy.copy(run)
+del c
+gc.collect()
+other = pickle.loads(pickle.dumps(run))
+for _ in range(2):
+    other.report_progress(expect_next_in=1)
+    other.track(2, "m")
+    other["lr"] = 0.2
+    other.close()
+print(other.hash, other["lr"], other.name)
+again = pickle.loads(pickle.dumps(other))
+again.report_successful_finish()
+run.track(1, "m")
+del other, again
+print(flags(), len(run.metrics()))
+"""
+#: Up to 3.9, a thread that ends has the C library open a file, and that aborts the process.
+NO_DESCRIPTORS = """
+import resource
+run = Run(NAME, create=True, stacks=sys.version_info >= (3, 10))
+run.report_progress(expect_next_in=60)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+files = []
+try:
+    while True: files.append(open(os.devnull))
+except OSError as error:
+    if error.errno != 24: raise
+boom()
+"""
+CELLS = """
+import types
+class Shell:
+    events = types.SimpleNamespace(register=lambda name, hook: hooks.append((name, hook)))
+hooks, shell = [], Shell()
+sys.modules["IPython"] = types.SimpleNamespace(get_ipython=lambda: shell)
+def cell(error=None, shown=None):
+    if shown or error:
+        sys.last_value = shown or error
+    for name, hook in hooks:
+        assert name == "post_run_cell"
+        hook(types.SimpleNamespace(error_in_exec=error))
+    print(flags(), run._state.end and run._state.end.get("reason"))
+run = Run(NAME, create=True)
+cell()
+run.report_progress(expect_next_in=60); cell()
+cell(ValueError("a typo"))
+run.report_progress(expect_next_in=60); cell(KeyboardInterrupt())
+run.report_progress(expect_next_in=60); cell(shown=KeyError("in %run"))
+run.report_progress(expect_next_in=60); cell()
+del sys.last_value
+"""
+#: Rows as those of ENDS.
+INSIDE: Tuple[Tuple[Any, ...], ...] = (
+    ("in_a_worker", "raise ValueError('Caught KeyError in worker 1.\\n  File \"/job/data.py\", line 3, in load\\n    x[1]\\n'"
+     "'\\x1b[31mKeyError: 1\\x1b[0m\\n')", 1, "failed", "ValueError: Caught KeyError in worker 1. ... KeyError: 1", [],
      "/job/data.py:3 in load: x[1]"),
-    ("try: boom()\nexcept ValueError as e: raise RuntimeError('step 7') from e",
-     "RuntimeError: step 7; caused by ValueError: boom", ""),
-    ("e = OSError('disk'); e.__notes__ = ['in epoch 3\\nand more']; raise e", "OSError: disk; in epoch 3", ""),
-    ("class Group(Exception): exceptions = (ValueError('a'), KeyError('b'))\nraise Group('two')",
-     "Group: two; ValueError: a; KeyError: 'b'", ""),
-    ("class Odd(Exception): __notes__ = exceptions = property(lambda self: 1 / 0)\nraise Odd('x')", "Odd: x", ""),
-    ("import multiprocessing\nmultiprocessing.get_context('fork').Pool(1).map(eval, ['int(\"x\")'])",
-     "ValueError: invalid literal for int() with base 10: 'x'", "in mapstar"),
-    ("exec(compile('boom()', 'made.py', 'exec'), {'boom': boom, '__name__': 'm', '__loader__': type('L', (),"
-     " {'get_source': lambda *args: 1 / 0})()})", "ValueError: boom", "made.py:1 in <module>: "),
+    ("cause", "try: boom()\nexcept ValueError as e: raise RuntimeError('step 7') from e", 1, "failed",
+     "RuntimeError: step 7; caused by ValueError: boom"),
+    ("notes", "e = OSError('disk'); e.__notes__ = ['in epoch 3\\nand more']; raise e", 1, "failed",
+     "OSError: disk; in epoch 3"),
+    ("group", "class Group(Exception): exceptions = (ValueError('a'), KeyError('b'))\nraise Group('two')", 1, "failed",
+     "Group: two; ValueError: a; KeyError: 'b'"),
+    ("odd", "class Odd(Exception): __notes__ = exceptions = property(lambda self: 1 / 0)\nraise Odd('x')", 1, "failed",
+     "Odd: x"),
+    ("pool", "import multiprocessing\nmultiprocessing.get_context('fork').Pool(1).map(eval, ['int(\"x\")'])", 1, "failed",
+     "ValueError: invalid literal for int() with base 10: 'x'", [], "in mapstar"),
+    ("no_source", "exec(compile('boom()', 'made.py', 'exec'), {'boom': boom, '__name__': 'm', '__loader__': type('L', (),"
+     " {'get_source': lambda *args: 1 / 0})()})", 1, "failed", "ValueError: boom", [], "made.py:1 in <module>: "),
+    *((f"interrupted{name}", INTERRUPTED.format(name=name), 0, "finished", None, ["a worker was killed finished False"])
+      for name in ("_record", "_look", "_checkpoint", "_close_files")),
+    ("copies", COPIES, 0, "finished", None,
+     ["report_progress is ignored: the run was unpickled, and belongs to the process that pickled it",
+      "copies 0.1 Run: copies", "starting 1"]),
+    ("no_descriptors", NO_DESCRIPTORS, 1, "failed", "ValueError: boom"),
+    ("cells", CELLS, 0, "finished", None,
+     ["starting None", "check_in None", "check_in None", "check_in failed interrupted",
+      "check_in failed KeyError: 'in %run'", "check_in None"]),
 )  # fmt: skip
 
 #: A main module as somebody writes it who does not think of workers: it begins a run wherever it is imported.
@@ -1677,12 +1656,10 @@ if __name__ == "__main__":
 
 
 class InsideFrameworks(ProcessCase):
-    def test_reason_has_the_words_that_matter_and_frames_of_other_processes(self) -> None:
-        for code, reason, frame in WORDS:
-            with self.subTest(reason):
-                self.finished_process(f"run = Run('r', create=True)\n{code}", "")
-                self.assertEqual(self.end_of("r")["reason"], reason)
-                self.assertIn(frame, "\n".join(self.end_of("r")["frames"]))
+    def test_ends_that_frameworks_bring_about_have_the_words_that_matter(self) -> None:
+        self.check_rows(INSIDE)
+        with self.assertRaisesRegex(aimwatch.ArgumentTypeError, "must be several"):
+            Run(repo=self.root, not_failures="Pruned")  # type: ignore[arg-type]
 
     def test_last_two_frames_of_the_users_own_are_kept(self) -> None:
         ours, lib = "/job/train.py", "/x/lib/python3.11/selectors.py"
@@ -1695,71 +1672,6 @@ class InsideFrameworks(ProcessCase):
             ([ours, ours, "<frozen runpy>", *[aimwatch.__file__] * 9], [0, 1, 8, 9, 10, 11]),
         ):
             self.assertEqual(aimwatch.telling_frames(files), told)
-
-    def test_signal_that_a_handler_took_is_the_reason_where_the_process_dies_of_it(self) -> None:
-        code = "signal.signal(signal.SIGTERM, lambda *args: os._exit(9))\nterm()"
-        self.assertEqual(self.finished_process(code)[0], 9)
-        state = aimwatch.read_log(self.paths.run_log("r"), "r")
-        self.assertIsNone(state.end)
-        self.assertEqual(aimwatch.run_facts(self.paths, "r")["run.reason"], "it got SIGTERM")
-        self.assertGreater(aimwatch.finalize_dead(self.paths, state, None), 0)
-        self.assertEqual(self.end_of("r")["reason"], "terminated by SIGTERM")
-        self.assertIn(" in term: ", self.end_of("r")["frames"][-1])
-
-    def test_signal_explains_no_end_that_comes_much_later(self) -> None:
-        code = (
-            "signal.signal(signal.SIGTERM, lambda *args: None)\nos.kill(os.getpid(), signal.SIGTERM)\n"
-            "aimwatch.SIGNAL_S = 0.0\ntime.sleep(0.01)\nrun.report_progress(block=True)"
-        )
-        self.finished_process(code)
-        self.assertEqual((self.end_of("r")["end"], self.end_of("r").get("reason")), ("finished", None))
-
-    def test_exception_in_the_middle_of_an_end_goes_on_and_the_end_is_recorded(self) -> None:
-        for name in ("_record", "_look", "_checkpoint", "_index_itself"):
-            with self.subTest(name):
-                code = f"""
-real = run.{name}
-def once(*args):
-    run.{name} = real
-    raise RuntimeError("a worker was killed")
-run.report_progress(expect_next_in=60)
-try:
-    with run:
-        run.{name} = once
-except RuntimeError as error:
-    print(error, flags(), aimwatch.lock_state(run._paths.marker("r")) == "held")
-"""
-                self.assertEqual(self.finished_process(code)[:2], (0, ["a worker was killed finished False"]))
-                self.assertEqual((self.end_of("r")["end"], self.flags("r-")), ("finished", ["finished"]))
-                self.assertTrue(self.is_free("r"))
-
-    def test_copy_is_the_run_and_what_is_unpickled_is_inert(self) -> None:
-        code = """
-import copy, pickle
-run["lr"] = 0.1
-assert copy.copy(run) is run and copy.deepcopy([run])[0] is run
-c = copy.copy(run)
-del c
-gc.collect()
-other = pickle.loads(pickle.dumps(run))
-for _ in range(2):
-    other.report_progress(expect_next_in=1)
-    other.track(2, "m")
-    other["lr"] = 0.2
-    other.close()
-print(other.hash, other["lr"], other.name)
-again = pickle.loads(pickle.dumps(other))
-again.report_successful_finish()
-run.track(1, "m")
-del other, again
-print(flags(), len(run.metrics()))
-"""
-        _, out, err = self.finished_process(code)
-        self.assertEqual(out, ["r 0.1 Run: r", "starting 1"])
-        self.assertEqual(
-            err,
-            "report_progress is ignored: the run was unpickled, and belongs to the process that pickled it\n",
-        )
 
     def test_worker_that_imports_the_main_module_begins_no_run(self) -> None:
         path = os.path.join(self.root, "main.py")
@@ -1787,67 +1699,6 @@ while not aimwatch.hanging_frames(run._paths, "r"):
         process.terminate()
         process.wait(60)
         self.assertIn(" in train: ", self.end_of("r")["frames"][-1])
-
-    def test_reason_is_told_where_no_descriptor_is_left(self) -> None:
-        code = """
-import resource
-run.report_progress(expect_next_in=60)
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-files = []
-try:
-    while True: files.append(open(os.devnull))
-except OSError as error:
-    if error.errno != 24: raise
-boom()
-"""
-        # Up to 3.9, a thread that ends has the C library open a file, and that aborts the process.
-        begin = "run = Run('r', create=True, stacks=sys.version_info >= (3, 10))\n"
-        status, _, err = self.finished_process(code, begin)
-        self.assertEqual((status, "Error in sys.excepthook" in err), (1, False))
-        self.assertEqual(self.end_of("r")["reason"], "ValueError: boom")
-
-    def test_cells_of_a_notebook(self) -> None:
-        code = """
-import types
-class Shell:
-    events = types.SimpleNamespace(register=lambda name, hook: hooks.append((name, hook)))
-hooks, shell = [], Shell()
-sys.modules["IPython"] = types.SimpleNamespace(get_ipython=lambda: shell)
-def cell(error=None, before=None, shown=None):
-    if shown or error:
-        sys.last_value = shown or error
-    for name, hook in hooks:
-        assert name == "post_run_cell"
-        hook(types.SimpleNamespace(error_in_exec=error, error_before_exec=before))
-    print(flags(), run._state.end and run._state.end.get("reason"))
-run = Run("r", create=True)
-cell()
-run.report_progress(expect_next_in=60); cell()
-cell(ValueError("a typo"))
-run.report_progress(expect_next_in=60); cell(before=SyntaxError("x"))
-run.report_progress(expect_next_in=60); cell(KeyboardInterrupt())
-run.report_progress(expect_next_in=60); cell(shown=KeyError("in %run"))
-run.report_progress(expect_next_in=60); cell()
-del sys.last_value
-"""
-        out = self.finished_process(code, "")[1]
-        self.assertEqual(out, [
-            "starting None", "check_in None", "check_in None", "check_in None", "check_in failed interrupted",
-            "check_in failed KeyError: 'in %run'", "check_in None",
-        ])  # fmt: skip
-        self.assertEqual(self.end_of("r")["end"], "finished")
-
-    def test_exceptions_that_are_no_failures(self) -> None:
-        for given in (("Pruned",), (KeyError, "Pruned")):
-            code = (
-                f"class Pruned(Exception): pass\nwith Run('r', create=True, not_failures={given!r}".replace(
-                    "<class 'KeyError'>", "KeyError"
-                )
-            )
-            self.finished_process(f"{code}): raise Pruned", "")
-            self.assertEqual(self.end_of("r")["end"], "finished")
-        with self.assertRaisesRegex(aimwatch.ArgumentTypeError, "must be several"):
-            Run(repo=self.root, not_failures="Pruned")  # type: ignore[arg-type]
 
 
 class MaskedNumbers(Case):
