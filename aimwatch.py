@@ -8238,33 +8238,32 @@ class LogFollower:
                 self.points, self.messages = {}, deque(maxlen=500)
             file.seek(self._offset)
             while True:
-                data = file.read(_PARSE_BYTES)
-                data += b"" if data.endswith(b"\n") else file.readline(MAX_LINE_BYTES)
-                end = data.rfind(b"\n") + 1
-                if not end and len(data) < MAX_LINE_BYTES:
-                    return self  # the rest is a line that is being written
-                self._take(data[:end])
-                self._offset += end or len(data)
+                lines = file.readlines(_PARSE_BYTES)
+                if lines and not lines[-1].endswith(b"\n"):
+                    del lines[-1]  # which is being written
+                if not lines:
+                    return self
+                self._take(lines)
+                self._offset += sum(map(len, lines))
 
-    def _take(self, data: bytes) -> None:
-        lines = data[:-1].split(b"\n")
+    def _take(self, lines: List[bytes]) -> None:
         try:  # all lines at once take a third of the time
-            rows = _plain_json("[" + data[:-1].decode("ascii").replace("\n", ",") + "]")
+            rows = _plain_json("[" + b",".join(lines).decode("ascii") + "]")
             if len(rows) != len(lines):
                 raise ValueError("torn lines that make one")
         except _NO_POINT:
-            rows = []
-            for line in lines:
+            rows = [None] * len(lines)
+            for nth, line in enumerate(lines):
                 with contextlib.suppress(*_NO_POINT):
-                    rows.append(from_json(line))
+                    rows[nth] = from_json(line)
         series: Dict[int, List[Any]] = {}
-        for row in rows:
+        for row, line in zip(rows, lines):
             if type(row) is list and row and type(row[0]) is int:
                 series.setdefault(row[0], []).append(row)
+            elif message := parse_message(line):
+                self.messages.append(message)
         for series_id, points in series.items():
             add_points(self.points.setdefault(series_id, {}), points)
-        if b'{"log"' in data:
-            self.messages.extend(filter(None, map(parse_message, lines)))
 
 
 class Scale:
@@ -8453,27 +8452,19 @@ class Site:
 
     def __init__(self, paths: RepoPaths, utc: Callable[[], float] = time.time) -> None:
         self.paths, self._utc, self._lock = paths, utc, threading.Lock()
-        #: By kind, what was made, with the stamp of that from which it was, the oldest first.
-        self._kept: Dict[str, Dict[str, Tuple[Any, Any]]] = {}
         self._followers: Dict[str, LogFollower] = {}
         self._seen_at = SeenAt(paths)
-
-    def _keep(self, kind: str, key: str, stamp: Any, make: Callable[[], Any], most: int) -> Any:
-        """Return what `make` returns, or returned when the stamp was the same; `most` are kept."""
-        kept = self._kept.setdefault(kind, {})
-        known, value = kept.get(key, (self, None))
-        if known != stamp:
-            value = make()
-            with self._lock:
-                kept.pop(key, None)
-                kept[key] = (stamp, value)
-                while len(kept) > most:
-                    del kept[next(iter(kept))]
-        return value
+        # What is kept to answer faster. The stamp of that from which it was made is an argument.
+        self._pages = functools.lru_cache(100)(self._make)
+        self._rows = functools.lru_cache(3000)(self._load)
+        self._indexed = functools.lru_cache(3)(lambda q, stamp: Repo(paths.root).query_runs(q).found)
+        self._facts = functools.lru_cache(20_000)(lambda run_hash, stamp: run_facts(paths, run_hash))
 
     def forget(self) -> None:
         """Drop what is kept to answer faster."""
-        self._kept, self._followers = {}, {}
+        self._followers = {}
+        for kept in (self._pages, self._rows, self._indexed, self._facts):
+            kept.cache_clear()
         _give_memory_back()
 
     def answer(self, path: str, query: str, known_etag: str = "") -> Reply:
@@ -8484,27 +8475,26 @@ class Site:
                 return self._error(path, 404, "There is no such page.")
             where = path.rpartition("/")[2] + "/" + ("?" + query if query else "")
             return Reply(301, headers=(("Location", where),))
-        pattern, find, kind, write = route
-        hashes = re.findall(pattern, path) if _HASH in pattern else ()
+        hashes = re.findall(route[0], path) if _HASH in route[0] else ()
         try:
             if not os.path.isdir(self.paths.aim):
                 raise RepoError(f"no repository at {self.paths.root}: it was moved, or its share is away")
             # Every 5 s a page says anew how long ago things were, and what the watcher found.
             logs = map(self.paths.run_log, {*list_pending(self.paths), *hashes})
             stamps = [file_stamp(file) for file in (self.paths.check_ins, *sorted(logs))]
-            stamp = [path, query, int(self._utc()) // 5, *stamps]
-            etag = f'"{zlib.crc32(repr(stamp).encode()):x}"'
+            stamp = repr([path, query, int(self._utc()) // 5, stamps])
+            etag = f'"{zlib.crc32(stamp.encode()):x}"'
             if etag == known_etag:
                 return Reply(304, etag=etag)
-
-            def body() -> bytes:
-                return write(find(self, Ask(query), *hashes)).encode("utf-8", "backslashreplace")
-
-            text = self._keep("page", f"{path}?{query}", stamp, body, 100) if kind == "text/html" else body()
-            return Reply(200, text, kind, (), etag)
+            make = self._pages if route[2] == "text/html" else self._make
+            return Reply(200, make(route, query, *hashes, stamp=stamp), route[2], (), etag)
         except (AimwatchError, OSError) as error:
             status = {NotThere: 404, QueryError: 400, ArgumentError: 400}.get(type(error), 503)
             return self._error(path, status, str(error))
+
+    def _make(self, route: Any, query: str, *hashes: str, stamp: str) -> bytes:
+        text: str = route[3](route[1](self, Ask(query), *hashes))
+        return text.encode("utf-8", "backslashreplace")
 
     def _error(self, path: str, status: int, text: str) -> Reply:
         if path.startswith("api/"):
@@ -8521,11 +8511,11 @@ class Site:
         if stamp is None:
             raise NotThere(f"there is no run {run_hash} in {self.paths.root}")
 
-        def make() -> Dict[str, Any]:
-            state, row = read_run(self.paths, run_hash)
-            return {**row, "skipped": state.skipped}
+        return self._rows(run_hash, stamp)
 
-        return self._keep("row", run_hash, stamp, make, 3000)  # type: ignore[no-any-return]
+    def _load(self, run_hash: str, stamp: Any) -> Dict[str, Any]:
+        state, row = read_run(self.paths, run_hash)
+        return {**row, "skipped": state.skipped}
 
     def follower(self, run_hash: str) -> LogFollower:
         """Return the points and messages of a run. Raises OSError."""
@@ -8540,8 +8530,7 @@ class Site:
         """What `status --json` prints."""
 
         def facts_of(paths: RepoPaths, run_hash: str) -> Facts:
-            stamp = file_stamp(paths.run_log(run_hash))
-            return self._keep("facts", run_hash, stamp, lambda: run_facts(paths, run_hash), 20_000)  # type: ignore[no-any-return]
+            return self._facts(run_hash, file_stamp(paths.run_log(run_hash)))
 
         # Seen from one answer to the next: no page waits until a watcher on another machine looks again.
         looks = not self._seen_at.is_frozen(fresh=False)
@@ -8555,8 +8544,7 @@ class Site:
                 pending[run_hash] = self.row(run_hash)
         found = [row for row, _ in compile_query(q).matches(pending.values())]
         stamp = file_stamp(self.paths.index) or self._utc()
-        indexed = self._keep("runs", q, stamp, lambda: Repo(self.paths.root).query_runs(q).found, 5)
-        found += [row for row in indexed if row["hash"] not in pending]
+        found += [row for row in self._indexed(q, stamp) if row["hash"] not in pending]
         found.sort(key=operator.itemgetter("created_at"), reverse=True)
         return found
 
