@@ -1336,8 +1336,7 @@ class AppendFile:
         self._waiting: Deque[bytes] = deque()
         self._waiting_bytes = 0
         self._retry_mono = -math.inf
-        #: True from the first error on until everything is in the file.
-        self._in_trouble = False
+        self._complained = False
         #: True where nothing may be written before the file is opened again: its path leads elsewhere, its
         #: descriptor is stale, or some of what was written to it is lost.
         self._lost = False
@@ -1400,11 +1399,7 @@ class AppendFile:
                 # A signal's handler that recorded something meanwhile has written this line too.
                 if self._waiting and self._waiting[0] is line:
                     self._waiting_bytes -= len(self._waiting.popleft())
-        whole = not self._waiting and not self._lost
-        if whole and self._in_trouble and (not self._must_sync or self._synced_size == self.size):
-            self._in_trouble = False
-            log.warning("%s can be written again (%d records lost)", self.path, self.dropped)
-        return whole
+        return not self._waiting and not self._lost
 
     def _open_again(self) -> None:
         """Open the file again; what is not known to be in it waits to be written. Where there is another or
@@ -1419,7 +1414,6 @@ class AppendFile:
         if self._identity != identity:
             first, *rest = self._summary()
             lines = [first, *self._waiting, *rest]
-            self._in_trouble = True
             log.warning("%s was begun anew: of what it held, only the summary is there", self.path)
         self._lost, self._in_place = False, True
         self._unsynced.clear()
@@ -1451,9 +1445,9 @@ class AppendFile:
     def _complain(self, error: OSError) -> None:
         # On a network file system, it may be the error of an earlier write, and is reported only once.
         self._lost = self._lost or self._must_sync
-        if not self._in_trouble:
-            self._in_trouble = True
-            self._retry_mono = time.monotonic() + RETRY_S
+        self._retry_mono = time.monotonic() + RETRY_S
+        if not self._complained:
+            self._complained = True
             log.warning("cannot write %s: %s; records wait in memory", self.path, error.strerror)
 
     def _sync_each_second(self) -> None:
@@ -1495,15 +1489,13 @@ class AppendFile:
         whole = False
         for _ in range(2):  # what a failed sync lost is written once more
             whole = whole or self.flush(now=True) and (not self._must_sync or self.sync())
-        if whole:
-            self.flush()  # says that all is well again
-        else:
-            missing = len(self._waiting) + sum(end > self._synced_size for end, _ in self._unsynced)
+        missing = self.dropped + len(self._waiting)
+        missing += sum(end > self._synced_size for end, _ in self._unsynced)
+        if missing:
             log.error("%s: %d records could not be written", self.path, missing)
-        size = self.size if whole and not self.dropped else -1
         close_own(self._fd, self._identity)
         self._fd, self._lost = -1, True
-        return size
+        return -1 if missing or not whole else self.size
 
 
 #: How much of a run's log is read for an alert: so much of its beginning, after its last checkpoint, and
