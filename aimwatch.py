@@ -6044,7 +6044,7 @@ class Outbox:
 #: for so long, so that a power cut that takes a while to be noticed is a handful of messages.
 MIN_POST_GAP_S, COLLECT_S = 1.0, 3.0
 #: A notifier that was tried in vain for so long counts as one that does not work.
-OUTAGE_S, UNREACHED = 900.0, "tried in vain"
+OUTAGE_S = 900.0
 #: A notifier whose address or token is refused is tried again this often, and when it is changed.
 BROKEN_RETRY_S = 3600.0
 
@@ -6062,88 +6062,70 @@ class NotifierThread(threading.Thread):
         #: As it is configured now; None while it is not in use.
         self.notifier: Optional[Notifier] = notifier
         self._outbox = outbox
-        self._changed = threading.Condition()
-        #: An event that cannot be in the outbox, since the disk does not answer.
-        self._alarm: Optional[Event] = None
-        self._stopping = self._hurry = False
-        #: What came of the last attempt, how many in a row have failed, and when the first of them did.
-        self._last, self._failures, self._failed_mono = SENT, 0, 0.0
+        self._woken, self._stopping = threading.Event(), False
+        #: Until when it rests, what came of the last attempt, how many in a row have failed, and since when.
+        self._rests_until, self._last, self._failures, self._failed_mono = -math.inf, SENT, 0, 0.0
 
     def use(self, notifier: Optional[Notifier]) -> None:
         """Go on with the notifier as it is configured now, and rest no longer."""
-        with self._changed:
-            self.notifier, self._failures, self._hurry = notifier, 0, True
-            self._changed.notify_all()
+        self.notifier, self._failures, self._rests_until = notifier, 0, -math.inf
+        self.wake()
 
-    def wake(self, alarm: Optional[Event] = None) -> None:
-        """Look into the outbox; send an alarm first, which takes the place of an earlier one."""
-        with self._changed:
-            if self.notifier is not None:
-                self._alarm = alarm or self._alarm
-            self._changed.notify_all()
+    def wake(self) -> None:
+        """Look into the outbox."""
+        self._woken.set()
 
     def stop(self) -> None:
         """End after the attempt in flight, without waiting for it."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
+        self._stopping = True
+        self.wake()
 
-    def wait_tried(self, deadline_mono: float) -> bool:
-        """Wait until what waits was sent, or tried in vain; False when time ran out."""
-        left_s = max(0.0, deadline_mono - time.monotonic())
-        with self._changed:
-            return self._changed.wait_for(lambda: self._failures > 0 or not self._batch(), left_s)
+    def is_behind(self) -> bool:
+        """True where something waits, and nothing was tried in vain."""
+        return not self._failures and bool(self._batch())
 
     def _batch(self) -> List[Event]:
-        if self.notifier is None:
-            return []
-        batch = [self._alarm] if self._alarm is not None else self._outbox.waiting_for(self.id)
-        if batch and _USER in str(self.notifier.arguments.get("to")):  # each user hears of their own alone
+        batch = self._outbox.waiting_for(self.id) if self.notifier is not None else []
+        # Each user hears of their own alone.
+        if batch and self.notifier is not None and _USER in str(self.notifier.arguments.get("to")):
             to = recipients(self.notifier, batch[0].facts)
             batch = [event for event in batch if recipients(self.notifier, event.facts) == to]
         return batch
 
     def run(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopping or self._batch())
-                notifier, alarm, batch, self._hurry = self.notifier, self._alarm, self._batch(), False
+            self._woken.clear()
             if self._stopping:
                 return
-            if notifier is not None and batch:
-                self._rest(self._send(notifier, batch, alarm))
+            notifier, batch, left_s = self.notifier, self._batch(), self._rests_until - time.monotonic()
+            if notifier is not None and batch and left_s <= 0:
+                rest_s = self._send(notifier, batch)
+                self._rests_until = time.monotonic() + rest_s
+            else:
+                self._woken.wait(left_s if batch else None)
 
-    def _send(self, notifier: Notifier, batch: List[Event], alarm: Optional[Event]) -> float:
-        """Send `batch`, which may be an alarm, in one message, and return how long to rest."""
+    def _send(self, notifier: Notifier, batch: List[Event]) -> float:
+        """Send `batch` in one message, and return how long to rest."""
         name = f"{notifier.type} {notifier.shown_as}"
         outcome = self._deliver(notifier, batch, name)
         kind, reason = outcome.kind, outcome.detail
         if notifier is not self.notifier and kind != SENT:
             return MIN_POST_GAP_S  # as it is configured now, it has not been tried
+        kept = "what waits is kept until it is mended; see 'notifiers list'"
         if kind == SENT and self._failures:
             log.info("notifier %s is reached again", name)
         elif kind != self._last:
-            then = (
-                "what waits is kept until it is mended; see 'notifiers list'"
-                if kind == BROKEN
-                else "trying again"
-            )
-            log.warning("notifier %s: %s; %s", name, reason, then)
+            log.warning("notifier %s: %s; %s", name, reason, kept if kind == BROKEN else "trying again")
         if kind == SENT and notifier.type != "logger":  # whose messages say it themselves
             log.info("notifier %s was sent %s: %s", name, plural(len(batch), "event"), reason)
         self._failed_mono = self._failed_mono if self._failures else _monotonic()
-        lasts = kind != SENT and _monotonic() - self._failed_mono >= OUTAGE_S
-        if alarm is None and kind == SENT:  # with an alarm, the disk does not answer
+        if kind == SENT:
             self._outbox.sent([event.id for event in batch], self.id)
-        elif alarm is None and kind == BROKEN:
+        elif kind == BROKEN:
             self._outbox.note_broken(self.id, reason)
-        elif alarm is None and lasts and self.id not in self._outbox.broken():
-            self._outbox.note_broken(self.id, f"{UNREACHED} for {human_s(OUTAGE_S)}: {reason}")
-        with self._changed:
-            self._last, self._failures = kind, 0 if kind == SENT else self._failures + 1
-            if kind == SENT and self._alarm is alarm:
-                self._alarm = None
-            self._changed.notify_all()
+        elif _monotonic() - self._failed_mono >= OUTAGE_S and self.id not in self._outbox.broken():
+            self._outbox.note_broken(self.id, f"tried in vain for {human_s(OUTAGE_S)}: {reason}")
+        self._last, self._failures = kind, 0 if kind == SENT else self._failures + 1
         if kind == SENT:
             return 0.0 if notifier.type == "logger" else COLLECT_S
         if kind == BROKEN:
@@ -6155,18 +6137,13 @@ class NotifierThread(threading.Thread):
         """Send one message; once more in plain words where the other side does not take it."""
         facts = [{**event.facts, "id": event.id} for event in batch]
         outcome = deliver(notifier, facts)
-        if outcome.kind == REFUSED and not self._stopping:
+        if outcome.kind == REFUSED:
             log.warning("notifier %s: %s; trying again in plain words", name, outcome.detail)
-            self._rest(MIN_POST_GAP_S)
+            time.sleep(MIN_POST_GAP_S)
             outcome = deliver(notifier, facts, plain=True)
             if outcome.kind == REFUSED:
                 return outcome._replace(kind=BROKEN)
         return outcome
-
-    def _rest(self, seconds: float) -> None:
-        """Rest; a change of the configuration ends that."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._hurry, seconds)
 
 
 class Dispatcher:
@@ -6183,6 +6160,7 @@ class Dispatcher:
         self._notifiers: Dict[str, Notifier] = {}
         self._queries: Dict[str, CompiledQuery] = {}
         self._threads: Dict[str, NotifierThread] = {}
+        self._alarm: Optional[Event] = None
         #: From which level on people hear of log messages.
         self.log_level = logging.WARNING
 
@@ -6275,9 +6253,17 @@ class Dispatcher:
         return [one for one, query in self._queries.items() if not query.test(row, None)]
 
     def alarm(self, event: Event) -> None:
-        """Send every notifier an event that cannot be put into the outbox, since the disk does not answer."""
-        for thread in list(self._threads.values()):
-            thread.wake(event)
+        """Send every notifier an event that cannot be put into the outbox, since the disk does not answer. It
+        takes the place of an earlier one."""
+        self._alarm = event
+        for item in self._usable():
+            threading.Thread(target=self._send_alarm, args=(item, event), daemon=True).start()
+
+    def _send_alarm(self, item: Notifier, event: Event) -> None:
+        failures = 0
+        while self._alarm is event and deliver(item, [{**event.facts, "id": event.id}]).kind != SENT:
+            failures += 1
+            time.sleep(back_off_s(failures, 0.5))
 
     def notify_of_broken(self) -> None:
         """Notify the others, once, of every notifier that does not work, and when it works again."""
@@ -6297,7 +6283,11 @@ class Dispatcher:
     def drain(self, limit_s: float) -> bool:
         """Wait until everything was sent or tried once, at most `limit_s` seconds; True if so."""
         deadline = time.monotonic() + limit_s
-        return all(thread.wait_tried(deadline) for thread in self._threads.values())
+        while any(thread.is_behind() for thread in self._threads.values()):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
 
     def stop(self, limit_s: float) -> None:
         """End the threads; what is in flight gets `limit_s` seconds, and is sent again if it needs
@@ -7199,7 +7189,7 @@ class Watcher:
         changes = self.table.take(listing, now_s, self._utc() if arrived else 0.0)
         if first:
             changes = []  # what was there before is no news
-            self._find_ended(self.table.to_look_at(math.inf), now_s, by_log_alone=True)
+            self._find_dead(now_s, first=True)
         if self.looking.accuses and (not self.table.is_overdue(now_s) or self._look_again(now_s, changes)):
             changes += self._find_dead(now_s)
             changes += self.table.overdue(now_s)
@@ -7253,43 +7243,35 @@ class Watcher:
             self._said.add(text)
             log.warning("%s", text)
 
-    def _find_dead(self, now_s: float) -> List[Change]:
+    def _find_dead(self, now_s: float, first: bool = False) -> List[Change]:
         """Look at the markers of the runs that are due, and return what has become of those that nobody
-        writes any more."""
-        suspects, deadline = [], self._clock() + MARKERS_S
-        due = self.table.to_look_at(now_s)
-        for watched in due:
-            state = lock_state(self.paths.marker(watched.hash))
-            if state == "absent" and not os.path.exists(self.paths.run_log(watched.hash)):
-                state = "unknown"  # Aim's run
-            if watched.note_marker(state, now_s):
-                suspects.append(watched)
-            if self._clock() >= deadline:
-                break  # the others come first in the next poll
-        return self._find_ended(suspects, now_s)
-
-    def _find_ended(
-        self, suspects: Sequence[WatchedRun], now_s: float, by_log_alone: bool = False
-    ) -> List[Change]:
-        """Return what has become of runs, as their logs say, and as the markers do unless `by_log_alone`."""
-        changes: List[Change] = []
-        for watched in suspects:
+        writes any more. At the first sight of a repository, the logs of all are asked alone."""
+        changes, deadline = [], self._clock() + MARKERS_S
+        for watched in self.table.to_look_at(math.inf if first else now_s):
             marker = lock_state(self.paths.marker(watched.hash))
-            if marker == "held" or watched.name not in self.table.names:
-                continue
-            end = None
-            with contextlib.suppress(OSError):  # Aim's run, or a share that is away
-                state = read_log_parts(self.paths.run_log(watched.hash), watched.hash)
-                end = state.end
-                free = end is None and marker == "free" and not by_log_alone
-                if free and free_means_dead(state.header, watched.was_held):
-                    end = end_of_dead(state)
-            if end is not None:
-                changes += self.table.end(watched, end["end"], now_s, printable(str(end.get("reason") or "")))
-                self.on_dead(watched.hash)
-            elif not by_log_alone:
-                watched.doubt_marker(now_s)
+            if marker == "absent" and not os.path.exists(self.paths.run_log(watched.hash)):
+                marker = "unknown"  # Aim's run
+            is_suspect = watched.note_marker(marker, now_s) and watched.name in self.table.names
+            if is_suspect or first and marker != "held":
+                changes += self._find_end(watched, now_s, marker == "free" and not first)
+                if not first and watched.state in LIVE:
+                    watched.doubt_marker(now_s)
+            if self._clock() >= deadline and not first:
+                break  # the others come first in the next poll
         return changes
+
+    def _find_end(self, watched: WatchedRun, now_s: float, may_be_dead: bool) -> List[Change]:
+        """Return what has become of a run, as its log says; that says also what its free marker means."""
+        end = None
+        with contextlib.suppress(OSError):  # Aim's run, or a share that is away
+            state = read_log_parts(self.paths.run_log(watched.hash), watched.hash)
+            end = state.end
+            if end is None and may_be_dead and free_means_dead(state.header, watched.was_held):
+                end = end_of_dead(state)
+        if end is None:
+            return []
+        self.on_dead(watched.hash)
+        return self.table.end(watched, end["end"], now_s, printable(str(end.get("reason") or "")))
 
     def _unmuted(self, changes: Sequence[Change], muted: Set[str]) -> List[Change]:
         """Return of `changes` those that are to be alerted now: for the runs whose mute has ended, what

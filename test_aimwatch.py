@@ -7456,13 +7456,19 @@ class Notifying(NotifyingCase):
             (429, "", {"Retry-After": "7"}), (500, ""), (404, "gone"), (400, ""), (500, ""), (200, "ok"),
         )  # fmt: skip
         self.configure(a=hook(self.webhook(*answers).url))
+        real = aimwatch.NotifierThread._send
+
+        def send(*args: Any) -> float:
+            rests.append(real(*args))
+            return 0.0
+
         with mock.patch.object(aimwatch, "back_off_s", lambda n, r: 0.4 * n), mock.patch.object(
-            aimwatch.NotifierThread, "_rest", lambda thread, seconds: rests.append(seconds)
-        ), mock.patch.multiple(aimwatch, MIN_POST_GAP_S=1.0, COLLECT_S=3.0):
+            aimwatch.NotifierThread, "_send", send
+        ), mock.patch.multiple(aimwatch, MIN_POST_GAP_S=0.1, COLLECT_S=3.0):
             self.dispatcher().notify([event_of(1)])
-            self.wait_for(lambda: len(rests) == 6)
+            self.wait_for(lambda: len(rests) == 5)
         # The refused one is sent once more in plain words, which is the same attempt.
-        self.assertEqual(rests, [7.0, 1.0, aimwatch.BROKEN_RETRY_S, 1.0, 1.6, 3.0])
+        self.assertEqual(rests, [7.0, 0.8, aimwatch.BROKEN_RETRY_S, 1.6, 3.0])
 
     def test_outage_is_logged_when_it_begins_changes_and_ends_without_a_secret(self) -> None:
         path = "/services/T000/B000/SECRETSECRET"
