@@ -10997,15 +10997,15 @@ class Followers(StoredCase):
         path = self.paths.run_log(run_hash)
         for series_id in aimwatch.read_log(path, run_hash).series:
             columns = follower.points.get(series_id, {})
-            points = [
-                (int(step), repr(value), None if epoch != epoch else epoch, when)
-                for step, value, when, epoch in zip(
-                    *(columns.get(name, ()) for name in ("step", "value", "time", "epoch"))
-                )
+            points = zip(*(columns.get(name, ()) for name in ("step", "value", "epoch", "time")))
+            read = [
+                [NAN if item is None else item for item in point]
+                for point in aimwatch.read_points(path, series_id)
             ]
-            read = [(step, repr(value), None if epoch is None or epoch != epoch else epoch, when)
-                    for step, value, epoch, when in aimwatch.read_points(path, series_id)]  # fmt: skip
-            self.assertEqual(sorted(points, key=lambda point: point[0]), read)
+            self.assertEqual(
+                repr(sorted(map(list, points), key=lambda point: point[0])),
+                repr([list(map(float, point)) for point in read]),
+            )
         self.assertEqual(list(follower.messages), list(aimwatch.read_messages(path))[-500:])
 
     def test_reads_what_the_log_says_and_then_what_was_appended(self) -> None:
@@ -11196,34 +11196,28 @@ class Pages(StoredCase):
         self.assertIn("failed: no &lt;data&gt;; to notify: mine", text)
         self.assertIn("sent to mine", text)
         self.assertRegex(self.get(""), "notifier mine does not work: 404 &lt;x&gt;; waiting: 0 events")
-        with mock.patch.object(
-            aimwatch.NotifierConfig, "notifiers", side_effect=aimwatch.ConfigError("not yours")
-        ):
-            self.get("metrics")  # as whoever watches in a shared folder has it
+        not_yours = aimwatch.ConfigError("not yours")  # as whoever watches in a shared folder has it
+        with mock.patch.object(aimwatch.NotifierConfig, "notifiers", side_effect=not_yours):
+            self.get("metrics")
 
     def test_metrics_are_openmetrics_with_bounded_labels(self) -> None:
         self.fill()
         self.configure(**{f"n{nth}": {"type": "logger"} for nth in range(60)})
-        rows = [
-            {"hash": f"{nth}", "state": "finished", "experiment": f'e"\\\n{nth}', "created_at": 1}
-            for nth in range(80)
-        ]
+        rows = [{"hash": f"{nth}", "state": "finished", "experiment": f'e"\\\n{nth}'} for nth in range(80)]
         with mock.patch.object(aimwatch.Site, "runs", return_value=rows):
             text = self.get("metrics")
         self.assertTrue(text.endswith("\n# EOF\n"))
         label = r'[a-z]+="(?:[^"\\\n]|\\["\\n])*"'
-        names, seen = set(), []
+        names = re.findall(r"^# TYPE (\w+) gauge$", text, re.MULTILINE)
+        self.assertEqual(len(names), len(set(names)))
+        seen = []
         for line in text.splitlines()[:-1]:
-            kind = re.fullmatch(r"# TYPE (\w+) gauge", line)
-            if kind:
-                self.assertNotIn(kind[1], names)
-                names.add(kind[1])
-                continue
-            sample = re.fullmatch(rf"(\w+)(?:\{{{label}(?:,{label})*\}})? (\S+)", line)
-            assert sample is not None, line
-            self.assertIn(sample[1], names)
-            self.assertTrue(math.isfinite(float(sample[2])))
-            seen.append(line.rpartition(" ")[0])
+            if not line.startswith("# TYPE "):
+                sample = re.fullmatch(rf"(\w+)((?:\{{{label}(?:,{label})*\}})?) (\S+)", line)
+                assert sample is not None, line
+                self.assertIn(sample[1], names)
+                self.assertTrue(math.isfinite(float(sample[3])))
+                seen.append(sample[1] + sample[2])
         self.assertEqual(len(seen), len(set(seen)))
         self.assertLess(len(seen), 200)
         self.assertIn('aimwatch_runs{state="finished",experiment="other"} 31', text)
@@ -11486,6 +11480,9 @@ class InABrowser(UpCase):
                 )
             )
 
+        def figure() -> Any:
+            return browser.run("document.querySelector('figure').innerText")
+
         open_page(server.url)
         self.assertEqual(browser.run("location.href"), origin)
         self.assertIn("<b>done</b>", browser.run("document.body.innerText"))
@@ -11496,10 +11493,9 @@ class InABrowser(UpCase):
         browser.run("document.querySelector('.chart').focus()")
         for key in ("ArrowRight", "ArrowRight"):
             browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
-        read = browser.run("document.querySelector('figure').innerText")
-        self.assertRegex(read, r"loss\s+step 1\s(?s:.*)loss 0\.5")
+        self.assertRegex(figure(), r"loss\s+step 1\s(?s:.*)loss 0\.5")
         box = browser.run(
-            "(r => [r.left, r.top, r.width, r.height])(document.querySelector('.chart svg').getBoundingClientRect())"
+            "(r => [r.x, r.y, r.width, r.height])(document.querySelector('.chart svg').getBoundingClientRect())"
         )
         xs, y = [box[0] + box[2] * part for part in (0.2, 0.5, 0.75)], box[1] + box[3] / 2
 
@@ -11507,8 +11503,8 @@ class InABrowser(UpCase):
             browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=clicks)
 
         mouse("mouseMoved", xs[0])
-        self.assertRegex(browser.run("document.querySelector('figure').innerText"), r"loss\s+step 10\s")
-        for kind, x in zip(("mousePressed", "mouseMoved", "mouseReleased"), (xs[0], xs[1], xs[2])):
+        self.assertRegex(figure(), r"loss\s+step 10\s")
+        for kind, x in zip(("mousePressed", "mouseMoved", "mouseReleased"), xs):
             mouse(kind, x)
         self.wait_for(lambda: browser.run("location.search").startswith("?from=10&to="))
         ticks = "document.querySelector('.chart .x').textContent"
@@ -11529,13 +11525,12 @@ class InABrowser(UpCase):
         open_page(f"{origin}run/done/")
         browser.call("Emulation.setScriptExecutionDisabled", value=False)
         self.assertEqual(browser.run("document.querySelectorAll('svg.chart').length"), 1)
-        self.assertEqual([event for event in browser.events if event.get("method") in
-                          ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")], [])  # fmt: skip
-        asked = {
-            event["params"]["request"]["url"]
-            for event in browser.events
-            if event.get("method") == "Network.requestWillBeSent"
-        }
+        loud = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
+        self.assertEqual([event for event in browser.events if event.get("method") in loud], [])
+        requests = [
+            event["params"] for event in browser.events if event.get("method") == "Network.requestWillBeSent"
+        ]
+        asked = {params["request"]["url"] for params in requests}
         self.assertEqual([url for url in asked if not url.startswith((origin, "data:,"))], [])
         self.end(server)
 
@@ -12018,20 +12013,18 @@ class ExecCase(WatchCase):
         return aimwatch.run_row(aimwatch.read_log(os.path.join(self.paths.runs, name), name[:-6]))
 
 
-#: Prints each SIGUSR1 that it gets, and at SIGTERM how many they were.
+#: Prints at SIGTERM how often it got SIGUSR1.
 COUNTS_SIGNALS = """
 import os, signal, time
 got = []
-def usr1(*_):
-    got.append(1)
-    print("USR1", flush=True)
 def term(*_):
     print(len(got), flush=True)
     os._exit(0)
-signal.signal(signal.SIGUSR1, usr1)
+signal.signal(signal.SIGUSR1, lambda *_: got.append(1))
 signal.signal(signal.SIGTERM, term)
-print("ready", os.getppid(), os.getpid(), flush=True)
-time.sleep(20)
+print(os.getppid(), os.getpid(), flush=True)
+while True:
+    time.sleep(1)
 """
 
 
@@ -12152,15 +12145,10 @@ class RunsWithoutCode(ExecCase):
                     self.assertEqual(("failed", why), (row["state"], row["reason"]))
 
     def test_little_is_held_of_what_nobody_reads(self) -> None:
-        process = self.python("""
-import os, select, sys
-os.set_blocking(1, False)
-sent = 0
-while select.select([], [1], [], 0.3)[1]:
-    sent += os.write(1, bytes(4096))
-print(sent, file=sys.stderr, flush=True)
-os._exit(0)
-""")
+        code = "import os, select, sys\nos.set_blocking(1, False)\nsent = 0\n"
+        code += "while select.select([], [1], [], 0.3)[1]: sent += os.write(1, bytes(4096))\n"
+        code += "print(sent, file=sys.stderr, flush=True)\nos._exit(0)"
+        process = self.python(code)
         self.assertLess(int(process.stderr.readline()), 1 << 20)
         process.stdout.read()
 
@@ -12182,50 +12170,34 @@ os._exit(0)
         process.stdin.write(b"go\n")
         process.stdin.flush()
         self.assertEqual(b"goes on\n", process.stdout.read())
-        self.assertEqual(
-            ("failed", "exited with status 6"), (self.the_run()["state"], self.the_run()["reason"])
-        )
+        self.assertEqual("exited with status 6", self.the_run()["reason"])
 
     def test_each_signal_arrives_once(self) -> None:
-        def one(process: Any, pids: List[int]) -> None:
-            process.send_signal(signal.SIGUSR1)
-
-        def group(process: Any, pids: List[int]) -> None:
-            os.killpg(process.pid, signal.SIGUSR1)
-
-        def step(process: Any, pids: List[int]) -> None:
-            for pid in (process.pid, *pids):
-                os.kill(pid, signal.SIGUSR1)
-
-        def backwards(process: Any, pids: List[int]) -> None:
-            step(process, [])
-            for pid in reversed(pids):
-                os.kill(pid, signal.SIGUSR1)
-
         def ignored() -> None:
             for number in (signal.SIGUSR1, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
 
-        sends = (one, group, step, backwards, one, group, backwards)
-        before = (None, None, None, None, ignored, ignored, ignored)
-        processes = [self.python(COUNTS_SIGNALS, preexec_fn=first) for first in before]
-        for send, process in zip(sends, processes):
-            send(process, list(map(int, process.stdout.readline().split()[1:])))
+        # To `exec` alone, to its group, and to each process of a job, as schedulers do.
+        sends = {
+            "one": lambda *pids: os.kill(pids[0], signal.SIGUSR1),
+            "group": lambda *pids: os.killpg(pids[0], signal.SIGUSR1),
+            "each": lambda *pids: [os.kill(pid, signal.SIGUSR1) for pid in pids],
+            "backwards": lambda *pids: [os.kill(pid, signal.SIGUSR1) for pid in pids[::-1]],
+        }
+        cases = [(name, first) for name in sends for first in (None, ignored)]
+        processes = [self.python(COUNTS_SIGNALS, preexec_fn=first) for _, first in cases]
+        for (name, _), process in zip(cases, processes):
+            sends[name](process.pid, *map(int, process.stdout.readline().split()))
         time.sleep(2 * aimwatch.SAME_SIGNAL_S)  # within which a second one would come
         for process in processes:
             process.terminate()
-        for send, process, first in zip(sends, processes, before):
-            with self.subTest(send.__name__, ignored=first is not None):
-                self.assertEqual(b"USR1\n1\n", process.stdout.read())
-                self.assertEqual(0, process.wait(30))
+        for (name, first), process in zip(cases, processes):
+            with self.subTest(name, ignored=first is not None):
+                self.assertEqual((b"1\n", 0), (process.stdout.read(), process.wait(30)))
 
     def test_what_was_ignored_stays_ignored(self) -> None:
-        process = self.program(
-            "sh",
-            "-c",
-            "kill -HUP $$; echo lives",
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
-        )
+        ignored = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+        process = self.program("sh", "-c", "kill -HUP $$; echo lives", preexec_fn=ignored)
         self.assertEqual((b"lives\n", b""), process.communicate(timeout=30))
         process = self.program("sh", "-c", "kill -PIPE $$; echo lives")
         self.assertEqual((b"", b""), process.communicate(timeout=30))
