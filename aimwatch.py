@@ -558,9 +558,6 @@ def freshen(folder: str) -> None:
 # closes a locked file a second time loses the lock.
 # ======================================================================================
 
-#: Errors that mean "the file that was here is not any more", as opposed to "it cannot be seen now".
-GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EBADF}
-
 
 def _try_lock(take: Callable[..., Any], fd: int, how: int, *span: int) -> Optional[bool]:
     """Take a lock with `fcntl.lockf` or `fcntl.flock`: True when taken, False when held elsewhere, None where
@@ -588,10 +585,9 @@ class FileLock:
     _registry: Dict[Tuple[int, int], FileLock] = {}
     _guard = threading.RLock()
 
-    def __init__(self, path: str, *, flock: bool = False, brief: bool = False, mode: int = 0o666) -> None:
+    def __init__(self, path: str, *, flock: bool = False, brief: bool = False) -> None:
         self.path = path
         self.brief = brief
-        self._mode = mode
         self._flock = flock
         self._fd, self._identity = -1, (0, 0)
 
@@ -624,7 +620,7 @@ class FileLock:
         self.release()
         while self.of(self.path) is None:
             with contextlib.ExitStack() as undo:
-                fd = open_below(self.path, os.O_RDWR | (os.O_CREAT if create else 0), self._mode)
+                fd = open_below(self.path, os.O_RDWR | (os.O_CREAT if create else 0))
                 undo.callback(os.close, fd)
                 locked, identity = self._lock(fd), identity_of(fd)
                 if locked is False:
@@ -712,7 +708,7 @@ def is_still(file: Union[int, str], identity: Tuple[int, int]) -> bool:
     try:
         return identity_of(file) == identity
     except OSError as error:
-        return error.errno not in GONE
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EBADF)
 
 
 def close_own(fd: int, identity: Tuple[int, int]) -> None:
@@ -925,12 +921,9 @@ class CheckInFile:
     def __init__(self, folder: str, run_hash: str, next_idx: int, names: Iterable[str]) -> None:
         self.folder = folder
         self.run_hash = run_hash
-        self._idx = itertools.count(next_idx)
+        #: Gives the number of the next check-in, each once.
+        self.next_idx = functools.partial(next, itertools.count(next_idx))
         self._names: Set[str] = set(names)
-
-    def next_idx(self) -> int:
-        """Return the number of the next check-in; each is given out once."""
-        return next(self._idx)
 
     def write(self, idx: int, flag: str, expect_next_in_s: int) -> None:
         """Move the run's file forward to check-in `idx`. Raises OSError.
@@ -983,7 +976,6 @@ MAX_TAIL_BYTES = 128 << 20
 MAX_WAITING_BYTES = 64 << 20
 #: How often an unwritable log is tried again.
 RETRY_S = 1.0
-_CHECKPOINT_START = b'{"checkpoint"'
 #: A checkpoint is written every so many lines, and at the end.
 CHECKPOINT_LINES = 10_000
 
@@ -1632,7 +1624,7 @@ def _apply_line(state: RunState, line: bytes) -> bool:
 def _last_checkpoint(fd: int, size: int, least: int = 0) -> int:
     """Return the offset, from `least` on, of the last line that starts a checkpoint, or 0. JSON
     strings hold no raw line break, so the bytes searched for stand nowhere else."""
-    needle = b"\n" + _CHECKPOINT_START
+    needle = b'\n{"checkpoint"'
     block, end = 1 << 18, size
     while end > least:
         start = max(least, end - block)
@@ -5263,7 +5255,7 @@ class NotifierConfig:
         """
         try:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            with FileLock(self._lock_path, mode=0o600) as lock:  # who may not edit may not lock it either
+            with FileLock(self._lock_path) as lock:
                 if lock.acquire(wait_s=CONFIG_LOCK_WAIT_S) is False:
                     raise ConfigError(f"{self._lock_path} is locked: try again")
                 shared = is_network(os.path.dirname(self.path))

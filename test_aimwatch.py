@@ -10842,7 +10842,7 @@ class TestClosedDoors(WatchCase):
         for folder, _, names in os.walk(self.paths.aim):
             for name in names:
                 mode = stat.S_IMODE(os.stat(os.path.join(folder, name)).st_mode)
-                self.assertEqual(mode, 0o600 if name.startswith("config") else 0o644, name)
+                self.assertEqual(mode, 0o600 if name == "config.json" else 0o644, name)
 
     def test_damaged_state_of_a_watcher_hides_no_dead_run(self) -> None:
         for content in (
