@@ -5597,7 +5597,9 @@ def post(
     # Without urllib's handlers of errors and redirects, every answer is only an answer.
     opener = urllib.request.OpenerDirector()
     opener.add_handler(urllib.request.ProxyHandler())
-    opener.add_handler(Handler(context=tls_context(deadline_mono)))
+    # All certificates of the system are read only where they are needed.
+    context: Any = url[:6].lower() == "https:" and tls_context(deadline_mono)
+    opener.add_handler(Handler(context=context))
     opener.add_handler(urllib.request.UnknownHandler())
     with opener.open(request, timeout=ATTEMPT_S) as response:
         body = response.read(MAX_ANSWER_BYTES).decode("utf-8", "replace")

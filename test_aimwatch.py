@@ -20,6 +20,9 @@ import contextlib
 import csv
 import dataclasses
 import decimal
+import email
+import email.header
+import email.policy
 import enum
 import errno
 import fcntl
@@ -5806,7 +5809,7 @@ class NotifierCase(Case):
         drips: bytes,
         make: Callable[[int], aimwatch.Notifier],
         greets: bool = False,
-        limit_s: float = 0.3,
+        limit_s: float = 0.15,
     ) -> None:
         """Check that an attempt ends at its limit, and its connection too, where a server begins an answer
         and sends what it `drips` again and again, or nothing more. One that `greets` speaks first."""
@@ -5897,10 +5900,8 @@ AIM_CONFIG: Dict[str, Any] = {
 class ConfigFile(NotifierCase):
     def test_added_notifiers_are_what_aim_writes(self) -> None:
         default = {"message": "❗️ Something wrong with Run '{run.hash}'. Please check. ❗️"}
-        group, token = (
-            {"group_id": 123, "access_token": TOKEN},
-            ("--group-id", "123", "--access-token", TOKEN),
-        )
+        group = {"group_id": 123, "access_token": TOKEN}
+        token = ("--group-id", "123", "--access-token", TOKEN)
         for argv, arguments in (
             (("slack", "--webhook-url", GOOD_URL), {"url": GOOD_URL, **default}),
             (("workplace", *token), {**group, **default}),
@@ -5941,30 +5942,28 @@ class ConfigFile(NotifierCase):
         self.assertEqual(self.config.read(), AIM_CONFIG)
         self.assertEqual(sorted(os.listdir(self.paths.notifications)), names)
 
-    def test_ten_processes_adding_at_once_all_survive(self) -> None:
+    def test_processes_adding_at_once_all_survive(self) -> None:
         add = """
 import os, aimwatch
 aimwatch.build_parser()  # what takes long is done before, so that they meet at the file
 go, begin = os.pipe()
-for number in range(10):
+for number in range(6):
     if os.fork() == 0:
         os.close(begin)
         os.read(go, 1)
         os._exit(aimwatch.main(["notifiers", "add", "logger", "--yes", "--message", f"m{number}"]))
 os.close(begin)
-raise SystemExit(sum(os.wait()[1] != 0 for _ in range(10)))
+raise SystemExit(sum(os.wait()[1] != 0 for _ in range(6)))
 """
         adding = self.process(add)
-        self.assertEqual(adding.communicate(timeout=30)[1], "")
-        self.assertEqual(adding.returncode, 0)
+        self.assertEqual((adding.communicate(timeout=30)[1], adding.returncode), ("", 0))
         messages = {entry["arguments"]["message"] for entry in self.entries().values()}
-        self.assertEqual(messages, {f"m{number}" for number in range(10)})
+        self.assertEqual(messages, {f"m{number}" for number in range(6)})
         self.assertEqual(stat.S_IMODE(os.stat(self.paths.config).st_mode), 0o600)
 
     def test_lock_held_for_long_is_said(self) -> None:
-        with aimwatch.FileLock(self.paths.config_lock) as lock, mock.patch(
-            "aimwatch.CONFIG_LOCK_WAIT_S", 0.05
-        ):
+        wait = mock.patch("aimwatch.CONFIG_LOCK_WAIT_S", 0.05)
+        with aimwatch.FileLock(self.paths.config_lock) as lock, wait:
             lock.acquire()
             code, _, err = self.run_cli("notifiers", "set-log-level", "INFO")
         self.assertEqual(code, 1)
@@ -6028,14 +6027,14 @@ class ConfigOnAShare(NotifierCase):
 class DamagedConfig(NotifierCase):
     def test_damaged_file_is_named_by_every_command_and_left_alone(self) -> None:
         said = r'config\.json is not JSON like \{"notifications": \{"notifiers": \{\}\}\} \(.*\): mend it, or move it away'
-        for data in DAMAGED_FILES:
-            self.write_config(data)
-            for command in CONFIG_COMMANDS:
-                with self.subTest(data=data[:50], command=command):
-                    code, out, err = self.run_cli("notifiers", *command)
-                    self.assertEqual((code, out), (1, ""))
-                    self.assert_one_line(err, said)
-                    self.assertEqual(read_file(self.paths.config), data)
+        cases = [(data, CONFIG_COMMANDS[0]) for data in DAMAGED_FILES]
+        for data, command in cases + [(DAMAGED_FILES[0], command) for command in CONFIG_COMMANDS]:
+            with self.subTest(data=data[:50], command=command):
+                self.write_config(data)
+                code, out, err = self.run_cli("notifiers", *command)
+                self.assertEqual((code, out), (1, ""))
+                self.assert_one_line(err, said)
+                self.assertEqual(read_file(self.paths.config), data)
 
     def test_what_is_no_file_is_refused_unread(self) -> None:
         os.mkdir(self.paths.config)
@@ -6049,19 +6048,16 @@ class DamagedConfig(NotifierCase):
         self.assert_one_line(err, r"config\.json is not JSON")
 
     def test_missing_file_is_an_empty_configuration(self) -> None:
-        for command, code in ((("list",), 0), (("dump",), 0), (("get-log-level",), 0)):
-            with self.subTest(command):
-                self.assertEqual(self.run_cli("notifiers", *command)[0], code)
+        for command in ("list", "dump", "get-log-level"):
+            self.assertEqual(self.run_cli("notifiers", command)[0], 0)
         self.assertFalse(os.path.exists(self.paths.config))
         self.write_config({"notifications": {}})
         self.assertEqual(self.config.notifiers(), [])
 
     def test_odd_log_level_is_no_traceback(self) -> None:
-        for level in ([], {}, None, "x", 1.5):
-            with self.subTest(level=level):
-                self.write_config({"notifications": {"log_level": level, "notifiers": {}}})
-                _, out, err = self.run_cli("notifiers", "get-log-level")
-                self.assertNotIn("Traceback", out + err)
+        for level in ([], None, "x", 1.5):
+            self.write_config({"notifications": {"log_level": level, "notifiers": {}}})
+            self.assertEqual(self.run_cli("notifiers", "get-log-level")[2], "", level)
 
     def test_damaged_notifier_says_what_is_wrong(self) -> None:
         slack, group = {"url": GOOD_URL}, {"group_id": 1, "access_token": TOKEN}
@@ -6088,12 +6084,10 @@ class DamagedConfig(NotifierCase):
                 code, out, err = self.run_cli("notifiers", "list", "--json")
                 self.assertEqual((code, json.loads(out)[0]["problem"]), (0, found.problem))
                 code, out, err = self.run_cli("notifiers", "test", "some")
-                self.assertEqual(code, 1)
-                self.assertIn(f"NOT delivered: {found.problem}", out)
-                for command in ("list", "dump", "disable some", "remove some --yes"):
-                    _, out, err = self.run_cli("notifiers", *command.split())
-                    self.assertNotIn("Traceback", out + err)
-                self.assert_hidden(out + err)
+                self.assertEqual((code, f"NOT delivered: {found.problem}" in out), (1, True), out)
+        for command in ("list", "dump", "disable some", "remove some --yes"):
+            _, out, err = self.run_cli("notifiers", *command.split())
+            self.assertNotIn("Traceback", out + err)
 
 
 class NotifierIds(NotifierCase):
@@ -6172,12 +6166,16 @@ class CheckedValues(unittest.TestCase):
 
 class Secrets(NotifierCase):
     def everything_said(self) -> str:
-        """Return the output of every command, over the notifiers as they are configured."""
+        """Return the output of every command that shows notifiers."""
         said = []
         for argv in (
-            ("list",), ("list", "--json"), ("dump",), ("test",), ("disable", "n"), ("enable", "n"),
-            ("get-log-level",), ("set-log-level", "INFO"), ("remove", "n"), ("remove", "n", "--yes"),
-        ):  # fmt: skip
+            ("list",),
+            ("list", "--json"),
+            ("dump",),
+            ("test",),
+            ("remove", "n"),
+            ("remove", "n", "--yes"),
+        ):
             code, out, err = self.run_cli("notifiers", *argv, stdin="n\n")
             self.assertNotIn("Traceback", err)
             said.append(f"{argv} {code}\n{out}{err}")
@@ -6205,28 +6203,27 @@ class Secrets(NotifierCase):
 
     def test_answer_that_repeats_the_secret_is_not_repeated(self) -> None:
         path = "/services/T000/B000/SECRETSECRET"
-        for body in (
-            f"no route for {path}",
-            "x" * 36 + f" no route for {path} here",
-            "x" * 76 + f" no route for {path} here",
-            json.dumps({"error": f"no route for {path}"}).replace("/", "\\/"),
-        ):
-            for status in (200, 404, 500):
-                with self.subTest(status=status, body=body):
-                    self.configure(n=hook(self.webhook((status, body)).url))
-                    self.assert_hidden(self.everything_said())
+        answers = [
+            (status, f"{'x' * length} no route for {path} here")
+            for status in (200, 404, 500) for length in (0, 36, 76, 156, 176)
+        ]  # fmt: skip
+        answers.append((404, json.dumps({"error": path}).replace("/", "\\/")))
+        for answer in answers:
+            with self.subTest(answer=answer):
+                self.configure(n=hook(self.webhook(answer).url))
+                self.assert_hidden("".join(self.run_cli("notifiers", "test", "n")[1:]))
         for code in (1, 190):
             body = json.dumps({"error": {"message": f"Malformed token, as sent: {TOKEN}", "code": code}})
             url = f"http://127.0.0.1:{self.webhook((400, body)).port}"
             arguments = {"group_id": 1, "access_token": TOKEN, "base_url": url}
             self.configure(n={"type": "workplace", "arguments": arguments})
-            self.assert_hidden(self.everything_said())
+            self.assert_hidden("".join(self.run_cli("notifiers", "test", "n")[1:]))
 
         def odd(connection: socket.socket) -> None:
             connection.sendall(b"NONSENSE " + read_request(connection).split()[1] + b"\r\n\r\n")
 
         self.configure(n=hook(self.raw_server(odd).url))
-        self.assert_hidden(self.everything_said())
+        self.assert_hidden("".join(self.run_cli("notifiers", "test", "n")[1:]))
         self.write_config({"notifications": {"notifiers": {"n": GOOD_URL}}})
         self.assert_hidden(self.everything_said())
 
@@ -6512,12 +6509,12 @@ class Transports(NotifierCase):
     def slack(self, url: str, **facts: str) -> aimwatch.Outcome:
         return aimwatch.deliver(notifier_of("slack", url=url), [facts_of(**facts)])
 
-    def answering(self, *pieces: bytes) -> RawServer:
+    def answering(self, answer: bytes) -> RawServer:
         """Return a server that answers with some bytes and closes."""
 
         def script(connection: socket.socket) -> None:
             read_request(connection)
-            connection.sendall(b"".join(pieces))
+            connection.sendall(answer)
 
         return self.raw_server(script)
 
@@ -6549,14 +6546,12 @@ class Transports(NotifierCase):
         self.assertEqual(json.loads(body), {"message": "<x>"})
 
     def test_redirect_is_not_followed(self) -> None:
+        other = self.webhook()
         for status in (301, 302, 303, 307, 308):
-            with self.subTest(status):
-                other = self.webhook()
-                server = self.webhook((status, "", {"Location": other.url}))
-                outcome = self.slack(server.url)
-                self.assertEqual(outcome.kind, "broken")
-                self.assertIn("redirected; give the final URL", outcome.detail)
-                self.assertEqual((len(server.requests), other.requests), (1, []))
+            server = self.webhook((status, "", {"Location": other.url}))
+            outcome = self.slack(server.url)
+            self.assertEqual(outcome, ("broken", f"HTTP {status}: redirected; give the final URL", 0.0))
+            self.assertEqual((len(server.requests), other.requests), (1, []))
 
     def test_answer_that_breaks_off_or_is_no_http_is_tried_again(self) -> None:
         head = b"HTTP/1.1 200 OK\r\n"
@@ -6574,48 +6569,39 @@ class Transports(NotifierCase):
 
     def test_server_that_hangs_or_drips_is_given_up(self) -> None:
         head = b"HTTP/1.1 200 OK\r\n"
-        for begins, drips in (
-            (b"", b""), (b"", b"H"), (head + b"X: ", b"y"), (head, b"X: y\r\n"), (head + b"\r\n", b"o"),
-            (head + b"Content-Length: 60000\r\n\r\n", b"o"),
+        slack = "{scheme}://127.0.0.1:{port}/"
+        for scheme, begins, drips in (
+            ("http", b"", b""), ("http", head + b"X: ", b"y"), ("http", head, b"X: y\r\n"),
+            ("http", head + b"Content-Length: 60000\r\n\r\n", b"o"), ("https", b"", b""),
         ):  # fmt: skip
-            with self.subTest(begins=begins, drips=drips):
+            with self.subTest(scheme, begins=begins, drips=drips):
                 self.assert_given_up(
-                    begins, drips, lambda port: notifier_of("slack", url=f"http://127.0.0.1:{port}/")
+                    begins,
+                    drips,
+                    lambda port: notifier_of("slack", url=slack.format(scheme=scheme, port=port)),
                 )
 
-    def test_proxy_that_drips_its_answer_to_connect_is_given_up(self) -> None:
         def through(port: int) -> aimwatch.Notifier:
             os.environ["https_proxy"] = f"http://127.0.0.1:{port}"
             return notifier_of("webhook", url="https://hooks.invalid/x")
 
-        self.assert_given_up(b"HTTP/1.1 200 OK\r\nX: ", b"y", through)
-
-    def test_tls_handshake_that_hangs_is_given_up(self) -> None:
-        mail = {"host": "127.0.0.1", "security": "tls", "sender": "a@b", "to": ["c@d"]}
-        for make in (
-            lambda port: notifier_of("slack", url=f"https://127.0.0.1:{port}/"),
-            lambda port: notifier_of("email", port=port, **mail),
-        ):
-            self.assert_given_up(b"", b"", make)
+        self.assert_given_up(head + b"X: ", b"y", through)
 
     def test_huge_answer_is_read_only_up_to_the_limit(self) -> None:
-        for length in (b"", b"Content-Length: 100000000000\r\n"):
-            closed = threading.Event()
+        closed = threading.Event()
 
-            def script(connection: socket.socket, length: bytes = length, closed: Any = closed) -> None:
-                read_request(connection)
-                connection.sendall(b"HTTP/1.1 200 OK\r\n" + length + b"\r\n")
-                with contextlib.suppress(OSError):
-                    while not server.stopping.is_set():
-                        connection.sendall(b"x" * 65536)
-                closed.set()
+        def script(connection: socket.socket) -> None:
+            read_request(connection)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000000\r\n\r\n")
+            with contextlib.suppress(OSError):
+                while not server.stopping.is_set():
+                    connection.sendall(b"x" * 65536)
+            closed.set()
 
-            with self.subTest(length=length):
-                server = self.raw_server(script)
-                outcome = self.slack(server.url)
-                self.assertEqual(outcome.kind, "retry")
-                self.assertIn("a portal's page?", outcome.detail)
-                self.wait_for(closed.is_set, 5)
+        server = self.raw_server(script)
+        outcome = self.slack(server.url)
+        self.assertEqual((outcome.kind, "a portal's page?" in outcome.detail), ("retry", True), outcome)
+        self.wait_for(closed.is_set, 5)
 
     def test_proxy_of_the_environment_is_used(self) -> None:
         proxy = self.webhook()
@@ -6643,14 +6629,13 @@ class Transports(NotifierCase):
         return server, path
 
     def test_https_trusts_the_bundle_of_the_environment(self) -> None:
+        server, path = self.tls_server()
         for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-            with self.subTest(variable):
-                server, path = self.tls_server()
-                for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-                    os.environ.pop(name, None)
-                os.environ[variable] = path
-                outcome = self.slack(server.url.replace("http:", "https:"))
-                self.assertEqual(outcome, ("sent", "HTTP 200: ok", 0.0))
+            for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+                os.environ.pop(name, None)
+            os.environ[variable] = path
+            outcome = self.slack(server.url.replace("http:", "https:"))
+            self.assertEqual(outcome, ("sent", "HTTP 200: ok", 0.0), variable)
 
     def test_logger_writes_every_event_in_order_and_on_safe_lines(self) -> None:
         batch = [facts_of("failed", 1, run_reason="a\x1b[2J\nb"), facts_of("finished", 2)]
@@ -6664,16 +6649,7 @@ BODIES = {
     "Discord": {"content": "{message}", "allowed_mentions": {"parse": []}},
     "Teams": {
         "type": "message",
-        "attachments": [
-            {
-                "contentType": "application/vnd.microsoft.card.adaptive",
-                "content": {
-                    "type": "AdaptiveCard",
-                    "version": "1.4",
-                    "body": [{"type": "TextBlock", "text": "{message}", "wrap": True}],
-                },
-            }
-        ],
+        "attachments": [{"content": {"body": [{"text": "{message}", "wrap": True}]}}],
     },
     "ntfy": {"topic": "runs", "title": "{run.name} {event}", "message": "{message}", "priority": 4},
     "Google Chat": {"text": "{message}"},
@@ -6764,12 +6740,8 @@ class Webhooks(NotifierCase):
     @staticmethod
     def pipe(source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            while True:
-                data = source.recv(65536)
-                if not data:
-                    break
+            for data in iter(lambda: source.recv(65536), b""):
                 target.sendall(data)
-        with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_WR)
 
 
@@ -6860,9 +6832,6 @@ class Mail(NotifierCase):
         return aimwatch.deliver(notifier, facts or (facts_of(),))
 
     def parsed(self, server: MailServer) -> Any:
-        import email
-        import email.policy
-
         data = server.mails[-1][2]
         self.assertTrue(data.isascii(), "not every relay takes 8 bits")
         return email.message_from_bytes(data, policy=email.policy.default)
@@ -6949,13 +6918,14 @@ class Mail(NotifierCase):
                     self.assertEqual(outcome.kind, "sent" if accepted else "retry")
 
     def test_server_that_hangs_or_drips_is_given_up(self) -> None:
-        def make(port: int) -> aimwatch.Notifier:
-            mail = {"host": "127.0.0.1", "port": port, "security": "none"}
-            return notifier_of("email", sender="a@b", to=["c@d"], **mail)
-
-        for begins, drips in ((b"220-x\r\n220-", b"y"), (b"220-x\r\n", b"220-x\r\n"), (b"220 x\r\n", b"")):
+        for security, begins, drips in (
+            ("none", b"220-x\r\n220-", b"y"), ("none", b"220 x\r\n", b""), ("tls", b"", b""),
+        ):  # fmt: skip
+            mail = {"host": "127.0.0.1", "security": security, "sender": "a@b", "to": ["c@d"]}
             with self.subTest(begins=begins, drips=drips):
-                self.assert_given_up(begins, drips, make, greets=True)
+                self.assert_given_up(
+                    begins, drips, lambda port: notifier_of("email", port=port, **mail), greets=True
+                )
 
     def test_name_server_that_fails_or_answers_too_late_sends_nothing(self) -> None:
         real = socket.getaddrinfo
@@ -6977,22 +6947,6 @@ class Mail(NotifierCase):
                     outcome = aimwatch.deliver(notifier, [facts_of()])
                     self.assertEqual((outcome.kind, outcome.detail[: len(detail)]), ("retry", detail))
         self.assertEqual((server.requests, mail.mails), ([], []))
-
-    def test_no_data_gets_into_the_headers_or_ends_the_mail(self) -> None:
-        name = "x\r\nBcc: eve@evil.example\r\n\r\n.\r\nRCPT TO:<eve@evil.example>\n\x1b[2J\u202e é"
-        for template in ("", "{run.name}\n{run.name}", "\ud800{run.name}"):
-            with self.subTest(template=template):
-                server = self.server()
-                facts = facts_of(run_name=name, run_reason=name, run_host=name)
-                self.assertEqual(self.send(server, facts, message=template).kind, "sent")
-                to = server.mails[0][1]
-                mail = self.parsed(server)
-                self.assertEqual(to, ["ann@hpc.example"])
-                self.assertIsNone(mail["bcc"])
-                self.assertEqual(mail.get_all("to"), ["ann@hpc.example"])
-                self.assertEqual(mail.defects, [])
-                self.assertNotIn("\x1b", mail.get_content() + mail["subject"])
-                self.assertEqual([line for line in server.said if "evil" in line], [])
 
     def test_address_with_the_user_in_it_gets_mail_about_their_runs_alone(self) -> None:
         for to, user, expected in (
@@ -7017,26 +6971,30 @@ class Mail(NotifierCase):
         self.assertEqual(thread._batch(), [events[0], events[2]])
 
     def test_what_a_run_says_is_never_parsed_as_mail(self) -> None:
-        import email.header
-
         forged = "=?utf-8?q?x=0D=0ABcc:_evil@x.example=0D=0A=0D=0Aall_is_well?="
-        for name in (forged, forged * 3, "é" * 200, "\U0001f980" * 90, "=?", "plain", "a\ud800b"):
-            with self.subTest(name):
+        broken = "x\r\nBcc: evil@x.example\r\n\r\n.\r\nRCPT TO:<evil@x.example>\n\x1b[2J\u202e é"
+        names = (forged, forged * 3, broken, "é" * 200, "\U0001f980" * 90, "=?", "plain", "a\ud800b")
+        for name, template in itertools.product(names, ("{run.name}", "", "\ud800{run.name}\n{run.name}")):
+            with self.subTest(name, template=template):
                 server = self.server()
-                self.assertEqual(
-                    self.send(server, facts_of(run_name=name), message="{run.name}").kind, "sent"
-                )
+                facts = facts_of(run_name=name, run_reason=name, run_host=name)
+                self.assertEqual(self.send(server, facts, message=template).kind, "sent")
+                self.assertEqual(server.mails[0][1], ["ann@hpc.example"])
+                self.assertEqual([line for line in server.said if "evil" in line], [])
                 head = server.mails[0][2].partition(b"\r\n\r\n")[0].decode("ascii")
-                found = sorted(re.findall(r"(?m)^(\S+?):", head))
-                self.assertEqual(found, [
+                self.assertEqual(sorted(re.findall(r"(?m)^(\S+?):", head)), [
                     "Auto-Submitted", "Content-Transfer-Encoding", "Content-Type", "Date", "From", "MIME-Version",
                     "Message-ID", "Subject", "To",
                 ])  # fmt: skip
                 self.assertLessEqual(max(len(line) for line in head.splitlines() if "=?" in line), 76)
-                ((subject, _),) = email.header.decode_header(
-                    head.partition("Subject: ")[2].partition("\r\nFrom")[0]
-                )
-                self.assertEqual(subject.decode(), aimwatch.printable(name, 150))
+                mail = self.parsed(server)
+                self.assertEqual((mail.get_all("to"), mail.defects), (["ann@hpc.example"], []))
+                self.assertNotIn("\x1b", mail.get_content())
+                if template == "{run.name}":
+                    ((subject, _),) = email.header.decode_header(
+                        head.partition("Subject: ")[2].partition("\r\nFrom")[0]
+                    )
+                    self.assertEqual(subject.decode(), aimwatch.printable(name.split("\n")[0], 150))
 
     def test_server_is_greeted_with_a_name_or_the_address_of_the_connection(self) -> None:
         for host, said in (("node7", r"[127.0.0.1]"), ("node7.hpc.example", "node7.hpc.example")):
@@ -7088,26 +7046,19 @@ class Commands(NotifierCase):
             self.assertIn("stalled", found["text"])
             self.assertLessEqual(len(found["text"]), 3000)
 
-    def test_what_a_program_says_is_bounded_and_it_inherits_no_secret(self) -> None:
+    def test_how_a_program_ends_is_judged_and_it_inherits_no_secret(self) -> None:
         os.environ["AIMWATCH_PING_URL"] = "https://ping.example/SECRET"
-        outcome = self.run_program(
-            self.script('echo "[$AIMWATCH_PING_URL]\033" >&2; head -c 300000 /dev/zero >&2; exit 3')
-        )
-        self.assertEqual(outcome.kind, "retry")
-        self.assertIn("exited with status 3: []\\x1b", outcome.detail)
-        self.assertLess(len(outcome.detail), 300)
-
-    def test_how_a_program_ends_is_judged(self) -> None:
         for text, kind, detail in (
             ("exit 0", "sent", "exited with status 0"),
-            ("exit 3", "retry", "exited with status 3"),
             ("kill -9 $$", "retry", "was killed by signal 9"),
             ("exec < /dev/null", "sent", "exited with status 0"),
-        ):
+            ('echo "[$AIMWATCH_PING_URL]\033" >&2; head -c 300000 /dev/zero >&2; exit 3', "retry",
+             "exited with status 3: []\\x1b"),
+        ):  # fmt: skip
             with self.subTest(text):
                 outcome = self.run_program(self.script(text), batch=[facts_of(run_reason="x" * 900)] * 100)
-                self.assertEqual(outcome.kind, kind)
-                self.assertTrue(outcome.detail.endswith(detail), outcome)
+                self.assertEqual((outcome.kind, detail in outcome.detail), (kind, True), outcome)
+                self.assertLessEqual(len(outcome.detail), 200)
 
     def test_program_that_cannot_be_run_may_be_later(self) -> None:
         for path, detail in (
