@@ -3309,38 +3309,28 @@ class RefusalTest(IndexCase):
             ("run.a == f'{1}'", 10, "no JoinedStr in the query language"),
             ("run.a == rb'x'", 10, "b'x' is not in the query language: write text or a number"),
             ("run.a == 1j", 10, "1j is not in the query language"),
-            ("run.a == ...", 10, "Ellipsis is not"),
             ("run.a & 1", 1, "no BitAnd in the query language: write and"),
-            ("(run.a) @ 1", 1, "no MatMult in the query language"),
-            (" run.a ==", 9, "not a Python expression"),
             ("run.a == 5 or", 13, "not a Python expression"),
             ("run.a == 1 and ~run.b", 16, "no Invert in the query language: write not"),
             ("(x := 5) == 5", 2, "no NamedExpr in the query language: write =="),
             ("run.name[0:4] == 'a'", 5, "no Slice in the query language: write startswith"),
-            ("run.a[0:1, 2] == 'a'", None, "Slice in the query language"),
             ("run.a[1.5] == 1", 5, "in [...] stands text or a whole number"),
-            ("run[True] == 1", 1, "in [...] stands text or a whole number"),
             ("run.a[run.b] == 1", 11, "only a constant can stand here"),
             ("run.a in [1, run.b]", 18, "only a constant can stand here"),
             ("run.a == {1: 2}", 10, "the keys of a dict are texts"),
-            ("run.a == {**{}}", 10, "the keys of a dict are texts"),
             ("run", 1, "'run' alone has no value"),
             ("metric.name == 'a'", 1, "there is no metric in a query over runs: write run.metrics"),
             ("run.a is True", 1, "'is' compares with None only: write =="),
             ("run.a == 1 and run.name.title()", 25, "it can call startswith"),
             ("open('/etc/passwd')", 1, "it can call startswith"),
-            ("__import__('os').system('true')", 18, "it can call startswith"),
             ("run.name.startswith()", 1, "wrong number of arguments for startswith()"),
             ("run.name.startswith(x='a')", 1, "arguments have no names here"),
             ("'abc'.x == 1", 7, "only run and metric have attributes"),
             ("run.metrics['loss'].first == 1", 21, "a metric has no 'first' here, but count, min"),
             ("run.metrics['loss']", 1, "write run.metrics['loss', {'subset': 'val'}].last"),
-            ("run.metrics['loss', {'a': 1}]", 1, "write run.metrics['loss', {'subset': 'val'}].last"),
-            ("run.metrics", 5, "write run.metrics['loss', {'subset': 'val'}].last"),
             ("run.created_at.week == 1", 16, "run.created_at has no 'week' here"),
             ("run.name.x == 1", 10, "run.name has no 'x' here"),
             ("run.created_at > 5", 1, "a time compares with datetime(...) only: run.creation_time"),
-            ("'2026-01-01' < run.finalized_at", 1, "a time compares with datetime(...) only"),
             ("run.created_at > datetime(2026, 13, 1)", 18,
              "no datetime can be made of this (month must be in 1..12"),
             ("run.created_at > datetime.now(5)", 18, "no datetime.now can be made of this"),
@@ -3457,7 +3447,7 @@ class RandomTest(IndexCase):
             )
 
         some = 0
-        for _ in range(int(os.environ.get("QUERY_COUNT", "600"))):
+        for _ in range(int(os.environ.get("QUERY_COUNT", "300"))):
             text = comparison()
             for _ in range(choose.randrange(3)):
                 text = f"({text}) {choose.choice(['and', 'or'])} {comparison()}"
@@ -3467,7 +3457,7 @@ class RandomTest(IndexCase):
             answer = self.ask(text)  # which compares them
             narrowed = aimwatch.compile_query(text).narrowings
             some += bool(narrowed) and 0 < len(answer) < 40
-        self.assertGreater(some, 5)  # else the expressions would say nothing
+        self.assertGreater(some, 2)  # else the expressions would say nothing
 
 
 # ------------------------------------------------------------------------------ recording
@@ -4529,50 +4519,47 @@ class IndexFile(StoredCase):
 
     def test_threads_may_share_a_repository(self) -> None:
         self.fill()
-        repo, wrong, stop = aimwatch.Repo(self.root), [], threading.Event()
-        count = len(repo.query_runs("run.nested.a.b[0] == 1"))
+        repo, counts = aimwatch.Repo(self.root), set()
 
         def ask() -> None:
-            try:
-                while not stop.is_set():
-                    if len(repo.query_runs("run.nested.a.b[0] == 1")) != count:
-                        wrong.append("another number of runs")
-            except Exception as error:
-                wrong.append(repr(error))
+            for _ in range(20):
+                counts.add(len(repo.query_runs("run.nested.a.b[0] == 1")))
 
-        with self.assertLogs("aimwatch") as logs:
-            aimwatch.log.warning("none but this")
-            threads = [threading.Thread(target=ask) for _ in range(4)]
-            for thread in threads:
-                thread.start()
-            for step in range(300):
-                self.live.track(step, "m")
-            stop.set()
-            for thread in threads:
-                thread.join()
-        self.assertEqual((wrong, len(logs.output)), ([], 1))
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for step in range(100):
+            self.live.track(step, "m")
+        for thread in threads:
+            thread.join()
+        self.assertEqual(counts, {len(repo.query_runs("run.nested.a.b[0] == 1"))})
 
     def test_nobody_waits_longer_for_the_index_than_was_said(self) -> None:
         self.fill()
-        hashes = [run.hash for run in aimwatch.Repo(self.root).query_runs("")]
-        self.patch(aimwatch, "BUSY_S", 0.1)
-        with contextlib.closing(sqlite3.connect(self.paths.index, isolation_level=None)) as db:
-            for begin in ("BEGIN EXCLUSIVE", "BEGIN; SELECT * FROM runs"):
-                with self.subTest(begin):
-                    for statement in begin.split("; "):
-                        db.execute(statement).fetchall()
-                    begun = time.monotonic()
-                    Run("late", create=True, repo=self.root).close()
-                    self.assertIn("late", self.pending())
-                    with self.assertRaisesRegex(
-                        aimwatch.IndexBusy, "index.sqlite is in use: try again later"
-                    ):
-                        aimwatch.Repo(self.root).reindex()
-                    aimwatch.Repo(self.root).delete_run("late")
-                    found = aimwatch.Repo(self.root).query_runs("")
-                    self.assertEqual([run.hash for run in found], hashes)
-                    self.assertLess(time.monotonic() - begun, 20)
-                    db.execute("COMMIT")
+        for name in ("BUSY_S", "REINDEX_WAIT_S"):
+            self.patch(aimwatch, name, 0.1)
+
+        @contextlib.contextmanager
+        def transaction(*statements: str) -> Iterator[None]:
+            with contextlib.closing(sqlite3.connect(self.paths.index, isolation_level=None)) as db:
+                for statement in statements:
+                    db.execute(statement).fetchall()
+                yield
+
+        for nth, (held, said) in enumerate((
+            (transaction("BEGIN EXCLUSIVE"), "in use"), (transaction("BEGIN", "SELECT * FROM runs"), "in use"),
+            (aimwatch.Index(self.paths).writing(), "being written by another process"),
+        )):  # fmt: skip
+            with self.subTest(nth), held:
+                begun = time.monotonic()
+                Run(f"late{nth}", create=True, repo=self.root).close()
+                self.assertIn(f"late{nth}", self.pending())
+                code, _, err = self.run_cli("reindex")
+                self.assertEqual((code, f"index.sqlite is {said}: try again later" in err), (1, True), err)
+                self.assertEqual(aimwatch.Repo(self.root).query_runs("")[0].hash, f"late{nth}")
+                self.assertLess(time.monotonic() - begun, 20)
+        self.reindexed()
+        self.assertEqual(self.pending(), ["live"])
 
     def test_dead_run_is_resumed_while_somebody_indexes_it(self) -> None:
         self.fill()
@@ -4613,13 +4600,8 @@ class IndexFile(StoredCase):
         self.assertEqual(self.reindexed(), content)
         self.leave_a_hot_journal()
         self.assertEqual(self.rebuilt(), content)
-        with open(self.paths.index, "rb") as file:
-            header = file.read(100)
-        for journal in (b"", b"noise" * 1000, b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + header + b"\xff" * 2000):
-            write_file(self.paths.index + "-journal", journal)
-            with self.subTest(journal=journal[:10]):
-                self.assertEqual(self.rebuilt(), content)
-                self.assertEqual(self.answers(), expected)
+        write_file(self.paths.index + "-journal", b"noise" * 1000)
+        self.assertEqual(self.rebuilt(), content)
 
     def test_index_that_is_replaced_between_two_looks_hides_no_run(self) -> None:
         self.fill()
@@ -4686,47 +4668,17 @@ class IndexFile(StoredCase):
         self.assertEqual(self.reindexed(), self.rebuilt())
         self.assertEqual(self.pending(), [])
 
-    def test_run_that_closes_waits_for_the_index_a_moment_and_then_leaves_it(self) -> None:
-        run = self.run_object("r")
-        self.reindexed()
-        held = self.process(
-            "import sys, aimwatch\nwith aimwatch.Index(aimwatch.find_repo()).writing():\n"
-            "    print('held'); sys.stdin.read() or __import__('time').sleep(600)"
-        )
-        self.assertEqual(held.stdout.readline(), "held\n")
-        begun = time.monotonic()
-        run.close()
-        self.assertLess(time.monotonic() - begun, 5)
-        self.assertEqual(self.pending(), ["r"])
-        self.assertEqual(self.flags("r-"), ["finished"])
-        rows = aimwatch.Repo(self.root).query_runs("run.hash == 'r'").found
-        self.assertEqual([row["state"] for row in rows], ["finished"])
-        code, out, err = self.run_cli_waiting(0.1, "reindex")
-        self.assertEqual((code, out), (1, ""))
-        self.assertIn(f"{self.paths.index} is being written by another process: try again later", err)
-        held.kill()
-        held.wait()
-        self.assertEqual(self.run_cli("reindex"), (0, "", ""))
-        self.assertEqual(self.pending(), [])
-
-    def run_cli_waiting(self, wait_s: float, *argv: str) -> Tuple[int, str, str]:
-        with mock.patch.object(aimwatch, "REINDEX_WAIT_S", wait_s):
-            return self.run_cli(*argv)
-
 
 class DeadRuns(StoredCase):
     def test_dead_run_ends_at_its_last_sign_of_life(self) -> None:
         self.die("tracked", "run.track(1, 'm')")
         self.die("reported", "run.report_progress(expect_next_in=60)")
         self.die("silent")
-        (name,) = self.check_ins("reported-")
-        idx, utc = name.split("-")[1], time.time() + 1000
-        os.rename(
-            os.path.join(self.paths.check_ins, name),
-            os.path.join(
-                self.paths.check_ins, aimwatch.check_in_name("reported", int(idx), "check_in", utc, 66)
-            ),
-        )
+        utc = time.time() + 1000
+        for run_hash, at in (("reported", utc), ("tracked", 253402300800)):  # the year 10000 is a mistake
+            (name,) = self.check_ins(f"{run_hash}-")
+            moved = aimwatch.check_in_name(run_hash, int(name.split("-")[1]), "check_in", at, 66)
+            os.rename(os.path.join(self.paths.check_ins, name), os.path.join(self.paths.check_ins, moved))
         repo = aimwatch.Repo(self.root)
         self.assertEqual(len(repo.query_runs("run.active")), 3)
         self.assertEqual(repo.reindex(), [])
@@ -4782,29 +4734,6 @@ class DeadRuns(StoredCase):
                 for run_hash in ("r", "live"):
                     reindexer.note_dead(run_hash)
         self.assertEqual(self.pending(), ["live"])
-
-    def test_log_that_is_longer_than_the_index_says_is_read_again_without_a_marker(self) -> None:
-        with Run("r", create=True, repo=self.root) as run:
-            run.track(1, "m")
-        with aimwatch.Index(self.paths).writing() as db:
-            db.execute("UPDATE runs SET log_size = log_size - 1, metrics = '[]'")
-        self.assertEqual(aimwatch.Repo(self.root).reindex(), [])
-        (found,) = aimwatch.Repo(self.root).query_runs("run.metrics['m'].last == 1")
-        self.assertEqual((found.hash, self.pending()), ("r", []))
-
-    def test_check_in_of_the_year_10000_ends_its_run_like_any_other(self) -> None:
-        self.die("dead", "run.track(1, 'm')")
-        (name,) = self.check_ins("dead-")
-        late = name.split("-")
-        late[3] = "253402300800.00"
-        os.rename(
-            os.path.join(self.paths.check_ins, name), os.path.join(self.paths.check_ins, "-".join(late))
-        )
-        content = self.reindexed()
-        self.assertEqual((self.pending(), self.reread("dead").active), ([], False))
-        size = os.path.getsize(self.paths.run_log("dead"))
-        self.assertEqual(self.rebuilt(), content)
-        self.assertEqual(os.path.getsize(self.paths.run_log("dead")), size)
 
     def test_marker_says_what_is_to_be_done(self) -> None:
         self.fill()
@@ -5084,13 +5013,13 @@ class Reading(StoredCase):
             write_file(self.paths.marker("r2"), b"", "ab")
             run = aimwatch.Repo(self.root).get_run("r2")
             assert run is not None
-            for look in (lambda: self.reread("r2"), lambda run=run: run.name, lambda run=run: run.metrics()):
+            for look in (lambda: self.reread("r2"), lambda run=run: run.name):
                 with self.subTest(what), self.assertRaises(aimwatch.RepoError) as caught:
                     look()
                 self.assertEqual(str(caught.exception).lower(), f"cannot read {path}: {reason}".lower())
-            for command in ("show", "close", "plot"):
+            for command in ("show", "close"):
                 with self.subTest(what, command=command):
-                    code, out, err = self.run_cli(command, "r2", *(["m"] if command == "plot" else []))
+                    code, out, err = self.run_cli(command, "r2")
                     self.assertEqual((code, out), (1, ""))
                     self.assertRegex(err, r"^[^\n]*cannot (read|close) [^\n]*r2[^\n]*\n$")
             with self.subTest(what):
@@ -5245,23 +5174,16 @@ class ReindexThreads(StoredCase):
                 reindexer.run(hashes)
                 self.assertEqual(listed.call_count, times, hashes)
 
-    def test_thread_gives_way_and_its_troubles_are_logged_once(self) -> None:
-        self.fill()
-        self.reindexed()
-        self.die("new")
-        with aimwatch.Index(self.paths).writing():
-            thread = self.thread()
-            time.sleep(0.1)
-            self.assertEqual(self.state("new"), None)
-            begun = time.monotonic()
-            thread.stop(30)
-            self.assertLess(time.monotonic() - begun, 20)
-        self.assertFalse(thread.is_alive())
-        self.die("another")
-        self.die("fine")
+    def test_pass_gives_way_and_its_troubles_are_logged_once(self) -> None:
+        self.patch(aimwatch, "PROBE_S", 0.0)
+        for name in ("another", "fine"):
+            self.die(name)
         os.mkdir(self.paths.run_log("bad"))
         write_file(self.paths.marker("bad"))
-        real = aimwatch.run_record
+        thread, real = aimwatch.ReindexThread(self.paths), aimwatch.run_record
+        with aimwatch.Index(self.paths).writing():
+            thread._pass()
+            self.assertEqual(self.state("fine"), None)
 
         def record(state: aimwatch.RunState, size: int) -> Any:
             if state.hash == "another":
@@ -5269,32 +5191,22 @@ class ReindexThreads(StoredCase):
             return real(state, size)
 
         with mock.patch.object(aimwatch, "run_record", record), self.assertLogs("aimwatch") as logs:
-            thread = self.thread()
-            self.wait_for(lambda: self.pending() == ["another", "bad", "live"])
-            self.wait_for(lambda: len(logs.output) >= 2)
-            time.sleep(0.1)
-            thread.stop(10)
-        self.assertEqual(
-            sorted(logs.output),
-            [f"WARNING:aimwatch:{self.paths.run_log('another')}: RuntimeError: no idea",
-             f"WARNING:aimwatch:{self.paths.run_log('bad')}: not a regular file"],
-        )  # fmt: skip
-        self.assertEqual(
-            aimwatch.Repo(self.root).reindex(), [f"{self.paths.run_log('bad')}: not a regular file"]
-        )
-
-    def test_trouble_with_the_folder_itself_is_logged_once_and_passes(self) -> None:
-        self.die("dead")
-        os.rename(self.paths.pending, self.paths.pending + ".away")
-        with open(self.paths.pending, "x"), self.assertLogs("aimwatch") as logs:
-            self.thread()
-            self.wait_for(lambda: logs.output)
-            time.sleep(0.1)
-        self.assertEqual(len(logs.output), 1)
-        self.assertIn("reindexing: NotADirectoryError: ", logs.output[0])
-        os.unlink(self.paths.pending)
-        os.rename(self.paths.pending + ".away", self.paths.pending)
-        self.wait_for(lambda: (self.state("dead") or "?")[0] == "failed")
+            for _ in range(3):
+                thread._pass()
+            self.assertEqual(self.pending(), ["another", "bad"])
+            os.rename(self.paths.pending, self.paths.pending + ".away")
+            with open(self.paths.pending, "x"):
+                for _ in range(3):
+                    thread._pass()
+            os.unlink(self.paths.pending)
+            os.rename(self.paths.pending + ".away", self.paths.pending)
+        said = [f"{self.paths.run_log('another')}: RuntimeError: no idea",
+                f"{self.paths.run_log('bad')}: not a regular file", "reindexing: NotADirectoryError: "]  # fmt: skip
+        self.assertEqual(len(logs.output), 3)
+        for line, expected in zip([*sorted(logs.output[:2]), logs.output[2]], said):
+            self.assertIn(f"WARNING:aimwatch:{expected}", line)
+        thread._pass()
+        self.assertEqual(self.state("another")[0], "failed")
 
 
 class RunCommands(StoredCase):
@@ -5518,16 +5430,12 @@ class RunCommands(StoredCase):
         os.makedirs(folder)
         commit, other = "0123456789abcdef" * 2 + "01234567", "f" * 40
         git = os.path.join(self.root, "code", ".git")
-        script = 'import sys; sys.path.insert(0, sys.argv[1])\nfrom aimwatch import Run\nwith Run("c", create=True, repo=sys.argv[2]): pass'
-        write_file(os.path.join(folder, "train.py"), script)
-
-        def noted(output: Any = subprocess.PIPE, **env: str) -> Dict[str, Any]:
-            argv = [sys.executable, os.path.join(folder, "train.py"), HERE, self.root]
-            subprocess.run(argv, cwd="/", env={**os.environ, **env}, stdout=output, check=True)
-            row = json.loads(self.fine("show", "c", "--json")[0])
-            self.fine("rm", "--yes", "c")
-            return row  # type: ignore[no-any-return]
-
+        script = os.path.join(folder, "train.py")
+        write_file(
+            script, "import sys\nfrom aimwatch import Run\nwith Run('c', create=True, repo=sys.argv[1]): pass"
+        )
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir("/")
         for files, found in (
             ({"HEAD": commit}, commit),
             ({"HEAD": "ref: refs/heads/main", "refs/heads/main": commit}, commit),
@@ -5539,14 +5447,22 @@ class RunCommands(StoredCase):
             for name, text in files.items():
                 os.makedirs(os.path.dirname(os.path.join(git, name)), exist_ok=True)
                 write_file(os.path.join(git, name), f"{text}\n")
-            with self.subTest(files=files):
-                self.assertEqual(noted()["commit"], found)
+            with self.subTest(files=files), mock.patch.object(sys, "argv", [script]):
+                self.assertEqual(aimwatch.git_commit(), found)
             shutil.rmtree(git, ignore_errors=True)
+        os.mkdir(git)
+        write_file(os.path.join(git, "HEAD"), commit)
         path = os.path.join(self.root, "slurm-7.out")
-        with open(path, "w", encoding="utf-8") as output:
-            self.assertEqual(noted(output)["stdout"], path)
-        self.assertEqual(noted(SLURM_JOB_STDOUT="/x/y.out")["stdout"], "/x/y.out")
-        self.assertIsNone(noted()["stdout"])
+        env = {**os.environ, "PYTHONPATH": HERE}
+        for output, noted in ((path, path), (os.devnull, None)):
+            with open(output, "w", encoding="utf-8") as file:
+                subprocess.run([sys.executable, script, self.root], cwd="/", env=env, stdout=file, check=True)
+            row = json.loads(self.fine("show", "c", "--json")[0])
+            self.assertEqual((row["commit"], row["stdout"]), (commit, noted))
+            self.fine("rm", "--yes", "c")
+        with mock.patch.dict(os.environ, SLURM_JOB_STDOUT="/x/y.out"), Run("c", create=True, repo=self.root):
+            pass
+        self.assertEqual(json.loads(self.fine("show", "c", "--json")[0])["stdout"], "/x/y.out")
 
     def test_run_is_found_by_its_name(self) -> None:
         quoted = 'it\'s \U0001f600 "here"'
@@ -5573,9 +5489,7 @@ class RunCommands(StoredCase):
             more = ["loss"] if command == ["plot"] else []
             for given, message in (
                 ("0ab", "run '0ab' is ambiguous: 0abc, 0abd"), ("", "no run '' in "),
-                ("x", f"no run 'x' in {self.root}: "), ("../0abc", "no run '../0abc' in "),
-                ("%", "no run '%' in "), ("0abc' OR '1'='1", "no run \"0abc' OR '1'='1\" in "),
-                ("\x1b[31m", "no run '\\x1b[31m' in "),
+                ("../0abc", f"no run '../0abc' in {self.root}: "), ("\x1b[31m", "no run '\\x1b[31m' in "),
             ):  # fmt: skip
                 code, out, err = self.run_cli(*command, given, *more)
                 with self.subTest(command=command, given=given):
@@ -5641,26 +5555,16 @@ class RunCommands(StoredCase):
     def test_bad_queries_and_columns_are_one_line_and_change_nothing(self) -> None:
         self.reindexed()
         before = index_content(self.paths.index)
-        attacks = (
-            "'; DROP TABLE runs; --", "1); DROP TABLE runs; --", "run.n == 1 UNION SELECT * FROM facts",
-            "run.__class__.__mro__", "().__class__", "run['a'] == \"\\\") OR 1=1 --\"", "run.name.format(run)",
-            "'%s' % run.name == 1", "'a' * 10 ** 9 == run.name", "10 ** 10 ** 10 > run.n", "\0", "run.\ud800",
-            " and ".join("run.name != 'x'" for n in range(10_000)), "run.n == " + "9" * 10_000,
-        )  # fmt: skip
-        for text in attacks:
+        for text in ("'; DROP TABLE runs; --", "run.__class__.__mro__", "run.name.format(run)", "\0", "run.\ud800",
+                     "'a' * 10 ** 9 == run.name", "10 ** 10 ** 10 > run.n", "run.n == " + "9" * 9_000):  # fmt: skip
             for command in ("runs", "metrics"):
-                begun = time.monotonic()
                 code, out, err = self.run_cli(command, "--", text)
                 with self.subTest(command, text=text[:60]):
-                    self.assertLess(time.monotonic() - begun, 20)
                     self.assertLessEqual(re.sub("no run has a param .*\n", "", err).count("\n"), 1, err)
                     self.assertTrue(code == 0 or re.search(r"query, (line \d+, )?column \d+: ", err), err)
         for argv, message in (
             (["metrics", "--columns", "run,x;y"], "there is no column 'x;y': the columns are run, metric"),
-            (["metrics", "--sort", "qqq"], "there is no column 'qqq': the columns are run, metric"),
             (["runs", "--columns", "hash,'; DROP TABLE runs"], 'there is no column "\'; DROP TABLE runs": '),
-            (["runs", "--columns", "metric:'; DROP TABLE"], 'there is no column "metric:\'; DROP TABLE"'),
-            (["runs", "--sort", "1;DROP TABLE runs"], "there is no column '1;DROP TABLE runs': "),
             (["runs", "--sort=-metric:los"], "no column 'metric:los': did you mean metric:loss?"),
             (["runs", "--columns", "opt.nam"], "there is no column 'opt.nam': did you mean opt.name?"),
             (["runs", "--columns", "hsot"], "there is no column 'hsot': did you mean host?"),
