@@ -2281,8 +2281,7 @@ class Run:
     ) -> None:
         run_hash_given = run_hash is not None
         run_hash = os.urandom(12).hex() if run_hash is None else checked_run_hash(run_hash)
-        if experiment is not None:
-            _checked_text("experiment", experiment)
+        _checked_text("experiment", experiment or "")
         if repo is not None and not isinstance(repo, (str, os.PathLike)):
             raise ArgumentTypeError(
                 f"repo must be the path of a folder, or a Repo, not {type(repo).__name__} ({brief(repo)})"
@@ -2335,15 +2334,13 @@ class Run:
             return False
         if describe_rank().get("rank") or _process.joined:
             return False
-        with contextlib.suppress(OSError, RunBusyError):
+        with contextlib.suppress(OSError, TypeError, OverflowError, RunBusyError):
             header = read_log(self._paths.run_log(run_hash), run_hash).header
-            wait_s = 0.0
-            if header.get("exec") == header.get("pid") and header.get("host") == this_host():
-                with contextlib.suppress(OSError, TypeError, OverflowError):
-                    os.kill(header["pid"], HAND_OVER)
-                    wait_s = INDEXER_WAIT_S
+            asks = header.get("exec") == header.get("pid") and header.get("host") == this_host()
+            if asks:
+                os.kill(header["pid"], HAND_OVER)
             self.hash = run_hash
-            self._open(True, wait_s)
+            self._open(True, INDEXER_WAIT_S if asks else 0.0)
             self._track_reports = _process.joined = True
             return True
         self.hash = own
@@ -2371,8 +2368,6 @@ class Run:
         path = self._paths.run_log(self.hash)
         try:
             state = read_log(path, self.hash)
-        except FileNotFoundError:
-            raise RepoError(f"no run {self.hash} in {self._paths.root}: it was removed") from None
         except OSError as error:
             raise RepoError(f"cannot read {path}: {error.strerror}") from None
         if log_problem(state):
@@ -3314,10 +3309,8 @@ def _number(value: Any, name: Any) -> Optional[float]:
         if kind.__name__ in AIM_OBJECTS and str(kind.__module__).split(".")[0] in ("aim", __name__):
             warn_not_recorded(f"track({kind.__name__})")
             return None
-    shape = getattr(value, "shape", None)
-    what = type(value).__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
     raise ArgumentTypeError(
-        f"metric {brief(name)} cannot record {what} ({brief(value)}): track() takes one "
+        f"metric {brief(name)} cannot record {type(value).__name__} ({brief(value)}): track() takes one "
         "number, or a dict of names to numbers"
     )
 

@@ -3567,9 +3567,9 @@ class Tracking(RecordingCase):
             ([1.0], f"{m}list ([1.0]){way_out}"),
             (10**400, f"{m}int (1{'0' * 56}...){way_out}"),
             (10**5000, f"{m}int ("),
-            (Item(ValueError("two elements"), (2,)), f"{m}Item of shape (2,) (Item("),
-            (Item("x"), f"{m}Item of shape () (Item('x')){way_out}"),
-            (Item(1j), f"{m}Item of shape () (Item(1j)){way_out}"),
+            (Item(ValueError("two elements"), (2,)), f"{m}Item (Item("),
+            (Item("x"), f"{m}Item (Item('x')){way_out}"),
+            (Item(1j), f"{m}Item (Item(1j)){way_out}"),
             (Grumpy(), f"{m}Grumpy (unprintable Grumpy){way_out}"),
             ({"loss": {"a": 1}}, f"{m}dict ({{'a': 1}}){way_out}"),
         ):
