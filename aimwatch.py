@@ -8981,19 +8981,21 @@ class Gate(NamedTuple):
     base_path: str
     cookie: str
 
-    def answer(self, site: Site, target: str, headers: Mapping[str, str], own_address: str) -> Reply:
+    def answer(self, site: Site, target: str, headers: Mapping[str, str]) -> Reply:
         """Return the answer to GET."""
         import hmac
 
         path, _, query = target.partition("?")
-        # Any other name belongs to a site that was made to lead here, to read this one in a browser.
+        # Any other name, but no address, may be of a site that was made to lead here, to read this one in a
+        # browser.
         host = re.sub(r":[0-9]+$", "", headers.get("Host", "")).strip("[]").lower()
         cookies = [part.strip().partition("=") for part in headers.get("Cookie", "").split(";")]
         given = [value for name, _, value in cookies if name == self.cookie]
         given.append(headers.get("Authorization", "").partition("Bearer ")[2])
         key = query[4:] if query.startswith("key=") and path == f"{self.base_path}/" else ""
         fits = [hmac.compare_digest(item.encode("utf-8"), self.token.encode()) for item in (key, *given)]
-        if (host not in self.hosts and host != own_address) or (self.token and not any(fits)):
+        is_known = host in self.hosts or re.fullmatch(r"[0-9.]+|[0-9a-f:]*:[0-9a-f:.]*", host)
+        if not is_known or (self.token and not any(fits)):
             return Reply(403, _CLOSED)
         if key:
             # A browser sends no strict cookie where a redirect began with another site's link.
@@ -9045,9 +9047,8 @@ def serve(site: Site, gate: Gate, listener: Any, stop: threading.Event) -> None:
         protocol_version, timeout = "HTTP/1.1", IDLE_S
 
         def do_GET(self) -> None:
-            own = "localhost" if listener.family == socket.AF_UNIX else self.request.getsockname()[0]
             headers = {name.title(): value for name, value in self.headers.items()}
-            reply = gate.answer(site, self.path, headers, own)
+            reply = gate.answer(site, self.path, headers)
             links[self.request] = reply.status != 403
             # No body is read, so what follows could not be told from one.
             has_body = "Content-Length" in headers or "Transfer-Encoding" in headers

@@ -11035,7 +11035,7 @@ class Gates(Case):
         for target, headers, status in (
             ("/base/", good, 200), ("/base", good, 301), ("/", good, 404), ("/basement/", good, 404), ("base/", good, 404),
             ("/base/metrics", {"Host": "localhost", "Authorization": "Bearer sesame"}, 200),
-            ("/base/", {"Host": "HUB.example.org", "Cookie": cookie}, 200), ("/base/", {"Host": "10.0.0.1", "Cookie": cookie}, 200),
+            ("/base/", {"Host": "HUB.example.org", "Cookie": cookie}, 200), ("/base/", {"Host": "10.0.0.1", "Cookie": cookie}, 200), ("/base/", {"Host": "[fe80::1]:80", "Cookie": cookie}, 200),
             ("/base/", {"Host": "evil.example.org", "Cookie": cookie}, 403), ("/base/", {"Cookie": cookie}, 403),
             ("/base/", {"Host": "localhost.evil.example.org", "Cookie": cookie}, 403),
             ("/base/", {"Host": "localhost"}, 403), ("/base/metrics", {"Host": "localhost"}, 403), ("/nothing", {"Host": "localhost"}, 403),
@@ -11045,7 +11045,7 @@ class Gates(Case):
             ("/base/?key=sesame", {"Host": "localhost", "Sec-Fetch-Site": "cross-site"}, 200),
         ):  # fmt: skip
             with self.subTest(target=target, headers=headers):
-                reply = gate.answer(site, target, headers, "10.0.0.1")
+                reply = gate.answer(site, target, headers)
                 self.assertEqual(reply.status, status)
                 named = dict(reply.headers)
                 if "?key=sesame" in target and status < 400:
