@@ -5918,10 +5918,6 @@ class Outbox:
         with self._lock:
             return [event for event, ids in self._waiting.values() if notifier_id in ids]
 
-    def is_waiting(self, event_id: str) -> bool:
-        """True where the event is still to be sent to somebody."""
-        return event_id in self._waiting
-
     def broken(self) -> Dict[str, Tuple[str, float]]:
         """Return the notifiers that do not work: why, and since when (UTC seconds)."""
         with self._lock:
@@ -6145,7 +6141,6 @@ class Dispatcher:
         self._complaint = ""
         #: The enabled notifiers, by id. Those with a problem are not used, and what they must hear of waits.
         self._notifiers: Dict[str, Notifier] = {}
-        self._queries: Dict[str, CompiledQuery] = {}
         self._threads: Dict[str, NotifierThread] = {}
         self._alarm: Optional[Event] = None
         #: From which level on people hear of log messages.
@@ -6172,7 +6167,6 @@ class Dispatcher:
             elif not self._outbox.waiting_for(item.id):
                 self._outbox.note_mended(item.id)
         usable = {item.id: item for item in self._usable()}
-        self._queries = {one: compile_query(item.where) for one, item in usable.items() if item.where}
         for thread in self._threads.values():
             thread.use(usable.get(thread.id))
         self._start_threads()
@@ -6228,7 +6222,8 @@ class Dispatcher:
     def not_for(self, run_hash: str, state: str) -> List[str]:
         """Return the ids of the notifiers whose `where` is not true of a run. One of which nobody can tell
         is for all: rather one message too many."""
-        if not self._queries:
+        asked = [item for item in self._usable() if item.where]
+        if not asked:
             return []
         try:
             row = run_row(read_log_parts(self._paths.run_log(run_hash), run_hash))
@@ -6237,7 +6232,7 @@ class Dispatcher:
         except OSError:
             return []
         row["state"] = state
-        return [one for one, query in self._queries.items() if not query.test(row, None)]
+        return [item.id for item in asked if not compile_query(item.where).test(row, None)]
 
     def alarm(self, event: Event) -> None:
         """Send every notifier an event that cannot be put into the outbox, since the disk does not answer. It
@@ -6655,13 +6650,10 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
         if state.end is None:
             reason = [reason[0].replace("terminated by", "it got")]
         facts["run.reason"] = "\n".join(printable(line) for line in reason[:MAX_FACT_LINES])
-        frames = end.get("frames")
-        if isinstance(frames, list):
-            facts["run.frames"] = "\n".join(f"  {printable(str(frame), 200)}" for frame in frames[-6:])
-        output = end.get("output")
-        if isinstance(output, list):
-            lines = (f"  {printable(str(line), OUTPUT_LINE)}" for line in output[-OUTPUT_LINES:])
-            facts["run.output"] = "\n".join(lines)
+        for field, most, width in (("frames", 6, 200), ("output", OUTPUT_LINES, OUTPUT_LINE)):
+            lines = end.get(field)
+            if isinstance(lines, list):
+                facts[f"run.{field}"] = "\n".join(f"  {printable(str(one), width)}" for one in lines[-most:])
     return facts
 
 
@@ -6714,7 +6706,7 @@ def change_facts(paths: RepoPaths, change: Change) -> Facts:
         facts["run.reason"] = change.note or f"{how} after {after}"
         facts.pop("run.frames", None)
         facts.pop("run.output", None)
-    return {name: value for name, value in facts.items() if value}
+    return facts
 
 
 #: How many of the messages that a run left for the watcher an alert quotes.
@@ -6741,7 +6733,7 @@ def message_facts(paths: RepoPaths, run_hash: str, messages: Sequence[Dict[str, 
     facts["run.messages"] = "\n".join(lines)
     for field in ("run.frames", "run.output", "run.errors"):
         facts.pop(field, None)
-    return {name: value for name, value in facts.items() if value}
+    return facts
 
 
 # ======================================================================================
@@ -6760,25 +6752,21 @@ _WAITS = re.compile(
 
 
 class Member(NamedTuple):
-    """Which rank of which group a run is of, "" for none; and of one that failed, why and when."""
+    """Which rank of which group a run is, "" for none."""
 
-    group: str
-    rank: int
-    host: str
-    run_hash: str
-    reason: str = ""
-    time_s: float = 0.0
+    group: str = ""
+    rank: int = 0
+    host: str = ""
 
 
 def read_member(paths: RepoPaths, run_hash: str) -> Member:
-    """Return which rank of which group a run is of."""
-    header: Dict[str, Any] = {}
+    """Return which rank of which group a run is."""
     with contextlib.suppress(OSError):
         header = read_log_parts(paths.run_log(run_hash), run_hash).header
-    group, rank = header.get("group"), header.get("rank")
-    if not isinstance(group, str) or not isinstance(rank, int):
-        return Member("", 0, "", run_hash)
-    return Member(group, rank, printable(str(header.get("host")), 100), run_hash)
+        group, rank = header.get("group"), header.get("rank")
+        if isinstance(group, str) and isinstance(rank, int):
+            return Member(group, rank, printable(str(header.get("host")), 100))
+    return Member()
 
 
 def name_ranks(ranks: Iterable[int]) -> str:
@@ -6808,8 +6796,8 @@ class Groups:
     def __init__(self, paths: RepoPaths, wait_s: float = ROLL_CALL_S) -> None:
         self.paths = paths
         self._wait_s = wait_s
-        #: By group and kind of change: since when it waits for the others, and who took part so far.
-        self._waiting: Dict[Tuple[str, str], Tuple[float, List[Member]]] = {}
+        #: By group and kind of change: since when it waits for the others, and what was noted of which runs.
+        self._waiting: Dict[Tuple[str, str], Tuple[float, Dict[str, str]]] = {}
 
     def member(self, watched: WatchedRun) -> Member:
         """Return which rank a run is of."""
@@ -6846,108 +6834,108 @@ class Groups:
             if not member.group:
                 alerted.append(change)
             elif change.kind in (STALLED, FAILED) and not change.suffix:
-                parts = self._waiting.setdefault(key, (now_s, []))[1]
-                parts.append(self._taking_part(change.run, change.note))
+                self._waiting.setdefault(key, (now_s, {}))[1][change.run.hash] = change.note
             elif key not in spoken and self._speaks(change, member, members):
                 spoken.add(key)
                 visible = members.get(0, change.run).hash
                 alerted.append(change._replace(visible=visible, rank=member.rank))
-        for (group, kind), (since_s, parts) in list(self._waiting.items()):
+        for (group, kind), (since_s, notes) in list(self._waiting.items()):
             members = groups.get(group, {})
             running = [watched for watched in members.values() if watched.state == RUNNING]
             hang = [watched for watched in running if os.path.exists(self.paths.stack(watched.hash))]
             if now_s - since_s < self._wait_s and (kind == FAILED or len(hang) < len(running)) and running:
                 continue
             del self._waiting[group, kind]
+            parts = [watched for watched in members.values() if watched.hash in notes]
             if kind == STALLED:
-                stalled = [watched.hash for watched in members.values() if watched.state == STALLED]
-                parts = [part for part in parts if part.run_hash in stalled]
-                if len(parts) < len(stalled):
-                    continue  # that the group stalls was alerted before
-                parts += map(self._taking_part, hang if parts else ())
-            watched = next((runs[part.run_hash] for part in parts if part.run_hash in runs), None)
-            if watched is not None:
-                change = Change(kind, watched, now_s - watched.since_s, RUNNING)
-                alerted.append(self._roll_call(change, parts, members))
+                stalled = [watched for watched in members.values() if watched.state == STALLED]
+                # Where some had stalled before, that the group stalls was alerted then.
+                parts = stalled + hang if stalled and all(one in parts for one in stalled) else []
+            if parts:
+                alerted.append(self._roll_call(kind, parts, notes, members, now_s))
         return alerted
-
-    def _taking_part(self, watched: WatchedRun, note: str = "") -> Member:
-        """Return the member that a run is, with why it failed; `note`: as the watcher has found."""
-        end: Dict[str, Any] = {}
-        if watched.state == FAILED:
-            with contextlib.suppress(OSError):
-                end = read_log_parts(self.paths.run_log(watched.hash), watched.hash).end or {}
-        reason, time_s = printable(str(end.get("reason") or note)), float(end.get("time") or 0.0)
-        return self.member(watched)._replace(reason=reason, time_s=time_s)
 
     def _speaks(self, change: Change, member: Member, members: Dict[int, WatchedRun]) -> bool:
         """Return whether a change of a rank is alerted that is neither a new stall nor a new failure."""
         if change.kind == RECOVERED and change.old_state == STALLED:
-            waiting = self._waiting.get((member.group, STALLED), (0.0, []))[1]
-            if any(part.run_hash == change.run.hash for part in waiting):
+            if change.run.hash in self._waiting.get((member.group, STALLED), (0.0, {}))[1]:
                 return False  # that it had stalled was not alerted either
             return all(watched.state != STALLED for watched in members.values())
         return member.rank == 0 or change.kind not in (STARTED, FINISHED)
 
-    def _roll_call(self, change: Change, parts: Sequence[Member], members: Dict[int, WatchedRun]) -> Change:
+    def _roll_call(
+        self,
+        kind: str,
+        parts: List[WatchedRun],
+        notes: Dict[str, str],
+        members: Dict[int, WatchedRun],
+        now_s: float,
+    ) -> Change:
         """Return the change of a whole group, with what there is to say of each rank."""
-        if change.kind == STALLED:
-            first, text = self._say_stalled(parts, members)
-        else:
-            first, text = self._say_failed(parts)
-        rest = {rank: members[rank].state for rank in members.keys() - {part.rank for part in parts}}
-        for state in dict.fromkeys(rest.values()):
-            ranks = [rank for rank in rest if rest[rank] == state]
-            text += f"; {name_ranks(ranks)} {'still running' if state == RUNNING else f'{state} before'}"
-        visible = members[0].hash if 0 in members else first.run_hash
-        watched = members.get(first.rank, change.run)
-        return change._replace(run=watched, note=text, rank=first.rank, visible=visible)
+        first, text = self._say_stalled(parts) if kind == STALLED else self._say_failed(parts, notes)
+        rest: Dict[str, List[WatchedRun]] = collections.defaultdict(list)
+        for watched in members.values():
+            if watched not in parts:
+                rest["still running" if watched.state == RUNNING else f"{watched.state} before"].append(
+                    watched
+                )
+        text += "".join(f"; {self._name(runs)} {state}" for state, runs in rest.items())
+        rank, visible = self.member(first).rank, members.get(0, first).hash
+        return Change(kind, first, now_s - first.since_s, RUNNING, text, rank=rank, visible=visible)
 
-    def _say_stalled(self, parts: Sequence[Member], members: Dict[int, WatchedRun]) -> Tuple[Member, str]:
-        places: Dict[str, List[Member]] = {}
-        for part in sorted(parts, key=lambda part: members[part.rank].since_s):
-            places.setdefault(where_it_hangs(self.paths, part.run_hash), []).append(part)
+    def _name(self, runs: Iterable[WatchedRun]) -> str:
+        return name_ranks(self.member(watched).rank for watched in runs)
+
+    def _say_stalled(self, parts: List[WatchedRun]) -> Tuple[WatchedRun, str]:
+        places: Dict[str, List[WatchedRun]] = {}
+        for watched in sorted(parts, key=lambda watched: watched.since_s):
+            places.setdefault(where_it_hangs(self.paths, watched.hash), []).append(watched)
         # The one that stopped is where the fewest are, not in a function that waits, and silent the longest.
         order = sorted(places, key=lambda place: (len(places[place]), bool(_WAITS.search(place))))
-        first = places[order[0]][0]
-        at = time.strftime("%H:%M:%S", time.localtime(members[first.rank].since_utc))
-        if len(parts) > 1 and len(places) == 1:
-            where = f"are in {order[0]}" if order[0] else "left no stack"
-            return first, (
-                f"{name_ranks(part.rank for part in parts)} {where} (since {at}); none differs: the "
-                "network or a device is the likelier cause"
-            )
-        text = f"rank {first.rank} on {first.host} stopped{' first' * (len(parts) > 1)} ({at}), "
-        text += f"in {order[0]}" if order[0] else "and left no stack"
-        places[order[0]].remove(first)
-        for place in order:
-            if places[place]:
-                waits = "wait" if len(places[place]) > 1 else "waits"
-                where = f"{waits} in {place}" if place else "left no stack"
-                text += f"; {name_ranks(part.rank for part in places[place])} {where}"
+        first, place = places[order[0]].pop(0), order[0]
+        at = time.strftime("%H:%M:%S", time.localtime(first.since_utc))
+        if len(parts) > len(places) == 1:
+            where = f"are in {place}" if place else "left no stack"
+            why = "none differs: the network or a device is the likelier cause"
+            return first, f"{self._name(parts)} {where} (since {at}); {why}"
+        how = "stopped first" if len(parts) > 1 else "stopped"
+        where = f"in {place}" if place else "and left no stack"
+        text = f"{self._name([first])} on {self.member(first).host} {how} ({at}), {where}"
+        for place in filter(places.get, order):
+            waits = "wait" if len(places[place]) > 1 else "waits"
+            text += f"; {self._name(places[place])} " + (f"{waits} in {place}" if place else "left no stack")
         return first, text
 
-    def _say_failed(self, parts: Sequence[Member]) -> Tuple[Member, str]:
-        # A launcher ends the others with SIGTERM when one has failed.
-        first, *others = sorted(
-            parts, key=lambda part: (part.reason.startswith("terminated by"), part.time_s, part.rank)
+    def _say_failed(self, parts: List[WatchedRun], notes: Dict[str, str]) -> Tuple[WatchedRun, str]:
+        failed = []
+        for watched in parts:
+            end: Dict[str, Any] = {}
+            with contextlib.suppress(OSError):
+                end = read_log_parts(self.paths.run_log(watched.hash), watched.hash).end or {}
+            reason = printable(str(end.get("reason") or notes[watched.hash]))
+            # A launcher ends the others with SIGTERM when one has failed.
+            failed.append(
+                (reason.startswith("terminated by"), float(end.get("time") or 0.0), reason, watched)
+            )
+        failed.sort(key=lambda item: item[:2])
+        reasons: Dict[str, List[WatchedRun]] = collections.defaultdict(list)
+        (_, _, reason, first), *others = failed
+        for _, _, why, watched in others:
+            reasons[why].append(watched)
+        text = f"{self._name([first])} on {self.member(first).host}: {reason}"
+        text += "".join(
+            f"; then {self._name(runs)}: {shorten(why, 200, '...')}" for why, runs in reasons.items()
         )
-        text = f"rank {first.rank} on {first.host}: {first.reason}"
-        if others and all(part.reason == first.reason for part in others):
-            return first, f"{name_ranks(part.rank for part in parts)}: {first.reason}"
-        for reason in dict.fromkeys(part.reason for part in others):
-            ranks = name_ranks(part.rank for part in others if part.reason == reason)
-            text += f"; then {ranks}: {shorten(reason, 200, '...')}"
         return first, text
 
     def to_list(self) -> List[Any]:
         """Return what watcher.json keeps of what is not alerted yet."""
-        return [[*key, round(since_s, 3), parts] for key, (since_s, parts) in self._waiting.items()]
+        return [[*key, round(since_s, 3), notes] for key, (since_s, notes) in self._waiting.items()]
 
     def restore(self, values: Iterable[Any]) -> None:
         """Take in what `to_list` gave."""
-        for group, kind, since_s, parts in values:
-            self._waiting[group, kind] = float(since_s), [Member(*part) for part in parts]
+        for group, kind, since_s, notes in values:
+            self._waiting[group, kind] = float(since_s), dict(notes)
 
 
 # ======================================================================================
@@ -7338,7 +7326,8 @@ class Watcher:
         return Event(change.id, change.kind, self._dated(facts), not_for)
 
     def _dated(self, facts: Facts) -> Facts:
-        return {**facts, "time": iso_time(self._utc(), "seconds")}
+        known = {name: value for name, value in facts.items() if value}
+        return {**known, "time": iso_time(self._utc(), "seconds")}
 
     def _sweep(self) -> None:
         """Shorten the outbox, and remove check-ins of our runs that ended and were alerted a while ago."""
@@ -7351,17 +7340,15 @@ class Watcher:
             self.outbox.compact()
         acks = {ack_name(item.name, item.state) for item in self.table.runs.values()}
         remove_all(os.path.join(self.paths.mutes, name) for name in read_acks(self.paths) - acks)
-        ended = {run for run, watched in self.table.runs.items() if self._can_sweep(watched, now_s)}
+        ended = {
+            run
+            for run, watched in self.table.runs.items()
+            if now_s - watched.since_s > KINDS[watched.state].keep_s
+            and os.path.exists(self.paths.run_log(run))
+        }
         remove_all(map(self.paths.stack, ended))
         names = [name for name in self.table.names if name.partition("-")[0] in ended] if ended else ()
         remove_all(os.path.join(self.paths.check_ins, name) for name in names)
-
-    def _can_sweep(self, watched: WatchedRun, now_s: float) -> bool:
-        return (
-            now_s - watched.since_s > KINDS[watched.state].keep_s
-            and not self.outbox.is_waiting(Change(watched.state, watched, 0, None).id)
-            and os.path.exists(self.paths.run_log(watched.hash))
-        )
 
     def _save(self, now: bool = False, ended: bool = False) -> bool:
         """Write watcher.json, at a rate that its own cost bounds; True where that was done."""
