@@ -868,7 +868,7 @@ _CHECK_IN_NAME = re.compile(
 )
 
 
-#: A higher number is none of ours, and leaves no room to go on from.
+#: No check-in of ours has a higher number.
 MAX_IDX = 10**15
 
 
@@ -907,23 +907,20 @@ def own_check_ins(paths: RepoPaths, run_hash: str) -> List[str]:
     return sorted(filter(parse_check_in, names_in(paths.check_ins, f"{run_hash}-.*")))
 
 
-def _idx_of(name: str) -> int:
-    return int(name.split("-")[1])
-
-
 class CheckInFile:
     """One run's file in `check_ins`.
 
-    Takes no lock: numbers come from an atomic counter, and two threads that write at the same
-    moment leave the higher number in force, whichever comes first. Not used after a fork.
+    Takes no lock: numbers come from an atomic counter, and of what two threads write at the same
+    moment the higher number is in force. Not used after a fork.
     """
 
-    def __init__(self, folder: str, run_hash: str, next_idx: int, names: Iterable[str]) -> None:
+    def __init__(self, folder: str, run_hash: str, next_idx: int, names: Sequence[str]) -> None:
         self.folder = folder
         self.run_hash = run_hash
         #: Gives the number of the next check-in, each once.
         self.next_idx = functools.partial(next, itertools.count(next_idx))
-        self._names: Set[str] = set(names)
+        #: The run's files, by number.
+        self._names = list(names)
 
     def write(self, idx: int, flag: str, expect_next_in_s: int) -> None:
         """Move the run's file forward to check-in `idx`. Raises OSError.
@@ -931,30 +928,26 @@ class CheckInFile:
         A `failed` check-in is put beside the last one, which Aim's watcher goes on timing, unless
         the file system has no room for another name.
         """
+        names = self._names  # as they are now: a thread that hangs here must not move a later check-in
         target = check_in_name(self.run_hash, idx, flag, time.time(), expect_next_in_s)
-        older = sorted(self._names, key=_idx_of)
-        if older and idx < _idx_of(older[-1]) < MAX_IDX:
-            return  # another thread has said more since this one took its number
         if flag == FAILED:
             with contextlib.suppress(OSError):
                 self._create(target)
                 return
-        newest = older.pop() if older else target
+        *older, newest = names or [target]
         try:
             os.rename(os.path.join(self.folder, newest), os.path.join(self.folder, target))
         except FileNotFoundError:  # there was none yet, or another thread moved it, or somebody tidied up
             self._create(target)
-        self._names.discard(newest)
-        self._names.add(target)
+        self._names = [target]
         for name in older:
             with contextlib.suppress(OSError):  # a leftover with a lower number says nothing
                 os.unlink(os.path.join(self.folder, name))
-            self._names.discard(name)
 
     def _create(self, name: str) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         os.close(os.open(os.path.join(self.folder, name), flags, 0o666))
-        self._names.add(name)
+        self._names.append(name)
 
 
 # ======================================================================================
@@ -2470,8 +2463,8 @@ class Run:
         with contextlib.suppress(OSError):  # where an earlier process hung matters no more
             os.unlink(self._paths.stack(self.hash))
         names = own_check_ins(self._paths, self.hash)
-        known = [idx for idx in map(_idx_of, names) if idx < MAX_IDX]
-        self._state.next_idx = max([self._state.next_idx - 1, *known]) + 1
+        newest = parse_check_in(names[-1]) if names else None
+        self._state.next_idx = max(self._state.next_idx, newest.idx + 1 if newest else 1)
         return names if self._log.size else []
 
     # ---------------------------------------------------------------- progress

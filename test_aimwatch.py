@@ -839,14 +839,6 @@ class CheckInNames(Case):
             with self.subTest(name=name):
                 self.assertIsNone(aimwatch.parse_check_in(name))
 
-    def test_number_too_large_to_go_on_from_does_not_make_a_run_invisible(self) -> None:
-        self.run_object("r").close()
-        write_file(f"{self.paths.check_ins}/r-{'9' * 18}-check_in-5-6")
-        run = self.run_object("r")
-        run.report_progress(expect_next_in=60)
-        parsed = [one for one in map(aimwatch.parse_check_in, self.check_ins()) if one is not None]
-        self.assertEqual(max(parsed, key=lambda one: one.idx).expect_next_in_s, 66)
-
 
 class CheckInFiles(Case):
     def file(self, *names: str, next_idx: int = 1) -> aimwatch.CheckInFile:
