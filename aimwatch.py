@@ -4902,15 +4902,9 @@ class Kind(NamedTuple):
     line: str = "{run.name} {event}|: {run.reason}"
 
 
+_SILENT = "|: silent for {run.silent}, promised a check-in within {run.promised}"
 KINDS: Dict[str, Kind] = {
-    STALLED: Kind(
-        "❗",
-        1,
-        "31",
-        by_default=True,
-        line="{run.name} stalled|: silent for {run.silent}, promised a check-in within {run.promised}"
-        "|: {run.reason}",
-    ),
+    STALLED: Kind("❗", 1, "31", by_default=True, line="{run.name} stalled" + _SILENT + "|: {run.reason}"),
     FAILED: Kind("❌", 0, "31", by_default=True, keep_s=86400.0),
     RECOVERED: Kind("✅", 4, by_default=True),
     STARTED: Kind("", 5),
@@ -5317,6 +5311,7 @@ def default_message(facts: Facts) -> str:
     """Return all that there is to say of one event: what, which run, where, since when."""
     stalled = facts.get("event") == STALLED
     hangs = stalled and facts.get("run.process") == "alive"
+    stuck = hangs and not facts.get("run.frames")
     lines = [
         "{run.reason}" if facts.get("run.reason", "").count("\n") > 1 else "",
         "run {run.hash}|, experiment {run.experiment}",
@@ -5324,10 +5319,8 @@ def default_message(facts: Facts) -> str:
         "last seen {run.last_seen}" + ("|, {run.silent} ago" if facts.get("run.reason") == DIED else ""),
         "its output goes to {run.stdout}",
         "{run.messages}",
-        "its process is still there: it hangs, or is slower than it promised" if hangs else "",
-        "it left no stacks: no Python code can run in it, or they are turned off"
-        if hangs and not facts.get("run.frames")
-        else "",
+        "its process is still there: it hangs, or is slower than it promised" * hangs,
+        "it left no stacks: no Python code can run in it, or they are turned off" * stuck,
         "last metrics: {run.metrics}",
         "progress: {run.progress}",
         "last errors logged:\n{run.errors}",
@@ -5435,10 +5428,9 @@ def _as_one(group: Sequence[Facts]) -> Facts:
 
 def plain_facts(facts: Facts) -> Facts:
     """Return of `facts` what no server can object to: the hash, what happened, and numbers."""
-    kept = ["event", "id", "run.hash", "run.silent", "run.promised", "time", "repo"]
-    if facts.get("event") == TROUBLE:
-        kept.append("run.reason")  # our own words, and all that there is
-    return {name: facts[name].encode("ascii", "replace").decode() for name in kept if name in facts}
+    kept = {"event", "id", "run.hash", "run.silent", "run.promised", "time", "repo"}
+    kept |= {"run.reason"} if facts.get("event") == TROUBLE else set()  # our own words, and all that there is
+    return {name: facts[name].encode("ascii", "replace").decode() for name in kept & facts.keys()}
 
 
 #: A field of more lines than this is cut.
@@ -5490,20 +5482,24 @@ class Outcome(NamedTuple):
 
 def try_once(notifier: Notifier, send: Callable[[float], Outcome]) -> Outcome:
     """Try once to send something by a deadline, and return what came of it, in one line without secrets."""
-    import http.client
-
     deadline_mono = time.monotonic() + ATTEMPT_S
     try:
         outcome = send(deadline_mono)
     except Exception as error:
-        # Networks heal; what is our own making is tried in plain words, since it would end the same.
-        heals = isinstance(error, (OSError, http.client.HTTPException, MemoryError))
-        reason = getattr(error, "reason", None)
-        known = reason if isinstance(reason, Exception) else error
-        outcome = Outcome(RETRY if heals else REFUSED, f"{type(known).__name__}: {known}")
+        outcome = judge_error(error)
     if outcome.kind == RETRY and time.monotonic() >= deadline_mono:
         outcome = Outcome(RETRY, f"no complete answer within {ATTEMPT_S:g} s")
     return outcome._replace(detail=printable(notifier.scrub(" ".join(outcome.detail.split())), 200))
+
+
+def judge_error(error: Exception) -> Outcome:
+    """Judge an attempt that ended in an exception: networks heal, and our own mistakes would end the same."""
+    import http.client
+
+    heals = isinstance(error, (OSError, http.client.HTTPException, MemoryError))
+    reason = getattr(error, "reason", None)
+    known = reason if isinstance(reason, Exception) else error
+    return Outcome(RETRY if heals else REFUSED, f"{type(known).__name__}: {known}")
 
 
 def left_s(deadline_mono: float) -> float:
@@ -5561,11 +5557,8 @@ def tls_context(deadline_mono: float) -> Any:
 def post(
     kind: str, url: str, deadline_mono: float, payload: Any = None, headers: Optional[Dict[str, str]] = None
 ) -> Outcome:
-    """POST `payload` to a URL as JSON, or GET it where there is none, and judge the answer of a server for a
-    type of notifier. Proxies and CA bundles come from the usual variables.
-
-    Raises OSError and http.client.HTTPException.
-    """
+    """POST `payload` to a URL as JSON, or GET it where there is none, and judge the answer. Proxies and CA
+    bundles come from the usual variables. Raises OSError and http.client.HTTPException."""
     import urllib.request
 
     class Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
