@@ -9014,7 +9014,7 @@ def serve(site: Site, gate: Gate, listener: Any, stop: threading.Event) -> None:
     import socket
     import socketserver
 
-    links: Dict[Any, bool] = {}  # whether each has sent a whole request with the token; the oldest first
+    links: Dict[Any, None] = {}  # the connections; the one that asked last is the last
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version, timeout = "HTTP/1.1", IDLE_S
@@ -9022,11 +9022,10 @@ def serve(site: Site, gate: Gate, listener: Any, stop: threading.Event) -> None:
         def do_GET(self) -> None:
             headers = {name.title(): value for name, value in self.headers.items()}
             reply = gate.answer(site, self.path, headers)
-            links[self.request] = reply.status != 403
+            if reply.status != 403:
+                links[self.request] = links.pop(self.request, None)
             # No body is read, so what follows could not be told from one.
-            has_body = "Content-Length" in headers or "Transfer-Encoding" in headers
-            # With many others there, nobody keeps a connection.
-            self.close_connection |= has_body or len(links) > MAX_CONNECTIONS // 2
+            self.close_connection |= "Content-Length" in headers or "Transfer-Encoding" in headers
             self.wfile.write(reply_bytes(reply, self.command != "HEAD", self.close_connection))
 
         do_HEAD = do_GET
@@ -9042,15 +9041,13 @@ def serve(site: Site, gate: Gate, listener: Any, stop: threading.Event) -> None:
         daemon_threads, block_on_close, unused = True, False, 0
 
         def verify_request(self, request: Any, client_address: Any) -> bool:
-            """Whether there is room for a connection; those that have not asked yet make way."""
-            if len(links) >= MAX_CONNECTIONS:
-                silent = next((link for link, has_asked in list(links.items()) if not has_asked), None)
-                if silent is None:
-                    return False
+            """Make room for a connection: the one that has not asked for longest has to go."""
+            links[request] = None
+            if len(links) > MAX_CONNECTIONS:
+                silent = next(iter(links))
                 links.pop(silent, None)
                 with contextlib.suppress(OSError):  # it goes by itself
                     silent.shutdown(socket.SHUT_RDWR)
-            links[request] = False
             return True
 
         def shutdown_request(self, request: Any) -> None:
