@@ -1973,10 +1973,6 @@ class _Process:
                 shell.events.register("post_run_cell", self._after_cell)
                 self._shell, self._cell_error = shell, id(getattr(sys, "last_value", None))
 
-    def newest(self) -> Optional[Run]:
-        """Return the run that was opened last and is not closed; in a forked child it may be the parent's."""
-        return next((run for run in reversed(list(self.runs)) if not run._closed), None)
-
     def _install(self) -> None:
         # It reads lines of code for the end: where no descriptor is left, nothing can be imported.
         import tokenize  # noqa: F401
@@ -2293,7 +2289,8 @@ class Run:
         if read_only:
             self._read()
             return
-        if _imports_main():
+        workers = sys.modules.get("multiprocessing.process")
+        if workers is not None and getattr(workers.current_process(), "_inheriting", False):
             self._inert = "the run was made while a worker imports the main module"
             return
         if run_hash_given or not self._join():
@@ -2693,8 +2690,9 @@ class Run:
         if epoch is None and _MINUS_INF < value < _INF:
             line = f"[{series.id},{step},{value!r},{now:.3f}]\n"
         else:
-            more = "" if epoch is None else f",{json_text(epoch)}"
-            line = f"[{series.id},{step},{json_text(value)},{now:.3f}{more}]\n"
+            more = "" if epoch is None else f",{epoch!r}"
+            line = f"[{series.id},{step},{value!r},{now:.3f}{more}]\n"
+            line = re.sub("-?inf|nan", r'"\g<0>"', line)  # for which JSON has no numbers
         # The log first: what a signal's handler writes as the whole state must not count a point too many.
         self._log.append(line.encode("ascii"))
         series.add(step, value, now, epoch)
@@ -3191,7 +3189,7 @@ class Run:
 def report_progress(*, expect_next_in: Union[int, float, str] = 0, block: bool = False) -> None:
     """Report progress, as `Run.report_progress` does, for the newest run of the process: for code that has no
     `Run` at hand. Raises AimwatchError where no run is open."""
-    run = _process.newest()
+    run = next((run for run in reversed(list(_process.runs)) if not run._closed), None)
     if run is None:
         raise AimwatchError("report_progress: no run is open in this process: make one first, as run = Run()")
     run.report_progress(expect_next_in=expect_next_in, block=block)
@@ -3209,12 +3207,6 @@ def warn_not_recorded(what: str) -> None:
     if what not in _process.said:
         _process.said.add(what)
         log.warning("%s is ignored: aimwatch records numbers, params and messages of a run (said once)", what)
-
-
-def _imports_main() -> bool:
-    """True while a worker that `multiprocessing` or loky spawned imports the main module of its parent."""
-    workers = sys.modules.get("multiprocessing.process")
-    return workers is not None and getattr(workers.current_process(), "_inheriting", False)
 
 
 class Context(Dict[str, Any]):
@@ -3324,11 +3316,6 @@ def _checked_epoch(epoch: Any) -> float:
         return float(epoch)
     except (TypeError, ValueError, OverflowError):
         raise ArgumentTypeError(f"epoch must be a number, not {brief(epoch)}") from None
-
-
-def json_text(value: float) -> str:
-    """Return a float as JSON, or as the string that stands for it."""
-    return repr(value) if math.isfinite(value) else f'"{float(value)!r}"'
 
 
 def _param_path(key: Any) -> List[str]:
