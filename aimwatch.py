@@ -963,8 +963,9 @@ LOG_FORMAT = 1
 MAX_TIME_S = 253_402_300_800
 #: A longer line is not ours, and is skipped without being held in memory.
 MAX_LINE_BYTES = 16 << 20
-#: A run writes a checkpoint long before it has recorded so much.
-MAX_TAIL_BYTES = 128 << 20
+#: A run writes a checkpoint long before it has recorded so much; and how far back one is looked for where
+#: that must not take long.
+MAX_TAIL_BYTES, CHECKPOINT_REACH = 128 << 20, 8 << 20
 #: How much waits in memory while a file cannot be written.
 MAX_WAITING_BYTES = 64 << 20
 #: How often an unwritable log is tried again.
@@ -1483,45 +1484,28 @@ class AppendFile:
         return -1 if missing or not whole else self.size
 
 
-#: How much of a run's log is read for an alert: so much of its beginning, after its last checkpoint, and
-#: of its end. The checkpoint is looked for so far back.
-FACTS_BYTES, CHECKPOINT_REACH = 16 << 10, 8 << 20
+#: How much of a run's log is read for an alert after its last checkpoint, and of its end.
+FACTS_BYTES = 16 << 10
 
 
-def read_log_parts(path: str, run_hash: str) -> RunState:
-    """Return what those parts of a log say that an alert needs: where a run writes on without end, that
-    it died must be said all the same, and soon. Raises OSError."""
-    state = RunState(run_hash)
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        checkpoint = _last_checkpoint(file.fileno(), size, max(0, size - CHECKPOINT_REACH))
-        for start in (0, checkpoint, size - FACTS_BYTES):
-            if start > file.tell():
-                file.seek(start - 1)
-                file.readline(FACTS_BYTES)  # the rest of a line
-            left = FACTS_BYTES
-            while left > 0:
-                line = file.readline(MAX_LINE_BYTES)
-                if not line:
-                    return state
-                _apply_line(state, line)
-                left -= len(line)
-    return state
-
-
-def read_log(path: str, run_hash: str) -> RunState:
+def read_log(path: str, run_hash: str, part: int = 0) -> RunState:
     """Return what the run log at `path` says. Raises OSError where it cannot be read.
 
     Reads the first line, then from the last checkpoint on: what a run has recorded since decides
     the cost, not what it ever recorded. A file with so much after its last checkpoint that it is no log of
     ours is refused.
+
+    Arguments:
+        part: read so many bytes after the checkpoint, and of the end, alone: where a run writes on without
+            end, that it died must be said all the same, and soon.
     """
+    reach = CHECKPOINT_REACH if part else MAX_TAIL_BYTES
     with open_regular(path) as file:
         size = start = os.fstat(file.fileno()).st_size
-        state, lines = RunState(run_hash), read_lines(file)
+        state, lines, left = RunState(run_hash), read_lines(file), part or math.inf
         _apply_line(state, file.readline(MAX_LINE_BYTES))
         for _ in range(2):  # the last may be torn, and the one before it serves as well
-            start = _last_checkpoint(file.fileno(), start, max(0, size - MAX_TAIL_BYTES))
+            start = _last_checkpoint(file.fileno(), start, max(0, size - reach))
             file.seek(start)
             if not start or _apply_line(state, next(lines, (b"", True))[0]):
                 break
@@ -1529,12 +1513,17 @@ def read_log(path: str, run_hash: str) -> RunState:
         else:
             start = 0
             file.seek(0)
-        if not start and size > MAX_TAIL_BYTES:
+        if not start and size > reach and not part:
             raise OSError(errno.EFBIG, f"no checkpoint in its last {MAX_TAIL_BYTES >> 20} MB")
         for line, whole in lines:
             # A last line without its end is being written, or was torn; not counted as damage.
             if not _apply_line(state, line) and whole:
                 state.skipped += 1
+            left -= len(line) or MAX_LINE_BYTES
+            if left <= 0 and size - part > file.tell():
+                left = math.inf
+                file.seek(size - part - 1)
+                file.readline(part)  # the rest of a line
     return state
 
 
@@ -1592,17 +1581,14 @@ def read_messages(path: str) -> Iterator[Dict[str, Any]]:
 
 
 def read_lines(file: BinaryIO) -> Iterator[Tuple[bytes, bool]]:
-    """Yield (line, whether it had its end), skipping lines of over MAX_LINE_BYTES in pieces. Raises
+    """Yield (line, whether it had its end), and b"" for the pieces of a line of over MAX_LINE_BYTES. Raises
     OSError."""
-    line = file.readline(MAX_LINE_BYTES)
-    while line:
+    is_rest = False
+    for line in iter(functools.partial(file.readline, MAX_LINE_BYTES), b""):
         whole = line.endswith(b"\n")
-        if not whole and len(line) == MAX_LINE_BYTES:
-            while line and not line.endswith(b"\n"):
-                line = file.readline(MAX_LINE_BYTES)
-            line, whole = b"", True
-        yield line, whole
-        line = file.readline(MAX_LINE_BYTES)
+        is_long = is_rest or (not whole and len(line) == MAX_LINE_BYTES)
+        is_rest = is_long and not whole
+        yield b"" if is_long else line, whole
 
 
 def _apply_line(state: RunState, line: bytes) -> bool:
@@ -6199,7 +6185,7 @@ class Dispatcher:
         if not asked:
             return []
         try:
-            row = run_row(read_log_parts(self._paths.run_log(run_hash), run_hash))
+            row = run_row(read_log(self._paths.run_log(run_hash), run_hash, FACTS_BYTES))
         except FileNotFoundError:
             row = run_row(RunState(run_hash))  # Aim's
         except OSError:
@@ -6603,7 +6589,7 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
     """Return what a run's own log says of it, as message fields; the hash alone for Aim's runs."""
     facts = {"run.hash": run_hash, "run.name": run_hash, "repo": paths.root}
     try:
-        state = read_log_parts(paths.run_log(run_hash), run_hash)
+        state = read_log(paths.run_log(run_hash), run_hash, FACTS_BYTES)
     except OSError:
         return facts
     for field in ("host", "pid", "job", "user", "stdout", "rank", "world", "group"):
@@ -6735,7 +6721,7 @@ class Member(NamedTuple):
 def read_member(paths: RepoPaths, run_hash: str) -> Member:
     """Return which rank of which group a run is."""
     with contextlib.suppress(OSError):
-        header = read_log_parts(paths.run_log(run_hash), run_hash).header
+        header = read_log(paths.run_log(run_hash), run_hash, FACTS_BYTES).header
         group, rank = header.get("group"), header.get("rank")
         if isinstance(group, str) and isinstance(rank, int):
             return Member(group, rank, printable(str(header.get("host")), 100))
@@ -6884,7 +6870,7 @@ class Groups:
         for watched in parts:
             end: Dict[str, Any] = {}
             with contextlib.suppress(OSError):
-                end = read_log_parts(self.paths.run_log(watched.hash), watched.hash).end or {}
+                end = read_log(self.paths.run_log(watched.hash), watched.hash, FACTS_BYTES).end or {}
             reason = printable(str(end.get("reason") or notes[watched.hash]))
             # A launcher ends the others with SIGTERM when one has failed.
             failed.append(
@@ -7212,7 +7198,7 @@ class Watcher:
         """Return what has become of a run, as its log says; that says also what its free marker means."""
         end = None
         with contextlib.suppress(OSError):  # Aim's run, or a share that is away
-            state = read_log_parts(self.paths.run_log(watched.hash), watched.hash)
+            state = read_log(self.paths.run_log(watched.hash), watched.hash, FACTS_BYTES)
             end = state.end
             if end is None and may_be_dead and free_means_dead(state.header, watched.was_held):
                 end = end_of_dead(state)

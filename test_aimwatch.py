@@ -9395,7 +9395,7 @@ class TestWhere(WatchCase):
         self.check_in("a", 1)
         watcher = self.watch()
         self.check_in("a", 2, "failed")
-        with mock.patch.object(aimwatch, "read_log_parts", side_effect=OSError(errno.EIO, "broken")):
+        with mock.patch.object(aimwatch, "read_log", side_effect=OSError(errno.EIO, "broken")):
             self.look(watcher, 1)
         self.assertEqual([item["to"] for item in self.events()], [["one"]])
 
