@@ -3487,7 +3487,7 @@ class LoopCallback:
 # ======================================================================================
 
 #: Counted up with every change of the tables or of what stands in them.
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 
 # A row is stored as three JSON texts, since most questions want only one of them. A fact is a scalar of a
 # run by which queries find it: its path is the name of a field, or the keys of a param as JSON strings
@@ -3747,20 +3747,17 @@ class Index:
         Raises IndexBusy after `wait_s`, OSError where it cannot be written, and IndexUnusable where it is
         found damaged; then an empty one has taken its place.
         """
-        deadline = _monotonic() + wait_s
         self._check_folder(write=True)
         with FileLock(self._paths.index_lock) as lock:
             if lock.acquire(wait_s) is False:
                 raise IndexBusy(f"{self.path} is being written by another process: try again later")
-            # The writer may hold markers, and must release them before those who want them give up.
-            busy_s = max(0.05, min(deadline - _monotonic(), BUSY_S))
             if anew:
                 self._make_anew()
             try:
-                db, _ = self._open("rw", busy_s)
+                db, _ = self._open("rw", min(wait_s, BUSY_S))
             except (IndexUnusable, FileNotFoundError):
                 self._make_anew()
-                db, _ = self._open("rw", busy_s)
+                db, _ = self._open("rw", min(wait_s, BUSY_S))
             try:
                 with contextlib.closing(db), sqlite_errors(self.path):
                     yield db
@@ -3802,10 +3799,6 @@ class Index:
         os.makedirs(self._paths.pending, exist_ok=True)
         for run_hash in list_runs(self._paths):
             mark_pending(self._paths, run_hash)
-        folder = os.open(self._paths.pending, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # not every network share can do that with a folder
-            os.fsync(folder)  # a power cut must not take the markers and leave the empty index
-        os.close(folder)
         # In this order: without its journal, what a killed writer left would look like an index.
         for path in (self.path, f"{self.path}-journal"):
             with contextlib.suppress(FileNotFoundError):
@@ -4754,7 +4747,7 @@ class Repo:
         def all_paths(index: Optional[sqlite3.Connection]) -> Set[str]:
             self._read_pending(index)
             rows = [StoredRow(*parts) for parts in self._overlay.values()]
-            indexed = [] if index is None else index.execute(_ALL_PATHS).fetchall()
+            indexed = [] if index is None else index.execute("SELECT DISTINCT path FROM facts")
             return {path for (path,) in indexed}.union(path for row in rows for path, _ in facts_of(row))
 
         params: Set[str] = set()
@@ -4835,14 +4828,6 @@ MAX_PENDING = 50
 _LOG_SIZE = "SELECT log_size FROM runs WHERE hash = ?"
 #: True for all runs, and speaks of those that are left out otherwise.
 _EVERY_RUN = "run.archived in (True, False) or run.rank"
-#: Goes from each path to the next, which looks at few of the facts.
-_ALL_PATHS = """
-WITH RECURSIVE found (path) AS (
-    SELECT min(path) FROM facts
-    UNION ALL SELECT (SELECT min(path) FROM facts WHERE path > found.path) FROM found WHERE path IS NOT NULL)
-SELECT path FROM found WHERE path IS NOT NULL
-"""
-
 
 # ======================================================================================
 # Notifiers: configuration
