@@ -3717,28 +3717,19 @@ class Index:
         self.path = paths.index
         self._paths = paths
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """Yield the index to be asked, made anew where that is needed and possible.
-
-        Raises IndexBusy, IndexUnusable or OSError where the logs must give the answer, be it at the end: into
-        a file that took the place of this one, a run may have come that is pending no more.
-        """
+    def read(self, question: Callable[[sqlite3.Connection], Any]) -> Any:
+        """Return what a question finds in the index, made anew where that is needed and possible. Raises
+        IndexBusy, IndexUnusable or OSError where only the logs can answer."""
+        self._check_folder(write=False)
         try:
-            db, file = self._open("ro", BUSY_S)
-        except (IndexUnusable, OSError):
-            with self.writing(1.0):
-                pass  # makes it anew, or undoes what a writer left half done that was killed
-            db, file = self._open("ro", BUSY_S)
-        try:
-            with contextlib.closing(db), sqlite_errors(self.path):
-                yield db
-        except IndexUnusable:
-            with self.writing(1.0, anew=True):
-                pass
-            raise
-        if os.stat(self.path).st_ino != file:
-            raise IndexUnusable(f"{self.path} was replaced")
+            with self._opened("ro", BUSY_S) as db:
+                return question(db)
+        except (IndexUnusable, OSError) as error:
+            damaged = isinstance(error, IndexUnusable)
+        with self.writing(1.0, anew=damaged):
+            pass  # this also undoes what a writer left half done that was killed
+        with self._opened("ro", BUSY_S) as db:
+            return question(db)
 
     @contextlib.contextmanager
     def writing(self, wait_s: float = 10.0, anew: bool = False) -> Iterator[sqlite3.Connection]:
@@ -3751,33 +3742,25 @@ class Index:
         with FileLock(self._paths.index_lock) as lock:
             if lock.acquire(wait_s) is False:
                 raise IndexBusy(f"{self.path} is being written by another process: try again later")
-            if anew:
+            if anew or not os.path.exists(self.path):
                 self._make_anew()
             try:
-                db, _ = self._open("rw", min(wait_s, BUSY_S))
-            except (IndexUnusable, FileNotFoundError):
-                self._make_anew()
-                db, _ = self._open("rw", min(wait_s, BUSY_S))
-            try:
-                with contextlib.closing(db), sqlite_errors(self.path):
+                with self._opened("rw", min(wait_s, BUSY_S)) as db:
                     yield db
             except IndexUnusable:
                 self._make_anew()
                 raise
 
-    def _open(self, mode: str, busy_s: float) -> Tuple[sqlite3.Connection, int]:
-        """Return a connection, and which file it is to."""
-        self._check_folder(write=mode != "ro")
+    @contextlib.contextmanager
+    def _opened(self, mode: str, busy_s: float) -> Iterator[sqlite3.Connection]:
         file = os.stat(self.path).st_ino
-        with sqlite_errors(self.path):
-            db = connect(self.path, mode, busy_s)
-            try:
-                if db.execute("PRAGMA user_version").fetchone() != (INDEX_VERSION,):
-                    raise IndexUnusable(f"{self.path} is of another version")
-            except BaseException:
-                db.close()
-                raise
-        return db, file
+        with sqlite_errors(self.path), contextlib.closing(connect(self.path, mode, busy_s)) as db:
+            if db.execute("PRAGMA user_version").fetchone() != (INDEX_VERSION,):
+                raise IndexUnusable(f"{self.path} is of another version")
+            yield db
+        if os.stat(self.path).st_ino != file:
+            # Into the file that took its place, a run may have come that is pending no more.
+            raise OSError(errno.ESTALE, "replaced meanwhile", self.path)
 
     def _check_folder(self, write: bool) -> None:
         """Raise OSError where others than the owner of the index's folder could have put files there: SQLite
@@ -3944,10 +3927,10 @@ class Reindexer:
         cache of the file system showed an old size when the run was indexed."""
         # In this order, a run that comes or ends meanwhile is marked once too often at most.
         logs, pending = log_sizes(self.paths, list_runs(self.paths)), set(list_pending(self.paths))
-        with self.index.reading() as db:
-            known = {row[0]: row[1:] for row in db.execute("SELECT hash, log_size, active FROM runs")}
+        sizes = self.index.read(lambda db: db.execute("SELECT hash, log_size, active FROM runs").fetchall())
+        known = {run_hash: found for run_hash, *found in sizes}
         for run_hash in (logs.keys() | known.keys()) - pending:
-            if known.get(run_hash) != (logs.get(run_hash), False):
+            if known.get(run_hash) != [logs.get(run_hash), False]:
                 mark_pending(self.paths, run_hash)
 
     def note_dead(self, run_hash: str) -> None:
@@ -4778,8 +4761,8 @@ class Repo:
     def _ask(self, question: Callable[[Optional[sqlite3.Connection]], Any]) -> Any:
         """Return what the index answers to a question or, where it cannot be read, the logs alone."""
         with self._asking:
-            with contextlib.suppress(IndexBusy, IndexUnusable, OSError), self._index.reading() as index:
-                return question(index)
+            with contextlib.suppress(IndexBusy, IndexUnusable, OSError):
+                return self._index.read(question)
             return question(None)
 
     def _read_pending(self, index: Optional[sqlite3.Connection]) -> Set[str]:
@@ -7560,8 +7543,8 @@ class ReindexThread(threading.Thread):
                     return
                 self.reindexer.run([run_hash], batch_s=0.0, wait_s=0.0)
             problems = self.reindexer.problems
-        except IndexBusy:
-            return  # somebody else indexes; look again later
+        except (IndexBusy, IndexUnusable):
+            return  # somebody else indexes, or an empty index is there now; look again later
         except Exception as error:
             problems = [f"reindexing: {type(error).__name__}: {error}"]
         for problem in problems:
