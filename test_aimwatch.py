@@ -2154,18 +2154,9 @@ HANG_ROWS = (
 
 
 class StacksOfRealProcesses(ProcessCase):
-    def start(self, code: str, *argv: str, **options: Any) -> Any:
-        """Start a process whose children are killed with the test, too."""
-        process = self.process(BEGIN + code, "r", *argv, start_new_session=True, **options)
-        self.addCleanup(self.end_group, process.pid)
-        return process
-
-    def end_group(self, leader: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(leader, signal.SIGKILL)
-
     def test_process_that_hangs_says_where(self) -> None:
-        process = self.start(HANGS, json.dumps(HANG_ROWS))
+        process = self.process(BEGIN + HANGS, "r", json.dumps(HANG_ROWS), start_new_session=True)
+        self.addCleanup(os.killpg, process.pid, signal.SIGKILL)
         self.assertEqual(process.stdout.readline(), "started\n")
         hung = ("sleep", "many_threads", "in_thread")
         found: Dict[str, str] = {}
@@ -2182,36 +2173,6 @@ class StacksOfRealProcesses(ProcessCase):
                 self.assertRegex(frames[-1], r"threading\.py" if name == "in_thread" else r"<hang>")
                 self.assertRegex("\n".join(frames), r"<string>:\d+ in inner\n")
         self.assertEqual(sorted(os.listdir(self.paths.stacks)), sorted(f"{name}.txt" for name in hung))
-
-    def test_process_that_goes_on_is_not_harmed_by_what_is_written_of_it(self) -> None:
-        code = """
-import json, zlib
-def even(n):
-    return n if n <= 0 else odd(n - 1)
-def odd(n):
-    return [even(n - 1) for _ in range(1)][0]
-def busy():
-    class Gone:
-        def __del__(self):
-            even(2)
-    even(20)
-    exec("def f(x):\\n return [x for x in range(x)]\\nf(5)")
-    json.dumps(zlib.compress(bytes(20000))[0])
-def other():
-    while True:
-        busy()
-threading.Thread(target=other, daemon=True).start()
-aimwatch.STACKS_POLL_S = 0.001
-run = Run("r", create=True)
-path, stacks = run._paths.stack("r"), aimwatch._process.stacks
-for _ in range(50):
-    stacks.arm(path, time.monotonic(), run._thread)
-    while not os.path.exists(path):
-        busy()
-os.write(1, b"alive")
-os._exit(0)
-"""
-        self.assertEqual(self.start(code).communicate(timeout=60), ("alive", ""))
 
     def test_forks_do_not_hang_and_the_parent_stays_armed(self) -> None:
         code = """
@@ -2420,13 +2381,11 @@ class RunArguments(Case):
         for value in ("", "../x", "/etc/x", "a-b", "a.b", "a b", "a\n", "\0", "é", "\udcff", "x" * 65,
                       5, b"abc", ["x"]):  # fmt: skip
             with self.subTest(value=value):
-                with self.assertRaises(aimwatch.ArgumentError) as caught:
+                with self.assertRaises(ValueError) as caught:
                     Run(value, repo=os.path.join(self.root, "new"))  # type: ignore[arg-type]
-                self.assertIsInstance(caught.exception, ValueError)
-                self.assertEqual(
-                    str(caught.exception),
-                    f"run hash {aimwatch.printable(repr(value), 80)} cannot be used: "
-                    "it must be 1 to 64 letters, digits or underscores",
+                self.assertIsInstance(caught.exception, aimwatch.ArgumentError)
+                self.assertRegex(
+                    str(caught.exception), "^run hash .* cannot be used: it must be 1 to 64 letters, "
                 )
         self.assertEqual(os.listdir(self.root), [".aim"])
 
@@ -2570,14 +2529,8 @@ class ScriptsForAim(Case):
 
     def test_what_is_neither_a_number_nor_of_aim_is_refused(self) -> None:
         run = self.run_object()
-        for value in (
-            object(),
-            [],
-            [1.0],
-            "1",
-            type("Image", (), {})(),
-            type("Tag", (), {"__module__": "aim.x"})(),
-        ):
+        theirs = type("Image", (), {})(), type("Tag", (), {"__module__": "aim.x"})()
+        for value in (object(), [], [1.0], "1", *theirs):
             with self.subTest(value), self.assertRaisesRegex(aimwatch.ArgumentTypeError, "cannot record"):
                 run.track(value, "loss")
 
@@ -2646,13 +2599,11 @@ class ReadOnlyRun(Case):
         with self.run_object("r") as run:
             run["p"] = 1
         repo = aimwatch.Repo(self.root)
-        found = repo.get_run("r")
-        assert found is not None
         for how, reader in (
             ("read_only", Run("r", repo=self.root, read_only=True)),
-            ("get_run", found),
-            ("iter_runs", next(iter(repo.iter_runs()))),
-        ):
+            ("get_run", repo.get_run("r")), ("iter_runs", next(iter(repo.iter_runs()))),
+        ):  # fmt: skip
+            assert reader is not None
             calls: Dict[str, Any] = {
                 "report_progress": lambda run=reader: run.report_progress(expect_next_in=60),
                 "report_successful_finish": reader.report_successful_finish,
@@ -3830,14 +3781,9 @@ class Params(RecordingCase):
         self.assertIn("Broken object at", run["broken"])
 
     def test_members_of_enums_and_other_derived_kinds_are_their_plain_value(self) -> None:
-        class Text(str, enum.Enum):
-            RED = "red"
-
-        class Number(int, enum.Enum):
-            TWO = 2
-
-        class Real(float, enum.Enum):
-            HALF = 0.5
+        red = enum.Enum("Text", {"RED": "red"}, type=str).RED
+        two = enum.Enum("Number", {"TWO": 2}, type=int).TWO
+        half = enum.Enum("Real", {"HALF": 0.5}, type=float).HALF
 
         class Loud(str):
             def __str__(self) -> str:
@@ -3845,10 +3791,9 @@ class Params(RecordingCase):
 
         run = self.run_object("r")
         with mock.patch.object(aimwatch.log, "warning") as warning:
-            run["c"] = [Text.RED, Number.TWO, Real.HALF, Loud("quiet")]
-            run["d"] = {Text.RED: 1, Number.TWO: 2, Loud("quiet"): 3}
-            run["k", Text.RED] = 4
-            run["k", Number.TWO] = 5
+            run["c"] = [red, two, half, Loud("quiet")]
+            run["d"] = {red: 1, two: 2, Loud("quiet"): 3}
+            run["k", red], run["k", two] = 4, 5
         warning.assert_not_called()
         for who in (run, self.reread("r")):
             self.assertEqual(who["c"], ["red", 2, 0.5, "quiet"])
