@@ -10610,12 +10610,6 @@ class PageText(unittest.TestCase):
             with self.subTest(value=value):
                 self.assertEqual(aimwatch.html("{}", value), text)
 
-    def test_addresses_keep_the_other_parameters(self) -> None:
-        ask = aimwatch.Ask("q=a%26b&run=1&run=2&page=3&from=inf&to=2.5")
-        self.assertEqual(ask.to("x", page=None), "x?q=a%26b&run=1&run=2&from=inf&to=2.5")
-        self.assertEqual(ask.to(page=4, q=None), "?run=1&run=2&from=inf&to=2.5&page=4")
-        self.assertEqual([ask.number(name) for name in ("from", "to", "q")], [None, 2.5, None])
-
 
 class Charts(unittest.TestCase):
     def drawn(
@@ -10977,13 +10971,13 @@ class Gates(Case):
             self.assertIn(f"'sha256-{digest}'", policy[1])
         self.assertIn("default-src 'none'", policy[1])
         self.assertNotRegex(policy[1], r"unsafe|\*|https?:")
-        for line in (
+        for name in (
             "X-Content-Type-Options: nosniff",
             "Referrer-Policy: no-referrer",
             "Connection: close",
             "Content-Length: 1",
         ):
-            self.assertIn(f"{line}\r\n", head)
+            self.assertIn(f"{name}\r\n", head)
         self.assertNotIn("Access-Control", head)
 
 
@@ -11926,11 +11920,8 @@ class RunsWithoutCode(ExecCase):
 class HeartbeatsOfPrograms(ExecCase):
     def test_output_and_computing_are_signs_of_life(self) -> None:
         dots = "import time\nwhile True: print(end='.', flush=True); time.sleep(.1)"
-        for name, code in (
-            ("silent", "import time; time.sleep(600)"),
-            ("dots", dots),
-            ("busy", "while True: pass"),
-        ):
+        self.program("sleep", "600", options=["--expect", "1", "--name", "silent"])
+        for name, code in (("dots", dots), ("busy", "while True: pass")):
             self.python(code, options=["--expect", "1", "--name", name])
         self.wait_for(lambda: self.flags() == 3 * ["check_in"])
         hashes = [name[:-6] for name in os.listdir(self.paths.runs)]
@@ -11946,11 +11937,7 @@ class HeartbeatsOfPrograms(ExecCase):
         self.assertEqual(3 * ["00002"], [item.split("-")[-1] for item in self.check_ins()])
 
     def test_promise_is_learned_or_given_or_none(self) -> None:
-        for options, promised in (
-            ([], "01830"),
-            (["--expect", "600"], "00630"),
-            (["--expect", "0"], "00000"),
-        ):
+        for options, promised in (([], "01830"), (["--expect=600"], "00630"), (["--expect=0"], "00000")):
             with self.subTest(options):
                 self.program("sleep", "600", options=options)
                 self.wait_for(lambda: self.flags()[-1:] == ["check_in"])
@@ -12027,37 +12014,34 @@ class ProgramsOnATerminal(ExecCase):
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
             os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
-        self.addCleanup(self._leave)
+        self.addCleanup(os.waitpid, self.pid, 0)
+        self.addCleanup(os.close, self.terminal)
+        self.addCleanup(os.kill, self.pid, signal.SIGKILL)
         self.resize(33, 99)
         self.seen = b""
         self.reads(b"$ ")
 
-    def _leave(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        os.close(self.terminal)
-        os.waitpid(self.pid, 0)
-
     def resize(self, rows: int, columns: int) -> None:
         fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
-    def types(self, text: str) -> None:
-        os.write(self.terminal, text.encode())
-
-    def reads(self, expected: bytes, limit_s: float = 20.0) -> bytes:
-        """Read up to and with what is expected, and return what came before."""
-        deadline = time.monotonic() + limit_s
-        while expected not in self.seen:
-            left = deadline - time.monotonic()
-            if left < 0 or not select.select([self.terminal], [], [], left)[0]:
-                self.fail(f"{expected!r} did not come: {self.seen!r}")
-            self.seen += os.read(self.terminal, 65536)
-        before, _, self.seen = self.seen.partition(expected)
+    def reads(self, *expected: bytes) -> bytes:
+        """Read up to and with each that is expected, and return what came before the last."""
+        before = b""
+        for text in expected:
+            while text not in self.seen:
+                if not select.select([self.terminal], [], [], 20)[0]:
+                    self.fail(f"{text!r} did not come: {self.seen!r}")
+                self.seen += os.read(self.terminal, 65536)
+            before, _, self.seen = self.seen.partition(text)
         return before
+
+    def types(self, text: str, *expected: bytes) -> bytes:
+        os.write(self.terminal, text.encode())
+        return self.reads(*expected)
 
     def runs(self, *argv: str, after: str = "") -> None:
         command = [sys.executable, "-m", "aimwatch", "--repo", self.root, "exec", "--", *argv]
-        self.types(" ".join(map(shlex.quote, command)) + f" {after}\n")
-        self.reads(b"\n")  # its echo
+        self.types(" ".join(map(shlex.quote, command)) + f" {after}\n", b"\n")  # its echo
 
     def states(self, group: int) -> Set[str]:
         """Return the letters for the states of the processes of a group."""
@@ -12070,58 +12054,43 @@ class ProgramsOnATerminal(ExecCase):
         return states
 
     def test_terminal_stays_one(self) -> None:
-        def modes() -> bytes:
-            self.types("stty -a | md5sum\n")
-            self.reads(b"md5sum\r\n")
-            return self.reads(b"$ ").split()[0]
-
-        before = modes()
+        modes = ("stty -a | md5sum\n", b"md5sum\r\n", b"$ ")
+        before = self.types(*modes)
         code = "import os; print(*map(os.isatty, (0, 1, 2)), *os.get_terminal_size(1), os.path.exists('/dev/tty'))"
         for after, expected in (
-            ("", b"True True True 99 33 True"),
-            ("< /dev/null", b"False True True 99 33 True"),
-            ("2> /dev/null", b"True True False 99 33 True"),
+            ("", b"True True True 99 33 True\r\n"),
+            ("< /dev/null", b"False True True 99 33 True\r\n"),
+            ("2> /dev/null", b"True True False 99 33 True\r\n"),
         ):
             with self.subTest(after):
                 self.runs(sys.executable, "-c", code, after=after)
-                self.reads(expected + b"\r\n")
-                self.reads(b"$ ")
-        code = "import os, time\nprint('go')\nwhile os.get_terminal_size().lines == 33: time.sleep(0.01)\nprint(*os.get_terminal_size())"
-        self.runs(sys.executable, "-c", code)
+                self.reads(expected, b"$ ")
+        code = "import os, time\nprint('go')\nwhile os.get_terminal_size().lines == 33: time.sleep(0.01)\n"
+        self.runs(sys.executable, "-c", code + "print(*os.get_terminal_size())")
         self.reads(b"go\r\n")
         self.resize(44, 111)
-        self.reads(b"111 44\r\n")
-        self.reads(b"$ ")
+        self.reads(b"111 44\r\n", b"$ ")
         self.resize(33, 99)
-        self.assertEqual(before, modes())
+        self.assertEqual(before.split()[0], self.types(*modes).split()[0])
 
     def test_keys_work_as_without(self) -> None:
         self.runs("sh", "-c", "echo begun; cat; echo ended")
         self.reads(b"begun\r\n")
-        self.types("one\n")
-        self.reads(b"one\r\none\r\n")
+        self.types("one\n", b"one\r\none\r\n")
         group = os.tcgetpgrp(self.terminal)
-        self.types("\x1a")
-        self.reads(b"Stopped")
-        self.reads(b"$ ")
+        self.types("\x1a", b"Stopped", b"$ ")
         # The shell waits for `exec` alone: cat takes what is typed as long as it has not stopped, too.
         self.wait_for(lambda: self.states(group) == {"T"})
-        self.types("fg\n")
-        self.reads(b"exec --")
+        self.types("fg\n", b"exec --")
         # What is typed before the shell gives the terminal to the program is the shell's.
         self.wait_for(lambda: os.tcgetpgrp(self.terminal) != self.pid)
-        self.types("two\n")
-        self.reads(b"two\r\ntwo\r\n")
-        self.types("\x04")
-        self.reads(b"ended\r\n")
-        self.reads(b"$ ")
+        self.types("two\n", b"two\r\ntwo\r\n")
+        self.types("\x04", b"ended\r\n", b"$ ")
         # A shell that is about to start another program may miss the signal.
         self.runs("sh", "-c", "echo begun; exec sleep 600")
         self.reads(b"begun\r\n")
-        self.types("\x03")
-        self.reads(b"$ ")
-        self.types("echo status $?\n")
-        self.reads(b"status 130\r\n")
+        self.types("\x03", b"$ ")
+        self.types("echo status $?\n", b"status 130\r\n")
 
 
 class TestCommandLine(Case):
