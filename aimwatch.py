@@ -3953,20 +3953,13 @@ PROBE_S = 30.0
 #: A transaction holds at most this many markers open.
 MAX_BATCH = 200
 DIED = "its process is gone: killed, out of memory, or its node was lost"
-
-
 #: How much longer than it promised a run must have shown nothing new, where no lock says what that means.
 DOUBT_S = 600.0
 
 
 def free_means_dead(header: Dict[str, Any], was_held: bool) -> bool:
     """True where the free marker of a run says that its process is gone: on many mounts, locks are seen on
-    the machine alone that took them.
-
-    Arguments:
-        header: what the run's log says of where it runs.
-        was_held: whether this process has found the marker locked, by whomever.
-    """
+    the machine alone that took them. `was_held`: whether the marker was seen locked from here."""
     here = this_host(), boot_id()
     is_here = (header.get("host"), header.get("boot", here[1])) == here
     # A process that lives has lost its lock, as one does that copies the repository.
@@ -10331,39 +10324,35 @@ def _print_list(
     """Print what was found as the flags ask: sorted, limited, as a table, JSON or CSV."""
     items = sorted_by(args.sort, items, cell)
     limit = args.limit if args.limit is not None else (0 if args.json or args.csv else DEFAULT_LIMIT)
-    rows = [[cell(item, column) for column in columns] for item in (items[:limit] if limit else items)]
-    left_out = print_rows(args, paths, columns, rows)
-    if not (args.json or args.csv):
+    rows = [[cell(item, column) for column in columns] for item in items[: limit or None]]
+    if args.csv:
+        write_csv(sys.stdout, [columns, *rows], sys.stdout.isatty())
+    elif args.json:
+        print_json([dict(zip(columns, row)) for row in rows])
+    else:
+        left_out: Sequence[str] = ()
+        if rows:
+            lines = run_table(paths, columns, rows)
+            print("\n".join(lines))
+            left_out = columns[len(re.split(" {2,}", lines[0].strip())) :]
         more = f", {len(items) - len(rows)} more with --limit 0" if len(rows) < len(items) else ""
         counted = "1 run" if (len(rows), noun) == (1, "runs") else f"{len(rows)} {noun}"
         missing = f"; no room for {', '.join(left_out)}" if left_out else ""
         print(counted + more + missing, file=sys.stderr)
 
 
-def print_rows(
-    args: Any, paths: RepoPaths, columns: Sequence[str], rows: Iterable[Sequence[Any]]
-) -> Sequence[str]:
-    """Print rows as a table, JSON or CSV, and return the columns for which the table has no room."""
-    if getattr(args, "csv", False):
-        write_csv(sys.stdout, itertools.chain([columns], rows), sys.stdout.isatty())
-        return ()
-    rows = list(rows)
-    if args.json:
-        print_json([dict(zip(columns, row)) for row in rows])
-    elif rows:
-        hashes = [row[nth] for row in rows for nth, column in enumerate(columns) if column in ("hash", "run")]
-        short = short_hashes(paths, hashes) if hashes else {}
-        texts = [
-            [
-                short.get(value, value) if column in ("hash", "run") else shown(value, column)
-                for value, column in zip(row, columns)
-            ]
-            for row in rows
+def run_table(paths: RepoPaths, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> List[str]:
+    """Return the lines of a table of runs or series."""
+    hashes = [row[nth] for row in rows for nth, column in enumerate(columns) if column in ("hash", "run")]
+    short = short_hashes(paths, hashes) if hashes else {}
+    texts = [
+        [
+            short[value] if column in ("hash", "run") else shown(value, column)
+            for value, column in zip(row, columns)
         ]
-        lines = table([column.upper() for column in columns], texts)
-        print("\n".join(lines))
-        return columns[len(re.split(" {2,}", lines[0].strip())) :]
-    return ()
+        for row in rows
+    ]
+    return table([column.upper() for column in columns], texts)
 
 
 def write_csv(file: Any, rows: Iterable[Sequence[Any]], for_terminal: bool = False) -> None:
@@ -10480,7 +10469,7 @@ def cmd_show(args: Any) -> int:
         print("\nmetrics")
         columns = METRIC_COLUMNS[1:]
         cells = [[metric_cells(row, metric)[column] for column in columns] for metric in row["metrics"]]
-        print_rows(args, repo._paths, columns, cells)
+        print("\n".join(run_table(repo._paths, columns, cells)))
     if messages:
         print("\nlog messages")
         for message in messages:
@@ -10577,14 +10566,16 @@ def cmd_export(args: Any) -> int:
     """Print the points of a run's metrics as CSV."""
     repo = Repo(args.repo)
     run = Run._to_read(repo._paths, repo.find_run(args.run))
-    args.csv = not args.json
     found = run.metrics() if not args.metric else _metrics_called(run, args.metric)
     points = (
         (metric.name, metric.context, step, epoch, value, Moment(at))
         for metric in found
         for step, epoch, value, at in zip(metric.steps, metric.epochs, metric.values, metric.times)
     )
-    print_rows(args, repo._paths, POINT_COLUMNS, points)
+    if args.json:
+        print_json([dict(zip(POINT_COLUMNS, point)) for point in points])
+    else:
+        write_csv(sys.stdout, itertools.chain([POINT_COLUMNS], points), sys.stdout.isatty())
     return 0
 
 
@@ -10662,7 +10653,7 @@ def cmd_plot(args: Any) -> int:
     width, height = shutil.get_terminal_size((80, 24))
     for metric in found:
         print(printable(f"{metric.name} {shown(metric.context, 'context')}".rstrip(), width))
-        points = [(step, value) for step, value, *_ in metric._points if math.isfinite(value)]
+        points = [(step, value) for step, value, *_ in metric._points if abs(value) < 1e300]
         lines = chart(points, max(20, width - 12), max(4, min(height - 4, 16)))
         print("\n".join(lines))
     return 0
@@ -10676,13 +10667,10 @@ def chart(points: Sequence[Tuple[float, float]], width: int, height: int) -> Lis
     """Return lines that draw finite points over `width` by `height` characters, with the scale at
     the left and the steps below."""
     if not points:
-        return ["no finite values"]
+        return ["no values that can be drawn"]
     xs, ys = zip(*points)
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
-    try:
-        across, up = Scale(xs, False), Scale(ys, False)
-    except OverflowError as error:
-        return [str(error)]
+    across, up = Scale(xs, False), Scale(ys, False)
     grid = [[0] * width for _ in range(height)]
     for x, y in points:
         column = round(across.at(x) * (2 * width - 1))
