@@ -9466,8 +9466,7 @@ def cmd_exec(args: Any) -> int:
         run = ProgramRun(argv, run_hash, find_repo(args.repo, create=True).root)
         if "resume" not in run._state.header:
             described = {"name": args.name, "experiment": args.experiment, "tags": args.tag}
-            if any(described.values()):
-                run._set_props(**{name: value for name, value in described.items() if value})
+            run._set_props(**{name: value for name, value in described.items() if value})
             for path, value in args.param:
                 run[tuple(path)] = value
         return run
@@ -9651,15 +9650,17 @@ def cmd_status(args: Any) -> int:
     if args.json:
         print_json(found)
     else:
-        print(
-            "\n".join(filter(None, (f"repository {found['repo']}", found["watcher"]["text"], found["modes"])))
-        )
+        top = f"repository {found['repo']}", found["watcher"]["text"], found["modes"]
+        print("\n".join(filter(None, top)))
         for item in found["notifiers_that_do_not_work"]:
             waits = f"; {plural(item['waiting'], 'event')} waiting" if item["waiting"] else ""
             print(f"notifier {item['type']} {item['name']} does not work: {item['problem']}{waits}")
         _print_status(paths, found["runs"], time.time())
     bad = any(row["state"] in (STALLED, FAILED) and not row["acknowledged_by"] for row in found["runs"])
     return 0 if found["watcher"]["alive"] and not bad else 1
+
+
+_OF_RANK_0 = ("hash", "name", "host", "promise_s", "muted_until")
 
 
 def with_groups_as_one(rows: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
@@ -9674,10 +9675,7 @@ def with_groups_as_one(rows: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
             alive = sum(row["state"] in (RUNNING, STALLED) for row in members)
             why = f"rank {worst['rank']}: {worst['reason']}" if worst["reason"] else None
             worst["reason"] = "; ".join(filter(None, (f"{alive} of {worst['world']} ranks alive", why)))
-            worst.update(
-                (field, first[field]) for field in ("hash", "name", "host", "promise_s", "muted_until")
-            )
-            worst["members"] = members
+            worst.update({field: first[field] for field in _OF_RANK_0}, members=members)
         found.append(worst)
     return found
 
@@ -9691,20 +9689,17 @@ def _print_status(paths: RepoPaths, rows: Sequence[Dict[str, Any]], now: float) 
         last = f"{human_s(now - row['last_check_in'])} ago"
         promise = human_s(row["promise_s"]) if row["promise_s"] else "none"
         cells.append((short[row["hash"]], row["state"], last, promise, name, row["host"] or ""))
+    header, *lines = table(("RUN", "STATE", "LAST SEEN", "PROMISE", "NAME", "HOST"), cells)
     if live:
-        header, *lines = table(("RUN", "STATE", "LAST SEEN", "PROMISE", "NAME", "HOST"), cells)
         print(f"\n{header}")
-        for line, row in zip(lines, live):
-            print(coloured(line, row["state"], sys.stdout))
-            muted = f"muted for {human_s(row['muted_until'] - now)}" if row["muted_until"] else None
-            ack = f"acknowledged by {row['acknowledged_by']}" if row["acknowledged_by"] else None
-            print_below(ack, muted, row["reason"], row["progress"])
-    counts = [
-        (name, sum(row["state"] == name for row in rows)) for name in (RUNNING, STALLED, FAILED, FINISHED)
-    ]
-    print(
-        "\n" + (", ".join(f"{count} {name}" for name, count in counts if count) or "no runs with check-ins")
-    )
+    for line, row in zip(lines, live):
+        print(coloured(line, row["state"], sys.stdout))
+        muted = f"muted for {human_s(row['muted_until'] - now)}" if row["muted_until"] else None
+        ack = f"acknowledged by {row['acknowledged_by']}" if row["acknowledged_by"] else None
+        print_below(ack, muted, row["reason"], row["progress"])
+    counts = Counter(row["state"] for row in rows)
+    said = (f"{counts[state]} {state}" for state in (RUNNING, STALLED, FAILED, FINISHED) if counts[state])
+    print("\n" + (", ".join(said) or "no runs with check-ins"))
 
 
 def _find_live(paths: RepoPaths, text: str) -> str:
@@ -9941,19 +9936,14 @@ def _field_values(fields: Sequence[Field], args: Any) -> Dict[str, Any]:
     """Return what a notifier has from flags, files and questions, without what is left out."""
     values: Dict[str, Any] = {}
     for field in fields:
-        if field.name == "password" and "user" not in values:
+        if field.name == "password" and not values["user"]:
             continue
-        said = _said(field, args)
+        said, check = _said(field, args), functools.partial(_checked, field)
         if said is None and not args.yes and (field.required or field.asked):
-            value = _ask(field.prompt, functools.partial(_checked, field), field.secret)
+            values[field.name] = _ask(field.prompt, check, field.secret)
         else:
-            try:
-                value = _checked(field, said)
-            except AimwatchError as error:
-                raise ConfigError(f"--{field.flag}: {error}") from None
-        if value:
-            values[field.name] = value
-    return values
+            values[field.name] = check(said)
+    return {name: value for name, value in values.items() if value}
 
 
 def _said(field: Field, args: Any) -> Optional[str]:
@@ -9969,12 +9959,15 @@ def _said(field: Field, args: Any) -> Optional[str]:
 
 
 def _checked(field: Field, said: Optional[str]) -> Any:
-    if not said and field.required:
-        raise ConfigError("this is needed")
-    value = field.check(said) if said else None
-    if field.name in ("message", "body"):
-        check_template(value)
-    return value
+    try:
+        if field.required and not said:
+            raise ConfigError("this is needed")
+        value = field.check(said) if said else None
+        if field.name in ("message", "body"):
+            check_template(value)
+        return value
+    except AimwatchError as error:
+        raise ConfigError(f"--{field.flag}: {error}") from None
 
 
 def _show(notifier: Dict[str, Any]) -> None:
@@ -9995,15 +9988,12 @@ def _warn_about(kind: str, arguments: Dict[str, Any]) -> None:
         if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
             print(
                 f"Warning: {parts.hostname} is another machine, and over http:// everybody between reads "
-                "what is sent, the address included: use https:// where you can."
+                "what is sent, the address included."
             )
     if arguments.get("security") == "none" and arguments.get("password"):
         print("Warning: with --security none, everybody between reads the password and the mails.")
     if kind == "workplace" and "base_url" not in arguments:
-        print(
-            "Note: Meta closed Workplace on 2026-06-01. This notifier reaches only a server that "
-            "speaks its format, given with --base-url."
-        )
+        print("Note: Meta closed Workplace on 2026-06-01; --base-url names a server that speaks its format.")
 
 
 @command("notifiers remove", "NAME", "--yes")
@@ -10105,13 +10095,11 @@ def cmd_notifiers_list(args: Any) -> int:
 
 def destination(item: Notifier) -> str:
     """Return where a notifier sends to, without its secrets: a host, addresses, a program."""
-    arguments = masked(item.type, item.arguments)
-    if item.type == "workplace":
-        arguments = {"url": WORKPLACE_URL, **arguments}
-    names = ("base_url", "url", "to", "command")
-    where = next((arguments[name] for name in names if arguments.get(name)), "")
+    known = {"url": WORKPLACE_URL} if item.type == "workplace" else {}
+    known.update(masked(item.type, item.arguments))
+    where = next((known[name] for name in ("base_url", "url", "to", "command") if known.get(name)), "")
     if isinstance(where, list):
-        return ",".join(map(str, where if item.type == "email" else where[:1]))
+        return ",".join(where if item.type == "email" else where[:1])
     return re.sub(r"^https?://|/.*", "", str(where))
 
 
@@ -10119,12 +10107,11 @@ def destination(item: Notifier) -> str:
 def cmd_notifiers_dump(args: Any) -> int:
     """Print the configuration with its secrets masked."""
     raw = NotifierConfig(find_repo(args.repo)).read()
-    for notifier_id, entry in raw["notifications"]["notifiers"].items():
-        notifier = read_notifier(notifier_id, entry)
-        if isinstance(entry, dict):
-            entry["arguments"] = masked(notifier.type, notifier.arguments)
-        else:
-            raw["notifications"]["notifiers"][notifier_id] = "***"
+    entries = raw["notifications"]["notifiers"]
+    for notifier_id, entry in entries.items():
+        item = read_notifier(notifier_id, entry)
+        shown = {"arguments": masked(item.type, item.arguments)}
+        entries[notifier_id] = {**entry, **shown} if isinstance(entry, dict) else "***"
     print(json.dumps(raw, indent=2))
     return 0
 
@@ -10132,9 +10119,9 @@ def cmd_notifiers_dump(args: Any) -> int:
 @command("notifiers get-log-level")
 def cmd_get_log_level(args: Any) -> int:
     """Print from which level on people hear of log messages of runs."""
-    level = NotifierConfig(find_repo(args.repo)).read()["notifications"].get("log_level", 30)
+    level = NotifierConfig(find_repo(args.repo)).log_level()
     names = {number: name for name, number in LOG_LEVELS.items()}
-    print(f"Log level: {names.get(level, level) if isinstance(level, int) else repr(level)}")
+    print(f"Log level: {names.get(level, level)}")
     return 0
 
 
@@ -10167,9 +10154,8 @@ def cmd_notifiers_test(args: Any) -> int:
 def _enabled_notifiers(paths: RepoPaths, args: Any) -> List[Notifier]:
     notifiers = [item for item in NotifierConfig(paths).notifiers() if item.enabled]
     if not notifiers:
-        raise AimwatchError(
-            f"nobody is notified: '{command_line(args.repo)} notifiers add' sets a notifier up"
-        )
+        way_out = f"'{command_line(args.repo)} notifiers add' sets a notifier up"
+        raise AimwatchError(f"nobody is notified: {way_out}")
     return notifiers
 
 

