@@ -10119,7 +10119,7 @@ def cmd_notifiers_dump(args: Any) -> int:
 @command("notifiers get-log-level")
 def cmd_get_log_level(args: Any) -> int:
     """Print from which level on people hear of log messages of runs."""
-    level = NotifierConfig(find_repo(args.repo)).log_level()
+    level = NotifierConfig(find_repo(args.repo)).read()["notifications"].get("log_level", 30)
     names = {number: name for name, number in LOG_LEVELS.items()}
     print(f"Log level: {names.get(level, level)}")
     return 0
