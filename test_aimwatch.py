@@ -6392,28 +6392,41 @@ class Transports(NotifierCase):
         self.slack(direct.url)
         self.assertEqual((len(direct.requests), len(proxy.requests)), (1, 1))
 
-    def tls_server(self) -> Tuple[Webhook, str]:
-        """Return a server with a certificate that nobody signed, and the certificate's file."""
+    def over_tls(self, connection: socket.socket) -> None:
+        """Answer one request with a certificate that nobody signed."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate())
+        with context.wrap_socket(connection, server_side=True) as inside:
+            read_request(inside)
+            inside.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+    def certificate(self) -> str:
         path = os.path.join(self.root, "certificate.pem")
         write_file(path, CERTIFICATE)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(path)
-        server = self.webhook()
-        # Shakes hands in the handler's thread; errors there are the client's to report.
-        server.server.socket = context.wrap_socket(
-            server.server.socket, server_side=True, do_handshake_on_connect=False
-        )
-        server.server.handle_error = lambda *_: None  # type: ignore[method-assign]
-        return server, path
+        return path
 
-    def test_https_trusts_the_bundle_of_the_environment(self) -> None:
-        server, path = self.tls_server()
-        for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-            for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-                os.environ.pop(name, None)
-            os.environ[variable] = path
-            outcome = self.slack(server.url.replace("http:", "https:"))
-            self.assertEqual(outcome, ("sent", "HTTP 200: ok", 0.0), variable)
+    def test_https_trusts_the_bundle_of_the_environment_alone_also_through_a_proxy(self) -> None:
+        variables, tunnels = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), []
+
+        def tunnel(connection: socket.socket) -> None:
+            tunnels.append(read_request(connection).split(b" HTTP")[0])
+            connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            self.over_tls(connection)
+
+        direct, proxy = self.raw_server(self.over_tls), self.raw_server(tunnel)
+        for port, through in ((direct.port, ""), (1, proxy.url.partition("/services")[0])):
+            os.environ["https_proxy"] = through
+            for variable in ("", *variables):
+                with self.subTest(variable, through=through):
+                    for name in variables:
+                        os.environ.pop(name, None)
+                    os.environ.update({variable: self.certificate()} if variable else {})
+                    outcome = self.slack(f"https://127.0.0.1:{port}/SECRETSECRET")
+                    detail = "HTTP 200: ok" if variable else "certificate"
+                    self.assertEqual(
+                        (outcome.kind, detail in outcome.detail), ("sent" if variable else "retry", True)
+                    )
+        self.assertEqual(tunnels, [b"CONNECT 127.0.0.1:1"] * 4)
 
     def test_logger_writes_every_event_in_order_and_on_safe_lines(self) -> None:
         batch = [facts_of("failed", 1, run_reason="a\x1b[2J\nb"), facts_of("finished", 2)]
@@ -6488,39 +6501,6 @@ class Webhooks(NotifierCase):
         if isinstance(value, list):
             return [self.shape(item) for item in value]
         return "text" if isinstance(value, str) else value
-
-    def test_tls_through_a_proxy(self) -> None:
-        server, path = Transports.tls_server(self)  # type: ignore[arg-type]
-        tunnels: List[bytes] = []
-
-        def tunnel(connection: socket.socket) -> None:
-            tunnels.append(read_request(connection).split(b"\r\n")[0])
-            with socket.create_connection(("127.0.0.1", server.port)) as far:
-                connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-                back = threading.Thread(target=self.pipe, args=(far, connection))
-                back.start()
-                self.pipe(connection, far)
-                back.join()
-
-        os.environ["https_proxy"] = self.raw_server(tunnel).url.partition("/services")[0]
-        for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"):
-            os.environ.pop(name, None)
-        notifier = notifier_of("webhook", url=f"https://127.0.0.1:{server.port}/SECRETSECRET")
-        outcome = aimwatch.deliver(notifier, [facts_of()])
-        self.assertEqual(outcome.kind, "retry")
-        self.assertIn("certificate", outcome.detail)
-        os.environ["SSL_CERT_FILE"] = path
-        self.assertEqual(aimwatch.deliver(notifier, [facts_of()]).kind, "sent")
-        target = f"CONNECT 127.0.0.1:{server.port} HTTP/1.".encode()
-        self.assertEqual([line[: len(target)] for line in tunnels], [target] * 2)
-        self.assertEqual(len(server.requests), 1)
-
-    @staticmethod
-    def pipe(source: socket.socket, target: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            for data in iter(lambda: source.recv(65536), b""):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
 
 
 class MailServer(RawServer):
