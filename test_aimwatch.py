@@ -1402,6 +1402,7 @@ class ProcessCase(Case):
 #: Runs every row in a process of its own that has imported aimwatch already.
 EACH_FORKED = """
 import json
+gc.freeze()  # what is there is not collected again at every end
 for NAME, code in json.loads(sys.argv[2]):
     pid = os.fork()
     if pid == 0:
