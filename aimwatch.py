@@ -9028,13 +9028,6 @@ def listen(host: str, port: int, uds: Optional[str]) -> Any:
 # ======================================================================================
 
 
-def coloured(text: str, state: str, stream: Any) -> str:
-    """Return `text` in the colour of a state where `stream` is a terminal and NO_COLOR is unset."""
-    if state in KINDS and stream.isatty() and not os.environ.get("NO_COLOR"):
-        return f"\x1b[{KINDS[state].colour}m{text}\x1b[0m"
-    return text
-
-
 #: What is so short is never cut in a table.
 UNCUT = 11
 
@@ -9187,7 +9180,7 @@ def add_argument(parser: Any, text: str) -> None:
     import argparse
 
     usage, _, about = text.partition("  ")
-    about = about or COMMON_HELP[usage]
+    about = about or COMMON_HELP[usage.strip("[]")]
     found = re.fullmatch(r"(--[a-z-]+)? ?(\[?)([A-Z=]*)((?: A?\.{3})?)\]?", usage)
     flag, bracket, metavar, dots = found.groups() if found else ("", "", "", "")
     if not metavar:
@@ -9391,14 +9384,9 @@ def _watch(watcher: Watcher, stop: threading.Event, args: Any, handler: _LogThre
         watcher.poll()
         live = watcher.counts()
         log.info(
-            "watching %s: %s (%d stalled), %d failed, grace %s, poll every %s; notifying %s",
-            paths.root,
-            plural(live[RUNNING] + live[STALLED], "live run"),
-            live[STALLED],
-            live[FAILED],
-            human_s(args.grace),
-            human_s(args.poll_interval),
-            watcher.dispatcher.describe(),
+            f"watching {paths.root}: {plural(live[RUNNING] + live[STALLED], 'live run')} "
+            f"({live[STALLED]} stalled), {live[FAILED]} failed, grace {human_s(args.grace)}, "
+            f"poll every {human_s(args.poll_interval)}; notifying {watcher.dispatcher.describe()}"
         )
         sd_notify(f"READY=1\nSTATUS=watching {paths.root}")
         if pinger is not None:
@@ -9685,8 +9673,9 @@ def _print_status(paths: RepoPaths, rows: Sequence[Dict[str, Any]], now: float) 
     header, *lines = table(("RUN", "STATE", "LAST SEEN", "PROMISE", "NAME", "HOST"), cells)
     if live:
         print(f"\n{header}")
+    is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for line, row in zip(lines, live):
-        print(coloured(line, row["state"], sys.stdout))
+        print(f"\x1b[{KINDS[row['state']].colour}m{line}\x1b[0m" if is_coloured else line)
         muted = f"muted for {human_s(row['muted_until'] - now)}" if row["muted_until"] else None
         ack = f"acknowledged by {row['acknowledged_by']}" if row["acknowledged_by"] else None
         print_below(ack, muted, row["reason"], row["progress"])
@@ -9710,42 +9699,37 @@ def cmd_mute(args: Any) -> int:
     seconds = getattr(args, "for")
     if seconds > MAX_MUTE_S:
         raise AimwatchError(f"a mute ends after {human_s(MAX_MUTE_S)} at the latest")
-    run_hash = _find_live(paths, args.run)
-    _unmute(paths, run_hash)
+    run_hash, _ = _end_mutes(paths, args.run)
     until = math.ceil(time.time() + seconds)
     _leave_in_mutes(paths, f"{run_hash}-{until}")
     print(f"muted run {run_hash} until {local_time(until)}")
     return 0
 
 
-def _leave_in_mutes(paths: RepoPaths, name: str) -> None:
-    os.close(open_below(os.path.join(paths.mutes, name), os.O_WRONLY | os.O_CREAT))
-
-
-def _unmute(paths: RepoPaths, run_hash: str) -> bool:
-    """End the mutes of a run, and return whether it had any."""
-    names: List[str] = read_mutes(paths).get(run_hash, (0, []))[1]
-    for name in names:
-        unlink_below(os.path.join(paths.mutes, name))
-    return bool(names)
-
-
 @command("unmute", "RUN")
 def cmd_unmute(args: Any) -> int:
     """Notify of a muted run again, and at once if it is stalled or failed."""
-    paths = find_repo(args.repo)
-    run_hash = _find_live(paths, args.run)
-    if not _unmute(paths, run_hash):
+    run_hash, was_muted = _end_mutes(find_repo(args.repo), args.run)
+    if not was_muted:
         raise AimwatchError(f"run {run_hash} is not muted")
     print(f"unmuted run {run_hash}")
     return 0
 
 
-@command(
-    "ack",
-    "[RUN ...]  names or hashes, or the first characters of hashes",
-    "--all  every run that is stalled or failed",
-)
+def _end_mutes(paths: RepoPaths, text: str) -> Tuple[str, bool]:
+    """End the mutes of the run that people name so, and return its hash and whether it had any."""
+    run_hash = _find_live(paths, text)
+    names: List[str] = read_mutes(paths).get(run_hash, (0, []))[1]
+    for name in names:
+        unlink_below(os.path.join(paths.mutes, name))
+    return run_hash, bool(names)
+
+
+def _leave_in_mutes(paths: RepoPaths, name: str) -> None:
+    os.close(open_below(os.path.join(paths.mutes, name), os.O_WRONLY | os.O_CREAT))
+
+
+@command("ack", "[RUN ...]", "--all  every run that is stalled or failed")
 def cmd_ack(args: Any) -> int:
     """Say that you have taken on stalled or failed runs: until their state changes, `status` shows by whom
     and exits as if they were not there, and nobody is reminded of them."""
@@ -9853,6 +9837,12 @@ NOTIFIER_EXAMPLES = {
     "email": "--smtp-host mail.example.org --from aimwatch@example.org --to ann@example.org",
     "command": "--command '/usr/bin/logger -t aimwatch'",
 }
+
+
+@command("notifiers")
+def cmd_notifiers(args: Any) -> int:
+    """Say who is notified, and how."""
+    return 2  # argparse asks for the command below it
 
 
 @command("notifiers add", epilog="'notifiers add TYPE --help' shows the flags of a type, and an example.")
@@ -10126,30 +10116,25 @@ def cmd_set_log_level(args: Any) -> int:
     return 0
 
 
-@command(
-    "notifiers test",
-    "[NAME]  its name or ID, or the first characters of its ID (default: every enabled one)",
-)
+@command("notifiers test", "[NAME]  the one of that name or ID (default: every enabled one)")
 def cmd_notifiers_test(args: Any) -> int:
     """Send a sample through the real transport and say what came back."""
     paths = find_repo(args.repo)
-    config = NotifierConfig(paths)
-    if args.name:
-        wanted = config.find(args.name, config.read())
-        notifiers = [item for item in config.notifiers() if item.id == wanted]
-    else:
-        notifiers = _enabled_notifiers(paths, args)
+    notifiers = _notifiers_to_use(paths, args, args.name)
     _log_to_stderr(timed=True)
     delivered = [_send_sample(paths, item) for item in notifiers]
     return 0 if all(delivered) else 1
 
 
-def _enabled_notifiers(paths: RepoPaths, args: Any) -> List[Notifier]:
-    notifiers = [item for item in NotifierConfig(paths).notifiers() if item.enabled]
-    if not notifiers:
+def _notifiers_to_use(paths: RepoPaths, args: Any, name: str = "") -> List[Notifier]:
+    """Return the notifier of that name or ID, or every enabled one."""
+    config = NotifierConfig(paths)
+    wanted = config.find(name, config.read()) if name else ""
+    found = [item for item in config.notifiers() if (item.id == wanted if wanted else item.enabled)]
+    if not found:
         way_out = f"'{command_line(args.repo)} notifiers add' sets a notifier up"
         raise AimwatchError(f"nobody is notified: {way_out}")
-    return notifiers
+    return found
 
 
 def _send_sample(paths: RepoPaths, item: Notifier) -> bool:
@@ -10592,7 +10577,7 @@ def cmd_report(args: Any) -> int:
     facts = {"event": "report", "repo": repo.path, "time": iso_time(time.time(), "seconds"), "message": text}
     delivered = [
         _deliver_now(item._replace(arguments={**item.arguments, "message": "{message}"}), facts, sys.stderr)
-        for item in _enabled_notifiers(repo._paths, args)
+        for item in _notifiers_to_use(repo._paths, args)
     ]
     return 0 if all(delivered) else 1
 
@@ -10852,31 +10837,20 @@ def build_parser(argv: Optional[Sequence[str]] = None) -> Any:
     )
     parser.add_argument("--version", action="version", version=f"aimwatch {__version__}")
     parsers, groups = {"": parser}, {}
-
-    def add(name: str, about: str, epilog: str) -> Any:
-        group, _, verb = name.rpartition(" ")
-        if group not in parsers:
-            add(group, "Say who is notified, and how.", "")
-        if group not in groups:
-            groups[group] = parsers[group].add_subparsers(
-                title="commands", metavar="COMMAND", required=group not in _COMMANDS
-            )
-        parsers[name] = groups[group].add_parser(
-            verb,
-            parents=[repo],
-            help=about[:1].lower() + about[1:].rstrip("."),
-            description=about,
-            epilog=epilog,
-        )
-        return parsers[name]
-
     named = [name for name in _COMMANDS if name.partition(" ")[0] in (argv or ())]
     for name in named or _COMMANDS:
         do, arguments, epilog = _COMMANDS[name]
-        added = add(name, (do.__doc__ or "").partition("\n\n")[0].replace("\n    ", " "), epilog)
+        group, _, verb = name.rpartition(" ")
+        if group not in groups:
+            is_needed = group in ("", "notifiers")
+            groups[group] = parsers[group].add_subparsers(metavar="COMMAND", required=is_needed)
+        about = (do.__doc__ or "").partition("\n\n")[0].replace("\n    ", " ")
+        summary = about[:1].lower() + about[1:].rstrip(".")
+        added = groups[group].add_parser(verb, parents=[repo], help=summary, description=about, epilog=epilog)
         for text in arguments:
             add_argument(added, text)
         added.set_defaults(do=do)
+        parsers[name] = added
     return parser
 
 
