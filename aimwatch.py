@@ -1200,9 +1200,13 @@ class RunState:
                 self.header = {**self.header, **record}
                 self.end = None
             elif "set" in record:
-                self._set(list(map(str, record["set"])), record["value"])
+                parent, key = self._place(record["set"], make=True)
+                parent[key] = record["value"] if record["set"] else dict(record["value"])
+            elif "del" in record and record["del"]:
+                parent, key = self._place(record["del"])
+                del parent[key]
             elif "del" in record:
-                self._del(list(map(str, record["del"])))
+                self.params = {}
             elif "series" in record:
                 series = SeriesState(int(record["series"]), str(record["name"]), dict(record["context"]))
                 self.series.setdefault(series.id, series)
@@ -1234,35 +1238,26 @@ class RunState:
         self._seen(record["time"])
         self.end = record
 
-    def _set(self, path: List[str], value: Any) -> None:
-        if path:
-            parent: Any = self.params
-            for key in path[:-1]:
-                at: Any = int(key) if isinstance(parent, list) else key
-                child = parent[at] if isinstance(parent, list) else parent.get(at)
-                if not isinstance(child, (dict, list)):
-                    child = parent[at] = {}
-                parent = child
-            parent[int(path[-1]) if isinstance(parent, list) else path[-1]] = value
-        else:
-            self.params = dict(value)
-
-    def _del(self, path: List[str]) -> None:
-        if path:
-            parent = self.param(path[:-1])
-            del parent[int(path[-1]) if isinstance(parent, list) else path[-1]]
-        else:
-            self.params = {}
+    def _place(self, path: Sequence[str], make: bool = False) -> Tuple[Any, Any]:
+        """Return what holds the last key of a path of params, and that key; `make` the dicts above it."""
+        parent: Any = vars(self)
+        at: Any = "params"
+        for key in path:
+            if make and not isinstance(
+                parent[at] if isinstance(parent, list) else parent.get(at), (dict, list)
+            ):
+                parent[at] = {}
+            parent = parent[at]
+            at = int(key) if isinstance(parent, list) else str(key)
+        return parent, at
 
     def param(self, path: Sequence[str]) -> Any:
         """Return what stands at a path of params, encoded. Raises KeyError."""
-        found: Any = self.params
         try:
-            for key in path:
-                found = found[int(key)] if isinstance(found, list) else found[key]
+            parent, key = self._place(path)
+            return parent[key]
         except (IndexError, TypeError, ValueError):
             raise KeyError(tuple(path)) from None
-        return found
 
     def to_checkpoint(self) -> Dict[str, Any]:
         """Return the whole state as a record, from which `apply` builds it again."""
