@@ -8316,13 +8316,6 @@ class Site:
         self._indexed = functools.lru_cache(3)(lambda q, stamp: Repo(paths.root).query_runs(q).found)
         self._facts = functools.lru_cache(20_000)(lambda run_hash, stamp: run_facts(paths, run_hash))
 
-    def forget(self) -> None:
-        """Drop what is kept to answer faster."""
-        self._followers = {}
-        for kept in (self._pages, self._rows, self._indexed, self._facts):
-            kept.cache_clear()
-        _give_memory_back()
-
     def answer(self, path: str, query: str, known_etag: str = "") -> Reply:
         """Return the answer to GET of a path below the base path; 304 where `known_etag` is still true."""
         route = next((route for route in _ROUTES if re.fullmatch(route[0], path)), None)
@@ -8960,7 +8953,7 @@ def serve(site: Site, gate: Gate, listener: Any, stop: threading.Event) -> None:
             pass
 
     class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-        daemon_threads, block_on_close, unused = True, False, 0
+        daemon_threads, block_on_close = True, False
 
         def verify_request(self, request: Any, client_address: Any) -> bool:
             """Make room for a connection: the one that has not asked for longest has to go."""
@@ -8979,11 +8972,6 @@ def serve(site: Site, gate: Gate, listener: Any, stop: threading.Event) -> None:
         def handle_error(self, request: Any, client_address: Any) -> None:
             if not isinstance(sys.exc_info()[1], OSError):  # the other side may go at any time
                 log.exception("a page could not be made")
-
-        def service_actions(self) -> None:
-            self.unused = 0 if links else self.unused + 1
-            if self.unused == 120:  # a minute, in pieces of half a second
-                site.forget()
 
     server = Server(("", 0), Handler, bind_and_activate=False)
     server.socket.close()
