@@ -6979,11 +6979,11 @@ class Watcher:
             self.outbox = Outbox(paths.outbox)
             self.dispatcher = Dispatcher(paths, self.outbox, NotifierConfig(paths))
             self._restore()
+            # Where that cannot be written, the other one would not step down when it comes back.
+            if frozen and not self._save(now=True):
+                raise RepoError(f"{frozen} watches {paths.root}, and {paths.watcher} cannot be written")
             self.dispatcher.load()
             if frozen:
-                # Where that cannot be written, the other one would not step down when it comes back.
-                if not self._save(now=True):
-                    raise RepoError(f"{frozen} watches {paths.root}, and {paths.watcher} cannot be written")
                 reason = f"{frozen} holds the watch of {paths.root} and does not look: taken over from it"
                 log.warning("%s", reason)
                 event = trouble(f"seized-{utc():.2f}", paths.root, reason)

@@ -10229,13 +10229,15 @@ class TestTwoMachines(WatchCase):
         saved = {**self.saved(), "ended": False}
         with open(self.paths.watcher, "w") as file:
             json.dump(saved, file)
-        site = aimwatch.Site(self.paths)
+        utc = Clock(time.time())
+        site = aimwatch.Site(self.paths, utc=utc)
         waits = mock.patch.object(aimwatch.SeenAt, "moves", side_effect=AssertionError("waits"))
         with waits, self.elsewhere():
             site.answer("", "")  # makes the index
             reply = site.answer("", "")
             self.assertIn("\u25cf watched by", reply.body.decode())
             self.assertEqual(site.answer("", "", reply.etag).status, 304)
+            utc.pass_(5.0)
             with mock.patch.object(aimwatch, "FROZEN_S", -100.0):
                 self.assertIn("no watcher is alive", site.answer("", "", reply.etag).body.decode())
 
