@@ -1146,19 +1146,15 @@ def _in_range(number: float, most: float) -> float:
     return number
 
 
-_PROP_KINDS: Dict[str, Tuple[type, ...]] = {
-    "name": (str,), "description": (str, type(None)), "experiment": (str,), "archived": (bool,),
-    "tags": (list,),
+#: What makes each property of a value of JSON.
+_PROP_KINDS: Dict[str, Callable[[Any], Any]] = {
+    "name": str, "description": lambda value: value if value is None else str(value), "experiment": str,
+    "archived": bool, "tags": lambda tags: list(map(str, tags)),
 }  # fmt: skip
 
 
-def _checked_props(props: Any) -> Dict[str, Any]:
-    for name, value in props.items():
-        if not isinstance(value, _PROP_KINDS.get(name, object)):
-            raise TypeError(f"{name} cannot be {value!r}")
-    if not all(isinstance(tag, str) for tag in props.get("tags", ())):
-        raise TypeError("a tag is text")
-    return dict(props)
+def _props_of(props: Any) -> Dict[str, Any]:
+    return {name: _PROP_KINDS[name](value) if name in _PROP_KINDS else value for name, value in props.items()}
 
 
 class RunState:
@@ -1211,7 +1207,7 @@ class RunState:
                 series = SeriesState(int(record["series"]), str(record["name"]), dict(record["context"]))
                 self.series.setdefault(series.id, series)
             elif "props" in record:
-                self.props.update(_checked_props(record["props"]))
+                self.props.update(_props_of(record["props"]))
             elif "log" in record:
                 self._seen(record["time"])
                 level, message = int(record["log"]), str(record["message"])
@@ -1280,7 +1276,7 @@ class RunState:
         # Into another state first: half a checkpoint would be a lie.
         state = RunState(self.hash)
         state.header, state.params = dict(record["header"]), dict(record["params"])
-        state.props = _checked_props(record["props"])
+        state.props = _props_of(record["props"])
         state.created_at = state._seen(state.header.get("created_at", self.created_at))
         state.series = {item.id: item for item in map(SeriesState.from_list, record["series"])}
         state.logs = {str(int(level)): int(count) for level, count in record["logs"].items()}
