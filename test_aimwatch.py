@@ -1210,11 +1210,9 @@ DROP_REASON = "was dropped without reporting a successful finish"
 #: What happens (also the run's hash), code, exit code, end and why; None: no end is recorded; then the lines of
 #: output, and a text that must be among the frames. A row that makes no `Run(NAME` finds `run` made.
 ENDS: Tuple[Tuple[Any, ...], ...] = (
-    ("finish_twice", "run.report_successful_finish(); run.close(); run.close()", 0, "finished", None),
     ("finish_then_raise", "run.report_successful_finish(); boom()", 1, "finished", None),
     ("close", "run.report_progress(expect_next_in=60); run.close()", 0, "finished", None),
     ("finalize", "run.report_progress(expect_next_in=60); run.finalize()", 0, "finished", None),
-    ("close_then_raise", "run.close(); boom()", 1, "finished", None),
     ("close_in_except", "try: boom()\nexcept ValueError: run.close()", 0, "failed", "ValueError: boom"),
     ("close_in_finally", "try: boom()\nfinally: run.close()", 1, "failed", "ValueError: boom"),
     ("close_after_except", "try: boom()\nexcept ValueError: pass\nrun.close()", 0, "finished", None),
@@ -1239,12 +1237,9 @@ ENDS: Tuple[Tuple[Any, ...], ...] = (
      "   run.report_progress(expect_next_in=60); yield step\nfor step in steps(): break\nprint(flags())", 0,
      "finished", None, ["finished"]),
     ("uncaught", "run.report_progress(expect_next_in=60); boom()", 1, "failed", "ValueError: boom"),
-    ("uncaught_no_promise", "boom()", 1, "failed", "ValueError: boom"),
     ("deep", "def deep(n):\n deep(n - 1) if n else boom()\ndeep(20)", 1, "failed", "ValueError: boom", [], " in deep: "),
     ("exit_0", "sys.exit(0)", 0, "finished", None),
     ("exit_3", "run.report_progress(expect_next_in=60); sys.exit(3)", 3, "failed", "exited with status 3"),
-    ("exit_text", "sys.exit('no data')", 1, "failed", "exited with status 1: no data"),
-    ("exit_true", "sys.exit(True)", 1, "failed", "exited with status 1"),
     ("exit_with_an_object", "class Odd: __eq__ = None\nsys.exit(Odd())", 1, "finished", None),
     ("exit_while_handling", "try: boom()\nexcept ValueError: sys.exit(1)", 1, "failed",
      "exited with status 1 (ValueError: boom)"),
@@ -2123,7 +2118,9 @@ HANGS = """
 import json, re
 aimwatch.STACKS_AFTER_S = -1.5
 def inner(what):
-    exec(compile("run.report_progress(expect_next_in=0.1)\\n" + what, "<hang>", "exec"), globals())
+    exec(compile(what, "<hang>", "exec"), globals())
+def promise():
+    run.report_progress(expect_next_in=0.1)
 def outer(what):
     inner(what)
 for name, what, options in json.loads(sys.argv[2]):
@@ -2136,12 +2133,12 @@ time.sleep(600)
 """
 THREADS = "for _ in range(%d): threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
 HANG_ROWS = (
-    ("sleep", "time.sleep(600)", {}),
-    ("many_threads", THREADS % 60 + "time.sleep(600)", {}),
-    ("in_thread", "t = threading.Thread(target=time.sleep, args=(600,)); t.start(); t.join()", {}),
-    ("holds_the_gil", "re.match('(a+)+b', 'a' * 64)", {}),
-    ("stopped", "os.kill(os.getpid(), signal.SIGSTOP)", {}),
-    ("off", "time.sleep(600)", {"stacks": False}),
+    ("sleep", "promise(); time.sleep(600)", {}),
+    ("many_threads", THREADS % 60 + "promise(); time.sleep(600)", {}),
+    ("in_thread", "t = threading.Thread(target=time.sleep, args=(600,)); t.start(); promise(); t.join()", {}),
+    ("holds_the_gil", "promise(); re.match('(a+)+b', 'a' * 64)", {}),
+    ("stopped", "promise(); os.kill(os.getpid(), signal.SIGSTOP)", {}),
+    ("off", "promise(); time.sleep(600)", {"stacks": False}),
 )
 
 
@@ -2274,17 +2271,6 @@ class StacksByHand(HandDriven):
                 with Run("again", create=True, repo=self.root, **options) as run:
                     run.report_progress()
                     self.assertEqual(self.written(), [])
-
-    def test_every_run_has_its_own_promise(self) -> None:
-        for name, expect in (("quick", 10), ("same", 10), ("slow", 100)):
-            self.run_object(name).report_progress(expect_next_in=expect)
-        withdrawn = self.run_object("none")
-        for expect in (10, 0):
-            withdrawn.report_progress(expect_next_in=expect)
-        self.miss(12)
-        self.assertEqual((self.written(), self.due_in_s()), (["quick", "same"], [98.5]))
-        self.miss(98.5)
-        self.assertEqual(self.written(), ["quick", "same", "slow"])
 
     def test_turned_off_it_starts_nothing_and_writes_nothing(self) -> None:
         for options, text in (({"stacks": False}, ""), ({}, "0")):
