@@ -1734,19 +1734,15 @@ class End(NamedTuple):
 
 def describe_exception(error: BaseException, depth: int = 0) -> str:
     """Return an exception's type and message in one string, with its notes, the members of a group, and
-    what caused it. Of a message of several lines, the first and the last; its `__str__` may itself fail."""
+    what caused it. Of a message of several lines, the first and the last."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    parts = [type(error).__qualname__]
     try:
-        message = _ESCAPE.sub("", str(error))
-    except Exception:
-        message = "<its message cannot be shown>"
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    if len(lines) > 1:
-        lines = [lines[0][: MAX_REASON // 3], lines[-1][: MAX_REASON // 3]]
-    name = type(error).__qualname__
-    parts = [f"{name}: {' ... '.join(lines)}" if lines else name]
-    try:
+        lines = [line.strip() for line in _ESCAPE.sub("", str(error)).splitlines() if line.strip()]
+        if lines:
+            ends = [lines[0], lines[-1]] if len(lines) > 1 else lines
+            parts[0] += f": {' ... '.join(line[: MAX_REASON // 2] for line in ends)}"
         parts += [str(note).strip().split("\n")[0] for note in getattr(error, "__notes__", ())]
         members, cause = getattr(error, "exceptions", ()), error.__cause__
         if depth < MAX_CAUSES and isinstance(members, tuple):
