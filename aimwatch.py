@@ -9121,14 +9121,14 @@ def _log_to_stderr(timed: bool, thread: bool = False) -> Any:
 # -------------------------------------------------------------------------- commands and arguments
 
 #: Every command by the words that call it, in the order of the help: (what it does, its arguments, epilog).
-_COMMANDS: Dict[str, Tuple[Callable[[Any], int], Sequence[str], str]] = {}
+_COMMANDS: Dict[str, Tuple[Callable[[Any], Optional[int]], Sequence[str], str]] = {}
 
 
-def command(name: str, *arguments: str, epilog: str = "") -> Callable[[Callable[[Any], int]], Any]:
-    """Make a function the command `name`. It gets the parsed arguments and returns the exit code;
+def command(name: str, *arguments: str, epilog: str = "") -> Callable[[Any], Any]:
+    """Make a function the command `name`. It gets the parsed arguments and returns the exit code, if any;
     the first paragraph of its docstring is its help. For `arguments` see `add_argument`."""
 
-    def register(do: Callable[[Any], int]) -> Callable[[Any], int]:
+    def register(do: Callable[[Any], Optional[int]]) -> Callable[[Any], Optional[int]]:
         _COMMANDS[name] = do, arguments, epilog
         return do
 
@@ -9435,7 +9435,7 @@ def cmd_exec(args: Any) -> int:
     "--group NAME  share it: all members of the group train, its owner watches",
     "--owner USER  with --group, who watches and indexes (default: you)",
 )
-def cmd_init(args: Any) -> int:
+def cmd_init(args: Any) -> None:
     """Create a repository, or share one with a group."""
     given = args.repo if args.repo is not None else os.environ.get("AIMWATCH_REPO") or os.getcwd()
     if args.owner and not args.group:
@@ -9457,7 +9457,6 @@ def cmd_init(args: Any) -> int:
                 "or root can do it"
             ) from None
         print(f"shared with group {args.group}: all its members train there, and {who} alone watch and index")
-    return 0
 
 
 #: A watcher that holds its lock and has not looked for this long hangs.
@@ -9492,10 +9491,6 @@ def watcher_state(
         return False, f"{who} holds the watch but does not look; {ago}"
     up = f", for {human_s(now_utc - started_at)}" if started_at and not elsewhere else ""
     return True, f"watched by {who}{up}; {ago}"
-
-
-#: `status` reads what the logs of live runs say for so long, and shows the others without.
-STATUS_FACTS_S = 5.0
 
 
 def moment(at: Any) -> Optional[Moment]:
@@ -9558,14 +9553,11 @@ def status_rows(
     runs = RunTable(0)
     runs.take(_check_in_names(paths), 0, 0)
     known = {watched.name: watched for watched in saved_runs(saved)}
-    now, deadline = time.time(), time.monotonic() + STATUS_FACTS_S
-    mutes: Dict[str, int] = {}
-    with contextlib.suppress(OSError):
-        mutes = {run: until for run, (until, _) in read_mutes(paths).items() if until > now}
-    rows = []
+    mutes, rows = read_mutes(paths), []
     for seen in runs.runs.values():
         watched = known.get(seen.name)
-        facts = facts_of(paths, seen.hash) if seen.state != FINISHED and time.monotonic() < deadline else {}
+        facts = facts_of(paths, seen.hash) if seen.state != FINISHED else {}
+        muted_until, _ = mutes.get(seen.hash, (0, []))
         state = watched.state if watched else seen.state
         if state == RUNNING and facts.get("run.state") == FAILED:
             state = FAILED  # its log knows, and no watcher has seen it yet
@@ -9583,7 +9575,7 @@ def status_rows(
                 "promise_s": seen.promise_s or None,
                 "rank": int(rank) if rank.isdecimal() else None,
                 "world": int(world) if world.isdecimal() else None,
-                "muted_until": moment(mutes.get(seen.hash)),
+                "muted_until": moment(muted_until if muted_until > time.time() else 0),
                 "acknowledged_by": taken_on_by,
                 "check_in": seen.name,
                 "watched": watched is not None,
@@ -9666,7 +9658,7 @@ def _find_live(paths: RepoPaths, text: str) -> str:
 
 
 @command("mute", "RUN", "--for TIME  30m, 2h, 1d; at most 30d (default: 1h)")
-def cmd_mute(args: Any) -> int:
+def cmd_mute(args: Any) -> None:
     """Notify nobody of a run for a while; it is watched all the same, and people are notified after that if
     it is stalled or failed then."""
     paths = find_repo(args.repo)
@@ -9678,17 +9670,15 @@ def cmd_mute(args: Any) -> int:
     until = math.ceil(time.time() + seconds)
     _leave_in_mutes(paths, f"{run_hash}-{until}")
     print(f"muted run {run_hash} until {local_time(until)}")
-    return 0
 
 
 @command("unmute", "RUN")
-def cmd_unmute(args: Any) -> int:
+def cmd_unmute(args: Any) -> None:
     """Notify of a muted run again, and at once if it is stalled or failed."""
     run_hash, was_muted = _end_mutes(find_repo(args.repo), args.run)
     if not was_muted:
         raise AimwatchError(f"run {run_hash} is not muted")
     print(f"unmuted run {run_hash}")
-    return 0
 
 
 def _end_mutes(paths: RepoPaths, text: str) -> Tuple[str, bool]:
@@ -9705,7 +9695,7 @@ def _leave_in_mutes(paths: RepoPaths, name: str) -> None:
 
 
 @command("ack", "[RUN ...]", "--all  every run that is stalled or failed")
-def cmd_ack(args: Any) -> int:
+def cmd_ack(args: Any) -> None:
     """Say that you have taken on stalled or failed runs: until their state changes, `status` shows by whom
     and exits as if they were not there, and nobody is reminded of them."""
     if bool(args.run) == args.all:
@@ -9722,7 +9712,6 @@ def cmd_ack(args: Any) -> int:
         for rank in ranks:
             _leave_in_mutes(paths, ack_name(rows[rank]["check_in"], rows[rank]["state"]))
             print(f"acknowledged run {rank}, which is {rows[rank]['state']}")
-    return 0
 
 
 @command(
@@ -9736,7 +9725,7 @@ def cmd_ack(args: Any) -> int:
     "--watch  run the watcher too",
     epilog="The token is a new one at each start, unless $AIMWATCH_TOKEN holds one.",
 )
-def cmd_up(args: Any) -> int:
+def cmd_up(args: Any) -> None:
     """Show the runs on a web page, until told to stop."""
     import secrets
 
@@ -9769,7 +9758,6 @@ def cmd_up(args: Any) -> int:
         gate = Gate(frozenset(map(str.lower, names)), token, base, f"aimwatch_{port}")
         serve(Site(paths), gate, listener, stop)
         stop.set()
-    return 0
 
 
 # -------------------------------------------------------------------------- notifiers
@@ -9803,35 +9791,25 @@ COMMON_FIELDS = (
         "where", "where", "Only runs for which, as run.user == 'ann' (empty: all)", checked_query, asked=True
     ),
 )
-#: How a notifier of each type is added.
-NOTIFIER_EXAMPLES = {
-    "slack": "--name ops --webhook-url-file hook.txt",
-    "workplace": "--group-id 4711 --access-token-file token.txt --base-url https://workplace.example.org/graph",
-    "logger": "--events stalled,failed,recovered,finished",
-    "webhook": "--webhook-url-file hook.txt --where \"run.user == 'ann'\"",
-    "email": "--smtp-host mail.example.org --from aimwatch@example.org --to ann@example.org",
-    "command": "--command '/usr/bin/logger -t aimwatch'",
-}
 
 
 @command("notifiers")
-def cmd_notifiers(args: Any) -> int:
+def cmd_notifiers(args: Any) -> None:
     """Say who is notified, and how."""
-    return 2  # argparse asks for the command below it
 
 
 @command("notifiers add", epilog="'notifiers add TYPE --help' shows the flags of a type, and an example.")
-def cmd_notifiers_add(args: Any) -> int:
+def cmd_notifiers_add(args: Any) -> None:
     """Add a notifier, by questions, or wholly by the flags of its type."""
     kinds = ", ".join(NOTIFIER_FIELDS)
     is_known = a_text("|".join(NOTIFIER_FIELDS), f"{{}} is not one of {kinds}")
     kind = _ask(f"Select notifier type to add ({kinds})", is_known)
     args = build_parser().parse_args(["notifiers", "add", kind], args)
-    return int(args.do(args))
+    args.do(args)
 
 
 def _make_add_command(kind: str) -> None:
-    flags = []
+    flags, example = [], f"notifiers add {kind}"
     for field in (*NOTIFIER_FIELDS[kind], *COMMON_FIELDS):
         about = field.prompt
         if field.name == "message":
@@ -9839,22 +9817,24 @@ def _make_add_command(kind: str) -> None:
         flags.append(f"--{field.flag} TEXT{' ...' if field.name == 'headers' else ''}  {about}")
         if field.secret:
             flags.append(f"--{field.flag}-file FILE  read --{field.flag} from FILE")
+        if field.required:
+            example += f" --{field.flag}-file FILE" if field.secret else f" --{field.flag} TEXT"
     epilog = (
         "What is not given is asked for. A secret on the command line shows in process lists: use the -file "
-        f"flags, where - is standard input. For example: notifiers add {kind} {NOTIFIER_EXAMPLES[kind]}"
+        f"flags, where - is standard input. At least: {example} --yes"
     )
 
     @command(f"notifiers add {kind}", *flags, WANTED_EVENTS, "--yes", epilog=epilog)
-    def add(args: Any) -> int:
+    def add(args: Any) -> None:
         """Add a notifier of this type."""
-        return _add_notifier(kind, args)
+        _add_notifier(kind, args)
 
 
 for _type in NOTIFIER_FIELDS:
     _make_add_command(_type)
 
 
-def _add_notifier(kind: str, args: Any) -> int:
+def _add_notifier(kind: str, args: Any) -> None:
     import uuid
 
     paths = find_repo(args.repo)
@@ -9887,7 +9867,6 @@ def _add_notifier(kind: str, args: Any) -> int:
     )
     if not args.yes and _confirm("Send a sample now?", True):
         _send_sample(paths, added)
-    return 0
 
 
 def _field_values(fields: Sequence[Field], args: Any) -> Dict[str, Any]:
@@ -9955,7 +9934,7 @@ def _warn_about(kind: str, arguments: Dict[str, Any]) -> None:
 
 
 @command("notifiers remove", "NAME", "--yes")
-def cmd_notifiers_remove(args: Any) -> int:
+def cmd_notifiers_remove(args: Any) -> None:
     """Remove a notifier; what waits for it is given up."""
     config = NotifierConfig(find_repo(args.repo))
     raw = config.read()
@@ -9968,22 +9947,21 @@ def cmd_notifiers_remove(args: Any) -> int:
     for raw in config.edit():
         raw["notifications"]["notifiers"].pop(notifier_id, None)
     print(f"removed notifier {printable(notifier_id)}")
-    return 0
 
 
 @command("notifiers enable", "NAME", WANTED_EVENTS)
-def cmd_notifiers_enable(args: Any) -> int:
+def cmd_notifiers_enable(args: Any) -> None:
     """Have a notifier hear of what happens again, or of other events."""
-    return _switch_notifier(args, "enabled", args.events)
+    _switch_notifier(args, "enabled", args.events)
 
 
 @command("notifiers disable", "NAME")
-def cmd_notifiers_disable(args: Any) -> int:
+def cmd_notifiers_disable(args: Any) -> None:
     """Have a notifier hear of nothing more, and keep its configuration."""
-    return _switch_notifier(args, "disabled")
+    _switch_notifier(args, "disabled")
 
 
-def _switch_notifier(args: Any, status: str, events: Optional[Sequence[str]] = None) -> int:
+def _switch_notifier(args: Any, status: str, events: Optional[Sequence[str]] = None) -> None:
     config = NotifierConfig(find_repo(args.repo))
     for raw in config.edit():
         notifier_id = config.find(args.name, raw)
@@ -9994,7 +9972,6 @@ def _switch_notifier(args: Any, status: str, events: Optional[Sequence[str]] = N
         if events is not None:
             entry["events"] = events
     print(f"{status} notifier {args.name}")
-    return 0
 
 
 def notifier_states(
@@ -10011,7 +9988,7 @@ def notifier_states(
 
 
 @command("notifiers list", "--json")
-def cmd_notifiers_list(args: Any) -> int:
+def cmd_notifiers_list(args: Any) -> None:
     """List the notifiers, with what is wrong with those that do not work."""
     paths = find_repo(args.repo)
     NotifierConfig(paths).read()  # or raises
@@ -10034,7 +10011,7 @@ def cmd_notifiers_list(args: Any) -> int:
                 for item, problem, since, waiting in found
             ]
         )
-        return 0
+        return
     rows = []
     for item, *_ in found:
         status = "enabled" if item.enabled else "disabled"
@@ -10048,7 +10025,6 @@ def cmd_notifiers_list(args: Any) -> int:
         print_below(item.where and f"only where {item.where}", f"{broken}{problem or ''}{waits}".strip())
     if not found:
         print(f"none yet: '{command_line(args.repo)} notifiers add' sets one up", file=sys.stderr)
-    return 0
 
 
 def destination(item: Notifier) -> str:
@@ -10062,7 +10038,7 @@ def destination(item: Notifier) -> str:
 
 
 @command("notifiers dump")
-def cmd_notifiers_dump(args: Any) -> int:
+def cmd_notifiers_dump(args: Any) -> None:
     """Print the configuration with its secrets masked."""
     raw = NotifierConfig(find_repo(args.repo)).read()
     entries = raw["notifications"]["notifiers"]
@@ -10071,24 +10047,21 @@ def cmd_notifiers_dump(args: Any) -> int:
         shown = {"arguments": masked(item.type, item.arguments)}
         entries[notifier_id] = {**entry, **shown} if isinstance(entry, dict) else "***"
     print(json.dumps(raw, indent=2))
-    return 0
 
 
 @command("notifiers get-log-level")
-def cmd_get_log_level(args: Any) -> int:
+def cmd_get_log_level(args: Any) -> None:
     """Print from which level on people hear of log messages of runs."""
     level = NotifierConfig(find_repo(args.repo)).read()["notifications"].get("log_level", 30)
     names = {number: name for name, number in LOG_LEVELS.items()}
     print(f"Log level: {names.get(level, level)}")
-    return 0
 
 
 @command("notifiers set-log-level", f"LEVEL  {', '.join(LOG_LEVELS)}")
-def cmd_set_log_level(args: Any) -> int:
+def cmd_set_log_level(args: Any) -> None:
     """Set from which level on people hear of log messages of runs."""
     for raw in NotifierConfig(find_repo(args.repo)).edit():
         raw["notifications"]["log_level"] = args.level
-    return 0
 
 
 @command("notifiers test", "[NAME]  the one of that name or ID (default: every enabled one)")
@@ -10851,9 +10824,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     _log_to_stderr(timed=False)
     try:
-        code: int = args.do(args)
+        code = args.do(args) or 0
         sys.stdout.flush()
-        return code
+        return int(code)
     except AimwatchError as error:
         print(f"{command_line()}: {error}", file=sys.stderr)
     except (KeyboardInterrupt, EOFError):
