@@ -618,20 +618,17 @@ class FileLock:
         if self.held and self.is_there():
             return self._lock(self._fd)
         self.release()
-        while self.of(self.path) is None:
-            with contextlib.ExitStack() as undo:
-                fd = open_below(self.path, os.O_RDWR | (os.O_CREAT if create else 0))
-                undo.callback(os.close, fd)
-                locked, identity = self._lock(fd), identity_of(fd)
-                if locked is False:
-                    return False
-                # An indexer that held the lock may have removed the file before it let go.
-                if is_still(self.path, identity):
-                    undo.pop_all()
-                    self._fd, self._identity = fd, identity
-                    self._registry[identity] = self
-                    return locked
-        return False
+        if self.of(self.path) is not None:
+            return False
+        fd = open_below(self.path, os.O_RDWR | (os.O_CREAT if create else 0))
+        locked, identity = self._lock(fd), identity_of(fd)
+        # An indexer that held the lock may have removed the file before it let go.
+        if locked is False or not is_still(self.path, identity):
+            os.close(fd)
+            return False
+        self._fd, self._identity = fd, identity
+        self._registry[identity] = self
+        return locked
 
     def _lock(self, fd: int) -> Optional[bool]:
         locked = _try_lock(fcntl.lockf, fd, fcntl.LOCK_EX, int(self.brief))

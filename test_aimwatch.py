@@ -537,7 +537,7 @@ class FileLocks(Case):
 
         first.release()
         with mock.patch.object(os, "open", open_late):
-            self.assertIs(second.acquire(), True)
+            self.assertIs(second.acquire(5), True)
         self.assertTrue(second.is_there())
         os.unlink(second.path)
         self.assertFalse(second.is_there())
