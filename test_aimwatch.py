@@ -2891,6 +2891,7 @@ class IndexCase(unittest.TestCase):
         self.addCleanup(stack.close)
         paths = aimwatch.find_repo(folder, create=True)
         self.db = stack.enter_context(aimwatch.Index(paths).writing())
+        self.db.execute("PRAGMA synchronous = OFF")
 
     def put(self, *states: aimwatch.RunState) -> None:
         self.db.execute("BEGIN")
@@ -2996,7 +2997,12 @@ class QueryTableTest(IndexCase):
         props = {"name": "Base line", "experiment": "cifar", "tags": ["good", "prod"], "description": "first"}
         end = {"end": "finished", "time": 1775000100.0}
         self.put(a_run("a", params=params, series=metrics, props=props, end=end))  # 2026-03-31 23:33:20 UTC
-        self.put(a_run("b", 1775100000.0, params={"hparams": {"lr": "auto"}, "n": 3.0, "big": 2**80}))
+        header = {"host": "node7", "pid": 7, "user": "ann"}
+        self.put(
+            a_run(
+                "b", 1775100000.0, header=header, params={"hparams": {"lr": "auto"}, "n": 3.0, "big": 2**80}
+            )
+        )
         self.put(a_run("old", props={"archived": True}, params={"n": 3}))
 
     def test_answers(self) -> None:
@@ -3049,7 +3055,8 @@ class QueryTableTest(IndexCase):
             ("'line' in run.name", "a"), ("'LINE' not in run.name", "a b"), ("run.n.startswith('3')", ""),
             ("run.hparams.opt in ['Adam', 'sgd']", "a"), ("run.hparams.opt in {}", ""),
             # the run itself
-            ("run.hash == 'a'", "a"), ("run.hash in ('a', 'zz')", "a"),
+            ("run.hash == 'a'", "a"), ("run.hash in ('a', 'zz')", "a"), ("run.state == 'finished'", "a"),
+            ("run.host == 'node7' and run.pid == 7 and run.user in ['ann'] and run.job is None", "b"),
             ("run.experiment == 'cifar' and run.description == 'first'", "a"),
             ("run.experiment != 'cifar'", "b"), ("not run.experiment > 'd'", "a"),
             ("run.name == 'Run: b'", "b"), ("run.experiment not in ['cifar', 'x']", "b"),
@@ -3104,22 +3111,13 @@ class QueryTableTest(IndexCase):
 class NarrowingTest(IndexCase):
     def setUp(self) -> None:
         super().setUp()
-        for number in range(12):
-            params = {
-                "all": 1,
-                "seed": number,
-                "third": number % 3,
-                "d": {"k": number},
-                "text": "x" * 200 + str(number),
-            }
-            series = [a_series(1, "loss", {}, [float(number)]), a_series(2, "loss", {"s": 1}, [0.0])]
-            props = {"tags": ["night"], "experiment": f"e{number % 2}"}
-            end = None if number < 2 else {"end": "finished", "time": 1775000100.0}
-            self.put(
-                a_run(
-                    f"{number:02}", 1775000000.0 + number, params=params, series=series, props=props, end=end
-                )
-            )
+        for nth in range(12):
+            self.put(a_run(
+                f"{nth:02}", 1775000000.0 + nth, props={"tags": ["night"], "experiment": f"e{nth % 2}"},
+                params={"all": 1, "seed": nth, "third": nth % 3, "d": {"k": nth}, "text": "x" * 200 + str(nth)},
+                series=[a_series(1, "loss", {}, [float(nth)]), a_series(2, "loss", {"s": 1}, [0.0])],
+                end=None if nth < 2 else {"end": "finished", "time": 1775000100.0},
+            ))  # fmt: skip
 
     def test_conditions_narrow_the_runs_that_are_looked_at(self) -> None:
         for text, candidates, answer in (
@@ -4669,7 +4667,7 @@ class HostileLogs(StoredCase):
         with Run("good", create=True, repo=self.root) as run:
             run.track(1, "m")
         header = '{"format":1,"hash":"x","created_at":5.5,"host":"h"}'
-        names = [f"h{seed}" for seed in range(int(os.environ.get("HOSTILE_LOGS", "40")))]
+        names = [f"h{seed}" for seed in range(int(os.environ.get("HOSTILE_LOGS", "25")))]
         for seed, name in enumerate(names):
             chance = random.Random(seed)
             lines = [*([header] if seed % 4 else []), *chance.choices(HOSTILE, k=chance.randrange(1, 30))]
@@ -4679,11 +4677,8 @@ class HostileLogs(StoredCase):
             )
             write_file(self.paths.marker(name))
         repo = aimwatch.Repo(self.root)
-        for text, good in (
-            ("", True), ("run.a == 1", False), ("run.tags", False), ("run.duration >= 0", True),
-        ):  # fmt: skip
-            self.assertEqual("good" in [row["hash"] for row in repo.query_runs(text).found], good, text)
-        self.assertIn("good", [row["hash"] for row, _ in repo.metric_rows("")])
+        for text in ("", "run.duration >= 0"):
+            self.assertIn("good", [row["hash"] for row in repo.query_runs(text).found])
         repo.query_metrics("metric.context.x == 1 or metric.last > 5")
         problems = repo.reindex()
         for problem in problems:
@@ -4692,8 +4687,6 @@ class HostileLogs(StoredCase):
         out = self.fine("runs", "--limit", "0", "--columns", columns)
         self.assertEqual(out.count("\n"), 1 + 1 + len(names) - len(problems))
         self.assertNotIn("\x1b", out)
-        self.fine("runs", "--csv")
-        self.fine("metrics")
         self.fine("metrics", "--csv", "--sort", "context")
         for text in (
             self.fine("metrics", "--json"),
@@ -5121,21 +5114,6 @@ class RunCommands(StoredCase):
             ["", "\u043f\u043e\u0442\u0435\u0440\u044f", "second\nline\x1b[31m"],
         )
 
-    def test_what_a_table_shows_can_be_asked(self) -> None:
-        with contextlib.suppress(ValueError), Run("4abc", create=True, repo=self.root):
-            raise ValueError("x")
-        host, user = os.uname().nodename, pwd.getpwuid(os.getuid()).pw_name
-        for indexed in (False, True):
-            for text, found in (
-                ("run.state == 'failed'", "4abc"), ("run.reason.startswith('ValueError')", "4abc"),
-                (f"run.host == '{host}' and run.pid == {os.getpid()} and run.state != 'failed'",
-                 "3abc 2abc 1abc 0abc"),
-                (f"run.user in ['{user}'] and run.job is None and run.hash >= '3'", "4abc 3abc"),
-            ):  # fmt: skip
-                with self.subTest(text, indexed=indexed):
-                    self.assertEqual(self.column("runs", text), found.split())
-            self.reindexed()
-
     def test_param_that_no_run_has_is_named_with_the_one_that_is_like_it(self) -> None:
         for text, said in (
             ("run.hots == 'x'", "no run has a param 'hots': did you mean host?\n"),
@@ -5307,39 +5285,27 @@ class RunCommands(StoredCase):
             pass
         self.assertEqual(json.loads(self.fine("show", "c", "--json")[0])["stdout"], "/x/y.out")
 
-    def test_run_is_found_by_its_name(self) -> None:
+    def test_run_is_found_by_its_name_or_the_beginning_of_its_hash_or_refused(self) -> None:
         quoted = 'it\'s \U0001f600 "here"'
-        named: Dict[str, str] = {}
+        named = {"2ab": "2abc", "3abc": "3abc"}
         for name in ("trial-4", "trial-4", "0ab", quoted, "3abc"):
             with Run(repo=self.root) as run:
                 run.name = name
                 run.archived = True
-                named[name] = run.hash
-        for given, found in ((quoted, named[quoted]), ("3abc", "3abc"), ("2ab", "2abc")):
-            with self.subTest(given):
-                self.assertEqual(json.loads(self.fine("show", given, "--json")[0])["hash"], found)
-        for given in ("trial-4", "0ab"):
-            code, out, err = self.run_cli("rm", "--yes", given)
-            self.assertEqual((code, out), (1, ""))
-            self.assertIn(f"run '{given}' is ambiguous: ", err)
-        runs = [name[: -len(".jsonl")] for name in os.listdir(self.paths.runs)]
-        self.assertEqual(sorted(aimwatch.Repo(self.root).list_all_runs()), sorted(runs))
-
-    def test_hash_is_found_by_its_beginning_or_refused(self) -> None:
-        with Run("0abd", create=True, repo=self.root):
-            pass
+                named.setdefault(name, run.hash)
+        for given in (quoted, "3abc", "2ab"):
+            self.assertEqual(json.loads(self.fine("show", given, "--json")[0])["hash"], named[given])
         for command in (["show"], ["plot"], ["rm", "--yes"], ["close"]):
-            more = ["loss"] if command == ["plot"] else []
             for given, message in (
-                ("0ab", "run '0ab' is ambiguous: 0abc, 0abd"), ("", "no run '' in "),
+                ("trial-4", "run 'trial-4' is ambiguous: "), ("0ab", "run '0ab' is ambiguous: "), ("", "no run '' in "),
                 ("../0abc", f"no run '../0abc' in {self.root}: "), ("\x1b[31m", "no run '\\x1b[31m' in "),
             ):  # fmt: skip
-                code, out, err = self.run_cli(*command, given, *more)
+                code, out, err = self.run_cli(*command, given, *(["loss"] if command == ["plot"] else []))
                 with self.subTest(command=command, given=given):
-                    self.assertEqual((code, out), (1, ""))
+                    self.assertEqual((code, out, err.count("\n")), (1, "", 1))
                     self.assertIn(message, err)
-                    self.assertEqual(err.count("\n"), 1)
-        self.assertEqual(aimwatch.Repo(self.root).total_runs_count(), 5)
+        runs = [name[: -len(".jsonl")] for name in os.listdir(self.paths.runs)]
+        self.assertEqual((sorted(aimwatch.Repo(self.root).list_all_runs()), len(runs)), (sorted(runs), 9))
 
     def test_plot_draws_what_is_finite(self) -> None:
         with Run("p", create=True, repo=self.root) as run:
@@ -5386,14 +5352,6 @@ class RunCommands(StoredCase):
         live.track(1, "still")
         self.die("dead")
         self.assertEqual(self.fine("close", "dead", "3abc")[0], "closed run dead\nalready closed: 3abc\n")
-
-    def test_reindex_is_silent(self) -> None:
-        self.die("dead")
-        for argv in (["reindex"], ["reindex"], ["reindex", "--rebuild"]):
-            self.assertEqual(self.run_cli(*argv), (0, "", ""))
-        os.unlink(self.paths.index)
-        self.assertEqual(self.run_cli("reindex"), (0, "", ""))
-        self.assertEqual(len(index_content(self.paths.index)["runs"]), 5)
 
     def test_bad_queries_and_columns_are_one_line_and_change_nothing(self) -> None:
         self.reindexed()
