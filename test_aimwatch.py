@@ -10510,14 +10510,11 @@ class PageText(unittest.TestCase):
 
 
 class Charts(unittest.TestCase):
-    def drawn(
-        self, values: Sequence[Any], query: str = "", **columns: Sequence[float]
-    ) -> List[List[List[float]]]:
+    def drawn(self, values: Sequence[Any], query: str = "", **columns: Sequence[float]) -> Any:
         """Return the lines of a chart of values at the steps 0, 1, ... and one a second after 1000: for each
         its points as they can be read."""
         points: Dict[str, Any] = {}
-        rows = [[1, step, value, 1000.0 + step] for step, value in enumerate(values)]
-        aimwatch.add_points(points, rows)
+        aimwatch.add_points(points, [[1, step, value, 1000.0 + step] for step, value in enumerate(values)])
         points.update((name, array.array("d", column)) for name, column in columns.items())
         curve = aimwatch.Curve("loss", "red", points, 1000.0)
         self.svg = aimwatch.chart_svg("loss", [curve], aimwatch.Ask(query))
@@ -10572,12 +10569,12 @@ class Charts(unittest.TestCase):
         numbers = ["0", "-1", "1", "1e300", "1.7e308", "-1.7e308", "5e-324", "nan", "inf", "x", "1e17"]
         for _ in range(1000):
             count = dice.randrange(1, 6)
-            steps = [dice.choice([0.0, 1.0, -5.0, 1e300, 1e17, 5e-324]) for _ in range(count)]
-            epochs = [dice.choice([0.0, 1.0, NAN, 1e308]) for _ in range(count)]
-            query = f"x={dice.choice(list(aimwatch.AXES))}&xscale={dice.choice(['', 'log'])}"
-            query += f"&yscale={dice.choice(['', 'log'])}&smooth={dice.choice(['', '0.9', '5', '-1'])}"
-            query += f"&from={dice.choice(numbers)}&to={dice.choice(numbers)}"
-            drawn = [dice.choice(values) for _ in range(count)]
+            steps = dice.choices([0.0, 1.0, -5.0, 1e300, 1e17, 5e-324], k=count)
+            epochs = dice.choices([0.0, 1.0, NAN, 1e308], k=count)
+            asked = {"x": list(aimwatch.AXES), "xscale": ["", "log"], "yscale": ["", "log"],
+                     "smooth": ["", "0.9", "5", "-1"], "from": numbers, "to": numbers}  # fmt: skip
+            query = "&".join(f"{name}={dice.choice(choices)}" for name, choices in asked.items())
+            drawn = dice.choices(values, k=count)
             with self.subTest(query=query, values=drawn, steps=steps, epochs=epochs):
                 self.drawn(drawn, query, step=steps, epoch=epochs)
                 self.assertNotRegex(self.svg, '(?: |")-?(?:nan|inf)')
@@ -10594,9 +10591,9 @@ class Charts(unittest.TestCase):
             with self.subTest(low=low, high=high):
                 scale = aimwatch.Scale([low, high], is_log)
                 found = scale.ticks(steps)
-                self.assertTrue(1 <= len(found) <= 12)
-                self.assertTrue(all(-0.01 <= scale.at(tick) <= 1.01 for tick in found), found)
-                for tick, right in itertools.zip_longest(found, found if ticks is None else ticks):
+                self.assertTrue(found and all(-0.01 <= scale.at(tick) <= 1.01 for tick in found), found)
+                self.assertLess(len(found), 13)
+                for tick, right in itertools.zip_longest(found, ticks or found):
                     self.assertAlmostEqual(tick, right)
 
 
@@ -10757,7 +10754,7 @@ class Pages(StoredCase):
         self.live.close()
         self.assertEqual(self.get("metrics").count('state="running"'), 0)
 
-    def test_repository_that_goes_away_and_comes_back(self) -> None:
+    def test_what_cannot_be_read_is_said(self) -> None:
         self.fill()
         self.get("")
         os.rename(self.paths.aim, self.paths.aim + "-away")
@@ -10765,16 +10762,12 @@ class Pages(StoredCase):
         self.assertIn("its share is away", json.loads(self.get("api/runs", status=503))["error"])
         os.rename(self.paths.aim + "-away", self.paths.aim)
         self.assertIn("All runs", self.get(""))
-
-    def test_logs_that_cannot_be_read(self) -> None:
-        self.fill()
         with open(self.paths.run_log("r1"), "w") as file:
             file.write('{"format":99,"created_at":1.0}\n')
         self.assertIn("use the newer aimwatch", self.get("run/r1/", status=503))
         with open(self.paths.run_log("r2"), "ab") as file:
             file.write(b"[1,2,\n{torn")
         self.assertIn("1 line of the log could not be read", self.get("run/r2/"))
-        self.get("")
 
     def test_groups_acknowledged_runs_and_dead_ones(self) -> None:
         self.fill()
@@ -10987,63 +10980,40 @@ class Browser:
     """A headless Chromium, told by the DevTools protocol what to do."""
 
     def __init__(self, binary: str, folder: str) -> None:
-        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-        flags += (
-            " --disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0"
-        )
-        self.process = subprocess.Popen(
-            [binary, *flags.split(), f"--user-data-dir={folder}", "about:blank"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        ready, deadline = os.path.join(folder, "DevToolsActivePort"), time.monotonic() + 60
-        while not os.path.exists(ready) or os.path.getsize(ready) < 10:
-            assert time.monotonic() < deadline and self.process.poll() is None, "the browser does not start"
-            time.sleep(0.05)
-        with open(ready, encoding="ascii") as file:
-            port = int(file.readline())
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        while True:
-            with direct.open(f"http://127.0.0.1:{port}/json", timeout=30) as answer:
-                pages = [page for page in json.load(answer) if page["type"] == "page"]
-            if pages:
-                break
-        path = pages[0]["webSocketDebuggerUrl"].partition(str(port))[2]
-        self.link = socket.create_connection(("127.0.0.1", port), timeout=60)
-        self.link.sendall(
-            f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
-        )
-        self.file = self.link.makefile("rb")
-        while self.file.readline().strip():
-            pass
+        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+        flags += "--disable-background-networking --disable-component-update --disable-dev-shm-usage"
+        hears, self.tells = os.pipe()
+        self.answers, says = os.pipe()
+        # It is told what to do at its descriptor 3, and answers at 4.
+        command = ["bash", "-c", f'exec "$@" --remote-debugging-pipe 3<&{hears} 4>&{says}', "bash", binary]
+        quiet: Dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        command += [*flags.split(), f"--user-data-dir={folder}"]
+        self.process = subprocess.Popen(command, pass_fds=(hears, says), **quiet)
+        os.close(hears)
+        os.close(says)
         self.events: List[Dict[str, Any]] = []
-        self.calls = 0
+        self.calls, self.read, self.session = 0, b"", {}
+        page = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=page, flatten=True)
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> Dict[str, Any]:
         self.calls += 1
-        data = json.dumps({"id": self.calls, "method": method, "params": params}).encode()
-        # A frame of a client is masked; this mask changes nothing.
-        self.link.sendall(b"\x81\xff" + len(data).to_bytes(8, "big") + bytes(4) + data)
+        message = {"id": self.calls, "method": method, "params": params, **self.session}
+        os.write(self.tells, json.dumps(message).encode() + b"\0")
         while True:
-            message = self._receive()
+            while b"\0" not in self.read:
+                more = os.read(self.answers, 65536)
+                assert more, "the browser has ended"
+                self.read += more
+            answer, _, self.read = self.read.partition(b"\0")
+            message = json.loads(answer)
             if message.get("id") == self.calls:
                 assert "error" not in message, message
                 result: Dict[str, Any] = message["result"]
                 return result
             self.events.append(message)
-
-    def _receive(self) -> Dict[str, Any]:
-        data, last = b"", False
-        while not last:
-            first, size = self.file.read(2)
-            last = bool(first & 0x80)
-            if size > 125:
-                size = int.from_bytes(self.file.read(2 if size == 126 else 8), "big")
-            data += self.file.read(size)
-        message: Dict[str, Any] = json.loads(data)
-        return message
 
     def run(self, script: str) -> Any:
         """Return the value of an expression on the page."""
@@ -11052,8 +11022,8 @@ class Browser:
         return answer["result"].get("value")
 
     def close(self) -> None:
-        self.file.close()
-        self.link.close()
+        os.close(self.tells)
+        os.close(self.answers)
         self.process.kill()
         self.process.wait()
 
@@ -11061,7 +11031,7 @@ class Browser:
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 
 
-@unittest.skipUnless(CHROMIUM, "there is no Chromium here")
+@unittest.skipUnless(CHROMIUM and shutil.which("bash"), "there is no Chromium here, or no bash")
 class InABrowser(UpCase):
     def test_pages_follow_what_happens_and_ask_nobody_else(self) -> None:
         with Run("done", create=True, repo=self.root) as run:
