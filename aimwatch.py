@@ -304,18 +304,13 @@ def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
     """
     temporary = f"{path}.{this_host()}.tmp"
     with contextlib.suppress(FileNotFoundError):
-        unlink_below(temporary)  # of a writer that was killed
-    fd = open_below(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-        with folder_of(path) as (folder, name):
-            os.replace(os.path.basename(temporary), name, src_dir_fd=folder, dst_dir_fd=folder)
-    except BaseException:
-        unlink_below(temporary)
-        raise
+        unlink_below(temporary)  # of a writer that was killed, or found no room
+    with os.fdopen(open_below(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    with folder_of(path) as (folder, name):
+        os.replace(os.path.basename(temporary), name, src_dir_fd=folder, dst_dir_fd=folder)
 
 
 def names_in(folder: str, pattern: str) -> List[str]:
