@@ -5183,11 +5183,9 @@ MAX_MESSAGE = 3000
 
 def fill_template(template: str, facts: Facts) -> str:
     """Return `template` with every known {field} replaced; unknown ones stand as they are."""
-
-    def value(match: Any) -> str:
-        return facts.get(match[1], "") if match[1] in TEMPLATE_FIELDS else str(match[0])
-
-    return _TEMPLATE_FIELD.sub(value, template)
+    return _TEMPLATE_FIELD.sub(
+        lambda field: facts.get(field[1], "") if field[1] in TEMPLATE_FIELDS else field[0], template
+    )
 
 
 def fill_known(template: str, facts: Facts) -> str:
@@ -5338,8 +5336,8 @@ def _as_one(group: Sequence[Facts]) -> Facts:
 
 
 def plain_facts(facts: Facts) -> Facts:
-    """Return of `facts` what no server can object to: the hash, what happened, and numbers."""
-    kept = {"event", "id", "run.hash", "run.silent", "run.promised", "time", "repo"}
+    """Return of `facts` what no server can object to: which run, whose it is, what happened, and numbers."""
+    kept = {"event", "id", "run.hash", "run.user", "run.silent", "run.promised", "time", "repo"}
     kept |= {"run.reason"} if facts.get("event") == TROUBLE else set()  # our own words, and all that there is
     return {name: facts[name].encode("ascii", "replace").decode() for name in kept & facts.keys()}
 

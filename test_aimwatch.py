@@ -6627,6 +6627,9 @@ class Mail(NotifierCase):
                 self.assertEqual([mail[1] for mail in server.mails], [expected] if expected else [])
                 if expected:
                     self.assertEqual(self.parsed(server)["to"], ", ".join(expected))
+        server = self.server()
+        aimwatch.deliver(server.notifier(to=["{run.user}@x"]), [facts_of()], plain=True)
+        self.assertEqual([mail[1] for mail in server.mails], [["ann@x"]])
         for bad in ("{run.name}@x", "{run.user", "{run.user}@x,y@@z"):
             self.assertIsNotNone(self.server().notifier(to=[bad]).problem, bad)
         server = self.server()
