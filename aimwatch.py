@@ -5770,7 +5770,6 @@ class Outbox:
         #: What is still to be sent: event id to the event and the notifiers for which it waits.
         self._waiting: Dict[str, Tuple[Event, Set[str]]] = {}
         self._broken: Dict[str, Tuple[str, float]] = {}
-        self._mended: Dict[str, float] = {}
         self._lock = threading.Lock()
         #: Held while the file is written, which takes as long as the disk does. Only writers wait for it.
         self._writing = threading.Lock()
@@ -5796,12 +5795,12 @@ class Outbox:
                     ids.discard(record["to"])
                     if not ids:
                         del self._waiting[event_id]
+                self._broken.pop(record["to"], None)
             elif "broken" in record:
                 since = float(record.get("since") or record["time"])
                 self._broken[str(record["broken"])] = (str(record["reason"]), since)
-            works = record.get("mended") or "sent" in record and record["to"]
-            if works in self._broken:
-                self._mended[works] = self._broken.pop(works)[1]
+            elif "mended" in record:
+                self._broken.pop(record["mended"], None)
 
     def waiting_for(self, notifier_id: str) -> List[Event]:
         """Return what is still to be sent to a notifier, the oldest first."""
@@ -5813,23 +5812,15 @@ class Outbox:
         with self._lock:
             return dict(self._broken)
 
-    def mended(self) -> Dict[str, float]:
-        """Return the notifiers that work again: since when they had not (UTC seconds)."""
-        with self._lock:
-            return dict(self._mended)
-
     def _lines(self) -> List[bytes]:
         """Return what a file must say at least: what waits, what is known to have been sent, and which
-        notifiers do not work, or did not."""
+        notifiers do not work."""
         records: List[Dict[str, Any]] = [{"begun": "what came before is only summarized"}]
         with self._lock:
             done = sorted(self.known - self._waiting.keys())
             records += [{"event": event_id, "kind": "", "to": []} for event_id in done]
             for event, ids in self._waiting.values():
                 records.append(self._record_of(event, sorted(ids)))
-            for notifier_id, since in self._mended.items():
-                records.append({"broken": notifier_id, "reason": "", "since": since})
-                records.append({"mended": notifier_id})
             for notifier_id, (reason, since) in self._broken.items():
                 records.append({"broken": notifier_id, "reason": reason, "since": since})
         return [_outbox_line(record) for record in records]
@@ -5844,11 +5835,11 @@ class Outbox:
 
         Where the disk refuses, the lines wait in memory and the events are sent all the same.
         """
-        self._write([self._record_of(event, notifier_ids) for event, notifier_ids in events])
+        self.write([self._record_of(event, notifier_ids) for event, notifier_ids in events])
 
     def sent(self, event_ids: Sequence[str], notifier_id: str) -> None:
         """Record that events were sent to a notifier, which therefore works."""
-        self._write([{"sent": list(event_ids), "to": notifier_id}])
+        self.write([{"sent": list(event_ids), "to": notifier_id}])
 
     def note_broken(self, notifier_id: str, reason: str) -> None:
         """Record that a notifier does not work, and why now, unless that is known."""
@@ -5857,18 +5848,15 @@ class Outbox:
         reason = re.sub(r"(HTTP \d+): (?![a-z_]{1,30}$).*", r"\1", reason)
         known, since = self.broken().get(notifier_id, ("", round(time.time(), 3)))
         if known != reason:
-            self._write([{"broken": notifier_id, "reason": reason, "since": since}])
+            self.write([{"broken": notifier_id, "reason": reason, "since": since}])
 
     def note_mended(self, notifier_id: str) -> None:
         """Record that a notifier works, where it did not."""
         if notifier_id in self.broken():
-            self._write([{"mended": notifier_id}])
+            self.write([{"mended": notifier_id}])
 
-    def flush(self) -> None:
-        """Try again to write what the disk refused, or what lost its file."""
-        self._write([])
-
-    def _write(self, records: Sequence[Dict[str, Any]]) -> None:
+    def write(self, records: Sequence[Dict[str, Any]] = ()) -> None:
+        """Write records, and try again to write what the disk refused, or what lost its file."""
         with self._writing:
             if self._file is not None:
                 self._file.look()
@@ -6057,20 +6045,12 @@ class Dispatcher:
             elif not self._outbox.waiting_for(item.id):
                 self._outbox.note_mended(item.id)
         usable = {item.id: item for item in self._usable()}
-        for thread in self._threads.values():
-            thread.use(usable.get(thread.id))
-        self._start_threads()
-
-    def _start_threads(self) -> None:
-        for item in self._usable():
-            if item.id not in self._threads:
-                thread = NotifierThread(item, self._outbox)
-                try:
-                    thread.start()
-                except RuntimeError as error:  # a machine that is out of processes will have some again
-                    log.error("notifier %s waits: %s; trying again", item.shown_as, error)
-                    return
-                self._threads[item.id] = thread
+        for one, item in usable.items():
+            if one not in self._threads:
+                self._threads[one] = NotifierThread(item, self._outbox)
+                self._threads[one].start()
+        for one, thread in self._threads.items():
+            thread.use(usable.get(one))
 
     def reload_if_changed(self) -> None:
         """Take up a changed configuration; of a broken one that is said once, and the last good one kept."""
@@ -6085,7 +6065,6 @@ class Dispatcher:
                 if str(error) != self._complaint:
                     log.error("%s; the last good configuration stays in force", error)
                 self._complaint = str(error)
-        self._start_threads()
 
     def describe(self) -> str:
         """Return who is notified, for people: `slack 5c42d699, logger`."""
@@ -6138,19 +6117,14 @@ class Dispatcher:
             time.sleep(back_off_s(failures, 0.5))
 
     def notify_of_broken(self) -> None:
-        """Notify the others, once, of every notifier that does not work, and when it works again."""
+        """Notify the others, once, of every notifier that does not work."""
         for one, (why, since) in self._outbox.broken().items():
-            kept = "what waits for it is kept until it is mended"
-            self._notify_of(f"{BROKEN}-{one}-{since:.3f}", one, f"does not work: {why}; {kept}")
-        for one, since in self._outbox.mended().items():
-            if f"{BROKEN}-{one}-{since:.3f}" in self._outbox.known:
-                self._notify_of(f"{BROKEN}-{one}-{since:.3f}-mended", one, "works again")
-
-    def _notify_of(self, event_id: str, notifier_id: str, what: str) -> None:
-        item = self._notifiers.get(notifier_id)
-        if item is not None and event_id not in self._outbox.known:
-            reason = printable(f"notifier {item.type} {item.shown_as} {what}")
-            self.notify([trouble(event_id, self._paths.root, reason, look="notifiers list")], but=item.id)
+            item, event_id = self._notifiers.get(one), f"{BROKEN}-{one}-{since:.3f}"
+            if item is not None and event_id not in self._outbox.known:
+                what = f"notifier {item.type} {item.shown_as} does not work: {why}"
+                reason = printable(f"{what}; what waits for it is kept until it is mended")
+                event = trouble(event_id, self._paths.root, reason, look="notifiers list")
+                self.notify([event], but=one)
 
     def drain(self, limit_s: float) -> bool:
         """Wait until everything was sent or tried once, at most `limit_s` seconds; True if so."""
@@ -6870,14 +6844,10 @@ def remove_all(files: Iterable[str]) -> None:
             unlink_below(path)
 
 
-#: No watcher has written so much.
-MAX_WATCHER_BYTES = 64 << 20
-
-
 def read_watcher_file(paths: RepoPaths) -> Dict[str, Any]:
     """Return the content of watcher.json; {} where it is missing or damaged."""
     try:
-        return json_object(read_bounded(paths.watcher, MAX_WATCHER_BYTES)) or {}
+        return json_object(read_bounded(paths.watcher, 64 << 20)) or {}
     except OSError:
         return {}
 
@@ -6933,7 +6903,8 @@ class Watcher:
         self._once = once
         self._remind_every_s = remind_every_s
         self._clock, self._utc, self._wait = clock, utc, wait
-        self._id = (this_host(), boot_id(), os.getpid(), round(utc(), 3))
+        #: What tells it from all others in watcher.json.
+        self._id = {"host": this_host(), "boot": boot_id(), "pid": os.getpid(), "started_at": round(utc(), 3)}
         #: True once it watches no more.
         self.closed = False
         #: What tells the last watcher.json that this watcher wrote from one of another.
@@ -7035,6 +7006,9 @@ class Watcher:
             with contextlib.suppress(OSError):
                 self._lock.acquire()  # somebody who seemed dead held it
         before = self._clock()
+        # Where somebody may be accused, not from a cache.
+        if self.table.is_overdue(self.looking.total_s + self.poll_interval_s + 1):
+            freshen(self.paths.check_ins)
         try:
             listing = list_below(self.paths.check_ins)
         except OSError as error:
@@ -7046,6 +7020,7 @@ class Watcher:
             log.warning("%s can be read again", self.paths.check_ins)
             self.trouble = ""
         arrived = self.looking.look(before, self.poll_interval_s + 1) and self.looks > 0
+        listed_s = self.looking.total_s
         self.looking.look(self._clock(), MAX_LISTING_S)
         self.dispatcher.reload_if_changed()
         self._send()  # what the last watcher, or an error, left
@@ -7055,9 +7030,9 @@ class Watcher:
         if first:
             changes = []  # what was there before is no news
             self._find_dead(now_s, first=True)
-        if self.looking.accuses and (not self.table.is_overdue(now_s) or self._look_again(now_s, changes)):
+        if self.looking.accuses:
             changes += self._find_dead(now_s)
-            changes += self.table.overdue(now_s)
+            changes += self.table.overdue(listed_s)
             if self._remind_every_s:
                 due = reminders(self.table.runs.values(), self._reminded_s, now_s, self._remind_every_s)
                 taken_on = read_acks(self.paths) if due else set()
@@ -7077,7 +7052,7 @@ class Watcher:
         remove_all(taken)
         self.dispatcher.notify_of_broken()
         self._sweep()
-        self.outbox.flush()
+        self.outbox.write()
         self.looking.look(self._clock(), MAX_LISTING_S)
         self._save()
         self.looks += 1
@@ -7090,18 +7065,10 @@ class Watcher:
         if self._saved_as in (None, found) or found is None:
             return
         saved = read_watcher_file(self.paths)
-        if saved and not saved.get("ended") and watcher_id(saved) != self._id:
+        if saved and not saved.get("ended") and not self._id.items() <= saved.items():
             self._may_save = False
             raise WatcherBusyError(f"{describe_watcher(self.paths)} watches {self.paths.root} now")
         self._saved_as = found
-
-    def _look_again(self, now_s: float, changes: List[Change]) -> bool:
-        """List once more, and not from a cache, before anybody is accused; False where it fails."""
-        freshen(self.paths.check_ins)
-        with contextlib.suppress(OSError):
-            changes += self.table.take(list_below(self.paths.check_ins), now_s, self._utc())
-            return True
-        return False
 
     def _warn_once(self, text: str) -> None:
         if text not in self._said and len(self._said) < 1000:
@@ -7248,7 +7215,7 @@ class Watcher:
             return False
         content = {
             "version": 1,
-            **dict(zip(_WATCHER_ID, self._id)),
+            **self._id,
             "ended": ended,
             "seen_at": round(self._utc(), 3),
             "mono": round(begun, 3),
@@ -7294,15 +7261,6 @@ class Watcher:
         return Counter(watched.state for watched in self.table.runs.values())
 
 
-#: What tells one watcher from all others in watcher.json.
-_WATCHER_ID = ("host", "boot", "pid", "started_at")
-
-
-def watcher_id(saved: Dict[str, Any]) -> Tuple[Any, ...]:
-    """Return what tells the watcher that wrote watcher.json from all others."""
-    return tuple(saved.get(field) for field in _WATCHER_ID)
-
-
 def is_elsewhere(saved: Dict[str, Any]) -> bool:
     """True where the last watcher was on another machine, whose locks may not be seen on this one, and did
     not say that it ended."""
@@ -7342,15 +7300,11 @@ class SeenAt:
         if fresh:
             freshen(self._paths.watcher)
         saved = read_watcher_file(self._paths)
-        seen = (*watcher_id(saved), saved.get("seen_at"))
-        if saved and seen != self._seen:
-            self._seen, self._since_mono, self._ended = seen, time.monotonic(), bool(saved.get("ended"))
+        if saved.get("seen_at", self._seen) != self._seen:
+            self._seen, self._since_mono = saved["seen_at"], time.monotonic()
+            self._ended = bool(saved.get("ended"))
             self._interval_s = bounded(saved.get("save_interval_s")) or DEFAULT_POLL_INTERVAL_S
         return self._seen
-
-    def still_s(self) -> float:
-        """Return how many seconds ago a look saw it change."""
-        return time.monotonic() - self._since_mono
 
     def moves(self, wait: Callable[[float], Any] = time.sleep) -> bool:
         """Look for two intervals whether it changes."""
@@ -7364,7 +7318,8 @@ class SeenAt:
     def is_frozen(self, fresh: bool = True) -> bool:
         """True where it has not changed for so long that its watcher is taken for dead."""
         self.look(fresh)
-        return not self._ended and self.still_s() > FROZEN_S + 3 * self._interval_s
+        still_s = time.monotonic() - self._since_mono
+        return not self._ended and still_s > FROZEN_S + 3 * self._interval_s
 
 
 def describe_watcher(paths: RepoPaths) -> str:
