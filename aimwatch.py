@@ -9743,7 +9743,7 @@ def cmd_notifiers(args: Any) -> None:
     """Say who is notified, and how."""
 
 
-@command("notifiers add", epilog="'notifiers add TYPE --help' shows the flags of a type, and an example.")
+@command("notifiers add", epilog="'notifiers add TYPE --help' shows the flags of a type, and which it needs.")
 def cmd_notifiers_add(args: Any) -> None:
     """Add a notifier, by questions, or wholly by the flags of its type."""
     kinds = ", ".join(NOTIFIER_FIELDS)
@@ -10597,11 +10597,11 @@ REINDEX_WAIT_S = 60.0
 
 #: What the demo's processes run: a training loop that meets the fate named by its argument.
 DEMO_TRAINING = """\
-import sys, time
+import os, signal, sys, time
 from aimwatch import Run
 
-fate = sys.argv[1]
-with Run(experiment="demo") as run:
+fate, repo = sys.argv[1:]
+with Run(repo=repo, experiment="demo") as run:
     run.name = fate
     for step in range(20):
         time.sleep(0.05)
@@ -10609,22 +10609,20 @@ with Run(experiment="demo") as run:
         if step == 10:
             if fate == "raises":
                 raise ValueError(f"loss is NaN at step {step}")
-            if fate == "stalls":
-                time.sleep(5)
-            elif fate != "finishes":
-                print("waiting", flush=True)
-                time.sleep(60)
+            if fate in ("killed", "terminated"):
+                os.kill(os.getpid(), signal.SIGKILL if fate == "killed" else signal.SIGTERM)
+            time.sleep({"stalls": 5, "hangs": 60}.get(fate, 0))
 """
 DEMO_GRACE_S, DEMO_POLL_S, DEMO_LIMIT_S = 1.0, 0.2, 20.0
-#: The demo's processes: (name, what becomes of it, the signal that it is sent, what must be alerted).
-DEMO_FATES = (
-    ("finishes", "reaches its end", 0, [FINISHED]),
-    ("raises", "raises an exception", 0, [FAILED]),
-    ("killed", "is sent SIGKILL", signal.SIGKILL, [FAILED]),
-    ("hangs", "stops working", 0, [STALLED]),
-    ("terminated", "is sent SIGTERM", signal.SIGTERM, [FAILED]),
-    ("stalls", "stalls and comes back", 0, [STALLED, RECOVERED, FINISHED]),
-)
+#: The demo's processes: what becomes of each, and what must be alerted.
+DEMO_FATES = {
+    "finishes": ("reaches its end", [FINISHED]),
+    "raises": ("raises an exception", [FAILED]),
+    "killed": ("is sent SIGKILL", [FAILED]),
+    "hangs": ("stops working", [STALLED]),
+    "terminated": ("is sent SIGTERM", [FAILED]),
+    "stalls": ("stalls and comes back", [STALLED, RECOVERED, FINISHED]),
+}
 
 
 @command("demo", "--keep  leave the repository for a look")
@@ -10641,7 +10639,7 @@ def cmd_demo(args: Any) -> int:
         if not args.keep:
             shutil.rmtree(root, ignore_errors=True)
     rows = []
-    for name, what, _, must in DEMO_FATES:
+    for name, (what, must) in DEMO_FATES.items():
         found = [kind for run, kind in alerts if run == name]
         verdict = "ok" if found == must else f"WRONG: not {', '.join(must)}"
         rows.append((name, what, ", ".join(found) or "none", verdict))
@@ -10667,21 +10665,11 @@ def _demo_alerts(paths: RepoPaths, at_end: contextlib.ExitStack) -> List[Tuple[s
     watcher = Watcher(paths, DEMO_GRACE_S, DEMO_POLL_S)
     at_end.callback(watcher.close)
     watcher.poll()  # what is there at the first look is no news
-    here = os.path.dirname(os.path.abspath(__file__))
-    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": path, "AIMWATCH_REPO": paths.root}
-    processes = []
-    for name, _, number, _ in DEMO_FATES:
-        process: Any = subprocess.Popen(
-            [sys.executable, "-c", DEMO_TRAINING, name], env=env, stdout=-1, stderr=subprocess.DEVNULL
-        )
-        at_end.enter_context(process)
+    here = os.path.dirname(os.path.abspath(__file__))  # where it finds this module
+    for name in DEMO_FATES:
+        argv = [sys.executable, "-c", DEMO_TRAINING, name, paths.root]
+        process = at_end.enter_context(subprocess.Popen(argv, cwd=here, stderr=subprocess.DEVNULL))
         at_end.callback(process.kill)
-        processes.append((process, number))
-    for process, number in processes:
-        if number:
-            process.stdout.readline()  # it has checked in and waits
-            process.send_signal(number)
     alerts: List[Tuple[str, str]] = []
     deadline = time.monotonic() + DEMO_LIMIT_S
 
@@ -10692,7 +10680,7 @@ def _demo_alerts(paths: RepoPaths, at_end: contextlib.ExitStack) -> List[Tuple[s
         sent = {event for record in records for event in record.get("sent", ())}
         events = [record for record in records if record.get("event") in sent]
         alerts[:] = [(event["facts"]["run.name"], event["kind"]) for event in events]
-        if time.monotonic() > deadline or len(alerts) >= sum(len(must) for *_, must in DEMO_FATES):
+        if time.monotonic() > deadline or len(alerts) >= sum(len(must) for _, must in DEMO_FATES.values()):
             stop.set()
 
     watcher.run(stop, after_poll)
