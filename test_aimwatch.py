@@ -5264,16 +5264,15 @@ class RunCommands(StoredCase):
         os.mkdir(git)
         write_file(os.path.join(git, "HEAD"), commit)
         path = os.path.join(self.root, "slurm-7.out")
-        env = {**os.environ, "PYTHONPATH": HERE}
-        for output, noted in ((path, path), (os.devnull, None)):
+        for output, environ, noted in (
+            (path, {}, path), (os.devnull, {}, None), (os.devnull, {"SLURM_JOB_STDOUT": "/x/y"}, "/x/y"),
+        ):  # fmt: skip
+            os.environ.update(environ)
             with open(output, "w", encoding="utf-8") as file:
-                subprocess.run([sys.executable, script, self.root], cwd="/", env=env, stdout=file, check=True)
+                self.assertEqual(self.command(sys.executable, script, self.root, stdout=file).wait(), 0)
             row = json.loads(self.fine("show", "c", "--json")[0])
             self.assertEqual((row["commit"], row["stdout"]), (commit, noted))
             self.fine("rm", "--yes", "c")
-        with mock.patch.dict(os.environ, SLURM_JOB_STDOUT="/x/y.out"), Run("c", create=True, repo=self.root):
-            pass
-        self.assertEqual(json.loads(self.fine("show", "c", "--json")[0])["stdout"], "/x/y.out")
 
     def test_run_is_found_by_its_name_or_the_beginning_of_its_hash_or_refused(self) -> None:
         quoted = 'it\'s \U0001f600 "here"'
