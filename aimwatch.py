@@ -762,12 +762,6 @@ class RepoPaths:
         shared = [self.check_ins, self.runs, self.pending, self.news, self.stacks, self.mutes]
         return [*self.owners_folders(), *shared]
 
-    def check_folders(self) -> None:
-        """Raise OSError where a folder cannot be reached, or is a symbolic link."""
-        for folder in self.folders():
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError), folder_of(f"{folder}/."):
-                pass
-
     def create(self) -> None:
         """Make the folders that are missing: in some of them only their owner writes, whatever the umask.
         Raises RepoError where that is impossible."""
@@ -818,7 +812,9 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
     paths = RepoPaths(root)
     try:
         os.stat(os.path.join(paths.aim, "."))
-        paths.check_folders()
+        for folder in paths.folders():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), folder_of(f"{folder}/."):
+                pass
     except (FileNotFoundError, NotADirectoryError):
         if not create:
             raise RepoError(
@@ -6925,7 +6921,6 @@ class Watcher:
         self._save_mono, self._save_pause_s = -math.inf, 0.0
         self._lock = FileLock(paths.watcher_lock, flock=True)
         try:
-            paths.check_folders()
             paths.create()
             frozen = self._take_lock(seize)
             self._first = not os.path.exists(paths.watcher) and not os.path.exists(paths.outbox)

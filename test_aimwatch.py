@@ -10292,7 +10292,7 @@ class TestClosedDoors(WatchCase):
                 self.assertEqual(bool(watcher.trouble), folder == self.paths.check_ins)
                 self.stop(watcher)
                 refusal = f"cannot use {folder}: links are not followed here: put a folder in its place"
-                with self.assertRaisesRegex(aimwatch.RepoError, f"^{re.escape(refusal)}$"):
+                with self.assertRaisesRegex(aimwatch.RepoError, "links are not followed here"):
                     aimwatch.Watcher(self.paths)
                 for argv in (
                     ["reindex"],
