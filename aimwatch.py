@@ -346,12 +346,6 @@ def read_bounded(path: str, limit: int) -> bytes:
         return file.read(limit)
 
 
-def read_with_stat(path: str, limit: int) -> Tuple[bytes, os.stat_result]:
-    """Return at most `limit` bytes of a file, and what the file was that was read."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        return file.read(limit), os.fstat(file.fileno())
-
-
 #: File systems that no other machine writes; whatever is not among them is taken for a shared one.
 _LOCAL_FILE_SYSTEMS = set(
     b"bcachefs btrfs devtmpfs ext2 ext3 ext4 exfat f2fs fuseblk jfs msdos ntfs ntfs3 overlay ramfs reiserfs"
@@ -5099,8 +5093,8 @@ class NotifierConfig:
         Raises ConfigError where the file is damaged, of another shape, unreadable, or not to be trusted.
         """
         try:
-            data, info = read_with_stat(self.path, MAX_LINE_BYTES)
-            raw = json.loads(data.decode("utf-8-sig"))
+            with open(self.path, "rb") as file:
+                raw, info = json.load(file), os.fstat(file.fileno())
             raw["notifications"].setdefault("notifiers", {}).items()
         except FileNotFoundError:
             return {"notifications": {"version": "1.0", "log_level": 30, "notifiers": {}}}
