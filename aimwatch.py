@@ -1695,8 +1695,7 @@ def describe_rank() -> Dict[str, Any]:
         if not rank < world or world == 1:
             return {}
         job = [env[name] for name in JOB_VARIABLES if env.get(name)]
-        local = env.get("LOCAL_WORLD_SIZE") == str(world)
-        if not job and (local or env.get("MASTER_ADDR", "localhost") in ("localhost", "127.0.0.1")):
+        if not job and env.get("MASTER_ADDR", "localhost") in ("localhost", "127.0.0.1"):
             job = [this_host()]
         import hashlib
 
@@ -1945,7 +1944,7 @@ class _Process:
     def _after_fork_in_child(self) -> None:
         # Only the forking thread exists in the child: locks held by others would never be released.
         self.stacks = _Stacks()
-        self._ending, self.exit = False, None
+        self.exit = None
         # With a handler in Python, a child that computes in C would outlive its SIGTERM.
         for signum in ENDING_SIGNALS:
             if signal.getsignal(signum) == self._on_signal:
@@ -2331,9 +2330,9 @@ class Run:
         self._rhythm, self._learned_mono, self._phase_s = Rhythm(), math.nan, 0.0
         #: In a program that `aimwatch exec` runs, `track` is a report until there is another.
         self._track_reports = False
-        #: The flag of the end that is reported, and its record until it is on disk.
-        self._ended: Optional[str] = None
-        self._to_end: Optional[Dict[str, Any]] = None
+        #: How the run ended, and whether all of it is said.
+        self._ended: Optional[End] = None
+        self._end_said = False
         #: The thread that reported last.
         self._thread = _thread.get_ident()
         #: The time of the last record when a notebook's cell ended.
@@ -2412,8 +2411,7 @@ class Run:
             problem = log_problem(self._state) if self._state.created_at else ""
             if problem:
                 raise RepoError(f"cannot go on with run {self.hash}: {problem}")
-        with contextlib.suppress(OSError):  # where an earlier process hung matters no more
-            os.unlink(self._paths.stack(self.hash))
+        _process.stacks.disarm(self._paths.stack(self.hash))  # where an earlier process hung matters no more
         names = own_check_ins(self._paths, self.hash)
         newest = parse_check_in(names[-1]) if names else None
         self._state.next_idx = max(self._state.next_idx, newest.idx + 1 if newest else 1)
@@ -2568,7 +2566,7 @@ class Run:
     def report_successful_finish(self, *, block: bool = True) -> None:
         """Say that the run reached its end. `block` is Aim's; the report is always written."""
         if self._may_write("report_successful_finish"):
-            if self._ended == FAILED:
+            if self._ended is not None and self._ended.flag == FAILED:
                 self._reopen()
             _in_full(self._end, End(FINISHED))
 
@@ -3060,19 +3058,16 @@ class Run:
     def _end(self, end: Optional[End]) -> None:
         """Record how the run ended, in its log and then as a check-in. The first end counts, and is said once
         more where this was interrupted."""
-        if end is None or not self._is_mine() or (self._ended is not None and self._to_end is None):
+        if end is None or not self._is_mine() or self._end_said:
             return
-        if self._to_end is None:
-            end = self._with_signal(end)
-            # The clock may have been set back, and no run ends before it began.
-            time_s = max(round(time.time(), 3), self._state.created_at, self._state.last_time)
-            record: Dict[str, Any] = {"end": end.flag, "time": time_s, "idx": self._file.next_idx()}
-            if end.reason:
-                record.update(reason=end.reason, frames=list(end.frames))
-            if end.output:
-                record["output"] = list(end.output)
-            self._ended, self._to_end = end.flag, record
-        record = self._to_end
+        end = self._ended = self._ended or self._with_signal(end)
+        # The clock may have been set back, and no run ends before it began.
+        time_s = max(round(time.time(), 3), self._state.created_at, self._state.last_time)
+        record: Dict[str, Any] = {"end": end.flag, "time": time_s, "idx": self._file.next_idx()}
+        if end.reason:
+            record.update(reason=end.reason, frames=list(end.frames))
+        if end.output:
+            record["output"] = list(end.output)
         _process.stacks.disarm(self._paths.stack(self.hash))
         self._deadline, self._window = 0.0, (math.nan, 0.0)
         # The log first: who sees the check-in must find the reason.
@@ -3082,12 +3077,12 @@ class Run:
             self._file.write(record["idx"], record["end"], 0)
         except OSError as error:
             log.warning("cannot report %s below %s: %s", record["end"], self._file.folder, error.strerror)
-        self._to_end = None
+        self._end_said = True
 
     def _reopen(self) -> None:
         """Take a reported end back: the run goes on training."""
         self._record({"resume": round(time.time(), 3)})
-        self._ended = self._to_end = None
+        self._ended, self._end_said = None, False
 
     def _close_files(self) -> None:
         with self._locked():

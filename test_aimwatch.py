@@ -11149,7 +11149,7 @@ def parser_commands(parser: Any = None, path: Tuple[str, ...] = ()) -> Dict[Tupl
 class RankVariables(Case):
     def test_launchers_say_which_rank_this_is(self) -> None:
         names = {name for pair in aimwatch.RANK_VARIABLES for name in pair}
-        names.update(aimwatch.JOB_VARIABLES, aimwatch.START_VARIABLES, ["LOCAL_WORLD_SIZE"])
+        names.update(aimwatch.JOB_VARIABLES, aimwatch.START_VARIABLES)
         groups = []
         for env, expected in (
             ("RANK=3 WORLD_SIZE=8 MASTER_ADDR=localhost", (3, 8)),
