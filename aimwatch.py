@@ -1547,10 +1547,7 @@ def parse_message(line: bytes) -> Optional[Dict[str, Any]]:
 def read_messages(path: str) -> Iterator[Dict[str, Any]]:
     """Yield the log messages of a run as recorded. Raises OSError."""
     with open_regular(path) as file:
-        for line, _ in read_lines(file):
-            message = parse_message(line)
-            if message is not None:
-                yield message
+        yield from filter(None, (parse_message(line) for line, _ in read_lines(file)))
 
 
 def read_lines(file: BinaryIO) -> Iterator[Tuple[bytes, bool]]:
