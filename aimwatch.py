@@ -3678,20 +3678,6 @@ class Index:
         self.path = paths.index
         self._paths = paths
 
-    def read(self, question: Callable[[sqlite3.Connection], Any]) -> Any:
-        """Return what a question finds in the index, made anew where that is needed and possible. Raises
-        IndexBusy, IndexUnusable or OSError where only the logs can answer."""
-        self._check_folder(write=False)
-        try:
-            with self._opened("ro", BUSY_S) as db:
-                return question(db)
-        except (IndexUnusable, OSError) as error:
-            damaged = isinstance(error, IndexUnusable)
-        with self.writing(1.0, anew=damaged):
-            pass  # this also undoes what a writer left half done that was killed
-        with self._opened("ro", BUSY_S) as db:
-            return question(db)
-
     @contextlib.contextmanager
     def writing(self, wait_s: float = 10.0, anew: bool = False) -> Iterator[sqlite3.Connection]:
         """Yield the index, to be written by nobody else until the block ends.
@@ -3706,14 +3692,18 @@ class Index:
             if anew or not os.path.exists(self.path):
                 self._make_anew()
             try:
-                with self._opened("rw", min(wait_s, BUSY_S)) as db:
+                with self.opened("rw", min(wait_s, BUSY_S)) as db:
                     yield db
             except IndexUnusable:
                 self._make_anew()
                 raise
 
     @contextlib.contextmanager
-    def _opened(self, mode: str, busy_s: float) -> Iterator[sqlite3.Connection]:
+    def opened(self, mode: str = "ro", busy_s: float = BUSY_S) -> Iterator[sqlite3.Connection]:
+        """Yield the index as it is. Raises IndexBusy, IndexUnusable or OSError, be it at the end."""
+        self._check_folder(write=False)
+        if not os.path.exists(self.path):
+            raise IndexUnusable(f"{self.path} is missing")
         file = os.stat(self.path).st_ino
         with sqlite_errors(self.path), contextlib.closing(connect(self.path, mode, busy_s)) as db:
             if db.execute("PRAGMA user_version").fetchone() != (INDEX_VERSION,):
@@ -3807,12 +3797,11 @@ class Reindexer:
         for is_last in (False, True):
             self.problems.clear()
             try:
-                with self.index.writing(wait_s, anew=rebuild):
-                    pass
-                self.mark_lost()
+                with self.index.writing(wait_s, anew=rebuild) as db:
+                    self._mark_lost(db)
                 self.run(list_pending(self.paths), wait_s=wait_s)
                 break
-            except (IndexUnusable, FileNotFoundError):  # another one begins it anew
+            except IndexUnusable:  # an empty one has taken its place
                 if is_last:
                     raise
         return list(dict.fromkeys(self.problems))
@@ -3882,14 +3871,15 @@ class Reindexer:
             return False
         return bool(now - found[1] >= (check_in.expect_next_in_s if check_in else 0) + DOUBT_S)
 
-    def mark_lost(self) -> None:
+    def _mark_lost(self, db: sqlite3.Connection) -> None:
         """Give a marker to every run of whose log the index has another size, or none, and to those that it
         thinks alive though they have no marker: an older index was put back, a log was brought here, or a
         cache of the file system showed an old size when the run was indexed."""
         # In this order, a run that comes or ends meanwhile is marked once too often at most.
         logs, pending = log_sizes(self.paths, list_runs(self.paths)), set(list_pending(self.paths))
-        sizes = self.index.read(lambda db: db.execute("SELECT hash, log_size, active FROM runs").fetchall())
-        known = {run_hash: found for run_hash, *found in sizes}
+        known = {
+            run_hash: found for run_hash, *found in db.execute("SELECT hash, log_size, active FROM runs")
+        }
         for run_hash in (logs.keys() | known.keys()) - pending:
             if known.get(run_hash) != [logs.get(run_hash), False]:
                 mark_pending(self.paths, run_hash)
@@ -4715,8 +4705,14 @@ class Repo:
     def _ask(self, question: Callable[[Optional[sqlite3.Connection]], Any]) -> Any:
         """Return what the index answers to a question or, where it cannot be read, the logs alone."""
         with self._asking:
-            with contextlib.suppress(IndexBusy, IndexUnusable, OSError):
-                return self._index.read(question)
+            try:
+                with self._index.opened() as index:
+                    return question(index)
+            except IndexUnusable:
+                with contextlib.suppress(AimwatchError, OSError), self._index.writing(1.0, anew=True):
+                    pass  # for those who ask later
+            except (IndexBusy, OSError):
+                pass
             return question(None)
 
     def _read_pending(self, index: Optional[sqlite3.Connection]) -> Set[str]:

@@ -8740,8 +8740,8 @@ class TestDeath(WatchCase):
             self.kill(process)
             self.clock.pass_(300.0)
         self.assertEqual(self.told(), [("r", "failed")])
-        found = aimwatch.Index(self.paths).read(lambda db: db.execute("SELECT active FROM runs").fetchall())
-        self.assertEqual(found, [(0,)])
+        with aimwatch.Index(self.paths).opened() as index:
+            self.assertEqual(index.execute("SELECT active FROM runs").fetchall(), [(0,)])
 
     #: At what time its marker is how, and whether the run is then suspect: (time, state) = when next, sure.
     MARKERS = (
