@@ -7764,22 +7764,12 @@ class NotifiersAdd(NotifierCase):
             (("workplace", "--group-id", "a b", "--access-token", "t"), "--group-id: must be letters and digits, not 'a b'$"),
             ((*slack, "--message", "{run.oops}"), "--message: names {run.oops}, which does not exist: use"),
             ((*hook, "--header", "no colon SECRET"), "--header: must be 'Name: value'"),
-            ((*hook, "--header", "TOKEN"), "--header: must be 'Name: value'"),
-            ((*hook, "--header", "a b: TOKEN"), "--header: must be 'Name: value'"),
-            ((*hook, "--header", "X-K: PASSWORD\u00e9"), "--header: must be 'Name: value'"),
             ((*hook, "--body", "{"), "--body: must be a JSON object or list, such as"),
-            ((*hook, "--body", '"text"'), "--body: must be a JSON object or list"),
             ((*hook, "--body", '{"a": "{run.oops}"}'), "--body: names {run.oops}, which does not exist"),
             (mail, "--to: this is needed$"),
             ((*mail, "--to", "a@b\nBcc: x@y"), "--to: must be a mail address, name@host, not 'Bcc:'$"),
-            ((*mail, "--to", ","), "--to: must be mail addresses with commas between them$"),
-            ((*mail, "--to", "a@b", "--port", "0"), "--port: must be a number from 1 to 65535, not '0'$"),
-            ((*mail, "--to", "a@b", "--security", "ssl"), "--security: must be one of starttls, tls, none, not 'ssl'$"),
             ((*mail, "--to", "a@b", "--user", "u", "--password", "PASSW\u00d6RD"), "--password: must be printable ASCII"),
-            (("email", "--smtp-host", "a\nb", "--from", "a", "--to", "b"), "--smtp-host: must be one word"),
             (("command", "--command", "tell"), "--command: must be a program with its whole path"),
-            (("command", "--command", "/bin/tell '"), "--command: must be a program with its whole path"),
-            (("command", "--command", " "), "--command: must be a program with its whole path"),
         ):  # fmt: skip
             with self.subTest(argv):
                 code, out, err = self.add(*argv, "--yes")
@@ -7840,23 +7830,19 @@ class NotifiersAdd(NotifierCase):
             self.assert_nothing_saved()
 
     def test_end_of_input_and_ctrl_c_at_every_prompt_save_nothing(self) -> None:
-        for answers in (("slack", GOOD_URL, "", "", "", ""), ("workplace", "123", TOKEN, ""), ("logger", "")):
-            for count in range(len(answers) + 1):
-                for end in (EOFError, KeyboardInterrupt):
-                    said = [*answers[:count], end]
-                    with self.subTest(said=said), mock.patch.object(
-                        builtins, "input", side_effect=said
-                    ) as asked:
-                        code, _, err = self.add()
-                        self.assertEqual((code, asked.call_count), (1, count + 1))
-                        self.assert_one_line(err, ": aborted$")
-                        self.assert_nothing_saved()
+        answers = ("slack", GOOD_URL, "", "", "", "")
+        for count in range(len(answers) + 1):
+            said = [*answers[:count], (EOFError, KeyboardInterrupt)[count % 2]]
+            with self.subTest(said=said), mock.patch.object(builtins, "input", side_effect=said) as asked:
+                code, _, err = self.add()
+                self.assertEqual((code, asked.call_count), (1, count + 1))
+                self.assert_one_line(err, ": aborted$")
+                self.assert_nothing_saved()
 
     def test_streams_that_are_closed_or_no_text_are_no_traceback(self) -> None:
         os.environ["PYTHONIOENCODING"] = "utf-8:strict"
         for redirect, argv, code in (
-            ("<&-", "slack", 1), ("<&-", "slack --webhook-url-file - --yes", 1), ("< no_text", "slack", 1),
-            ("< no_text", "logger", 0), (">&-", "logger --yes", 0),
+            ("<&-", "slack", 1), ("< no_text", "slack", 1), (">&-", "logger --yes", 0),
         ):  # fmt: skip
             with self.subTest(redirect=redirect, argv=argv):
                 self.path("no_text", b"\xff\xfe\n\n\n\n\n\n")
@@ -9245,7 +9231,7 @@ class TestAcknowledged(WatchCase):
 
     def test_close_notifies_nobody_whatever_state_the_run_is_in(self) -> None:
         self.without_sync()
-        for state in ("dead", "dying", "failed", "stalled"):
+        for state in ("dying", "failed", "stalled"):
             with self.subTest(state):
                 process = self.command(
                     *(sys.executable, "-c", IDLE, state, str(int(state == "stalled"))), stdin=subprocess.PIPE
@@ -9257,7 +9243,7 @@ class TestAcknowledged(WatchCase):
                 process.wait()
                 self.configure(all={"type": "logger", "events": list(aimwatch.EVENTS)})
                 watcher = self.watch()
-                self.look(watcher, {"dead": 20, "dying": 7, "failed": 1, "stalled": 20}[state])
+                self.look(watcher, {"dying": 7, "failed": 1, "stalled": 20}[state])
                 self.assertTrue(watcher.dispatcher.drain(20))  # the command's own log goes to stderr
                 before = self.told()
                 self.assertEqual(self.run_cli("close", state), (0, f"closed run {state}\n", ""))
@@ -11037,14 +11023,13 @@ class TestStatus(WatchCase):
     def test_exit_code_and_table_follow_the_runs(self) -> None:
         training = self.run_object()
         training.report_progress(expect_next_in=600)
-        run = training.hash
-        watcher = self.start_watcher("--grace", "0")
-        self.wait_for(lambda: [item for item in self.saved().get("runs", ()) if "check_in" in item[0]])
+        run, pid = training.hash, os.getpid()
+        watcher = self.watch(utc=time.time)
         code, out = self.status()
         self.assertEqual(code, 0)
         lines = out.splitlines()
         self.assertRegex(
-            lines[1], rf"^watched by process {watcher.pid} on .* \(since .*\), for .*; last looked .* ago$"
+            lines[1], rf"^watched by process {pid} on .* \(since .*\), for .*; last looked .* ago$"
         )
         self.assertEqual(lines[3].split(), "RUN STATE LAST SEEN PROMISE NAME HOST".split())
         self.assertRegex(
@@ -11052,37 +11037,33 @@ class TestStatus(WatchCase):
         )
         self.assertEqual(lines[-1], "1 running")
         self.check_in(run, 9, expect=1)
-        self.wait_sent((run, "stalled"))
-        self.wait_for(lambda: self.status() if self.status()[0] == 1 else None)
-        self.assertRegex(self.status()[1], rf"\n{run[:8]} +stalled +.* ago +1 s .*\n(  .*\n)?\n1 stalled\n$")
+        self.look(watcher, 6)
+        code, out = self.status()
+        self.assertEqual(code, 1)
+        self.assertRegex(out, rf"\n{run[:8]} +stalled +.* ago +1 s .*\n(  .*\n)?\n1 stalled\n$")
         self.clear()
         self.check_in("b", 1, "failed")
-        self.wait_sent((run, "stalled"), ("b", "failed"))
+        self.look(watcher, 1)
         code, out = self.status("--json")
-        self.assertEqual(code, 1)
         shown = json.loads(out)
-        self.assertEqual((shown["repo"], shown["watcher"]["alive"]), (self.root, True))
-        self.assertEqual(shown["watcher"]["pid"], watcher.pid)
+        self.assertEqual((code, shown["repo"], shown["watcher"]["alive"]), (1, self.root, True))
+        self.assertEqual(shown["watcher"]["pid"], pid)
         self.assertEqual([(row["hash"], row["state"]) for row in shown["runs"]], [("b", "failed")])
         self.check_in("b", 2, "finished")
         self.assertEqual((self.status()[0], self.status()[1].splitlines()[-1]), (0, "1 finished"))
-        self.end(watcher)
+        self.stop(watcher)
         code, out = self.status()
         self.assertEqual(code, 1)
         self.assertRegex(out.splitlines()[1], "^no watcher is alive; last looked .* ago$")
 
     def test_watcher_that_hangs_is_not_alive_and_one_that_polls_seldom_is(self) -> None:
-        self.configure(all={"type": "logger"})
-        for interval, code in (("0.1", 1), ("600", 0)):
-            with self.subTest(interval=interval):
-                watcher = self.start_watcher("--poll-interval", interval)
-                self.wait_for(lambda: self.saved().get("pid") == watcher.pid)
-                watcher.send_signal(signal.SIGSTOP)
-                now = time.time()
+        now = time.time()
+        for interval_s, code in ((0.1, 1), (600.0, 0)):
+            with self.subTest(interval_s=interval_s):
+                watcher = self.watch(utc=lambda: now, poll_interval_s=interval_s)
                 with mock.patch.object(aimwatch.time, "time", lambda: now + 100):
                     found, out = self.status()
-                watcher.kill()
-                watcher.wait()
+                self.stop(watcher)
                 self.assertEqual(found, code, out)
                 text = "holds the watch but does not look; last looked" if code else "watched by"
                 self.assertIn(text, out)
@@ -11095,30 +11076,20 @@ class TestStatus(WatchCase):
 
     def test_odd_watcher_json_is_no_watcher_and_no_traceback(self) -> None:
         self.check_in("a", 1)
-        texts = [
+        for text in (
             "{",
             "[]",
             '{"runs": 5, "seen_at": "x", "pid": []}',
             '{"runs": [[1]], "seen_at": 1e308}',
             "\xff",
-        ]
-        for held in (False, True):
-            if held:
-                holder = self.process(
-                    "import aimwatch, time; lock = aimwatch.FileLock(aimwatch.find_repo().watcher_lock)\n"
-                    "print(lock.acquire(), flush=True); time.sleep(600)"
+        ):
+            with self.subTest(text):
+                write_file(self.paths.watcher, text.encode("latin-1"))
+                code, out = self.status()
+                self.assertEqual(
+                    (code, "no watcher is alive" in out, out[-11:]), (1, True, "\n1 running\n"), out
                 )
-                self.assertEqual(holder.stdout.readline(), "True\n")
-            for text in texts:
-                with self.subTest(text=text, held=held):
-                    with open(self.paths.watcher, "w", encoding="latin-1") as file:
-                        file.write(text)
-                    code, out = self.status()
-                    said = "holds the watch but does not look" if held else "no watcher is alive"
-                    self.assertEqual((code, said in out, len(out) < 1000), (1, True, True), out)
-                    self.assertTrue(out.endswith("\n1 running\n"), out)
-                    shown = json.loads(self.status("--json")[1])
-                    self.assertFalse(shown["watcher"]["alive"])
+                self.assertFalse(json.loads(self.status("--json")[1])["watcher"]["alive"])
 
     def test_colour_is_for_terminals_without_no_color(self) -> None:
         self.check_in("a", 1, "failed")
@@ -11928,18 +11899,15 @@ class TestCommandLine(Case):
         self.assertFalse(os.path.exists(missing))
 
     def test_commands_to_type_are_named_as_this_one_was_called(self) -> None:
-        script = os.path.join(self.root, "train.py")
-        write_file(
-            script, "import sys, aimwatch\nsys.exit(aimwatch.main(['--repo', '/no/repo s', 'status']))"
-        )
-        for argv, called in (
-            ((MODULE, "--repo", "/no/repo s", "status"), "python3 aimwatch.py"),
-            (("-m", "aimwatch", "--repo", "/no/repo s", "status"), "python3 -m aimwatch"),
-            ((script,), "aim-watcher"),
-        ):
-            with self.subTest(called=called):
-                process = self.command(sys.executable, *argv)
-                err = process.communicate(timeout=30)[1]
+        for argv0, module, called in (
+            ("/opt/aimwatch.py", None, "python3 aimwatch.py"), ("/opt/aimwatch.py", "aimwatch", "python3 -m aimwatch"),
+            ("/usr/bin/aimwatch", None, "aimwatch"), ("train.py", None, "aim-watcher"),
+        ):  # fmt: skip
+            main = types.SimpleNamespace(__spec__=types.SimpleNamespace(name=module))
+            with self.subTest(called=called), mock.patch.object(sys, "argv", [argv0]), mock.patch.dict(
+                sys.modules, {"__main__": main}
+            ):
+                err = aimwatch_main("--repo", "/no/repo s", "status")[2]
                 self.assertTrue(err.startswith(f"{called}: no repository at /no/repo s: "), err)
                 self.assertIn(f"run '{called} --repo '/no/repo s' init' or start a run there", err)
 
