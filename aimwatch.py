@@ -5354,6 +5354,8 @@ def shorten(text: str, limit: int = MAX_MESSAGE, mark: str = "\n...") -> str:
 # ======================================================================================
 
 ATTEMPT_S = 10.0
+#: At least this long between two posts to one notifier.
+MIN_POST_GAP_S = 1.0
 MAX_ANSWER_BYTES = 1 << 16
 #: REFUSED: it is this message that the other side does not take.
 SENT, RETRY, BROKEN, REFUSED = "sent", "retry", "broken", "refused"
@@ -5685,13 +5687,19 @@ TRANSPORTS: Dict[str, Callable[[Notifier, Sequence[Facts], float], Outcome]] = {
 }
 
 
-def deliver(notifier: Notifier, batch: Sequence[Facts], plain: bool = False) -> Outcome:
-    """Try once to send `batch` to `notifier`. With `plain`, in our words and as few as possible."""
-    if plain:
-        notifier = notifier._replace(arguments={**notifier.arguments, "message": ""})
-        batch = [plain_facts(facts) for facts in batch]
-    safe = [clean_facts(facts) for facts in batch]
-    return try_once(notifier, lambda deadline_mono: TRANSPORTS[notifier.type](notifier, safe, deadline_mono))
+def deliver(notifier: Notifier, batch: Sequence[Facts]) -> Outcome:
+    """Try once to send `batch` to `notifier`; what the other side does not take, once more in our words, and
+    in as few as possible."""
+    send, safe = TRANSPORTS[notifier.type], [clean_facts(facts) for facts in batch]
+    outcome = try_once(notifier, lambda deadline_mono: send(notifier, safe, deadline_mono))
+    if outcome.kind != REFUSED:
+        return outcome
+    log.warning("notifier %s: %s; trying again in plain words", notifier.shown_as, outcome.detail)
+    time.sleep(MIN_POST_GAP_S)
+    plain = notifier._replace(arguments={**notifier.arguments, "message": ""})
+    few = [plain_facts(facts) for facts in safe]
+    outcome = try_once(plain, lambda deadline_mono: send(plain, few, deadline_mono))
+    return outcome._replace(kind=BROKEN) if outcome.kind == REFUSED else outcome
 
 
 def back_off_s(failures: int, random: float) -> float:
@@ -5879,9 +5887,9 @@ class Outbox:
                 self._file = None
 
 
-#: At least this long between two posts to one notifier. After one that was sent, what comes is collected
-#: for so long, so that a power cut that takes a while to be noticed is a handful of messages.
-MIN_POST_GAP_S, COLLECT_S = 1.0, 3.0
+#: After a post that was sent, what comes is collected for so long, so that a power cut that takes a while to
+#: be noticed is a handful of messages.
+COLLECT_S = 3.0
 #: A notifier that was tried in vain for so long counts as one that does not work.
 OUTAGE_S = 900.0
 #: A notifier whose address or token is refused is tried again this often, and when it is changed.
@@ -5946,7 +5954,7 @@ class NotifierThread(threading.Thread):
     def _send(self, notifier: Notifier, batch: List[Event]) -> float:
         """Send `batch` in one message, and return how long to rest."""
         name = f"{notifier.type} {notifier.shown_as}"
-        outcome = self._deliver(notifier, batch, name)
+        outcome = deliver(notifier, [{**event.facts, "id": event.id} for event in batch])
         kind, reason = outcome.kind, outcome.detail
         if notifier is not self.notifier and kind != SENT:
             return MIN_POST_GAP_S  # as it is configured now, it has not been tried
@@ -5971,18 +5979,6 @@ class NotifierThread(threading.Thread):
             return BROKEN_RETRY_S
         random = int.from_bytes(os.urandom(4), "big") / 2**32
         return max(back_off_s(self._failures, random), outcome.wait_s, MIN_POST_GAP_S)
-
-    def _deliver(self, notifier: Notifier, batch: List[Event], name: str) -> Outcome:
-        """Send one message; once more in plain words where the other side does not take it."""
-        facts = [{**event.facts, "id": event.id} for event in batch]
-        outcome = deliver(notifier, facts)
-        if outcome.kind == REFUSED:
-            log.warning("notifier %s: %s; trying again in plain words", name, outcome.detail)
-            time.sleep(MIN_POST_GAP_S)
-            outcome = deliver(notifier, facts, plain=True)
-            if outcome.kind == REFUSED:
-                return outcome._replace(kind=BROKEN)
-        return outcome
 
 
 class Dispatcher:
