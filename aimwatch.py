@@ -6784,9 +6784,6 @@ class Groups:
 # none: the next one finds both, or sees the same change again.
 # ======================================================================================
 
-#: A mute always ends.
-MAX_MUTE_S = 30 * 86400.0
-
 
 def read_mutes(paths: RepoPaths) -> Dict[str, Tuple[int, List[str]]]:
     """Return by run until when (UTC seconds) it is muted, and the files that say so. Raises OSError."""
@@ -8968,10 +8965,6 @@ def short_hashes(paths: RepoPaths, hashes: Iterable[str]) -> Dict[str, str]:
     return {run_hash: run_hash[:8] if starts[run_hash[:8]] == 1 else run_hash for run_hash in hashes}
 
 
-#: So many log lines wait for a stderr that takes none.
-MAX_QUEUED_LINES = 1000
-
-
 class _LogThread(logging.Handler):
     """Writes log lines to stderr from a thread, above a status line at the bottom: a full pipe, or a
     terminal that was stopped with Ctrl-S, may keep no poll, no notifier and no end of the process waiting."""
@@ -8980,7 +8973,7 @@ class _LogThread(logging.Handler):
         import queue
 
         super().__init__()
-        self._lines: Any = queue.Queue(MAX_QUEUED_LINES)
+        self._lines: Any = queue.Queue(1000)
         self._status, self._dropped = "", 0
         # Not through sys.stderr: a lock of it that a thread holds at the end of the process is fatal.
         target = sys.stderr.fileno()
@@ -9448,10 +9441,6 @@ def status_object(
     return {"repo": paths.root, "watcher": watcher, **broken, "runs": runs}
 
 
-#: What `status` says of a run as its log has it.
-_STATUS_FACTS = ("experiment", "host", "pid", "job", "group", "reason", "progress", "metrics")
-
-
 def lax_modes(paths: RepoPaths) -> str:
     """Return which folders and files others can write that only the owner of the repository should, for
     people; "" for none."""
@@ -9472,6 +9461,7 @@ def status_rows(
     runs.take(_check_in_names(paths), 0, 0)
     known = {watched.name: watched for watched in saved_runs(saved)}
     mutes, rows = read_mutes(paths), []
+    in_its_log = ("experiment", "host", "pid", "job", "group", "reason", "progress", "metrics")
     for seen in runs.runs.values():
         watched = known.get(seen.name)
         facts = facts_of(paths, seen.hash) if seen.state != FINISHED else {}
@@ -9497,7 +9487,7 @@ def status_rows(
                 "acknowledged_by": taken_on_by,
                 "check_in": seen.name,
                 "watched": watched is not None,
-                **{field: facts.get(f"run.{field}") or None for field in _STATUS_FACTS},
+                **{field: facts.get(f"run.{field}") or None for field in in_its_log},
             }
         )
     order = [FAILED, STALLED, RUNNING, FINISHED]
@@ -9526,22 +9516,19 @@ def cmd_status(args: Any) -> int:
     return 0 if found["watcher"]["alive"] and not bad else 1
 
 
-_OF_RANK_0 = ("hash", "name", "host", "promise_s", "muted_until")
-
-
 def with_groups_as_one(rows: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """Return rows of `status`, with the ranks of a group in one row that has the worst of their states."""
     groups: Dict[str, List[Dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["group"] or row["hash"], []).append(row)
-    found = []
+    found, of_rank_0 = [], ("hash", "name", "host", "promise_s", "muted_until")
     for members in groups.values():
         first, worst = min(members, key=lambda row: row["rank"] or 0), dict(members[0])
         if len(members) > 1:
             alive = sum(row["state"] in (RUNNING, STALLED) for row in members)
             why = f"rank {worst['rank']}: {worst['reason']}" if worst["reason"] else None
             worst["reason"] = "; ".join(filter(None, (f"{alive} of {worst['world']} ranks alive", why)))
-            worst.update({field: first[field] for field in _OF_RANK_0}, members=members)
+            worst.update({field: first[field] for field in of_rank_0}, members=members)
         found.append(worst)
     return found
 
@@ -9575,17 +9562,14 @@ def _find_live(paths: RepoPaths, text: str) -> str:
     return Repo(paths.root).find_run(text, {item.run_hash for item in parsed if item is not None})
 
 
-@command("mute", "RUN", "--for TIME  30m, 2h, 1d; at most 30d (default: 1h)")
+@command("mute", "RUN", "--for TIME  30m, 2h, 1d (default: 1h)")
 def cmd_mute(args: Any) -> None:
     """Notify nobody of a run for a while; it is watched all the same, and people are notified after that if
     it is stalled or failed then."""
     paths = find_repo(args.repo)
     paths.create()
-    seconds = getattr(args, "for")
-    if seconds > MAX_MUTE_S:
-        raise AimwatchError(f"a mute ends after {human_s(MAX_MUTE_S)} at the latest")
     run_hash, _ = _end_mutes(paths, args.run)
-    until = math.ceil(time.time() + seconds)
+    until = math.ceil(time.time() + getattr(args, "for"))
     _leave_in_mutes(paths, f"{run_hash}-{until}")
     print(f"muted run {run_hash} until {local_time(until)}")
 

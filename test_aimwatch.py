@@ -9387,12 +9387,6 @@ class TestMutes(WatchCase):
         self.assertEqual(self.told(), [("a", "stalled")])
         self.assertEqual(sorted(os.listdir(self.paths.mutes)), sorted(garbage))
 
-    def test_mute_always_ends(self) -> None:
-        self.check_in("a", 1, expect=3)
-        self.assertIn("a mute ends after 30 d at the latest", self.mute("a", "31d", 1))
-        self.mute("a", "30d")
-        self.assertEqual(len(os.listdir(self.paths.mutes)), 1)
-
     def test_prefix_is_enough_and_what_is_not_there_is_named(self) -> None:
         ours = self.run_object()
         self.check_in("aimrun1", 1)
