@@ -1740,9 +1740,9 @@ def exit_end(status: Any, error: Optional[BaseException]) -> Optional[End]:
     while isinstance(error, SystemExit):  # who catches one may exit once more, as `multiprocessing` does
         error = error.__context__
     reason = f"exited with status {int(status) if isinstance(status, int) else f'1: {status}'}"
-    if error is None:
-        return End(FAILED, reason[:MAX_REASON])
-    return End(FAILED, f"{reason} ({describe_exception(error)})"[:MAX_REASON], frames_of(error))
+    if error is not None:
+        reason += f" ({describe_exception(error)})"
+    return End(FAILED, reason[:MAX_REASON], frames_of(error))
 
 
 def telling_frames(files: Sequence[str]) -> List[int]:
