@@ -2470,7 +2470,7 @@ class Run:
             self._signal = None
             self._record({"resume": round(time.time(), 3), "signal": None})
         self._promised = expect_s > 0 and not self._track_reports
-        self._look_if_due()
+        self._look()
         written_s = math.ceil(expect_s + promise_margin_s(expect_s)) if expect_s else 0
         try:
             self._file.write(self._file.next_idx(), CHECK_IN, written_s)
@@ -2609,7 +2609,7 @@ class Run:
         held = self._lock.acquire(True, LOCK_WAIT_S)
         try:
             if not self._looked_s <= now < self._look_at_s:
-                self._look(now)
+                self._look()
                 if self._track_reports and self._ended is None:
                     self._report(AUTO)
             for metric, number in points:
@@ -2918,7 +2918,7 @@ class Run:
                 f"{MAX_RECORD_BYTES}: set its parts one by one, or store it in a file, and its path here"
             )
         with self._locked():
-            self._look_if_due()
+            self._look()
             # From the line, so that the state shares nothing with what the caller holds.
             applied = self._state.apply(from_json(line))
             if applied:
@@ -2940,18 +2940,15 @@ class Run:
         for line in self._summary()[1:]:
             self._log.append(line)
 
-    def _look_if_due(self) -> None:
-        now_s = time.time()
-        if self._pid and not self._looked_s <= now_s < self._look_at_s:
-            self._look(now_s)
-
-    def _look(self, now_s: float) -> None:
-        """See whether the run's files are still where they were, and make them again where not.
+    def _look(self) -> None:
+        """See once a second whether the run's files are still where they were, and make them again where not.
 
         Never where there is no `.aim`: a share that is not mounted leaves an empty folder, and what
         was written below it would be hidden when the share comes back.
         """
-        # The clock may be set back, by a day.
+        now_s = time.time()
+        if not self._pid or self._looked_s <= now_s < self._look_at_s:  # the clock may be set back, by a day
+            return
         self._looked_s, self._look_at_s = now_s, now_s + LOOK_S
         self._thread = _thread.get_ident()
         try:
@@ -3086,7 +3083,8 @@ class Run:
             if self._is_mine():
                 self._stacks_on = False
                 _process.stacks.disarm(self._paths.stack(self.hash))
-                self._look(time.time())
+                self._look_at_s = 0.0
+                self._look()
                 self._checkpoint()
                 size = self._log.close()
                 if size >= 0 and self._ended is not None:  # otherwise another process goes on with it

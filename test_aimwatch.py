@@ -4147,9 +4147,9 @@ class VanishedFolder(RecordingCase):
         self.assertFalse(os.path.exists(self.paths.aim))
 
     def test_run_looks_once_a_second_and_not_more_often(self) -> None:
-        clock, look = Clock(2e9), mock.Mock(side_effect=self.live._look)
+        clock, look = Clock(2e9), mock.Mock(side_effect=self.live._log.look)
         with mock.patch.object(aimwatch, "LOOK_S", 1.0), mock.patch.object(
-            Run, "_look", lambda run, now_s: look(now_s)
+            self.live._log, "look", look
         ), mock.patch("time.time", clock):
             for _ in range(100):
                 self.track(1)
