@@ -4572,7 +4572,7 @@ class Repo:
 
     def iter_runs(self) -> Iterator[Run]:
         """Yield every run, archived ones and all ranks too, newest first."""
-        return iter(self.query_runs(_EVERY_RUN))
+        return iter(self.query_runs("run.archived in (True, False) or run.rank"))
 
     def total_runs_count(self) -> int:
         """Return how many runs there are."""
@@ -4739,12 +4739,9 @@ class Repo:
         run that was deleted is -1."""
         if index is None:
             return log_sizes(self._paths, list_runs(self._paths))
-        sizes = log_sizes(self._paths, list_pending(self._paths))
-        return {
-            run_hash: size
-            for run_hash, size in sizes.items()
-            if index.execute(_LOG_SIZE, (run_hash,)).fetchone() != (size,)
-        }
+        sizes = log_sizes(self._paths, list_pending(self._paths)).items()
+        sql = "SELECT 1 FROM runs WHERE hash = ? AND log_size = ?"
+        return dict(item for item in sizes if index.execute(sql, item).fetchone() is None)
 
     # ---------------------------------------------------------------- the index
 
@@ -4756,9 +4753,6 @@ class Repo:
 
 #: A question that meets more pending runs than this tries to put them into the index.
 MAX_PENDING = 50
-_LOG_SIZE = "SELECT log_size FROM runs WHERE hash = ?"
-#: True for all runs, and speaks of those that are left out otherwise.
-_EVERY_RUN = "run.archived in (True, False) or run.rank"
 
 # ======================================================================================
 # Notifiers: configuration
@@ -10062,21 +10056,14 @@ def run_cell(row: Dict[str, Any], column: str) -> Any:
     metric = _METRIC_COLUMN.fullmatch(column)
     if metric:
         name, context, field = metric.groups()
-        wanted = dict(re.findall("([^=,]+)=([^,]*)", context or ""))
         found = [item for item in row["metrics"] if item["name"] == name]
         if context is not None:
-            found = [
-                item for item in found if {key: str(of) for key, of in item["context"].items()} == wanted
-            ]
+            wanted = context.replace(",", ", ")
+            found = [item for item in found if shown(item["context"], "context") == wanted]
         last = max(found, key=lambda item: int(item["last_step"]), default=None)
         return None if last is None else metric_cells(row, last)[field or "last"]
-    value = row["params"]
-    for key in column.split("."):
-        try:
-            value = value[int(key)] if isinstance(value, list) else value[key]
-        except (TypeError, ValueError, LookupError):
-            return None
-    return value
+    keys = [int(key) if key.isdecimal() else key for key in column.split(".")]
+    return _at(lambda row, metric: row["params"], keys)(row, None)
 
 
 def metric_cells(row: Dict[str, Any], metric: Dict[str, Any]) -> Dict[str, Any]:
