@@ -3804,16 +3804,14 @@ class Reindexer:
                     raise
         return list(dict.fromkeys(self.problems))
 
-    def run(self, hashes: Sequence[str], batch_s: float = 0.1, wait_s: float = 10.0) -> None:
-        """Index these runs in transactions of about `batch_s`.
-
-        Raises as `Index.writing` does; what was not committed keeps its marker.
-        """
+    def run(self, hashes: Sequence[str], wait_s: float = 10.0) -> None:
+        """Index these runs in transactions of about 100 ms. Raises as `Index.writing` does; what was not
+        committed keeps its marker."""
         done = 0
         while done < len(hashes):
             with self.index.writing(wait_s) as db, contextlib.ExitStack() as locks:
                 finished: List[str] = []
-                deadline = _monotonic() + batch_s
+                deadline = _monotonic() + 0.1
                 db.execute("BEGIN IMMEDIATE")
                 for run_hash in hashes[done : done + MAX_BATCH]:
                     if self._one(db, run_hash, locks):
@@ -7421,7 +7419,7 @@ class ReindexThread(threading.Thread):
             for run_hash in self.reindexer.changed():
                 if self._stopping.is_set():
                     return
-                self.reindexer.run([run_hash], batch_s=0.0, wait_s=0.0)
+                self.reindexer.run([run_hash], wait_s=0.0)
             problems = self.reindexer.problems
         except (IndexBusy, IndexUnusable):
             return  # somebody else indexes, or an empty index is there now; look again later

@@ -4499,9 +4499,7 @@ class IndexFile(StoredCase):
             self.die(f"d{n:02}", f"run['n'] = {n}")
         for at in (1, 4, 9, 15):
             reindexer = aimwatch.Reindexer(self.paths)
-            self.killed_at(
-                "index_run", at, lambda r=reindexer: r.run(aimwatch.list_pending(r.paths), batch_s=0.0)
-            )  # type: ignore[misc]
+            self.killed_at("index_run", at, lambda r=reindexer: r.run(aimwatch.list_pending(r.paths)))  # type: ignore[misc]
             self.assertEqual(len(aimwatch.Repo(self.root).query_runs("run.n >= 0")), 30)
         self.assertEqual(self.reindexed(), self.rebuilt())
         self.assertEqual(self.pending(), [])
