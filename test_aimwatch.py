@@ -6020,21 +6020,6 @@ class Messages(unittest.TestCase):
         # What a user wrote is said of each.
         self.assertEqual(aimwatch.message_for_batch("see {run.name}", seven[:2]).count("\n\nsee n"), 2)
 
-    def test_batch_is_counted_and_the_worst_are_named_first(self) -> None:
-        batch = [facts_of("stalled", number) for number in range(199)]
-        batch += [facts_of("failed", 999, run_reason="A"), facts_of("failed", 998, run_reason="B\nC")]
-        text = aimwatch.message_for_batch(None, batch)
-        self.assertEqual(text.split("\n")[0], "201 events in resnet on node7: 2 failed, 199 stalled")
-        for part in (
-            "❌ n999 failed: A\n", "❌ n998 failed: B ... C\n", "and 179 more", "n0 (00000000), n1 (",
-            "\n❗ 199 runs in resnet on node7 stalled: silent for 3 min, ",
-        ):  # fmt: skip
-            self.assertIn(part, text)
-        apart = [facts_of("failed", number, run_reason=f"E{number}") for number in range(199)]
-        lines = aimwatch.message_for_batch(None, apart).split("\n")
-        self.assertEqual(lines[1], f"❌ n0 failed: E0 ({'0' * 24})")
-        self.assertEqual((len(lines), lines[-2]), (1 + aimwatch.BATCH_LINES + 2, "and 179 more"))
-
     def test_batch_of_200_names_what_there_is_room_for_whatever_they_are_called(self) -> None:
         names = (
             "n", "x" * 500, "<&>" * 100, "@channel " * 50, "\u4e2d" * 300, "a\nb" * 50, "\x1b[2J\u202e" * 40,
