@@ -5244,18 +5244,19 @@ def message_for_batch(template: Optional[str], batch: Sequence[Facts], limit: in
     first line what happened; what had one cause is said once."""
     if len(batch) == 1:
         return shorten(message_for(template, batch[0]), limit)
-    causes: Dict[Any, List[Facts]] = {}
-    names = ("run.name", "run.experiment", "run.host")
+    shown = []
     for facts in sorted(batch, key=lambda facts: _kind_of(facts).rank):
+        names = [name for name in ("run.name", "run.experiment", "run.host") if name in facts]
+        short: Facts = {name: shorten(on_one_line(facts[name]), BATCH_NAME_CHARS, "...") for name in names}
+        shown.append({**facts, **short})
+    causes: Dict[Any, List[Facts]] = collections.defaultdict(list)
+    for facts in shown:
         alone = len(batch) <= FULL_EVENTS and speaks_for(template, facts)
-        short = {
-            key: shorten(on_one_line(facts[key]), BATCH_NAME_CHARS, "...") for key in names if key in facts
-        }
-        causes.setdefault(id(facts) if alone else _cause(facts), []).append({**facts, **short})
+        causes[id(facts) if alone else _cause(facts)].append(facts)
     groups = list(causes.values())
-    kinds = [facts.get("event", "") for group in groups for facts in group]
+    kinds = [facts.get("event", "") for facts in shown]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-    parts = [f"{_counted('events', sum(groups, []))}: {counts}"] if len(groups) > 1 else []
+    parts = [f"{_counted('events', shown)}: {counts}"] if len(groups) > 1 else []
     gap, left = "\n\n" if len(groups) <= FULL_EVENTS else "\n", len(batch)
     last = shorten(look_further({"repo": batch[0].get("repo", "")}), limit // 4, "...")
     for group in groups[:BATCH_LINES]:
