@@ -7523,8 +7523,7 @@ class Program:
             if source in sources:
                 self._read(source)
         for target in writable:
-            # A pipe takes so much without blocking, so that signals need not wait for its reader.
-            self._write(full[target], target, select.PIPE_BUF)
+            self._write(full[target], target)
         return readable + writable
 
     def _read(self, source: int) -> None:
@@ -7538,10 +7537,14 @@ class Program:
         else:
             self._close(source)
 
-    def _write(self, source: int, target: int, most: int) -> None:
+    def _write(self, source: int, target: int) -> None:
+        import select
+
         try:
-            written = os.write(target, self._waiting[source][:most])
-            self._waiting[source] = self._waiting[source][written:]
+            while self._waiting[source] and select.select([], [target], [], 0)[1]:
+                # A pipe takes so much without blocking, so that signals need not wait for its reader.
+                written = os.write(target, self._waiting[source][: select.PIPE_BUF])
+                self._waiting[source] = self._waiting[source][written:]
         except BlockingIOError:  # another program made it non-blocking, and filled it
             pass
         except OSError as error:
