@@ -622,9 +622,8 @@ class FileLock:
     def _lock(self, fd: int) -> Optional[bool]:
         locked = _try_lock(fcntl.lockf, fd, fcntl.LOCK_EX, int(self.brief))
         # On macOS and on NFS, both kinds of lock are one, and we would meet our own.
-        are_two = sys.platform == "linux" and _mount_of(self.path)[:1] not in ([b"nfs"], [b"nfs4"])
-        if self._flock and are_two and _try_lock(fcntl.flock, fd, fcntl.LOCK_EX) is False:
-            return False
+        if self._flock and sys.platform == "linux" and _mount_of(self.path)[:1] not in ([b"nfs"], [b"nfs4"]):
+            return locked if _try_lock(fcntl.flock, fd, fcntl.LOCK_EX) is not False else False
         return locked
 
     @property
