@@ -976,20 +976,15 @@ class SeriesState:
         "first_step": int, "last_step": int,
         "last_epoch": lambda value: None if value is None else float(value), "last_time": float,
     }  # fmt: skip
-    __slots__ = tuple(_KINDS)
+    count = first_step = last_step = 0
+    min = max = last = math.nan
+    last_epoch: Optional[float] = None
+    last_time = 0.0
 
     def __init__(self, series_id: int, name: str, context: Dict[str, Any]) -> None:
         self.id = series_id
         self.name = name
         self.context = context
-        self.count = 0
-        self.min = math.nan
-        self.max = math.nan
-        self.last = math.nan
-        self.first_step = 0
-        self.last_step = 0
-        self.last_epoch: Optional[float] = None
-        self.last_time = 0.0
 
     def add(self, step: int, value: float, when: float, epoch: Optional[float]) -> None:
         """Count one point in. `last` is the value at the highest step, the newest there; NaN takes
