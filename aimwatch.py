@@ -9854,10 +9854,7 @@ def cmd_notifiers_disable(args: Any) -> None:
 def _switch_notifier(args: Any, status: str, events: Optional[Sequence[str]] = None) -> None:
     config = NotifierConfig(find_repo(args.repo))
     for raw in config.edit():
-        notifier_id = config.find(args.name, raw)
-        entry = raw["notifications"]["notifiers"][notifier_id]
-        if not isinstance(entry, dict):
-            raise ConfigError(f"notifier {notifier_id} is not an object: remove it and add it again")
+        entry = raw["notifications"]["notifiers"][config.find(args.name, raw)]
         entry["status"] = status
         if events is not None:
             entry["events"] = events

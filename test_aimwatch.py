@@ -7696,8 +7696,6 @@ class NotifiersAdd(NotifierCase):
         for argv, stdin, arguments in (
             (f"slack --webhook-url-file {url_file} --yes", "", {"url": GOOD_URL}),
             ("slack --webhook-url-file - --yes", f"{GOOD_URL}\n", {"url": GOOD_URL}),
-            ("slack", f"{GOOD_URL}\n\n\n\n\ny\nn\n", {"url": GOOD_URL}),
-            ("workplace --group-id 1 --access-token-file - --yes", TOKEN, {"group_id": 1, "access_token": TOKEN}),
             (f"workplace --group-id 12 --access-token {TOKEN} --base-url https://h/v1 --message {{run.name}} --yes",
              "", {"group_id": 12, "access_token": TOKEN, "base_url": "https://h/v1", "message": "{run.name}"}),
             (f"webhook --webhook-url {GOOD_URL} --header-file {headers} --body '{{\"a\": \"{{message}}\"}}' --yes", "",
@@ -7706,9 +7704,7 @@ class NotifiersAdd(NotifierCase):
             (f"email --smtp-host relay.example --security tls --port 465 --user ann --password-file {password} "
              "--from watch@hpc.example --to ann@x.example,bob@x.example --yes", "", mail),
             ("email", mail_answers, mail),
-            ("email --smtp-host localhost --from a --to b --yes", "", {"host": "localhost", "sender": "a", "to": ["b"]}),
             ("command --command \"/bin/tell --to 'the team'\" --yes", "", {"command": ["/bin/tell", "--to", "the team"]}),
-            ("command", "tell\n'\n/bin/tell --to 'the team'\n\n\n\n\ny\nn\n", {"command": ["/bin/tell", "--to", "the team"]}),
         ):  # fmt: skip
             with self.subTest(argv):
                 code, out, err = self.add(*shlex.split(argv), stdin=stdin)
@@ -7724,10 +7720,6 @@ class NotifiersAdd(NotifierCase):
                 self.assert_hidden(out)
                 self.assertNotIn("PASS WORD", out)
                 os.unlink(self.paths.config)
-
-    def test_events_are_those_given(self) -> None:
-        self.assertEqual(self.add("logger", "--events", "log,failed,log", "--yes")[0], 0)
-        self.assertEqual(self.only_entry()["events"], ["log", "failed"])
 
     def test_refusals_say_why_and_save_nothing(self) -> None:
         no_text = self.path("no_text", b"\xff\xfe")
@@ -7762,11 +7754,21 @@ class NotifiersAdd(NotifierCase):
                 self.assert_nothing_saved()
 
     def test_name_and_duplicate_are_refused(self) -> None:
-        ops = ("logger", "--name", "ops", "--where", "run.user == 'ann'", "--yes")
+        ops = (
+            "logger",
+            "--name",
+            "ops",
+            "--where",
+            "run.user == 'ann'",
+            "--yes",
+            "--events",
+            "log,failed,log",
+        )
         self.assertEqual(self.add(*ops)[0], 0)
+        self.assertEqual(self.only_entry()["events"], ["log", "failed"])
         for argv, message in (
             (("logger", "--name", "ops", "--yes"), "there is a notifier called ops: give another --name$"),
-            (("logger", "--where", "run.user == 'ann'", "--yes"), "the same notifier is there already: ops$"),
+            ((*ops[:1], *ops[3:]), "the same notifier is there already: ops$"),
             (
                 ("logger", "--name", "a b", "--yes"),
                 "--name: must be of letters, digits, - . _, not 'a b'$",
@@ -7806,11 +7808,10 @@ class NotifiersAdd(NotifierCase):
                 self.assertEqual(self.add(*filled.split())[0], 0)
 
     def test_no_is_an_abort(self) -> None:
-        for answer in ("n", "N", "no"):
-            code, _, err = self.add("logger", stdin=f"\n\n\n\n{answer}\n")
-            self.assertEqual(code, 1)
-            self.assert_one_line(err, ": aborted: nothing was saved$")
-            self.assert_nothing_saved()
+        code, _, err = self.add("logger", stdin="\n\n\n\nno\n")
+        self.assertEqual(code, 1)
+        self.assert_one_line(err, ": aborted: nothing was saved$")
+        self.assert_nothing_saved()
 
     def test_end_of_input_and_ctrl_c_at_every_prompt_save_nothing(self) -> None:
         answers = ("slack", GOOD_URL, "", "", "", "")
@@ -7835,38 +7836,33 @@ class NotifiersAdd(NotifierCase):
                 self.assertEqual((process.returncode, "Traceback" in err), (code, False), err)
 
     def test_what_would_be_regretted_is_said(self) -> None:
-        work, mail = ("workplace", "--group-id", "1", "--access-token", "t"), ("email", "--smtp-host", "h")
-        mail, login = (
-            (*mail, "--from", "a@b.example", "--to", "c@d.example"),
-            ("--user", "u", "--password", TOKEN),
+        work = ("workplace", "--group-id", "1", "--access-token", "t")
+        mail = (
+            "email",
+            "--smtp-host",
+            "h",
+            "--from",
+            "a@b",
+            "--to",
+            "c@d",
+            "--user",
+            "u",
+            "--password",
+            TOKEN,
         )
-        plain = "Warning: %s is another machine, and over http:// everybody"
-        closed, read = (
-            "Note: Meta closed Workplace on 2026-06-01;",
-            "Warning: with --security none, everybody",
-        )
-        for argv, warning in (
-            (("slack", "--webhook-url", "http://hooks.example.com/SECRETSECRET"), plain % "hooks.example.com"),
-            (("slack", "--webhook-url", "HTTP://hooks.example.com/SECRETSECRET"), plain % "hooks.example.com"),
-            (("slack", "--webhook-url", "http://h.example:80?x=SECRETSECRET"), plain % "h.example"),
-            (("slack", "--webhook-url", "http://[2001:db8::1]:80/x"), plain % "2001:db8::1"),
-            (("slack", "--webhook-url", GOOD_URL), None),
-            (("slack", "--webhook-url", "http://127.0.0.1:9/x"), None),
-            (("slack", "--webhook-url", "http://localhost/x"), None),
-            (("slack", "--webhook-url", "http://[::1]:9/x"), None),
-            ((*mail, "--security", "none", *login), read),
-            ((*mail, "--security", "none"), None),
-            ((*mail, "--security", "starttls", *login), None),
-            (work, closed),
-            ((*work, "--base-url", "https://h/v1"), None),
+        for argv, warnings in (
+            (("slack", "--webhook-url", "http://h.example:80?x=SECRETSECRET"), ["Warning: h.example is another machine"]),
+            (("slack", "--webhook-url", GOOD_URL), []),
+            (("slack", "--webhook-url", "http://[::1]:9/x"), []),
+            ((*mail, "--security", "none"), ["Warning: with --security none, everybody between reads the password"]),
+            (mail, []),
+            (work, ["Note: Meta closed Workplace on 2026-06-01"]),
+            ((*work, "--base-url", "https://h/v1"), []),
         ):  # fmt: skip
             with self.subTest(argv):
                 out = self.add(*argv, "--yes")[1]
-                self.assertEqual(
-                    re.findall("(?:Warning|Note): ", out),
-                    [warning.partition(" ")[0] + " "] if warning else [],
-                )
-                self.assertIn(warning or "", out)
+                self.assertEqual(len(re.findall("(?:Warning|Note): ", out)), len(warnings))
+                self.assertTrue(all(text in out for text in warnings), out)
                 self.assert_hidden(out)
 
 
@@ -8003,13 +7999,6 @@ class NotifiersCommands(NotifierCase):
         self.write_config(AIM_CONFIG)
         self.assertEqual(self.run_cli("notifiers", "remove", "5c42", "--yes"), (0, removed, ""))
 
-    def test_switching_what_is_no_object_is_refused(self) -> None:
-        self.write_config({"notifications": {"notifiers": {"abc": []}}})
-        code, _, err = self.run_cli("notifiers", "enable", "a")
-        self.assertEqual(code, 1)
-        self.assert_one_line(err, "notifier abc is not an object: remove it and add it again$")
-        self.assertEqual(self.run_cli("notifiers", "remove", "a", "--yes")[0], 0)
-
     def test_log_level_is_set_and_shown(self) -> None:
         self.assertEqual(self.run_cli("notifiers", "get-log-level"), (0, "Log level: WARNING\n", ""))
         for given, number, shown in (
@@ -8061,9 +8050,7 @@ class NotifiersCommands(NotifierCase):
         for environ, argv in (
             (self.root, ("notifiers", "list")),
             ("/nonexistent", ("--repo", self.root, "notifiers", "list")),
-            ("/nonexistent", ("notifiers", "--repo", self.root, "list")),
-            ("/nonexistent", ("notifiers", "list", "--repo", self.root)),
-            ("/nonexistent", ("--repo", self.paths.aim, "notifiers", "list")),
+            ("/nonexistent", ("notifiers", "list", "--repo", self.paths.aim)),
         ):
             with self.subTest(argv):
                 os.environ["AIMWATCH_REPO"] = environ
