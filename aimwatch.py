@@ -66,7 +66,7 @@ Read first: `CheckIn`, `RunState`, `run_row`, `RunTable.take`, `Outbox.add`. The
 
 Locks: `FileLock` on `pending/<hash>` (who writes the run), `index.lock`, `config.lock`, `watcher.lock`. In
 memory: the registry of `FileLock`; of each `Run` one for its records and one for its promise; of the
-`Outbox` one for what waits and one for its file; a condition of each `NotifierThread`.
+`Outbox` one for its file.
 
 Threads of a training process: one of `_Stacks` while a promise is outstanding, and on a network file
 system one of `AppendFile`, which syncs. Threads of `start`: the poll; `ReindexThread`; a
@@ -5741,8 +5741,8 @@ class Outbox:
         #: What is still to be sent: event id to the event and the notifiers for which it waits.
         self._waiting: Dict[str, Tuple[Event, Set[str]]] = {}
         self._broken: Dict[str, Tuple[str, float]] = {}
-        self._lock = threading.Lock()
-        #: Held while the file is written, which takes as long as the disk does. Only writers wait for it.
+        #: Held while the file is written, which takes as long as the disk does. Only writers wait for it: who
+        #: reads goes over a copy, which is made in one step.
         self._writing = threading.Lock()
         self._compact_at = 0
         with contextlib.suppress(FileNotFoundError), open_regular(path) as file:
@@ -5753,7 +5753,7 @@ class Outbox:
 
     def _apply(self, record: Dict[str, Any]) -> None:
         """Take in one record; a foreign one is skipped."""
-        with self._lock, contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
             if "event" in record:
                 facts = {name: str(value) for name, value in record.get("facts", {}).items()}
                 event = Event(str(record["event"]), str(record["kind"]), facts)
@@ -5775,25 +5775,21 @@ class Outbox:
 
     def waiting_for(self, notifier_id: str) -> List[Event]:
         """Return what is still to be sent to a notifier, the oldest first."""
-        with self._lock:
-            return [event for event, ids in self._waiting.values() if notifier_id in ids]
+        return [event for event, ids in list(self._waiting.values()) if notifier_id in ids]
 
     def broken(self) -> Dict[str, Tuple[str, float]]:
         """Return the notifiers that do not work: why, and since when (UTC seconds)."""
-        with self._lock:
-            return dict(self._broken)
+        return dict(self._broken)
 
     def _lines(self) -> List[bytes]:
         """Return what a file must say at least: what waits, what is known to have been sent, and which
         notifiers do not work."""
         records: List[Dict[str, Any]] = [{"begun": "what came before is only summarized"}]
-        with self._lock:
-            done = sorted(self.known - self._waiting.keys())
-            records += [{"event": event_id, "kind": "", "to": []} for event_id in done]
-            for event, ids in self._waiting.values():
-                records.append(self._record_of(event, sorted(ids)))
-            for notifier_id, (reason, since) in self._broken.items():
-                records.append({"broken": notifier_id, "reason": reason, "since": since})
+        done = sorted(self.known - self._waiting.keys())
+        records += [{"event": event_id, "kind": "", "to": []} for event_id in done]
+        records += [self._record_of(event, sorted(ids)) for event, ids in self._waiting.values()]
+        for notifier_id, (reason, since) in self._broken.items():
+            records.append({"broken": notifier_id, "reason": reason, "since": since})
         return [_outbox_line(record) for record in records]
 
     @staticmethod
@@ -5840,7 +5836,7 @@ class Outbox:
 
     def forget_notifiers(self, keep: Set[str]) -> None:
         """Give up what waits for notifiers that were removed."""
-        with self._lock:
+        with self._writing:
             kept = {event_id: (event, ids & keep) for event_id, (event, ids) in self._waiting.items()}
             self._waiting = {event_id: item for event_id, item in kept.items() if item[1]}
         for notifier_id in self.broken().keys() - keep:
@@ -5853,8 +5849,7 @@ class Outbox:
             try:
                 if self._file is None or os.path.getsize(self.path) < max(COMPACT_BYTES, self._compact_at):
                     return
-                with self._lock:
-                    self.known = {one for one in self.known if one in self._waiting or one.startswith(BROKEN)}
+                self.known = {one for one in self.known if one in self._waiting or one.startswith(BROKEN)}
                 data = b"".join(self._lines())
                 self._compact_at = 2 * len(data)
                 replace_file(self.path, data)
@@ -7421,7 +7416,7 @@ class ReindexThread(threading.Thread):
         except Exception as error:
             problems = [f"reindexing: {type(error).__name__}: {error}"]
         for problem in problems:
-            if problem not in self._complained and len(self._complained) < 1000:
+            if problem not in self._complained:
                 self._complained.add(problem)
                 log.warning("%s", problem)
         self.reindexer.problems.clear()
