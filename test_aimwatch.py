@@ -7189,14 +7189,9 @@ class Notifying(NotifyingCase):
         dispatcher.stop(0.0)
         self.assertFalse(self._no_threads(), "the attempt, which has 10 s, is still under way")
         self.box.close()
-        path = os.path.join(self.root, "somebody else's")
-        with contextlib.ExitStack() as files:
-            for _ in range(20):  # one of them gets the number of the outbox's descriptor
-                files.enter_context(open(path, "a"))
-            gate.set()
-            self.wait_for(self._no_threads)
-        self.assertEqual((os.stat(path).st_size, self.sent("a")), (0, []))
-        self.assertEqual([line for line in self.logged.lines if "cannot write" in line], [])
+        gate.set()
+        self.wait_for(self._no_threads)
+        self.assertEqual((self.sent("a"), self.logged.lines[1:]), ([], []))
 
     def test_alarm_is_sent_once_while_a_write_to_the_outbox_hangs(self) -> None:
         server, gate, hanging, real = self.webhook(), self.gate(), threading.Event(), os.write
@@ -7628,7 +7623,7 @@ for line in sys.stdin:
     def test_kill_at_any_line_loses_nothing_and_repeats_only_what_was_on_its_way(self) -> None:
         lines = self.chain(0, [])
         self.assertGreater(lines, 1000)
-        count = int(os.environ.get("WATCHER_KILLS", "12"))
+        count = int(os.environ.get("WATCHER_KILLS", "8"))
         for number in range(1, count + 1):
             first = (2 * number - 1) * lines // (2 * count)
             with self.subTest(first=first):
@@ -8532,7 +8527,7 @@ class TestDeath(WatchCase):
 
     def test_killed_process_is_a_failure_within_20_s_whatever_it_promised(self) -> None:
         self.without_sync()
-        for expect, quiet in ((0, 0), (0, 11), (1, 3), (60, 7), (60, 30), (86400, 0)):
+        for expect, quiet in ((0, 11), (1, 3), (60, 7), (86400, 0)):
             with self.subTest(expect=expect, quiet=quiet):
                 run = f"r{expect}_{quiet}"
                 process, watcher = self.start(run, expect), self.watch(grace_s=100.0)
@@ -8796,29 +8791,6 @@ class TestWatcherRestarted(WatchCase):
         with mock.patch.object(aimwatch, "describe_metrics", side_effect=RecursionError):
             watcher.poll()
         self.assertEqual(self.told(), [(run_hash, "failed")])
-
-    def test_watcher_that_is_killed_anywhere_goes_on_with_what_it_alerted(self) -> None:
-        """The run goes on before the next watcher comes, which must neither repeat nor miss anything."""
-        for owner, name in (
-            (aimwatch, "change_facts"), (aimwatch, "replace_file"), (aimwatch.Outbox, "add"),
-            (aimwatch.Dispatcher, "notify_of_broken"),
-        ):  # fmt: skip
-            for after in (False, True):
-                with self.subTest(name=name, after=after):
-                    run = f"{name.strip('_')}{after}"
-                    self.check_in(run, 1, expect=3)
-                    watcher = self.watch()
-                    self.look(watcher, 4)
-                    self.kill_in(owner, name, after, watcher)
-                    self.check_in(run, 2)
-                    self.stop(self.watch())
-                    mine = [kind for item, kind in self.told() if item == run]
-                    heard = (
-                        []
-                        if name == "change_facts" or (name, after) == ("replace_file", False)
-                        else ["stalled"]
-                    )
-                    self.assertEqual(mine, heard + ["recovered"] * len(heard))
 
     def test_two_passes_of_once_count_the_time_between_them(self) -> None:
         self.check_in("a", 1, expect=300)
@@ -9595,7 +9567,9 @@ class TestStart(WatchCase):
         hashes = [process.stdout.readline().strip() for process in (killed, stopped)]
         for run_hash in hashes:
             self.wait_for(lambda run_hash=run_hash: self.flags(run_hash) == ["check_in"])
-        watcher = self.start_watcher("--grace", "0.5")
+        soon = "import sys, aimwatch\naimwatch.CONFIRM_S = 0.5\nsys.exit(aimwatch.main(sys.argv[1:]))"
+        watcher = self.process(soon, *"start --poll-interval 0.1 --grace 0.5".split())
+        watcher.first_line = watcher.stderr.readline()
         self.assertIn("no notifiers are enabled, so events are only written here; ", watcher.first_line)
         self.assertIn("notifiers add' sets one up", watcher.first_line)
         killed.kill()
@@ -9615,11 +9589,10 @@ class TestStart(WatchCase):
 
     def test_looking_who_watches_does_not_end_the_watch(self) -> None:
         self.watch()
-        for _ in range(2):
-            self.assertTrue(aimwatch.watcher_state(self.paths, self.saved(), time.time())[0])
-            code, _, err = self.call("start", "--once")
-            self.assertEqual(code, 1)
-            self.assertIn(f"process {os.getpid()} on ", err)
+        self.assertTrue(aimwatch.watcher_state(self.paths, self.saved(), time.time())[0])
+        code, _, err = self.call("start", "--once")
+        self.assertEqual(code, 1)
+        self.assertIn(f"process {os.getpid()} on ", err)
 
     @unittest.skipUnless(sys.platform == "linux", "elsewhere both kinds of lock may be one")
     def test_watcher_of_aim_and_ours_exclude_each_other(self) -> None:
@@ -9846,9 +9819,9 @@ sys.exit(aimwatch.main(["start", "--standby", "--poll-interval", "0.1", "--grace
 class TestStandby(WatchCase):
     def test_second_watcher_takes_over_when_the_first_is_killed_and_tells_once(self) -> None:
         self.configure(n={"type": "logger"})
-        self.check_in("a", 1, expect=1)
         first = self.start_watcher("--grace", "0.5")
-        self.wait_sent(("a", "stalled"))
+        self.check_in("a", 1, "failed")
+        self.wait_sent(("a", "failed"))
         notify = NotifySocket(self, os.path.join(self.root, "notify"))
         with mock.patch.dict(os.environ, NOTIFY_SOCKET=os.path.join(self.root, "notify")):
             second, third = self.process(STANDBY), self.process(STANDBY)
@@ -9865,13 +9838,13 @@ class TestStandby(WatchCase):
         self.assertEqual(self.saved()["pid"], first.pid)
         first.kill()
         first.wait()
-        self.assertIn(f"watching {self.root}: 1 live run (1 stalled)", second.stderr.readline())
-        self.check_in("b", 1, expect=1)
-        self.wait_sent(("a", "stalled"), ("b", "stalled"))
+        self.assertIn(f"watching {self.root}: 0 live runs (0 stalled), 1 failed", second.stderr.readline())
+        self.check_in("b", 1, "failed")
+        self.wait_sent(("a", "failed"), ("b", "failed"))
         self.assertEqual(self.saved()["pid"], second.pid)
         self.assertEqual(self.run_cli("status")[0], 1)
         self.end(second)
-        self.assertEqual(sorted(self.sent()), [("a", "stalled"), ("b", "stalled")])
+        self.assertEqual(sorted(self.sent()), [("a", "failed"), ("b", "failed")])
 
     def test_standing_by_outlasts_a_repository_that_is_away(self) -> None:
         args = types.SimpleNamespace(grace=1, poll_interval=1, once=False, remind_every=0, standby=True)
@@ -9946,56 +9919,26 @@ class TestTwoMachines(WatchCase):
         self.assertEqual(self.told(), [("dead", "stalled")])
         self.assertEqual(len(self.check_ins()), 2)  # nothing was made in the folder
 
-    def test_watcher_whose_lock_is_not_seen_is_seen_by_what_it_writes(self) -> None:
-        first = self.watching()
+    def test_watcher_whose_lock_is_not_seen_is_seen_by_what_it_writes_whatever_its_clock_says(self) -> None:
+        first, real = self.watching(), time.time
         self.without_shared_locks()
         with self.elsewhere(), mock.patch.object(aimwatch, "lock_state", return_value="free"):
-            with self.assertRaisesRegex(
-                aimwatch.WatcherBusyError, "though its lock is not seen on this machine"
-            ):
+            said = "though its lock is not seen on this machine"
+            with self.assertRaisesRegex(aimwatch.WatcherBusyError, said):
                 aimwatch.Watcher(self.paths)
-            code, out, _ = self.run_cli("status")
-            self.assertIn(f"watched by process {first.pid} on ", out)
-            self.assertIn("; it looks\n", out)
-            self.assertEqual(code, 0)
+            for ahead_s in (600, -600):
+                with mock.patch.object(time, "time", lambda ahead_s=ahead_s: real() + ahead_s):
+                    code, out, _ = self.run_cli("status")
+                self.assertEqual((code, "; it looks\n" in out), (0, True))
+                self.assertIn(f"watched by process {first.pid} on ", out)
+            self.looking_on(MAX_LOOK_ON_S=0.5)
+            first.send_signal(signal.SIGSTOP)
+            with mock.patch.object(aimwatch, "lock_state", return_value="held"):
+                self.assertIn("holds the watch but does not look", self.run_cli("status")[1])
             first.kill()
             first.wait()
-            self.looking_on(MAX_LOOK_ON_S=0.5)
             self.assertIn("no watcher is alive", self.run_cli("status")[1])
             self.watcher().close()
-
-    def test_death_on_another_machine_is_known_where_its_lock_was_seen(self) -> None:
-        for seen, expected in ((True, [("r", "failed")]), (False, [("r", "stalled")])):
-            process = self.process(
-                "import time\nfrom aimwatch import Run\nrun = Run('r', create=True)\nrun.report_progress(expect_next_in=60)\n"
-                "print('ready', flush=True)\ntime.sleep(600)"
-            )
-            self.assertEqual(process.stdout.readline(), "ready\n")
-            with self.subTest(seen=seen), self.elsewhere():
-                if not seen:
-                    process.kill()
-                    process.wait()
-                watcher = self.watch(grace_s=2)
-                process.kill()
-                process.wait()
-                self.look(watcher, 20 if seen else 100)
-                self.assertEqual(self.told(), expected)
-                self.stop(watcher)
-            shutil.rmtree(self.paths.aim)
-            self.paths.create()
-
-    def test_no_clock_decides_whether_a_watcher_of_another_machine_looks(self) -> None:
-        first = self.watching()
-        for ahead_s in (600, -600):
-            real = time.time
-            with self.subTest(ahead_s=ahead_s), self.elsewhere(), mock.patch.object(
-                time, "time", lambda: real() + ahead_s
-            ):
-                self.assertIn("; it looks\n", self.run_cli("status")[1])
-        first.send_signal(signal.SIGSTOP)
-        self.looking_on(MAX_LOOK_ON_S=0.5)
-        with self.elsewhere():
-            self.assertIn("holds the watch but does not look", self.run_cli("status")[1])
 
     def test_watch_is_not_taken_over_where_nothing_can_be_written(self) -> None:
         held = mock.patch.object(aimwatch.FileLock, "acquire", return_value=False)
@@ -11385,31 +11328,23 @@ class RanksOfRealProcesses(WatchCase):
     def test_hang_and_exception_of_one_rank(self) -> None:
         script = os.path.join(self.root, "train.py")
         write_file(script, RANK)
-        for fate, expected in (
-            ("hangs", r"resnet stalled: rank 1 on .* stopped first \(.*\), in train.py:5 read_shard; "
-             r"ranks 0 and 2 wait in train.py:7 all_reduce"),
-            ("raises", r"resnet failed: rank 1 on .*: ValueError: bad; then ranks 0 and 2: terminated by SIGTERM"),
+        self.configure(log={"type": "logger"})
+        watcher, ranks = self.start_watcher("--grace", "1"), []
+        for fate in ("hangs", "raises"):
+            for rank in range(3):
+                os.environ.update(RANK=str(rank), WORLD_SIZE="3", TORCHELASTIC_RUN_ID=fate)
+                ranks.append(self.command(sys.executable, script, fate))
+        ranks[4].wait(30)
+        ranks[3].terminate()
+        ranks[5].terminate()
+        told = itertools.islice(filter(re.compile("resnet (stalled|failed)").search, watcher.stderr), 2)
+        text = "".join(told)
+        for pattern in (
+            r"resnet stalled: rank 1 on .* stopped first \(.*\), in train.py:5 read_shard; "
+            r"ranks 0 and 2 wait in train.py:7 all_reduce",
+            r"resnet failed: rank 1 on .*: ValueError: bad; then ranks 0 and 2: terminated by SIGTERM",
         ):  # fmt: skip
-            with self.subTest(fate):
-                self.configure(log={"type": "logger"})
-                watcher = self.start_watcher("--grace", "1")
-                ranks = []
-                for rank in range(3):
-                    os.environ.update(RANK=str(rank), WORLD_SIZE="3", TORCHELASTIC_RUN_ID=fate)
-                    ranks.append(self.command(sys.executable, script, fate))
-                if fate == "raises":
-                    ranks[1].wait(30)
-                    ranks[0].terminate()
-                    ranks[2].terminate()
-                told = next(
-                    line
-                    for line in iter(watcher.stderr.readline, "")
-                    if "resnet stalled" in line or "resnet failed" in line
-                )
-                self.assertRegex(told, expected)
-                self.end(watcher)
-                for process in ranks:
-                    process.kill()
+            self.assertRegex(text, pattern)
 
 
 class ExecCase(WatchCase):
