@@ -8886,11 +8886,13 @@ def listen(host: str, port: int, uds: Optional[str]) -> Any:
             os.umask(mask)
         listener.listen(128)
         return listener
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         flags = f"--uds {uds}: choose another path, or remove what is left of a server that is gone"
         if uds is None:
             flags = f"--host {host} --port {port}: choose a --port from 1024 up that is free, or 0 for any"
-        raise AimwatchError(f"cannot listen, {error.strerror or error}, at {flags}") from None
+        raise AimwatchError(
+            f"cannot listen, {getattr(error, 'strerror', None) or error}, at {flags}"
+        ) from None
 
 
 # ======================================================================================
@@ -9057,10 +9059,10 @@ def add_argument(parser: Any, text: str) -> None:
         return
 
     def read(value: str) -> Any:
-        try:
-            return READERS.get(metavar, str)(value)
-        except AimwatchError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+        pattern, convert, what = READERS.get(metavar, ("(?s).*", str, ""))
+        if re.fullmatch(pattern, value) is None:
+            raise argparse.ArgumentTypeError(f"{value!r} is not {what}")
+        return convert(value)
 
     options: Dict[str, Any] = {"metavar": metavar, "type": read, "help": about}
     default = re.search(r"\(default: (?:\$(\w+)|([0-9][\w.]*)\))", about)
@@ -9074,70 +9076,43 @@ def add_argument(parser: Any, text: str) -> None:
     parser.add_argument(flag or metavar.lower(), **options)
 
 
-def duration(text: str) -> float:
+def seconds_of(text: str) -> float:
     """Return the seconds of `90`, `30m`, `2h` or `1d`."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]*)?)\s*([smhd]?)", text.strip())
-    unit_s = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-    seconds = float(match[1]) * unit_s[match[2]] if match else math.inf
-    if seconds > MAX_EXPECT_S:
-        raise AimwatchError(f"{text!r} is not a time such as 90, 30m, 2h or 1d")
-    return seconds
+    unit_s = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1])
+    return float(text[:-1]) * unit_s if unit_s else float(text)
 
 
-def number_to(most: int) -> Callable[[str], int]:
-    """Return what reads a whole number from 0 up to `most`."""
-
-    def number(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,9}", text) or int(text) > most:
-            raise AimwatchError(f"{text!r} is not a whole number from 0 to {most}")
-        return int(text)
-
-    return number
-
-
-def log_level(text: str) -> int:
+def level_of(text: str) -> int:
     """Return a level of log messages, given as a name or as a number."""
-    level = str(LOG_LEVELS.get(text.upper(), text))
-    if not re.fullmatch("[0-9]{1,3}", level):
-        raise AimwatchError(f"{text!r} is not one of {', '.join(LOG_LEVELS)}")
-    return int(level)
+    return LOG_LEVELS.get(text.upper()) or int(text)
 
 
-def listed_names(text: str) -> List[str]:
+def names_of(text: str) -> List[str]:
     """Return names that are given with commas between them."""
     names = re.split(r",(?![^\[\]]*\])", text)
     return list(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
-def event_names(text: str) -> List[str]:
-    """Return kinds of events that are given with commas between them."""
-    for name in listed_names(text):
-        if name not in EVENTS:
-            raise AimwatchError(f"{name!r} is not one of {', '.join(EVENTS)}")
-    return listed_names(text)
-
-
-def key_value(text: str) -> Tuple[List[str], Any]:
+def param_of(text: str) -> Tuple[List[str], Any]:
     """Return the path and the value of `hparams.lr=0.1`: JSON, or text where it is none."""
-    key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")):
-        raise AimwatchError(f"{text!r} is not of the form name=value, such as hparams.lr=0.1")
+    key, _, value = text.partition("=")
     try:
         return key.split("."), from_json(value)
     except (ValueError, RecursionError):
         return key.split("."), value
 
 
-#: By what the help calls a value, how it is read from text; what is not here is the text.
-READERS: Dict[str, Callable[[str], Any]] = {
-    "TIME": duration,
-    "N": number_to(999_999_999),
-    "PORT": number_to(65535),
-    "URL": checked_url,
-    "LEVEL": log_level,
-    "LIST": listed_names,
-    "EVENTS": event_names,
-    "NAME=VALUE": key_value,
+_EVENT, _LEVEL = "|".join(EVENTS), "|".join(LOG_LEVELS)
+#: By what the help calls a value: what it must look like, how it is read, and what another one is not. What
+#: is not here is text.
+READERS: Dict[str, Tuple[str, Callable[[str], Any], str]] = {
+    "TIME": (r"[0-9]{1,8}(\.[0-9]+)?[smhd]?", seconds_of, "a time such as 90, 30m, 2h or 1d"),
+    "N": ("[0-9]{1,9}", int, "a whole number"),
+    "URL": (r"https?://[!-~]+", str, "an address that starts with https:// or http://"),
+    "LEVEL": (f"(?i){_LEVEL}|[0-9]{{1,3}}", level_of, f"one of {', '.join(LOG_LEVELS)}"),
+    "LIST": ("(?s).*", names_of, ""),
+    "EVENTS": (f"({_EVENT})(,({_EVENT}))*", names_of, f"one or several of {', '.join(EVENTS)}"),
+    "NAME=VALUE": (r"(?s)[^=.]+(\.[^=.]+)*=.*", param_of, "such as hparams.lr=0.1"),
 }
 WANTED_EVENTS = (
     f"--events EVENTS  of what to notify: any of {','.join(EVENTS)} (default: {','.join(DEFAULT_EVENTS)})"
@@ -9602,7 +9577,7 @@ def cmd_ack(args: Any) -> None:
 @command(
     "up",
     "--host ADDRESS  where to listen (default: 127.0.0.1)",
-    "--port PORT  0: a free one (default: 43880)",
+    "--port N  0: a free one (default: 43880)",
     "--uds PATH  listen on a socket file for this user alone, without a token",
     "--base-path PATH  what a proxy leaves before every path",
     "--allowed-host NAME ...  a name that a proxy calls",
