@@ -3310,10 +3310,6 @@ def callback(
     return type("Callback", (LoopCallback, *bases), {})(run, expect_next_in, run_arguments)
 
 
-#: What a hook has to say: how much is done (0: nobody knows), metrics, step and epoch, params.
-LoopState = Tuple[float, Dict[str, Any], Optional[int], Optional[float], Dict[str, Any]]
-
-
 class LoopCallback:
     """What `callback` returns: every hook of the three frameworks, by whatever name, reports progress."""
 
@@ -3381,6 +3377,7 @@ class LoopCallback:
             run.report_progress(expect_next_in=self._given[1])
         elif run._ended is None:
             run.report_progress()
+        # How much is done (0: nobody knows), metrics, and with what the framework was called.
         part, logs, step, epoch, params = look(name, args, options)
         if name in _BEGIN_HOOKS:
             run["hparams"] = {**params, **(run.get("hparams") or {})}
@@ -3391,7 +3388,7 @@ class LoopCallback:
             with contextlib.suppress(ArgumentError, ArgumentTypeError):  # what is no number
                 run.track(value, match[2] if match else key, step, epoch, context=context)
 
-    def _look_at_transformers(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> LoopState:
+    def _look_at_transformers(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> Any:
         state, params = args[1], {}
         if name in _BEGIN_HOOKS:
             params = args[0].to_dict()
@@ -3400,7 +3397,7 @@ class LoopCallback:
         part = state.global_step / state.max_steps if state.max_steps else 0.0
         return part, options.get("logs") or {}, state.global_step, state.epoch, params
 
-    def _look_at_lightning(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> LoopState:
+    def _look_at_lightning(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> Any:
         trainer, loop, part, logs = args[0], args[0].fit_loop, 0.0, {}
         if name == "on_train_batch_end" and (trainer.max_epochs or 0) > 0:
             batches = loop.epoch_loop.batch_progress.current.completed / trainer.num_training_batches
@@ -3415,7 +3412,7 @@ class LoopCallback:
         params = dict(args[1].hparams) if name in _BEGIN_HOOKS else {}
         return part, logs, trainer.global_step, trainer.current_epoch, params
 
-    def _look_at_keras(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> LoopState:
+    def _look_at_keras(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> Any:
         params, part, logs = dict(self._fit), 0.0, {}
         if name in _BEGIN_HOOKS:
             with contextlib.suppress(AttributeError):
