@@ -7608,11 +7608,11 @@ def cpu_seconds(program: int) -> float:
 def count_oom_kills() -> int:
     """Return how many processes of this control group the kernel has killed since memory ran out, as far as
     that can be read."""
-    with contextlib.suppress(OSError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         with open("/proc/self/cgroup", encoding="utf-8") as file:
-            group = re.search("^0::(.*)$", file.read(), re.MULTILINE)
-        with open(f"/sys/fs/cgroup{group[1]}/memory.events", encoding="utf-8") as file:  # type: ignore[index]
-            return int(re.search("^oom_kill ([0-9]+)$", file.read(), re.MULTILINE)[1])  # type: ignore[index]
+            group = file.read().rpartition("0::")[2].strip()
+        with open(f"/sys/fs/cgroup{group}/memory.events", encoding="utf-8") as file:
+            return int(dict(line.split() for line in file)["oom_kill"])
     return 0
 
 
@@ -7882,12 +7882,11 @@ def grid(names: Sequence[str], rows: Sequence[Sequence[Any]], heads: Sequence[An
 
 def page_of(title: str, top: str, about: str, parts: Dict[str, Any]) -> str:
     """Return a whole page: its parts, HTML or text, by their titles; `top` is the way to the first page."""
+    shown_as = {
+        name: html("<pre>{}</pre>", part) if type(part) is str else part for name, part in parts.items()
+    }
     section = '<section id="{}"><h2>{}</h2>{}</section>'
-    sections = []
-    for name, content in parts.items():
-        if content:
-            is_text = type(content) is str
-            sections.append(html(section, name, name, html("<pre>{}</pre>", content) if is_text else content))
+    sections = each(section, [(name, name, part) for name, part in shown_as.items() if parts[name]])
     return html(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{} \u00b7 aimwatch</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
