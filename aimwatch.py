@@ -7431,8 +7431,6 @@ class ReindexThread(threading.Thread):
 
 #: How much is copied at a time, and how much is kept of the output.
 COPY_BYTES, TAIL_BYTES = 1 << 16, 1 << 14
-#: How long a program that has ended is waited for whose output does not end, since others write it.
-DRAIN_S = 1.0
 #: Two signals of a kind within this time are one, sent to `exec` and to the program.
 SAME_SIGNAL_S = 0.5
 FORWARDED = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
@@ -7567,10 +7565,8 @@ class Program:
             for number in [number for number, at in due.items() if at <= now]:
                 del due[number]
                 os.kill(self.pid, number)
-        until_mono = _monotonic() + DRAIN_S
-        while any(self._waiting.values()) or (self._targets and _monotonic() < until_mono):
-            if not self.copy([], None if any(self._waiting.values()) else 0.0):
-                break
+        while self._targets and self.copy([], None if any(self._waiting.values()) else 0.0):
+            pass
 
     def copy_rest(self) -> None:
         """Copy until nobody writes any more: what the program left behind may go on."""

@@ -10669,6 +10669,18 @@ class UpCase(WatchCase):
         process.third_line = process.stdout.readline()
         return process
 
+    def train(self) -> Any:
+        """Start a run `victim` that tracks until it is killed."""
+        code = (
+            "import itertools, time, aimwatch\nrun = aimwatch.Run('victim', create=True)\nrun['lr'] = 0.2\n"
+        )
+        code += (
+            "for step in itertools.count():\n    run.track(step, 'loss', step=step)\n    time.sleep(0.2)\n"
+        )
+        training = self.process(code + "    run.report_progress(expect_next_in=600)\n    print(flush=True)\n")
+        training.stdout.readline()
+        return training
+
     def get(self, server: Any, path: str = "/", **headers: str) -> Tuple[int, str]:
         client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
         self.addCleanup(client.close)
@@ -10680,9 +10692,7 @@ class UpCase(WatchCase):
 
 class UpProcess(UpCase):
     def test_live_state_token_and_end(self) -> None:
-        training = self.process("import time, aimwatch\nrun = aimwatch.Run('victim', create=True)\nrun.track(1, 'loss')\n"
-                                "run.report_progress(expect_next_in=600)\nprint(flush=True)\ntime.sleep(600)")  # fmt: skip
-        training.stdout.readline()
+        training = self.train()
         server = self.up("--watch")
         self.assertIn("this process watches", server.third_line)
         self.assertIn("state running", self.get(server, "/run/victim/")[1])
@@ -10728,22 +10738,18 @@ class UpProcess(UpCase):
         self.assertRegex(err, "Address already in use.*--port")
         self.end(server)
 
-    def test_what_cannot_be_listened_on(self) -> None:
-        taken = os.path.join(self.root, "taken")
-        open(taken, "w").close()
+    def test_where_it_listens(self) -> None:
         for argv, words in (
-            (["--uds", taken], f"Address already in use.*--uds {taken}"), (["--host", "256.0.0.1"], "--host 256.0.0.1"),
-            (["--port", "65536"], "must be 0-65535.*--port 65536"), (["--port", "x"], "not a whole number"),
+            (["--host", "256.0.0.1"], "--host 256.0.0.1"), (["--port", "65536"], "must be 0-65535.*--port 65536"),
+            (["--port", "x"], "not a whole number"), (["--uds", self.root], f"Address already in use.*--uds {self.root}"),
         ):  # fmt: skip
             with self.subTest(argv=argv):
-                code, out, err = self.run_cli("up", *argv)
+                code, _, err = self.run_cli("up", *argv)
                 self.assertIn(code, (1, 2))
                 self.assertRegex(err, words)
         refused = PermissionError(errno.EACCES, "Permission denied")
         with mock.patch("socket.create_server", side_effect=refused):
             self.assertIn("from 1024 up", self.run_cli("up", "--port", "80")[2])
-
-    def test_socket_file_is_for_this_user_alone(self) -> None:
         path = os.path.join(self.root, "up.sock")
         server = self.up("--uds", path)
         self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
@@ -10826,10 +10832,7 @@ class InABrowser(UpCase):
             run["lr"] = 0.1
             for step in range(50):
                 run.track(1 / (step + 1) if step != 20 else NAN, "loss", step=step)
-        training = self.process("import itertools, time, aimwatch\nrun = aimwatch.Run('victim', create=True)\nrun['lr'] = 0.2\n"
-                                "for step in itertools.count():\n    run.track(step, 'loss', step=step)\n"
-                                "    run.report_progress(expect_next_in=600)\n    print(flush=True)\n    time.sleep(0.2)")  # fmt: skip
-        training.stdout.readline()
+        training = self.train()
         server = self.up("--watch")
         origin = server.url.partition("?")[0]
         folder = tempfile.mkdtemp(prefix="aimwatch-test-browser-")
@@ -10839,12 +10842,8 @@ class InABrowser(UpCase):
 
         def open_page(url: str) -> None:
             browser.call("Page.navigate", url=url)
-            self.wait_for(
-                lambda: (
-                    browser.run("document.readyState") == "complete"
-                    and browser.run("location.href") != "about:blank"
-                )
-            )
+            ready = "document.readyState == 'complete' && location.href != 'about:blank'"
+            self.wait_for(lambda: browser.run(ready))
 
         def figure() -> Any:
             return browser.run("document.querySelector('figure').innerText")
@@ -10860,9 +10859,8 @@ class InABrowser(UpCase):
         for key in ("ArrowRight", "ArrowRight"):
             browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
         self.assertRegex(figure(), r"loss\s+step 1\s(?s:.*)loss 0\.5")
-        box = browser.run(
-            "(r => [r.x, r.y, r.width, r.height])(document.querySelector('.chart svg').getBoundingClientRect())"
-        )
+        get_box = "(r => [r.x, r.y, r.width, r.height])(document.querySelector('.chart svg').getBoundingClientRect())"
+        box = browser.run(get_box)
         xs, y = [box[0] + box[2] * part for part in (0.2, 0.5, 0.75)], box[1] + box[3] / 2
 
         def mouse(kind: str, x: float, clicks: int = 1) -> None:
@@ -10893,10 +10891,8 @@ class InABrowser(UpCase):
         self.assertEqual(browser.run("document.querySelectorAll('svg.chart').length"), 1)
         loud = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
         self.assertEqual([event for event in browser.events if event.get("method") in loud], [])
-        requests = [
-            event["params"] for event in browser.events if event.get("method") == "Network.requestWillBeSent"
-        ]
-        asked = {params["request"]["url"] for params in requests}
+        requests = (event for event in browser.events if event.get("method") == "Network.requestWillBeSent")
+        asked = {event["params"]["request"]["url"] for event in requests}
         self.assertEqual([url for url in asked if not url.startswith((origin, "data:,"))], [])
         self.end(server)
 
