@@ -6103,7 +6103,6 @@ class Dispatcher:
 
 #: The state in which a check-in's flag leaves its run.
 FLAG_STATES = {STARTING: RUNNING, CHECK_IN: RUNNING, FINISHED: FINISHED, FAILED: FAILED}
-STATES = (RUNNING, STALLED, FINISHED, FAILED)
 #: What is alerted when a run's state changes; any other change says nothing.
 TRANSITIONS = {
     (None, RUNNING): (STARTED,),
@@ -6245,7 +6244,11 @@ class WatchedRun:
         """Read back what `to_list` gave. Raises ValueError or TypeError for most other things."""
         name, since_s, since_utc, state, was_held, free_s, *stalls = values
         check_in = parse_check_in(name)
-        if check_in is None or check_in.flag not in FLAG_STATES or state not in STATES:
+        if (
+            check_in is None
+            or check_in.flag not in FLAG_STATES
+            or state not in (RUNNING, STALLED, FINISHED, FAILED)
+        ):
             raise ValueError(f"{name!r}, {state!r}: not a run")
         watched = cls(check_in, name, float(since_s), float(since_utc))
         watched.state, watched.was_held, watched.free_s = state, bool(was_held), float(free_s)
@@ -6688,10 +6691,9 @@ class Groups:
         rest: Dict[str, List[WatchedRun]] = collections.defaultdict(list)
         for watched in members.values():
             if watched not in parts:
-                rest["still running" if watched.state == RUNNING else f"{watched.state} before"].append(
-                    watched
-                )
-        text += "".join(f"; {self._name(runs)} {state}" for state, runs in rest.items())
+                rest[watched.state].append(watched)
+        for state, others in rest.items():
+            text += f"; {self._name(others)} " + ("still running" if state == RUNNING else f"{state} before")
         rank, visible = self.member(first).rank, members.get(0, first).hash
         return Change(kind, first, now_s - first.since_s, RUNNING, text, rank=rank, visible=visible)
 
@@ -6719,25 +6721,20 @@ class Groups:
         return first, text
 
     def _say_failed(self, parts: List[WatchedRun], notes: Dict[str, str]) -> Tuple[WatchedRun, str]:
-        failed = []
+        why, when = dict(notes), dict.fromkeys(notes, 0.0)
         for watched in parts:
-            end: Dict[str, Any] = {}
             with contextlib.suppress(OSError):
                 end = read_log(self.paths.run_log(watched.hash), watched.hash, FACTS_BYTES).end or {}
-            reason = printable(str(end.get("reason") or notes[watched.hash]))
-            # A launcher ends the others with SIGTERM when one has failed.
-            failed.append(
-                (reason.startswith("terminated by"), float(end.get("time") or 0.0), reason, watched)
-            )
-        failed.sort(key=lambda item: item[:2])
-        reasons: Dict[str, List[WatchedRun]] = collections.defaultdict(list)
-        (_, _, reason, first), *others = failed
-        for _, _, why, watched in others:
-            reasons[why].append(watched)
-        text = f"{self._name([first])} on {self.member(first).host}: {reason}"
-        text += "".join(
-            f"; then {self._name(runs)}: {shorten(why, 200, '...')}" for why, runs in reasons.items()
+                why[watched.hash] = printable(str(end.get("reason") or notes[watched.hash]))
+                when[watched.hash] = float(end.get("time") or 0.0)
+        # A launcher ends the others with SIGTERM when one has failed.
+        first, *others = sorted(
+            parts, key=lambda one: (why[one.hash].startswith("terminated by"), when[one.hash])
         )
+        text = f"{self._name([first])} on {self.member(first).host}: {why[first.hash]}"
+        for reason in dict.fromkeys(why[one.hash] for one in others):
+            ranks = self._name(one for one in others if why[one.hash] == reason)
+            text += f"; then {ranks}: {shorten(reason, 200, '...')}"
         return first, text
 
     def to_list(self) -> List[Any]:
@@ -6898,14 +6895,13 @@ class Watcher:
         locked = self._lock.acquire(LOCK_PROBE_S)
         # Aim's watcher takes the other kind of lock alone.
         who = "Aim's watcher" if lock_state(path) == "free" else describe_watcher(self.paths)
+        busy = f"{who} already watches {self.paths.root}"
         if locked is False and seize and lock_state(path) == "held":
             frozen = who
         elif locked is False:
-            raise WatcherBusyError(f"{who} already watches {self.paths.root}")
+            raise WatcherBusyError(busy)
         elif may_live(read_watcher_file(self.paths)) and SeenAt(self.paths).moves(self._wait):
-            raise WatcherBusyError(
-                f"{who} already watches {self.paths.root}, though its lock is not seen on this machine"
-            )
+            raise WatcherBusyError(f"{busy}, though its lock is not seen on this machine")
         if locked is None:
             log.warning("%s: no record locks here: make sure that no second watcher is started", path)
         with contextlib.suppress(OSError):
@@ -6931,12 +6927,8 @@ class Watcher:
         except (KeyError, TypeError, ValueError):
             between_s = 0.0
             if not self._first:
-                log.warning(
-                    "%s is missing or damaged: every run counts as seen for the first time, and what ended "
-                    "is alerted unless %s says that it was",
-                    self.paths.watcher,
-                    self.paths.outbox,
-                )
+                what = "what ended counts as new, unless the outbox says that it was alerted"
+                log.warning("%s is missing or damaged: %s", self.paths.watcher, what)
         if not self._once:
             looking.gap(between_s)
         elif between_s < math.inf:

@@ -11318,7 +11318,7 @@ class RanksOfRealProcesses(WatchCase):
         script = os.path.join(self.root, "train.py")
         write_file(script, RANK)
         self.configure(log={"type": "logger"})
-        watcher, ranks = self.start_watcher("--grace", "1"), []
+        watcher, ranks = self.start_watcher("--grace", "3"), []
         for fate in ("hangs", "raises"):
             for rank in range(3):
                 os.environ.update(RANK=str(rank), WORLD_SIZE="3", TORCHELASTIC_RUN_ID=fate)
