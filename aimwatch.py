@@ -8408,20 +8408,15 @@ class Site:
     def _charts(self, ask: Ask, rows: Sequence[Dict[str, Any]]) -> Html:
         """Return the charts of runs by metric, with the form that says how they are drawn."""
         curves: Dict[str, List[Curve]] = {}
-        for nth, row in enumerate(rows):
+        for row in rows:
             points = self.follower(row["hash"]).points
-            seen: Dict[str, int] = {}
             for metric in row["metrics"]:
-                at = seen[metric["name"]] = seen.get(metric["name"], -1) + 1
-                # Of one run a colour is a context, of several it is a run, and a context a shade of it.
-                hue, shade = (nth, at % 3) if len(rows) > 1 else (at, 0)
-                colour = f"hsl({210 + 137 * hue} 60% {50 + 13 * shade}%)"
-                name = (row["name"] or row["hash"][:8]) if len(rows) > 1 else metric["name"]
-                label = f"{name} {shown(metric['context'], 'context')}"
-                columns = points.get(metric["series"])
-                if columns:
-                    curve = Curve(label, colour, columns, row["created_at"])
-                    curves.setdefault(metric["name"], []).append(curve)
+                if columns := points.get(metric["series"]):
+                    drawn = curves.setdefault(metric["name"], [])
+                    name = (row["name"] or row["hash"][:8]) if len(rows) > 1 else metric["name"]
+                    label = f"{name} {shown(metric['context'], 'context')}"
+                    colour = f"hsl({210 + 137 * len(drawn)} 60% 50%)"
+                    drawn.append(Curve(label, colour, columns, row["created_at"]))
         if not curves:
             return Html()
 
