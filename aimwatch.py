@@ -8883,30 +8883,24 @@ def listen(host: str, port: int, uds: Optional[str]) -> Any:
 UNCUT = 11
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = 0) -> List[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
     """Return lines with the columns of `rows` aligned under `header`.
 
-    Where they are wider than `width` (default: the terminal's), long cells are cut, but for the first of
-    each line, and where that is not enough, the last columns are left out.
+    Where they are wider than the terminal, long cells are cut, but for the first of each line, and where
+    that is not enough, the last columns are left out.
     """
     import shutil
 
-    width = width or shutil.get_terminal_size().columns
     cells = [list(header)] + [[printable(cell, 60) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    while sum(widths) + 2 * len(widths) - 2 > width and len(widths) > 1:
+    while sum(widths) + 2 * len(widths) - 2 > shutil.get_terminal_size().columns and len(widths) > 1:
         widest = max(widths[1:])
         if widest > UNCUT:
             widths[widths.index(widest, 1)] -= 1
         else:
             widths.pop()
-    lines = []
-    for row in cells:
-        fitted = [
-            cell if len(cell) <= width else f"{cell[: width - 2]}.." for cell, width in zip(row, widths)
-        ]
-        lines.append("  ".join(map(str.ljust, fitted, widths)).rstrip())
-    return lines
+    fitted = [[printable(cell, width).ljust(width) for cell, width in zip(row, widths)] for row in cells]
+    return ["  ".join(row).rstrip() for row in fitted]
 
 
 def print_below(*texts: Optional[str]) -> None:
@@ -9378,12 +9372,10 @@ def status_object(
 def lax_modes(paths: RepoPaths) -> str:
     """Return which folders and files others can write that only the owner of the repository should, for
     people; "" for none."""
-    found = []
-    for path in (*paths.owners_folders(), paths.config, paths.index, paths.outbox, paths.watcher):
-        with contextlib.suppress(OSError):
-            if os.stat(path).st_mode & 0o022:
-                found.append(os.path.relpath(path, paths.root))
-    return f"others can write {', '.join(found)}: 'chmod go-w', or 'init --group'" if found else ""
+    owners = (*paths.owners_folders(), paths.config, paths.index, paths.outbox, paths.watcher)
+    lax = [path for path in owners if os.path.exists(path) and os.stat(path).st_mode & 0o022]
+    shown = ", ".join(os.path.relpath(path, paths.root) for path in lax)
+    return f"others can write {shown}: 'chmod go-w', or 'init --group'" if lax else ""
 
 
 def status_rows(
