@@ -10137,7 +10137,7 @@ def _asked_columns(args: Any, default: Sequence[str]) -> List[str]:
     ),
     epilog="The query is a Python expression over run; see the README for the language.",
 )
-def cmd_runs(args: Any) -> int:
+def cmd_runs(args: Any) -> None:
     """List the runs for which a query is true, the newest first."""
     repo = Repo(args.repo)
     columns = _asked_columns(args, RUN_COLUMNS)
@@ -10157,7 +10157,6 @@ def cmd_runs(args: Any) -> int:
                 hint = nearest(name, [*_RUN_FIELDS, *params])
                 print(f"no run has a param {printable(repr(name), 60)}{hint}", file=sys.stderr)
     _print_list(args, repo._paths, columns, found, run_cell, "runs")
-    return 0
 
 
 @command(
@@ -10165,7 +10164,7 @@ def cmd_runs(args: Any) -> int:
     *_listing(METRIC_COLUMNS),
     epilog="The query is a Python expression over run and metric; see the README for the language.",
 )
-def cmd_metrics(args: Any) -> int:
+def cmd_metrics(args: Any) -> None:
     """List the metric series for which a query is true, those of the newest run first."""
     repo = Repo(args.repo)
     columns = _asked_columns(args, METRIC_COLUMNS)
@@ -10173,18 +10172,17 @@ def cmd_metrics(args: Any) -> int:
     _refuse_unknown(columns, known.__contains__, known)
     found = [metric_cells(*pair) for pair in repo.metric_rows(args.query)]
     _print_list(args, repo._paths, columns, found, operator.getitem, "series")
-    return 0
 
 
 @command("show", "RUN", "--json")
-def cmd_show(args: Any) -> int:
+def cmd_show(args: Any) -> None:
     """Show everything that is known of one run, and its log messages."""
     repo = Repo(args.repo)
     state, row = read_run(repo._paths, repo.find_run(args.run))
     messages = list(read_messages(repo._paths.run_log(state.hash)))
     if args.json:
         print_json(run_object(row, messages))
-        return 0
+        return
     for name, value in run_fields(row):
         print(f"{name + ':':<13}{printable(str(value), 1000)}")
     for frame in row["frames"]:
@@ -10204,7 +10202,6 @@ def cmd_show(args: Any) -> int:
         print("\nlog messages")
         for message in messages:
             print(f"  {message_line(message)}")
-    return 0
 
 
 def read_run(paths: RepoPaths, run_hash: str) -> Tuple[RunState, Dict[str, Any]]:
@@ -10251,7 +10248,7 @@ def run_fields(row: Dict[str, Any]) -> List[Tuple[str, Any]]:
 
 
 @command("diff", "RUN", "OTHER  another run")
-def cmd_diff(args: Any) -> int:
+def cmd_diff(args: Any) -> None:
     """Show in what two runs differ, and what was run where."""
     repo = Repo(args.repo)
     hashes = [repo.find_run(args.run), repo.find_run(args.other)]
@@ -10268,7 +10265,6 @@ def cmd_diff(args: Any) -> int:
             print(f"\n{printable(name)}")
             for run_hash, text in zip(hashes, both):
                 print(f"  {short[run_hash]}  {printable(text, 1000)}")
-    return 0
 
 
 #: What `diff` shows of both runs even where it is the same.
@@ -10292,7 +10288,7 @@ POINT_COLUMNS = ("metric", "context", "step", "epoch", "value", "time")
 
 
 @command("export", "RUN", "[METRIC]  the metric's name (default: all)", "--json")
-def cmd_export(args: Any) -> int:
+def cmd_export(args: Any) -> None:
     """Print the points of a run's metrics as CSV."""
     repo = Repo(args.repo)
     run = Run._to_read(repo._paths, repo.find_run(args.run))
@@ -10306,7 +10302,6 @@ def cmd_export(args: Any) -> int:
         print_json([dict(zip(POINT_COLUMNS, point)) for point in points])
     else:
         write_csv(sys.stdout, itertools.chain([POINT_COLUMNS], points), sys.stdout.isatty())
-    return 0
 
 
 def _metrics_called(run: Run, name: str) -> List[Metric]:
@@ -10373,7 +10368,7 @@ def report_lines(paths: RepoPaths, rows: Sequence[Dict[str, Any]], over_s: float
 
 
 @command("plot", "RUN", "METRIC  the metric's name; each context is drawn")
-def cmd_plot(args: Any) -> int:
+def cmd_plot(args: Any) -> None:
     """Draw a metric of a run as a chart in the terminal."""
     repo = Repo(args.repo)
     run = Run._to_read(repo._paths, repo.find_run(args.run))
@@ -10386,7 +10381,6 @@ def cmd_plot(args: Any) -> int:
         points = [(step, value) for step, value, *_ in metric._points if abs(value) < 1e300]
         lines = chart(points, max(20, width - 12), max(4, min(height - 4, 16)))
         print("\n".join(lines))
-    return 0
 
 
 #: Bits of the eight dots of a braille character, by column and row.
@@ -10416,7 +10410,7 @@ def chart(points: Sequence[Tuple[float, float]], width: int, height: int) -> Lis
 
 
 @command("rm", "RUN ...", "--yes")
-def cmd_rm(args: Any) -> int:
+def cmd_rm(args: Any) -> None:
     """Remove runs with everything they recorded."""
     repo = Repo(args.repo)
     hashes = [repo.find_run(prefix) for prefix in args.run]
@@ -10431,18 +10425,16 @@ def cmd_rm(args: Any) -> int:
     for run_hash in hashes:
         repo.delete_run(run_hash)
         print(f"removed run {run_hash}")
-    return 0
 
 
 @command("close", "RUN ...")
-def cmd_close(args: Any) -> int:
+def cmd_close(args: Any) -> None:
     """Declare runs ended whose processes are gone: `status` shows them no more, and nobody is notified."""
     repo = Repo(args.repo)
     for prefix in args.run:
         run_hash = repo.find_run(prefix)
         changed = repo.close_run(run_hash)
         print(f"{'closed run' if changed else 'already closed:'} {run_hash}")
-    return 0
 
 
 @command(
