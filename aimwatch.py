@@ -65,8 +65,7 @@ Read first: `CheckIn`, `RunState`, `run_row`, `RunTable.take`, `Outbox.add`. The
   the index knows; `Repo` adds the rows of pending runs from their logs; `matches` asks each row.
 
 Locks: `FileLock` on `pending/<hash>` (who writes the run), `index.lock`, `config.lock`, `watcher.lock`. In
-memory: the registry of `FileLock`; of each `Run` one for its records and one for its promise; of the
-`Outbox` one for its file.
+memory: the registry of `FileLock`; one of each `Run`; one of the `Outbox`, for its file.
 
 Threads of a training process: one of `_Stacks` while a promise is outstanding, and on a network file
 system one of `AppendFile`, which syncs. Threads of `start`: the poll; `ReindexThread`; a
@@ -926,8 +925,7 @@ class CheckInFile:
                 os.unlink(os.path.join(self.folder, name))
 
     def _create(self, name: str) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        os.close(os.open(os.path.join(self.folder, name), flags, 0o666))
+        os.close(open_below(os.path.join(self.folder, name), os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         self._names.append(name)
 
 
