@@ -352,26 +352,17 @@ _LOCAL_FILE_SYSTEMS = set(
 )
 
 
-def _mount_of(path: str) -> List[bytes]:
-    """Return the type, source and options of the file system that a folder or file lies on, as Linux's table
-    of mounts says; [] where nobody can tell."""
-    try:
+def is_network(path: str) -> bool:
+    """True where a folder or file lies on a network file system, as Linux's table of mounts says; False also
+    where nobody can tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
         device = os.stat(path).st_dev
         number = f"{os.major(device)}:{os.minor(device)}".encode()
         with open("/proc/self/mountinfo", "rb") as file:
-            for line in file:
-                fields = line.split()
+            for fields in map(bytes.split, file):
                 if fields[2] == number:
-                    return fields[fields.index(b"-") + 1 :]
-    except (OSError, ValueError, IndexError):
-        pass
-    return []
-
-
-def is_network(path: str) -> bool:
-    """True where a folder or file lies on a network file system; False also where nobody can tell."""
-    mount = _mount_of(path)
-    return bool(mount) and mount[0] not in _LOCAL_FILE_SYSTEMS
+                    return fields[fields.index(b"-") + 1] not in _LOCAL_FILE_SYSTEMS
+    return False
 
 
 def command_line(repo: Optional[str] = None) -> str:
@@ -621,7 +612,7 @@ class FileLock:
     def _lock(self, fd: int) -> Optional[bool]:
         locked = _try_lock(fcntl.lockf, fd, fcntl.LOCK_EX, int(self.brief))
         # On macOS and on NFS, both kinds of lock are one, and we would meet our own.
-        if self._flock and sys.platform == "linux" and _mount_of(self.path)[:1] not in ([b"nfs"], [b"nfs4"]):
+        if self._flock and sys.platform == "linux" and not is_network(self.path):
             return locked if _try_lock(fcntl.flock, fd, fcntl.LOCK_EX) is not False else False
         return locked
 

@@ -561,9 +561,7 @@ class FileLocks(Case):
 
     def test_one_kind_where_they_are_one_as_on_nfs(self) -> None:
         lock = self.lock(flock=True)
-        with mock.patch.object(aimwatch, "_mount_of", return_value=[b"nfs4"]), mock.patch(
-            "fcntl.flock"
-        ) as flock:
+        with mock.patch.object(aimwatch, "is_network", return_value=True), mock.patch("fcntl.flock") as flock:
             self.assertIs(lock.acquire(), True)
         flock.assert_not_called()
 
