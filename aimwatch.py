@@ -4870,7 +4870,9 @@ checked_url = a_text(
 checked_group = a_text("[A-Za-z0-9_.]{1,64}", "must be letters and digits, not {}", number=True)
 checked_security = a_text("|".join(MAIL_PORTS), f"must be one of {', '.join(MAIL_PORTS)}, not {{}}")
 checked_port = a_text(
-    "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-5][0-9]{3}", "must be a number from 1 to 65535, not {}", number=True
+    "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]",
+    "must be a number from 1 to 65535, not {}",
+    number=True,
 )
 checked_address = a_text(
     r"(?=[!-~]+\Z)[^@,;:<>\"()\[\]\\{}]+(@[A-Za-z0-9.-]+)?", "must be a mail address, name@host, not {}"
@@ -5536,6 +5538,21 @@ def send_webhook(notifier: Notifier, batch: Sequence[Facts], deadline_mono: floa
     return post("webhook", arguments["url"], deadline_mono, payload, arguments.get("headers"))
 
 
+#: The programs that run for notifiers just now; held while one is started and noted there.
+_programs: Set[int] = set()
+_starting = threading.Lock()
+
+
+def end_programs() -> None:
+    """Kill the programs that run, when the watcher ends: nobody would do it after their time."""
+    held = _starting.acquire(timeout=1.0)  # a share that hangs may hold up who starts one
+    for pid in list(_programs):
+        with contextlib.suppress(OSError):
+            os.killpg(pid, signal.SIGKILL)
+    if held:
+        _starting.release()
+
+
 def send_command(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float) -> Outcome:
     """Run a program, without a shell, with the document on its standard input."""
     import subprocess
@@ -5549,14 +5566,18 @@ def send_command(notifier: Notifier, batch: Sequence[Facts], deadline_mono: floa
         stdin.write(json.dumps(document(notifier.arguments.get("message"), batch)).encode() + b"\n")
         stdin.seek(0)
         files: Dict[str, Any] = {"stdin": stdin, "stdout": subprocess.DEVNULL, "stderr": stderr}
-        # A session of its own, so that what it starts is ended with it.
-        process = subprocess.Popen(argv, env=environ, start_new_session=True, **files)
+        with _starting:
+            # A session of its own, so that what it starts is ended with it.
+            process = subprocess.Popen(argv, env=environ, start_new_session=True, **files)
+            _programs.add(process.pid)
         try:
             status = process.wait(max(0.0, deadline_mono - time.monotonic()))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return Outcome(RETRY, "timed out")
+        finally:
+            _programs.discard(process.pid)
         stderr.seek(0)
         said = stderr.read(1000).decode("utf-8", "replace").strip()
     how = f"exited with status {status}" if status >= 0 else f"was killed by signal {-status}"
@@ -6080,6 +6101,7 @@ class Dispatcher:
             thread.stop()
         for thread in self._threads.values():
             thread.join(max(0.0, deadline - time.monotonic()))
+        end_programs()
 
 
 # ======================================================================================

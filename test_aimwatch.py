@@ -6724,6 +6724,25 @@ class Commands(NotifierCase):
         for pid in pids:
             self.wait_for(lambda pid=pid: not self.runs(pid))
 
+    def test_program_that_the_end_of_the_watch_meets_at_its_start_is_ended_too(self) -> None:
+        gate, started, real = self.gate(), [], subprocess.Popen
+
+        def start(*args: Any, **options: Any) -> Any:
+            started.append(real(*args, **options))
+            gate.wait(10)  # it runs, and nobody has noted that
+            return started[0]
+
+        with mock.patch("subprocess.Popen", start):
+            sending = threading.Thread(target=self.run_program, args=(self.script("sleep 60"),))
+            sending.start()
+            self.wait_for(lambda: started)
+            ending = threading.Thread(target=aimwatch.end_programs)
+            ending.start()
+            gate.set()
+            ending.join()
+            sending.join(5)
+        self.assertEqual((sending.is_alive(), started[0].poll()), (False, -signal.SIGKILL))
+
     @staticmethod
     def runs(pid: int) -> bool:
         """True where a process lives, or is not waited for by whoever inherited it."""
