@@ -168,13 +168,6 @@ def in_child(work: Callable[[], Any]) -> Any:
     return Child(work).wait()
 
 
-def is_alive(pid: int) -> bool:
-    """True while there is a process of that number."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 class Clock:
