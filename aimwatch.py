@@ -9315,17 +9315,15 @@ STUCK_S = 60.0
 ONCE_COUNTS_S = 3600.0
 
 
-def watcher_state(
-    paths: RepoPaths, saved: Dict[str, Any], now_utc: float, looks: Optional[bool] = None
-) -> Tuple[bool, str]:
+def watcher_state(paths: RepoPaths, saved: Dict[str, Any], looks: Optional[bool] = None) -> Tuple[bool, str]:
     """Return whether a watcher is alive, by its lock and by when it last looked as watcher.json says, and
     the same in words.
 
     Arguments:
         looks: whether that file goes on changing; None: see, where the watcher is on another machine.
     """
-    seen_at, started_at = bounded(saved.get("seen_at")), bounded(saved.get("started_at"))
-    age_s = max(0.0, now_utc - seen_at) if seen_at else math.inf
+    seen_at, started_at, now = bounded(saved.get("seen_at")), bounded(saved.get("started_at")), time.time()
+    age_s = max(0.0, now - seen_at) if seen_at else math.inf
     ago = f"last looked {human_s(age_s)} ago" if seen_at else "never looked"
     lock = lock_state(paths.watcher_lock)
     elsewhere = is_elsewhere(saved)
@@ -9339,7 +9337,7 @@ def watcher_state(
     who = describe_watcher(paths)
     if age_s > STUCK_S + 3 * bounded(saved.get("poll_interval_s")):
         return False, f"{who} holds the watch but does not look; {ago}"
-    up = f", for {human_s(now_utc - started_at)}" if started_at and not elsewhere else ""
+    up = f", for {human_s(now - started_at)}" if started_at and not elsewhere else ""
     return True, f"watched by {who}{up}; {ago}"
 
 
@@ -9361,7 +9359,7 @@ def status_object(
 ) -> Dict[str, Any]:
     """Return what `status --json` prints; for `looks` see `watcher_state`."""
     saved = read_watcher_file(paths)
-    alive, text = watcher_state(paths, saved, time.time(), looks)
+    alive, text = watcher_state(paths, saved, looks)
     watcher = {
         "alive": alive,
         "text": text,
@@ -9375,9 +9373,8 @@ def status_object(
         for item, problem, _, waiting in notifier_states(paths, Outbox(paths.outbox, read_only=True))
         if item.enabled and problem
     ]
-    runs = status_rows(paths, saved, facts_of)
     broken = {"notifiers_that_do_not_work": notifiers, "modes": lax_modes(paths) or None}
-    return {"repo": paths.root, "watcher": watcher, **broken, "runs": runs}
+    return {"repo": paths.root, "watcher": watcher, **broken, "runs": status_rows(paths, facts_of)}
 
 
 def lax_modes(paths: RepoPaths) -> str:
@@ -9390,13 +9387,13 @@ def lax_modes(paths: RepoPaths) -> str:
 
 
 def status_rows(
-    paths: RepoPaths, saved: Dict[str, Any], facts_of: Callable[[RepoPaths, str], Facts] = run_facts
+    paths: RepoPaths, facts_of: Callable[[RepoPaths, str], Facts] = run_facts
 ) -> List[Dict[str, Any]]:
     """Return one object for every run with check-ins: what it last said, and its state as the
     watcher knows it, where a watcher has seen that very check-in."""
     runs = RunTable(0)
     runs.take(_check_in_names(paths), 0, 0)
-    known = {watched.name: watched for watched in saved_runs(saved)}
+    known = {watched.name: watched for watched in saved_runs(read_watcher_file(paths))}
     mutes, rows = read_mutes(paths), []
     in_its_log = ("experiment", "host", "pid", "job", "group", "reason", "progress", "metrics")
     for seen in runs.runs.values():
@@ -9541,7 +9538,7 @@ def cmd_ack(args: Any) -> None:
         raise AimwatchError("ack: give hashes of runs, or --all")
     paths = find_repo(args.repo)
     paths.create()
-    rows = {row["hash"]: row for row in status_rows(paths, read_watcher_file(paths))}
+    rows = {row["hash"]: row for row in status_rows(paths)}
     bad = [run_hash for run_hash, row in rows.items() if row["state"] in (STALLED, FAILED)]
     for run_hash in bad if args.all else [_find_live(paths, prefix) for prefix in args.run]:
         group = rows[run_hash]["group"] if run_hash in rows else None
@@ -9592,7 +9589,7 @@ def cmd_up(args: Any) -> None:
         rest = f"{base}/" + (f"?key={token}" if token else "")
         print(args.uds or f"http://{local}{rest}")
         print(f"from elsewhere: ssh -L {port}:{local} {this_host()}, then http://localhost:{port}{rest}")
-        text = watcher_state(paths, read_watcher_file(paths), time.time())[1]
+        _, text = watcher_state(paths, read_watcher_file(paths))
         print("this process watches" if args.watch else text, flush=True)
         gate = Gate(frozenset(map(str.lower, names)), token, base, f"aimwatch_{port}")
         serve(Site(paths), gate, listener, stop)
@@ -10338,7 +10335,7 @@ def cmd_report(args: Any) -> int:
     repo = Repo(args.repo)
     since = time.time() - args.since
     rows = repo.query_runs(f"run.active or run.end_time >= {since!r}").found
-    states = {row["hash"]: row for row in status_rows(repo._paths, read_watcher_file(repo._paths))}
+    states = {row["hash"]: row for row in status_rows(repo._paths)}
     for row in rows:
         if row["end_time"] is None and states.get(row["hash"], row)["state"] in (STALLED, FAILED):
             row.update(state=states[row["hash"]]["state"], reason=states[row["hash"]]["reason"] or DIED)

@@ -9592,7 +9592,7 @@ class TestStart(WatchCase):
 
     def test_looking_who_watches_does_not_end_the_watch(self) -> None:
         self.watch()
-        self.assertTrue(aimwatch.watcher_state(self.paths, self.saved(), time.time())[0])
+        self.assertTrue(aimwatch.watcher_state(self.paths, self.saved())[0])
         code, _, err = self.call("start", "--once")
         self.assertEqual(code, 1)
         self.assertIn(f"process {os.getpid()} on ", err)
