@@ -168,8 +168,6 @@ def in_child(work: Callable[[], Any]) -> Any:
     return Child(work).wait()
 
 
-
-
 class Clock:
     """A clock that moves when told to."""
 
