@@ -5979,6 +5979,8 @@ class Dispatcher:
         self._notifiers: Dict[str, Notifier] = {}
         self._threads: Dict[str, NotifierThread] = {}
         self._alarm: Optional[Event] = None
+        #: The notifiers that did not work at the last look.
+        self._broken = set(outbox.broken())
         #: From which level on people hear of log messages.
         self.log_level = logging.WARNING
 
@@ -6075,14 +6077,20 @@ class Dispatcher:
             time.sleep(back_off_s(failures, 0.5))
 
     def notify_of_broken(self) -> None:
-        """Notify the others, once, of every notifier that does not work."""
-        for one, (why, since) in self._outbox.broken().items():
-            item, event_id = self._notifiers.get(one), f"{BROKEN}-{one}-{since:.3f}"
-            if item is not None and event_id not in self._outbox.known:
-                what = f"notifier {item.type} {item.shown_as} does not work: {why}"
-                reason = printable(f"{what}; what waits for it is kept until it is mended")
-                event = trouble(event_id, self._paths.root, reason, look="notifiers list")
-                self.notify([event], but=one)
+        """Notify the others, once, of every notifier that does not work, and when it works again."""
+        broken, mended = self._outbox.broken(), self._broken - self._outbox.broken().keys()
+        for one, (why, since) in broken.items():
+            kept = "what waits for it is kept until it is mended"
+            self._notify_of(f"{BROKEN}-{one}-{since:.3f}", one, f"does not work: {why}; {kept}")
+        for one in mended:
+            self._notify_of(f"{BROKEN}-{one}-{time.time():.3f}", one, "works again")
+        self._broken = set(broken)
+
+    def _notify_of(self, event_id: str, notifier_id: str, what: str) -> None:
+        item = self._notifiers.get(notifier_id)
+        if item is not None and event_id not in self._outbox.known:
+            reason = printable(f"notifier {item.type} {item.shown_as} {what}")
+            self.notify([trouble(event_id, self._paths.root, reason, look="notifiers list")], but=item.id)
 
     def drain(self, limit_s: float) -> bool:
         """Wait until everything was sent or tried once, at most `limit_s` seconds; True if so."""

@@ -7279,7 +7279,7 @@ class Mending(NotifyingCase):
         self.assertEqual(self.troubles(good), [expected])
         self.assertEqual([event.kind for event in self.box.waiting_for("bad")], ["stalled"])
 
-    def test_outage_that_lasts_is_alerted_through_the_others(self) -> None:
+    def test_outage_that_lasts_is_alerted_through_the_others_and_so_is_its_end(self) -> None:
         now, gate = Clock(1000.0), threading.Event()
 
         def answer(handler: Any) -> None:
@@ -7305,7 +7305,12 @@ class Mending(NotifyingCase):
             self.assertEqual(len(self.troubles(good)), 1)
             gate.set()
             self.wait_for(lambda: not self.box.broken())
+            for _ in range(3):
+                dispatcher.notify_of_broken()
         self.assertIn("tried in vain for 15 min: HTTP 405: no", self.troubles(good)[0])
+        self.wait_for(lambda: "aimwatch: notifier slack bad works again" in good.texts()[-1])
+        again = [text for text in good.texts() + bad.texts() if "works again" in text]
+        self.assertEqual((len(self.troubles(good)), len(again)), (1, 1))
 
     def test_list_says_why_since_when_and_how_much_waits(self) -> None:
         before = time.time()
