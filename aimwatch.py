@@ -9049,9 +9049,12 @@ def add_argument(parser: Any, text: str) -> None:
 
     def read(value: str) -> Any:
         pattern, convert, what = READERS.get(metavar, ("(?s).*", str, ""))
-        if re.fullmatch(pattern, value) is None:
-            raise argparse.ArgumentTypeError(f"{value!r} is not {what}")
-        return convert(value)
+        try:
+            if re.fullmatch(pattern, value) is None:
+                raise AimwatchError(f"{value!r} is not {what}")
+            return convert(value)
+        except AimwatchError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     options: Dict[str, Any] = {"metavar": metavar, "type": read, "help": about}
     default = re.search(r"\(default: (?:\$(\w+)|([0-9][\w.]*)\))", about)
@@ -9097,7 +9100,7 @@ _EVENT, _LEVEL = "|".join(EVENTS), "|".join(LOG_LEVELS)
 READERS: Dict[str, Tuple[str, Callable[[str], Any], str]] = {
     "TIME": (r"[0-9]{1,8}(\.[0-9]+)?[smhd]?", seconds_of, "a time such as 90, 30m, 2h or 1d"),
     "N": ("[0-9]{1,9}", int, "a whole number"),
-    "URL": (r"https?://[!-~]+", str, "an address that starts with https:// or http://"),
+    "URL": ("(?s).*", checked_url, ""),
     "LEVEL": (f"(?i){_LEVEL}|[0-9]{{1,3}}", level_of, f"one of {', '.join(LOG_LEVELS)}"),
     "LIST": ("(?s).*", names_of, ""),
     "EVENTS": (f"({_EVENT})(,({_EVENT}))*", names_of, f"one or several of {', '.join(EVENTS)}"),

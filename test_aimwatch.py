@@ -11814,7 +11814,7 @@ class TestCommandLine(Case):
             ("start --grace -1", "'-1' is not a time such as 90, 30m, 2h or 1d"),
             ("start --grace nan", "'nan' is not a time such as 90, 30m, 2h or 1d"),
             ("start --remind-every 5y", "'5y' is not a time such as 90, 30m, 2h or 1d"),
-            ("start --ping-url ftp://x", "'ftp://x' is not an address that starts with https:// or http://"),
+            ("start --ping-url ftp://x", "argument --ping-url: must start with https:// or http://"),
             ("start --dance", "unrecognized arguments: --dance"),
             ("runs --limit x", "'x' is not a whole number"),
             ("notifiers add slack --group-id 1", "unrecognized arguments: --group-id 1"),
