@@ -3905,21 +3905,17 @@ for n in range(20):
 class FullDiskForReal(RecordingCase):
     """A limit on the size of files, which the kernel keeps, stands for a disk without room."""
 
-    def limited(self, size: int) -> Any:
-        """Return a context in which no file of this process may grow beyond `size`."""
-
-        @contextlib.contextmanager
-        def limit() -> Any:
-            old_action = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            old = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-            try:
-                yield
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, old)
-                signal.signal(signal.SIGXFSZ, old_action)
-
-        return limit()
+    @contextlib.contextmanager
+    def limited(self, size: int) -> Iterator[None]:
+        """Have no file of this process grow beyond `size`."""
+        old_action = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+            signal.signal(signal.SIGXFSZ, old_action)
 
     def test_every_point_is_there_in_order_when_there_is_room_again(self) -> None:
         run = self.run_object("r")
