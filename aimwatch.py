@@ -4008,6 +4008,11 @@ _TIME_PARTS = ("year", "month", "day", "hour", "minute", "second")
 _IMPOSSIBLE = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
 
+def _with_own_nan(value: Any) -> Any:
+    # Inside lists, Python takes one and the same NaN for equal to itself. Here every NaN equals nothing.
+    return _from_text(_to_text(value)) if isinstance(value, (list, dict)) or value != value else value
+
+
 _EPOCH = datetime.datetime(1970, 1, 1)
 
 
@@ -4214,7 +4219,8 @@ class _Compiler:
 
         def of(row: Dict[str, Any], metric: Any) -> bool:
             try:
-                return bool(compare(left_of(row, metric), right_of(row, metric))) is not is_opposite
+                left, right = _with_own_nan(left_of(row, metric)), right_of(row, metric)
+                return bool(compare(left, right)) is not is_opposite
             except _IMPOSSIBLE:
                 return is_opposite
 

@@ -3011,7 +3011,8 @@ class QueryTableTest(IndexCase):
             ("run.big > 9223372036854775807", "b"), (f"run.big == {2**80}", "b"), (f"run.n < {10**400}", "a b"),
             # NaN and infinity
             ("run.nan == run.nan", "b"), ("run.nan != run.nan", "a"),
-            ("run.nan < 1 or run.nan > 1", ""), ("run.nan", "a"),
+            ("run.nan < 1 or run.nan > 1 or run.nan in [float('nan')]", ""), ("run.nan", "a"),
+            ("-run.nan in run.nans or run.nans == [float('nan')]", ""), ("run.nans == run.nans", "b"),
             ("run.nan is None", "b"), ("run.inf == float('inf') and run.inf > 1e308", "a"),
             ("run.n == float('nan')", ""), ("run.n != float('nan')", "a b"),
             # arithmetic, chains, values of and / or
