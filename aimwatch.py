@@ -8433,14 +8433,16 @@ class Site:
     def _charts(self, ask: Ask, rows: Sequence[Dict[str, Any]]) -> Html:
         """Return the charts of runs by metric, with the form that says how they are drawn."""
         curves: Dict[str, List[Curve]] = {}
-        for row in rows:
+        for nth, row in enumerate(rows):
             points = self.follower(row["hash"]).points
             for metric in row["metrics"]:
                 if columns := points.get(metric["series"]):
                     drawn = curves.setdefault(metric["name"], [])
                     name = (row["name"] or row["hash"][:8]) if len(rows) > 1 else metric["name"]
                     label = f"{name} {shown(metric['context'], 'context')}"
-                    colour = f"hsl({210 + 137 * len(drawn)} 60% 50%)"
+                    # Of one run a colour is a context; of several it is a run, and a context a shade of it.
+                    hue, light = (nth, 45 + 20 * (len(drawn) % 2)) if len(rows) > 1 else (len(drawn), 50)
+                    colour = f"hsl({210 + 137 * hue} 60% {light}%)"
                     drawn.append(Curve(label, colour, columns, row["created_at"]))
         if not curves:
             return Html()
