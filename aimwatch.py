@@ -6248,16 +6248,12 @@ class WatchedRun:
         """Note what its marker looks like now; True where nobody holds it, now and a while ago."""
         self.was_held = self.was_held or state == "held"
         if state not in ("free", "absent"):
-            self.doubt_marker(now_s, MARKER_EVERY_S)
+            self.free_s, self.look_s = -1.0, now_s + MARKER_EVERY_S
             return False
         if self.free_s < self.since_s:
             self.free_s = now_s
         self.look_s = self.free_s + CONFIRM_S
         return now_s >= self.look_s
-
-    def doubt_marker(self, now_s: float, again_s: float = DOUBTED_EVERY_S) -> None:
-        """Note that its marker says nothing, as a free one where locks are seen on one machine alone."""
-        self.free_s, self.look_s = -1.0, now_s + again_s
 
     def to_list(self) -> List[Any]:
         """Return what watcher.json keeps."""
@@ -6549,10 +6545,6 @@ def change_facts(paths: RepoPaths, change: Change) -> Facts:
     return facts
 
 
-#: How many of the messages that a run left for the watcher an alert quotes.
-QUOTED_MESSAGES = 10
-
-
 def message_line(message: Dict[str, Any], at: str = "") -> str:
     """Return a log message on one line, with its time (`at`: in other words)."""
     names = {number: name for name, number in LOG_LEVELS.items()}
@@ -6563,8 +6555,7 @@ def message_line(message: Dict[str, Any], at: str = "") -> str:
 
 def message_facts(paths: RepoPaths, run_hash: str, messages: Sequence[Dict[str, Any]]) -> Facts:
     """Return the message fields for an event about log messages, of which the last are quoted."""
-    quoted = messages[-QUOTED_MESSAGES:]
-    lines = [f"  {message_line(item, iso_time(item['time'], 'seconds'))}" for item in quoted]
+    lines = [f"  {message_line(item, iso_time(item['time'], 'seconds'))}" for item in messages[-10:]]
     facts = run_facts(paths, run_hash)
     facts["event"] = LOG
     facts["run.reason"] = plural(len(messages), "message")
@@ -6836,8 +6827,6 @@ MARKERS_S = 0.05
 SWEEP_INTERVAL_S = 60.0
 #: watcher.json is written when its last writing was this many times its own cost ago.
 SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S = 100.0, 10.0
-#: `status` locks watcher.lock for a moment, to see whether somebody watches.
-LOCK_PROBE_S = 0.3
 #: What ends the name of a run's messages that the watcher took, until their alert is recorded.
 TAKEN = ".taken"
 
@@ -6917,7 +6906,7 @@ class Watcher:
     def _take_lock(self, seize: bool) -> str:
         """Take the lock; return who holds it where it is seized."""
         path, frozen = self.paths.watcher_lock, ""
-        locked = self._lock.acquire(LOCK_PROBE_S)
+        locked = self._lock.acquire(0.3)  # `status` takes it for a moment
         # Aim's watcher takes the other kind of lock alone.
         who = "Aim's watcher" if lock_state(path) == "free" else describe_watcher(self.paths)
         busy = f"{who} already watches {self.paths.root}"
@@ -7048,7 +7037,8 @@ class Watcher:
             if is_suspect or first and marker != "held":
                 changes += self._find_end(watched, now_s, marker == "free" and not first)
                 if not first and watched.state in LIVE:
-                    watched.doubt_marker(now_s)
+                    # It says nothing, as where locks are seen on one machine alone.
+                    watched.free_s, watched.look_s = -1.0, now_s + DOUBTED_EVERY_S
             if self._clock() >= deadline and not first:
                 break  # the others come first in the next poll
         return changes
@@ -7372,7 +7362,7 @@ class Pinger(threading.Thread):
             self._due.clear()
             self.ping()
 
-    def ping(self) -> bool:
+    def ping(self) -> None:
         """GET the URL once; say so in the log when that begins to fail, and when it works again."""
         url = self._notifier.arguments["url"]
         outcome = try_once(self._notifier, lambda until: post("webhook", url, until))
@@ -7381,7 +7371,6 @@ class Pinger(threading.Thread):
             self._failing = failing
             state = "cannot be reached" if failing else "is reached again"
             log.warning("the ping URL %s: %s", state, outcome.detail)
-        return not failing
 
 
 # ======================================================================================
