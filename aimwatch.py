@@ -9691,24 +9691,20 @@ def _add_notifier(kind: str, args: Any) -> None:
     notifier.update(_field_values(COMMON_FIELDS, args))
     also = () if args.events or args.yes or not _confirm("Also when a run finishes?", False) else (FINISHED,)
     notifier["events"] = args.events or [*DEFAULT_EVENTS, *also]
-    _show(notifier)
+    added = read_notifier(str(notifier["id"]), notifier)
+    _show(added)
     _warn_about(kind, arguments)
+    for other in config.notifiers():
+        if added.name and other.name == added.name:
+            raise ConfigError(f"there is a notifier called {added.name}: give another --name")
+        if other._replace(id=added.id, name=added.name, enabled=True) == added:
+            raise ConfigError(f"the same notifier is there already: {other.shown_as}")
     if not args.yes and not _confirm("Save notifier configuration above?", True):
         raise AimwatchError("aborted: nothing was saved")
     for raw in config.edit():
-        entries = raw["notifications"]["notifiers"]
-        others = [entries[other_id] for other_id in entries if other_id != notifier["id"]]
-        for entry in filter(lambda entry: isinstance(entry, dict), others):
-            if notifier.get("name") and entry.get("name") == notifier["name"]:
-                raise ConfigError(f"there is a notifier called {notifier['name']}: give another --name")
-            if all(entry.get(key) == notifier.get(key) for key in ("type", "arguments", "events", "where")):
-                known = entry.get("name") or entry.get("id")
-                raise ConfigError(f"the same notifier is there already: {known}")
-        entries[notifier["id"]] = notifier
-    added = read_notifier(str(notifier["id"]), notifier)
-    print(
-        f"added {kind} notifier {added.id}; try it: {command_line(args.repo)} notifiers test {added.shown_as}"
-    )
+        raw["notifications"]["notifiers"][added.id] = notifier
+    way = f"{command_line(args.repo)} notifiers test {added.shown_as}"
+    print(f"added {kind} notifier {added.id}; try it: {way}")
     if not args.yes and _confirm("Send a sample now?", True):
         _send_sample(paths, added)
 
@@ -9751,14 +9747,14 @@ def _checked(field: Field, said: Optional[str]) -> Any:
         raise ConfigError(f"--{field.flag}: {error}") from None
 
 
-def _show(notifier: Dict[str, Any]) -> None:
-    print(f"\nType: {printable(notifier['type'])}")
-    shown = masked(notifier["type"], notifier["arguments"])
-    shown.update((name, notifier[name]) for name in ("name", "where") if notifier.get(name))
+def _show(item: Notifier) -> None:
+    print(f"\nType: {printable(item.type)}")
+    shown = {**masked(item.type, item.arguments), "name": item.name, "where": item.where}
     for name, value in shown.items():
         value = "(the default message)" if value == AIM_DEFAULT_MESSAGE else value
-        print(printable(f"{name.replace('_', ' ').capitalize()}: {value}", 300))
-    print(f"Events: {', '.join(notifier['events'])}\n--------")
+        if value:
+            print(printable(f"{name.replace('_', ' ').capitalize()}: {value}", 300))
+    print(f"Events: {', '.join(item.events)}\n--------")
 
 
 def _warn_about(kind: str, arguments: Dict[str, Any]) -> None:
@@ -9784,8 +9780,7 @@ def cmd_notifiers_remove(args: Any) -> None:
     raw = config.read()
     notifier_id = config.find(args.name, raw)
     if not args.yes:
-        notifier = read_notifier(notifier_id, raw["notifications"]["notifiers"][notifier_id])
-        _show({**notifier._asdict()})
+        _show(read_notifier(notifier_id, raw["notifications"]["notifiers"][notifier_id]))
         if not _confirm("Remove notifier configuration above?", False):
             raise AimwatchError("aborted: nothing was removed")
     for raw in config.edit():
