@@ -7676,7 +7676,7 @@ class ProgramReporter(threading.Thread):
         self._environ: Dict[str, str] = {}
         self._asked, self._free_looks = False, 0
         self._end: Optional[End] = None
-        self._alive_mono, self._cpu, self._cpu_mono = 0.0, math.inf, -math.inf
+        self._alive_mono, self._cpu, self._cpu_mono = 0.0, 0.0, _monotonic()
 
     def environ(self) -> Dict[str, str]:
         """Open the run, and return what lets the program join it; {} where it does not open."""
