@@ -117,8 +117,8 @@ class Shared(unittest.TestSuite):
             count, found = worker.wait() or (0, {"errors": [["worker", "killed"]]})
             result.testsRun += count
             for kind, items in found.items():
-                holders = [(unittest.FunctionTestCase(int, description=name), text) for name, text in items]
-                getattr(result, kind).extend(holders)
+                holder = unittest.suite._ErrorHolder  # type: ignore[attr-defined]
+                getattr(result, kind).extend((holder(name), text) for name, text in items)
         os.close(todo)
         return result
 
