@@ -11059,21 +11059,16 @@ class RollCalls(WatchCase):
         self.configure(
             all={"type": "logger", "events": ["stalled", "failed", "recovered", "started", "finished"]}
         )
-        self.world = 0
 
     def start(self, world: int, group: str = "g") -> None:
         """Put the logs and check-ins of a group whose ranks promise 10 s."""
-        self.world = world
         for rank in range(world):
             header = {
                 "format": 1, "hash": f"r{rank}", "created_at": 1.0, "host": f"node{rank // 4}", "pid": 1, "boot": "other",
                 "rank": rank, "world": world, "group": group,
             }  # fmt: skip
-            with open(self.paths.run_log(f"r{rank}"), "w") as file:
-                file.write(json.dumps(header) + "\n")
-                file.write(
-                    json.dumps({"props": {"name": "resnet" if rank == 0 else f"worker {rank}"}}) + "\n"
-                )
+            props = {"props": {"name": "resnet" if rank == 0 else f"worker {rank}"}}
+            write_file(self.paths.run_log(f"r{rank}"), f"{json.dumps(header)}\n{json.dumps(props)}\n")
             self.beat(rank)
 
     def beat(self, *ranks: int, flag: str = "check_in", expect: int = 10) -> None:
@@ -11082,27 +11077,19 @@ class RollCalls(WatchCase):
             self.check_in(f"r{rank}", idx + 1, flag, expect)
 
     def fails(self, rank: int, reason: str, at: float) -> None:
-        with open(self.paths.run_log(f"r{rank}"), "a") as file:
-            file.write(
-                json.dumps({"end": "failed", "time": at, "idx": 99, "reason": reason, "frames": []}) + "\n"
-            )
+        end = {"end": "failed", "time": at, "idx": 99, "reason": reason, "frames": []}
+        write_file(self.paths.run_log(f"r{rank}"), json.dumps(end) + "\n", "ab")
         self.beat(rank, flag="failed", expect=0)
 
     def stacks(self, **places: List[str]) -> None:
         for run, frames in places.items():
             lines = [re.sub(r"(.*):(\d+) (.*)", r'  File "\1", line \2 \3', frame) for frame in frames]
-            with open(self.paths.stack(run), "w") as file:
-                file.write(
-                    "Missed its promise in thread 0x1\nThread 0x1 (most recent call first):\n"
-                    + "\n".join(lines)
-                    + "\n"
-                )
+            head = ("Missed its promise in thread 0x1", "Thread 0x1 (most recent call first):")
+            write_file(self.paths.stack(run), "\n".join([*head, *lines, ""]))
 
     def reasons(self) -> List[Tuple[str, str]]:
-        at = r"\d\d:\d\d:\d\d"
-        return [
-            (item["kind"], re.sub(at, "AT", item["facts"].get("run.reason", ""))) for item in self.events()
-        ]
+        found = [(item["kind"], item["facts"].get("run.reason", "")) for item in self.events()]
+        return [(kind, re.sub(r"\d\d:\d\d:\d\d", "AT", reason)) for kind, reason in found]
 
     def test_stall_of_a_group_is_one_alert_that_names_the_first(self) -> None:
         last = "; none differs: the network or a device is the likelier cause"
@@ -11241,13 +11228,6 @@ class RollCalls(WatchCase):
         self.assertEqual(set(range(8)), {row["rank"] for row in rows})
         self.assertEqual(0, self.run_cli("ack", "r0")[0])
         self.assertRegex(self.run_cli("status")[1], r"\nr0 +failed .*\n  acknowledged by ")
-
-    def test_ranks_are_named_briefly(self) -> None:
-        for ranks, expected in (
-            ([3], "rank 3"), ([0, 1], "ranks 0 and 1"), ([2, 0, 1], "ranks 0-2"), ([0, 1, 2, 4, 6, 7, 8], "ranks 0-2, 4 and 6-8"),
-        ):  # fmt: skip
-            with self.subTest(ranks):
-                self.assertEqual(expected, aimwatch.name_ranks(ranks))
 
 
 #: A rank of a group whose members wait for each other at a file, and of which the second hangs before.
