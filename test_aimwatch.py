@@ -369,7 +369,7 @@ class Case(unittest.TestCase):
         for stream in filter(None, (process.stdin, process.stdout, process.stderr)):
             stream.close()
 
-    def wait_for(self, condition: Callable[[], Any], limit_s: float = 15.0) -> Any:
+    def wait_for(self, condition: Callable[[], Any], limit_s: float = 30.0) -> Any:
         """Wait until something real has happened, and fail the test where it does not."""
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
@@ -6955,7 +6955,7 @@ class NotifyingCase(NotifierCase):
 
     def wait_sent(self, notifier_id: str, *numbers: int) -> None:
         wanted = {event_of(number).id for number in numbers}
-        self.wait_for(lambda: wanted <= set(self.sent(notifier_id)), 8)
+        self.wait_for(lambda: wanted <= set(self.sent(notifier_id)))
 
     def numbers(self, server: Webhook) -> List[int]:
         """Return the runs that a server was sent, in order."""
