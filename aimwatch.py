@@ -7435,8 +7435,6 @@ class ReindexThread(threading.Thread):
 # program's own: what is done for the run is done beside it, by a thread that may fail or hang.
 # ======================================================================================
 
-#: How much is copied at a time, and how much is kept of the output.
-COPY_BYTES, TAIL_BYTES = 1 << 16, 1 << 14
 #: Two signals of a kind within this time are one, sent to `exec` and to the program.
 SAME_SIGNAL_S = 0.5
 FORWARDED = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
@@ -7516,10 +7514,10 @@ class Program:
     def _read(self, source: int) -> None:
         data = b""
         with contextlib.suppress(OSError):  # so ends a terminal that nobody has open any more
-            data = os.read(source, COPY_BYTES)
+            data = os.read(source, 1 << 16)
         if data:
             self.wrote_mono = _monotonic()
-            self.output = (self.output + data)[-TAIL_BYTES:]
+            self.output = (self.output + data)[-(1 << 14) :]
             self._waiting[source] = memoryview(data)
         else:
             self._close(source)
@@ -7657,20 +7655,11 @@ class ProgramReporter(threading.Thread):
     writes or computes, and how it ended. In a thread, since a share that hangs must not keep the program
     from its bytes and signals."""
 
-    #: How often is looked whether there is something to report.
-    LOOK_S = 1.0
-    #: How long a program is silent before its processor time is asked for, and what share of it is life.
-    CPU_AFTER_S, CPU_SHARE = 15.0, 0.05
-    #: A run that the program let go is taken back after so many looks: the program may be about to exit.
-    FREE_LOOKS = 1
-    #: How long a run may take to open before the program starts, and to end after it did.
-    OPEN_S, END_S = 1.0, 10.0
-
     def __init__(self, program: Program, open_run: Callable[[], Run], expect: Union[float, str]) -> None:
         super().__init__(daemon=True)
         self.program, self._open_run, self._expect = program, open_run, expect
-        quick = isinstance(expect, float) and expect > 0
-        self._cpu_after_s = min(self.CPU_AFTER_S, float(expect) / 4) if quick else self.CPU_AFTER_S
+        #: How long the program is silent before its processor time is asked for.
+        self._cpu_after_s = min(15.0, float(expect) / 4) if expect and expect != AUTO else 15.0
         self._opened, self._wake = threading.Event(), threading.Event()
         self._run: Optional[Run] = None
         self._environ: Dict[str, str] = {}
@@ -7681,7 +7670,7 @@ class ProgramReporter(threading.Thread):
     def environ(self) -> Dict[str, str]:
         """Open the run, and return what lets the program join it; {} where it does not open."""
         self.start()
-        self._opened.wait(self.OPEN_S)
+        self._opened.wait(1.0)
         return self._environ
 
     def hand_over(self) -> None:
@@ -7693,7 +7682,7 @@ class ProgramReporter(threading.Thread):
         """Say how the program ended, and wait until that is recorded, but not for ever."""
         self._end = end
         self._wake.set()
-        self.join(self.END_S)
+        self.join(10.0)
 
     def run(self) -> None:
         try:
@@ -7705,7 +7694,7 @@ class ProgramReporter(threading.Thread):
         finally:
             self._opened.set()
         while self._end is None:
-            self._wake.wait(self.LOOK_S)
+            self._wake.wait(1.0)
             self._wake.clear()
             with contextlib.suppress(AimwatchError, OSError):
                 self._look()
@@ -7724,7 +7713,7 @@ class ProgramReporter(threading.Thread):
         if self._run is None:
             is_free = lock_state(self._paths.marker(self._hash)) in ("free", "absent")
             self._free_looks = self._free_looks + 1 if is_free else 0
-            if self._free_looks > self.FREE_LOOKS:
+            if self._free_looks > 1:  # one that has just let it go may be about to exit
                 self._take()
         elif self._asked:
             self._run._close_files()
@@ -7741,7 +7730,7 @@ class ProgramReporter(threading.Thread):
             return False
         before, before_mono = self._cpu, self._cpu_mono
         self._cpu, self._cpu_mono = cpu_seconds(self.program.pid), now
-        return self._cpu - before > self.CPU_SHARE * (now - before_mono)
+        return self._cpu - before > 0.05 * (now - before_mono)
 
     def _finish(self, how: End) -> None:
         if self._run is None:
@@ -7932,8 +7921,6 @@ class Ask:
 
 # -------------------------------------------------------------------------- points and charts
 
-#: How much of a log is parsed at a time, and how many points are kept, at 32 bytes each.
-_PARSE_BYTES, MAX_KEPT_POINTS = 1 << 18, 2_000_000
 _plain_json = json.JSONDecoder(parse_constant=_finite_number).decode
 
 
@@ -7979,7 +7966,7 @@ class LogFollower:
                 self.points, self.messages = {}, deque(maxlen=500)
             file.seek(self._offset)
             while True:
-                lines = file.readlines(_PARSE_BYTES)
+                lines = file.readlines(1 << 18)
                 if lines and not lines[-1].endswith(b"\n"):
                     del lines[-1]  # which is being written
                 if not lines:
@@ -8255,7 +8242,7 @@ class Site:
         """Return the points and messages of a run. Raises OSError."""
         with self._lock:
             found = self._followers.pop(run_hash, None) or LogFollower(self.paths.run_log(run_hash))
-            while sum(map(len, self._followers.values())) > MAX_KEPT_POINTS:
+            while sum(map(len, self._followers.values())) > 2_000_000:  # at 32 bytes each
                 del self._followers[next(iter(self._followers))]
             self._followers[run_hash] = found
         return found.read()
@@ -8735,8 +8722,7 @@ PAGE_JS = r"""
 
 # -------------------------------------------------------------------------- server
 
-#: How many connections are served at once, and how long one may be silent.
-MAX_CONNECTIONS, IDLE_S = 32, 30.0
+MAX_CONNECTIONS = 32
 _CLOSED = (
     b"Closed. Open the address that 'aimwatch up' printed, with its key. If you did, the name in the "
     b"address is not one that this server knows: start it with --allowed-host NAME.\n"
@@ -8814,7 +8800,7 @@ def serve(site: Site, gate: Gate, listener: Any, stop: threading.Event) -> None:
     links: Dict[Any, None] = {}  # the connections; the one that asked last is the last
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version, timeout = "HTTP/1.1", IDLE_S
+        protocol_version, timeout = "HTTP/1.1", 30.0
 
         def do_GET(self) -> None:
             headers = {name.title(): value for name, value in self.headers.items()}
