@@ -7388,24 +7388,18 @@ class Poison(NotifyingCase):
         return server
 
     def test_it_is_sent_in_plain_words_and_blocks_nothing(self) -> None:
-        for status in (400, 413, 422):
-            with self.subTest(status):
-                server = self.server(status, "poison")
-                self.configure(a=hook(server.url))
-                dispatcher = self.dispatcher()
-                bad = aimwatch.Event(f"bad{status}", "failed", facts_of("failed", 1, run_name="poison"))
-                dispatcher.notify([bad])
-                self.wait_for(lambda: "bad" in "".join(self.sent("a")))
-                dispatcher.notify([event_of(2)])
-                self.wait_sent("a", 2)
-                texts = server.texts()
-                self.assertIn("poison failed", texts[0])
-                self.assertTrue(texts[1].startswith("❌ 000000000000000000000001 failed\n"), texts[1])
-                self.assertIn("n2 stalled", texts[2])
-                self.assertEqual((len(texts), self.box.broken()), (3, {}))
-                dispatcher.stop(5.0)
-                self.box.close()
-                os.unlink(self.paths.outbox)
+        server = self.server(413, "poison")
+        self.configure(a=hook(server.url))
+        dispatcher = self.dispatcher()
+        dispatcher.notify([aimwatch.Event("bad", "failed", facts_of("failed", 1, run_name="poison"))])
+        self.wait_for(lambda: "bad" in self.sent("a"))
+        dispatcher.notify([event_of(2)])
+        self.wait_sent("a", 2)
+        texts = server.texts()
+        self.assertIn("poison failed", texts[0])
+        self.assertTrue(texts[1].startswith("❌ 000000000000000000000001 failed\n"), texts[1])
+        self.assertIn("n2 stalled", texts[2])
+        self.assertEqual((len(texts), self.box.broken()), (3, {}))
 
     def test_batch_that_is_refused_is_sent_once_more_in_plain_words(self) -> None:
         server = self.server(400, "n13")
@@ -8523,16 +8517,7 @@ class TestDeath(WatchCase):
                 self.assertEqual(facts["run.reason"], aimwatch.DIED)
                 self.assertRegex(facts["run.silent"], "^[0-9]+ s$")
 
-    def test_dead_run_that_is_resumed_has_recovered(self) -> None:
-        process, watcher = self.start(), self.watch()
-        self.kill(process)
-        self.look(watcher, 20)
-        self.run_object("r")
-        self.look(watcher, 20)
-        self.assertEqual(self.told(), [("r", "failed"), ("r", "recovered")])
-        self.assertEqual(self.facts("recovered")["run.reason"], "checked in again after it had failed")
-
-    def test_death_is_written_down_by_the_thread_that_indexes(self) -> None:
+    def test_death_is_written_down_by_the_thread_that_indexes_and_who_is_resumed_has_recovered(self) -> None:
         process, watcher = self.start(), self.watch()
         thread = aimwatch.ReindexThread(self.paths)
         watcher.on_dead = thread.reindexer.note_dead
@@ -8541,9 +8526,12 @@ class TestDeath(WatchCase):
         self.look(watcher, 20)
         thread._pass()
         self.assertEqual(self.records("r")[-2]["reason"], aimwatch.DIED)
-        self.look(watcher, 20)
-        self.assertEqual(self.told(), [("r", "failed")])
         self.assertFalse(os.path.exists(self.paths.marker("r")))
+        self.look(watcher, 20)
+        self.run_object("r")
+        self.look(watcher, 20)
+        self.assertEqual(self.told(), [("r", "failed"), ("r", "recovered")])
+        self.assertEqual(self.facts("recovered")["run.reason"], "checked in again after it had failed")
 
     def test_free_marker_on_another_machine_is_death_only_where_it_was_seen_held(self) -> None:
         self.elsewhere()
@@ -9374,26 +9362,20 @@ class TestMessagesOfRuns(WatchCase):
                     self.assertEqual(self.messages(), said)
 
     def test_what_is_logged_while_nobody_wants_to_know_is_old_later(self) -> None:
-        watcher = self.watch()
-        self.assertEqual(self.run_cli("notifiers", "disable", "n")[0], 0)
-        self.say("r", "unheard")
-        self.look(watcher, 2)
-        self.assertEqual(self.run_cli("notifiers", "enable", "n")[0], 0)
-        self.look(watcher, 2)
-        self.say("r", "heard")
-        self.look(watcher, 2)
-        self.assertEqual(self.messages(), ["heard"])
-
-    def test_messages_of_a_muted_run_are_dropped(self) -> None:
         self.check_in("r", 1)
         watcher = self.watch()
-        self.run_cli("mute", "r", "--for", "60s")
-        self.say("r", "unheard")
-        self.look(watcher, 1)
-        self.run_cli("unmute", "r")
-        self.say("r", "heard")
-        self.look(watcher, 1)
-        self.assertEqual(self.messages(), ["heard"])
+        for off, on in (
+            (["notifiers", "disable", "n"], ["notifiers", "enable", "n"]),
+            (["mute", "r"], ["unmute", "r"]),
+        ):
+            self.assertEqual(self.run_cli(*off)[0], 0)
+            self.say("r", "unheard")
+            self.look(watcher, 2)
+            self.assertEqual(self.run_cli(*on)[0], 0)
+            self.look(watcher, 2)
+            self.say("r", "heard")
+            self.look(watcher, 2)
+        self.assertEqual(self.messages(), ["heard"] * 2)
 
     def test_messages_that_cannot_be_read_for_a_while_are_read_then(self) -> None:
         watcher = self.watch()
