@@ -9121,8 +9121,10 @@ def _reindexing(paths: RepoPaths, watcher: Optional[Watcher]) -> Iterator[None]:
         watcher.on_dead = reindexing.reindexer.note_dead
         SightAlarm(watcher).start()
     reindexing.start()
-    yield
-    reindexing.stop(0.5)
+    try:
+        yield
+    finally:
+        reindexing.stop(0.5)
 
 
 @command(
