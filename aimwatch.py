@@ -6318,7 +6318,7 @@ class RunTable:
         """Take in what an earlier watcher knew."""
         self.runs[watched.hash] = watched
         self.names.add(watched.name)
-        self._next_s = min(self._next_s, self.deadline_s(watched))
+        self._next_s = -math.inf
 
     def deadline_s(self, watched: WatchedRun) -> float:
         """Return when, on the looking clock, a run's silence is too long; never for no promise."""
@@ -6590,16 +6590,6 @@ class Member(NamedTuple):
     host: str = ""
 
 
-def read_member(paths: RepoPaths, run_hash: str) -> Member:
-    """Return which rank of which group a run is."""
-    with contextlib.suppress(OSError):
-        header = read_log(paths.run_log(run_hash), run_hash, FACTS_BYTES).header
-        group, rank = header.get("group"), header.get("rank")
-        if isinstance(group, str) and isinstance(rank, int):
-            return Member(group, rank, printable(str(header.get("host")), 100))
-    return Member()
-
-
 def name_ranks(ranks: Iterable[int]) -> str:
     """Return `rank 3`, or `ranks 0-2 and 4-7`."""
     texts: List[str] = []
@@ -6633,7 +6623,12 @@ class Groups:
     def member(self, watched: WatchedRun) -> Member:
         """Return which rank a run is of."""
         if watched.member is None:
-            watched.member = read_member(self.paths, watched.hash)
+            watched.member = Member()
+            with contextlib.suppress(OSError):
+                header = read_log(self.paths.run_log(watched.hash), watched.hash, FACTS_BYTES).header
+                if isinstance(header.get("group"), str) and isinstance(header.get("rank"), int):
+                    host = printable(str(header.get("host")), 100)
+                    watched.member = Member(header["group"], header["rank"], host)
         return watched.member
 
     def by_group(self, runs: Dict[str, WatchedRun]) -> Dict[str, Dict[int, WatchedRun]]:
@@ -6894,8 +6889,7 @@ class Watcher:
             if frozen:
                 reason = f"{frozen} holds the watch of {paths.root} and does not look: taken over from it"
                 log.warning("%s", reason)
-                event = trouble(f"seized-{utc():.2f}", paths.root, reason)
-                self.dispatcher.notify([event._replace(facts=self._dated(event.facts))])
+                self.dispatcher.notify([trouble(f"seized-{utc():.2f}", paths.root, reason)])
         except OSError as error:
             self._lock.release()
             raise RepoError(f"cannot use {error.filename or paths.own}: {error.strerror}") from None
