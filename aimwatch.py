@@ -9000,7 +9000,6 @@ def command(name: str, *arguments: str, epilog: str = "") -> Callable[[Any], Any
 #: What is said of arguments that several commands have.
 COMMON_HELP = {
     "RUN": "the run's name or hash, or the first characters of its hash",
-    "RUN ...": "names or hashes, or the first characters of hashes",
     "NAME": "its name or ID, or the first characters of its ID",
     "--json": "print JSON",
     "--yes": "ask nothing",
@@ -9017,7 +9016,7 @@ def add_argument(parser: Any, text: str) -> None:
     import argparse
 
     usage, _, about = text.partition("  ")
-    about = about or COMMON_HELP[usage.strip("[]")]
+    about = about or COMMON_HELP[usage.strip("[]. ")]
     found = re.fullmatch(r"(--[a-z-]+)? ?(\[?)([A-Z=]*)((?: A?\.{3})?)\]?", usage)
     flag, bracket, metavar, dots = found.groups() if found else ("", "", "", "")
     if not metavar:
@@ -9254,8 +9253,6 @@ def _write_metrics(site: Site, path: Optional[str]) -> None:
 def cmd_exec(args: Any) -> int:
     """Run a program of any kind as a run, and exit with its status."""
     argv = args.command[1:] if args.command[0] == "--" else args.command
-    if not argv:
-        raise AimwatchError("exec: no command: give the program and its arguments after --")
     run_hash = os.urandom(12).hex()
 
     def open_run() -> Run:
@@ -9301,8 +9298,6 @@ def cmd_init(args: Any) -> None:
 
 #: A watcher that holds its lock and has not looked for this long hangs.
 STUCK_S = 60.0
-#: A pass of `start --once` counts as watching for this long.
-ONCE_COUNTS_S = 3600.0
 
 
 def watcher_state(paths: RepoPaths, saved: Dict[str, Any], looks: Optional[bool] = None) -> Tuple[bool, str]:
@@ -9321,7 +9316,7 @@ def watcher_state(paths: RepoPaths, saved: Dict[str, Any], looks: Optional[bool]
         looks = SeenAt(paths).moves() if looks is None else looks
         age_s, ago = (0.0, "it looks") if looks else (math.inf, ago)
     if (lock in ("free", "absent") and not (elsewhere and looks)) or (lock == "unknown" and age_s > STUCK_S):
-        if saved.get("once") and age_s < ONCE_COUNTS_S:
+        if saved.get("once") and age_s < 3600.0:
             return True, f"watched by passes of 'start --once'; {ago}"
         return False, f"no watcher is alive; {ago}"
     who = describe_watcher(paths)
@@ -9773,7 +9768,7 @@ def cmd_notifiers_remove(args: Any) -> None:
 @command("notifiers enable", "NAME", WANTED_EVENTS)
 def cmd_notifiers_enable(args: Any) -> None:
     """Have a notifier hear of what happens again, or of other events."""
-    _switch_notifier(args, "enabled", args.events)
+    _switch_notifier(args, "enabled")
 
 
 @command("notifiers disable", "NAME")
@@ -9782,8 +9777,8 @@ def cmd_notifiers_disable(args: Any) -> None:
     _switch_notifier(args, "disabled")
 
 
-def _switch_notifier(args: Any, status: str, events: Optional[Sequence[str]] = None) -> None:
-    config = NotifierConfig(find_repo(args.repo))
+def _switch_notifier(args: Any, status: str) -> None:
+    config, events = NotifierConfig(find_repo(args.repo)), getattr(args, "events", None)
     for raw in config.edit():
         entry = raw["notifications"]["notifiers"][config.find(args.name, raw)]
         entry["status"] = status
