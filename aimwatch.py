@@ -2122,8 +2122,8 @@ INDEXER_WAIT_S = BUSY_S + 1.0
 MAX_STEP = 2**63
 #: A longer record is refused, and a longer log message is cut so that it is none.
 MAX_RECORD_BYTES, MAX_LOG_MESSAGE = 1 << 20, 1 << 16
-#: How many messages wait for the watcher, and how many characters of each.
-MAX_MESSAGES_BYTES, MAX_MESSAGE_CHARS = 64 << 10, 1 << 10
+#: How many bytes of messages wait for the watcher, how many of one, and how many characters it has.
+MAX_MESSAGES_BYTES, MAX_MESSAGE_LINE, MAX_MESSAGE_CHARS = 64 << 10, 16 << 10, 1 << 10
 
 
 def existing_run(paths: RepoPaths, run_hash: str) -> str:
@@ -2856,8 +2856,10 @@ class Run:
         self._record(record)
         with self._locked():
             if len(self._messages) < MAX_MESSAGES_BYTES:
-                told = {"log": level, "message": message[:MAX_MESSAGE_CHARS], "time": now}
-                self._messages += encode_line(told)
+                line = encode_line({**record, "message": message[:MAX_MESSAGE_CHARS]})
+                if len(line) > MAX_MESSAGE_LINE:
+                    line = encode_line({**record, "message": message[:MAX_MESSAGE_CHARS], "params": {}})
+                self._messages += line
             self._write_messages()
 
     def _write_messages(self) -> None:
