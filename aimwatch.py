@@ -3676,7 +3676,7 @@ class Index:
                 raise
 
     @contextlib.contextmanager
-    def opened(self, mode: str = "ro", busy_s: float = BUSY_S) -> Iterator[sqlite3.Connection]:
+    def opened(self, mode: str, busy_s: float) -> Iterator[sqlite3.Connection]:
         """Yield the index as it is. Raises IndexBusy, IndexUnusable or OSError, be it at the end."""
         self._check_folder(write=False)
         if not os.path.exists(self.path):
@@ -4687,7 +4687,7 @@ class Repo:
         """Return what the index answers to a question or, where it cannot be read, the logs alone."""
         with self._asking:
             try:
-                with self._index.opened() as index:
+                with self._index.opened("ro", BUSY_S) as index:
                     return question(index)
             except IndexUnusable:
                 with contextlib.suppress(AimwatchError, OSError), self._index.writing(1.0, anew=True):

@@ -4133,6 +4133,18 @@ class StoredCase(RecordingCase):
             "run.nested.a.b == [1, None] or run.hash == 'live'", "run.end_time is None")  # fmt: skip
     METRICS = ("", "metric.name == 'm' and metric.last > 3", "metric.context.s == 't'", "run.n < 4")
 
+    def setUp(self) -> None:
+        super().setUp()
+        self.without_sync()
+        real = aimwatch.connect
+
+        def connect(*arguments: Any) -> sqlite3.Connection:
+            db = real(*arguments)
+            db.execute("PRAGMA synchronous = OFF")
+            return db
+
+        self.patch(aimwatch, "connect", connect)
+
     def fill(self) -> None:
         for n in range(8):
             with Run(f"r{n}", create=True, repo=self.root, experiment="one" if n < 4 else "two") as run:
@@ -8645,7 +8657,7 @@ class TestDeath(WatchCase):
             self.kill(process)
             self.clock.pass_(300.0)
         self.assertEqual(self.told(), [("r", "failed")])
-        with aimwatch.Index(self.paths).opened() as index:
+        with aimwatch.Index(self.paths).opened("ro", 1.0) as index:
             self.assertEqual(index.execute("SELECT active FROM runs").fetchall(), [(0,)])
 
     #: At what time its marker is how, and whether the run is then suspect: (time, state) = when next, sure.
