@@ -69,8 +69,9 @@ memory: the registry of `FileLock`; one of each `Run`; one of the `Outbox`, for 
 
 Threads of a training process: one of `_Stacks` while a promise is outstanding, and on a network file
 system one of `AppendFile`, which syncs. Threads of `start`: the poll; `ReindexThread`; a
-`NotifierThread` for each notifier; `SightAlarm` for a repository that does not answer; `Pinger`. Threads of
-`up`: one for each connection, 32 at most; `ReindexThread`; with `--watch` the poll and its notifiers.
+`NotifierThread` for each notifier; `SightAlarm` for a repository that does not answer, and one for each
+notifier that it alarms; `Pinger`. Threads of `up`: one for each connection, 32 at most; `ReindexThread`;
+with `--watch` the poll and its notifiers.
 """
 
 from __future__ import annotations
