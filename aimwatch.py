@@ -1884,6 +1884,8 @@ class _Process:
         self.joined = False
         #: The end of a run whose program called `sys.exit`.
         self.exit: Optional[End] = None
+        #: In a forked child, the process that forked it.
+        self.parent = 0
         #: Why runs write nothing, and what of Aim they do not record: said once a process.
         self.said: Set[str] = set()
         self._shell: Any = None
@@ -1917,12 +1919,17 @@ class _Process:
         self._set_signal = _hook(signal, "signal", self._on_signal_set)
         self._excepthook = sys.excepthook
         atexit.register(self._at_exit)
-        os.register_at_fork(after_in_child=self._after_fork_in_child)
+        os.register_at_fork(before=self._before_fork, after_in_child=self._after_fork_in_child)
+
+    def _before_fork(self) -> None:
+        self.parent = os.getpid()
 
     def _after_fork_in_child(self) -> None:
         # Only the forking thread exists in the child: locks held by others would never be released.
         self.stacks = _Stacks()
         self.exit = None
+        for run in list(self.runs):
+            run._window = math.nan, 0.0
         # With a handler in Python, a child that computes in C would outlive its SIGTERM.
         for signum in ENDING_SIGNALS:
             if signal.getsignal(signum) == self._on_signal:
@@ -3095,10 +3102,23 @@ class Run:
         """True in the process that opened the run, until it is closed."""
         return self._pid == os.getpid() and not self._closed
 
+    def _takes_over(self) -> bool:
+        """Go on with the run of a process that is gone, in the daemon that it left behind; not in a worker of
+        `multiprocessing`, which is about to end."""
+        workers = sys.modules.get("multiprocessing.process")
+        if self._pid in (0, os.getpid()) or self._closed or os.getppid() == _process.parent:
+            return False
+        if workers is not None and workers.parent_process() is not None:
+            return False
+        with contextlib.suppress(AimwatchError):
+            if lock_state(self._paths.marker(self.hash)) != "held":
+                self._open(True, 0.0)
+        return self._is_mine()
+
     def _may_write(self, what: str) -> bool:
         """True where `what` may write. Raises AimwatchError for a run that was opened to read;
         says once why nothing is written for one that is closed or belongs to another process."""
-        if self._is_mine():
+        if self._is_mine() or self._takes_over():
             return True
         if self.read_only:
             raise AimwatchError(

@@ -1458,7 +1458,35 @@ FORKS: Tuple[Tuple[Any, ...], ...] = (
 )  # fmt: skip
 
 
+#: The grandchild closes what it inherited, as daemons do, and opens files of its own.
+DAEMON = """
+run.report_progress(expect_next_in=60)
+if os.fork():
+    time.sleep(0.1)
+    os._exit(0)
+os.setsid()
+if os.fork():
+    os._exit(0)
+os.closerange(3, 64)
+theirs = [open(os.path.join(os.environ["AIMWATCH_REPO"], str(number)), "wb") for number in range(12)]
+deadline = time.monotonic() + 30
+while not run._is_mine() and time.monotonic() < deadline:
+    run.report_progress(expect_next_in=60)
+run.track(1, "m")
+run.close()
+assert all(os.fstat(file.fileno()).st_size == 0 for file in theirs)
+print("daemon", os.getpid())
+"""
+
+
 class ForkedChildren(ProcessCase):
+    def test_daemon_takes_the_run_over_and_writes_to_no_file_of_others(self) -> None:
+        _, out, err = self.finished_process(DAEMON)
+        self.assertRegex(out[-1], r"^daemon \d+$", err)
+        state = aimwatch.read_log(self.paths.run_log("r"), "r")
+        self.assertEqual((self.flags("r-"), state.series[1].count), (["finished"], 1))
+        self.assertEqual(state.header["pid"], int(out[-1].split()[1]))
+
     def test_child_does_nothing_to_its_parents_run(self) -> None:
         is_free = "os._exit(aimwatch.lock_state(run._paths.marker('r')) == 'free')"
         code = (
