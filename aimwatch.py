@@ -7204,8 +7204,9 @@ class Watcher:
             self._warn_once(f"cannot write {self.paths.watcher}: {error.strerror}")
             self._save_mono = begun + MAX_SAVE_INTERVAL_S
             return False
-        self._save_pause_s = min((self._clock() - begun) * SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S)
+        # As the file says; what this one cost counts from the next on.
         self._save_mono = begun + self._save_pause_s
+        self._save_pause_s = min((self._clock() - begun) * SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S)
         return True
 
     def run(self, stop: threading.Event, after_poll: Callable[[], None] = lambda: None) -> None:

@@ -9983,10 +9983,10 @@ class TestTwoMachines(WatchCase):
         silent = threading.Timer(30, first.kill)
         silent.start()
         self.addCleanup(silent.cancel)
-        line = first.stderr.readline()
-        while "standing by" not in line:
-            self.assertNotEqual(line, "")
-            line = first.stderr.readline()
+        seen = [first.stderr.readline()]
+        while "standing by" not in seen[-1]:
+            self.assertNotEqual(seen[-1], "", seen)
+            seen.append(first.stderr.readline())
         self.assertEqual(self.saved()["pid"], os.getpid())
 
     def test_standby_does_not_take_over_from_what_never_watched_here(self) -> None:
