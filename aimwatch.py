@@ -7016,7 +7016,11 @@ class Watcher:
         taken = self._take_messages(first, muted)
         self._may_save = True
         self._send()
-        remove_all(taken)
+        for path, size in taken:
+            # A run may have opened the file before it was taken, and written to it after it was read.
+            with contextlib.suppress(OSError):
+                if os.lstat(path).st_size <= size or size == MAX_MESSAGES_BYTES:
+                    unlink_below(path)
         self.dispatcher.notify_of_broken()
         self._sweep()
         self.outbox.write()
@@ -7106,11 +7110,11 @@ class Watcher:
         remove_all(os.path.join(self.paths.mutes, name) for run in over for name in mutes[run][1])
         return mutes.keys() - over
 
-    def _take_messages(self, first: bool, muted: Set[str]) -> List[str]:
+    def _take_messages(self, first: bool, muted: Set[str]) -> List[Tuple[str, int]]:
         """Take away what runs logged since the last poll, and make events of it for those who want them;
-        return the files that were taken, which are removed when the events are in the outbox. At first
-        sight, and while nobody wants to know, it is dropped: nobody wants to hear of it later."""
-        taken: List[str] = []
+        return the files that were taken, with how much was read of each; they are removed when the events are
+        in the outbox. At first sight, and while nobody wants to know, messages are dropped."""
+        taken: List[Tuple[str, int]] = []
         names: List[str] = []
         with contextlib.suppress(OSError):
             names = names_in(self.paths.news, rf"[A-Za-z0-9_]{{1,64}}({re.escape(TAKEN)})?")
@@ -7124,7 +7128,7 @@ class Watcher:
                 data = read_bounded(path + TAKEN, MAX_MESSAGES_BYTES)
             except OSError:
                 continue  # the share is away, perhaps: tried again at the next poll
-            taken.append(path + TAKEN)
+            taken.append((path + TAKEN, len(data)))
             found = filter(None, map(parse_message, data.splitlines(keepends=True)))
             messages = [message for message in found if message["log"] >= level]
             if messages and wanted and run not in muted:

@@ -9359,6 +9359,24 @@ class TestMessagesOfRuns(WatchCase):
         lines = [line for item in self.events() for line in item["facts"]["run.messages"].splitlines()]
         return [line.split(" ", 4)[4] for line in lines]
 
+    def test_message_that_comes_while_the_file_is_taken_is_alerted_too(self) -> None:
+        watcher = self.watch()
+        self.say("r", "first")
+        file = open(os.path.join(self.paths.news, "r"), "a")  # noqa: SIM115
+        real = aimwatch.read_bounded
+
+        def read(path: str, limit: int) -> bytes:
+            data = real(path, limit)
+            if path.endswith(aimwatch.TAKEN) and not file.closed:
+                file.write(aimwatch.to_json({"log": 40, "time": self.utc() + 1, "message": "late"}) + "\n")
+                file.close()
+            return data
+
+        with mock.patch.object(aimwatch, "read_bounded", read):
+            self.look(watcher, 2)
+        self.assertEqual(self.messages(), ["first", "first", "late"])
+        self.assertEqual(os.listdir(self.paths.news), [])
+
     def test_messages_from_the_level_up_are_alerted_once_to_those_who_want_them(self) -> None:
         self.configure(other={"type": "logger"})
         self.say("old", "before the watcher came")
