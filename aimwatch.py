@@ -7946,24 +7946,18 @@ class Ask:
 _plain_json = json.JSONDecoder(parse_constant=_finite_number).decode
 
 
-def add_points(columns: Dict[str, Any], rows: List[Any]) -> None:
-    """Append parsed lines of a log to the columns of a series; those that are no points are left out."""
+def point_columns(points: List[List[Any]]) -> Dict[str, Any]:
+    """Return points, which are parsed lines of a log, as columns. Raises one of _NO_POINT."""
     import array
 
-    try:
-        new = [array.array("d", [row[at] for row in rows]) for at in (1, 2, 3)]
-        if not 0 <= min(new[2]) <= max(new[2]) < MAX_TIME_S or max(map(len, rows)) > 4:
-            raise ValueError
-        new.append(array.array("d", [math.nan]) * len(rows))
-    except _NO_POINT:  # some are no points, have an epoch, or a "nan", which is text
-        points = []
-        for row in rows:
-            with contextlib.suppress(*_NO_POINT):
-                step, value, epoch, when = _parse_point(row)
-                points.append((float(step), value, when, math.nan if epoch is None else epoch))
-        new = [array.array("d", column) for column in zip(*points)]
-    for name, more in zip(("step", "value", "time", "epoch"), new):
-        columns.setdefault(name, array.array("d")).extend(more)
+    columns = {
+        name: array.array("d", [float(point[at]) for point in points])
+        for name, at in (("step", 1), ("value", 2), ("time", 3))
+    }
+    epochs = [float(point[4]) if len(point) > 4 else math.nan for point in points]
+    if not 0 <= min(columns["time"]) <= max(columns["time"]) < MAX_TIME_S:
+        raise ValueError("a time that is none")
+    return {**columns, "epoch": array.array("d", epochs)}
 
 
 class LogFollower:
@@ -7976,9 +7970,6 @@ class LogFollower:
         self.points: Dict[int, Dict[str, Any]] = {}
         self.messages: Deque[Dict[str, Any]] = deque(maxlen=500)
 
-    def __len__(self) -> int:
-        return sum(len(columns["step"]) for columns in list(self.points.values()) if columns)
-
     def read(self) -> LogFollower:
         """Take in what was appended. Raises OSError."""
         with self._lock, open_regular(self._path) as file:
@@ -7986,34 +7977,39 @@ class LogFollower:
             if self._identity != identity or size < self._offset:
                 self._identity, self._offset = identity, 0
                 self.points, self.messages = {}, deque(maxlen=500)
-            file.seek(self._offset)
             while True:
-                lines = file.readlines(1 << 18)
-                if lines and not lines[-1].endswith(b"\n"):
-                    del lines[-1]  # which is being written
+                file.seek(self._offset)
+                lines = [line for line in file.readlines(1 << 18) if line.endswith(b"\n")]
                 if not lines:
                     return self
                 self._take(lines)
                 self._offset += sum(map(len, lines))
 
     def _take(self, lines: List[bytes]) -> None:
-        try:  # all lines at once take a third of the time
+        """Take in lines: all at once, in a third of the time, or one by one where some are damaged."""
+        series: Dict[int, List[Any]] = {}
+        messages = []
+        try:
             rows = _plain_json("[" + b",".join(lines).decode("ascii") + "]")
             if len(rows) != len(lines):
                 raise ValueError("torn lines that make one")
+            for row, line in zip(rows, lines):
+                if type(row) is list:
+                    series.setdefault(int(row[0]), []).append(row)
+                elif message := parse_message(line):
+                    messages.append(message)
+            new = {series_id: point_columns(points) for series_id, points in series.items()}
         except _NO_POINT:
-            rows = [None] * len(lines)
-            for nth, line in enumerate(lines):
-                with contextlib.suppress(*_NO_POINT):
-                    rows[nth] = from_json(line)
-        series: Dict[int, List[Any]] = {}
-        for row, line in zip(rows, lines):
-            if type(row) is list and row and type(row[0]) is int:
-                series.setdefault(row[0], []).append(row)
-            elif message := parse_message(line):
-                self.messages.append(message)
-        for series_id, points in series.items():
-            add_points(self.points.setdefault(series_id, {}), points)
+            for line in lines if len(lines) > 1 else ():
+                self._take([line])
+            return
+        self.messages.extend(messages)
+        for series_id, columns in new.items():
+            if known := self.points.setdefault(series_id, {}):
+                for name, column in columns.items():
+                    known[name].extend(column)
+            else:
+                known.update(columns)
 
 
 class Scale:
@@ -8201,12 +8197,12 @@ class Site:
     """Answers what is asked about a repository in a URL. It knows nothing of sockets."""
 
     def __init__(self, paths: RepoPaths, utc: Callable[[], float] = time.time) -> None:
-        self.paths, self._utc, self._lock = paths, utc, threading.Lock()
-        self._followers: Dict[str, LogFollower] = {}
+        self.paths, self._utc = paths, utc
         self._seen_at = SeenAt(paths)
+        self._follower = functools.lru_cache(MOST_COMPARED)(LogFollower)
         # What is kept to answer faster. The stamp of that from which it was made is an argument.
         self._pages = functools.lru_cache(100)(self._make)
-        self._rows = functools.lru_cache(3000)(self._load)
+        self._rows = functools.lru_cache(3000)(lambda run_hash, stamp: read_run(paths, run_hash))
         self._indexed = functools.lru_cache(3)(lambda q, stamp: Repo(paths.root).query_runs(q).found)
         self._facts = functools.lru_cache(20_000)(lambda run_hash, stamp: run_facts(paths, run_hash))
 
@@ -8236,12 +8232,16 @@ class Site:
             return self._error(path, status, str(error))
 
     def _make(self, route: Any, query: str, *hashes: str, stamp: str) -> bytes:
-        text: str = route[3](route[1](self, Ask(query), *hashes))
-        return text.encode("utf-8", "backslashreplace")
+        found = route[1](self, Ask(query), *hashes)
+        if route[2] == "text/csv":
+            found = csv_text(found)
+        elif route[2] == "application/json":
+            found = json.dumps(json_cell(as_objects(found) if isinstance(found, list) else found))
+        return bytes(found, "utf-8", "backslashreplace")
 
     def _error(self, path: str, status: int, text: str) -> Reply:
         if path.startswith("api/"):
-            return Reply(status, as_json({"error": text}).encode(), "application/json")
+            return Reply(status, json.dumps({"error": text}).encode(), "application/json")
         page = page_of(f"{status}", "../" * path.count("/") or "./", self.paths.root, {"Trouble": text})
         return Reply(status, page.encode("utf-8", "backslashreplace"), "text/html")
 
@@ -8253,21 +8253,10 @@ class Site:
         stamp = file_stamp(path) if RUN_HASH.fullmatch(run_hash) else None
         if stamp is None:
             raise NotThere(f"there is no run {run_hash} in {self.paths.root}")
-
         return self._rows(run_hash, stamp)
 
-    def _load(self, run_hash: str, stamp: Any) -> Dict[str, Any]:
-        state, row = read_run(self.paths, run_hash)
-        return {**row, "skipped": state.skipped}
-
-    def follower(self, run_hash: str) -> LogFollower:
-        """Return the points and messages of a run. Raises OSError."""
-        with self._lock:
-            found = self._followers.pop(run_hash, None) or LogFollower(self.paths.run_log(run_hash))
-            while sum(map(len, self._followers.values())) > 2_000_000:  # at 32 bytes each
-                del self._followers[next(iter(self._followers))]
-            self._followers[run_hash] = found
-        return found.read()
+    def _log(self, run_hash: str) -> LogFollower:
+        return self._follower(self.paths.run_log(run_hash)).read()
 
     def status(self, ask: Optional[Ask] = None) -> Dict[str, Any]:
         """What `status --json` prints."""
@@ -8391,8 +8380,6 @@ class Site:
             facts["last check-in"] = ago(self._utc() - live["last_check_in"])
             facts["promise"] = human_s(live["promise_s"]) if live["promise_s"] else "none"
             facts["muted until"] = live["muted_until"] and local_time(live["muted_until"])
-        if row["skipped"]:
-            facts["damage"] = f"{plural(row['skipped'], 'line')} of the log could not be read"
         reason = facts.pop("reason", "")
         fields = each("<div><dt>{}</dt><dd>{}</dd></div>", [item for item in facts.items() if item[1]])
         metrics = []
@@ -8408,7 +8395,7 @@ class Site:
             "Charts": self._charts(ask, [row]),
             "Metrics": metrics and grid([*METRIC_COLUMNS[1:], "points"], metrics),
             "Params": row["params"] and json.dumps(row["params"], indent=2, ensure_ascii=False),
-            "Log messages": "\n".join(map(message_line, self.follower(run_hash).messages)),
+            "Log messages": "\n".join(map(message_line, self._log(run_hash).messages)),
             "Notified": "\n".join(self._notified(run_hash)),
         }
         return page_of(f"{state}: {facts['name']}", "../../", self.paths.root, parts)
@@ -8432,7 +8419,7 @@ class Site:
         """Return the charts of runs by metric, with the form that says how they are drawn."""
         curves: Dict[str, List[Curve]] = {}
         for nth, row in enumerate(rows):
-            points = self.follower(row["hash"]).points
+            points = self._log(row["hash"]).points
             for metric in row["metrics"]:
                 if columns := points.get(metric["series"]):
                     drawn = curves.setdefault(metric["name"], [])
@@ -8466,13 +8453,7 @@ class Site:
         if ask.one["q"]:
             asked = [row["hash"] for row in self.runs(ask.one["q"])]
         rows = [self.row(run_hash) for run_hash in list(dict.fromkeys(asked))[:MOST_COMPARED]]
-        facts = [_compared(row) for row in rows]
         names = [(row["name"] or row["hash"])[-12:] for row in rows]
-        differ = []
-        for name in dict.fromkeys(itertools.chain(*facts)):
-            texts = [shown(fields.get(name), "") for fields in facts]
-            if len(set(texts)) > 1:
-                differ.append([name, *texts])
         links = [run_link(row, top="../") for row in rows]
         form = '<form class="ask"><input name="q" value="{}" size="40" aria-label="query">'
         form += "<button>Show what a query finds</button></form><p>{}</p>"
@@ -8480,19 +8461,19 @@ class Site:
         parts = {
             "Compare": html(form, ask.one["q"], about),
             "Charts": self._charts(ask, rows),
-            "What differs": grid(["", *names], differ, ["", *links]) if rows else "",
+            "What differs": grid(["", *names], differences(rows), ["", *links]) if rows else "",
         }
         return page_of("compare", "../", self.paths.root, parts)
 
     # ---- for machines
 
     def points(self, ask: Ask, run_hash: str) -> List[Sequence[Any]]:
-        """All points of a series, after the names of what they have."""
-        given = ask.one["series"]
-        if given not in [str(metric["series"]) for metric in self.row(run_hash)["metrics"]]:
+        """What `export` prints of a series."""
+        row, given = self.row(run_hash), ask.one["series"]
+        found = [metric for metric in row["metrics"] if str(metric["series"]) == given]
+        if not found:
             raise NotThere(f"no series {given!r}: add ?series=N with one of a metric in api/runs/{run_hash}")
-        points = read_points(self.paths.run_log(run_hash), int(given))
-        return [("step", "value", "epoch", "time"), *((*point[:3], Moment(point[3])) for point in points)]
+        return exported(self.paths, row, found)
 
     def list_of_runs(self, ask: Ask) -> List[Sequence[Any]]:
         """What the list of runs shows, after the names of its columns."""
@@ -8502,7 +8483,7 @@ class Site:
 
     def show(self, ask: Ask, run_hash: str) -> Dict[str, Any]:
         """What `show --json` prints."""
-        return run_object(self.row(run_hash), list(self.follower(run_hash).messages))
+        return run_object(self.row(run_hash), list(self._log(run_hash).messages))
 
     def metrics(self, ask: Optional[Ask] = None) -> str:
         """What a cluster's monitoring wants to know, as OpenMetrics text with bounded labels."""
@@ -8557,35 +8538,19 @@ def metric_labels(**labels: str) -> str:
     return "{" + ",".join(inside) + "}"
 
 
-def as_csv(rows: List[Sequence[Any]]) -> str:
-    """Return rows as CSV."""
-    import io
-
-    text = io.StringIO()
-    write_csv(text, rows)
-    return text.getvalue()
-
-
-def as_json(found: Any) -> str:
-    """Return what was found as JSON: rows after their names as objects."""
-    if isinstance(found, list):
-        found = [dict(zip(found[0], row)) for row in found[1:]]
-    return json.dumps(json_cell(found))
-
-
 _HASH = f"({RUN_HASH.pattern})"
-#: Paths, what is asked there, the type of the answer, and what makes it of what was found.
-_ROUTES: Tuple[Tuple[str, Callable[..., Any], str, Callable[[Any], str]], ...] = (
-    ("", Site.overview, "text/html", str),
-    ("compare/", Site.compare, "text/html", str),
-    (f"run/{_HASH}/", Site.run, "text/html", str),
-    (f"run/{_HASH}/points\\.csv", Site.points, "text/csv", as_csv),
-    ("runs\\.csv", Site.list_of_runs, "text/csv", as_csv),
-    ("metrics", Site.metrics, "application/openmetrics-text; version=1.0.0", str),
-    ("api/status", Site.status, "application/json", as_json),
-    ("api/runs", Site.list_of_runs, "application/json", as_json),
-    (f"api/runs/{_HASH}", Site.show, "application/json", as_json),
-    (f"api/runs/{_HASH}/points", Site.points, "application/json", as_json),
+#: Paths, what is asked there, and the type of the answer.
+_ROUTES: Tuple[Tuple[str, Callable[..., Any], str], ...] = (
+    ("", Site.overview, "text/html"),
+    ("compare/", Site.compare, "text/html"),
+    (f"run/{_HASH}/", Site.run, "text/html"),
+    (f"run/{_HASH}/points\\.csv", Site.points, "text/csv"),
+    ("runs\\.csv", Site.list_of_runs, "text/csv"),
+    ("metrics", Site.metrics, "application/openmetrics-text; version=1.0.0"),
+    ("api/status", Site.status, "application/json"),
+    ("api/runs", Site.list_of_runs, "application/json"),
+    (f"api/runs/{_HASH}", Site.show, "application/json"),
+    (f"api/runs/{_HASH}/points", Site.points, "application/json"),
 )
 
 
@@ -10072,9 +10037,9 @@ def _print_list(
     limit = args.limit if args.limit is not None else (0 if args.json or args.csv else DEFAULT_LIMIT)
     rows = [[cell(item, column) for column in columns] for item in items[: limit or None]]
     if args.csv:
-        write_csv(sys.stdout, [columns, *rows], sys.stdout.isatty())
+        print(csv_text([columns, *rows], sys.stdout.isatty()), end="")
     elif args.json:
-        print_json([dict(zip(columns, row)) for row in rows])
+        print_json(as_objects([columns, *rows]))
     else:
         left_out: Sequence[str] = ()
         if rows:
@@ -10101,12 +10066,20 @@ def run_table(paths: RepoPaths, columns: Sequence[str], rows: Sequence[Sequence[
     return table([column.upper() for column in columns], texts)
 
 
-def write_csv(file: Any, rows: Iterable[Sequence[Any]], for_terminal: bool = False) -> None:
-    """Write rows as CSV."""
-    import csv
+def as_objects(rows: Sequence[Sequence[Any]]) -> List[Dict[str, Any]]:
+    """Return rows, of which the first has the names of the columns, as objects."""
+    return [dict(zip(rows[0], row)) for row in rows[1:]]
 
-    writer = csv.writer(file, lineterminator="\n")
+
+def csv_text(rows: Sequence[Sequence[Any]], for_terminal: bool = False) -> str:
+    """Return rows as CSV."""
+    import csv
+    import io
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
     writer.writerows([csv_cell(value, for_terminal) for value in row] for row in rows)
+    return text.getvalue()
 
 
 def csv_cell(value: Any, for_terminal: bool = False) -> Any:
@@ -10194,17 +10167,15 @@ def cmd_metrics(args: Any) -> None:
 def cmd_show(args: Any) -> None:
     """Show everything that is known of one run, and its log messages."""
     repo = Repo(args.repo)
-    state, row = read_run(repo._paths, repo.find_run(args.run))
-    messages = list(read_messages(repo._paths.run_log(state.hash)))
+    row = read_run(repo._paths, repo.find_run(args.run))
+    messages = list(read_messages(repo._paths.run_log(row["hash"])))
     if args.json:
         print_json(run_object(row, messages))
         return
     for name, value in run_fields(row):
         print(f"{name + ':':<13}{printable(str(value), 1000)}")
     for frame in row["frames"]:
-        print(f"             {printable(str(frame), 300)}")
-    if state.skipped:
-        print(f"{'damage:':<13}{plural(state.skipped, 'line')} of the log could not be read")
+        print(f"             {printable(frame, 300)}")
     if row["params"]:
         print("\nparams")
         for path, value in param_items(row["params"], ""):
@@ -10220,17 +10191,18 @@ def cmd_show(args: Any) -> None:
             print(f"  {message_line(message)}")
 
 
-def read_run(paths: RepoPaths, run_hash: str) -> Tuple[RunState, Dict[str, Any]]:
-    """Return the state and the row of a run, as its log has them now. Raises RepoError."""
+def read_run(paths: RepoPaths, run_hash: str) -> Dict[str, Any]:
+    """Return the row of a run as its log has it now, with `skipped`, the lines that could not be read. Raises
+    RepoError."""
     state, size, problem = load_run(paths, run_hash)
     if state is None:
         raise RepoError(f"cannot read {problem or paths.run_log(run_hash)}")
-    return state, run_row(state, size)
+    return {**run_row(state, size), "skipped": state.skipped}
 
 
 def run_object(row: Dict[str, Any], messages: List[Dict[str, Any]]) -> Dict[str, Any]:
     """Return what `show --json` prints of a run."""
-    times = {field: Moment(row[field]) for field in _TIMES if row.get(field) is not None}
+    times = {field: run_cell(row, field) for field in _TIMES if field in row}
     metrics = [{**metric, "last_time": Moment(metric["last_time"])} for metric in row["metrics"]]
     said = [{**message, "time": Moment(message["time"])} for message in messages]
     return {**row, **times, "metrics": metrics, "messages": said}
@@ -10259,6 +10231,9 @@ def run_fields(row: Dict[str, Any]) -> List[Tuple[str, Any]]:
         "commit": row["commit"],
         "output": row["stdout"],
         "python": row["python"],
+        "damage": f"{plural(row['skipped'], 'line')} of the log could not be read"
+        if row["skipped"]
+        else None,
     }
     return [(name, value) for name, value in fields.items() if value is not None and value != ""]
 
@@ -10268,12 +10243,8 @@ def cmd_diff(args: Any) -> None:
     """Show in what two runs differ, and what was run where."""
     repo = Repo(args.repo)
     hashes = [repo.find_run(args.run), repo.find_run(args.other)]
-    values = [_compared(read_run(repo._paths, run_hash)[1]) for run_hash in hashes]
-    names = list(dict.fromkeys(itertools.chain(*values)))
-    rows: List[List[Any]] = [[name, *(known.get(name) for known in values)] for name in names]
-    rows = [row for row in rows if row[0] in _ALWAYS_COMPARED or json_cell(row[1]) != json_cell(row[2])]
+    cells = differences([read_run(repo._paths, run_hash) for run_hash in hashes], _ALWAYS_COMPARED)
     short = short_hashes(repo._paths, hashes)
-    cells = [[name, *(shown(value, "") for value in both)] for name, *both in rows]
     header = ["", *(short[run_hash] for run_hash in hashes)]
     print("\n".join(table(header, [row for row in cells if max(map(len, row[1:])) <= 2 * UNCUT])))
     for name, *both in cells:
@@ -10287,17 +10258,24 @@ def cmd_diff(args: Any) -> None:
 _ALWAYS_COMPARED = ("host", "folder", "command", "commit")
 
 
-def _compared(row: Dict[str, Any]) -> Dict[str, Any]:
-    """Return what is known of a run in the order and under the names in which `diff` shows it."""
-    found = {
-        name: value for name, value in run_fields(row) if name not in ("run", "created", "ended", "process")
-    }
-    found["state"] = row["state"]
-    found.update((f"param {path}", value) for path, value in param_items(row["params"], "") if path)
-    for metric in row["metrics"]:
-        context = shown(metric["context"], "context")
-        found[f"last {metric['name']}" + (f" [{context}]" if context else "")] = metric["last"]
-    return found
+def differences(rows: Sequence[Dict[str, Any]], also: Sequence[str] = ()) -> List[List[str]]:
+    """Return in what runs differ: for each fact, param and metric its name and its values as text.
+
+    Arguments:
+        also: what is there even where it is the same.
+    """
+    known = []
+    for row in rows:
+        facts = {"state": row["state"], **dict(run_fields(row))}
+        facts.update((f"param {path}", value) for path, value in param_items(row["params"], "") if path)
+        for metric in row["metrics"]:
+            context = shown(metric["context"], "context")
+            facts[f"last {metric['name']}" + (f" [{context}]" if context else "")] = metric["last"]
+        known.append(facts)
+    names = dict.fromkeys(itertools.chain(*known))
+    found = [[name, *(shown(facts.get(name), "") for facts in known)] for name in names]
+    own = ("run", "created", "ended", "process", "damage")
+    return [row for row in found if row[0] not in own and (row[0] in also or len(set(row[1:])) > 1)]
 
 
 POINT_COLUMNS = ("metric", "context", "step", "epoch", "value", "time")
@@ -10307,25 +10285,31 @@ POINT_COLUMNS = ("metric", "context", "step", "epoch", "value", "time")
 def cmd_export(args: Any) -> None:
     """Print the points of a run's metrics as CSV."""
     repo = Repo(args.repo)
-    run = Run._to_read(repo._paths, repo.find_run(args.run))
-    found = run.metrics() if not args.metric else _metrics_called(run, args.metric)
-    points = (
-        (metric.name, metric.context, step, epoch, value, Moment(at))
-        for metric in found
-        for step, epoch, value, at in zip(metric.steps, metric.epochs, metric.values, metric.times)
-    )
+    row = read_run(repo._paths, repo.find_run(args.run))
+    rows = exported(repo._paths, row, metrics_called(row, args.metric) if args.metric else row["metrics"])
     if args.json:
-        print_json([dict(zip(POINT_COLUMNS, point)) for point in points])
+        print_json(as_objects(rows))
     else:
-        write_csv(sys.stdout, itertools.chain([POINT_COLUMNS], points), sys.stdout.isatty())
+        print(csv_text(rows, sys.stdout.isatty()), end="")
 
 
-def _metrics_called(run: Run, name: str) -> List[Metric]:
-    """Return the series of a name. Raises AimwatchError where there is none."""
-    found = [metric for metric in run.metrics() if metric.name == name]
+def exported(paths: RepoPaths, row: Dict[str, Any], metrics: List[Dict[str, Any]]) -> List[Sequence[Any]]:
+    """Return all points of metrics of a run, after the names of their columns. Raises OSError."""
+    path = paths.run_log(row["hash"])
+    points = [
+        (metric["name"], metric["context"], step, epoch, value, Moment(at))
+        for metric in metrics
+        for step, value, epoch, at in read_points(path, metric["series"])
+    ]
+    return [POINT_COLUMNS, *points]
+
+
+def metrics_called(row: Dict[str, Any], name: str) -> List[Dict[str, Any]]:
+    """Return the metrics of a name in a run's row. Raises AimwatchError where there is none."""
+    found = [metric for metric in row["metrics"] if metric["name"] == name]
     if not found:
-        known = ", ".join(sorted({printable(metric.name, 60) for metric in run.metrics()})) or "none"
-        raise AimwatchError(f"run {run.hash} has no metric {printable(name, 60)!r}: it has {known}")
+        known = ", ".join(sorted({printable(metric["name"], 60) for metric in row["metrics"]})) or "none"
+        raise AimwatchError(f"run {row['hash']} has no metric {printable(name, 60)!r}: it has {known}")
     return found
 
 
@@ -10387,16 +10371,15 @@ def report_lines(paths: RepoPaths, rows: Sequence[Dict[str, Any]], over_s: float
 def cmd_plot(args: Any) -> None:
     """Draw a metric of a run as a chart in the terminal."""
     repo = Repo(args.repo)
-    run = Run._to_read(repo._paths, repo.find_run(args.run))
-    found = _metrics_called(run, args.metric)
+    row = read_run(repo._paths, repo.find_run(args.run))
     import shutil
 
     width, height = shutil.get_terminal_size((80, 24))
-    for metric in found:
-        print(printable(f"{metric.name} {shown(metric.context, 'context')}".rstrip(), width))
-        points = [(step, value) for step, value, *_ in metric._points if abs(value) < 1e300]
-        lines = chart(points, max(20, width - 12), max(4, min(height - 4, 16)))
-        print("\n".join(lines))
+    for metric in metrics_called(row, args.metric):
+        print(printable(f"{metric['name']} {shown(metric['context'], 'context')}".rstrip(), width))
+        points = read_points(repo._paths.run_log(row["hash"]), metric["series"])
+        drawn = [(step, value) for step, value, *_ in points if abs(value) < 1e300]
+        print("\n".join(chart(drawn, max(20, width - 12), max(4, min(height - 4, 16)))))
 
 
 #: Bits of the eight dots of a braille character, by column and row.
