@@ -1768,18 +1768,16 @@ _INF, _MINUS_INF = math.inf, -math.inf
 _monotonic = time.monotonic
 _getpid = os.getpid
 
-#: How long after a missed promise the stacks are written.
-STACKS_AFTER_S = 0.5
-#: How often at least the thread that waits for missed promises looks.
-STACKS_POLL_S = 1.0
+#: How long after a missed promise the stacks are written at the earliest, and how often that is looked for.
+STACKS_AFTER_S, STACKS_POLL_S = 0.5, 1.0
 
 
 class _Stacks:
     """Writes the stacks of all threads to a file when a run misses its promise.
 
-    One thread looks for that, for all the runs of the process, while any has made a promise. `threading`
-    does not know it, so it counts for nobody and delays no exit; it blocks all signals. While it looks at
-    the others it holds the GIL, and they stand still; while C code holds the GIL, nothing is written.
+    One thread looks for that while any run of the process has made one. `threading` does not know it, so it
+    delays no exit. While it looks at the others it holds the GIL, and they stand still; while C code holds
+    the GIL, nothing is written.
     """
 
     def __init__(self) -> None:
@@ -1790,8 +1788,8 @@ class _Stacks:
         self._has_thread = False
 
     def arm(self, path: str, due_mono: float, thread: int) -> None:
-        """Have all stacks written to `path` at a moment of the monotonic clock, unless armed anew before, and
-        said which thread promised."""
+        """Have all stacks written to `path` soon after a moment of the monotonic clock, unless armed anew
+        before, and said which thread promised."""
         self.disarm(path)
         with self._lock:
             self._due[path] = due_mono, thread
@@ -1809,26 +1807,21 @@ class _Stacks:
                 os.unlink(path)
 
     def _watch(self) -> None:
-        bell = _thread.allocate_lock()  # that nobody rings
-        bell.acquire()
-        wait_s: Optional[float] = 0.0
-        while wait_s is not None:
-            bell.acquire(timeout=wait_s)
-            wait_s = self.write_missed()
+        never = threading.Event()
+        while self.write_missed():
+            never.wait(STACKS_POLL_S)
 
-    def write_missed(self) -> Optional[float]:
-        """Write the stacks for every run that missed its promise; return in how many seconds another may miss
-        one, None where none can."""
+    def write_missed(self) -> bool:
+        """Write the stacks for every run that missed its promise; return whether another may miss one."""
         with self._lock:
             now = _monotonic()
             missed = {path: thread for path, (due, thread) in self._due.items() if due <= now}
             for path in missed:
                 del self._due[path]
-            next_mono = min((due for due, _ in self._due.values()), default=math.inf)
-            self._has_thread = bool(self._due)
+            self._has_thread = more = bool(self._due)
         for path, thread in missed.items():  # without the lock: a share may hang
             self._write(path, thread)
-        return min(next_mono - now, STACKS_POLL_S) if next_mono < math.inf else None
+        return more
 
     def _write(self, path: str, thread: int) -> None:
         import tempfile
@@ -1879,13 +1872,10 @@ class _Process:
         #: `signal.signal` and `sys.excepthook` as they were, and as they are; None before the first run.
         self._set_signal: Any = None
         self._excepthook: Any = None
-        self._ending = False
         #: True from when a run of this process has joined that of `aimwatch exec`.
         self.joined = False
         #: The end of a run whose program called `sys.exit`.
         self.exit: Optional[End] = None
-        #: In a forked child, the process that forked it.
-        self.parent = 0
         #: Why runs write nothing, and what of Aim they do not record: said once a process.
         self.said: Set[str] = set()
         self._shell: Any = None
@@ -1919,10 +1909,7 @@ class _Process:
         self._set_signal = _hook(signal, "signal", self._on_signal_set)
         self._excepthook = sys.excepthook
         atexit.register(self._at_exit)
-        os.register_at_fork(before=self._before_fork, after_in_child=self._after_fork_in_child)
-
-    def _before_fork(self) -> None:
-        self.parent = os.getpid()
+        os.register_at_fork(after_in_child=self._after_fork_in_child)
 
     def _after_fork_in_child(self) -> None:
         # Only the forking thread exists in the child: locks held by others would never be released.
@@ -1950,21 +1937,16 @@ class _Process:
         return handler(signum, frame)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
-        if self._ending:
-            return  # sent to the process and to its group, say: what is under way must not be cut short
         if signal.getsignal(signum) != self._on_signal:
             # A handler that was installed later calls ours: whether the process ends is for it to say.
             self._each(lambda run: run._note_signal(signum, frame))
             return
-        self._ending = True
-        try:
-            self._each(lambda run: run._end_and_close(run._signal_end(signum, frame)))
-            self._set_signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-            if os.getpid() == 1:  # to which, in a container, the kernel does not deliver it
-                os._exit(128 + signum)
-        finally:
-            self._ending = False
+        # A second signal meanwhile does all of this anew, on top of what is under way.
+        self._each(lambda run: run._end_and_close(run._signal_end(signum, frame)))
+        self._set_signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+        if os.getpid() == 1:  # to which, in a container, the kernel does not deliver it
+            os._exit(128 + signum)
 
     def _each(self, end: Callable[[Run], None]) -> None:
         for run in list(self.runs):
@@ -2226,7 +2208,6 @@ class Run:
         self._stacks_on = stacks and os.environ.get("AIMWATCH_STACKS") != "0"
         self.hash, self.read_only, self._paths = run_hash, read_only, paths
         if read_only:
-            self._read()
             return
         workers = sys.modules.get("multiprocessing.process")
         if workers is not None and getattr(workers.current_process(), "_inheriting", False):
@@ -2280,28 +2261,25 @@ class Run:
     def __getattr__(self, name: str) -> Any:
         if name in ("log_artifact", "log_artifacts", "set_artifacts_uri"):
             return lambda *args, **options: warn_not_recorded(name)
-        if name == "_state" and "_paths" in self.__dict__:
-            try:
-                self._read()
-            except RepoError:
-                if not self._inert:
-                    raise
-                self._state = RunState(self.hash)  # the worker may not see the repository
-            return self._state
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
         return f"<Run {self.hash} in {self._paths.root}>"
 
-    def _read(self) -> None:
+    @functools.cached_property
+    def _state(self) -> RunState:
+        """What the log says of a run that is only read; the writer puts its own in this place."""
         path = self._paths.run_log(self.hash)
         try:
             state = read_log(path, self.hash)
+            problem = log_problem(state)
         except OSError as error:
-            raise RepoError(f"cannot read {path}: {error.strerror}") from None
-        if log_problem(state):
-            raise RepoError(f"cannot read {path}: {log_problem(state)}")
-        self._state = state
+            problem = str(error.strerror)
+        if problem and self._inert:
+            return RunState(self.hash)  # the worker may not see the repository
+        if problem:
+            raise RepoError(f"cannot read {path}: {problem}")
+        return state
 
     def _open(self, may_exist: bool, wait_s: float) -> None:
         self._state = RunState(self.hash)
@@ -3106,9 +3084,11 @@ class Run:
         """Go on with the run of a process that is gone, in the daemon that it left behind; not in a worker of
         `multiprocessing`, which is about to end."""
         workers = sys.modules.get("multiprocessing.process")
-        if self._pid in (0, os.getpid()) or self._closed or os.getppid() == _process.parent:
+        if self._pid in (0, os.getpid()) or self._closed:
             return False
-        if workers is not None and workers.parent_process() is not None:
+        if (workers is not None and workers.parent_process() is not None) or process_lives(
+            self._state.header
+        ):
             return False
         with contextlib.suppress(AimwatchError):
             if lock_state(self._paths.marker(self.hash)) != "held":
