@@ -5397,16 +5397,22 @@ def dial(address: Tuple[str, int], deadline_mono: float) -> Any:
     """Return a connected socket that ends with the attempt. Raises OSError."""
     import socket
 
+    def connect(where: Any, *others: Any) -> Any:
+        try:  # an address of several has its share of the time alone
+            return socket.create_connection(where[4][:2], left_s(deadline_mono) / (1 + len(others)))
+        except OSError:
+            if not others:
+                raise
+        return connect(*others)
+
     try:
-        link = socket.create_connection(address, left_s(deadline_mono))
+        with connect(*socket.getaddrinfo(*address, type=socket.SOCK_STREAM)) as link:
+            bounded = bounded_socket(socket.socket, deadline_mono)(fileno=link.detach())
+        bounded.settimeout(left_s(deadline_mono))
+        return bounded
     except OSError as error:
         # Which of several servers it was is what people ask first.
-        raise type(error)(error.errno, f"{error.strerror or error}: %s:%s" % address) from None
-    with link:
-        seconds = left_s(deadline_mono)  # where the name server took all of it, nothing is sent
-        bounded = bounded_socket(socket.socket, deadline_mono)(fileno=link.detach())
-    bounded.settimeout(seconds)
-    return bounded
+        raise type(error)(*error.args[:-1], f"{error.strerror or error}: %s:%s" % address) from None
 
 
 def tls_context(deadline_mono: float) -> Any:

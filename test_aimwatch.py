@@ -6271,6 +6271,25 @@ class Transports(NotifierCase):
         self.slack(direct.url)
         self.assertEqual((len(direct.requests), len(proxy.requests)), (1, 1))
 
+    def test_address_that_does_not_answer_leaves_time_for_the_next_of_its_server(self) -> None:
+        server, waits = self.webhook(), []
+        connect, look_up = socket.create_connection, socket.getaddrinfo
+
+        def several(host: str, *args: Any, **options: Any) -> Any:
+            hosts = ("192.0.2.1", "127.0.0.1") if host == "hooks.invalid" else (host,)
+            return [found for host in hosts for found in look_up(host, *args, **options)]
+
+        def silent(address: Any, timeout: float) -> Any:
+            waits.append(timeout)
+            if address[0] != "127.0.0.1":
+                raise socket.timeout("timed out")
+            return connect(address, timeout)
+
+        with mock.patch("socket.getaddrinfo", several), mock.patch("socket.create_connection", silent):
+            self.assertEqual(self.slack(f"http://hooks.invalid:{server.port}/").kind, "sent")
+        self.assertLess(waits[0], 5.001)
+        self.assertLess(waits[1], 10.001)
+
     def over_tls(self, connection: socket.socket) -> None:
         """Answer one request with a certificate that nobody signed."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
