@@ -5094,35 +5094,23 @@ class NotifierConfig:
         way_out = f": '{command_line()} notifiers list' shows them"
         return find_by_prefix(prefix, entries, "notifier", way_out, named)
 
+    @contextlib.contextmanager
     def edit(self) -> Iterator[Dict[str, Any]]:
-        """Yield the content to a `for` loop that changes it, and write it back, under a lock and in one step.
-
-        On a share another machine may not see the lock, and write what it had read before. So a little later
-        what is there is yielded again, until the change makes no difference any more.
-        """
+        """Yield the content to who changes it, and write it back, under a lock and in one step."""
         try:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             with FileLock(self._lock_path) as lock:
                 if lock.acquire(wait_s=CONFIG_LOCK_WAIT_S) is False:
                     raise ConfigError(f"{self._lock_path} is locked: try again")
-                shared = is_network(os.path.dirname(self.path))
-                for look in range(CONFIG_LOOKS if shared else 1):
-                    time.sleep(CONFIG_LOOK_S if look else 0.0)
-                    freshen(self.path)
-                    raw = self.read()
-                    before = json.dumps(raw)
-                    yield raw
-                    if look and json.dumps(raw) == before:
-                        return
-                    replace_file(self.path, (json.dumps(raw, indent=4) + "\n").encode(), 0o600)
+                freshen(self.path)
+                raw = self.read()
+                yield raw
+                replace_file(self.path, (json.dumps(raw, indent=4) + "\n").encode(), 0o600)
         except OSError as error:
             raise ConfigError(f"cannot write {self.path}: {error.strerror}") from None
 
 
 CONFIG_LOCK_WAIT_S = 10.0
-#: On a network file system, how often at most is looked whether a change is still there, and when.
-CONFIG_LOOKS, CONFIG_LOOK_S = 5, 0.5
-
 #: The notifier used where none is configured.
 FALLBACK = Notifier("logger", "logger", True, {}, DEFAULT_EVENTS, None)
 
@@ -5350,21 +5338,17 @@ class Outcome(NamedTuple):
 
 def try_once(notifier: Notifier, send: Callable[[float], Outcome]) -> Outcome:
     """Try once to send something by a deadline, and return what came of it, in one line without secrets."""
+    import http.client
+
     try:
         outcome = send(time.monotonic() + ATTEMPT_S)
     except Exception as error:
-        outcome = judge_error(error)
+        # Networks heal, and a mistake of ours would end the same again.
+        heals = isinstance(error, (OSError, http.client.HTTPException, MemoryError))
+        reason = getattr(error, "reason", None)
+        known = reason if isinstance(reason, Exception) else error
+        outcome = Outcome(RETRY if heals else REFUSED, f"{type(known).__name__}: {known}")
     return outcome._replace(detail=printable(notifier.scrub(" ".join(outcome.detail.split())), 200))
-
-
-def judge_error(error: Exception) -> Outcome:
-    """Judge an attempt that ended in an exception: networks heal, and our own mistakes would end the same."""
-    import http.client
-
-    heals = isinstance(error, (OSError, http.client.HTTPException, MemoryError))
-    reason = getattr(error, "reason", None)
-    known = reason if isinstance(reason, Exception) else error
-    return Outcome(RETRY if heals else REFUSED, f"{type(known).__name__}: {known}")
 
 
 def left_s(deadline_mono: float) -> float:
@@ -5450,7 +5434,6 @@ def post(
     # All certificates of the system are read only where they are needed.
     context: Any = url[:6].lower() == "https:" and tls_context(deadline_mono)
     opener.add_handler(Handler(context=context))
-    opener.add_handler(urllib.request.UnknownHandler())
     with opener.open(request, timeout=ATTEMPT_S) as response:
         body = response.read(MAX_ANSWER_BYTES).decode("utf-8", "replace")
         return judge_answer(kind, response.status, body, response.headers.get("Retry-After", ""))
@@ -5680,7 +5663,6 @@ def send_logger(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float
     return Outcome(SENT, "written to the log")
 
 
-#: How each type delivers. A test of the command line checks that every type has fields and a way.
 TRANSPORTS: Dict[str, Callable[[Notifier, Sequence[Facts], float], Outcome]] = {
     "slack": send_slack,
     "workplace": send_workplace,
@@ -9657,7 +9639,7 @@ def _add_notifier(kind: str, args: Any) -> None:
             raise ConfigError(f"the same notifier is there already: {other.shown_as}")
     if not args.yes and not _confirm("Save notifier configuration above?", True):
         raise AimwatchError("aborted: nothing was saved")
-    for raw in config.edit():
+    with config.edit() as raw:
         raw["notifications"]["notifiers"][added.id] = notifier
     way = f"{command_line(args.repo)} notifiers test {added.shown_as}"
     print(f"added {kind} notifier {added.id}; try it: {way}")
@@ -9739,7 +9721,7 @@ def cmd_notifiers_remove(args: Any) -> None:
         _show(read_notifier(notifier_id, raw["notifications"]["notifiers"][notifier_id]))
         if not _confirm("Remove notifier configuration above?", False):
             raise AimwatchError("aborted: nothing was removed")
-    for raw in config.edit():
+    with config.edit() as raw:
         raw["notifications"]["notifiers"].pop(notifier_id, None)
     print(f"removed notifier {printable(notifier_id)}")
 
@@ -9758,7 +9740,7 @@ def cmd_notifiers_disable(args: Any) -> None:
 
 def _switch_notifier(args: Any, status: str) -> None:
     config, events = NotifierConfig(find_repo(args.repo)), getattr(args, "events", None)
-    for raw in config.edit():
+    with config.edit() as raw:
         entry = raw["notifications"]["notifiers"][config.find(args.name, raw)]
         entry["status"] = status
         if events is not None:
@@ -9852,7 +9834,7 @@ def cmd_get_log_level(args: Any) -> None:
 @command("notifiers set-log-level", f"LEVEL  {', '.join(LOG_LEVELS)}")
 def cmd_set_log_level(args: Any) -> None:
     """Set from which level on people hear of log messages of runs."""
-    for raw in NotifierConfig(find_repo(args.repo)).edit():
+    with NotifierConfig(find_repo(args.repo)).edit() as raw:
         raw["notifications"]["log_level"] = args.level
 
 
@@ -10505,7 +10487,7 @@ def _demo_alerts(paths: RepoPaths, at_end: contextlib.ExitStack) -> List[Tuple[s
     """Watch the processes, and return the alerts that the outbox says were sent: (the run's name, event)."""
     import subprocess
 
-    for raw in NotifierConfig(paths).edit():
+    with NotifierConfig(paths).edit() as raw:
         demo = {"id": "demo", "type": "logger", "events": [STALLED, FAILED, RECOVERED, FINISHED]}
         raw["notifications"]["notifiers"]["demo"] = {**demo, "arguments": {}}
     print(f"{len(DEMO_FATES)} training processes in {paths.root}, each promising a check-in within 1 s.")

@@ -304,7 +304,7 @@ class Case(unittest.TestCase):
 
     def configure(self, **notifiers: Dict[str, Any]) -> None:
         """Write config.json: id=dict(type=..., arguments={...}, events=[...])."""
-        for raw in aimwatch.NotifierConfig(self.paths).edit():
+        with aimwatch.NotifierConfig(self.paths).edit() as raw:
             for notifier_id, entry in notifiers.items():
                 raw["notifications"]["notifiers"][notifier_id] = {
                     "id": notifier_id, "status": "enabled", "arguments": {}, **entry,
@@ -5651,48 +5651,6 @@ raise SystemExit(sum(os.wait()[1] != 0 for _ in range(6)))
         self.assertEqual(code, 1)
         self.assert_one_line(err, r"config\.lock is locked: try again")
 
-
-DAMAGED_FILES = (
-    b"", b'{"notifications": {"version": "1.0", "notif', b'{"notifications":\n {"notifiers":\n {"x" 1}}}',
-    b"\xff\xfe{}", b"[" * 200000, b"[]", b'"text"', b"null", b"{}", b'{"notifications": []}',
-    b'{"notifications": {"notifiers": []}}', b'{"notifications": {"notifiers": null}}',
-)  # fmt: skip
-CONFIG_COMMANDS = (
-    ("list",), ("list", "--json"), ("dump",), ("add", "logger", "--yes"), ("remove", "x", "--yes"),
-    ("enable", "x"), ("disable", "x"), ("get-log-level",), ("set-log-level", "INFO"), ("test",),
-)  # fmt: skip
-
-
-class ConfigOnAShare(NotifierCase):
-    """Where another machine does not see the lock."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        for patch in (
-            mock.patch.object(aimwatch, "is_network", return_value=True),
-            mock.patch.object(aimwatch, "CONFIG_LOOK_S", 0.0),
-        ):
-            patch.start()
-            self.addCleanup(patch.stop)
-
-    def test_change_that_another_machine_wrote_over_is_made_again(self) -> None:
-        self.configure(a={"type": "logger"}, b={"type": "logger"})
-        real, other = aimwatch.replace_file, [b""]
-        with open(self.paths.config, "rb") as file:
-            other[0] = file.read().replace(b'"b"', b'"other"')  # what was read there before our change
-
-        def overwritten(path: str, data: bytes, mode: int = 0o666) -> None:
-            real(path, data, mode)
-            if other:
-                real(path, other.pop(), mode)
-
-        overwrites = mock.patch.object(aimwatch, "replace_file", overwritten)
-        for argv in (("add", "logger", "--message", "new", "--yes"), ("remove", "a", "--yes")):
-            with self.subTest(argv), overwrites:
-                self.assertEqual(self.run_cli("notifiers", *argv)[::2], (0, ""))
-        names = [entry["arguments"].get("message") or entry_id for entry_id, entry in self.entries().items()]
-        self.assertEqual(names, ["other", "new"])
-
     def test_change_that_could_not_be_read_is_read_at_the_next_look(self) -> None:
         self.configure(a={"type": "logger"})
         watcher = self.watcher()
@@ -5704,6 +5662,17 @@ class ConfigOnAShare(NotifierCase):
         self.assertEqual(len(logged.output), 1)
         watcher.poll()
         self.assertIn("b", watcher.dispatcher.describe())
+
+
+DAMAGED_FILES = (
+    b"", b'{"notifications": {"version": "1.0", "notif', b'{"notifications":\n {"notifiers":\n {"x" 1}}}',
+    b"\xff\xfe{}", b"[" * 200000, b"[]", b'"text"', b"null", b"{}", b'{"notifications": []}',
+    b'{"notifications": {"notifiers": []}}', b'{"notifications": {"notifiers": null}}',
+)  # fmt: skip
+CONFIG_COMMANDS = (
+    ("list",), ("list", "--json"), ("dump",), ("add", "logger", "--yes"), ("remove", "x", "--yes"),
+    ("enable", "x"), ("disable", "x"), ("get-log-level",), ("set-log-level", "INFO"), ("test",),
+)  # fmt: skip
 
 
 class DamagedConfig(NotifierCase):
@@ -7125,7 +7094,7 @@ class Notifying(NotifyingCase):
         self.configure(a=hook(broken.url), b=hook(good.url))
         dispatcher = self.dispatcher()
         dispatcher.notify([event_of(1)])
-        for raw in self.config.edit():
+        with self.config.edit() as raw:
             del raw["notifications"]["notifiers"]["a"]
         self.configure(c=hook(new.url))
         dispatcher.reload_if_changed()
@@ -7563,7 +7532,7 @@ for line in sys.stdin:
             watcher.poll()
             clock.pass_(100.0)
         watcher.close()
-        for raw in self.config.edit():
+        with self.config.edit() as raw:
             del raw["notifications"]["notifiers"]["old"]
         for name, server in self.servers.items():
             arguments = {"url": server.url}
