@@ -33,10 +33,7 @@ On disk, below ``<root>/.aim`` (``check_ins`` and ``ext`` are shared with Aim):
     aimwatch/watcher.json              what the watcher has seen, and who it is
 
 It does not: need a server or clocks that agree, change a run, read or write Aim's own run storage,
-or work on Windows. In a training process it starts one thread, which waits for a missed promise; on a
-share another, which syncs.
-
-Stable names are those in ``__all__``, the command line, and the files above.
+or work on Windows. Stable names are those in ``__all__``, the command line, and the files above.
 
 Fault model
 -----------
@@ -412,10 +409,7 @@ def human_s(seconds: float) -> str:
 
 def local_time(epoch_s: float) -> str:
     """Return seconds since the epoch as local time with its zone, for people to read."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(epoch_s)).rstrip()
-    except (OverflowError, ValueError, OSError):
-        return "at an unknown time"
+    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(epoch_s)).rstrip()
 
 
 def iso_time(epoch_s: float, precision: str = "milliseconds") -> str:
@@ -727,6 +721,10 @@ class RepoPaths:
         self.news = os.path.join(self.own, "news")
         self.stacks = os.path.join(self.own, "stacks")
         self.mutes = os.path.join(self.own, "mutes")
+        #: The folders in which only the owner of the repository writes, and all, each after the one it is in.
+        self.owners_folders = [self.aim, self.ext, self.notifications, self.own]
+        shared = [self.check_ins, self.runs, self.pending, self.news, self.stacks, self.mutes]
+        self.folders = [*self.owners_folders, *shared]
 
     def run_log(self, run_hash: str) -> str:
         return os.path.join(self.runs, f"{run_hash}.jsonl")
@@ -737,24 +735,15 @@ class RepoPaths:
     def stack(self, run_hash: str) -> str:
         return os.path.join(self.stacks, f"{run_hash}.txt")
 
-    def owners_folders(self) -> List[str]:
-        """Return the folders in which only the owner of the repository writes."""
-        return [self.aim, self.ext, self.notifications, self.own]
-
-    def folders(self) -> List[str]:
-        """Return all folders, each after the one that it is in."""
-        shared = [self.check_ins, self.runs, self.pending, self.news, self.stacks, self.mutes]
-        return [*self.owners_folders(), *shared]
-
     def create(self) -> None:
         """Make the folders that are missing: in some of them only their owner writes, whatever the umask.
         Raises RepoError where that is impossible."""
         folder = self.root
         try:
             os.makedirs(folder, exist_ok=True)
-            for folder in self.folders():
+            for folder in self.folders:
                 with folder_of(folder) as (above, name), contextlib.suppress(FileExistsError):
-                    os.mkdir(name, 0o755 if folder in self.owners_folders() else 0o777, dir_fd=above)
+                    os.mkdir(name, 0o755 if folder in self.owners_folders else 0o777, dir_fd=above)
                 with folder_of(f"{folder}/."):
                     pass
         except OSError as error:
@@ -766,10 +755,10 @@ class RepoPaths:
     def share(self, group: int, owner: int = -1) -> None:
         """Make the folders those of a group whose members all train here, and nobody but the owner watches,
         indexes, and says who is notified. Raises OSError."""
-        for folder in self.folders():
+        for folder in self.folders:
             with folder_of(f"{folder}/.") as (fd, here):
                 os.chown(here, owner, group, dir_fd=fd)
-                os.chmod(here, 0o2755 if folder in self.owners_folders() else 0o3775, dir_fd=fd)
+                os.chmod(here, 0o2755 if folder in self.owners_folders else 0o3775, dir_fd=fd)
 
 
 def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
@@ -796,7 +785,7 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
     paths = RepoPaths(root)
     try:
         os.stat(os.path.join(paths.aim, "."))
-        for folder in paths.folders():
+        for folder in paths.folders:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), folder_of(f"{folder}/."):
                 pass
     except (FileNotFoundError, NotADirectoryError):
@@ -9326,7 +9315,7 @@ def status_object(
 def lax_modes(paths: RepoPaths) -> str:
     """Return which folders and files others can write that only the owner of the repository should, for
     people; "" for none."""
-    owners = (*paths.owners_folders(), paths.config, paths.index, paths.outbox, paths.watcher)
+    owners = (*paths.owners_folders, paths.config, paths.index, paths.outbox, paths.watcher)
     lax = [path for path in owners if os.path.exists(path) and os.stat(path).st_mode & 0o022]
     shown = ", ".join(os.path.relpath(path, paths.root) for path in lax)
     return f"others can write {shown}: 'chmod go-w', or 'init --group'" if lax else ""

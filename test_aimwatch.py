@@ -10078,7 +10078,7 @@ class SharedFolder(Case):
                 with contextlib.suppress(OSError):
                     os.close(os.open(path, os.O_WRONLY | os.O_CREAT))
                     done.append(path)
-            for folder in self.paths.folders():
+            for folder in self.paths.folders:
                 with contextlib.suppress(OSError):
                     os.rename(folder, f"{folder}-away")
                     done.append(folder)
@@ -10112,10 +10112,9 @@ class SharedFolder(Case):
         code, out, err = self.run_cli("init", "--group", group, "--owner", owner)
         self.assertEqual((code, err), (0, ""))
         self.assertIn(f"shared with group {group}: all its members train there, and {owner} alone", out)
-        modes = {folder: stat.S_IMODE(os.stat(folder).st_mode) for folder in self.paths.folders()}
+        modes = {folder: stat.S_IMODE(os.stat(folder).st_mode) for folder in self.paths.folders}
         expected = {
-            folder: 0o2755 if folder in self.paths.owners_folders() else 0o3775
-            for folder in self.paths.folders()
+            folder: 0o2755 if folder in self.paths.owners_folders else 0o3775 for folder in self.paths.folders
         }
         self.assertEqual(modes, expected)
         for argv, said in (
@@ -10154,7 +10153,7 @@ class TestClosedDoors(WatchCase):
         return found
 
     def test_link_in_the_place_of_a_folder_is_refused(self) -> None:
-        for folder in self.paths.folders()[1:]:
+        for folder in self.paths.folders[1:]:
             with self.subTest(folder=folder):
                 watcher = self.watch()
                 self.plant(folder)
