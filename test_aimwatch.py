@@ -4832,7 +4832,7 @@ class Reading(StoredCase):
             write_file(self.paths.marker("r2"), b"", "ab")
             run = aimwatch.Repo(self.root).get_run("r2")
             assert run is not None
-            for look in (lambda: self.reread("r2"), lambda run=run: run.name):
+            for look in (lambda: self.reread("r2").name, lambda run=run: run.name):
                 with self.subTest(what), self.assertRaises(aimwatch.RepoError) as caught:
                     look()
                 self.assertEqual(str(caught.exception).lower(), f"cannot read {path}: {reason}".lower())
