@@ -9000,11 +9000,6 @@ def seconds_of(text: str) -> float:
     return float(text[:-1]) * unit_s if unit_s else float(text)
 
 
-def level_of(text: str) -> int:
-    """Return a level of log messages, given as a name or as a number."""
-    return LOG_LEVELS.get(text.upper()) or int(text)
-
-
 def names_of(text: str) -> List[str]:
     """Return names that are given with commas between them."""
     names = re.split(r",(?![^\[\]]*\])", text)
@@ -9027,7 +9022,11 @@ READERS: Dict[str, Tuple[str, Callable[[str], Any], str]] = {
     "TIME": (r"[0-9]{1,8}(\.[0-9]+)?[smhd]?", seconds_of, "a time such as 90, 30m, 2h or 1d"),
     "N": ("[0-9]{1,9}", int, "a whole number"),
     "URL": ("(?s).*", checked_url, ""),
-    "LEVEL": (f"(?i){_LEVEL}|[0-9]{{1,3}}", level_of, f"one of {', '.join(LOG_LEVELS)}"),
+    "LEVEL": (
+        f"(?i){_LEVEL}|[0-9]{{1,3}}",
+        lambda text: LOG_LEVELS.get(text.upper()) or int(text),
+        f"one of {', '.join(LOG_LEVELS)}",
+    ),
     "LIST": ("(?s).*", names_of, ""),
     "EVENTS": (f"({_EVENT})(,({_EVENT}))*", names_of, f"one or several of {', '.join(EVENTS)}"),
     "NAME=VALUE": (r"(?s)[^=.]+(\.[^=.]+)*=.*", param_of, "such as hparams.lr=0.1"),
@@ -9039,17 +9038,13 @@ WANTED_EVENTS = (
 # -------------------------------------------------------------------------- start, init, status
 
 
-def _give_memory_back() -> None:
-    """Return to the system what compiling this file took, 20 MB that a watcher would keep for months."""
+def _stop_signal() -> threading.Event:
+    """Return what says when this process was told to stop."""
     with contextlib.suppress(ImportError, AttributeError, OSError):  # not every C library has it
         import ctypes
 
+        # What compiling this file took, 20 MB that a watcher would keep for months.
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _stop_signal() -> threading.Event:
-    """Return what says when this process was told to stop."""
-    _give_memory_back()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -9086,37 +9081,36 @@ def cmd_start(args: Any) -> int:
     """Watch the repository until told to stop, or once."""
     paths = find_repo(args.repo)
     handler = _log_to_stderr(timed=True, thread=not args.once)
-    if not any(item.enabled for item in NotifierConfig(paths).notifiers()):
+    config, called = NotifierConfig(paths), command_line(args.repo)
+    enabled = [item for item in config.notifiers() if item.enabled]
+    if not enabled:
         log.info(
-            "no notifiers are enabled, so events are only written here; '%s notifiers add' sets one up",
-            command_line(args.repo),
+            f"no notifiers are enabled, so events are only written here; '{called} notifiers add' sets one up"
+        )
+    elif not os.path.exists(paths.watcher) and "'events': " not in str(config.read()):  # so Aim writes it
+        log.info(
+            f"of starts, finishes and log messages Aim's watcher notifies and this one does not: '{called} "
+            f"notifiers enable {enabled[0].shown_as} --events {','.join(EVENTS)}' changes that"
         )
     stop = _stop_signal()
-    while True:
-        watcher = _take_watch(paths, args, stop)
-        if watcher is None:
-            return 0
-        if args.once:
-            return _one_pass(watcher, stop, args)
-        try:
-            return _watch(watcher, stop, args, handler)
-        except WatcherBusyError as error:  # another one has taken over
-            if not args.standby:
-                raise
-            log.error("%s", error)
+
+    def watch(watcher: Watcher) -> int:
+        return _one_pass(watcher, stop, args) if args.once else _watch(watcher, stop, args, handler)
+
+    return _take_watch(paths, args, stop, watch)
 
 
 #: How often a watcher that stands by asks whether the watch is free.
 STANDBY_INTERVAL_S = 2.0
 
 
-def _take_watch(paths: RepoPaths, args: Any, stop: threading.Event) -> Optional[Watcher]:
-    """Return the watcher, with --standby as soon as no other one watches; None when stopped before."""
+def _take_watch(paths: RepoPaths, args: Any, stop: threading.Event, watch: Callable[[Watcher], int]) -> int:
+    """Return what `watch` returns of the watcher; with --standby as soon as no other one watches."""
     held_by, seen_at, frozen = "", SeenAt(paths), False
     options = args.grace, args.poll_interval, args.once, args.remind_every or 0.0
     while not stop.is_set():
         try:
-            return Watcher(paths, *options, wait=stop.wait, seize=frozen)
+            return watch(Watcher(paths, *options, wait=stop.wait, seize=frozen))
         except RepoError as error:
             # Who stands by is there for the bad day: a share that is away ends nobody's standing by.
             if not args.standby or not (held_by or isinstance(error, WatcherBusyError)):
@@ -9128,7 +9122,7 @@ def _take_watch(paths: RepoPaths, args: Any, stop: threading.Event) -> Optional[
         sd_notify("WATCHDOG=1")
         stop.wait(STANDBY_INTERVAL_S)
         frozen = seen_at.is_frozen()
-    return None
+    return 0
 
 
 def _watch(watcher: Watcher, stop: threading.Event, args: Any, handler: _LogThread) -> int:
@@ -9281,12 +9275,6 @@ def moment(at: Any) -> Optional[Moment]:
     return Moment(bounded(at)) if bounded(at) else None
 
 
-def _check_in_names(paths: RepoPaths) -> List[str]:
-    with contextlib.suppress(FileNotFoundError):
-        return list_below(paths.check_ins)
-    return []
-
-
 def status_object(
     paths: RepoPaths,
     facts_of: Callable[[RepoPaths, str], Facts] = run_facts,
@@ -9327,7 +9315,7 @@ def status_rows(
     """Return one object for every run with check-ins: what it last said, and its state as the
     watcher knows it, where a watcher has seen that very check-in."""
     runs = RunTable(0)
-    runs.take(_check_in_names(paths), 0, 0)
+    runs.take(names_in(paths.check_ins, "(?s).*"), 0, 0)
     known = {watched.name: watched for watched in saved_runs(read_watcher_file(paths))}
     mutes, rows = read_mutes(paths), []
     in_its_log = ("experiment", "host", "pid", "job", "group", "reason", "progress", "metrics")
@@ -9427,7 +9415,7 @@ def _print_status(paths: RepoPaths, rows: Sequence[Dict[str, Any]], now: float) 
 
 def _find_live(paths: RepoPaths, text: str) -> str:
     """Return the hash of a run, ours or Aim's, that people name by its name or hash."""
-    parsed = map(parse_check_in, _check_in_names(paths))
+    parsed = map(parse_check_in, names_in(paths.check_ins, "(?s).*"))
     return Repo(paths.root).find_run(text, {item.run_hash for item in parsed if item is not None})
 
 
@@ -9716,25 +9704,25 @@ def cmd_notifiers_remove(args: Any) -> None:
 
 
 @command("notifiers enable", "NAME", WANTED_EVENTS)
-def cmd_notifiers_enable(args: Any) -> None:
+def cmd_notifiers_enable(args: Any, status: str = "enabled") -> None:
     """Have a notifier hear of what happens again, or of other events."""
-    _switch_notifier(args, "enabled")
+    config = NotifierConfig(find_repo(args.repo))
+    with config.edit() as raw:
+        notifier_id = config.find(args.name, raw)
+        entry = raw["notifications"]["notifiers"][notifier_id]
+        if not isinstance(entry, dict):
+            raise ConfigError(f"notifier {notifier_id} is no JSON object: remove it and add it again")
+        entry["status"] = status
+        if args.events:
+            entry["events"] = args.events
+    print(f"{status} notifier {args.name}")
 
 
 @command("notifiers disable", "NAME")
 def cmd_notifiers_disable(args: Any) -> None:
     """Have a notifier hear of nothing more, and keep its configuration."""
-    _switch_notifier(args, "disabled")
-
-
-def _switch_notifier(args: Any, status: str) -> None:
-    config, events = NotifierConfig(find_repo(args.repo)), getattr(args, "events", None)
-    with config.edit() as raw:
-        entry = raw["notifications"]["notifiers"][config.find(args.name, raw)]
-        entry["status"] = status
-        if events is not None:
-            entry["events"] = events
-    print(f"{status} notifier {args.name}")
+    args.events = None
+    cmd_notifiers_enable(args, "disabled")
 
 
 def notifier_states(
