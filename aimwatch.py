@@ -277,8 +277,8 @@ def open_below(path: str, flags: int, mode: int = 0o666) -> int:
 
 
 def unlink_below(path: str) -> None:
-    """Remove a file from a folder that is opened as by `folder_of`. Raises OSError."""
-    with folder_of(path) as (folder, name):
+    """Remove a file, if it is there, from a folder that is opened as by `folder_of`. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError), folder_of(path) as (folder, name):
         os.unlink(name, dir_fd=folder)
 
 
@@ -300,8 +300,7 @@ def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
     byte.
     """
     temporary = f"{path}.{this_host()}.tmp"
-    with contextlib.suppress(FileNotFoundError):
-        unlink_below(temporary)  # of a writer that was killed, or found no room
+    unlink_below(temporary)  # of a writer that was killed, or found no room
     with os.fdopen(open_below(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(data)
         file.flush()
@@ -949,7 +948,7 @@ class SeriesState:
     """What is known of one metric series without reading its points."""
 
     #: In the order of a checkpoint, with what makes each of a value of JSON.
-    _KINDS: Dict[str, Callable[[Any], Any]] = {
+    KINDS: Dict[str, Callable[[Any], Any]] = {
         "id": int, "name": str, "context": dict, "count": int, "min": float, "max": float, "last": float,
         "first_step": int, "last_step": int,
         "last_epoch": lambda value: None if value is None else float(value), "last_time": float,
@@ -983,7 +982,7 @@ class SeriesState:
 
     def to_list(self) -> List[Any]:
         """Return the series as a checkpoint holds it."""
-        values = [getattr(self, field) for field in self._KINDS]
+        values = [getattr(self, field) for field in self.KINDS]
         return [
             repr(value) if value in (math.inf, -math.inf) or value != value else value for value in values
         ]
@@ -992,7 +991,7 @@ class SeriesState:
     def from_list(cls, values: Sequence[Any]) -> SeriesState:
         """Read back what `to_list` gave. Raises ValueError or TypeError on anything else."""
         series = cls(*values[:3])
-        for (field, kind), value in zip(cls._KINDS.items(), values):
+        for (field, kind), value in zip(cls.KINDS.items(), values):
             setattr(series, field, kind(value))
         return series
 
@@ -1117,6 +1116,9 @@ class RunState:
     The writer keeps one beside its log and the reader builds one from the log, both with `apply`,
     so that what is read back is what the writer had.
     """
+
+    #: How many bytes of the log it covers; more may have been read.
+    log_size = 0
 
     def __init__(self, run_hash: str) -> None:
         self.hash = run_hash
@@ -1445,8 +1447,9 @@ def read_log(path: str, run_hash: str, part: int = 0) -> RunState:
             end, that it died must be said all the same, and soon.
     """
     with open_regular(path) as file:
-        size = start = os.fstat(file.fileno()).st_size
         state, lines, left = RunState(run_hash), read_lines(file), part or math.inf
+        # Of the open file: a network file system may answer `stat` from a cache.
+        state.log_size = size = start = os.fstat(file.fileno()).st_size
         _apply_line(state, file.readline(MAX_LINE_BYTES))
         for _ in range(2):  # the last may be torn, and the one before it serves as well
             start = _last_checkpoint(file.fileno(), start, size - MAX_TAIL_BYTES)
@@ -3054,9 +3057,10 @@ class Run:
         if is_network(self._paths.own):
             return  # on some, nothing would keep two machines from writing it at the same time
         try:
-            with Index(self._paths).writing(0.3) as db:
+            self._state.log_size = size
+            with write_index(self._paths, 0.3) as db:
                 db.execute("BEGIN IMMEDIATE")
-                index_run(db, self.hash, run_record(self._state, size))
+                index_run(db, self.hash, run_record(self._state))
                 db.execute("COMMIT")
                 os.unlink(self._paths.marker(self.hash))
         except Exception as error:
@@ -3415,33 +3419,28 @@ class LoopCallback:
 # ======================================================================================
 
 #: Counted up with every change of the tables or of what stands in them.
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 
 # A row is stored as three JSON texts, since most questions want only one of them. A fact is a scalar of a
-# run by which queries find it: its path is the name of a field, or the keys of a param as JSON strings
-# with commas between ("hparams","lr"), so that no key, whatever it contains, is taken for two. No column
-# of values has a type: a type's affinity would make '5' equal to 5.
+# run by which queries find it. No column of values has a type: a type's affinity would make '5' equal to 5.
 _SCHEMA = f"""
 BEGIN;
 CREATE TABLE runs (
-    id INTEGER PRIMARY KEY, hash NOT NULL UNIQUE, created_at NOT NULL, hidden NOT NULL, active NOT NULL,
-    log_size NOT NULL, head NOT NULL, params NOT NULL, metrics NOT NULL);
+    id INTEGER PRIMARY KEY, hash NOT NULL UNIQUE, created_at NOT NULL, archived NOT NULL, rank,
+    active NOT NULL, log_size NOT NULL, head NOT NULL, params NOT NULL, metrics NOT NULL);
 CREATE TABLE facts (path, value, run INTEGER, PRIMARY KEY (path, value, run)) WITHOUT ROWID;
 CREATE TABLE doubts (hash PRIMARY KEY, seen NOT NULL, since NOT NULL) WITHOUT ROWID;
 PRAGMA user_version = {INDEX_VERSION};
 COMMIT
 """
-_STORED = "hash, created_at, hidden, active, log_size, head, params, metrics"
-_PUT_RUN = f"INSERT INTO runs (id, {_STORED}) VALUES (?{', ?' * 8})"
-_PUT_FACT = "INSERT OR IGNORE INTO facts VALUES (?, ?, ?)"
-_DROP_FACT = "DELETE FROM facts WHERE path = ? AND value = ? AND run = ?"
+_STORED = "hash, created_at, archived, rank, active, log_size, head, params, metrics"
 
-_SERIES_FIELDS = ("count", "min", "max", "last", "first_step", "last_step", "last_epoch", "last_time")
-_METRIC_KEYS = ("name", "context", *_SERIES_FIELDS, "series")
+_METRIC_KEYS = ("series", *list(SeriesState.KINDS)[1:])
+_SERIES_FIELDS = _METRIC_KEYS[3:]
 _HEADER_FIELDS = ("host", "pid", "user", "job", "cwd", "commit", "stdout", "python", "rank", "world", "group")
 
 
-def run_row(state: RunState, log_size: int = 0) -> Dict[str, Any]:
+def run_row(state: RunState) -> Dict[str, Any]:
     """Return what is known of a run, less its points and messages: the one shape of a run.
 
     Times are in seconds since the epoch; `name` and `end_time` are None where there is none.
@@ -3466,24 +3465,15 @@ def run_row(state: RunState, log_size: int = 0) -> Dict[str, Any]:
         "argv": list(map(str, argv)) if isinstance(argv, list) else None,
         "params": decode_value(state.params),
         "metrics": [_metric_of(series) for series in state.series.values()],
-        "log_size": log_size,
+        "log_size": state.log_size,
     }
 
 
 def _metric_of(series: SeriesState) -> Dict[str, Any]:
+    """Return what a row has of a series: the values of `SeriesState.from_list`, by name."""
     # Floats also of a live run's ints, so that a run reads the same whoever indexed it.
-    floats = [float(value) for value in (series.min, series.max, series.last)]
-    steps = [series.first_step, series.last_step, series.last_epoch, series.last_time, series.id]
-    context = decode_value(series.context)
-    return dict(zip(_METRIC_KEYS, [series.name, context, series.count, *floats, *steps]))
-
-
-def series_of(metric: Dict[str, Any]) -> SeriesState:
-    """Return the series of a run's state from which a metric in its row was made."""
-    series = SeriesState(metric["series"], metric["name"], metric["context"])
-    for field in _SERIES_FIELDS:
-        setattr(series, field, metric[field])
-    return series
+    values = [kind(getattr(series, field)) for field, kind in SeriesState.KINDS.items()]
+    return {**dict(zip(_METRIC_KEYS, values)), "context": decode_value(series.context)}
 
 
 def duration_s(row: Dict[str, Any]) -> float:
@@ -3503,9 +3493,9 @@ class StoredRow(Dict[str, Any]):
     """A row as the index has it; each of its three texts is decoded when something in it is wanted."""
 
     def __init__(self, *stored: Any) -> None:
-        run_hash, created_at, hidden, _, log_size, *texts = stored
-        archived, self.is_member = bool(hidden & 1), bool(hidden & 2)
-        super().__init__(hash=run_hash, created_at=created_at, archived=archived, log_size=log_size)
+        run_hash, created_at, archived, rank, _, log_size, *texts = stored
+        super().__init__(hash=run_hash, created_at=created_at, rank=rank, log_size=log_size)
+        self["archived"] = bool(archived)
         self._texts = dict(zip(("head", "params", "metrics"), texts))
 
     def __missing__(self, key: str) -> Any:
@@ -3521,38 +3511,36 @@ class StoredRow(Dict[str, Any]):
 def stored_parts(row: Dict[str, Any]) -> Tuple[Any, ...]:
     """Return a row as the columns of `runs` hold it, and as `StoredRow` takes it."""
     head = {field: row[field] for field in ROW_FIELDS if field not in ("params", "metrics", "log_size")}
-    # Rank 0 stands for a group: what else hides a run stands in a column, since most queries ask for it.
-    hidden = row["archived"] | (2 if row["rank"] else 0)
-    fixed = row["hash"], row["created_at"], int(hidden), row["end_time"] is None, row["log_size"]
-    return (*fixed, *map(_to_text, (head, row["params"], row["metrics"])))
+    # Archived runs, and ranks but the first, have columns for it: most queries leave them out.
+    columns = row["hash"], row["created_at"], row["archived"], fact_value(row["rank"])
+    texts = map(_to_text, (head, row["params"], row["metrics"]))
+    return (*columns, row["end_time"] is None, row["log_size"], *texts)
 
 
 def facts_of(row: Dict[str, Any]) -> Iterator[Tuple[str, Any]]:
-    """Yield the facts of a run. Queries are narrowed by them and then evaluated over the rows, so one too
-    many costs time, and one too few would hide a run."""
+    """Yield the facts of a run as (path, value): a field, a tag, a metric's last value, or a param.
+
+    Queries are narrowed by them and then evaluated over the rows, so one too many costs time, as where the
+    paths of two params are alike, and one too few would hide a run.
+    """
     found = [(field, row[field]) for field in ("hash", "created_at", "experiment")]
     found += [("name", row["name"] or default_name(row["hash"])), ("active", row["end_time"] is None)]
     found += [("tag", tag) for tag in row["tags"]]
-    for metric in row["metrics"]:
-        # Of a NaN there must be a fact too, since it says that the run has the metric.
-        last = metric["last"]
-        found.append((f"metric {json.dumps(metric['name'])}", "nan" if last != last else last))
-    todo: List[Tuple[str, Any]] = [("", row["params"])]
-    while todo:
-        path, value = todo.pop()
-        if isinstance(value, dict):
-            todo += [(f"{path},{json.dumps(key)}" if path else json.dumps(key), value[key]) for key in value]
-        else:
-            # Of a param there is a fact whatever it is, so that people can ask which there are.
-            found.append((path, "" if fact_value(value) is None else value))
+    found += [(f"metric {metric['name']}", metric["last"]) for metric in row["metrics"]]
+    found += param_items(row["params"], "params")
     for path, value in found:
+        # Whatever it is, so that people can ask which params and metrics there are.
         fact = fact_value(value)
-        if fact is not None:
-            yield path, fact
+        yield _storable(path), "" if fact is None else fact
 
 
 #: A fact holds so much of a text, and numbers that SQLite can store; the row has the rest.
 _FACT_CHARS, _FACT_MOST = 100, 2**62
+
+
+def _storable(text: str) -> str:
+    # A lone surrogate, legal in JSON, cannot be stored as UTF-8.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def fact_value(value: Any) -> Optional[Union[int, float, str]]:
@@ -3561,8 +3549,7 @@ def fact_value(value: Any) -> Optional[Union[int, float, str]]:
     Equal scalars have equal facts, and the facts of numbers are in the order of the numbers.
     """
     if isinstance(value, str):
-        # A lone surrogate, legal in JSON, cannot be stored as UTF-8.
-        return value[:_FACT_CHARS].encode("utf-8", "backslashreplace").decode()
+        return _storable(value[:_FACT_CHARS])
     if isinstance(value, (int, float)) and value == value:
         return min(max(value, -_FACT_MOST), _FACT_MOST)
     return None
@@ -3577,13 +3564,20 @@ class IndexBusy(AimwatchError):
 
 
 @contextlib.contextmanager
-def sqlite_errors(path: str) -> Iterator[None]:
-    """Raise in the place of SQLite's errors IndexBusy, OSError for what a new index would not mend either, or
-    IndexUnusable."""
-    import sqlite3
+def connect(path: str, mode: str, busy_timeout_s: float) -> Iterator[sqlite3.Connection]:
+    """Yield an SQLite file to read ("ro"), to write ("rw") or to make ("rwc").
 
+    Raises in the place of SQLite's errors IndexBusy, OSError for what a new index would not mend either, or
+    IndexUnusable.
+    """
+    import sqlite3
+    from urllib.parse import quote
+
+    uri = f"file:{quote(os.fsencode(path))}?mode={mode}"
+    options: Dict[str, Any] = {"isolation_level": None, "uri": True, "check_same_thread": False}
     try:
-        yield
+        with contextlib.closing(sqlite3.connect(uri, busy_timeout_s, **options)) as db:
+            yield db
     except sqlite3.Error as error:
         if re.search("locked|busy", str(error)):
             raise IndexBusy(f"{path} is in use: try again later") from None
@@ -3592,24 +3586,13 @@ def sqlite_errors(path: str) -> Iterator[None]:
         raise IndexUnusable(f"{path}: {error}") from None
 
 
-def connect(path: str, mode: str, busy_timeout_s: float) -> sqlite3.Connection:
-    """Open an SQLite file to read ("ro"), to write ("rw") or to make ("rwc")."""
-    import sqlite3
-    from urllib.parse import quote
-
-    uri = f"file:{quote(os.fsencode(path))}?mode={mode}"
-    return sqlite3.connect(
-        uri, timeout=busy_timeout_s, isolation_level=None, uri=True, check_same_thread=False
-    )
-
-
 #: A run's row as `stored_parts` gives it, and its facts.
 RunRecord = Tuple[Tuple[Any, ...], List[Tuple[str, Any]]]
 
 
-def run_record(state: RunState, log_size: int = 0) -> RunRecord:
+def run_record(state: RunState) -> RunRecord:
     """Return what the index holds of a run."""
-    row = run_row(state, log_size)
+    row = run_row(state)
     return stored_parts(row), list(facts_of(row))
 
 
@@ -3619,12 +3602,15 @@ def index_run(db: sqlite3.Connection, run_hash: str, record: Optional[RunRecord]
     run_id = None
     if found is not None:
         run_id, *parts = found
-        db.executemany(_DROP_FACT, [(path, value, run_id) for path, value in facts_of(StoredRow(*parts))])
+        old = [(path, value, run_id) for path, value in facts_of(StoredRow(*parts))]
+        db.executemany("DELETE FROM facts WHERE path = ? AND value = ? AND run = ?", old)
         db.execute("DELETE FROM runs WHERE id = ?", (run_id,))
     if record is not None:
         parts, facts = record
-        run_id = db.execute(_PUT_RUN, (run_id, *parts)).lastrowid
-        db.executemany(_PUT_FACT, [(path, value, run_id) for path, value in facts])
+        marks = ", ?" * len(parts)
+        run_id = db.execute(f"INSERT INTO runs (id, {_STORED}) VALUES (?{marks})", (run_id, *parts)).lastrowid
+        new = [(path, value, run_id) for path, value in facts]
+        db.executemany("INSERT OR IGNORE INTO facts VALUES (?, ?, ?)", new)
 
 
 def mark_pending(paths: RepoPaths, run_hash: str) -> None:
@@ -3634,78 +3620,69 @@ def mark_pending(paths: RepoPaths, run_hash: str) -> None:
         os.close(open_below(paths.marker(run_hash), os.O_WRONLY | os.O_CREAT | os.O_EXCL))
 
 
-class Index:
-    """The file `index.sqlite` of a repository.
+@contextlib.contextmanager
+def write_index(paths: RepoPaths, wait_s: float = 10.0, anew: bool = False) -> Iterator[sqlite3.Connection]:
+    """Yield the index, to be written by nobody else until the block ends, be it to remove the file; readers
+    need only SQLite's own locks.
 
-    A lock on `index.lock` keeps writers apart, so that nobody adds to a file that another removes;
-    readers need only SQLite's own locks.
+    Raises IndexBusy after `wait_s`, OSError where it cannot be written, and IndexUnusable where it is
+    found damaged; then an empty one has taken its place.
     """
+    _check_folder(paths, write=True)
+    with FileLock(paths.index_lock) as lock:
+        if lock.acquire(wait_s) is False:
+            raise IndexBusy(f"{paths.index} is being written by another process: try again later")
+        if anew or not os.path.exists(paths.index):
+            _make_anew(paths)
+        try:
+            with open_index(paths, "rw", min(wait_s, BUSY_S)) as db:
+                yield db
+        except IndexUnusable:
+            _make_anew(paths)
+            raise
 
-    def __init__(self, paths: RepoPaths) -> None:
-        self.path = paths.index
-        self._paths = paths
 
-    @contextlib.contextmanager
-    def writing(self, wait_s: float = 10.0, anew: bool = False) -> Iterator[sqlite3.Connection]:
-        """Yield the index, to be written by nobody else until the block ends.
+@contextlib.contextmanager
+def open_index(paths: RepoPaths, mode: str, busy_s: float) -> Iterator[sqlite3.Connection]:
+    """Yield the index as it is. Raises IndexBusy, IndexUnusable or OSError, be it at the end."""
+    _check_folder(paths, write=False)
+    if not os.path.exists(paths.index):
+        raise IndexUnusable(f"{paths.index} is missing")
+    identity = identity_of(paths.index)
+    with connect(paths.index, mode, busy_s) as db:
+        if db.execute("PRAGMA user_version").fetchone() != (INDEX_VERSION,):
+            raise IndexUnusable(f"{paths.index} is of another version")
+        yield db
+    if not is_still(paths.index, identity):
+        # Into the file that took its place, a run may have come that is pending no more.
+        raise OSError(errno.ESTALE, "replaced meanwhile", paths.index)
 
-        Raises IndexBusy after `wait_s`, OSError where it cannot be written, and IndexUnusable where it is
-        found damaged; then an empty one has taken its place.
-        """
-        self._check_folder(write=True)
-        with FileLock(self._paths.index_lock) as lock:
-            if lock.acquire(wait_s) is False:
-                raise IndexBusy(f"{self.path} is being written by another process: try again later")
-            if anew or not os.path.exists(self.path):
-                self._make_anew()
-            try:
-                with self.opened("rw", min(wait_s, BUSY_S)) as db:
-                    yield db
-            except IndexUnusable:
-                self._make_anew()
-                raise
 
-    @contextlib.contextmanager
-    def opened(self, mode: str, busy_s: float) -> Iterator[sqlite3.Connection]:
-        """Yield the index as it is. Raises IndexBusy, IndexUnusable or OSError, be it at the end."""
-        self._check_folder(write=False)
-        if not os.path.exists(self.path):
-            raise IndexUnusable(f"{self.path} is missing")
-        file = os.stat(self.path).st_ino
-        with sqlite_errors(self.path), contextlib.closing(connect(self.path, mode, busy_s)) as db:
-            if db.execute("PRAGMA user_version").fetchone() != (INDEX_VERSION,):
-                raise IndexUnusable(f"{self.path} is of another version")
-            yield db
-        if os.stat(self.path).st_ino != file:
-            # Into the file that took its place, a run may have come that is pending no more.
-            raise OSError(errno.ESTALE, "replaced meanwhile", self.path)
+def _check_folder(paths: RepoPaths, write: bool) -> None:
+    """Raise OSError where others than the owner of the index's folder could have put files there: SQLite
+    acts on what stands in them, and removes files that they name."""
+    info, why = os.stat(paths.own), ""
+    if info.st_mode & 0o022:
+        why = f"others than its owner may write to {paths.own}: 'chmod go-w' it"
+    elif write and os.geteuid() == 0 != info.st_uid:
+        why = f"only user {info.st_uid}, who owns its folder, writes it"
+    if why:
+        raise PermissionError(errno.EACCES, why, paths.index)
 
-    def _check_folder(self, write: bool) -> None:
-        """Raise OSError where others than the owner of the index's folder could have put files there: SQLite
-        acts on what stands in them, and removes files that they name."""
-        folder = os.path.dirname(self.path)
-        info, why = os.stat(folder), ""
-        if info.st_mode & 0o022:
-            why = f"others than its owner may write to {folder}: 'chmod go-w' it"
-        elif write and os.geteuid() == 0 != info.st_uid:
-            why = f"only user {info.st_uid}, who owns its folder, writes it"
-        if why:
-            raise PermissionError(errno.EACCES, why, self.path)
 
-    def _make_anew(self) -> None:
-        """Put an empty index in the place of what is there, with every run marked as pending.
+def _make_anew(paths: RepoPaths) -> None:
+    """Put an empty index in the place of what is there, with every run marked as pending.
 
-        For the holder of the lock. Whatever cuts this short, no run is without its marker.
-        """
-        os.makedirs(self._paths.pending, exist_ok=True)
-        for run_hash in list_runs(self._paths):
-            mark_pending(self._paths, run_hash)
-        # In this order: without its journal, what a killed writer left would look like an index.
-        for path in (self.path, f"{self.path}-journal"):
-            with contextlib.suppress(FileNotFoundError):
-                unlink_below(path)
-        with sqlite_errors(self.path), contextlib.closing(connect(self.path, "rwc", BUSY_S)) as db:
-            db.executescript(_SCHEMA)
+    For the holder of the lock. Whatever cuts this short, no run is without its marker.
+    """
+    os.makedirs(paths.pending, exist_ok=True)
+    for run_hash in list_runs(paths):
+        mark_pending(paths, run_hash)
+    # In this order: without its journal, what a killed writer left would look like an index.
+    for path in (paths.index, f"{paths.index}-journal"):
+        unlink_below(path)
+    with connect(paths.index, "rwc", BUSY_S) as db:
+        db.executescript(_SCHEMA)
 
 
 def list_runs(paths: RepoPaths) -> List[str]:
@@ -3727,21 +3704,19 @@ def log_sizes(paths: RepoPaths, hashes: Iterable[str]) -> Dict[str, int]:
     return found
 
 
-def load_run(paths: RepoPaths, run_hash: str) -> Tuple[Optional[RunState], int, str]:
-    """Return (state, bytes of the log that it covers, what is wrong with the log or "")."""
+def load_run(paths: RepoPaths, run_hash: str) -> Tuple[Optional[RunState], str]:
+    """Return (state, what is wrong with the log or "")."""
     path = paths.run_log(run_hash)
     try:
-        with open_regular(path) as file:  # a network file system may answer `stat` from a cache
-            size = os.fstat(file.fileno()).st_size
         state = read_log(path, run_hash)
     except FileNotFoundError:
-        return None, -1, ""
+        return None, ""
     except OSError as error:
-        return None, -1, f"{path}: {error.strerror}"
+        return None, f"{path}: {error.strerror}"
     problem = log_problem(state)
     if problem:
-        return None, size, f"{path}: {problem}" if size else ""
-    return state, size, ""
+        return None, f"{path}: {problem}" if state.log_size else ""
+    return state, ""
 
 
 class Reindexer:
@@ -3749,7 +3724,6 @@ class Reindexer:
 
     def __init__(self, paths: RepoPaths) -> None:
         self.paths = paths
-        self.index = Index(paths)
         #: What could not be read.
         self.problems: List[str] = []
         #: The runs of which a watcher says that they are dead.
@@ -3764,21 +3738,21 @@ class Reindexer:
         for is_last in (False, True):
             self.problems.clear()
             try:
-                with self.index.writing(wait_s, anew=rebuild) as db:
+                with write_index(self.paths, wait_s, anew=rebuild) as db:
                     self._mark_lost(db)
-                self.run(list_pending(self.paths), wait_s=wait_s)
+                self.run(list_pending(self.paths), wait_s)
                 break
             except IndexUnusable:  # an empty one has taken its place
                 if is_last:
                     raise
-        return list(dict.fromkeys(self.problems))
+        return self.problems
 
     def run(self, hashes: Sequence[str], wait_s: float = 10.0) -> None:
-        """Index these runs in transactions of about 100 ms. Raises as `Index.writing` does; what was not
+        """Index these runs in transactions of about 100 ms. Raises as `write_index` does; what was not
         committed keeps its marker."""
         done = 0
         while done < len(hashes):
-            with self.index.writing(wait_s) as db, contextlib.ExitStack() as locks:
+            with write_index(self.paths, wait_s) as db, contextlib.ExitStack() as locks:
                 finished: List[str] = []
                 deadline = _monotonic() + 0.1
                 db.execute("BEGIN IMMEDIATE")
@@ -3791,8 +3765,7 @@ class Reindexer:
                 db.execute("COMMIT")
                 # Only now, while the locks are held: a marker may go when the disk has the run.
                 for run_hash in finished:
-                    with contextlib.suppress(FileNotFoundError):
-                        unlink_below(self.paths.marker(run_hash))
+                    unlink_below(self.paths.marker(run_hash))
 
     def _one(self, db: sqlite3.Connection, run_hash: str, locks: contextlib.ExitStack) -> bool:
         """Index one run; True where its writer is gone and its marker can go after the commit."""
@@ -3804,32 +3777,29 @@ class Reindexer:
         except OSError as error:
             self.problems.append(f"{marker.path}: {error.strerror}")
             return False
-        state, size, problem = load_run(self.paths, run_hash)
+        state, problem = load_run(self.paths, run_hash)
         record = None
         if state is not None:
             if gone and state.end is None:
-                gone = self._is_dead(db, state, size)
-                if gone:
-                    size = finalize_dead(self.paths, state, last_check_in(self.paths, run_hash))
-                    gone = size >= 0
+                gone = self._is_dead(db, state) and finalize_dead(self.paths, state)
             try:
-                record = run_record(state, size)
+                record = run_record(state)
             except Exception as error:  # one log, whatever is in it, must not keep all the others out
                 problem = f"{self.paths.run_log(run_hash)}: {type(error).__name__}: {error}"
-        known = db.execute("SELECT log_size, active FROM runs WHERE hash = ?", (run_hash,)).fetchone()
-        if record is None or known != (record[0][4], record[0][3]):
+        known = db.execute("SELECT active, log_size FROM runs WHERE hash = ?", (run_hash,)).fetchone()
+        if record is None or known != record[0][4:6]:
             index_run(db, run_hash, record)
         if problem:
             self.problems.append(problem)
         return gone and not problem
 
-    def _is_dead(self, db: sqlite3.Connection, state: RunState, size: int) -> bool:
+    def _is_dead(self, db: sqlite3.Connection, state: RunState) -> bool:
         """True where the free marker of a run that has not ended means that its process is gone, or where two
         passes that are far enough apart have seen nothing new of the run."""
         if free_means_dead(state.header, state.hash in self._known_dead):
             return True
         check_in, now = last_check_in(self.paths, state.hash), _monotonic()
-        seen = f"{boot_id()} {check_in} {size}"
+        seen = f"{boot_id()} {check_in} {state.log_size}"
         found = db.execute("SELECT seen, since FROM doubts WHERE hash = ?", (state.hash,)).fetchone()
         if found is None or found[0] != seen:
             db.execute("INSERT OR REPLACE INTO doubts VALUES (?, ?, ?)", (state.hash, seen, now))
@@ -3842,9 +3812,7 @@ class Reindexer:
         cache of the file system showed an old size when the run was indexed."""
         # In this order, a run that comes or ends meanwhile is marked once too often at most.
         logs, pending = log_sizes(self.paths, list_runs(self.paths)), set(list_pending(self.paths))
-        known = {
-            run_hash: found for run_hash, *found in db.execute("SELECT hash, log_size, active FROM runs")
-        }
+        known = {run_hash: row for run_hash, *row in db.execute("SELECT hash, log_size, active FROM runs")}
         for run_hash in (logs.keys() | known.keys()) - pending:
             if known.get(run_hash) != [logs.get(run_hash), False]:
                 mark_pending(self.paths, run_hash)
@@ -3902,26 +3870,29 @@ def end_of_dead(state: RunState) -> Dict[str, Any]:
     return {"end": FAILED, "reason": DIED, **(signal if isinstance(signal, dict) else {})}
 
 
-def finalize_dead(paths: RepoPaths, state: RunState, check_in: Optional[CheckIn]) -> int:
-    """Record the end of a run whose process is gone, at its last sign of life, and return the
-    size of its log, or -1 where that could not be written: the index may know of the end, but the
-    marker must stay. The caller holds the run's marker, which makes it the log's only writer."""
+def finalize_dead(paths: RepoPaths, state: RunState) -> bool:
+    """Record the end of a run whose process is gone, at its last sign of life. False where the log could not
+    be written: the index may know of the end, but the marker must stay. The caller holds the run's marker,
+    which makes it the log's only writer."""
+    check_in = last_check_in(paths, state.hash)
     last, idx = max(state.last_time, state.created_at), state.next_idx - 1
     if check_in is not None and float(check_in.utc) < MAX_TIME_S:  # a later time is a mistake
         last, idx = max(last, float(check_in.utc)), max(idx, check_in.idx)
     end = {**end_of_dead(state), "time": last, "idx": idx}
+    state.log_size = -1
     if not state.apply(end):
-        return -1  # what no reader would take must not be written again and again
+        return False  # what no reader would take must not be written again and again
     try:
         writer = AppendFile(paths.run_log(state.hash), list)
     except OSError:
-        return -1
-    writer.append(to_json(end).encode("ascii") + b"\n")
+        return False
+    writer.append(encode_line(end))
     with contextlib.suppress(RecursionError):  # params that somebody else nested too deeply
-        writer.append(to_json(state.to_checkpoint()).encode("ascii") + b"\n")
+        writer.append(encode_line(state.to_checkpoint()))
     # Before the marker goes: a power cut must not leave a run without an end that nobody looks at.
     writer.sync()
-    return writer.close()
+    state.log_size = writer.close()
+    return state.log_size >= 0
 
 
 # ======================================================================================
@@ -4030,11 +4001,13 @@ class CompiledQuery(NamedTuple):
     params: Sequence[str] = ()
 
     def matches(self, rows: Iterable[Dict[str, Any]]) -> Iterator[Tuple[Dict[str, Any], Any]]:
-        """Yield the rows for which the query is true, with None, or with each metric for which it is."""
+        """Yield the rows for which the query is true, with None, or with each metric for which it is.
+
+        Archived runs and all ranks but the first are left out, unless the query speaks of them.
+        """
+        hidden_by = {"archived", "rank"} - self.fields
         for row in rows:
-            if row["archived"] and "archived" not in self.fields:
-                continue
-            if getattr(row, "is_member", False) and "rank" not in self.fields:
+            if any(row[field] for field in hidden_by):
                 continue
             for metric in row["metrics"] if self.over == "metric" else (None,):
                 if self.test(row, metric):
@@ -4237,7 +4210,7 @@ class _Compiler:
             where = f"{sign[0]}= ?" + (" AND value < ''" if sign[0] == ">" else "")
         else:
             return
-        self.narrowings.append((f"path = ? AND value {where}", [value.fact, *facts]))
+        self.narrowings.append((f"path = ? AND value {where}", [_storable(value.fact), *facts]))
 
     def value(self, node: ast.expr) -> _Value:
         if isinstance(node, (ast.Attribute, ast.Subscript, ast.Name)):
@@ -4339,8 +4312,9 @@ class _Compiler:
         return keys
 
     def param(self, names: List[Any]) -> _Value:
-        fact = ",".join(map(json.dumps, names)) if all(isinstance(name, str) for name in names) else ""
-        self.params.append(".".join(itertools.takewhile(lambda name: isinstance(name, str), names)))
+        keys = list(itertools.takewhile(lambda name: isinstance(name, str), names))
+        self.params.append(".".join(keys))
+        fact = ".".join(["params", *keys]) if keys == names else ""
         return _Value(_at(lambda row, metric: row["params"], names), fact=fact)
 
     def field(self, node: ast.expr, names: List[Any]) -> _Value:
@@ -4374,7 +4348,7 @@ class _Compiler:
                     return item[field]
             return None
 
-        return _Value(of, fact=f"metric {json.dumps(name)}" if field == "last" else "")
+        return _Value(of, fact=f"metric {name}" if field == "last" else "")
 
     def metric_value(self, node: ast.expr, names: List[Any]) -> _Value:
         first = names[0]
@@ -4495,7 +4469,6 @@ class Repo:
     ) -> None:
         self._paths = find_repo(None if path is None else os.fspath(path), create=init)
         self.path = self._paths.root
-        self._index = Index(self._paths)
         #: Threads ask one after the other: the overlay is brought up to date for each question.
         self._asking = threading.RLock()
         #: The runs whose newest records the index lacks, as `stored_parts` gives them.
@@ -4562,8 +4535,7 @@ class Repo:
             found = os.path.exists(paths.run_log(run_hash))
             for folder in (paths.check_ins, paths.news, paths.mutes, paths.stacks, paths.runs):
                 for name in names_in(folder, rf"{run_hash}([.-].*)?"):
-                    with contextlib.suppress(FileNotFoundError):
-                        unlink_below(os.path.join(folder, name))
+                    unlink_below(os.path.join(folder, name))
         # The marker stays until the index has forgotten the run, now or when somebody reindexes.
         self._try_to_index([run_hash], 2.0)
         return found
@@ -4580,17 +4552,15 @@ class Repo:
         if not os.path.exists(path):
             raise RepoError(f"no run {run_hash} in {self.path}: '{command_line()} runs' lists them")
         with self._held(run_hash):
-            state, _, problem = load_run(self._paths, run_hash)
+            state, problem = load_run(self._paths, run_hash)
             if state is None:
                 raise RepoError(f"cannot close {run_hash}: {problem or path}")
-            names = own_check_ins(self._paths, run_hash)
-            newest = parse_check_in(names[-1]) if names else None
+            newest = last_check_in(self._paths, run_hash)
             open_ended = state.end is None or newest is not None and newest.flag != FINISHED
-            if state.end is None and finalize_dead(self._paths, state, newest) < 0:
+            if state.end is None and not finalize_dead(self._paths, state):
                 raise RepoError(f"cannot close {run_hash}: {path} cannot be written")
-            for name in names if open_ended else ():
-                with contextlib.suppress(FileNotFoundError):
-                    unlink_below(os.path.join(self._paths.check_ins, name))
+            for name in own_check_ins(self._paths, run_hash) if open_ended else ():
+                unlink_below(os.path.join(self._paths.check_ins, name))
         self._try_to_index([run_hash], 2.0)
         return open_ended
 
@@ -4628,7 +4598,7 @@ class Repo:
         """Return the metric series for which a query over `run` and `metric` is true, those of the newest
         run first; `report_mode` is Aim's and has no effect."""
         return [
-            Metric(Run._to_read(self._paths, row["hash"]), series_of(metric))
+            Metric(Run._to_read(self._paths, row["hash"]), SeriesState.from_list(list(metric.values())))
             for row, metric in self.metric_rows(q)
         ]
 
@@ -4648,15 +4618,10 @@ class Repo:
             indexed = [] if index is None else index.execute("SELECT DISTINCT path FROM facts")
             return {path for (path,) in indexed}.union(path for row in rows for path, _ in facts_of(row))
 
-        params: Set[str] = set()
-        metrics: Set[str] = set()
-        for path in self._ask(all_paths):
-            if path.startswith('"'):
-                keys = json.loads(f"[{path}]")
-                params.update(".".join(keys[: nth + 1]) for nth in range(len(keys)))
-            elif path.startswith("metric "):
-                metrics.add(json.loads(path[len("metric ") :]))
-        return params, metrics
+        paths = self._ask(all_paths)
+        params = {path[len("params.") :] for path in paths if path.startswith("params.")}
+        params.update(param[: dot.start()] for param in list(params) for dot in re.finditer(r"\.", param))
+        return params, {path[len("metric ") :] for path in paths if path.startswith("metric ")}
 
     def _answer(self, query: CompiledQuery) -> List[Tuple[StoredRow, Any]]:
         """Return what a query finds, newest run first."""
@@ -4677,10 +4642,10 @@ class Repo:
         """Return what the index answers to a question or, where it cannot be read, the logs alone."""
         with self._asking:
             try:
-                with self._index.opened("ro", BUSY_S) as index:
+                with open_index(self._paths, "ro", BUSY_S) as index:
                     return question(index)
             except IndexUnusable:
-                with contextlib.suppress(AimwatchError, OSError), self._index.writing(1.0, anew=True):
+                with contextlib.suppress(AimwatchError, OSError), write_index(self._paths, 1.0, anew=True):
                     pass  # for those who ask later
             except (IndexBusy, OSError):
                 pass
@@ -4697,13 +4662,13 @@ class Repo:
         known, self._overlay = self._overlay, {}
         for run_hash, size in sizes.items():
             parts = known.get(run_hash)
-            if parts is None or parts[4] != size:
-                state, _, problem = load_run(self._paths, run_hash)
+            if parts is None or parts[5] != size:
+                state, problem = load_run(self._paths, run_hash)
                 if problem:
                     log.warning("%s", problem)
                 if state is None:
                     continue
-                parts = stored_parts(run_row(state, size))
+                parts = stored_parts(run_row(state))
             self._overlay[run_hash] = parts
         return set(sizes)
 
@@ -10139,10 +10104,10 @@ def cmd_show(args: Any) -> None:
 def read_run(paths: RepoPaths, run_hash: str) -> Dict[str, Any]:
     """Return the row of a run as its log has it now, with `skipped`, the lines that could not be read. Raises
     RepoError."""
-    state, size, problem = load_run(paths, run_hash)
+    state, problem = load_run(paths, run_hash)
     if state is None:
         raise RepoError(f"cannot read {problem or paths.run_log(run_hash)}")
-    return {**run_row(state, size), "skipped": state.skipped}
+    return {**run_row(state), "skipped": state.skipped}
 
 
 def run_object(row: Dict[str, Any], messages: List[Dict[str, Any]]) -> Dict[str, Any]:

@@ -1395,7 +1395,7 @@ class HowARunEnds(ProcessCase):
         name = "handler_that_ends_the_process"
         state = aimwatch.read_log(self.paths.run_log(name), name)
         self.assertEqual(aimwatch.run_facts(self.paths, name)["run.reason"], "it got SIGTERM")
-        self.assertGreater(aimwatch.finalize_dead(self.paths, state, None), 0)
+        self.assertTrue(aimwatch.finalize_dead(self.paths, state))
         self.assertEqual(self.end_of(name)["reason"], "terminated by SIGTERM")
         self.assertIn(" in kill: ", self.end_of(name)["frames"][-1])
 
@@ -2890,7 +2890,7 @@ class IndexCase(unittest.TestCase):
         stack = contextlib.ExitStack()
         self.addCleanup(stack.close)
         paths = aimwatch.find_repo(folder, create=True)
-        self.db = stack.enter_context(aimwatch.Index(paths).writing())
+        self.db = stack.enter_context(aimwatch.write_index(paths))
         self.db.execute("PRAGMA synchronous = OFF")
 
     def put(self, *states: aimwatch.RunState) -> None:
@@ -4146,7 +4146,7 @@ class VanishedFolder(RecordingCase):
 def index_content(path: str) -> Dict[str, List[Any]]:
     """Return every row of an index, with hashes in place of row numbers, so that two can be compared."""
     queries = {
-        "runs": "SELECT hash, created_at, hidden, active, log_size, head, params, metrics FROM runs",
+        "runs": "SELECT hash, created_at, archived, rank, active, log_size, head, params, metrics FROM runs",
         "facts": "SELECT hash, path, value FROM facts LEFT JOIN runs ON id = run",
     }
     with contextlib.closing(sqlite3.connect(path)) as db:
@@ -4166,11 +4166,11 @@ class StoredCase(RecordingCase):
         self.without_sync()
         real = aimwatch.connect
 
-        def connect(*arguments: Any) -> sqlite3.Connection:
-            db = real(*arguments)
-            with contextlib.suppress(sqlite3.Error):  # a damaged file
+        @contextlib.contextmanager
+        def connect(*arguments: Any) -> Iterator[sqlite3.Connection]:
+            with real(*arguments) as db:
                 db.execute("PRAGMA synchronous = OFF")
-            return db
+                yield db
 
         self.patch(aimwatch, "connect", connect)
 
@@ -4378,7 +4378,7 @@ class IndexFile(StoredCase):
 
         for nth, (held, said) in enumerate((
             (transaction("BEGIN EXCLUSIVE"), "in use"), (transaction("BEGIN", "SELECT * FROM runs"), "in use"),
-            (aimwatch.Index(self.paths).writing(), "being written by another process"),
+            (aimwatch.write_index(self.paths), "being written by another process"),
         )):  # fmt: skip
             with self.subTest(nth), held:
                 begun = time.monotonic()
@@ -4409,13 +4409,13 @@ class IndexFile(StoredCase):
         """Kill a process that has written half a transaction into the index."""
 
         def work() -> None:
-            db = aimwatch.connect(self.paths.index, "rw", 1.0)
-            db.execute("PRAGMA cache_size = 1")
-            db.execute("BEGIN IMMEDIATE")
-            for table in ("facts", "runs"):
-                db.execute(f"DELETE FROM {table}")
-            db.execute("CREATE TABLE more AS SELECT zeroblob(100000)")
-            aimwatch.log_problem(aimwatch.RunState("any"))
+            with aimwatch.connect(self.paths.index, "rw", 1.0) as db:
+                db.execute("PRAGMA cache_size = 1")
+                db.execute("BEGIN IMMEDIATE")
+                for table in ("facts", "runs"):
+                    db.execute(f"DELETE FROM {table}")
+                db.execute("CREATE TABLE more AS SELECT zeroblob(100000)")
+                aimwatch.log_problem(aimwatch.RunState("any"))
 
         self.killed_at("log_problem", 1, work)
         self.assertGreater(os.path.getsize(self.paths.index + "-journal"), 512)
@@ -4997,14 +4997,14 @@ class ReindexThreads(StoredCase):
         os.mkdir(self.paths.run_log("bad"))
         write_file(self.paths.marker("bad"))
         thread, real = aimwatch.ReindexThread(self.paths), aimwatch.run_record
-        with aimwatch.Index(self.paths).writing():
+        with aimwatch.write_index(self.paths):
             thread._pass()
             self.assertEqual(self.state("fine"), None)
 
-        def record(state: aimwatch.RunState, size: int) -> Any:
+        def record(state: aimwatch.RunState) -> Any:
             if state.hash == "another":
                 raise RuntimeError("no idea")
-            return real(state, size)
+            return real(state)
 
         with mock.patch.object(aimwatch, "run_record", record), self.assertLogs("aimwatch") as logs:
             for _ in range(3):
@@ -8680,7 +8680,7 @@ class TestDeath(WatchCase):
             self.kill(process)
             self.clock.pass_(300.0)
         self.assertEqual(self.told(), [("r", "failed")])
-        with aimwatch.Index(self.paths).opened("ro", 1.0) as index:
+        with aimwatch.open_index(self.paths, "ro", 1.0) as index:
             self.assertEqual(index.execute("SELECT active FROM runs").fetchall(), [(0,)])
 
     #: At what time its marker is how, and whether the run is then suspect: (time, state) = when next, sure.
@@ -12459,7 +12459,7 @@ def _put_run(paths: aimwatch.RepoPaths, number: int, points: int) -> str:
 
 
 def make_index(path: str) -> None:
-    with contextlib.closing(aimwatch.connect(path, "rwc", 5.0)) as db:
+    with aimwatch.connect(path, "rwc", 5.0) as db:
         db.executescript(aimwatch._SCHEMA)
 
 
@@ -12468,14 +12468,14 @@ def bench_index(bench: Bench, root: str) -> None:
     long, short = _put_run(paths, 1, 50_000), _put_run(paths, 2, 100)
     plain = os.path.join(root, "plain.sqlite")
     make_index(plain)
-    db = aimwatch.connect(plain, "rw", 5.0)
+    db = sqlite3.connect(plain, isolation_level=None)
     db.execute("BEGIN")
 
     def index(run_hash: str) -> None:
         for _ in range(20):
-            state, size, _ = aimwatch.load_run(paths, run_hash)
+            state, _ = aimwatch.load_run(paths, run_hash)
             assert state is not None
-            aimwatch.index_run(db, run_hash, aimwatch.run_record(state, size))
+            aimwatch.index_run(db, run_hash, aimwatch.run_record(state))
 
     bench.compare("index a closed run of 50,000 points", lambda: index(long), "of 100 points",
                   lambda: index(short), 2.5, "us", 20, 15)  # fmt: skip
@@ -12501,7 +12501,7 @@ def bench_index(bench: Bench, root: str) -> None:
             write_file(paths.marker(run_hash))
 
     def inserts() -> None:
-        with contextlib.closing(aimwatch.connect(plain, "rw", 5.0)) as db:
+        with aimwatch.connect(plain, "rw", 5.0) as db:
             db.execute("BEGIN")
             for table, found in rows.items():
                 db.executemany(f"INSERT INTO {table} VALUES ({','.join('?' * len(found[0]))})", found)
@@ -12509,7 +12509,7 @@ def bench_index(bench: Bench, root: str) -> None:
 
     prepare()
     reindex()
-    with contextlib.closing(aimwatch.connect(paths.index, "ro", 5.0)) as db:
+    with aimwatch.connect(paths.index, "ro", 5.0) as db:
         rows = {table: db.execute(f"SELECT * FROM {table}").fetchall() for table in ("runs", "facts")}
     for what, act, rate in (("pending runs", reindex, 1500), ("--rebuild", rebuild, 500)):
         bench.compare(f"reindex, {what}, each", act, "bare inserts of the rows", inserts, 1e6 // rate, "us",
@@ -12546,23 +12546,23 @@ def bench_query(bench: Bench, root: str) -> None:
         _put_run(paths, number, 4)
     repo = aimwatch.Repo(root)
     assert repo.reindex(rebuild=True) == []
-    db = aimwatch.connect(paths.index, "ro", 5.0)
+    db = sqlite3.connect(paths.index, isolation_level=None)
 
     def bare(where: str, *args: Any) -> Callable[[], List[Any]]:
         source = f"FROM runs WHERE id IN (SELECT run FROM facts WHERE {where})"
         sql = f"SELECT {aimwatch._STORED} {source} ORDER BY created_at DESC, hash DESC"
         return lambda: db.execute(sql, args).fetchall()
 
-    loss, lr = "run.metrics['loss', {'subset': 'train'}].last", '"hparams","lr"'
+    loss, lr = "run.metrics['loss', {'subset': 'train'}].last", "params.hparams.lr"
     by_lr, by_loss = "path = ? AND value = ?", "path = ? AND value > ?"
     both = f"{by_loss} INTERSECT SELECT run FROM facts WHERE {by_lr}"
     cases = (
         ("lr == 0.25", "run.hparams.lr == 0.25", bare(by_lr, lr, 0.25), 10),
         ("experiment, param", "run.experiment == 'e7' and run.hparams.lr > 0.9",
          bare(both, lr, 0.9, "experiment", "e7"), 20),
-        ("metric", f"{loss} > 1428 and run.hparams.bs == 32", bare(by_loss, 'metric "loss"', 1430), 9),
-        ("half", "run.hparams.half == True", bare(by_lr, '"hparams","half"', 1), count // 2),
-        ("half, by metric", f"{loss} > {count / 14}", bare(by_loss, 'metric "loss"', count / 14 + 2), count // 2),
+        ("metric", f"{loss} > 1428 and run.hparams.bs == 32", bare(by_loss, "metric loss", 1430), 9),
+        ("half", "run.hparams.half == True", bare(by_lr, "params.hparams.half", 1), count // 2),
+        ("half, by metric", f"{loss} > {count / 14}", bare(by_loss, "metric loss", count / 14 + 2), count // 2),
     )  # fmt: skip
     for state in ("indexed", "20 pending"):
         for number in range(20 if state != "indexed" else 0):
@@ -12593,7 +12593,7 @@ def bench_page(bench: Bench, root: str) -> None:
             [line.split(b",") for line in file]
 
     def all_rows() -> None:
-        with contextlib.closing(aimwatch.connect(paths.index, "ro", 5.0)) as db:
+        with aimwatch.connect(paths.index, "ro", 5.0) as db:
             db.execute(f"SELECT {aimwatch._STORED} FROM runs ORDER BY created_at DESC").fetchall()
 
     run, views = f"run/{long.hash}/", iter(range(1, 1000))
