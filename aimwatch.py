@@ -2021,19 +2021,22 @@ def default_name(run_hash: str) -> str:
     return f"Run: {run_hash}"
 
 
+def _float_of(value: Any) -> Optional[float]:
+    """Return a number as a float; None for anything else, be it the text of one, or too large."""
+    try:
+        return None if isinstance(value, (str, bytes, bytearray)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
 def checked_expect_s(value: Any) -> float:
     """Return a promise in seconds as a float. Raises ArgumentTypeError or ArgumentError."""
-    try:
-        if isinstance(value, (str, bytes, bytearray, bool)):
-            raise TypeError
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    except (TypeError, ValueError):
+    number = None if isinstance(value, bool) else _float_of(value)
+    if number is None:
         raise ArgumentTypeError(
             f"expect_next_in must be a number of seconds, not {type(value).__name__} ({brief(value)}): "
             'use 0 for no promise, "auto" for one that is learned'
-        ) from None
+        )
     if not 0 <= number <= MAX_EXPECT_S:
         raise ArgumentError(
             f"expect_next_in must be from 0 to {MAX_EXPECT_S} seconds (ten years), not {value!r}: "
@@ -2337,11 +2340,6 @@ class Run:
 
     def _take_marker(self, wait_s: float) -> None:
         """Lock `pending/<hash>`, which says that this process writes the run."""
-        ours = FileLock.of(self._marker.path)
-        if any(run._is_mine() and run._marker is ours for run in list(_process.runs)):
-            raise RunBusyError(
-                f"run {self.hash} is already open in this process: use that object, or close it first"
-            )
         locked = self._marker.acquire(wait_s)
         if locked is None:
             log.warning(
@@ -2353,10 +2351,10 @@ class Run:
             header: Dict[str, Any] = {}
             with contextlib.suppress(OSError):
                 header = read_log(self._paths.run_log(self.hash), self.hash).header
+            host = printable(str(header.get("host", "?")), 100)
             raise RunBusyError(
-                f"run {self.hash} is being written by process {header.get('pid', '?')} on "
-                f"{printable(str(header.get('host', '?')), 100)}: end that process first, or start a "
-                "run of another hash"
+                f"run {self.hash} is being written by process {header.get('pid', '?')} on {host}"
+                f"{', this one' * (header.get('pid') == os.getpid())}: close it there, or start another"
             )
 
     def _adopt(self) -> List[str]:
@@ -2559,7 +2557,9 @@ class Run:
         if step is not None and (type(step) is not int or not -MAX_STEP <= step < MAX_STEP):
             step = _checked_step(step)
         if epoch is not None:
-            epoch = _checked_epoch(epoch)
+            given, epoch = epoch, _float_of(epoch)
+            if epoch is None:
+                raise ArgumentTypeError(f"epoch must be a number, not {brief(given)}")
         # What _is_mine asks, without its calls: this is a training loop's innermost business.
         if (self._pid != _getpid() or self._closed) and not self._may_write("track"):
             return
@@ -2944,9 +2944,8 @@ class Run:
             error = sys.exc_info()[1]
             _in_full(self._end_and_close, self._end_of(None if error is self._outer_error else error))
 
-    def finalize(self) -> None:
-        """Aim's other name for `close`."""
-        self.close()
+    #: Aim's other name.
+    finalize = close
 
     def __del__(self) -> None:
         # The object was dropped while the process lives on; at its exit, _at_exit comes first.
@@ -3138,6 +3137,11 @@ class Context(Dict[str, Any]):
         return dict(self)
 
 
+def _column(index: int) -> Any:
+    """Return a property of `Metric`: an item of each of its points."""
+    return property(lambda metric: [point[index] for point in metric._points])
+
+
 class Metric:
     """One metric series of a run. What summarizes it is there at once; its points are read from
     the run's log when first asked for, and are sorted by step.
@@ -3166,25 +3170,7 @@ class Metric:
         except OSError as error:
             raise RepoError(f"cannot read {path}: {error.strerror}") from None
 
-    @property
-    def steps(self) -> List[int]:
-        """The steps, in rising order."""
-        return [point[0] for point in self._points]
-
-    @property
-    def values(self) -> List[float]:
-        """The values, one for each step."""
-        return [point[1] for point in self._points]
-
-    @property
-    def epochs(self) -> List[Optional[float]]:
-        """The epochs, None where none was given."""
-        return [point[2] for point in self._points]
-
-    @property
-    def times(self) -> List[float]:
-        """When each was recorded, in seconds since the epoch."""
-        return [point[3] for point in self._points]
+    steps, values, epochs, times = map(_column, range(4))
 
 
 #: What a wrong name of a metric is called.
@@ -3206,10 +3192,9 @@ def _number(value: Any, name: Any) -> Optional[float]:
     if callable(getattr(value, "item", None)):
         with contextlib.suppress(Exception):  # of more than one element; refused below
             found = value.item()
-    if not isinstance(found, (str, bytes, bytearray)):
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
-            number = float(found)
-            return int(number) if isinstance(found, int) and abs(number) < 2**53 else number
+    number = _float_of(found)
+    if number is not None:
+        return int(number) if isinstance(found, int) and abs(number) < 2**53 else number
     some = value[0] if isinstance(value, (list, tuple)) and value else value
     for kind in type(some).__mro__:
         if kind.__name__ in AIM_OBJECTS and str(kind.__module__).split(".")[0] in ("aim", __name__):
@@ -3222,21 +3207,11 @@ def _number(value: Any, name: Any) -> Optional[float]:
 
 
 def _checked_step(step: Any) -> int:
-    # Of a bool, and of an enum's member, index() is itself.
-    integer = isinstance(step, float) and step.is_integer()
-    number = int(step) if integer or hasattr(step, "__index__") else None
-    if number is None:
+    if not hasattr(step, "__index__") and not (isinstance(step, float) and step.is_integer()):
         raise ArgumentTypeError(f"step must be an integer, not {brief(step)}")
-    if not -MAX_STEP <= number < MAX_STEP:
+    if not -MAX_STEP <= int(step) < MAX_STEP:
         raise ArgumentError(f"step {brief(step)} does not fit in 64 bits")
-    return number
-
-
-def _checked_epoch(epoch: Any) -> float:
-    try:
-        return float(epoch)
-    except (TypeError, ValueError, OverflowError):
-        raise ArgumentTypeError(f"epoch must be a number, not {brief(epoch)}") from None
+    return int(step)
 
 
 def _param_path(key: Any) -> List[str]:
