@@ -56,8 +56,7 @@ Read first: `CheckIn`, `RunState`, `run_row`, `RunTable.take`, `Outbox.add`. The
   of each notifier sends it, through `message_for_batch` and a transport, and notes it with `Outbox.sent`.
 - A point: `Run.track` appends a line (`AppendFile.append`). `Reindexer` reads the log (`read_log`), makes
   a row of it (`run_row`) and stores it (`index_run`); the marker in `pending` goes after the commit.
-- A page: `Gate.answer` lets in, `Site.answer` finds the route, `page_of`, `grid` and `chart_svg` make HTML
-  of what `status_rows`, `run_row` and a `LogFollower` know.
+
 - A question: `compile_query` makes functions of a row. `CompiledQuery.candidates` narrows the rows by what
   the index knows; `Repo` adds the rows of pending runs from their logs; `matches` asks each row.
 
@@ -1106,10 +1105,6 @@ _PROP_KINDS: Dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-def _props_of(props: Any) -> Dict[str, Any]:
-    return {name: _PROP_KINDS[name](value) if name in _PROP_KINDS else value for name, value in props.items()}
-
-
 class RunState:
     """Everything a run log says, less the points themselves.
 
@@ -1163,15 +1158,20 @@ class RunState:
                 series = SeriesState(int(record["series"]), str(record["name"]), dict(record["context"]))
                 self.series.setdefault(series.id, series)
             elif "props" in record:
-                self.props.update(_props_of(record["props"]))
+                props = dict(record["props"])
+                for name in props.keys() & _PROP_KINDS.keys():
+                    props[name] = _PROP_KINDS[name](props[name])
+                self.props.update(props)
             elif "log" in record:
                 self._seen(record["time"])
                 level, message = int(record["log"]), str(record["message"])
                 self.logs[str(level)] = self.logs.get(str(level), 0) + 1
                 if level >= logging.ERROR:
                     self.errors.append(message[:1000])
-            elif "end" in record:
-                self._take_end(record)
+            elif isinstance(record["end"], str):
+                self.next_idx = max(self.next_idx, int(_in_range(int(record["idx"]), MAX_IDX)) + 1)
+                self._seen(record["time"])
+                self.end = record
             else:
                 return False
         except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
@@ -1182,13 +1182,6 @@ class RunState:
         when_s = _in_range(float(when), MAX_TIME_S)
         self.last_time = max(self.last_time, when_s)
         return when_s
-
-    def _take_end(self, record: Dict[str, Any]) -> None:
-        if not isinstance(record["end"], str):
-            raise TypeError("an end is finished or failed")
-        self.next_idx = max(self.next_idx, int(_in_range(int(record["idx"]), MAX_IDX)) + 1)
-        self._seen(record["time"])
-        self.end = record
 
     def _place(self, path: Sequence[str], make: bool = False) -> Tuple[Any, Any]:
         """Return what holds the last key of a path of params, and that key; `make` the dicts above it."""
@@ -1227,19 +1220,17 @@ class RunState:
         }
 
     def _restore(self, record: Dict[str, Any]) -> None:
-        if record["checkpoint"] != 1:
-            raise ValueError("another format")
         # Into another state first: half a checkpoint would be a lie.
         state = RunState(self.hash)
-        state.header, state.params = dict(record["header"]), dict(record["params"])
-        state.props = _props_of(record["props"])
-        state.created_at = state._seen(state.header.get("created_at", self.created_at))
+        records = [record["header"], {"set": [], "value": record["params"]}, {"props": record["props"]}]
+        records += [record["end"]] if record["end"] else []
+        if record["checkpoint"] != 1 or not all(map(state.apply, records)):
+            raise ValueError("another format")
         state.series = {item.id: item for item in map(SeriesState.from_list, record["series"])}
         state.logs = {str(int(level)): int(count) for level, count in record["logs"].items()}
         state.errors.extend(map(str, record["errors"]))
-        state.next_idx = max(self.next_idx, int(_in_range(int(record["next_idx"]), MAX_IDX)))
-        if record["end"]:
-            state._take_end(record["end"])
+        next_idx = int(_in_range(int(record["next_idx"]), MAX_IDX))
+        state.next_idx = max(self.next_idx, state.next_idx, next_idx)
         state.last_time = max(self.last_time, state._seen(record["last_time"]))
         self.__dict__.update(vars(state), skipped=self.skipped)
 
