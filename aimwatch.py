@@ -208,8 +208,7 @@ _from_json = json.JSONDecoder(parse_constant=_finite_number, parse_float=_finite
 
 
 def from_json(data: Union[bytes, str]) -> Any:
-    """Return the value of strict JSON text. Raises ValueError, and RecursionError for a value that
-    is nested too deeply."""
+    """Return the value of strict JSON text. Raises ValueError, and RecursionError where it is too deep."""
     return _from_json(data if isinstance(data, str) else data.decode("utf-8", "replace"))
 
 
@@ -309,8 +308,7 @@ def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
 
 
 def names_in(folder: str, pattern: str) -> List[str]:
-    """Return the names in a folder that match a regular expression as a whole; [] where there is no
-    such folder. Raises OSError where it cannot be listed."""
+    """Return the names in a folder that match a regular expression as a whole; [] where there is none."""
     try:
         return list(filter(re.compile(pattern).fullmatch, list_below(folder)))
     except FileNotFoundError:
@@ -326,8 +324,7 @@ def file_stamp(path: str) -> Any:
 
 
 def open_regular(path: str) -> BinaryIO:
-    """Open a regular file to read it. Raises OSError, also for anything else: a link or a FIFO that somebody
-    planted is refused."""
+    """Open a regular file to read it. Raises OSError, also for a link or a FIFO that somebody planted."""
     fd = open_below(path, os.O_RDONLY)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -349,8 +346,7 @@ _LOCAL_FILE_SYSTEMS = set(
 
 
 def is_network(path: str) -> bool:
-    """True where a folder or file lies on a network file system, as Linux's table of mounts says; False also
-    where nobody can tell."""
+    """True where a path lies on a network file system, as far as Linux's table of mounts can tell."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         device = os.stat(path).st_dev
         number = f"{os.major(device)}:{os.minor(device)}".encode()
@@ -448,14 +444,9 @@ def start_quiet_thread(run: Callable[..., None], *args: Any) -> None:
 def find_by_prefix(
     prefix: str, names: Iterable[str], what: str, way_out: str, also: Iterable[str] = ()
 ) -> str:
-    """Return the name that is `prefix`, or the only one that starts with it.
+    """Return the name that is `prefix`, or the only one that starts with it, or is among those meant `also`.
 
-    Arguments:
-        what: what has such names, such as "run".
-        way_out: what the message goes on with where there is none, such as " here: 'x list' lists them".
-        also: names that are meant as well.
-
-    Raises AimwatchError for none or several.
+    Raises AimwatchError for none or several: it says `what` was looked for, and for none the `way_out`.
     """
     names = list(names)
     # Everything starts with "", which is what a script gives whose variable is not set.
@@ -532,8 +523,7 @@ def freshen(folder: str) -> None:
 
 
 def _try_lock(take: Callable[..., Any], fd: int, how: int, *span: int) -> Optional[bool]:
-    """Take a lock with `fcntl.lockf` or `fcntl.flock`: True when taken, False when held elsewhere, None where
-    the file system cannot say."""
+    """Return True when the lock was taken, False when it is held elsewhere, None where nobody can say."""
     try:
         take(fd, how | fcntl.LOCK_NB, *span)
     except OSError as error:
@@ -571,12 +561,11 @@ class FileLock:
         return None
 
     def acquire(self, wait_s: float = 0.0, create: bool = True) -> Optional[bool]:
-        """Lock the file at the path, waiting at most `wait_s` seconds for who holds it.
+        """Lock the file at the path, waiting at most `wait_s` seconds for who holds it. Raises OSError.
 
         True: it is held now. False: another process holds it, or another FileLock of this one. None: it
         is held within this process, and the file system has no locks for others. Where this object holds
-        it, it is locked again: code that copies the repository closes other descriptors of the file, and
-        with them goes the lock. Raises OSError.
+        it, it is locked again: code that copies the repository may have cost it the lock.
         """
         deadline = time.monotonic() + wait_s
         while True:
@@ -615,8 +604,7 @@ class FileLock:
         return self._registry.get(self._identity) is self
 
     def is_there(self) -> bool:
-        """True where the path leads to the file that is locked, or nobody can tell; False also where
-        somebody else closed its descriptor."""
+        """True where descriptor and path lead to the file that is locked, or nobody can tell."""
         return is_still(self._fd, self._identity) and is_still(self.path, self._identity)
 
     def release(self) -> None:
@@ -734,8 +722,7 @@ class RepoPaths:
         return os.path.join(self.stacks, f"{run_hash}.txt")
 
     def create(self) -> None:
-        """Make the folders that are missing: in some of them only their owner writes, whatever the umask.
-        Raises RepoError where that is impossible."""
+        """Make the folders that are missing. Raises RepoError where that is impossible."""
         folder = self.root
         try:
             os.makedirs(folder, exist_ok=True)
@@ -856,8 +843,7 @@ def check_in_name(run_hash: str, idx: int, flag: str, utc_s: float, expect_next_
 
 
 def promise_margin_s(expect_next_in_s: float) -> float:
-    """Return by how many seconds a written promise exceeds the caller's, so that the calls of
-    that long need not write."""
+    """Return by how many seconds a written promise exceeds the caller's, whose next calls need not write."""
     return min(max(expect_next_in_s / 10, 1.0), 30.0)
 
 
@@ -1070,8 +1056,7 @@ def _text(value: Any) -> str:
 
 
 def decode_value(value: Any, depth: int = 0) -> Any:
-    """Return what `encode_value` was given, as a copy; None in the place of what is nested so deeply that
-    no reader could follow."""
+    """Return what `encode_value` was given, as a copy, without what no writer of ours nests so deeply."""
     if depth > 4 * MAX_PARAM_DEPTH:
         return None
     if isinstance(value, dict):
@@ -1499,8 +1484,7 @@ def read_points(path: str, series_id: int) -> List[Tuple[int, float, Optional[fl
 
 
 def parse_message(line: bytes) -> Optional[Dict[str, Any]]:
-    """Return the log message that a line holds, with an int in `log`, seconds since the epoch in
-    `time` and text in `message`; None for any other line."""
+    """Return the log message that a line holds, with a level in `log`; None for any other line."""
     if line.startswith(b'{"log"'):
         with contextlib.suppress(ValueError, RecursionError, KeyError, OverflowError, TypeError):
             record = from_json(line)
@@ -1516,8 +1500,7 @@ def read_messages(path: str) -> Iterator[Dict[str, Any]]:
 
 
 def read_lines(file: BinaryIO) -> Iterator[Tuple[bytes, bool]]:
-    """Yield (line, whether it had its end), and b"" for the pieces of a line of over MAX_LINE_BYTES. Raises
-    OSError."""
+    """Yield (line, whether it had its end), and b"" for the pieces of a line of over MAX_LINE_BYTES."""
     is_rest = False
     for line in iter(functools.partial(file.readline, MAX_LINE_BYTES), b""):
         whole = line.endswith(b"\n")
@@ -4881,8 +4864,7 @@ def check_template(value: Any) -> None:
 
 
 class Field(NamedTuple):
-    """One argument of a notifier type: its name in config.json and as a flag, how it is asked for,
-    and how it is checked, be it text that somebody typed or the value that config.json holds."""
+    """One argument of a notifier type: its name in config.json, as a flag and for who is asked."""
 
     name: str
     flag: str
@@ -4974,10 +4956,7 @@ class NotifierConfig:
         self._lock_path = paths.config_lock
 
     def read(self) -> Dict[str, Any]:
-        """Return the file's content, or an empty configuration where there is no file.
-
-        Raises ConfigError where the file is damaged, of another shape, unreadable, or not to be trusted.
-        """
+        """Return the file's content. Raises ConfigError where it is damaged or not to be trusted."""
         try:
             with open(self.path, "rb") as file:
                 raw, info = json.load(file), os.fstat(file.fileno())
@@ -5007,8 +4986,8 @@ class NotifierConfig:
         return [read_notifier(notifier_id, raw) for notifier_id, raw in entries.items()]
 
     def find(self, prefix: str, raw: Dict[str, Any]) -> str:
-        """Return the ID of the notifier of that name, or that starts with `prefix`. Raises AimwatchError for
-        none or several."""
+        """Return the ID of the notifier that has this name, or whose ID starts so. Raises AimwatchError."""
+
         entries = raw["notifications"]["notifiers"]
         named = [key for key in entries if prefix and read_notifier(key, entries[key]).name == prefix]
         way_out = f": '{command_line()} notifiers list' shows them"
@@ -5416,8 +5395,7 @@ def send_workplace(notifier: Notifier, batch: Sequence[Facts], deadline_mono: fl
 
 
 def document(template: Optional[str], batch: Sequence[Facts]) -> Dict[str, Any]:
-    """Return the JSON document that webhooks and commands get: the message for people in `text`,
-    and in `events` what is known of each, by the names that templates use."""
+    """Return what webhooks and commands get: the message in `text`, and in `events` what is known of each."""
     events: List[Dict[str, Any]] = []
     for facts in batch[:100]:
         known: Dict[str, Any] = {key: facts[key] for key in ("id", "event", "time", "repo") if key in facts}
@@ -5609,8 +5587,7 @@ def deliver(notifier: Notifier, batch: Sequence[Facts]) -> Outcome:
 
 
 def back_off_s(failures: int, random: float) -> float:
-    """Return how long to wait after that many failures in a row; `random` in [0, 1) spreads
-    watchers that failed together."""
+    """Return how long to wait after failures in a row; `random` in [0, 1) spreads who failed together."""
     return min(300.0, 2.0 ** min(failures - 1, 20)) * (0.75 + random / 2)
 
 
