@@ -4699,6 +4699,7 @@ TEMPLATE_FIELDS = (
     *("run.process", "run.reason", "run.frames", "run.output", "run.metrics", "run.progress", "run.errors"),
     "run.messages",
 )
+KNOWN_FIELDS = ", ".join("{%s}" % field for field in TEMPLATE_FIELDS)
 _TEMPLATE_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_.]*)\}")
 
 
@@ -4859,8 +4860,7 @@ def check_template(value: Any) -> None:
     """Raise ConfigError where a message, or a text in a JSON value, names an unknown field."""
     for name in _TEMPLATE_FIELD.findall(str(value)):
         if name not in TEMPLATE_FIELDS:
-            known = ", ".join("{%s}" % field for field in TEMPLATE_FIELDS)
-            raise ConfigError(f"names {{{name}}}, which does not exist: use {known}")
+            raise ConfigError(f"names {{{name}}}, which does not exist: use {KNOWN_FIELDS}")
 
 
 class Field(NamedTuple):
@@ -8364,9 +8364,7 @@ class Site:
         ages = [max(0.0, now - row["last_check_in"]) for row in live if row["state"] != FAILED]
         notifiers = [
             (metric_labels(notifier=item.id[:8], type=item.type), problem, waiting)
-            for item, problem, _, waiting in notifier_states(
-                self.paths, Outbox(self.paths.outbox, read_only=True)
-            )[:50]
+            for item, problem, _, waiting in notifier_states(self.paths)[:50]
         ]
         logs = map(self.paths.run_log, list_pending(self.paths))
         index_ns, *log_ns = [(file_stamp(path) or [0])[-1] for path in (self.paths.index, *logs)]
@@ -8784,11 +8782,11 @@ class _LogThread(logging.Handler):
         super().__init__()
         self._lines: Any = queue.Queue(1000)
         self._status, self._dropped = "", 0
+        threading.Thread(target=self._run, name="aimwatch-log", daemon=True).start()
+
+    def _run(self) -> None:
         # Not through sys.stderr: a lock of it that a thread holds at the end of the process is fatal.
         target = sys.stderr.fileno()
-        threading.Thread(target=self._run, args=(target,), name="aimwatch-log", daemon=True).start()
-
-    def _run(self, target: int) -> None:
         while True:
             text, dropped = self._lines.get(), self._dropped
             if dropped:
@@ -8867,16 +8865,14 @@ COMMON_HELP = {
 def add_argument(parser: Any, text: str) -> None:
     """Add to a parser the argument that a text describes: how it is written, two spaces, its help.
 
-    `--once` is a switch, `--for TIME` has a value, `RUN` stands alone. What is in brackets may be left out,
-    and what has dots may be given several times. READERS says how a `TIME` is read. A number or a variable
-    in `(default: 1h)` is the default.
+    `--once` is a switch, `--for TIME` has a value, `RUN` stands alone; `?`, `+`, `*` after it say how often
+    it may. READERS says how a `TIME` is read. A number or a variable in `(default: 1h)` is the default.
     """
     import argparse
 
     usage, _, about = text.partition("  ")
-    about = about or COMMON_HELP[usage.strip("[]. ")]
-    found = re.fullmatch(r"(--[a-z-]+)? ?(\[?)([A-Z=]*)((?: A?\.{3})?)\]?", usage)
-    flag, bracket, metavar, dots = found.groups() if found else ("", "", "", "")
+    flag, metavar, count = re.findall(r"^(--[a-z-]+)? ?([A-Z=]*) ?(.*)$", usage)[0]
+    about = about or COMMON_HELP[flag or metavar]
     if not metavar:
         parser.add_argument(flag, action="store_true", help=about)
         return
@@ -8894,11 +8890,10 @@ def add_argument(parser: Any, text: str) -> None:
     default = re.search(r"\(default: (?:\$(\w+)|([0-9][\w.]*)\))", about)
     if default:
         options["default"] = default[2] or os.environ.get(default[1])
-    if flag and dots:
+    if flag and count:
         options.update(action="append", default=[])
     elif not flag:
-        options["default"] = "" if bracket else None
-        options["nargs"] = {"": None, "[": "?", " ...": "+", "[ ...": "*", " A...": "A..."}[bracket + dots]
+        options.update(nargs=count or None, default="")
     parser.add_argument(flag or metavar.lower(), **options)
 
 
@@ -9097,8 +9092,8 @@ def _write_metrics(site: Site, path: Optional[str]) -> None:
     "exec",
     "--name NAME  the run's name (default: none)",
     "--experiment NAME  the experiment that the run belongs to",
-    "--tag TAG ...  a tag; may be given several times",
-    "--param NAME=VALUE ...  a param, such as hparams.lr=0.1; may be given several times",
+    "--tag TAG+  a tag; may be given several times",
+    "--param NAME=VALUE+  a param, such as hparams.lr=0.1; may be given several times",
     "--expect TIME  within which it writes or computes; 0: no promise (default: learned from its output)",
     "COMMAND A...  the program and its arguments, after --",
 )
@@ -9201,7 +9196,7 @@ def status_object(
     }
     notifiers = [
         {"id": item.id, "name": item.shown_as, "type": item.type, "problem": problem, "waiting": waiting}
-        for item, problem, _, waiting in notifier_states(paths, Outbox(paths.outbox, read_only=True))
+        for item, problem, _, waiting in notifier_states(paths)
         if item.enabled and problem
     ]
     broken = {"notifiers_that_do_not_work": notifiers, "modes": lax_modes(paths) or None}
@@ -9361,7 +9356,7 @@ def _leave_in_mutes(paths: RepoPaths, name: str) -> None:
     os.close(open_below(os.path.join(paths.mutes, name), os.O_WRONLY | os.O_CREAT))
 
 
-@command("ack", "[RUN ...]", "--all  every run that is stalled or failed")
+@command("ack", "RUN*", "--all  every run that is stalled or failed")
 def cmd_ack(args: Any) -> None:
     """Say that you have taken on stalled or failed runs: until their state changes, `status` shows by whom
     and exits as if they were not there, and nobody is reminded of them."""
@@ -9387,7 +9382,7 @@ def cmd_ack(args: Any) -> None:
     "--port N  0: a free one (default: 43880)",
     "--uds PATH  listen on a socket file for this user alone, without a token",
     "--base-path PATH  what a proxy leaves before every path",
-    "--allowed-host NAME ...  a name that a proxy calls",
+    "--allowed-host NAME+  a name that a proxy calls",
     "--no-token  let in everybody who reaches the port, for a machine of your own",
     "--watch  run the watcher too",
     epilog="The token is a new one at each start, unless $AIMWATCH_TOKEN holds one.",
@@ -9478,17 +9473,14 @@ def cmd_notifiers_add(args: Any) -> None:
 def _make_add_command(kind: str) -> None:
     flags, example = [], f"notifiers add {kind}"
     for field in (*NOTIFIER_FIELDS[kind], *COMMON_FIELDS):
-        about = field.prompt
-        if field.name == "message":
-            about += "; it may name " + ", ".join("{%s}" % name for name in TEMPLATE_FIELDS)
-        flags.append(f"--{field.flag} TEXT{' ...' if field.name == 'headers' else ''}  {about}")
+        flags.append(f"--{field.flag} TEXT{'+' if field.name == 'headers' else ''}  {field.prompt}")
         if field.secret:
             flags.append(f"--{field.flag}-file FILE  read --{field.flag} from FILE")
         if field.required:
             example += f" --{field.flag}-file FILE" if field.secret else f" --{field.flag} TEXT"
     epilog = (
         "What is not given is asked for. A secret on the command line shows in process lists: use the -file "
-        f"flags, where - is standard input. At least: {example} --yes"
+        f"flags, where - is standard input. A message may name {KNOWN_FIELDS}. At least: {example} --yes"
     )
 
     @command(f"notifiers add {kind}", *flags, WANTED_EVENTS, "--yes", epilog=epilog)
@@ -9633,12 +9625,10 @@ def cmd_notifiers_disable(args: Any) -> None:
     cmd_notifiers_enable(args, "disabled")
 
 
-def notifier_states(
-    paths: RepoPaths, outbox: Outbox
-) -> List[Tuple[Notifier, Optional[str], Optional[float], int]]:
+def notifier_states(paths: RepoPaths) -> List[Tuple[Notifier, Optional[str], Optional[float], int]]:
     """Return each notifier with what is wrong with it, since when, and how many events wait for it; none
     where the configuration cannot be read: in a shared layout, its owner alone does."""
-    found = []
+    found, outbox = [], Outbox(paths.outbox, read_only=True)
     with contextlib.suppress(ConfigError):
         for item in NotifierConfig(paths).notifiers():
             reason, since = outbox.broken().get(item.id, (None, None))
@@ -9651,7 +9641,7 @@ def cmd_notifiers_list(args: Any) -> None:
     """List the notifiers, with what is wrong with those that do not work."""
     paths = find_repo(args.repo)
     NotifierConfig(paths).read()  # or raises
-    found = notifier_states(paths, Outbox(paths.outbox, read_only=True))
+    found = notifier_states(paths)
     if args.json:
         print_json(
             [
@@ -9723,7 +9713,7 @@ def cmd_set_log_level(args: Any) -> None:
         raw["notifications"]["log_level"] = args.level
 
 
-@command("notifiers test", "[NAME]  the one of that name or ID (default: every enabled one)")
+@command("notifiers test", "NAME?  the one of that name or ID (default: every enabled one)")
 def cmd_notifiers_test(args: Any) -> int:
     """Send a sample through the real transport and say what came back."""
     paths = find_repo(args.repo)
@@ -9784,7 +9774,7 @@ DEFAULT_LIMIT = 50
 def _listing(columns: Sequence[str], also: str = "") -> List[str]:
     """Return the arguments of a command that lists what a query finds."""
     return [
-        "[QUERY]  default: all",
+        "QUERY?  default: all",
         f"--limit N  show at most N, 0 for all (default: {DEFAULT_LIMIT}, and all with --json and --csv)",
         "--sort COLUMN  sort by a column, -COLUMN for the largest first, written --sort=-COLUMN (default: "
         "the newest first)",
@@ -10134,7 +10124,7 @@ def differences(rows: Sequence[Dict[str, Any]], also: Sequence[str] = ()) -> Lis
 POINT_COLUMNS = ("metric", "context", "step", "epoch", "value", "time")
 
 
-@command("export", "RUN", "[METRIC]  the metric's name (default: all)", "--json")
+@command("export", "RUN", "METRIC?  the metric's name (default: all)", "--json")
 def cmd_export(args: Any) -> None:
     """Print the points of a run's metrics as CSV."""
     repo = Repo(args.repo)
@@ -10261,7 +10251,7 @@ def chart(points: Sequence[Tuple[float, float]], width: int, height: int) -> Lis
     return [*lines, f"{'':>10} {ends}"]
 
 
-@command("rm", "RUN ...", "--yes")
+@command("rm", "RUN+", "--yes")
 def cmd_rm(args: Any) -> None:
     """Remove runs with everything they recorded."""
     repo = Repo(args.repo)
@@ -10279,7 +10269,7 @@ def cmd_rm(args: Any) -> None:
         print(f"removed run {run_hash}")
 
 
-@command("close", "RUN ...")
+@command("close", "RUN+")
 def cmd_close(args: Any) -> None:
     """Declare runs ended whose processes are gone: `status` shows them no more, and nobody is notified."""
     repo = Repo(args.repo)
@@ -10348,24 +10338,21 @@ def cmd_demo(args: Any) -> int:
     import shutil
     import tempfile
 
-    root = tempfile.mkdtemp(prefix="aimwatch-demo-")
-    try:
-        with contextlib.ExitStack() as at_end:
-            alerts = _demo_alerts(find_repo(root, create=True), at_end)
-    finally:
+    root, rows = tempfile.mkdtemp(prefix="aimwatch-demo-"), []
+    with contextlib.ExitStack() as at_end:
         if not args.keep:
-            shutil.rmtree(root, ignore_errors=True)
-    rows = []
+            at_end.callback(shutil.rmtree, root, ignore_errors=True)
+        alerts = _demo_alerts(find_repo(root, create=True), at_end)
     for name, (what, must) in DEMO_FATES.items():
         found = [kind for run, kind in alerts if run == name]
         verdict = "ok" if found == must else f"WRONG: not {', '.join(must)}"
         rows.append((name, what, ", ".join(found) or "none", verdict))
-    wrong = [name for name, *_, verdict in rows if verdict != "ok"]
+    is_right = all(verdict == "ok" for *_, verdict in rows)
     print("\n" + "\n".join(table(("RUN", "WHAT IT DOES", "ALERTS", ""), rows)))
-    print("\nSomething is wrong." if wrong else "\nEvery alert came, and came once.")
+    print("\nEvery alert came, and came once." if is_right else "\nSomething is wrong.")
     if args.keep:
         print(f"\nThe repository is kept: {command_line()} --repo {root} status")
-    return 1 if wrong else 0
+    return 0 if is_right else 1
 
 
 def _demo_alerts(paths: RepoPaths, at_end: contextlib.ExitStack) -> List[Tuple[str, str]]:
@@ -10391,12 +10378,11 @@ def _demo_alerts(paths: RepoPaths, at_end: contextlib.ExitStack) -> List[Tuple[s
     deadline = time.monotonic() + DEMO_LIMIT_S
 
     def after_poll() -> None:
-        records = [
-            json_object(line) or {} for line in read_bounded(paths.outbox, MAX_LINE_BYTES).splitlines()
-        ]
+        records = list(map(json.loads, read_bounded(paths.outbox, MAX_LINE_BYTES).splitlines()))
         sent = {event for record in records for event in record.get("sent", ())}
-        events = [record for record in records if record.get("event") in sent]
-        alerts[:] = [(event["facts"]["run.name"], event["kind"]) for event in events]
+        alerts[:] = [
+            (record["facts"]["run.name"], record["kind"]) for record in records if record.get("event") in sent
+        ]
         if time.monotonic() > deadline or len(alerts) >= sum(len(must) for _, must in DEMO_FATES.values()):
             stop.set()
 
