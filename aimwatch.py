@@ -9479,8 +9479,8 @@ def _make_add_command(kind: str) -> None:
         if field.required:
             example += f" --{field.flag}-file FILE" if field.secret else f" --{field.flag} TEXT"
     epilog = (
-        "What is not given is asked for. A secret on the command line shows in process lists: use the -file "
-        f"flags, where - is standard input. A message may name {KNOWN_FIELDS}. At least: {example} --yes"
+        f"At least: {example} --yes. What is not given is asked for. A secret on the command line shows in "
+        f"process lists: use the -file flags, where - is standard input. A message may name {KNOWN_FIELDS}."
     )
 
     @command(f"notifiers add {kind}", *flags, WANTED_EVENTS, "--yes", epilog=epilog)

@@ -7801,7 +7801,7 @@ class NotifiersAdd(NotifierCase):
                     set(re.findall(r"(?m)^  --([a-z-]+)", out)) - {"repo", "events", "yes", "name", "where"},
                     {f for x in fields for f in ([x.flag, f"{x.flag}-file"] if x.secret else [x.flag])},
                 )
-                example = " ".join(out.split()).partition("At least: notifiers add ")[2]
+                example = re.findall("At least: notifiers add (.* --yes)", " ".join(out.split()))[0]
                 filled = re.sub(
                     r"--([a-z-]+) (TEXT|FILE)", lambda flag: f"--{flag[1]} {values[flag[1]]}", example
                 )
