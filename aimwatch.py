@@ -7987,34 +7987,30 @@ def _plot(axis: str, curves: Sequence[Curve], ask: Ask) -> Html:
     low, high = ask.number("from"), ask.number("to")
     x = Scale([min(ends) if low is None else low, max(ends) if high is None else high], log_x)
     edges = [x.value(nth / width) for nth in range(width + 1)]
-    lines = []  # the number and colour of the curve, whether this is what was recorded, and points
-    shapes = []
+    lines, shapes = [], []
+    read: List[Any] = []  # where what can be read lies, the number of its curve, and what it is
     for nth, (curve, (xs, ys, odd)) in enumerate(zip(curves, found)):
-        kinds = [(True, ys)]
-        if keep and len(ys):
-            kinds.append(
-                (False, list(itertools.accumulate(ys, lambda mean, y: mean + (1 - keep) * (y - mean))))
-            )
-        for is_raw, values in kinds:
-            line = [(xs[at], values[at]) for at in to_draw(xs, values, edges)]
-            lines.append((nth, curve.colour, is_raw, line))
+        recorded = [(xs[at], ys[at]) for at in to_draw(xs, ys, edges)]
+        read += [(round(x.at(at) * width, 1), nth, at, value) for at, value in recorded]
+        lines.append((curve.colour, "raw" if keep else "", recorded))
+        if keep:
+            smooth = list(itertools.accumulate(ys, lambda mean, y: mean + (1 - keep) * (y - mean)))
+            lines.append((curve.colour, "", [(xs[at], smooth[at]) for at in to_draw(xs, smooth, edges)]))
         marks = {(repr(value), round(x.at(at) * width / 8)): at for at, value in odd if 0 <= x.at(at) <= 1}
         for (kind, _), at in marks.items():
             mark = '<text class="mark" color="{}" x="{}" y="{}">{}<title>{} at {}</title></text>'
             shapes.append(html(mark, curve.colour, x.at(at) * width, *_MARKS[kind], kind, f"{at:.10g}"))
     in_view = [value for *_, line in lines for at, value in line if 0 <= x.at(at) <= 1]
     y = Scale(in_view or [1.0], log_y, 0.04)
-    for nth, colour, is_raw, line in lines:
-        spots = " ".join(f"{x.at(at) * width:.1f},{(1 - y.at(value)) * height:.1f}" for at, value in line)
-        look = ("raw " * (is_raw and keep > 0)) + ("dot" * (len(line) == 1))
-        values = " ".join(f"{at!r},{value!r}" for at, value in line)
-        data = html('data-n="{}" data-v="{}"', nth, values) if is_raw else ""
-        points = f"{spots} {spots}" if len(line) == 1 else spots  # a line of no length has round ends
-        shapes.append(html('<polyline class="{}" color="{}" points="{}" {}/>', look, colour, points, data))
+    for colour, look, line in lines:
+        spots = [f"{x.at(at) * width:.1f},{(1 - y.at(value)) * height:.1f}" for at, value in line]
+        if len(line) == 1:  # a line of no length has round ends
+            look, spots = "dot", 2 * spots
+        shapes.append(html('<polyline class="{}" color="{}" points="{}"/>', look, colour, " ".join(spots)))
     return html(
-        '<svg class="chart" viewBox="0 0 {} {}" role="img" tabindex="0">{}<svg x="{}" y="{}" width="{}"'
-        ' height="{}">{}<rect height="100%" width="0"/></svg></svg>',
-        *CHART_SIZE, _axes(axis, x, y), *PLOT, shapes,
+        '<svg class="chart" viewBox="0 0 {} {}" role="img" tabindex="0" data-points="{}">{}<svg x="{}" y="{}"'
+        ' width="{}" height="{}">{}<rect height="100%" width="0"/></svg></svg>',
+        *CHART_SIZE, to_json(read), _axes(axis, x, y), *PLOT, shapes,
     )  # fmt: skip
 
 
@@ -8424,44 +8420,40 @@ PAGE_CSS = """
 @media (prefers-color-scheme: dark) { :root { --bg: #12151c; --card: #1a1f29; --text: #e3e7ef;
   --soft: #98a2b5; --line: #2d3442; --link: #8ab4ff; --run: #4ade80; --bad: #ff7b72; --warn: #fbbf24; } }
 * { box-sizing: border-box; }
-body { margin: 0; overflow-wrap: anywhere; background: var(--bg); color: var(--text);
-  font: 14px/1.45 system-ui, sans-serif; }
+body { max-width: 1360px; margin: 0 auto; padding: 0 1.2em 3em; overflow-wrap: anywhere;
+  background: var(--bg); color: var(--text); font: 14px/1.45 system-ui, sans-serif; }
 a { color: var(--link); text-decoration: none; }
-header { padding: .6em 1.2em; background: var(--card); border-bottom: 1px solid var(--line); }
-header a { font: 700 1.15em system-ui; color: var(--text); margin-right: .6em; }
-output { color: var(--bad); float: right; }
-main { max-width: 1360px; margin: 0 auto; padding: 0 1.2em 3em; }
-h1 { font-size: 1.35em; margin: .6em 0; } h2 { font-size: 1.1em; margin: 1.6em 0 .5em; }
-#State h2 { display: none; } p { margin: .5em 0; } small { display: block; }
-header, small, .none, .good, .state, .ask, th, dt, ul { color: var(--soft); }
+header { padding: .6em 0; border-bottom: 1px solid var(--line); } header a { font-weight: 700; }
+h1 { font-size: 1.35em; } h2 { font-size: 1.1em; margin: 1.6em 0 .5em; } #State h2 { display: none; }
+p { margin: .5em 0; } small { display: block; }
+header, small, .none, .good, .state, label, th, dt, ul { color: var(--soft); }
 .state, .chip { white-space: nowrap; font-weight: 600; } .chip { margin-right: 1.4em; }
 .running { color: var(--run); } .failed, .bad { color: var(--bad); } .stalled { color: var(--warn); }
-pre { font: .92em/1.5 ui-monospace, monospace; white-space: pre-wrap; padding: .7em; margin: .5em 0; }
+output { color: var(--bad); float: right; }
+pre { white-space: pre-wrap; padding: .7em; margin: 0; }
 pre, .wide, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .45em .7em; white-space: nowrap; }
-td small, td p, .text { white-space: normal; min-width: 8em; max-width: 26em; }
-.text, .chip { display: inline-block; } th { font-weight: 500; font-size: .9em; } th a { color: inherit; }
-tbody tr { border-top: 1px solid var(--line); } tbody tr:hover { background: var(--bg); }
+td { border-top: 1px solid var(--line); } td small, td p, .text { white-space: normal; max-width: 26em; }
+.text, .chip { display: inline-block; min-width: 8em; } th { font-weight: 500; }
 .ask { display: flex; flex-wrap: wrap; gap: .6em 1em; align-items: center; margin: .6em 0; }
-input, select, button { font: inherit; color: var(--text); background: var(--card); max-width: 75vw;
-  border: 1px solid var(--line); border-radius: 6px; padding: .3em .6em; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(250px, 45%), 1fr)); gap: .6em 1.4em; }
-dt { font-size: .88em; } dd { margin: 0; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); gap: 1em; }
+input, select, button { font: inherit; max-width: 75vw; padding: .2em .5em; }
+dl, .charts { display: grid; gap: .6em 1.4em; } dd { margin: 0; }
+dl { grid-template-columns: repeat(auto-fill, minmax(min(250px, 45%), 1fr)); }
+.charts { grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); }
 figure { margin: 0; padding: .7em; min-width: 0; } figcaption { font-weight: 600; }
-figure b { color: var(--text); font-weight: 500; } figcaption b { float: right; }
-ul { display: flex; flex-wrap: wrap; gap: 0 1em; margin: .3em 0 0; padding: 0; font-size: .9em; }
-li { list-style: none; } li svg { width: 1.3em; margin-right: .4em; vertical-align: middle; }
+b { font-weight: 600; } figcaption b { float: right; } figure ul { margin: .3em 0 0; padding: 0; }
+figure:not(:hover, :focus-within) :is(b, rect) { visibility: hidden; }
+li { display: inline-block; margin-right: 1em; } li svg { width: 1.3em; margin-right: .4em; }
 .chart { display: block; width: 100%; cursor: crosshair; }
-.chart:focus-visible { outline: 2px solid var(--link); }
 path { stroke: var(--line); } rect { fill: var(--link); opacity: .3; }
 text { font-size: 11px; fill: var(--soft); text-anchor: middle; }
-.y { text-anchor: end; dominant-baseline: middle; } .mark { font: 700 13px system-ui; fill: currentColor; }
+.y { text-anchor: end; dominant-baseline: middle; } .mark { font-size: 13px; fill: currentColor; }
 polyline { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linecap: round; }
 .dot { stroke-width: 6; } .raw { opacity: .3; }
-@media (max-width: 640px) { thead, td:empty { display: none; } tr { display: block; padding: .5em 0; }
-  td { display: block; position: relative; padding: .12em .6em .12em 8.2em; white-space: normal; }
+@media (max-width: 640px) { thead, td:empty { display: none; } tr { display: block; padding: .5em 0;
+    border-top: 1px solid var(--line); }
+  td { display: block; position: relative; border: 0; padding: .12em .6em .12em 8.2em; white-space: normal; }
   td::before { content: attr(data-name); color: var(--soft); position: absolute; left: .6em; } }
 """
 #: What refreshes a page, and lets people read and zoom charts.
@@ -8469,8 +8461,7 @@ PAGE_JS = r"""
 "use strict";
 (() => {
   const all = (what, from = document) => [...from.querySelectorAll(what)];
-  const trouble = document.querySelector("output");
-  let shown = "", pointer = null, reading = null, start = null;
+  let pointer = null, reading = null, start = null;
 
   // Takes over what has changed of a page. Where somebody types, and what is ticked or open, stays.
   function swap(page) {
@@ -8485,67 +8476,61 @@ PAGE_JS = r"""
     }
     for (const item of all("[name=run], details")) item.checked = item.open = kept.has(item.value || item.id);
     document.title = page.title;
-    if (pointer) read(chartAt(document.elementFromPoint(pointer.clientX, pointer.clientY)));
+    hover();
   }
   async function refresh() {
     if (start || document.hidden) return;
+    let trouble = "";
     try {
-      const answer = await fetch(location.href, {cache: "no-cache"}), text = await answer.text();
-      if (text !== shown) {
-        const page = new DOMParser().parseFromString(text, "text/html");
-        if (!answer.ok) throw page.querySelector("section")?.lastChild.textContent || text;
-        swap(page);
-        shown = text;
-      }
-      trouble.textContent = "";
-    } catch (error) {
-      trouble.textContent = error instanceof Error ? "no answer; trying again" : error;
+      const answer = await fetch(location.href, {cache: "no-cache"});
+      const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+      if (answer.ok) swap(page);
+      else trouble = (page.querySelector("pre") ?? page.body).textContent;
+    } catch {
+      trouble = "no answer; trying again";
     }
+    document.querySelector("output").textContent = trouble;
   }
 
-  const nearest = (found, at) => found.reduce((a, b) => Math.abs(b.at - at) < Math.abs(a.at - at) ? b : a);
-  // Returns the points of a chart: the number of the curve, where it lies, and its values.
-  const points = chart => all("[data-v]", chart).flatMap(line => {
-    const pairs = line.dataset.v.split(" ").map(pair => pair.split(",").map(Number));
-    return pairs.map(([x, y], nth) => ({of: +line.dataset.n, at: line.points[nth].x, x, y}));
-  });
+  const chartAt = target => target?.closest?.("svg.chart");
+  // The points of a chart, each as where it lies, the number of its curve, x and y.
+  const points = chart => JSON.parse(chart.dataset.points);
+  const nearest = (found, at) => found.reduce((a, b) => Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a);
   // Writes what lies nearest to a place beside the name of a chart and into its legend, and marks the way
   // to it from where a drag began.
   function read(chart, at) {
-    const found = chart ? points(chart) : [];
-    for (const item of all("figure b")) item.textContent = "";
-    for (const item of all("rect")) item.setAttribute("width", 0);
+    const figure = chart.closest("figure"), rect = chart.querySelector("rect"), axis = figure.dataset.axis;
+    const [name, ...legend] = all("b", figure), found = points(chart);
     if (!found.length) return;
-    const figure = chart.closest("figure"), kind = figure.dataset.axis, rect = chart.querySelector("rect");
-    const words = x => kind === "time" ? new Date(x * 1000).toLocaleString() : x;
-    reading = nearest(found, at ?? place(chart));
-    const ats = [reading.at, (start ?? reading).at];
-    rect.setAttribute("x", Math.min(...ats) - .5);
-    rect.setAttribute("width", Math.max(...ats) - Math.min(...ats) + 1);
-    figure.querySelector("figcaption b").textContent = kind + " " + words(reading.x);
-    all("li b", figure).forEach((item, nth) => {
-      const own = found.filter(point => point.of === nth);
-      if (!own.length) return;
-      const {x, y} = nearest(own, reading.at);
-      item.textContent = +y.toPrecision(8) + (x === reading.x ? "" : " at " + words(x));
+    reading = nearest(found, at);
+    const [left, right] = [reading[0], (start ?? reading)[0]].sort((a, b) => a - b);
+    rect.setAttribute("x", left - .5);
+    rect.setAttribute("width", right - left + 1);
+    const words = x => axis === "time" ? new Date(x * 1000).toLocaleString() : x;
+    name.textContent = axis + " " + words(reading[2]);
+    legend.forEach((item, nth) => {
+      const own = found.filter(point => point[1] === nth);
+      const [, , x, y] = own.length ? nearest(own, reading[0]) : reading;
+      item.textContent = !own.length ? "" : +y.toPrecision(8) + (x === reading[2] ? "" : " at " + words(x));
     });
+  }
+  function hover() {
+    const chart = pointer && chartAt(document.elementFromPoint(pointer.clientX, pointer.clientY));
+    if (!chart) return;
+    const matrix = chart.querySelector("svg").getScreenCTM().inverse();
+    read(chart, new DOMPoint(pointer.clientX, 0).matrixTransform(matrix).x);
   }
   function zoom(from, to) {
     const url = new URL(location.href);
-    for (const [name, x] of Object.entries({from, to})) {
-      url.searchParams.delete(name);
-      if (from < to) url.searchParams.set(name, x);
-    }
+    url.searchParams.set("from", from);
+    url.searchParams.set("to", to);
     history.replaceState(null, "", url);
     document.activeElement.blur();
     refresh();
   }
-  const chartAt = target => target?.closest?.("svg.chart");
-  const place = chart =>
-    new DOMPoint(pointer.clientX, 0).matrixTransform(chart.querySelector("svg").getScreenCTM().inverse()).x;
   addEventListener("mousemove", event => {
     pointer = event;
-    read(chartAt(event.target));
+    hover();
   });
   addEventListener("mousedown", event => {
     if (!chartAt(event.target) || event.button) return;
@@ -8553,17 +8538,17 @@ PAGE_JS = r"""
     start = reading;
   });
   addEventListener("mouseup", () => {
-    const ends = start && [start.x, reading.x];
+    const ends = start ? [start[2], reading[2]] : [0, 0];
     start = null;
-    if (ends && ends[0] !== ends[1]) zoom(Math.min(...ends), Math.max(...ends));
+    if (ends[0] !== ends[1]) zoom(Math.min(...ends), Math.max(...ends));
   });
-  addEventListener("dblclick", event => chartAt(event.target) && zoom());
+  addEventListener("dblclick", event => chartAt(event.target) && zoom("", ""));
   addEventListener("keydown", event => {
-    const chart = chartAt(event.target), step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
-    if (!chart || !step) return;
+    const chart = chartAt(event.target), way = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (!chart || !way) return;
     event.preventDefault();
-    const ats = [...new Set(points(chart).map(point => point.at))].sort((a, b) => a - b);
-    read(chart, ats[Math.min(ats.length - 1, Math.max(0, ats.indexOf(reading?.at) + step))]);
+    const beyond = points(chart).filter(point => (point[0] - (reading?.[0] ?? -1)) * way > 0);
+    if (beyond.length) read(chart, nearest(beyond, reading?.[0] ?? 0)[0]);
   });
   for (const item of all("section")) item.source = item.innerHTML;
   setInterval(refresh, 2000);

@@ -10298,16 +10298,16 @@ class PageText(unittest.TestCase):
 
 class Charts(unittest.TestCase):
     def drawn(self, values: Sequence[Any], query: str = "", **columns: Sequence[float]) -> Any:
-        """Return the lines of a chart of values at the steps 0, 1, ... and one a second after 1000: for each
-        its points as they can be read."""
+        """Draw values at the steps 0, 1, ... and one a second after 1000; return the points as they can be
+        read."""
         points = aimwatch.point_columns(
             [[1, step, value, 1000.0 + step] for step, value in enumerate(values)]
         )
         points.update((name, array.array("d", column)) for name, column in columns.items())
         curve = aimwatch.Curve("loss", "red", points, 1000.0)
         self.svg = aimwatch.chart_svg("loss", [curve], aimwatch.Ask(query))
-        found = re.findall('data-v="([^"]*)"', self.svg)
-        return [[[float(part) for part in pair.split(",")] for pair in line.split()] for line in found]
+        found = re.search('data-points="([^"]*)"', self.svg)
+        return [point[2:] for point in json.loads(found[1])] if found else []
 
     def test_no_spike_is_lost(self) -> None:
         dice = random.Random(4)
@@ -10341,11 +10341,11 @@ class Charts(unittest.TestCase):
             ([1.0, 2.0], "smooth=0.5", [[0, 1], [1, 2]]),
         ):
             with self.subTest(values=values, query=query):
-                self.assertEqual(self.drawn(values, query), [line])
+                self.assertEqual(self.drawn(values, query), line)
         self.assertEqual(self.svg.count("<polyline"), 3)  # the smooth line, what it was made of, the legend
         self.assertEqual(self.drawn([1.0, 2.0], "x=epoch"), [])
-        self.assertEqual(self.drawn([3.0, 1.0], step=[7.0, 2.0]), [[[2, 1], [7, 3]]])
-        self.assertEqual(self.drawn([3.0, 1.0], "x=epoch", epoch=[0.0, 0.5]), [[[0, 3], [0.5, 1]]])
+        self.assertEqual(self.drawn([3.0, 1.0], step=[7.0, 2.0]), [[2, 1], [7, 3]])
+        self.assertEqual(self.drawn([3.0, 1.0], "x=epoch", epoch=[0.0, 0.5]), [[0, 3], [0.5, 1]])
         self.drawn([4.0])
         self.assertIn('class="dot"', self.svg)
         self.drawn([1.0, "nan", 3.0, "inf", "-inf"])
@@ -10876,7 +10876,7 @@ class InABrowser(UpCase):
         open_page(f"{origin}run/victim/")
         text = "document.querySelector('h1').innerText"
         self.assertIn("running", browser.run(text))
-        count = "document.querySelector('polyline').dataset.v.length"
+        count = "document.querySelector('.chart').dataset.points.length"
         before = browser.run(count)
         self.wait_for(lambda: browser.run(count) > before)
         training.kill()
