@@ -7731,11 +7731,6 @@ def each(template: str, rows: Iterable[Sequence[Any]]) -> List[Html]:
     return [html(template, *row) for row in rows]
 
 
-def ago(seconds: float) -> str:
-    """Return how long ago something was."""
-    return f"{human_s(max(1, round(seconds)))} ago"
-
-
 def badge(state: str) -> Html:
     """Return a state as word and shape."""
     return html('<span class="state {}">{} {}</span>', state, _SHAPES.get(state, "\u25cb"), state)
@@ -7760,11 +7755,11 @@ def grid(names: Sequence[str], rows: Sequence[Sequence[Any]], heads: Sequence[An
 
 def page_of(title: str, top: str, about: str, parts: Dict[str, Any]) -> str:
     """Return a whole page: its parts, HTML or text, by their titles; `top` is the way to the first page."""
-    shown_as = {
-        name: html("<pre>{}</pre>", part) if type(part) is str else part for name, part in parts.items()
-    }
-    section = '<section id="{}"><h2>{}</h2>{}</section>'
-    sections = each(section, [(name, name, part) for name, part in shown_as.items() if parts[name]])
+    sections = []
+    for name, part in parts.items():
+        shown_as = html("<pre>{}</pre>", part) if type(part) is str else part
+        if part:
+            sections.append(html('<section id="{}"><h2>{}</h2>{}</section>', name, name, shown_as))
     return html(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{} \u00b7 aimwatch</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
@@ -7798,11 +7793,12 @@ class Ask:
         return f"{path}?{self._encode(pairs)}"
 
     def pages(self, name: str, items: Sequence[Any], size: int) -> Tuple[Sequence[Any], Html]:
-        """Return the page of items that is asked for, and links to those beside it."""
-        page, last = max(1, int(self.number(name) or 1)), max(1, -(-len(items) // size))
-        near = sorted({1, page - 1, page + 1, last} - {page})
-        links = [(self.to("", **{name: nth}), nth) for nth in near if 1 <= nth <= last]
-        text = html("page {} of {} {}", page, last, each('<a href="{}">page {}</a> ', links))
+        """Return the page of items that is asked for, and links to those beside it, if there are any."""
+        last = max(1, -(-len(items) // size))
+        page = max(1, min(last, int(self.number(name) or 1)))
+        near = sorted({1, max(1, page - 1), min(last, page + 1), last} - {page})
+        links = each('<a href="{}">page {}</a> ', [(self.to("", **{name: nth}), nth) for nth in near])
+        text = html(", page {} of {} {}", page, last, links) if last > 1 else Html()
         return items[(page - 1) * size : page * size], text
 
 
@@ -8160,40 +8156,38 @@ class Site:
         """The first page: who watches, what lives, what failed, and all runs."""
         status = self.status()
         live = [row for row in status["runs"] if row["state"] != FINISHED]
-        line = '<p class="{}">{} {}</p>'
-        mark = ("good", "\u25cf") if status["watcher"]["alive"] else ("bad", "\u25b2")
+        line, is_alive = '<p class="{}">{} {}</p>', status["watcher"]["alive"]
+        mark = ("good", "\u25cf") if is_alive else ("bad", "\u25b2")
         lines = [html(line, *mark, status["watcher"]["text"])]
-        for item in status["notifiers_that_do_not_work"]:
-            waiting = plural(item["waiting"], "event")
-            text = f"notifier {item['name']} does not work: {item['problem']}; waiting: {waiting}"
-            lines.append(html(line, "bad", "\u25b2", text))
+        lines += [
+            html(line, "bad", "\u25b2", text)
+            for text in map(notifier_trouble, status["notifiers_that_do_not_work"])
+        ]
         totals: Dict[str, int] = dict.fromkeys(_SHAPES, 0)
         for (state, _), count in self.counts(live).items():
             totals[state] = totals.get(state, 0) + count
         lines += each('<span class="chip">{} <b>{}</b></span>', zip(map(badge, totals), totals.values()))
         bad = sum(row["state"] != RUNNING for row in live)
         title = f"({bad}) " * bool(bad) + os.path.basename(self.paths.root)
-        tables = {"Live and failed": self._live_table(live), "All runs": self._list(ask, live)}
+        tables = {"Live and failed": self._live_table(ask, live), "All runs": self._list(ask, live)}
         return page_of(title, "./", self.paths.root, {"State": lines, **tables})
 
-    def _live_table(self, live: List[Dict[str, Any]]) -> Html:
-        rows, groups = [], with_groups_as_one(live)
-        for row in groups[:PAGE_RUNS]:
-            said = [(badge(one["state"]), run_link(one), one["reason"]) for one in row.get("members", ())]
-            ranks = each("<p>{} {} {}</p>", said)
-            more = '<details id="{}"><summary>{} ranks</summary>{}</details>'
-            run = [run_link(row), html("<small>{}</small>", cell_text(row["experiment"]))]
-            run += [html(more, row["hash"], len(ranks), ranks)] if ranks else []
-            promise = human_s(row["promise_s"]) if row["promise_s"] else "none"
-            progress, job = each("<small>{}</small>", [(row["progress"],), (row["job"],)])
-            ack = f"acknowledged by {row['acknowledged_by']}" if row["acknowledged_by"] else ""
-            why = "; ".join(filter(None, [ack, "muted" if row["muted_until"] else "", row["reason"]]))
-            since = ago(self._utc() - row["last_check_in"])
-            where = [row["host"], job]
-            rows.append([badge(row["state"]), run, since, [promise, progress], where, row["metrics"], why])
-        left = html("<p>and {} more</p>", len(groups) - len(rows)) if len(groups) > len(rows) else ""
+    def _live_table(self, ask: Ask, live: List[Dict[str, Any]]) -> Html:
+        rows, (groups, pages) = [], ask.pages("live", with_groups_as_one(live), PAGE_RUNS)
+        ranks = '{}<details id="{}"><summary>{} ranks</summary>{}</details>'
+        for row in groups:
+            said = live_fields(row, self._utc())
+            run = html("{}<small>{}</small>", run_link(row), cell_text(row["experiment"]))
+            if members := row.get("members"):
+                each_of = [(badge(one["state"]), run_link(one), one["reason"]) for one in members]
+                run = html(ranks, run, row["hash"], len(members), each("<p>{} {} {}</p>", each_of))
+            promise = html("{}<small>{}</small>", said["promise"], said["progress"])
+            where = html("{}<small>{}</small>", row["host"], row["job"])
+            why = "; ".join(filter(None, [said["alerts"], said["reason"]]))
+            cells = [badge(row["state"]), run, said["last check-in"], promise, where, row["metrics"], why]
+            rows.append(cells)
         names = ("state", "run", "last check-in", "promise", "where", "last metrics", "reason")
-        return html("{}{}", grid(names, rows), left)
+        return html("{}<p>{}</p>", grid(names, rows), pages)
 
     def _list(self, ask: Ask, live: List[Dict[str, Any]]) -> Html:
         form = html(
@@ -8219,10 +8213,10 @@ class Site:
             box = html('<input type="checkbox" name="run" value="{}" aria-label="compare">', row["hash"])
             look: Dict[str, Any] = {name: shown(run_cell(row, name), name) for name in columns}
             look["state"] = badge(states.get(row["hash"], row["state"]))
-            look.update(hash=run_link(row, row["hash"][:8]), name=run_link(row) if row["name"] else "")
+            look.update(hash=run_link(row, row["hash"][:8]), name=run_link(row))
             cells.append([box, *(look[name] for name in columns)])
         return html(
-            '{}<form action="compare/">{}<p><button>Compare ticked</button> {}, {} <a href="{}">CSV</a>'
+            '{}<form action="compare/">{}<p><button>Compare ticked</button> {}{} <a href="{}">CSV</a>'
             ' <a href="{}">JSON</a></p></form>',
             form, grid(["", *columns], cells, heads), plural(len(found), "run"), pages, ask.to("runs.csv"),
             ask.to("api/runs"),
@@ -8234,15 +8228,10 @@ class Site:
         live = {item["hash"]: item for item in self.status()["runs"]}.get(run_hash)
         facts, state = dict(run_fields(row)), row["state"]
         if live:
-            state = live["state"]
-            facts.update(
-                {name: live[name] for name in ("reason", "progress", "acknowledged_by") if live[name]}
-            )
-            facts["last check-in"] = ago(self._utc() - live["last_check_in"])
-            facts["promise"] = human_s(live["promise_s"]) if live["promise_s"] else "none"
-            facts["muted until"] = live["muted_until"] and local_time(live["muted_until"])
+            state, said = live["state"], live_fields(live, self._utc())
+            facts.update((name, text) for name, text in said.items() if text)
         reason = facts.pop("reason", "")
-        fields = each("<div><dt>{}</dt><dd>{}</dd></div>", [item for item in facts.items() if item[1]])
+        fields = each("<div><dt>{}</dt><dd>{}</dd></div>", facts.items())
         metrics = []
         for metric in row["metrics"]:
             known = metric_cells(row, metric)
@@ -8268,12 +8257,12 @@ class Site:
             for line, _ in read_lines(file):
                 record = json_object(line) if f'"{run_hash}-'.encode() in line else None
                 with contextlib.suppress(AttributeError, KeyError, TypeError):
-                    if record and "event" in record:
-                        whom, facts = ", ".join(record["to"]) or "nobody", record.get("facts") or {}
-                        what = f"{record['kind']}: {facts.get('run.reason') or ''}; to notify: {whom}"
-                        lines.append(f"{local_time(record['time'])} {what}")
-                    elif record and "sent" in record:
-                        lines.append(f"{local_time(record['time'])} sent to {record['to']}")
+                    if record:
+                        text = f"sent to {record['to']}"
+                        if "event" in record:
+                            reason, whom = record["facts"].get("run.reason"), ", ".join(record["to"])
+                            text = f"{record['kind']}: {reason or ''}; to notify: {whom or 'nobody'}"
+                        lines.append(f"{local_time(record['time'])} {text}")
         return lines
 
     def _charts(self, ask: Ask, rows: Sequence[Dict[str, Any]]) -> Html:
@@ -8304,8 +8293,7 @@ class Site:
         names, pages = ask.pages("page", list(curves), PAGE_CHARTS)
         return html(
             '<form class="ask drawn">{}<button>Draw</button></form><div class="charts">{}</div><p>{}</p>',
-            choices, [chart_svg(name, curves[name], ask) for name in names],
-            pages if len(curves) > PAGE_CHARTS else "",
+            choices, [chart_svg(name, curves[name], ask) for name in names], pages,
         )  # fmt: skip
 
     def compare(self, ask: Ask) -> str:
@@ -9254,11 +9242,29 @@ def cmd_status(args: Any) -> int:
         top = f"repository {found['repo']}", found["watcher"]["text"], found["modes"]
         print("\n".join(filter(None, top)))
         for item in found["notifiers_that_do_not_work"]:
-            waits = f"; {plural(item['waiting'], 'event')} waiting" if item["waiting"] else ""
-            print(f"notifier {item['type']} {item['name']} does not work: {item['problem']}{waits}")
+            print(notifier_trouble(item))
         _print_status(paths, found["runs"], time.time())
     bad = any(row["state"] in (STALLED, FAILED) and not row["acknowledged_by"] for row in found["runs"])
     return 0 if found["watcher"]["alive"] and not bad else 1
+
+
+def notifier_trouble(item: Dict[str, Any]) -> str:
+    """Return what is said of a notifier that does not work."""
+    waits = f"; {plural(item['waiting'], 'event')} waiting" if item["waiting"] else ""
+    return f"notifier {item['type']} {item['name']} does not work: {item['problem']}{waits}"
+
+
+def live_fields(row: Dict[str, Any], now_s: float) -> Dict[str, str]:
+    """Return what people are told of a row of `status`; "" for nothing."""
+    ack = f"acknowledged by {row['acknowledged_by']}" if row["acknowledged_by"] else None
+    muted = f"muted for {human_s(row['muted_until'] - now_s)}" if row["muted_until"] else None
+    return {
+        "last check-in": f"{human_s(max(1, round(now_s - row['last_check_in'])))} ago",
+        "promise": human_s(row["promise_s"]) if row["promise_s"] else "none",
+        "alerts": "; ".join(filter(None, (ack, muted))),
+        "reason": row["reason"] or "",
+        "progress": row["progress"] or "",
+    }
 
 
 def with_groups_as_one(rows: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
@@ -9284,8 +9290,7 @@ def _print_status(paths: RepoPaths, rows: Sequence[Dict[str, Any]], now: float) 
     cells = []
     for row in live:
         name = row["name"] if row["name"] != row["hash"] else ""
-        last = f"{human_s(now - row['last_check_in'])} ago"
-        promise = human_s(row["promise_s"]) if row["promise_s"] else "none"
+        last, promise, *_ = live_fields(row, now).values()
         cells.append((short[row["hash"]], row["state"], last, promise, name, row["host"] or ""))
     header, *lines = table(("RUN", "STATE", "LAST SEEN", "PROMISE", "NAME", "HOST"), cells)
     if live:
@@ -9293,9 +9298,8 @@ def _print_status(paths: RepoPaths, rows: Sequence[Dict[str, Any]], now: float) 
     is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for line, row in zip(lines, live):
         print(f"\x1b[{KINDS[row['state']].colour}m{line}\x1b[0m" if is_coloured else line)
-        muted = f"muted for {human_s(row['muted_until'] - now)}" if row["muted_until"] else None
-        ack = f"acknowledged by {row['acknowledged_by']}" if row["acknowledged_by"] else None
-        print_below(ack, muted, row["reason"], row["progress"])
+        _, _, *more = live_fields(row, now).values()
+        print_below(*more)
     counts = Counter(row["state"] for row in rows)
     said = (f"{counts[state]} {state}" for state in (RUNNING, STALLED, FAILED, FINISHED) if counts[state])
     print("\n" + (", ".join(said) or "no runs with check-ins"))
@@ -10173,25 +10177,23 @@ def cmd_report(args: Any) -> int:
 
 def report_lines(paths: RepoPaths, rows: Sequence[Dict[str, Any]], over_s: float) -> List[str]:
     """Return the lines of a report on runs: counted, then by state, the failed ones by reason."""
-    groups: Dict[str, Dict[str, List[Dict[str, Any]]]] = {}
-    for state in (FAILED, STALLED, RUNNING, FINISHED):
-        for row in rows:
-            if row["state"] == state:
-                reason = str(row["reason"] or "") if state == FAILED else ""
-                groups.setdefault(state, {}).setdefault(reason, []).append(row)
-    counts = [f"{sum(map(len, found.values()))} {state}" for state, found in groups.items()]
-    lines = [f"the last {human_s(over_s)} in {paths.root}: {', '.join(counts) or 'no runs'}"]
+    groups: Dict[Tuple[str, str], List[Dict[str, Any]]] = {}
+    states = (FAILED, STALLED, RUNNING, FINISHED)
+    for row in sorted(rows, key=lambda row: states.index(row["state"])):
+        reason = str(row["reason"] or "") if row["state"] == FAILED else ""
+        groups.setdefault((row["state"], reason), []).append(row)
+    counted = Counter(row["state"] for row in rows)
+    counts = ", ".join(f"{counted[state]} {state}" for state in states if counted[state])
+    lines = [f"the last {human_s(over_s)} in {paths.root}: {counts or 'no runs'}"]
     short = short_hashes(paths, [row["hash"] for row in rows])
-    for state, by_reason in groups.items():
-        lines += ["", state]
-        for reason, found in by_reason.items():
-            lines += [f"  {printable(on_one_line(reason), 200)}"] if reason else []
-            for row in found[:MAX_REPORTED]:
-                where = f"on {row['host']}," if row["host"] else ""
-                about = filter(None, (short[row["hash"]], row["name"], where))
-                lines.append(printable(f"    {' '.join(about)} {human_s(duration_s(row))}", 200))
-            if len(found) > MAX_REPORTED:
-                lines.append(f"    and {len(found) - MAX_REPORTED} more")
+    for (state, reason), found in groups.items():
+        lines += ["", printable(f"{state}: {on_one_line(reason)}" if reason else state, 200)]
+        for row in found[:MAX_REPORTED]:
+            where = f"on {row['host']}," if row["host"] else ""
+            about = filter(None, (short[row["hash"]], row["name"], where))
+            lines.append(printable(f"    {' '.join(about)} {human_s(duration_s(row))}", 200))
+        if len(found) > MAX_REPORTED:
+            lines.append(f"    and {len(found) - MAX_REPORTED} more")
     return lines
 
 
