@@ -1596,8 +1596,6 @@ def describe_session() -> Dict[str, Any]:
     return session
 
 
-#: How many frames say where an exception was raised, a signal came, or a run hangs.
-_MAX_FRAMES = 6
 #: A longer reason, or line of code, is cut.
 MAX_REASON, MAX_FRAME = 2000, 500
 #: How many causes and members of an exception are told, and how much is read of a traceback that is text.
@@ -1697,7 +1695,7 @@ def telling_frames(files: Sequence[str]) -> List[int]:
     six, but always the last two in files of the user's own."""
     users = [index for index, file in enumerate(files) if not _LIBRARY.search(file)][-2:]
     others = [index for index in range(len(files)) if index not in users]
-    return sorted(users + others[len(users) - _MAX_FRAMES :])
+    return sorted(users + others[len(users) - 6 :])
 
 
 def frames_of(error: Optional[BaseException] = None, frame: Optional[FrameType] = None) -> List[str]:
@@ -1838,11 +1836,9 @@ class _Process:
         #: `signal.signal` and `sys.excepthook` as they were, and as they are; None before the first run.
         self._set_signal: Any = None
         self._excepthook: Any = None
-        #: True from when a run of this process has joined that of `aimwatch exec`.
-        self.joined = False
         #: The end of a run whose program called `sys.exit`.
         self.exit: Optional[End] = None
-        #: Why runs write nothing, and what of Aim they do not record: said once a process.
+        #: What was said, and need not be said again.
         self.said: Set[str] = set()
         self._shell: Any = None
         self._cell_error = 0
@@ -1862,6 +1858,12 @@ class _Process:
             if shell is not None and shell is not self._shell:
                 shell.events.register("post_run_cell", self._after_cell)
                 self._shell, self._cell_error = shell, id(getattr(sys, "last_value", None))
+
+    def warn_once(self, what: str, message: str, *args: Any) -> None:
+        """Log a warning, unless this process has logged one of this."""
+        if what not in self.said:
+            self.said.add(what)
+            log.warning(message, *args)
 
     def _install(self) -> None:
         # It reads lines of code for the end: where no descriptor is left, nothing can be imported.
@@ -1945,8 +1947,9 @@ class _Process:
 
     def _at_exit(self) -> None:
         # Set even where somebody replaced our excepthook without calling it.
-        error = None if _interactive() else getattr(sys, "last_value", None)
-        self._each(lambda run: run._at_exit(error if sys.excepthook != self._excepthook else None))
+        ours = _interactive() or sys.excepthook == self._excepthook
+        error = None if ours else getattr(sys, "last_value", None)
+        self._each(lambda run: run._end_and_close(run._end_of(error), self.exit, run._unreported("exited")))
 
     def _after_cell(self, result: Any) -> None:
         """End the runs of a cell that raised; of one that ended well no promise stays."""
@@ -2081,8 +2084,8 @@ INDEXER_WAIT_S = BUSY_S + 1.0
 MAX_STEP = 2**63
 #: A longer record is refused, and a longer log message is cut so that it is none.
 MAX_RECORD_BYTES, MAX_LOG_MESSAGE = 1 << 20, 1 << 16
-#: How many bytes of messages wait for the watcher, how many of one, and how many characters it has.
-MAX_MESSAGES_BYTES, MAX_MESSAGE_LINE, MAX_MESSAGE_CHARS = 64 << 10, 16 << 10, 1 << 10
+#: How many bytes of messages wait for the watcher, and from how many on one is cut.
+MAX_MESSAGES_BYTES, MAX_MESSAGE_LINE = 64 << 10, 16 << 10
 
 
 def existing_run(paths: RepoPaths, run_hash: str) -> str:
@@ -2131,7 +2134,7 @@ class Run:
     _pid = 0
     #: Why nothing is written, where it is for another process to do that.
     _inert = ""
-    _closed = _complained = _warned_odd = False
+    _closed = False
     #: The end by a SIGTERM that a handler of the user's takes care of, and when that came (monotonic).
     _signal: Optional[End] = None
     _signal_mono = 0.0
@@ -2161,10 +2164,6 @@ class Run:
         run_hash_given = run_hash is not None
         run_hash = os.urandom(12).hex() if run_hash is None else checked_run_hash(run_hash)
         _checked_text("experiment", experiment or "")
-        if repo is not None and not isinstance(repo, (str, os.PathLike)):
-            raise ArgumentTypeError(
-                f"repo must be the path of a folder, or a Repo, not {type(repo).__name__} ({brief(repo)})"
-            )
         if isinstance(not_failures, (str, type)):
             raise ArgumentTypeError("not_failures must be several: not_failures=(TrialPruned,)")
         self._not_failures |= {getattr(item, "__name__", str(item)) for item in not_failures}
@@ -2205,13 +2204,12 @@ class Run:
         return self
 
     def _join(self) -> bool:
-        """Go on with the run that `aimwatch exec` began for this program; False where there is none, another
-        of the program's processes has it, or this one has had it: its second run is another."""
+        """Go on with the run that `aimwatch exec` began for this program; False where there is none, or
+        another of the program's processes has it. A second run of this process is another."""
         own, run_hash = self.hash, os.environ.get("AIMWATCH_RUN", "")
         repo = os.path.realpath(os.environ.get("AIMWATCH_REPO", ""))
-        if not RUN_HASH.fullmatch(run_hash) or repo != os.path.realpath(self._paths.root):
-            return False
-        if describe_rank().get("rank") or _process.joined:
+        is_ours = RUN_HASH.fullmatch(run_hash) and repo == os.path.realpath(self._paths.root)
+        if not is_ours or describe_rank().get("rank"):
             return False
         with contextlib.suppress(OSError, TypeError, OverflowError, RunBusyError):
             header = read_log(self._paths.run_log(run_hash), run_hash).header
@@ -2220,7 +2218,8 @@ class Run:
                 os.kill(header["pid"], HAND_OVER)
             self.hash = run_hash
             self._open(True, INDEXER_WAIT_S if asks else 0.0)
-            self._track_reports = _process.joined = True
+            self._track_reports = True
+            del os.environ["AIMWATCH_RUN"]
             return True
         self.hash = own
         return False
@@ -2262,9 +2261,8 @@ class Run:
         self._rhythm, self._learned_mono, self._phase_s = Rhythm(), math.nan, 0.0
         #: In a program that `aimwatch exec` runs, `track` is a report until there is another.
         self._track_reports = False
-        #: How the run ended, and whether all of it is said.
+        #: How the run ended, when that is recorded and reported.
         self._ended: Optional[End] = None
-        self._end_said = False
         #: The thread that reported last.
         self._thread = _thread.get_ident()
         #: The time of the last record when a notebook's cell ended.
@@ -2405,9 +2403,8 @@ class Run:
         try:
             self._file.write(self._file.next_idx(), CHECK_IN, written_s)
         except OSError as error:
-            if not self._complained:
-                self._complained = True
-                log.warning("cannot check in below %s: %s", self._paths.check_ins, error.strerror)
+            message = "cannot check in below %s: %s"
+            _process.warn_once(f"disk {self.hash}", message, self._paths.check_ins, error.strerror)
             self._window = asked, now + RETRY_S
             return
         if self._ended is not None:
@@ -2458,7 +2455,7 @@ class Run:
     def _note_part(self, part: float, began_mono: float) -> None:
         """Record how much of the work is done, when that is some more; 0: nobody knows."""
         now = _monotonic()
-        if now >= self._part_at_mono and self._is_mine() and self._ended is None:
+        if now >= self._part_at_mono and self._is_mine() and self.active:
             self._part_at_mono = now + min(max((now - began_mono) / 100, LOOK_S), 60.0)
             known = 0 < part < 1
             if known or self._state.header.get("progress"):
@@ -2486,7 +2483,7 @@ class Run:
             yield
         finally:
             self._phase_s = outer_s
-            if self._is_mine() and self._ended is None:
+            if self._is_mine() and self.active:
                 self._learned_mono = math.nan
                 self._report(outer_s or self._asked)
 
@@ -2657,13 +2654,10 @@ class Run:
         """Return a value as JSON can hold it, with a warning where JSON has no kind for it."""
         odd: List[str] = []
         encoded = encode_value(value, odd)
-        if odd and not self._warned_odd:
-            self._warned_odd = True
-            log.warning(
-                "%s holds %s, which JSON has no kind for: stored as text (said once a run)",
-                printable(what, 100),
-                printable(", ".join(sorted(set(odd))), 100),
-            )
+        if odd:
+            kinds, said = printable(", ".join(sorted(set(odd))), 100), "stored as text (said once a run)"
+            message = "%s holds %s, which JSON has no kind for: %s"
+            _process.warn_once(f"odd {self.hash}", message, printable(what, 100), kinds, said)
         return encoded
 
     # ---------------------------------------------------------------- properties
@@ -2808,10 +2802,9 @@ class Run:
         self._record(record)
         with self._locked():
             if len(self._messages) < MAX_MESSAGES_BYTES:
-                line = encode_line({**record, "message": message[:MAX_MESSAGE_CHARS]})
-                if len(line) > MAX_MESSAGE_LINE:
-                    line = encode_line({**record, "message": message[:MAX_MESSAGE_CHARS], "params": {}})
-                self._messages += line
+                line = encode_line(record)
+                short = {**record, "message": message[:1024], "params": {}}
+                self._messages += line if len(line) <= MAX_MESSAGE_LINE else encode_line(short)
             self._write_messages()
 
     def _write_messages(self) -> None:
@@ -2922,19 +2915,12 @@ class Run:
     finalize = close
 
     def __del__(self) -> None:
-        # The object was dropped while the process lives on; at its exit, _at_exit comes first.
-        try:
+        with contextlib.suppress(Exception):  # at interpreter shutdown, what this needs may be gone
             if self._is_mine():
-                self._end_and_close(self._unreported("was dropped without reporting a successful finish"))
-        except Exception:
-            pass  # at interpreter shutdown, what this needs may be gone
-
-    def _at_exit(self, error: Optional[BaseException]) -> None:
-        said = self._unreported("exited without reporting a successful finish")
-        self._end_and_close(self._end_of(error), _process.exit, said)
+                self._end_and_close(self._unreported("was dropped"))
 
     def _after_cell(self, error: Optional[BaseException]) -> None:
-        if self._is_mine() and self._ended is None:
+        if self._is_mine() and self.active:
             if error is not None and (self._promised or self._state.last_time > self._idle_since):
                 self._end(self._end_of(error))
             elif self._promised:
@@ -2949,9 +2935,10 @@ class Run:
             return exit_end(error.code, error) or self._signal
         return End(FAILED, describe_exception(error), frames_of(error))
 
-    def _unreported(self, reason: str) -> Optional[End]:
+    def _unreported(self, what: str) -> Optional[End]:
         """Return how the run ends where nobody says so, and a promise or a signal says that it should not."""
-        return self._signal or (End(FAILED, reason) if self._promised else None)
+        end = End(FAILED, f"{what} without reporting a successful finish")
+        return self._signal or (end if self._promised else None)
 
     def _end_and_close(self, *ends: Optional[End]) -> None:
         """End the run as the first of these says, or well, and close it."""
@@ -2967,7 +2954,7 @@ class Run:
 
     def _note_signal(self, signum: int, frame: Optional[FrameType]) -> None:
         """Note a signal that a handler of the user's takes care of, who may save, end the process, or not."""
-        if self._is_mine() and self._ended is None and self._signal is None:
+        if self._is_mine() and self.active and self._signal is None:
             self._signal, self._signal_mono = self._signal_end(signum, frame), _monotonic()
             noted = {"reason": self._signal.reason, "frames": list(self._signal.frames)}
             self._record({"resume": round(time.time(), 3), "signal": noted})
@@ -2983,11 +2970,10 @@ class Run:
         return end._replace(reason=f"{self._signal.reason} ({end.reason})")
 
     def _end(self, end: Optional[End]) -> None:
-        """Record how the run ended, in its log and then as a check-in. The first end counts, and is said once
-        more where this was interrupted."""
-        if end is None or not self._is_mine() or self._end_said:
+        """Record how the run ended, in its log and then as a check-in. The first end counts."""
+        if end is None or not self._is_mine() or self._ended is not None:
             return
-        end = self._ended = self._ended or self._with_signal(end)
+        end = self._with_signal(end)
         # The clock may have been set back, and no run ends before it began.
         time_s = max(round(time.time(), 3), self._state.created_at, self._state.last_time)
         record: Dict[str, Any] = {"end": end.flag, "time": time_s, "idx": self._file.next_idx()}
@@ -3004,12 +2990,12 @@ class Run:
             self._file.write(record["idx"], record["end"], 0)
         except OSError as error:
             log.warning("cannot report %s below %s: %s", record["end"], self._file.folder, error.strerror)
-        self._end_said = True
+        self._ended = end
 
     def _reopen(self) -> None:
         """Take a reported end back: the run goes on training."""
         self._record({"resume": round(time.time(), 3)})
-        self._ended, self._end_said = None, False
+        self._ended = None
 
     def _close_files(self) -> None:
         with self._locked():
@@ -3074,9 +3060,7 @@ class Run:
         why = self._inert or f"run {self.hash} was closed"
         if self._pid not in (0, os.getpid()):
             why = f"run {self.hash} belongs to process {self._pid}, and this is a child of it"
-        if why not in _process.said:
-            _process.said.add(why)
-            log.error("%s is ignored: %s", what, why)
+        _process.warn_once(why, "%s is ignored: %s", what, why)
         return False
 
 
@@ -3098,9 +3082,8 @@ Audio, Distribution, Figure, Image, Text = (
 
 def warn_not_recorded(what: str) -> None:
     """Warn once a process that something is accepted for Aim's sake, and ignored."""
-    if what not in _process.said:
-        _process.said.add(what)
-        log.warning("%s is ignored: aimwatch records numbers, params and messages of a run (said once)", what)
+    why = "aimwatch records numbers, params and messages of a run (said once)"
+    _process.warn_once(what, "%s is ignored: %s", what, why)
 
 
 class Context(Dict[str, Any]):
@@ -3250,7 +3233,7 @@ class LoopCallback:
     def __init__(self, run: Optional[Run], expect: Union[int, float, str], arguments: Dict[str, Any]) -> None:
         self.run = run
         self._given = run, expect, arguments
-        self._training = self._complained = False
+        self._training = False
         self._began_mono = 0.0
         #: What Lightning logged last; Keras' model, what its `fit` was called with, and the epoch.
         self._logged: Dict[str, float] = {}
@@ -3278,9 +3261,7 @@ class LoopCallback:
         try:
             self._take(name, (*args, None, None), options)
         except Exception as error:  # whatever it is, the training goes on
-            if not self._complained:
-                self._complained = True
-                log.error("callback: %s: %s", name, describe_exception(error))
+            _process.warn_once("callback", "callback: %s: %s", name, describe_exception(error))
 
     def _take(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> None:
         if hasattr(args[0], "is_global_zero"):
@@ -3306,7 +3287,7 @@ class LoopCallback:
             self._training = False
         if name not in _LAST_HOOKS or self._training:
             run.report_progress(expect_next_in=self._given[1])
-        elif run._ended is None:
+        elif run.active:
             run.report_progress()
         # How much is done (0: nobody knows), metrics, and with what the framework was called.
         part, logs, step, epoch, params = look(name, args, options)

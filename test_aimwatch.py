@@ -250,6 +250,7 @@ class Case(unittest.TestCase):
         for name in list(os.environ):
             if name.lower().endswith("_proxy") or name in ("AIMWATCH_REPO", "PYTHONDONTWRITEBYTECODE"):
                 del os.environ[name]
+        self.patch(aimwatch._process, "said", set())
         self.patch(aimwatch.log, "handlers", [logging.NullHandler()])
         self.patch(aimwatch.log, "propagate", aimwatch.log.propagate)
         self.addCleanup(aimwatch.log.setLevel, aimwatch.log.level)
@@ -1852,7 +1853,7 @@ class Loops(HandDriven):
             aimwatch.callback(expect_next_in=-1)
         callback = aimwatch.callback(repo=os.path.join(self.root, "file"))
         write_file(os.path.join(self.root, "file"))
-        with self.assertLogs("aimwatch", "ERROR") as logged:
+        with self.assertLogs("aimwatch") as logged:
             callback.on_train_begin(None)
             callback.on_train_batch_end(0, None)
         self.assertEqual(len(logged.output), 1)
@@ -2386,9 +2387,7 @@ class RunArguments(Case):
                 run = Run(repo=given)
                 self.addCleanup(run.close)
                 self.assertTrue(os.path.exists(self.paths.run_log(run.hash)))
-        with self.assertRaisesRegex(
-            aimwatch.ArgumentTypeError, "repo must be the path of a folder, or a Repo"
-        ):
+        with self.assertRaises(TypeError):
             Run(repo=5)  # type: ignore[arg-type]
 
     def test_address_of_a_server_is_no_folder(self) -> None:
@@ -2422,7 +2421,7 @@ class RunArguments(Case):
             run.report_progress(expect_next_in=60)
             run.report_successful_finish()
             run.name = "late"
-        self.assertEqual(logs.output, ["ERROR:aimwatch:report_progress is ignored: run closed was closed"])
+        self.assertEqual(logs.output, ["WARNING:aimwatch:report_progress is ignored: run closed was closed"])
         self.assertEqual((self.check_ins(), self.records("closed")), (names, records))
 
     def test_close_gives_back_every_descriptor(self) -> None:
@@ -2497,7 +2496,6 @@ class ScriptsForAim(Case):
             "log_artifacts": [lambda run: run.log_artifacts("/x")],
             "set_artifacts_uri": [lambda run: run.set_artifacts_uri("s3://x")],
         }.items():
-            self.patch(aimwatch._process, "said", set())
             with self.subTest(what), self.run_object() as run, self.assertLogs("aimwatch") as logs:
                 for call in calls + calls:
                     call(run)
@@ -2552,7 +2550,6 @@ class ScriptsForAim(Case):
 
     def test_report_without_a_run_at_hand_is_for_the_newest(self) -> None:
         self.patch(aimwatch._process, "runs", weakref.WeakKeyDictionary())
-        self.patch(aimwatch._process, "said", set())
         with self.assertRaisesRegex(aimwatch.AimwatchError, "no run is open in this process: make one first"):
             aimwatch.report_progress(expect_next_in=60)
         runs = [self.run_object(name) for name in ("a", "b", "c")]
