@@ -8740,13 +8740,15 @@ class _LogThread(logging.Handler):
 
     def _run(self) -> None:
         # Not through sys.stderr: a lock of it that a thread holds at the end of the process is fatal.
-        target = sys.stderr.fileno()
+        target, drawn = sys.stderr.fileno(), ""
         while True:
-            text, dropped = self._lines.get(), self._dropped
+            text, status, dropped = self._lines.get(), self._status, self._dropped
             if dropped:
                 text = f"{dropped} log lines were dropped: stderr took none\n{text}"
+            text = ("\r\x1b[K" if drawn else "") + text + status
             with contextlib.suppress(OSError):
                 os.write(target, text.encode("utf-8", "backslashreplace"))
+            drawn = status
             self._dropped -= dropped
             self._lines.task_done()
 
@@ -8757,16 +8759,15 @@ class _LogThread(logging.Handler):
             time.sleep(0.01)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._draw(f"{self.format(record)}\n", self._status)
+        self._put(f"{self.format(record)}\n")
 
     def show(self, status: str) -> None:
-        """Draw the status line anew, where no lines wait, which will."""
-        if self._lines.empty():
-            self._draw("", status)
-
-    def _draw(self, lines: str, status: str) -> None:
-        text = ("\r\x1b[K" if self._status else "") + lines + status
+        """Draw the status line anew."""
         self._status = status
+        if self._lines.empty():  # else the lines that wait do
+            self._put("")
+
+    def _put(self, text: str) -> None:
         if self._lines.full():
             self._dropped += 1
         else:
@@ -8957,7 +8958,6 @@ def cmd_start(args: Any) -> int:
     return _take_watch(paths, args, stop, watch)
 
 
-#: How often a watcher that stands by asks whether the watch is free.
 STANDBY_INTERVAL_S = 2.0
 
 
@@ -9364,10 +9364,9 @@ def cmd_up(args: Any) -> None:
     paths, stop = find_repo(args.repo), _stop_signal()
     with contextlib.ExitStack() as at_end, listen(args.host, args.port, args.uds) as listener:
         _log_to_stderr(timed=True, thread=True)
-        name, port, token = "localhost", 43880, ""
         if args.uds:
             at_end.callback(os.unlink, args.uds)
-            local = os.path.abspath(args.uds)
+            name, port, token, local = "localhost", 43880, "", os.path.abspath(args.uds)
         else:
             name, port = listener.getsockname()[:2]
             token = "" if args.no_token else os.environ.get("AIMWATCH_TOKEN") or secrets.token_urlsafe(24)
@@ -9612,30 +9611,29 @@ def cmd_notifiers_list(args: Any) -> None:
     paths = find_repo(args.repo)
     NotifierConfig(paths).read()  # or raises
     found = notifier_states(paths)
+    rows: List[Dict[str, Any]] = [
+        {
+            "id": item.id,
+            "type": item.type,
+            "status": "enabled" if item.enabled else "disabled",
+            "arguments": masked(item.type, item.arguments),
+            "events": item.events,
+            "name": item.name or None,
+            "where": item.where or None,
+            "problem": problem,
+            "broken_since": moment(since),
+            "waiting": waiting,
+        }
+        for item, problem, since, waiting in found
+    ]
     if args.json:
-        print_json(
-            [
-                {
-                    "id": item.id,
-                    "type": item.type,
-                    "status": "enabled" if item.enabled else "disabled",
-                    "arguments": masked(item.type, item.arguments),
-                    "events": item.events,
-                    "name": item.name or None,
-                    "where": item.where or None,
-                    "problem": problem,
-                    "broken_since": moment(since),
-                    "waiting": waiting,
-                }
-                for item, problem, since, waiting in found
-            ]
-        )
+        print_json(rows)
         return
-    rows = []
-    for item, *_ in found:
-        status = "enabled" if item.enabled else "disabled"
-        rows.append((item.shown_as, item.type, status, destination(item), ",".join(item.events)))
-    header, *lines = table(("NAME", "TYPE", "STATUS", "WHERE", "EVENTS"), rows)
+    cells = [
+        (item.shown_as, item.type, row["status"], destination(item), ",".join(item.events))
+        for row, (item, *_) in zip(rows, found)
+    ]
+    header, *lines = table(("NAME", "TYPE", "STATUS", "WHERE", "EVENTS"), cells)
     print(header)
     for line, (item, problem, since, waiting) in zip(lines, found):
         print(line)
