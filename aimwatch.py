@@ -10359,13 +10359,9 @@ def _demo_alerts(paths: RepoPaths, at_end: contextlib.ExitStack) -> List[Tuple[s
 # -------------------------------------------------------------------------- parser and main
 
 
-def build_parser(argv: Optional[Sequence[str]] = None) -> Any:
-    """Return the parser of the command line, made of what stands above the commands.
-
-    Arguments:
-        argv: what will be parsed: where it names a command, the others are left out, since a program that
-            is run through `exec` waits for this.
-    """
+def build_parser(argv: Sequence[str] = ()) -> Any:
+    """Return the parser of the command line, made of what stands above the commands; where `argv` names one,
+    of that alone, since a program that is run through `exec` waits for this."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -10387,7 +10383,7 @@ def build_parser(argv: Optional[Sequence[str]] = None) -> Any:
     )
     parser.add_argument("--version", action="version", version=f"aimwatch {__version__}")
     parsers, groups = {"": parser}, {}
-    named = [name for name in _COMMANDS if name.partition(" ")[0] in (argv or ())]
+    named = [name for name in _COMMANDS if name.partition(" ")[0] in argv]
     for name in named or _COMMANDS:
         do, arguments, epilog = _COMMANDS[name]
         group, _, verb = name.rpartition(" ")
@@ -10413,9 +10409,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     import argparse
 
     is_program, argv = argv is None, sys.argv[1:] if argv is None else argv
