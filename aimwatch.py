@@ -1728,7 +1728,6 @@ def frames_of(error: Optional[BaseException] = None, frame: Optional[FrameType] 
 # and the hooks that tell of its end. A forked child does nothing to its parent's runs.
 # ======================================================================================
 
-_INF, _MINUS_INF = math.inf, -math.inf
 _monotonic = time.monotonic
 _getpid = os.getpid
 
@@ -2010,15 +2009,9 @@ def checked_expect_s(value: Any) -> float:
     """Return a promise in seconds as a float. Raises ArgumentTypeError or ArgumentError."""
     number = None if isinstance(value, bool) else _float_of(value)
     if number is None:
-        raise ArgumentTypeError(
-            f"expect_next_in must be a number of seconds, not {type(value).__name__} ({brief(value)}): "
-            'use 0 for no promise, "auto" for one that is learned'
-        )
+        raise ArgumentTypeError(f"expect_next_in must be seconds (0: none) or 'auto', not {brief(value)}")
     if not 0 <= number <= MAX_EXPECT_S:
-        raise ArgumentError(
-            f"expect_next_in must be from 0 to {MAX_EXPECT_S} seconds (ten years), not {value!r}: "
-            "use 0 for no promise"
-        )
+        raise ArgumentError(f"expect_next_in must be from 0 to {MAX_EXPECT_S} seconds, not {brief(value)}")
     return number
 
 
@@ -2058,10 +2051,7 @@ class Rhythm:
 def checked_run_hash(value: Any) -> str:
     """Return a run hash that can stand in a file name. Raises ArgumentError."""
     if not isinstance(value, str) or not RUN_HASH.fullmatch(value):
-        raise ArgumentError(
-            f"run hash {printable(repr(value), 80)} cannot be used: "
-            "it must be 1 to 64 letters, digits or underscores"
-        )
+        raise ArgumentError(f"run hash {brief(value)} must be 1 to 64 letters, digits or underscores")
     return value
 
 
@@ -2197,11 +2187,10 @@ class Run:
         why = "the run was unpickled, and belongs to the process that pickled it"
         return Run._to_read, (self._paths, self.hash, self.read_only, why)
 
-    def __copy__(self) -> Run:
+    def __copy__(self, _: Any = None) -> Run:
         return self
 
-    def __deepcopy__(self, _: Any) -> Run:
-        return self
+    __deepcopy__ = __copy__
 
     def _join(self) -> bool:
         """Go on with the run that `aimwatch exec` began for this program; False where there is none, or
@@ -2296,9 +2285,8 @@ class Run:
                 undo.pop_all()
         except OSError as error:
             raise RepoError(
-                f"cannot write to the repository at {self._paths.root}: "
-                f"{error.filename or self.hash}: {error.strerror}: make it writable, or choose "
-                "another folder with Run(repo=...) or $AIMWATCH_REPO"
+                f"cannot write {error.filename or self._paths.root}: {error.strerror}: "
+                "make it writable, or choose another folder with Run(repo=...) or $AIMWATCH_REPO"
             ) from None
         self._pid = os.getpid()
         _process.add(self)
@@ -2314,11 +2302,8 @@ class Run:
         """Lock `pending/<hash>`, which says that this process writes the run."""
         locked = self._marker.acquire(wait_s)
         if locked is None:
-            log.warning(
-                "%s: this file system has no record locks: a second writer of run %s would not be noticed",
-                self._paths.pending,
-                self.hash,
-            )
+            message = "%s has no record locks: a second writer of run %s would not be noticed"
+            log.warning(message, self._paths.pending, self.hash)
         elif not locked:
             header: Dict[str, Any] = {}
             with contextlib.suppress(OSError):
@@ -2565,12 +2550,9 @@ class Run:
             step = series.last_step + 1 if series.count else 0
             if step >= MAX_STEP:
                 step = MAX_STEP - 1
-        # The innermost loop's business: no call that can be spared.
-        if epoch is None and _MINUS_INF < value < _INF:
-            line = f"[{series.id},{step},{value!r},{now:.3f}]\n"
-        else:
-            more = "" if epoch is None else f",{epoch!r}"
-            line = f"[{series.id},{step},{value!r},{now:.3f}{more}]\n"
+        more = "" if epoch is None else f",{epoch!r}"
+        line = f"[{series.id},{step},{value!r},{now:.3f}{more}]\n"
+        if "n" in line:
             line = re.sub("-?inf|nan", r'"\g<0>"', line)  # for which JSON has no numbers
         # The log first: what a signal's handler writes as the whole state must not count a point too many.
         self._log.append(line.encode("ascii"))
@@ -2582,9 +2564,7 @@ class Run:
 
     def _declare(self, name: str, context: Optional[Dict[str, Any]]) -> SeriesState:
         if context is not None and not isinstance(context, dict):
-            raise ArgumentTypeError(
-                f"context of metric {brief(name)} must be a dict, not {type(context).__name__}"
-            )
+            raise ArgumentTypeError(f"context of metric {brief(name)} must be a dict, not {brief(context)}")
         encoded = self._encode(context or {}, f"context of metric {brief(name)}")
         key = (name, context_key(encoded))
         if key not in self._by_key:
@@ -2759,9 +2739,7 @@ class Run:
         try:
             import pandas  # type: ignore[import-untyped,import-not-found,unused-ignore]
         except ImportError as error:
-            raise AimwatchError(
-                f"dataframe() needs pandas ({error}): install it, or use run[...] and run.metrics()"
-            ) from None
+            raise AimwatchError(f"dataframe() needs pandas ({error}): install it, or use run[...]") from None
         row: Dict[str, Any] = {"hash": self.hash}
         if include_props:
             names = ("name", "description", "archived", "creation_time", "end_time", "active", "experiment")
@@ -2838,11 +2816,10 @@ class Run:
         """Take a record into the state and the log; False, and no record, where it makes no sense."""
         line = encode_line(record)
         if len(line) > MAX_RECORD_BYTES:
-            kind = next(iter(record))
-            what = f"param {'.'.join(record[kind])!r}" if kind == "set" else kind
+            what = f"param {'.'.join(record['set'])!r}" if "set" in record else next(iter(record))
             raise ArgumentError(
-                f"{printable(what, 80)} takes {len(line)} bytes, and a record holds at most "
-                f"{MAX_RECORD_BYTES}: set its parts one by one, or store it in a file, and its path here"
+                f"{printable(what, 80)} takes {len(line)} bytes, of at most {MAX_RECORD_BYTES}: "
+                "set its parts one by one, or store it in a file, and its path here"
             )
         with self._locked():
             self._look()
@@ -3053,10 +3030,7 @@ class Run:
         if self._is_mine() or self._takes_over():
             return True
         if self.read_only:
-            raise AimwatchError(
-                f"{what}: run {self.hash} is only read here (read_only=True, or what a query found): "
-                f"open it with Run({self.hash!r}) to write"
-            )
+            raise AimwatchError(f"{what}: run {self.hash} is only read: Run({self.hash!r}) can write it")
         why = self._inert or f"run {self.hash} was closed"
         if self._pid not in (0, os.getpid()):
             why = f"run {self.hash} belongs to process {self._pid}, and this is a child of it"
@@ -3177,9 +3151,7 @@ def _param_path(key: Any) -> List[str]:
     parts = key if isinstance(key, tuple) else (key,)
     for part in parts:
         if isinstance(part, bool) or not isinstance(part, (str, int)):
-            raise ArgumentTypeError(
-                f"a param's key must be a string, an int, a tuple of these or ..., not {brief(part)}"
-            )
+            raise ArgumentTypeError(f"a param's key must be a string, an int or a tuple, not {brief(part)}")
     return [_text(part) for part in parts]
 
 

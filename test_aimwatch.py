@@ -947,15 +947,11 @@ class HeartbeatPromise(HandDriven):
         self.assertNotEqual(self.check_ins(), names)
 
     def test_wrong_value_raises_and_writes_nothing(self) -> None:
-        wrong_type, wrong_value = (
-            "must be a number of seconds, not {}",
-            "must be from 0 to 315360000 seconds (ten years)",
-        )
-        kinds = {"NoneType": None, "str": "60", "bytes": b"60", "list": [60], "complex": 1j, "bool": True,
-                 "int": 10**400}  # fmt: skip
+        wrong_type = "must be seconds (0: none) or 'auto', not "
+        wrong_value = "must be from 0 to 315360000 seconds, not "
         values = (math.nan, math.inf, -math.inf, -1, -0.001, 315360001)
         table: List[Tuple[Any, Any, str]] = [
-            *((value, TypeError, wrong_type.format(kind)) for kind, value in kinds.items()),
+            *((value, TypeError, wrong_type) for value in (None, "60", b"60", [60], 1j, True, 10**400)),
             *((value, ValueError, wrong_value) for value in values),
         ]
         for when in ("fresh", "covered", "ended"):
@@ -2073,9 +2069,9 @@ class SecondWriter(ProcessCase):
             self.run_object("r").report_progress(expect_next_in=60)
         self.assertEqual(len(logs.output), 1)
         self.assertIn(
-            f"{self.paths.pending}: this file system has no record locks: a second writer of "
-            "run r would not be noticed", logs.output[0],
-        )  # fmt: skip
+            f"{self.paths.pending} has no record locks: a second writer of run r would not be noticed",
+            logs.output[0],
+        )
         self.assertEqual(self.flags("r-"), ["check_in"])
 
     def is_free(self) -> bool:
@@ -2364,9 +2360,7 @@ class RunArguments(Case):
                 with self.assertRaises(ValueError) as caught:
                     Run(value, repo=os.path.join(self.root, "new"))  # type: ignore[arg-type]
                 self.assertIsInstance(caught.exception, aimwatch.ArgumentError)
-                self.assertRegex(
-                    str(caught.exception), "^run hash .* cannot be used: it must be 1 to 64 letters, "
-                )
+                self.assertRegex(str(caught.exception), "^run hash .* must be 1 to 64 letters, ")
         self.assertEqual(os.listdir(self.root), [".aim"])
 
     def test_hash_is_the_users_or_24_hex_digits(self) -> None:
@@ -2595,8 +2589,7 @@ class ReadOnlyRun(Case):
                     call()
                 self.assertEqual(
                     str(caught.exception),
-                    f"{what}: run r is only read here (read_only=True, or what a query found): "
-                    "open it with Run('r') to write",
+                    f"{what}: run r is only read: Run('r') can write it",
                 )
             self.assertEqual((reader["p"], reader.active), (1, False))
             with self.assertRaises(ZeroDivisionError), reader:
@@ -2698,8 +2691,8 @@ class FullDisk(HandDriven):
             Run("r", create=True, repo=self.root)
         self.assertEqual(
             str(caught.exception),
-            f"cannot write to the repository at {self.root}: r: No space left on device: make it "
-            "writable, or choose another folder with Run(repo=...) or $AIMWATCH_REPO",
+            f"cannot write {self.root}: No space left on device: make it writable, or choose another "
+            "folder with Run(repo=...) or $AIMWATCH_REPO",
         )
         with self.full("aimwatch.CheckInFile._create"), self.assertRaises(aimwatch.RepoError):
             Run("r", create=True, repo=self.root)
@@ -2846,8 +2839,7 @@ class LogReader(Case):
             with self.subTest(kind):
                 with self.assertRaises(aimwatch.RepoError) as caught:
                     self.run_object(kind)
-                self.assertIn(f"cannot write to the repository at {self.root}: {path}: ",
-                              str(caught.exception))  # fmt: skip
+                self.assertIn(f"cannot write {path}: ", str(caught.exception))
                 self.assertEqual((open_fds(), self.check_ins(f"{kind}-")), (fds, []))
 
 
@@ -3463,7 +3455,7 @@ class Tracking(RecordingCase):
             ({"step": 10**5000}, "does not fit in 64 bits"),
             ({"epoch": "one"}, "epoch must be a number, not 'one'"),
             ({"epoch": 10**400}, "epoch must be a number, not 1000"),
-            ({"context": "train"}, "context of metric 'm' must be a dict, not str"),
+            ({"context": "train"}, "context of metric 'm' must be a dict, not 'train'"),
         ):
             with self.subTest(message=message), self.assertRaises((TypeError, ValueError)) as caught:
                 run.track(1, **{"name": "m", **arguments})
@@ -3787,7 +3779,7 @@ class Params(RecordingCase):
         with mock.patch.object(aimwatch, "MAX_RECORD_BYTES", 1000):
             with self.assertRaisesRegex(
                 aimwatch.ArgumentError,
-                "param 'a.b' takes 1029 bytes, and a record holds at most 1000: set its parts one by one, or",
+                "param 'a.b' takes 1029 bytes, of at most 1000: set its parts one by one, or",
             ):
                 run["a", "b"] = "x" * 1000
             run["a", "b"] = "y"
