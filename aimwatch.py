@@ -5687,9 +5687,8 @@ class Outbox:
 
     def forget_notifiers(self, keep: Set[str]) -> None:
         """Give up what waits for notifiers that were removed."""
-        with self._writing:
-            kept = {event_id: (event, ids & keep) for event_id, (event, ids) in self._waiting.items()}
-            self._waiting = {event_id: item for event_id, item in kept.items() if item[1]}
+        for _, ids in list(self._waiting.values()):
+            ids.intersection_update(keep)
         for notifier_id in self.broken().keys() - keep:
             self.note_mended(notifier_id)
 
@@ -5740,23 +5739,20 @@ class NotifierThread(threading.Thread):
         #: As it is configured now; None while it is not in use.
         self.notifier: Optional[Notifier] = notifier
         self._outbox = outbox
-        self._woken, self._stopping = threading.Event(), False
+        #: Set where it is to look into the outbox.
+        self.woken, self._stopping = threading.Event(), False
         #: Until when it rests, what came of the last attempt, how many in a row have failed, and since when.
         self._rests_until, self._last, self._failures, self._failed_mono = -math.inf, SENT, 0, 0.0
 
     def use(self, notifier: Optional[Notifier]) -> None:
         """Go on with the notifier as it is configured now, and rest no longer."""
         self.notifier, self._failures, self._rests_until = notifier, 0, -math.inf
-        self.wake()
-
-    def wake(self) -> None:
-        """Look into the outbox."""
-        self._woken.set()
+        self.woken.set()
 
     def stop(self) -> None:
         """End after the attempt in flight, without waiting for it."""
         self._stopping = True
-        self.wake()
+        self.woken.set()
 
     def is_behind(self) -> bool:
         """True where something waits, and nothing was tried in vain."""
@@ -5772,7 +5768,7 @@ class NotifierThread(threading.Thread):
 
     def run(self) -> None:
         while True:
-            self._woken.clear()
+            self.woken.clear()
             if self._stopping:
                 return
             notifier, batch, left_s = self.notifier, self._batch(), self._rests_until - time.monotonic()
@@ -5780,36 +5776,34 @@ class NotifierThread(threading.Thread):
                 rest_s = self._send(notifier, batch)
                 self._rests_until = time.monotonic() + rest_s
             else:
-                self._woken.wait(left_s if batch else None)
+                self.woken.wait(left_s if batch else None)
 
     def _send(self, notifier: Notifier, batch: List[Event]) -> float:
         """Send `batch` in one message, and return how long to rest."""
         name = f"{notifier.type} {notifier.shown_as}"
         outcome = deliver(notifier, [{**event.facts, "id": event.id} for event in batch])
-        kind, reason = outcome.kind, outcome.detail
-        if notifier is not self.notifier and kind != SENT:
-            return MIN_POST_GAP_S  # as it is configured now, it has not been tried
-        kept = "what waits is kept until it is mended; see 'notifiers list'"
-        if kind == SENT and self._failures:
-            log.info("notifier %s is reached again", name)
-        elif kind != self._last:
-            log.warning("notifier %s: %s; %s", name, reason, kept if kind == BROKEN else "trying again")
-        if kind == SENT and notifier.type != "logger":  # whose messages say it themselves
-            log.info("notifier %s was sent %s: %s", name, plural(len(batch), "event"), reason)
-        self._failed_mono = self._failed_mono if self._failures else _monotonic()
+        kind, reason, failures = outcome.kind, outcome.detail, self._failures
         if kind == SENT:
+            if failures:
+                log.info("notifier %s is reached again", name)
+            if notifier.type != "logger":  # whose messages say it themselves
+                log.info("notifier %s was sent %s: %s", name, plural(len(batch), "event"), reason)
             self._outbox.sent([event.id for event in batch], self.id)
-        elif kind == BROKEN:
-            self._outbox.note_broken(self.id, reason)
-        elif _monotonic() - self._failed_mono >= OUTAGE_S and self.id not in self._outbox.broken():
-            self._outbox.note_broken(self.id, f"tried in vain for {human_s(OUTAGE_S)}: {reason}")
-        self._last, self._failures = kind, 0 if kind == SENT else self._failures + 1
-        if kind == SENT:
+            self._last, self._failures = kind, 0
             return 0.0 if notifier.type == "logger" else COLLECT_S
+        if notifier is not self.notifier:
+            return MIN_POST_GAP_S  # as it is configured now, it has not been tried
+        if kind != self._last:
+            kept = "what waits is kept until it is mended; see 'notifiers list'"
+            log.warning("notifier %s: %s; %s", name, reason, kept if kind == BROKEN else "trying again")
+        self._failed_mono = self._failed_mono if failures else _monotonic()
+        self._last, self._failures = kind, failures + 1
         if kind == BROKEN:
+            self._outbox.note_broken(self.id, reason)
             return BROKEN_RETRY_S
-        random = int.from_bytes(os.urandom(4), "big") / 2**32
-        return max(back_off_s(self._failures, random), outcome.wait_s, MIN_POST_GAP_S)
+        if _monotonic() - self._failed_mono >= OUTAGE_S and self.id not in self._outbox.broken():
+            self._outbox.note_broken(self.id, f"tried in vain for {human_s(OUTAGE_S)}: {reason}")
+        return max(back_off_s(self._failures, os.urandom(1)[0] / 256), outcome.wait_s, MIN_POST_GAP_S)
 
 
 class Dispatcher:
@@ -5853,11 +5847,16 @@ class Dispatcher:
                 self._outbox.note_mended(item.id)
         usable = {item.id: item for item in self._usable()}
         for one, item in usable.items():
-            if one not in self._threads:
-                self._threads[one] = NotifierThread(item, self._outbox)
-                self._threads[one].start()
+            self._threads.setdefault(one, NotifierThread(item, self._outbox))
         for one, thread in self._threads.items():
             thread.use(usable.get(one))
+        self._start_threads()
+
+    def _start_threads(self) -> None:
+        for thread in self._threads.values():
+            if thread.ident is None:
+                with contextlib.suppress(RuntimeError):  # the user has too many: tried again at each poll
+                    thread.start()
 
     def reload_if_changed(self) -> None:
         """Take up a changed configuration; of a broken one that is said once, and the last good one kept."""
@@ -5872,6 +5871,7 @@ class Dispatcher:
                 if str(error) != self._complaint:
                     log.error("%s; the last good configuration stays in force", error)
                 self._complaint = str(error)
+        self._start_threads()
 
     def describe(self) -> str:
         """Return who is notified, for people: `slack 5c42d699, logger`."""
@@ -5893,7 +5893,7 @@ class Dispatcher:
             ]
         )
         for thread in self._threads.values():
-            thread.wake()
+            thread.woken.set()
 
     def not_for(self, run_hash: str, state: str) -> List[str]:
         """Return the ids of the notifiers whose `where` is not true of a run. One of which nobody can tell
@@ -5954,7 +5954,7 @@ class Dispatcher:
         deadline = time.monotonic() + limit_s
         for thread in self._threads.values():
             thread.stop()
-        for thread in self._threads.values():
+        for thread in filter(NotifierThread.is_alive, self._threads.values()):
             thread.join(max(0.0, deadline - time.monotonic()))
         end_programs()
 
@@ -5969,26 +5969,18 @@ class Dispatcher:
 
 #: The state in which a check-in's flag leaves its run.
 FLAG_STATES = {STARTING: RUNNING, CHECK_IN: RUNNING, FINISHED: FINISHED, FAILED: FAILED}
-#: What is alerted when a run's state changes; any other change says nothing.
-TRANSITIONS = {
-    (None, RUNNING): (STARTED,),
-    (None, FINISHED): (FINISHED,),
-    (None, FAILED): (FAILED,),
-    (RUNNING, RUNNING): (STARTED,),
-    (RUNNING, STALLED): (STALLED,),
-    (RUNNING, FINISHED): (FINISHED,),
-    (RUNNING, FAILED): (FAILED,),
-    (STALLED, RUNNING): (RECOVERED,),
-    (STALLED, FINISHED): (RECOVERED, FINISHED),
-    (STALLED, FAILED): (FAILED,),
-    (FINISHED, RUNNING): (STARTED,),
-    (FINISHED, FAILED): (FAILED,),
-    (FAILED, RUNNING): (RECOVERED,),
-    (FAILED, FINISHED): (RECOVERED, FINISHED),
-    (FAILED, FAILED): (FAILED,),
-}
 #: The states in which a run's process should be there.
 LIVE = (RUNNING, STALLED)
+
+
+def kinds_to_alert(old_state: Optional[str], state: str) -> Sequence[str]:
+    """Return what is alerted when a run comes into a state, or begins anew in it."""
+    if state in (STALLED, FAILED):
+        return [state]
+    recovered = [RECOVERED] if old_state in (STALLED, FAILED) else []
+    if state == RUNNING:
+        return recovered or [STARTED]
+    return [*recovered, FINISHED] if old_state != FINISHED else []
 
 
 def bounded(value: Any) -> float:
@@ -6103,14 +6095,10 @@ class WatchedRun:
 
     @classmethod
     def from_list(cls, values: List[Any]) -> WatchedRun:
-        """Read back what `to_list` gave. Raises ValueError or TypeError for most other things."""
+        """Read back what `to_list` gave. Raises ValueError, KeyError or TypeError for most other things."""
         name, since_s, since_utc, state, was_held, free_s, *stalls = values
         check_in = parse_check_in(name)
-        if (
-            check_in is None
-            or check_in.flag not in FLAG_STATES
-            or state not in (RUNNING, STALLED, FINISHED, FAILED)
-        ):
+        if check_in is None or state not in KINDS:
             raise ValueError(f"{name!r}, {state!r}: not a run")
         watched = cls(check_in, name, float(since_s), float(since_utc))
         watched.state, watched.was_held, watched.free_s = state, bool(was_held), float(free_s)
@@ -6201,7 +6189,7 @@ class RunTable:
                 self._next_s = min(self._next_s, self.deadline_s(watched))
             # Nearly every new name is a heartbeat of a running run: what that costs is what a poll costs.
             if old_state != RUNNING or check_in.flag != CHECK_IN:
-                kinds = TRANSITIONS.get((old_state, watched.state), ())
+                kinds = kinds_to_alert(old_state, watched.state)
                 changes += [Change(kind, watched, silent_s, old_state) for kind in kinds]
                 if watched.state in (FINISHED, FAILED):
                     watched.stalls = []
@@ -6251,8 +6239,8 @@ class RunTable:
     def end(self, watched: WatchedRun, state: str, now_s: float, note: str) -> List[Change]:
         """Note that a run has ended though no check-in says so, and return what that changes."""
         old_state, watched.state, watched.stalls = watched.state, state, []
-        kinds = TRANSITIONS.get((old_state, state), ())
-        return [Change(kind, watched, now_s - watched.since_s, old_state, note) for kind in kinds]
+        silent_s, kinds = now_s - watched.since_s, kinds_to_alert(old_state, state)
+        return [Change(kind, watched, silent_s, old_state, note) for kind in kinds]
 
 
 #: How often at most people are reminded of a stalled run.
@@ -6650,7 +6638,7 @@ def saved_runs(saved: Dict[str, Any]) -> List[WatchedRun]:
     """Return the runs that watcher.json knows."""
     found, runs = [], saved.get("runs")
     for values in runs if isinstance(runs, list) else ():
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(KeyError, TypeError, ValueError):
             found.append(WatchedRun.from_list(values))
     return found
 
@@ -6707,7 +6695,7 @@ class Watcher:
         self._events: List[Event] = []
         #: False between a look at the runs and the events that it leads to.
         self._may_save = True
-        self._said: Set[str] = set()
+        self._warn_once = functools.lru_cache(1000)(functools.partial(log.warning, "%s"))
         #: Called with each run that was found to have ended without a check-in that says so.
         self.on_dead: Callable[[str], None] = lambda run: None
         #: How many looks succeeded, and why the last one did not.
@@ -6859,11 +6847,6 @@ class Watcher:
             raise WatcherBusyError(f"{describe_watcher(self.paths)} watches {self.paths.root} now")
         self._saved_as = found
 
-    def _warn_once(self, text: str) -> None:
-        if text not in self._said and len(self._said) < 1000:
-            self._said.add(text)
-            log.warning("%s", text)
-
     def _find_dead(self, now_s: float, first: bool = False) -> List[Change]:
         """Look at the markers of the runs that are due, and return what has become of those that nobody
         writes any more. At the first sight of a repository, the logs of all are asked alone."""
@@ -6909,10 +6892,11 @@ class Watcher:
             known, watched = self._muted.pop(run), runs.get(run)
             if watched is None or ack_name(watched.name, watched.state) in taken_on:
                 continue
-            kinds = TRANSITIONS.get((known, watched.state), ()) if known != watched.state else ()
+            # Of a stall or a failure people may know, and are reminded.
+            kinds = (
+                kinds_to_alert(known, watched.state) if (known, watched.state) != (RUNNING, RUNNING) else []
+            )
             note = {RUNNING: "checked in again while it was muted", FINISHED: "finished while it was muted"}
-            if watched.state in (STALLED, FAILED):
-                kinds = (watched.state,)  # people may know, and be reminded
             silent_s, suffix = self.looking.total_s - watched.since_s, f"-muted-{self._utc():.3f}"
             why = note.get(watched.state, "it was muted until now")
             alerted += [Change(kind, watched, silent_s, known, why, suffix) for kind in kinds]
@@ -7024,6 +7008,7 @@ class Watcher:
             self._saved_as = file_stamp(self.paths.watcher)
         except OSError as error:
             self._warn_once(f"cannot write {self.paths.watcher}: {error.strerror}")
+            freshen(self.paths.watcher_lock)  # so that `status` knows on a full disk that the watcher looks
             self._save_mono = begun + MAX_SAVE_INTERVAL_S
             return False
         # As the file says; what this one cost counts from the next on.
@@ -7164,23 +7149,21 @@ class SightAlarm(threading.Thread):
 
     def check(self) -> None:
         """Compare the watcher with what it was SIGHT_CHECK_S ago."""
-        watcher = self._watcher
+        watcher, root = self._watcher, self._watcher.paths.root
         limit = math.ceil((HOLD_S + watcher.poll_interval_s) / SIGHT_CHECK_S)
+        was_blind, self._blind_checks = self._blind_checks >= limit, self._blind_checks + 1
         if watcher.looks != self._looks:
-            if self._blind_checks >= limit:
-                self._alert("can be read again; its runs are watched")
             self._looks, self._blind_checks = watcher.looks, 0
-            return
-        self._blind_checks += 1
-        if self._blind_checks == limit:
+        if was_blind and not self._blind_checks:
+            what = "can be read again; its runs are watched"
+        elif self._blind_checks == limit:
             why = watcher.trouble or "the look does not come back: the file system hangs, or is very slow"
-            self._alert(f"cannot be read for {human_s(HOLD_S)} ({why}): no run in it is watched until it can")
-
-    def _alert(self, what: str) -> None:
-        root = self._watcher.paths.root
+            what = f"cannot be read for {human_s(HOLD_S)} ({why}): no run in it is watched until it can"
+        else:
+            return
         reason = f"the repository {root} {what}"
         log.error("%s", reason)
-        self._watcher.dispatcher.alarm(trouble(f"sight-{time.time():.2f}", root, reason))
+        watcher.dispatcher.alarm(trouble(f"sight-{time.time():.2f}", root, reason))
 
 
 class Pinger(threading.Thread):
@@ -7190,16 +7173,13 @@ class Pinger(threading.Thread):
     def __init__(self, url: str) -> None:
         super().__init__(name="aimwatch-ping", daemon=True)
         self._notifier = Notifier("ping", "webhook", True, {"url": url}, (), None)
-        self._due = threading.Event()
+        #: Set when a poll went well.
+        self.due = threading.Event()
         self._failing = False
 
-    def healthy(self) -> None:
-        """Say that a poll went well; one that comes while a GET is under way is dropped."""
-        self._due.set()
-
     def run(self) -> None:
-        while self._due.wait():
-            self._due.clear()
+        while self.due.wait():
+            self.due.clear()
             self.ping()
 
     def ping(self) -> None:
@@ -7235,7 +7215,7 @@ class ReindexThread(threading.Thread):
         self.reindexer = Reindexer(paths)
         self._interval_s = interval_s
         self._stopping = threading.Event()
-        self._complained: Set[str] = set()
+        self._warn_once = functools.lru_cache(1000)(functools.partial(log.warning, "%s"))
 
     def run(self) -> None:
         while not self._stopping.is_set():
@@ -7256,9 +7236,7 @@ class ReindexThread(threading.Thread):
         except Exception as error:
             problems = [f"reindexing: {type(error).__name__}: {error}"]
         for problem in problems:
-            if problem not in self._complained:
-                self._complained.add(problem)
-                log.warning("%s", problem)
+            self._warn_once(problem)
         self.reindexer.problems.clear()
 
     def stop(self, limit_s: float) -> None:
@@ -8961,7 +8939,7 @@ def _watch(watcher: Watcher, stop: threading.Event, args: Any, handler: _LogThre
     def after_poll() -> None:
         sd_notify("WATCHDOG=1")
         if pinger is not None and not watcher.trouble:
-            pinger.healthy()
+            pinger.due.set()
         _write_metrics(site, args.metrics_file)
         if sys.stderr.isatty():
             counts = ", ".join(f"{count} {state}" for state, count in watcher.counts().items() if count)
@@ -9081,6 +9059,8 @@ def watcher_state(paths: RepoPaths, saved: Dict[str, Any], looks: Optional[bool]
         looks: whether that file goes on changing; None: see, where the watcher is on another machine.
     """
     seen_at, started_at, now = bounded(saved.get("seen_at")), bounded(saved.get("started_at")), time.time()
+    with contextlib.suppress(OSError):
+        seen_at = seen_at and max(seen_at, os.stat(paths.watcher_lock).st_mtime)  # see `Watcher._save`
     age_s = max(0.0, now - seen_at) if seen_at else math.inf
     ago = f"last looked {human_s(age_s)} ago" if seen_at else "never looked"
     lock = lock_state(paths.watcher_lock)

@@ -7214,6 +7214,17 @@ class Notifying(NotifyingCase):
         )
         self.assertEqual((len(server.requests), self.sent("a")), (2, [event_of(1).id]))
 
+    def test_thread_that_cannot_be_started_is_tried_again(self) -> None:
+        server = self.webhook()
+        self.configure(a=hook(server.url))
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            dispatcher = self.dispatcher()
+            dispatcher.notify([event_of(1)])
+            dispatcher.reload_if_changed()
+        self.assertEqual(server.requests, [])
+        dispatcher.reload_if_changed()
+        self.wait_sent("a", 1)
+
     def test_full_disk_keeps_nobody_from_being_notified(self) -> None:
         server = self.webhook()
         self.configure(a=hook(server.url))
@@ -10947,6 +10958,14 @@ class TestStatus(WatchCase):
                 self.assertEqual(found, code, out)
                 text = "holds the watch but does not look; last looked" if code else "watched by"
                 self.assertIn(text, out)
+
+    def test_watcher_that_cannot_write_on_a_full_disk_is_alive(self) -> None:
+        watcher = self.watch(utc=lambda: time.time() - 100.0)
+        os.utime(self.paths.watcher_lock, (0, 0))
+        self.assertEqual(self.status()[0], 1)
+        with mock.patch.object(aimwatch, "replace_file", no_space):
+            self.look(watcher, 11)
+        self.assertIn("watched by", self.status()[1])
 
     def test_passes_of_once_count_as_a_watcher(self) -> None:
         self.stop(self.watcher(once=True))
