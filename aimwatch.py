@@ -197,6 +197,10 @@ class ConfigError(AimwatchError):
 to_json: Callable[[Any], str] = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
+#: What comes of data that another program wrote, or a query over it, where it is not of the kind expected.
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
 def _finite_number(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):  # NaN, or 1e999: nothing that could be written again
@@ -1159,7 +1163,7 @@ class RunState:
                 self.end = record
             else:
                 return False
-        except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
+        except MALFORMED:
             return False
         return True
 
@@ -1459,10 +1463,6 @@ def log_problem(state: RunState) -> str:
     return "" if state.created_at else "no run description in it: it is empty, or no run's log"
 
 
-#: What a line that is no point of ours comes to.
-_NO_POINT = (IndexError, OverflowError, RecursionError, TypeError, ValueError)
-
-
 def _parse_point(point: Any) -> Tuple[int, float, Optional[float], float]:
     # A last line without its end is one, if it parses: only its line break was torn off.
     epoch, when = float(point[4]) if len(point) > 4 else None, _in_range(float(point[3]), MAX_TIME_S)
@@ -1477,7 +1477,7 @@ def read_points(path: str, series_id: int) -> List[Tuple[int, float, Optional[fl
     with open_regular(path) as file:
         for line, _ in read_lines(file):
             if line.startswith(start):
-                with contextlib.suppress(*_NO_POINT):
+                with contextlib.suppress(*MALFORMED):
                     points.append(_parse_point(from_json(line)))
     points.sort(key=lambda point: point[0])
     return points
@@ -1486,7 +1486,7 @@ def read_points(path: str, series_id: int) -> List[Tuple[int, float, Optional[fl
 def parse_message(line: bytes) -> Optional[Dict[str, Any]]:
     """Return the log message that a line holds, with a level in `log`; None for any other line."""
     if line.startswith(b'{"log"'):
-        with contextlib.suppress(ValueError, RecursionError, KeyError, OverflowError, TypeError):
+        with contextlib.suppress(*MALFORMED):
             record = from_json(line)
             level, when = int(record["log"]), _in_range(float(record["time"]), MAX_TIME_S)
             return {**record, "log": level, "time": when, "message": str(record["message"])}
@@ -2996,7 +2996,7 @@ class Run:
             self._state.log_size = size
             with write_index(self._paths, 0.3) as db:
                 db.execute("BEGIN IMMEDIATE")
-                index_run(db, self.hash, run_record(self._state))
+                index_run(db, self.hash, run_row(self._state))
                 db.execute("COMMIT")
                 os.unlink(self._paths.marker(self.hash))
         except Exception as error:
@@ -3488,18 +3488,10 @@ def connect(path: str, mode: str, busy_timeout_s: float) -> Iterator[sqlite3.Con
         raise IndexUnusable(f"{path}: {error}") from None
 
 
-#: A run's row as `stored_parts` gives it, and its facts.
-RunRecord = Tuple[Tuple[Any, ...], List[Tuple[str, Any]]]
-
-
-def run_record(state: RunState) -> RunRecord:
-    """Return what the index holds of a run."""
-    row = run_row(state)
-    return stored_parts(row), list(facts_of(row))
-
-
-def index_run(db: sqlite3.Connection, run_hash: str, record: Optional[RunRecord]) -> None:
-    """Write or replace one run, or take it out where there is no record, inside the caller's transaction."""
+def index_run(db: sqlite3.Connection, run_hash: str, row: Optional[Dict[str, Any]]) -> None:
+    """Write or replace one run, or take it out where there is no row, inside the caller's transaction."""
+    # Made before anything is changed, since this may fail.
+    columns, facts = (stored_parts(row), list(facts_of(row))) if row is not None else ((), [])
     found = db.execute(f"SELECT id, {_STORED} FROM runs WHERE hash = ?", (run_hash,)).fetchone()
     run_id = None
     if found is not None:
@@ -3507,12 +3499,10 @@ def index_run(db: sqlite3.Connection, run_hash: str, record: Optional[RunRecord]
         old = [(path, value, run_id) for path, value in facts_of(StoredRow(*parts))]
         db.executemany("DELETE FROM facts WHERE path = ? AND value = ? AND run = ?", old)
         db.execute("DELETE FROM runs WHERE id = ?", (run_id,))
-    if record is not None:
-        parts, facts = record
-        marks = ", ?" * len(parts)
-        run_id = db.execute(f"INSERT INTO runs (id, {_STORED}) VALUES (?{marks})", (run_id, *parts)).lastrowid
-        new = [(path, value, run_id) for path, value in facts]
-        db.executemany("INSERT OR IGNORE INTO facts VALUES (?, ?, ?)", new)
+    if columns:
+        put = f"INSERT INTO runs (id, {_STORED}) VALUES (?{', ?' * len(columns)})"
+        run_id = db.execute(put, (run_id, *columns)).lastrowid
+        db.executemany("INSERT OR IGNORE INTO facts VALUES (?, ?, ?)", [(*fact, run_id) for fact in facts])
 
 
 def mark_pending(paths: RepoPaths, run_hash: str) -> None:
@@ -3680,17 +3670,17 @@ class Reindexer:
             self.problems.append(f"{marker.path}: {error.strerror}")
             return False
         state, problem = load_run(self.paths, run_hash)
-        record = None
-        if state is not None:
+        if state is None:
+            index_run(db, run_hash, None)
+        else:
             if gone and state.end is None:
                 gone = self._is_dead(db, state) and finalize_dead(self.paths, state)
+            known = db.execute("SELECT active, log_size FROM runs WHERE hash = ?", (run_hash,)).fetchone()
             try:
-                record = run_record(state)
-            except Exception as error:  # one log, whatever is in it, must not keep all the others out
+                if known != (state.end is None, state.log_size):
+                    index_run(db, run_hash, run_row(state))
+            except MALFORMED as error:  # one log, whatever is in it, must not keep all the others out
                 problem = f"{self.paths.run_log(run_hash)}: {type(error).__name__}: {error}"
-        known = db.execute("SELECT active, log_size FROM runs WHERE hash = ?", (run_hash,)).fetchone()
-        if record is None or known != record[0][4:6]:
-            index_run(db, run_hash, record)
         if problem:
             self.problems.append(problem)
         return gone and not problem
@@ -3870,8 +3860,6 @@ _TIMES_MADE: Dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 _TIME_PARTS = ("year", "month", "day", "hour", "minute", "second")
 
-_IMPOSSIBLE = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
-
 
 def _with_own_nan(value: Any) -> Any:
     # Inside lists, Python takes one and the same NaN for equal to itself. Here every NaN equals nothing.
@@ -3948,8 +3936,8 @@ _UNKNOWN = object()
 class _Value(NamedTuple):
     """What a part of the query stands for. `const` is its value where that is the same for every row.
 
-    The index holds it in the facts at the path `fact`: the value itself ("value", or "flag" where it is true
-    or false), its seconds ("time"), or its elements ("member").
+    The index holds it in the facts at the path `fact`: the value itself ("value"), its seconds ("time"), or
+    its elements ("member").
     """
 
     of: Evaluated
@@ -3964,13 +3952,11 @@ def _constant(value: Any) -> _Value:
 
 def compile_query(text: str, over: str = "run") -> CompiledQuery:
     """Compile a query over "run" or "metric"; an empty one is true for all. Raises QueryError."""
-    if not text.strip():
-        return CompiledQuery(lambda row, metric: True, over, set())
-    tree = _parse(text)
+    tree = _parse(text if text.strip() else "True")
     compiler = _Compiler(text, over)
     terms = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
     compiler.conjuncts = set(terms)
-    test = compiler.condition(tree)
+    test = compiler.value(tree).of
     return CompiledQuery(test, over, compiler.fields, compiler.narrowings, compiler.params)
 
 
@@ -4016,20 +4002,20 @@ def _from_row(name: str, **more: Any) -> _Value:
     return _Value(lambda row, metric: row[name], **more)
 
 
+_PLAIN_FIELDS = (
+    "description", "archived", "end_time", "state", "reason", "host", "pid", "user", "job", "rank",
+)  # fmt: skip
 _RUN_FIELDS: Dict[str, _Value] = {
+    **{field: _from_row(field) for field in _PLAIN_FIELDS},
     "hash": _from_row("hash", fact="hash"),
     "name": _Value(lambda row, metric: row["name"] or default_name(row["hash"]), fact="name"),
-    "description": _from_row("description"),
     "experiment": _from_row("experiment", fact="experiment"),
-    "archived": _from_row("archived"),
     "tags": _from_row("tags", fact="tag", kind="member"),
     "creation_time": _from_row("created_at", fact="created_at"),
     "created_at": _Value(lambda row, metric: _utc(row["created_at"]), fact="created_at", kind="time"),
-    "end_time": _from_row("end_time"),
     "finalized_at": _Value(lambda row, metric: _utc(row["end_time"]), kind="time"),
-    "active": _Value(lambda row, metric: row["end_time"] is None, fact="active", kind="flag"),
+    "active": _Value(lambda row, metric: row["end_time"] is None, fact="active"),
     "duration": _Value(lambda row, metric: duration_s(row)),
-    **{field: _from_row(field) for field in ("state", "reason", "host", "pid", "user", "job", "rank")},
 }
 
 #: What to write in the place of a kind of node.
@@ -4050,23 +4036,14 @@ class _Compiler:
         self.conjuncts: Set[ast.expr] = set()
         self.narrowings: List[Narrowing] = []
 
-    def condition(self, node: ast.expr) -> Evaluated:
-        """Return a function whose result is as true as the node is in Python."""
-        if isinstance(node, ast.BoolOp):
-            return _chosen(node, [self.condition(value) for value in node.values])
-        value = self.value(node)
-        if value.kind == "flag":
-            self.narrow(node, value, "==", True)
-        return value.of
-
-    def comparison(self, node: ast.Compare) -> Evaluated:
+    def comparison(self, node: ast.Compare) -> _Value:
         values = [self.value(operand) for operand in (node.left, *node.comparators)]
-        tests = [self.pair(node, op, *values[nth : nth + 2]) for nth, op in enumerate(node.ops)]
-        if len(tests) == 1:
-            return tests[0]
-        return lambda row, metric: all(test(row, metric) for test in tests)
+        pairs = [self.pair(node, op, *values[nth : nth + 2]) for nth, op in enumerate(node.ops)]
+        if len(pairs) == 1:
+            return pairs[0]
+        return _Value(lambda row, metric: all(pair.of(row, metric) for pair in pairs))
 
-    def pair(self, node: ast.expr, op: ast.cmpop, left: _Value, right: _Value) -> Evaluated:
+    def pair(self, node: ast.expr, op: ast.cmpop, left: _Value, right: _Value) -> _Value:
         if isinstance(op, (ast.Is, ast.IsNot)) and right.const is not None:
             self.refuse(node, "'is' compares with None only: write ==")
         for value, const in ((left, right.const), (right, left.const)):
@@ -4082,16 +4059,11 @@ class _Compiler:
                 self.narrow(node, right, _MIRRORED[sign], left.const)
             elif right.kind == "member" and isinstance(left.const, str):
                 self.narrow(node, right._replace(kind="value"), "==", left.const)
-        left_of, right_of = left.of, right.of
 
-        def of(row: Dict[str, Any], metric: Any) -> bool:
-            try:
-                left, right = _with_own_nan(left_of(row, metric)), right_of(row, metric)
-                return bool(compare(left, right)) is not is_opposite
-            except _IMPOSSIBLE:
-                return is_opposite
+        def decide(left: Any, right: Any) -> bool:
+            return bool(compare(_with_own_nan(left), right)) is not is_opposite
 
-        return of
+        return self.operation(decide, left, right, impossible=is_opposite)
 
     def narrow(self, node: ast.expr, value: _Value, sign: str, const: Any) -> None:
         """Note what holds of the facts of every run for which a comparison with a constant is true."""
@@ -4116,7 +4088,10 @@ class _Compiler:
 
     def value(self, node: ast.expr) -> _Value:
         if isinstance(node, (ast.Attribute, ast.Subscript, ast.Name)):
-            return self.chain(node)
+            value = self.chain(node)
+            if value.fact == "active":  # true or false by itself
+                self.narrow(node, value, "==", True)
+            return value
         if isinstance(node, ast.Constant):
             if not isinstance(node.value, (str, int, float, type(None))):
                 self.refuse(node, f"{node.value!r:.40} is not in the query language: write text or a number")
@@ -4133,9 +4108,9 @@ class _Compiler:
         if isinstance(node, ast.BoolOp):
             return _Value(_chosen(node, [self.value(operand).of for operand in node.values]))
         if isinstance(node, ast.Compare):
-            return _Value(self.comparison(node))
+            return self.comparison(node)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            operand = self.condition(node.operand)
+            operand = self.value(node.operand).of
             return _Value(lambda row, metric: not operand(row, metric))
         if isinstance(node, (ast.BinOp, ast.UnaryOp)):
             operands = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
@@ -4144,21 +4119,24 @@ class _Compiler:
             return self.operation(_OPERATORS[type(node.op)], *map(self.value, operands))
         return self.refuse_kind(node, node)
 
-    def operation(self, function: Callable[..., Any], *values: _Value) -> _Value:
-        """Return what a function makes of some values; None where that is impossible."""
+    def operation(
+        self, function: Callable[..., Any], *values: _Value, impossible: Optional[bool] = None
+    ) -> _Value:
+        """Return what a function makes of some values, or another value where that is impossible."""
         operands = [value.of for value in values]
 
         def of(row: Dict[str, Any], metric: Any) -> Any:
             try:
                 return function(*[operand(row, metric) for operand in operands])
-            except _IMPOSSIBLE:
-                return None
+            except MALFORMED:
+                return impossible
 
         return _Value(of) if _UNKNOWN in [value.const for value in values] else _constant(of({}, None))
 
     def call(self, node: ast.Call) -> _Value:
-        function = node.func
-        name = _dotted(function)
+        function: Any = node.func
+        owner, attribute = getattr(getattr(function, "value", None), "id", ""), getattr(function, "attr", "")
+        name = getattr(function, "id", f"{owner}.{attribute}")
         if name in _TIMES_MADE:
             consts = [self.const(argument) for argument in node.args]
             named = {str(keyword.arg): self.const(keyword.value) for keyword in node.keywords}
@@ -4169,12 +4147,12 @@ class _Compiler:
         if node.keywords:
             self.refuse(node, "arguments have no names here: write the values alone")
         values = [self.value(argument) for argument in node.args]
-        if isinstance(function, ast.Name) and name in _FUNCTIONS and len(values) == 1:
+        if name in _FUNCTIONS and len(values) == 1:
             return self.operation(_FUNCTIONS[name], values[0])
-        if isinstance(function, ast.Attribute) and function.attr in _METHODS:
-            if len(values) != (1 if function.attr.endswith("with") else 0):
-                self.refuse(node, f"wrong number of arguments for {function.attr}()")
-            return self.operation(_METHODS[function.attr], self.value(function.value), *values)
+        if attribute in _METHODS:
+            if len(values) != (1 if attribute.endswith("with") else 0):
+                self.refuse(node, f"wrong number of arguments for {attribute}()")
+            return self.operation(_METHODS[attribute], self.value(function.value), *values)
         known = ", ".join((*_METHODS, *_FUNCTIONS, "datetime, timedelta"))
         return self.refuse(function, f"this call is not in the query language: it can call {known}")
 
@@ -4184,9 +4162,8 @@ class _Compiler:
         root, is_field = node, False
         while isinstance(root, (ast.Attribute, ast.Subscript)):
             is_field = isinstance(root, ast.Attribute)
-            names += [root.attr] if isinstance(root, ast.Attribute) else reversed(self.subscript(root))
+            names[:0] = [root.attr] if isinstance(root, ast.Attribute) else self.subscript(root)
             root = root.value
-        names.reverse()
         name = root.id if isinstance(root, ast.Name) else ""
         if name not in ("run", "metric"):
             if name:
@@ -4253,15 +4230,13 @@ class _Compiler:
         return _Value(of, fact=f"metric {name}" if field == "last" else "")
 
     def metric_value(self, node: ast.expr, names: List[Any]) -> _Value:
-        first = names[0]
-        if first == "context":
-            return _Value(_at(lambda row, metric: metric["context"], names[1:]))
-        if len(names) > 1 or first not in ("name", *_SERIES_FIELDS):
+        first, *rest = names
+        if first not in ("name", "context", *_SERIES_FIELDS) or (rest and first != "context"):
             self.refuse(
                 node,
                 f"a metric has no '{names[-1]}' here, but name, context, {', '.join(_SERIES_FIELDS)}",
             )
-        return _Value(lambda row, metric: metric[first])
+        return _Value(_at(lambda row, metric: metric, names))
 
     def const(self, node: ast.expr) -> Any:
         value = self.value(node).const
@@ -4310,12 +4285,6 @@ def _at(whole_of: Evaluated, keys: Sequence[Any]) -> Evaluated:
         return value
 
     return of
-
-
-def _dotted(node: ast.expr) -> str:
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return f"{node.value.id}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else ""
 
 
 # ======================================================================================
@@ -4556,11 +4525,12 @@ class Repo:
     def _read_pending(self, index: Optional[sqlite3.Connection]) -> Set[str]:
         """Bring the overlay to what the index lacks; return the runs for which the index does not speak:
         those in the overlay, and those whose log is gone or cannot be read."""
-        sizes = self._lacking(index)
-        if index is not None and len(sizes) > MAX_PENDING:
-            # Worth a try to keep it for the next who asks; what is not indexed is read below.
-            self._try_to_index(list(sizes), 0.1)
-            sizes = self._lacking(index)
+        if index is None:
+            sizes = log_sizes(self._paths, list_runs(self._paths))
+        else:
+            found = log_sizes(self._paths, list_pending(self._paths))
+            sql = "SELECT 1 FROM runs WHERE hash = ? AND log_size = ?"
+            sizes = dict(item for item in found.items() if not index.execute(sql, item).fetchone())
         known, self._overlay = self._overlay, {}
         for run_hash, size in sizes.items():
             parts = known.get(run_hash)
@@ -4572,16 +4542,9 @@ class Repo:
                     continue
                 parts = stored_parts(run_row(state))
             self._overlay[run_hash] = parts
+        if index is not None and len(sizes) > MAX_PENDING:
+            self._try_to_index(list(sizes), 0.1)  # for the next who asks
         return set(sizes)
-
-    def _lacking(self, index: Optional[sqlite3.Connection]) -> Dict[str, int]:
-        """Return the runs that the index lacks or knows too little of, with the size of their logs; that of a
-        run that was deleted is -1."""
-        if index is None:
-            return log_sizes(self._paths, list_runs(self._paths))
-        sizes = log_sizes(self._paths, list_pending(self._paths)).items()
-        sql = "SELECT 1 FROM runs WHERE hash = ? AND log_size = ?"
-        return dict(item for item in sizes if index.execute(sql, item).fetchone() is None)
 
     # ---------------------------------------------------------------- the index
 
@@ -4918,7 +4881,7 @@ class NotifierConfig:
             return {"notifications": {"version": "1.0", "log_level": 30, "notifiers": {}}}
         except OSError as error:
             raise ConfigError(f"cannot read {self.path}: {error.strerror}") from None
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except MALFORMED as error:
             raise ConfigError(
                 f'{self.path} is not JSON like {{"notifications": {{"notifiers": {{}}}}}} ({error}): '
                 "mend it, or move it away and add the notifiers again"
@@ -5604,7 +5567,7 @@ class Outbox:
 
     def _apply(self, record: Dict[str, Any]) -> None:
         """Take in one record; a foreign one is skipped."""
-        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        with contextlib.suppress(*MALFORMED):
             if "event" in record:
                 facts = {name: str(value) for name, value in record.get("facts", {}).items()}
                 event = Event(str(record["event"]), str(record["kind"]), facts)
@@ -6287,7 +6250,7 @@ def describe_progress(state: RunState) -> str:
         left_s = elapsed_s * (1 - part) / part
         units = [unit_s for unit_s in (86400, 3600, 60, 1) if left_s >= 1.5 * unit_s]
         return f"{part:.0%}, about {human_s(round(left_s / units[0]) * units[0])} left".replace("%", " %")
-    except (ArithmeticError, IndexError, KeyError, TypeError, ValueError):
+    except MALFORMED:
         return ""
 
 
@@ -7739,7 +7702,7 @@ _plain_json = json.JSONDecoder(parse_constant=_finite_number).decode
 
 
 def point_columns(points: List[List[Any]]) -> Dict[str, Any]:
-    """Return points, which are parsed lines of a log, as columns. Raises one of _NO_POINT."""
+    """Return points, which are parsed lines of a log, as columns. Raises one of MALFORMED."""
     import array
 
     columns = {
@@ -7791,7 +7754,7 @@ class LogFollower:
                 elif message := parse_message(line):
                     messages.append(message)
             new = {series_id: point_columns(points) for series_id, points in series.items()}
-        except _NO_POINT:
+        except MALFORMED:
             for line in lines if len(lines) > 1 else ():
                 self._take([line])
             return

@@ -2886,7 +2886,7 @@ class IndexCase(unittest.TestCase):
     def put(self, *states: aimwatch.RunState) -> None:
         self.db.execute("BEGIN")
         for state in states:
-            aimwatch.index_run(self.db, state.hash, aimwatch.run_record(state))
+            aimwatch.index_run(self.db, state.hash, aimwatch.run_row(state))
         self.db.execute("COMMIT")
 
     def found(self, text: str, over: str = "run") -> List[Any]:
@@ -4986,17 +4986,17 @@ class ReindexThreads(StoredCase):
             self.die(name)
         os.mkdir(self.paths.run_log("bad"))
         write_file(self.paths.marker("bad"))
-        thread, real = aimwatch.ReindexThread(self.paths), aimwatch.run_record
+        thread, real = aimwatch.ReindexThread(self.paths), aimwatch.run_row
         with aimwatch.write_index(self.paths):
             thread._pass()
             self.assertEqual(self.state("fine"), None)
 
-        def record(state: aimwatch.RunState) -> Any:
+        def row(state: aimwatch.RunState) -> Any:
             if state.hash == "another":
-                raise RuntimeError("no idea")
+                raise ValueError("no idea")
             return real(state)
 
-        with mock.patch.object(aimwatch, "run_record", record), self.assertLogs("aimwatch") as logs:
+        with mock.patch.object(aimwatch, "run_row", row), self.assertLogs("aimwatch") as logs:
             for _ in range(3):
                 thread._pass()
             self.assertEqual(self.pending(), ["another", "bad"])
@@ -5006,7 +5006,7 @@ class ReindexThreads(StoredCase):
                     thread._pass()
             os.unlink(self.paths.pending)
             os.rename(self.paths.pending + ".away", self.paths.pending)
-        said = [f"{self.paths.run_log('another')}: RuntimeError: no idea",
+        said = [f"{self.paths.run_log('another')}: ValueError: no idea",
                 f"{self.paths.run_log('bad')}: not a regular file", "reindexing: NotADirectoryError: "]  # fmt: skip
         self.assertEqual(len(logs.output), 3)
         for line, expected in zip([*sorted(logs.output[:2]), logs.output[2]], said):
@@ -12484,7 +12484,7 @@ def bench_index(bench: Bench, root: str) -> None:
         for _ in range(20):
             state, _ = aimwatch.load_run(paths, run_hash)
             assert state is not None
-            aimwatch.index_run(db, run_hash, aimwatch.run_record(state))
+            aimwatch.index_run(db, run_hash, aimwatch.run_row(state))
 
     bench.compare("index a closed run of 50,000 points", lambda: index(long), "of 100 points",
                   lambda: index(short), 2.5, "us", 20, 15)  # fmt: skip
