@@ -7728,22 +7728,18 @@ class NotifiersAdd(NotifierCase):
         hook, mail = ("webhook", "--webhook-url", GOOD_URL), ("email", "--smtp-host", "h", "--from", "a@b")
         for argv, message in (
             (("slack",), "--webhook-url: this is needed$"),
-            (("workplace", "--access-token", "t"), "--group-id: this is needed$"),
             (group, "--access-token: this is needed$"),
             (("slack", "--webhook-url-file", "/nonexistent"), "No such file or directory: '/nonexistent'$"),
             (("slack", "--webhook-url-file", self.root), "Is a directory: "),
             (("slack", "--webhook-url-file", no_text), "--webhook-url: must start with https:// or http://"),
             (("slack", "--webhook-url-file", "-"), "--webhook-url: this is needed$"),
-            (("slack", "--webhook-url", "x"), "--webhook-url: must start with https:// or http://"),
             ((*group, "--access-token-file", two_lines), "--access-token: must be one word of printable ASCII"),
-            (("workplace", "--group-id", "a b", "--access-token", "t"), "--group-id: must be letters and digits, not 'a b'$"),
             ((*slack, "--message", "{run.oops}"), "--message: names {run.oops}, which does not exist: use"),
             ((*hook, "--header", "no colon SECRET"), "--header: must be 'Name: value'"),
             ((*hook, "--body", "{"), "--body: must be a JSON object or list, such as"),
             ((*hook, "--body", '{"a": "{run.oops}"}'), "--body: names {run.oops}, which does not exist"),
             (mail, "--to: this is needed$"),
             ((*mail, "--to", "a@b\nBcc: x@y"), "--to: must be a mail address, name@host, not 'Bcc:'$"),
-            ((*mail, "--to", "a@b", "--user", "u", "--password", "PASSW\u00d6RD"), "--password: must be printable ASCII"),
             (("command", "--command", "tell"), "--command: must be a program with its whole path"),
         ):  # fmt: skip
             with self.subTest(argv):
@@ -7754,25 +7750,13 @@ class NotifiersAdd(NotifierCase):
                 self.assert_nothing_saved()
 
     def test_name_and_duplicate_are_refused(self) -> None:
-        ops = (
-            "logger",
-            "--name",
-            "ops",
-            "--where",
-            "run.user == 'ann'",
-            "--yes",
-            "--events",
-            "log,failed,log",
-        )
+        ops = shlex.split("logger --name ops --where \"run.user == 'ann'\" --yes --events log,failed,log")
         self.assertEqual(self.add(*ops)[0], 0)
         self.assertEqual(self.only_entry()["events"], ["log", "failed"])
         for argv, message in (
             (("logger", "--name", "ops", "--yes"), "there is a notifier called ops: give another --name$"),
             ((*ops[:1], *ops[3:]), "the same notifier is there already: ops$"),
-            (
-                ("logger", "--name", "a b", "--yes"),
-                "--name: must be of letters, digits, - . _, not 'a b'$",
-            ),
+            (("logger", "--name", "a b", "--yes"), "--name: must be of letters, digits, - . _, not 'a b'$"),
             (("logger", "--where", "run.x =", "--yes"), "--where: query, column [0-9]+: "),
         ):
             with self.subTest(argv):
@@ -7826,7 +7810,7 @@ class NotifiersAdd(NotifierCase):
     def test_streams_that_are_closed_or_no_text_are_no_traceback(self) -> None:
         os.environ["PYTHONIOENCODING"] = "utf-8:strict"
         for redirect, argv, code in (
-            ("<&-", "slack", 1), ("< no_text", "slack", 1), (">&-", "logger --yes", 0),
+            ("< no_text", "slack", 1), ("<&- >&-", "logger --yes", 0),
         ):  # fmt: skip
             with self.subTest(redirect=redirect, argv=argv):
                 self.path("no_text", b"\xff\xfe\n\n\n\n\n\n")
@@ -7837,19 +7821,7 @@ class NotifiersAdd(NotifierCase):
 
     def test_what_would_be_regretted_is_said(self) -> None:
         work = ("workplace", "--group-id", "1", "--access-token", "t")
-        mail = (
-            "email",
-            "--smtp-host",
-            "h",
-            "--from",
-            "a@b",
-            "--to",
-            "c@d",
-            "--user",
-            "u",
-            "--password",
-            TOKEN,
-        )
+        mail = f"email --smtp-host h --from a@b --to c@d --user u --password {TOKEN}".split()
         for argv, warnings in (
             (("slack", "--webhook-url", "http://h.example:80?x=SECRETSECRET"), ["Warning: h.example is another machine"]),
             (("slack", "--webhook-url", GOOD_URL), []),
@@ -7941,15 +7913,11 @@ class NotifiersCommands(NotifierCase):
         self.assertEqual((code, err), (0, ""))
         lines = [re.split(r"\s{2,}", line) for line in out.strip().split("\n")]
         ids = [notifier_id[:8] for notifier_id in AIM_CONFIG["notifications"]["notifiers"]]
-        where = ("hooks.example.com", "graph.facebook.com", "")
-        rows = zip(ids, ("slack", "workplace", "logger"), ("enabled", "disabled", "enabled"), where)
-        self.assertEqual(
-            [[cell for cell in line if ",fail" not in cell] for line in lines],
-            [
-                ["NAME", "TYPE", "STATUS", "WHERE", "EVENTS"],
-                *([cell for cell in row if cell] for row in rows),
-            ],
-        )
+        events = "stalled,failed,recovered"
+        slack = [ids[0], "slack", "enabled", "hooks.example.com", events]
+        workplace = [ids[1], "workplace", "disabled", "graph.facebook.com", events]
+        header = ["NAME", "TYPE", "STATUS", "WHERE", "EVENTS"]
+        self.assertEqual(lines, [header, slack, workplace, [ids[2], "logger", "enabled", events]])
 
     def test_list_as_json_is_for_scripts(self) -> None:
         self.configure(a=hook(GOOD_URL, events=["log"]), b={"type": "pager", "arguments": {"k": "x"}})
@@ -8014,9 +7982,7 @@ class NotifiersCommands(NotifierCase):
         for answer, code, verdict in (
             ((200, "ok"), 0, "delivered: HTTP 200: ok"),
             ((200, "<html>"), 1, "NOT delivered: HTTP 200 without what a slack server says"),
-            ((500, "boom"), 1, "NOT delivered: HTTP 500: boom"),
             ((404, "no_service"), 1, "NOT delivered: HTTP 404: no_service"),
-            ((302, "", {"Location": "/"}), 1, "NOT delivered: HTTP 302: redirected"),
         ):
             with self.subTest(answer=answer):
                 server = self.webhook(answer)
@@ -9257,20 +9223,16 @@ class TestMutes(WatchCase):
         self.assertEqual(len(self.told()), 2)
 
     def test_recovery_during_a_mute_is_told_when_it_ends(self) -> None:
-        for run in ("checks", "ends", "fails", "steady"):
+        runs = ("checks", "ends", "fails", "steady")
+        for run in runs:
             self.check_in(run, 1, expect=0 if run == "steady" else 3)
         watcher = self.watch()
         self.look(watcher, 6)
         before = len(self.told())
-        for run in ("checks", "ends", "fails", "steady"):
+        for run in runs:
             self.mute(run)
         self.look(watcher, 2)
-        for run, flag in (
-            ("checks", "check_in"),
-            ("ends", "finished"),
-            ("fails", "failed"),
-            ("steady", "check_in"),
-        ):
+        for run, flag in zip(runs, ("check_in", "finished", "failed", "check_in")):
             self.check_in(run, 2, flag)
         self.look(watcher, 3)
         self.stop(watcher)
@@ -10904,12 +10866,12 @@ class TestStatus(WatchCase):
         self.assertEqual(err, "")
         return code, out
 
-    def test_without_a_watcher_it_says_so_and_exits_1(self) -> None:
+    def test_without_a_watcher_or_passes_of_once_it_says_so_and_exits_1(self) -> None:
+        said = f"repository {self.root}\nno watcher is alive; never looked\n\nno runs with check-ins\n"
+        self.assertEqual(self.status(), (1, said))
+        self.stop(self.watcher(once=True))
         code, out = self.status()
-        self.assertEqual(
-            (code, out),
-            (1, f"repository {self.root}\nno watcher is alive; never looked\n\nno runs with check-ins\n"),
-        )
+        self.assertEqual((code, "\nwatched by passes of 'start --once'; last looked " in out), (0, True))
 
     def test_exit_code_and_table_follow_the_runs(self) -> None:
         training = self.run_object()
@@ -10967,16 +10929,9 @@ class TestStatus(WatchCase):
             self.look(watcher, 11)
         self.assertIn("watched by", self.status()[1])
 
-    def test_passes_of_once_count_as_a_watcher(self) -> None:
-        self.stop(self.watcher(once=True))
-        code, out = self.status()
-        self.assertEqual(code, 0)
-        self.assertIn("watched by passes of 'start --once'; last looked ", out)
-
     def test_odd_watcher_json_is_no_watcher_and_no_traceback(self) -> None:
         self.check_in("a", 1)
         for text in (
-            "{",
             "[]",
             '{"runs": 5, "seen_at": "x", "pid": []}',
             '{"runs": [[1]], "seen_at": 1e308}',
@@ -10997,10 +10952,8 @@ class TestStatus(WatchCase):
             (_Terminal(), "", 1),
             (_Terminal(), "1", 0),
         ):
-            with self.subTest(terminal=stream.isatty(), no_color=no_color), contextlib.redirect_stdout(
-                stream
-            ):
-                os.environ["NO_COLOR"] = no_color
+            os.environ["NO_COLOR"] = no_color
+            with self.subTest(no_color=no_color), contextlib.redirect_stdout(stream):
                 aimwatch.main(["--repo", self.root, "status"])
             self.assertEqual(stream.getvalue().count("\x1b[31ma "), coloured)
             self.assertEqual(stream.getvalue().count("\x1b"), 2 * coloured)
@@ -11800,16 +11753,12 @@ class TestCommandLine(Case):
             ("", "the following arguments are required: COMMAND"),
             ("dance", "invalid choice: 'dance'"),
             ("start --grace -1", "'-1' is not a time such as 90, 30m, 2h or 1d"),
-            ("start --grace nan", "'nan' is not a time such as 90, 30m, 2h or 1d"),
             ("start --remind-every 5y", "'5y' is not a time such as 90, 30m, 2h or 1d"),
             ("start --ping-url ftp://x", "argument --ping-url: must start with https:// or http://"),
-            ("start --dance", "unrecognized arguments: --dance"),
             ("runs --limit x", "'x' is not a whole number"),
             ("notifiers add slack --group-id 1", "unrecognized arguments: --group-id 1"),
             ("notifiers", "the following arguments are required: COMMAND"),
-            ("notifiers nope", "invalid choice: 'nope'"),
             ("notifiers remove", "the following arguments are required: NAME"),
-            ("notifiers enable", "the following arguments are required: NAME"),
             ("notifiers add pigeon", "invalid choice: 'pigeon'"),
             ("notifiers add slack --events stalled,nope", "'stalled,nope' is not one or several of stalled, failed"),
             (f"notifiers add slack {GOOD_URL}", "unrecognized arguments: https://hooks.example.com/***"),
