@@ -8746,11 +8746,8 @@ def add_argument(parser: Any, text: str) -> None:
         return
 
     def read(value: str) -> Any:
-        pattern, convert, what = READERS.get(metavar, ("(?s).*", str, ""))
         try:
-            if re.fullmatch(pattern, value) is None:
-                raise AimwatchError(f"{value!r} is not {what}")
-            return convert(value)
+            return READERS.get(metavar, str)(value)
         except AimwatchError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -8765,8 +8762,15 @@ def add_argument(parser: Any, text: str) -> None:
     parser.add_argument(flag or metavar.lower(), **options)
 
 
+checked_time = a_text(r"[0-9]{1,8}(\.[0-9]+)?[smhd]?", "{} is not a time such as 90, 30m, 2h or 1d")
+checked_param = a_text(r"(?s)[^=.]+(\.[^=.]+)*=.*", "{} is not such as hparams.lr=0.1", strip=False)
+_EVENT = "|".join(EVENTS)
+checked_events = a_text(f"({_EVENT})(,({_EVENT}))*", f"{{}} is not one or several of {', '.join(EVENTS)}")
+
+
 def seconds_of(text: str) -> float:
     """Return the seconds of `90`, `30m`, `2h` or `1d`."""
+    text = checked_time(text)
     unit_s = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1])
     return float(text[:-1]) * unit_s if unit_s else float(text)
 
@@ -8779,28 +8783,24 @@ def names_of(text: str) -> List[str]:
 
 def param_of(text: str) -> Tuple[List[str], Any]:
     """Return the path and the value of `hparams.lr=0.1`: JSON, or text where it is none."""
-    key, _, value = text.partition("=")
+    key, _, value = checked_param(text).partition("=")
     try:
         return key.split("."), from_json(value)
     except (ValueError, RecursionError):
         return key.split("."), value
 
 
-_EVENT, _LEVEL = "|".join(EVENTS), "|".join(LOG_LEVELS)
-#: By what the help calls a value: what it must look like, how it is read, and what another one is not. What
-#: is not here is text.
-READERS: Dict[str, Tuple[str, Callable[[str], Any], str]] = {
-    "TIME": (r"[0-9]{1,8}(\.[0-9]+)?[smhd]?", seconds_of, "a time such as 90, 30m, 2h or 1d"),
-    "N": ("[0-9]{1,9}", int, "a whole number"),
-    "URL": ("(?s).*", checked_url, ""),
-    "LEVEL": (
-        f"(?i){_LEVEL}|[0-9]{{1,3}}",
-        lambda text: LOG_LEVELS.get(text.upper()) or int(text),
-        f"one of {', '.join(LOG_LEVELS)}",
+#: How a value is read, by what the help calls it. What is not here is text.
+READERS: Dict[str, Callable[[str], Any]] = {
+    "TIME": seconds_of,
+    "N": a_text("[0-9]{1,9}", "{} is not a whole number", number=True),
+    "URL": checked_url,
+    "LEVEL": a_text(
+        f"(?i){'|'.join(LOG_LEVELS)}|[0-9]{{1,3}}", f"{{}} is not one of {', '.join(LOG_LEVELS)}", number=True
     ),
-    "LIST": ("(?s).*", names_of, ""),
-    "EVENTS": (f"({_EVENT})(,({_EVENT}))*", names_of, f"one or several of {', '.join(EVENTS)}"),
-    "NAME=VALUE": (r"(?s)[^=.]+(\.[^=.]+)*=.*", param_of, "such as hparams.lr=0.1"),
+    "LIST": names_of,
+    "EVENTS": lambda text: names_of(checked_events(text)),
+    "NAME=VALUE": param_of,
 }
 WANTED_EVENTS = (
     f"--events EVENTS  of what to notify: any of {','.join(EVENTS)} (default: {','.join(DEFAULT_EVENTS)})"
@@ -9593,7 +9593,7 @@ def cmd_get_log_level(args: Any) -> None:
 def cmd_set_log_level(args: Any) -> None:
     """Set from which level on people hear of log messages of runs."""
     with NotifierConfig(find_repo(args.repo)).edit() as raw:
-        raw["notifications"]["log_level"] = args.level
+        raw["notifications"]["log_level"] = LOG_LEVELS.get(str(args.level).upper(), args.level)
 
 
 @command("notifiers test", "NAME?  the one of that name or ID (default: every enabled one)")
