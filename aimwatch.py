@@ -8297,46 +8297,42 @@ _ROUTES: Tuple[Tuple[str, Callable[..., Any], str], ...] = (
 
 #: The look of every page.
 PAGE_CSS = """
-:root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --text: #1c2230; --soft: #5d6778;
-  --line: #dfe3ea; --link: #1d4ed8; --run: #15803d; --bad: #c01c28; --warn: #b45309; }
-@media (prefers-color-scheme: dark) { :root { --bg: #12151c; --card: #1a1f29; --text: #e3e7ef;
-  --soft: #98a2b5; --line: #2d3442; --link: #8ab4ff; --run: #4ade80; --bad: #ff7b72; --warn: #fbbf24; } }
+:root { color-scheme: light dark; --line: 1px solid #8885; }
 * { box-sizing: border-box; }
 body { max-width: 1360px; margin: 0 auto; padding: 0 1.2em 3em; overflow-wrap: anywhere;
-  background: var(--bg); color: var(--text); font: 14px/1.45 system-ui, sans-serif; }
-a { color: var(--link); text-decoration: none; }
-header { padding: .6em 0; border-bottom: 1px solid var(--line); } header a { font-weight: 700; }
+  font: 14px/1.45 system-ui, sans-serif; }
+a { color: LinkText; text-decoration: none; }
+header { padding: .6em 0; border-bottom: var(--line); } header a { font-weight: 700; }
+output { float: right; }
 h1 { font-size: 1.35em; } h2 { font-size: 1.1em; margin: 1.6em 0 .5em; } #State h2 { display: none; }
 p { margin: .5em 0; } small { display: block; }
-header, small, .none, .good, .state, label, th, dt, ul { color: var(--soft); }
+header, small, .none, .good, .finished, label, th, dt, ul { color: #777; }
+.running { color: #1b8a3a; } .failed, .bad, output { color: #dc3b3b; } .stalled { color: #b86e00; }
 .state, .chip { white-space: nowrap; font-weight: 600; } .chip { margin-right: 1.4em; }
-.running { color: var(--run); } .failed, .bad { color: var(--bad); } .stalled { color: var(--warn); }
-output { color: var(--bad); float: right; }
+pre, .wide, figure { border: var(--line); border-radius: 8px; }
 pre { white-space: pre-wrap; padding: .7em; margin: 0; }
-pre, .wide, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: .45em .7em; white-space: nowrap; }
-td { border-top: 1px solid var(--line); } td small, td p, .text { white-space: normal; max-width: 26em; }
-.text, .chip { display: inline-block; min-width: 8em; } th { font-weight: 500; }
+th, td { text-align: left; vertical-align: top; padding: .45em .7em; white-space: nowrap; font-weight: 400; }
+tbody tr { border-top: var(--line); } td small, td p, .text { white-space: normal; max-width: 26em; }
+.text, .chip { display: inline-block; min-width: 8em; }
 .ask { display: flex; flex-wrap: wrap; gap: .6em 1em; align-items: center; margin: .6em 0; }
 input, select, button { font: inherit; max-width: 75vw; padding: .2em .5em; }
 dl, .charts { display: grid; gap: .6em 1.4em; } dd { margin: 0; }
 dl { grid-template-columns: repeat(auto-fill, minmax(min(250px, 45%), 1fr)); }
 .charts { grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); }
 figure { margin: 0; padding: .7em; min-width: 0; } figcaption { font-weight: 600; }
-b { font-weight: 600; } figcaption b { float: right; } figure ul { margin: .3em 0 0; padding: 0; }
+figcaption b { float: right; } figure ul { margin: .3em 0 0; padding: 0; }
 figure:not(:hover, :focus-within) :is(b, rect) { visibility: hidden; }
 li { display: inline-block; margin-right: 1em; } li svg { width: 1.3em; margin-right: .4em; }
 .chart { display: block; width: 100%; cursor: crosshair; }
-path { stroke: var(--line); } rect { fill: var(--link); opacity: .3; }
-text { font-size: 11px; fill: var(--soft); text-anchor: middle; }
-.y { text-anchor: end; dominant-baseline: middle; } .mark { font-size: 13px; fill: currentColor; }
+path { stroke: #8885; } rect { fill: LinkText; opacity: .3; }
+text { font-size: 11px; fill: #777; text-anchor: middle; } .mark { font-size: 13px; fill: currentColor; }
+.y { text-anchor: end; dominant-baseline: middle; }
 polyline { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linecap: round; }
 .dot { stroke-width: 6; } .raw { opacity: .3; }
-@media (max-width: 640px) { thead, td:empty { display: none; } tr { display: block; padding: .5em 0;
-    border-top: 1px solid var(--line); }
-  td { display: block; position: relative; border: 0; padding: .12em .6em .12em 8.2em; white-space: normal; }
-  td::before { content: attr(data-name); color: var(--soft); position: absolute; left: .6em; } }
+@media (max-width: 640px) { thead, td:empty { display: none; } tr { display: block; padding: .5em 0; }
+  td { display: block; position: relative; padding: .12em .6em .12em 8.2em; white-space: normal; }
+  td::before { content: attr(data-name); color: #777; position: absolute; left: .6em; } }
 """
 #: What refreshes a page, and lets people read and zoom charts.
 PAGE_JS = r"""
