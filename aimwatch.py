@@ -7959,13 +7959,14 @@ class Site:
 
     def answer(self, path: str, query: str, known_etag: str = "") -> Reply:
         """Return the answer to GET of a path below the base path; 304 where `known_etag` is still true."""
-        route = next((route for route in _ROUTES if re.fullmatch(route[0], path)), None)
-        if route is None:
+        found = [(route, match) for route in _ROUTES if (match := re.fullmatch(route[0], path))]
+        if not found:
             if not any(re.fullmatch(route[0], f"{path}/") for route in _ROUTES):
                 return self._error(path, 404, "There is no such page.")
             where = path.rpartition("/")[2] + "/" + ("?" + query if query else "")
             return Reply(301, headers=(("Location", where),))
-        hashes = re.findall(route[0], path) if _HASH in route[0] else ()
+        (route, match), *_ = found
+        hashes = match.groups()
         try:
             if not os.path.isdir(self.paths.aim):
                 raise RepoError(f"no repository at {self.paths.root}: it was moved, or its share is away")
@@ -8033,7 +8034,7 @@ class Site:
 
     def listing(self, ask: Ask) -> Tuple[List[str], List[Dict[str, Any]]]:
         """Return the columns and the rows of the list of runs. Raises QueryError."""
-        columns = [name for name in ask.one["columns"].split(",") if name] or list(RUN_COLUMNS)
+        columns = names_of(ask.one["columns"]) or list(RUN_COLUMNS)
         return columns, sorted_by(ask.one["sort"], self.runs(ask.one["q"]), run_cell)
 
     def counts(self, live: List[Dict[str, Any]]) -> Dict[Tuple[str, str], int]:
@@ -8050,16 +8051,13 @@ class Site:
         """The first page: who watches, what lives, what failed, and all runs."""
         status = self.status()
         live = [row for row in status["runs"] if row["state"] != FINISHED]
-        line, is_alive = '<p class="{}">{} {}</p>', status["watcher"]["alive"]
-        mark = ("good", "\u25cf") if is_alive else ("bad", "\u25b2")
-        lines = [html(line, *mark, status["watcher"]["text"])]
-        lines += [
-            html(line, "bad", "\u25b2", text)
-            for text in map(notifier_trouble, status["notifiers_that_do_not_work"])
-        ]
-        totals: Dict[str, int] = dict.fromkeys(_SHAPES, 0)
+        mark = ("good", "\u25cf") if status["watcher"]["alive"] else ("bad", "\u25b2")
+        lines = [html('<p class="{}">{} {}</p>', *mark, status["watcher"]["text"])]
+        troubles = map(notifier_trouble, status["notifiers_that_do_not_work"])
+        lines += each('<p class="bad">\u25b2 {}</p>', zip(troubles))
+        totals = Counter(dict.fromkeys(_SHAPES, 0))
         for (state, _), count in self.counts(live).items():
-            totals[state] = totals.get(state, 0) + count
+            totals[state] += count
         lines += each('<span class="chip">{} <b>{}</b></span>', zip(map(badge, totals), totals.values()))
         bad = sum(row["state"] != RUNNING for row in live)
         title = f"({bad}) " * bool(bad) + os.path.basename(self.paths.root)
@@ -8078,8 +8076,8 @@ class Site:
             promise = html("{}<small>{}</small>", said["promise"], said["progress"])
             where = html("{}<small>{}</small>", row["host"], row["job"])
             why = "; ".join(filter(None, [said["alerts"], said["reason"]]))
-            cells = [badge(row["state"]), run, said["last check-in"], promise, where, row["metrics"], why]
-            rows.append(cells)
+            since = said["last check-in"]
+            rows.append([badge(row["state"]), run, since, promise, where, row["metrics"], why])
         names = ("state", "run", "last check-in", "promise", "where", "last metrics", "reason")
         return html("{}<p>{}</p>", grid(names, rows), pages)
 
@@ -8135,7 +8133,7 @@ class Site:
         parts = {
             "State": html(head, badge(state), facts["name"], reason, fields),
             "Where it hangs": hanging_frames(self.paths, run_hash) if state == STALLED else "",
-            "Where it failed": "\n".join(map(str, row["frames"])),
+            "Where it failed": "\n".join(row["frames"]),
             "Charts": self._charts(ask, [row]),
             "Metrics": metrics and grid([*METRIC_COLUMNS[1:], "points"], metrics),
             "Params": row["params"] and json.dumps(row["params"], indent=2, ensure_ascii=False),
@@ -8175,7 +8173,6 @@ class Site:
                     drawn.append(Curve(label, colour, columns, row["created_at"]))
         if not curves:
             return Html()
-
         choices = []
         for name, options in _CHOICES.items():
             chosen = Html(" selected"), Html()
@@ -8230,31 +8227,31 @@ class Site:
 
     def metrics(self, ask: Optional[Ask] = None) -> str:
         """What a cluster's monitoring wants to know, as OpenMetrics text with bounded labels."""
-        now, status = self._utc(), self.status()
+        status, now = self.status(), self._utc()
         live = [row for row in status["runs"] if row["state"] != FINISHED]
-        seen_at = status["watcher"]["seen_at"]
+        ages = [max(0.0, now - row["last_check_in"]) for row in live if row["state"] != FAILED]
         counts = sorted(self.counts(live).items(), key=lambda item: -item[1])
         largest = list(dict.fromkeys(experiment for (_, experiment), _ in counts))[:50]
-        runs: Dict[str, float] = {}
+        runs: Dict[str, float] = collections.defaultdict(float)
         for (state, experiment), count in counts:
-            labels = metric_labels(state=state, experiment=experiment if experiment in largest else "other")
-            runs[labels] = runs.get(labels, 0) + count
-        ages = [max(0.0, now - row["last_check_in"]) for row in live if row["state"] != FAILED]
-        notifiers = [
-            (metric_labels(notifier=item.id[:8], type=item.type), problem, waiting)
-            for item, problem, _, waiting in notifier_states(self.paths)[:50]
-        ]
+            known = experiment if experiment in largest else "other"
+            runs[metric_labels(state=state, experiment=known)] += count
+        broken, waits = {}, {}
+        for item, problem, _, waiting in notifier_states(self.paths)[:50]:
+            labels = metric_labels(notifier=item.id[:8], type=item.type)
+            broken[labels], waits[labels] = problem is not None, waiting
         logs = map(self.paths.run_log, list_pending(self.paths))
         index_ns, *log_ns = [(file_stamp(path) or [0])[-1] for path in (self.paths.index, *logs)]
-        families: Dict[str, Dict[str, float]] = {
+        seen_at = status["watcher"]["seen_at"]
+        families: Dict[str, Mapping[str, float]] = {
             "runs": runs,
             "check_in_age_sum_seconds": {"": sum(ages)},
             "check_in_age_max_seconds": {"": max(ages, default=0.0)},
             "watcher_alive": {"": status["watcher"]["alive"]},
             "watcher_look_age_seconds": {"": now - seen_at} if seen_at else {},
-            "notifier_broken": {labels: problem is not None for labels, problem, _ in notifiers},
-            "notifier_waiting_events": {labels: waiting for labels, _, waiting in notifiers},
-            "index_lag_seconds": {"": max([0, *(each - index_ns for each in log_ns)]) / 1e9},
+            "notifier_broken": broken,
+            "notifier_waiting_events": waits,
+            "index_lag_seconds": {"": (max([index_ns, *log_ns]) - index_ns) / 1e9},
         }
         lines = []
         for name, values in families.items():
@@ -8455,8 +8452,7 @@ class Gate(NamedTuple):
         import hmac
 
         path, _, query = target.partition("?")
-        # Any other name, but no address, may be of a site that was made to lead here, to read this one in a
-        # browser.
+        # Any other name may be of a site that was made to lead here, to read this one in a browser.
         host = re.sub(r":[0-9]+$", "", headers.get("Host", "")).strip("[]").lower()
         cookies = [part.strip().partition("=") for part in headers.get("Cookie", "").split(";")]
         given = [value for name, _, value in cookies if name == self.cookie]
@@ -8466,12 +8462,10 @@ class Gate(NamedTuple):
         is_known = host in self.hosts or re.fullmatch(r"[0-9.]+|[0-9a-f:]*:[0-9a-f:.]*", host)
         if not is_known or (self.token and not any(fits)):
             return Reply(403, _CLOSED)
-        if key:
-            # A browser sends no strict cookie where a redirect began with another site's link.
-            is_elsewhere = headers.get("Sec-Fetch-Site") == "cross-site"
-            way = ("Refresh", "0; url=./") if is_elsewhere else ("Location", "./")
-            cookie = [("Set-Cookie", f"{self.cookie}={self.token}; SameSite=Strict; HttpOnly")] * fits[0]
-            return Reply(200 if is_elsewhere else 303, headers=(*cookie, way))
+        if key and self.token:
+            # No redirect: where one began with another site's link, a browser sends no strict cookie.
+            cookie = f"{self.cookie}={self.token}; SameSite=Strict; HttpOnly"
+            return Reply(200, headers=(("Set-Cookie", cookie), ("Refresh", "0; url=./")))
         if path == self.base_path:
             return Reply(301, headers=(("Location", f"{path.rpartition('/')[2]}/"),))
         if not path.startswith(f"{self.base_path}/"):
@@ -9728,31 +9722,31 @@ def shown(value: Any, column: str) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def sorted_by(sort: Optional[str], items: List[Any], cell: Callable[[Any, str], Any]) -> List[Any]:
+#: Returns what a column shows of an item.
+Cell = Callable[[Any, str], Any]
+
+
+def sorted_by(sort: Optional[str], items: List[Any], cell: Cell) -> List[Any]:
     """Return items sorted by a column, or by `-column` the largest first. What is missing comes last either
     way, and so does NaN: a run that diverged is not the best one. Text comes after numbers."""
     if not sort:
         return items
-    pairs = [(cell(item, sort.lstrip("-")), item) for item in items]
-    there = [(value, item) for value, item in pairs if value is not None and value == value]
-    there.sort(key=lambda pair: _sort_key(pair[0]), reverse=sort.startswith("-"))
-    missing = [item for value, item in pairs if value is None or value != value]
-    return [*(item for _, item in there), *missing]
-
-
-def _sort_key(value: Any) -> Tuple[int, Any]:
-    if isinstance(value, (int, float)):
-        return (0, value)
-    return (1, value if isinstance(value, str) else json.dumps(value))
+    there: List[Any] = []
+    missing = []
+    for item in items:
+        value = cell(item, sort.lstrip("-"))
+        if value is None or value != value:
+            missing.append(item)
+        elif isinstance(value, (int, float)):
+            there.append((0, value, item))
+        else:
+            there.append((1, value if isinstance(value, str) else json.dumps(value), item))
+    there.sort(key=lambda found: found[:2], reverse=sort.startswith("-"))
+    return [*(item for *_, item in there), *missing]
 
 
 def _print_list(
-    args: Any,
-    paths: RepoPaths,
-    columns: Sequence[str],
-    items: List[Any],
-    cell: Callable[[Any, str], Any],
-    noun: str,
+    args: Any, paths: RepoPaths, columns: Sequence[str], items: List[Any], cell: Cell, noun: str
 ) -> None:
     """Print what was found as the flags ask: sorted, limited, as a table, JSON or CSV."""
     items = sorted_by(args.sort, items, cell)
@@ -9943,19 +9937,14 @@ def run_fields(row: Dict[str, Any]) -> List[Tuple[str, Any]]:
         "created": local_time(row["created_at"]),
         "ended": ended,
         "duration": human_s(duration_s(row)),
-        "reason": row["reason"],
-        "host": row["host"],
-        "process": row["pid"],
-        "user": row["user"],
-        "job": row["job"],
-        "folder": row["cwd"],
-        "command": " ".join(row["argv"] or ()),
-        "commit": row["commit"],
-        "output": row["stdout"],
-        "python": row["python"],
         "damage": f"{plural(row['skipped'], 'line')} of the log could not be read"
         if row["skipped"]
         else None,
+        "process": row["pid"],
+        "folder": row["cwd"],
+        "command": " ".join(row["argv"] or ()),
+        "output": row["stdout"],
+        **{field: row[field] for field in ("reason", "host", "user", "job", "commit", "python")},
     }
     return [(name, value) for name, value in fields.items() if value is not None and value != ""]
 
@@ -10136,9 +10125,8 @@ def cmd_rm(args: Any) -> None:
     if not args.yes:
         for run_hash in hashes:
             state = load_run(repo._paths, run_hash)[0]
-            print(
-                f"{run_hash}  {printable(str(state.props.get('name') or '') if state else '', 100)}".rstrip()
-            )
+            name = str(state.props.get("name") or "") if state else ""
+            print(f"{run_hash}  {printable(name, 100)}".rstrip())
         if not _confirm(f"Remove {plural(len(hashes), 'run')} for good?", False):
             raise AimwatchError("aborted: nothing was removed")
     for run_hash in hashes:
@@ -10164,10 +10152,7 @@ def cmd_close(args: Any) -> None:
 def cmd_reindex(args: Any) -> int:
     """Bring the index up to date with what the runs recorded; for cron."""
     paths = find_repo(args.repo)
-    try:
-        problems = Reindexer(paths).run_all(args.rebuild, REINDEX_WAIT_S)
-    except OSError as error:
-        raise AimwatchError(f"cannot write {paths.index}: {error.strerror}") from None
+    problems = Reindexer(paths).run_all(args.rebuild, REINDEX_WAIT_S)
     for problem in problems:
         print(f"{command_line()}: {problem}", file=sys.stderr)
     return 1 if problems else 0

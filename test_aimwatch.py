@@ -4280,7 +4280,7 @@ class IndexFile(StoredCase):
             self.assertEqual(self.answers(), expected)
             code, out, err = self.run_cli("reindex")
             self.assertEqual((code, out), (1, ""))
-            self.assertIn(f"cannot write {self.paths.index}: ", err)
+            self.assertIn(self.paths.index, err)
 
     def test_index_in_a_folder_that_others_may_write_is_not_opened(self) -> None:
         self.fill()
@@ -10556,9 +10556,8 @@ class Gates(Case):
             ("/base/", {"Host": "localhost.evil.example.org", "Cookie": cookie}, 403),
             ("/base/", {"Host": "localhost"}, 403), ("/base/metrics", {"Host": "localhost"}, 403), ("/nothing", {"Host": "localhost"}, 403),
             ("/base/", {"Host": "localhost", "Cookie": "aimwatch_1=sesam\u00e9"}, 403), ("/base/", {"Host": "localhost", "Cookie": "aimwatch_2=sesame"}, 403),
-            ("/base/?key=sesame", {"Host": "localhost"}, 303), ("/base/?key=sesam", {"Host": "localhost"}, 403), ("/base/?key=", {"Host": "localhost"}, 403),
+            ("/base/?key=sesame", {"Host": "localhost"}, 200), ("/base/?key=sesam", {"Host": "localhost"}, 403), ("/base/?key=", {"Host": "localhost"}, 403),
             ("/base/api/runs?key=sesame", {"Host": "localhost"}, 403), ("/base/?key=sesame", {"Host": "evil.example.org"}, 403),
-            ("/base/?key=sesame", {"Host": "localhost", "Sec-Fetch-Site": "cross-site"}, 200),
         ):  # fmt: skip
             with self.subTest(target=target, headers=headers):
                 reply = gate.answer(site, target, headers)
@@ -10566,7 +10565,7 @@ class Gates(Case):
                 named = dict(reply.headers)
                 if "?key=sesame" in target and status < 400:
                     self.assertEqual(named["Set-Cookie"], "aimwatch_1=sesame; SameSite=Strict; HttpOnly")
-                    self.assertIn("./", named.get("Location", named.get("Refresh")))
+                    self.assertEqual(named["Refresh"], "0; url=./")
                 if status == 403:
                     self.assertEqual(reply, aimwatch.Reply(403, aimwatch._CLOSED))
 
@@ -10625,8 +10624,9 @@ class UpProcess(UpCase):
         self.wait_for(lambda: "state failed" in self.get(server, "/run/victim/")[1])
         self.assertEqual(self.get(server, "/", Authorization="Bearer x")[0], 403)
         browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
-        with browser.open(server.url, timeout=10) as page:
-            self.assertEqual((page.status, page.url), (200, server.url.partition("?")[0]))
+        for url in (server.url, server.url.partition("?")[0]):
+            with browser.open(url, timeout=10) as page:
+                self.assertEqual((page.status, "All runs" in page.read().decode()), (200, url != server.url))
         begun = time.monotonic()
         self.end(server, signal.SIGINT)
         self.assertEqual(server.returncode, 0)
