@@ -8812,20 +8812,6 @@ def _stop_signal() -> threading.Event:
     return stop
 
 
-@contextlib.contextmanager
-def _reindexing(paths: RepoPaths, watcher: Optional[Watcher]) -> Iterator[None]:
-    """Keep the index up to date, and see whether the watcher sees the repository."""
-    reindexing = ReindexThread(paths)
-    if watcher is not None:
-        watcher.on_dead = reindexing.reindexer.note_dead
-        SightAlarm(watcher).start()
-    reindexing.start()
-    try:
-        yield
-    finally:
-        reindexing.stop(0.5)
-
-
 @command(
     "start",
     f"--grace TIME  silence beyond the promise before a run counts as stalled (default: {DEFAULT_GRACE_S:g})",
@@ -8886,7 +8872,8 @@ def _take_watch(paths: RepoPaths, args: Any, stop: threading.Event, watch: Calla
 
 
 def _watch(watcher: Watcher, stop: threading.Event, args: Any, handler: _LogThread) -> int:
-    paths, site = watcher.paths, Site(watcher.paths)
+    paths, site, reindexing = watcher.paths, Site(watcher.paths), ReindexThread(watcher.paths)
+    watcher.on_dead = reindexing.reindexer.note_dead
     pinger = Pinger(args.ping_url) if args.ping_url else None
 
     def after_poll() -> None:
@@ -8909,11 +8896,13 @@ def _watch(watcher: Watcher, stop: threading.Event, args: Any, handler: _LogThre
         sd_notify(f"READY=1\nSTATUS=watching {paths.root}")
         if pinger is not None:
             pinger.start()
-        with _reindexing(paths, watcher):
-            watcher.run(stop, after_poll)
+        SightAlarm(watcher).start()
+        reindexing.start()
+        watcher.run(stop, after_poll)
     finally:
         handler.show("")
         sd_notify("STOPPING=1")
+        reindexing.stop(0.5)
         watcher.close()
     log.info("stopped")
     return 0
@@ -9279,13 +9268,17 @@ def cmd_up(args: Any) -> None:
             local = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
         base = f"/{(args.base_path or '').strip('/')}".rstrip("/")
         names = ["localhost", name, args.host, this_host(), *args.allowed_host]
-        watcher = Watcher(paths) if args.watch else None
-        if watcher is not None:
+        reindexing = ReindexThread(paths)
+        at_end.callback(reindexing.stop, 0.5)
+        if args.watch:
+            watcher = Watcher(paths)
+            watcher.on_dead = reindexing.reindexer.note_dead
             watching = threading.Thread(target=watcher.run, args=(stop,), daemon=True)
             watching.start()
+            SightAlarm(watcher).start()
             at_end.callback(watcher.close)
             at_end.callback(watching.join, 1.0)
-        at_end.enter_context(_reindexing(paths, watcher))
+        reindexing.start()
         rest = f"{base}/" + (f"?key={token}" if token else "")
         print(args.uds or f"http://{local}{rest}")
         print(f"from elsewhere: ssh -L {port}:{local} {this_host()}, then http://localhost:{port}{rest}")
