@@ -3478,7 +3478,7 @@ def connect(path: str, mode: str, busy_timeout_s: float) -> Iterator[sqlite3.Con
     uri = f"file:{quote(os.fsencode(path))}?mode={mode}"
     options: Dict[str, Any] = {"isolation_level": None, "uri": True, "check_same_thread": False}
     try:
-        with contextlib.closing(sqlite3.connect(uri, busy_timeout_s, **options)) as db:
+        with contextlib.closing(sqlite3.connect(uri, timeout=busy_timeout_s, **options)) as db:
             yield db
     except sqlite3.Error as error:
         if re.search("locked|busy", str(error)):
