@@ -4903,7 +4903,6 @@ class NotifierConfig:
 
     def find(self, prefix: str, raw: Dict[str, Any]) -> str:
         """Return the ID of the notifier that has this name, or whose ID starts so. Raises AimwatchError."""
-
         entries = raw["notifications"]["notifiers"]
         named = [key for key in entries if prefix and read_notifier(key, entries[key]).name == prefix]
         way_out = f": '{command_line()} notifiers list' shows them"
