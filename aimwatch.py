@@ -2258,7 +2258,7 @@ class Run:
         self._idle_since = -1.0
         #: Log lines since the last checkpoint.
         self._lines = 0
-        self._looked_s, self._look_at_s, self._lock_at_mono = 0.0, 0.0, _monotonic() + LOCK_S
+        self._looked_s, self._lock_at_mono = 0.0, _monotonic() + LOCK_S
         #: Log messages that could not be put into `news` yet.
         self._messages = b""
         #: An exception that was being handled when the run began is none of the run's.
@@ -2522,7 +2522,7 @@ class Run:
         now = time.time()
         held = self._lock.acquire(True, LOCK_WAIT_S)
         try:
-            if not self._looked_s <= now < self._look_at_s:
+            if not 0 <= now - self._looked_s < LOOK_S:
                 self._look()
                 if self._track_reports and self._ended is None:
                     self._report(AUTO)
@@ -2550,12 +2550,13 @@ class Run:
             step = series.last_step + 1 if series.count else 0
             if step >= MAX_STEP:
                 step = MAX_STEP - 1
-        more = "" if epoch is None else f",{epoch!r}"
-        line = f"[{series.id},{step},{value!r},{now:.3f}{more}]\n"
+        line = f"[{series.id},{step},{value!r},{now:.3f}]\n"
+        if epoch is not None:
+            line = f"{line[:-2]},{epoch!r}]\n"
         if "n" in line:
             line = re.sub("-?inf|nan", r'"\g<0>"', line)  # for which JSON has no numbers
         # The log first: what a signal's handler writes as the whole state must not count a point too many.
-        self._log.append(line.encode("ascii"))
+        self._log.append(line.encode())
         series.add(step, value, now, epoch)
         self._state.last_time = now
         self._lines += 1
@@ -2851,9 +2852,9 @@ class Run:
         was written below it would be hidden when the share comes back.
         """
         now_s = time.time()
-        if not self._pid or self._looked_s <= now_s < self._look_at_s:  # the clock may be set back, by a day
+        if not self._pid or 0 <= now_s - self._looked_s < LOOK_S:  # the clock may be set back, by a day
             return
-        self._looked_s, self._look_at_s = now_s, now_s + LOOK_S
+        self._looked_s = now_s
         self._thread = _thread.get_ident()
         try:
             if not (self._log.look() and self._marker.is_there()) and os.path.isdir(self._paths.aim):
@@ -2979,7 +2980,7 @@ class Run:
             if self._is_mine():
                 self._stacks_on = False
                 _process.stacks.disarm(self._paths.stack(self.hash))
-                self._look_at_s = 0.0
+                self._looked_s = 0.0
                 self._look()
                 self._checkpoint()
                 size = self._log.close()
@@ -3199,9 +3200,6 @@ def callback(
 class LoopCallback:
     """What `callback` returns: every hook of the three frameworks, by whatever name, reports progress."""
 
-    #: What Lightning calls it.
-    state_key = "aimwatch"
-
     def __init__(self, run: Optional[Run], expect: Union[int, float, str], arguments: Dict[str, Any]) -> None:
         self.run = run
         self._given = run, expect, arguments
@@ -3221,13 +3219,6 @@ class LoopCallback:
     def __reduce__(self) -> Any:
         run, expect, arguments = self._given
         return functools.partial(callback, run, expect, **arguments), ()
-
-    def __deepcopy__(self, _: Any) -> LoopCallback:
-        return self
-
-    def state_dict(self) -> Dict[str, Any]:
-        """Return what Lightning puts into a checkpoint: nothing, so that nothing comes back from it."""
-        return {}
 
     def _hook(self, name: str, *args: Any, **options: Any) -> None:
         try:
