@@ -5878,19 +5878,15 @@ class Dispatcher:
 
     def notify_of_broken(self) -> None:
         """Notify the others, once, of every notifier that does not work, and when it works again."""
-        broken, mended = self._outbox.broken(), self._broken - self._outbox.broken().keys()
-        for one, (why, since) in broken.items():
-            kept = "what waits for it is kept until it is mended"
-            self._notify_of(f"{BROKEN}-{one}-{since:.3f}", one, f"does not work: {why}; {kept}")
-        for one in mended:
-            self._notify_of(f"{BROKEN}-{one}-{time.time():.3f}", one, "works again")
+        broken, kept = self._outbox.broken(), "what waits for it is kept until it is mended"
+        news = [(one, at, f"does not work: {why}; {kept}") for one, (why, at) in broken.items()]
+        news += [(one, time.time(), "works again") for one in self._broken - broken.keys()]
+        for one, at, what in news:
+            item, event_id = self._notifiers.get(one), f"{BROKEN}-{one}-{at:.3f}"
+            if item is not None and event_id not in self._outbox.known:
+                reason = printable(f"notifier {item.type} {item.shown_as} {what}")
+                self.notify([trouble(event_id, self._paths.root, reason, look="notifiers list")], but=one)
         self._broken = set(broken)
-
-    def _notify_of(self, event_id: str, notifier_id: str, what: str) -> None:
-        item = self._notifiers.get(notifier_id)
-        if item is not None and event_id not in self._outbox.known:
-            reason = printable(f"notifier {item.type} {item.shown_as} {what}")
-            self.notify([trouble(event_id, self._paths.root, reason, look="notifiers list")], but=item.id)
 
     def drain(self, limit_s: float) -> bool:
         """Wait until everything was sent or tried once, at most `limit_s` seconds; True if so."""
@@ -5999,18 +5995,21 @@ class WatchedRun:
         self.hash = check_in.run_hash
         #: When it stalled, the newest last. The last of a flapping run: when it last was silent too long.
         self.stalls: List[float] = []
-        #: Whether this watcher has found its marker locked, when it is to look at it again, and since when
-        #: it was free; that means nothing any more when a check-in came later.
-        self.was_held, self.look_s, self.free_s = False, 0.0, -1.0
         #: Which rank of which group it is, once that was read.
         self.member: Optional[Member] = None
+        #: When its marker is to be looked at, whether this watcher has found it locked, and since when it
+        #: was free; that means nothing any more when a check-in came later.
+        self.look_s, self.was_held, self.free_s = now_s, False, -1.0
         self.take(check_in, name, now_s, now_utc)
+        # Once at first sight: whose marker was found held is known to be gone when it is free.
+        self.look_s = now_s
 
     def take(self, check_in: CheckIn, name: str, now_s: float, now_utc: float) -> None:
         """Note a newer check-in, seen now, and the state that it means."""
         _, self.idx, flag, self.utc, self.promise_s = check_in
         self.state, self.name = FLAG_STATES[flag], name
         self.since_s, self.since_utc = now_s, now_utc or float(self.utc)
+        self.look_s = max(self.look_s, now_s + QUIET_S)
 
     def flaps_at(self, at_s: float) -> bool:
         """True from the third stall within an hour until it has not stalled for long."""
@@ -6174,16 +6173,10 @@ class RunTable:
     def to_look_at(self, now_s: float) -> List[WatchedRun]:
         """Return the live runs of which the marker is to be looked at now, the longest due first."""
         # Also before one is called stalled, unless its marker says nothing.
-        soon_s, found = now_s + MARKER_EVERY_S * self.is_overdue(now_s), []
-        for watched in self.runs.values():
-            if watched.look_s <= soon_s and watched.state in LIVE:
-                due_s = min(watched.since_s + QUIET_S, self.deadline_s(watched))
-                # Once at first sight: whose marker was found held is known to be gone when it is free.
-                if due_s <= now_s or not watched.look_s:
-                    found.append(watched)
-                else:
-                    watched.look_s = due_s  # and later still, if a check-in comes
-        return sorted(found, key=lambda watched: watched.look_s)
+        soon_s = now_s + MARKER_EVERY_S * self.is_overdue(now_s)
+        soon = [item for item in self.runs.values() if item.look_s <= soon_s and item.state in LIVE]
+        due = [item for item in soon if item.look_s <= now_s or self.deadline_s(item) <= now_s]
+        return sorted(due, key=lambda watched: watched.look_s)
 
     def suspects(self) -> bool:
         """True where a live run's marker was free at the last look, and may be so by chance."""
@@ -6581,10 +6574,9 @@ def remove_all(files: Iterable[str]) -> None:
 
 def read_watcher_file(paths: RepoPaths) -> Dict[str, Any]:
     """Return the content of watcher.json; {} where it is missing or damaged."""
-    try:
+    with contextlib.suppress(OSError):
         return json_object(read_bounded(paths.watcher, 64 << 20)) or {}
-    except OSError:
-        return {}
+    return {}
 
 
 def saved_runs(saved: Dict[str, Any]) -> List[WatchedRun]:
@@ -6672,11 +6664,10 @@ class Watcher:
                 reason = f"{frozen} holds the watch of {paths.root} and does not look: taken over from it"
                 log.warning("%s", reason)
                 self.dispatcher.notify([trouble(f"seized-{utc():.2f}", paths.root, reason)])
-        except OSError as error:
+        except BaseException as error:
             self._lock.release()
-            raise RepoError(f"cannot use {error.filename or paths.own}: {error.strerror}") from None
-        except BaseException:
-            self._lock.release()
+            if isinstance(error, OSError):
+                raise RepoError(f"cannot use {error.filename or paths.own}: {error.strerror}") from None
             raise
 
     def _take_lock(self, seize: bool) -> str:
