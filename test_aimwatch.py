@@ -163,6 +163,35 @@ class Child:
         os.kill(self.pid, signal.SIGKILL)
 
 
+class Paused(Child):
+    """A forked process that stops where it calls `pause`, until it is told to go on."""
+
+    def __init__(self, work: Callable[[Callable[[], None]], Any]) -> None:
+        (self.paused, says), (waits, self.go) = os.pipe(), os.pipe()
+
+        def pause() -> None:
+            os.write(says, b"x")
+            os.read(waits, 1)
+
+        super().__init__(lambda: work(pause))
+        os.close(says)
+        os.close(waits)
+        assert os.read(self.paused, 1), "it has ended before"
+
+    def go_on(self) -> None:
+        """Have it go on to where it stops again."""
+        os.write(self.go, b"x")
+        assert os.read(self.paused, 1)
+
+    def kill(self) -> None:
+        if self.pid:
+            super().kill()
+            self.wait()
+            self.pid = 0
+            os.close(self.paused)
+            os.close(self.go)
+
+
 def in_child(work: Callable[[], Any]) -> Any:
     """Return what a function returns in a forked process."""
     return Child(work).wait()
@@ -8210,6 +8239,24 @@ class WatchCase(Case):
 
     # ---- real processes
 
+    def fork(self, work: Callable[[Callable[[], None]], Any]) -> Paused:
+        process = Paused(work)
+        self.addCleanup(process.kill)
+        return process
+
+    def start_run(self, run_hash: str = "r", expect: int = 0) -> Paused:
+        """Return a process with a run; it loses its lock where it is told to go on."""
+
+        def work(pause: Callable[[], None]) -> None:
+            mock.patch.stopall()  # it is on its own machine
+            run = Run(run_hash, repo=self.root, create=True)
+            run.report_progress(expect_next_in=expect, block=True)
+            pause()
+            open(self.paths.marker(run_hash)).close()
+            pause()
+
+        return self.fork(work)
+
     def sent(self) -> List[Tuple[str, str]]:
         """Return (run, event) for every delivery the outbox records."""
         if not os.path.exists(self.paths.outbox):
@@ -8438,39 +8485,12 @@ class TestWatcher(WatchCase):
             self.assertTrue(message.isprintable() and message.encode(), message)
 
 
-#: A process with a run that says which, and then does nothing, until it gets a line to execute.
-IDLE = """
-import sys, time
-from aimwatch import Run
-run = Run(sys.argv[1], create=True)
-run.report_progress(expect_next_in=int(sys.argv[2]), block=True)
-print("ready", flush=True)
-exec(sys.stdin.readline())
-time.sleep(600)
-"""
-
-
 class TestDeath(WatchCase):
     """What is alerted of a run whose process is gone: real processes, a clock that the test drives."""
 
     def setUp(self) -> None:
         super().setUp()
         self.without_sync()
-
-    def start(self, run_hash: str = "r", expect: int = 0) -> Any:
-        process = self.command(sys.executable, "-c", IDLE, run_hash, str(expect), stdin=subprocess.PIPE)
-        self.assertEqual(process.stdout.readline(), "ready\n")
-        return process
-
-    def kill(self, process: Any) -> None:
-        process.kill()
-        process.wait()
-
-    def drop_lock(self, process: Any) -> None:
-        """Have a process close its run's marker, and so lose the lock."""
-        process.stdin.write("open(run._paths.marker(run.hash)).close(); print('closed', flush=True)\n")
-        process.stdin.flush()
-        self.assertEqual(process.stdout.readline(), "closed\n")
 
     def elsewhere(self) -> None:
         """Have this process be on another machine than all that come."""
@@ -8482,10 +8502,10 @@ class TestDeath(WatchCase):
         for expect, quiet, grace_s in ((0, 11, 100.0), (1, 3, 100.0), (1, 0, 0.0), (86400, 0, 100.0)):
             with self.subTest(expect=expect, quiet=quiet):
                 run = f"r{expect}_{quiet}"
-                process, watcher = self.start(run, expect), self.watch(grace_s=grace_s)
+                process, watcher = self.start_run(run, expect), self.watch(grace_s=grace_s)
                 self.look(watcher, quiet)
                 self.assertEqual([kind for at, kind in self.told() if at == run], [])
-                self.kill(process)
+                process.kill()
                 self.look(watcher, 17)
                 self.assertEqual([kind for at, kind in self.told() if at == run], ["failed"])
                 self.look(watcher, 100)
@@ -8496,11 +8516,11 @@ class TestDeath(WatchCase):
                 self.assertRegex(facts["run.silent"], "^[0-9]+ s$")
 
     def test_death_is_written_down_by_the_thread_that_indexes_and_who_is_resumed_has_recovered(self) -> None:
-        process, watcher = self.start(), self.watch()
+        process, watcher = self.start_run(), self.watch()
         thread = aimwatch.ReindexThread(self.paths)
         watcher.on_dead = thread.reindexer.note_dead
         thread._pass()
-        self.kill(process)
+        process.kill()
         self.look(watcher, 20)
         thread._pass()
         self.assertEqual(self.records("r")[-2]["reason"], aimwatch.DIED)
@@ -8513,18 +8533,18 @@ class TestDeath(WatchCase):
 
     def test_free_marker_on_another_machine_is_death_only_where_it_was_seen_held(self) -> None:
         self.elsewhere()
-        early, late = self.start("early"), self.start("late", expect=20)
-        self.kill(late)
+        early, late = self.start_run("early"), self.start_run("late", expect=20)
+        late.kill()
         watcher = self.watch(grace_s=2.0)
         self.look(watcher, 21)
-        self.kill(early)
+        early.kill()
         self.look(watcher, 60)
         self.assertEqual(self.told(), [("late", "stalled"), ("early", "failed")])
         self.assertNotIn("its process", aimwatch.message_for(None, self.facts("stalled")))
 
     def test_run_that_went_on_elsewhere_is_not_dead_since_its_lock_is_not_seen(self) -> None:
-        first = self.start()
-        self.kill(first)
+        first = self.start_run()
+        first.kill()
         self.elsewhere()
         noise = "[9,1,0.5,1775000000.0]\n" * 4000
         write_file(self.paths.run_log("r"), noise, "ab")
@@ -8538,18 +8558,15 @@ class TestDeath(WatchCase):
 
     def test_lock_of_an_indexer_is_no_sign_that_the_writer_is_seen(self) -> None:
         self.elsewhere()
-        process = self.start()
-        self.drop_lock(process)  # as if that were seen on its machine alone
-        indexer = self.process(
-            "import aimwatch, time\nlock = aimwatch.FileLock(aimwatch.find_repo().marker('r'), brief=True)\n"
-            "print(lock.acquire(), flush=True)\ntime.sleep(600)"
-        )
-        self.assertEqual(indexer.stdout.readline(), "True\n")
+        process = self.start_run()
+        process.go_on()  # as if that were seen on its machine alone
+        lock = aimwatch.FileLock(self.paths.marker("r"), brief=True)
+        indexer = self.fork(lambda pause: lock.acquire() and pause())
         watcher = self.watch()
         self.look(watcher, 60)
         reindexer = aimwatch.Reindexer(self.paths)
         reindexer.run(["r"])
-        self.kill(indexer)
+        indexer.kill()
         self.look(watcher, 200)
         reindexer.run(["r"])
         self.assertEqual((self.told(), [item for item in self.records("r") if "end" in item]), ([], []))
@@ -8559,24 +8576,24 @@ class TestDeath(WatchCase):
         for boot, told in ((aimwatch.boot_id(), [("same", "failed")]), ("another", [])):
             run = "same" if told else "other"
             with self.subTest(run), mock.patch.object(aimwatch, "boot_id", return_value=boot):
-                process = self.start(run)
+                process = self.start_run(run)
                 with mock.patch.object(aimwatch, "boot_id", return_value="x" if not told else boot):
                     watcher = self.watch()
                     self.look(watcher, 12)
                     self.stop(watcher)
-                self.kill(process)
+                process.kill()
                 watcher = self.watch()
                 self.look(watcher, 60)
                 self.stop(watcher)
                 self.assertEqual([item for item in self.told() if item[0] == run], told)
 
     def test_process_that_lost_its_lock_and_lives_is_not_dead(self) -> None:
-        process, watcher = self.start(), self.watch()
-        self.drop_lock(process)
+        process, watcher = self.start_run(), self.watch()
+        process.go_on()
         self.assertEqual(aimwatch.lock_state(self.paths.marker("r")), "free")
         self.look(watcher, 150)
         self.assertEqual(self.told(), [])
-        self.kill(process)
+        process.kill()
         self.look(watcher, 150)
         self.assertEqual(self.told(), [("r", "failed")])
 
@@ -8595,8 +8612,8 @@ class TestDeath(WatchCase):
             with self.subTest(told):
                 self.configure(all={"type": "logger", "events": ["failed", "finished", "stalled"]})
                 run = f"r_{told}"
-                process, watcher = self.start(run), self.watch()
-                self.kill(process)
+                process, watcher = self.start_run(run), self.watch()
+                process.kill()
                 write_file(self.paths.run_log(run), f'{{"end":{end}, "time": 1.7e9, "idx": 2}}\n', "ab")
                 os.unlink(self.paths.marker(run))
                 self.look(watcher, 20)
@@ -8607,7 +8624,7 @@ class TestDeath(WatchCase):
 
     def test_first_sight_is_silent_on_runs_that_died_and_were_written_down_before(self) -> None:
         for run in ("known", "new"):
-            self.kill(self.start(run))
+            self.start_run(run).kill()
         aimwatch.Reindexer(self.paths).run(["known"])
         watcher = self.watch()
         self.assertEqual(watcher.counts()["failed"], 1)
@@ -8615,12 +8632,12 @@ class TestDeath(WatchCase):
         self.assertEqual(self.told(), [("new", "failed")])
 
     def test_pass_of_once_waits_to_be_sure(self) -> None:
-        process = self.start()
+        process = self.start_run()
         stop = mock.Mock(wait=self.clock.pass_, is_set=lambda: False)
         for _ in range(2):
             with contextlib.closing(self.watcher(self.clock, once=True)) as watcher:
                 aimwatch._one_pass(watcher, stop, mock.Mock(ping_url=None, metrics_file=None))
-            self.kill(process)
+            process.kill()
             self.clock.pass_(300.0)
         self.assertEqual(self.told(), [("r", "failed")])
         with aimwatch.open_index(self.paths, "ro", 1.0) as index:
@@ -9107,14 +9124,11 @@ class TestAcknowledged(WatchCase):
         self.without_sync()
         for state in ("dying", "failed", "stalled"):
             with self.subTest(state):
-                process = self.command(
-                    *(sys.executable, "-c", IDLE, state, str(int(state == "stalled"))), stdin=subprocess.PIPE
-                )
-                self.assertEqual(process.stdout.readline(), "ready\n")
                 if state == "failed":
-                    process.communicate("raise ValueError('why')\n")
-                process.kill()
-                process.wait()
+                    with contextlib.suppress(ValueError), Run(state, repo=self.root, create=True):
+                        raise ValueError("why")
+                else:
+                    self.start_run(state, int(state == "stalled")).kill()
                 self.configure(all={"type": "logger", "events": list(aimwatch.EVENTS)})
                 watcher = self.watch()
                 self.look(watcher, {"dying": 7, "failed": 1, "stalled": 20}[state])
