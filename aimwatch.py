@@ -6322,8 +6322,7 @@ def change_facts(paths: RepoPaths, change: Change) -> Facts:
 
 def message_line(message: Dict[str, Any], at: str = "") -> str:
     """Return a log message on one line, with its time (`at`: in other words)."""
-    names = {number: name for name, number in LOG_LEVELS.items()}
-    level = names.get(message["log"], str(message["log"]))
+    level = logging.getLevelName(message["log"])
     params = f" {json.dumps(message['params'])}" if message.get("params") else ""
     return printable(f"{at or local_time(message['time'])} {level} {message['message']}{params}", 1000)
 
@@ -9549,8 +9548,7 @@ def cmd_notifiers_dump(args: Any) -> None:
 def cmd_get_log_level(args: Any) -> None:
     """Print from which level on people hear of log messages of runs."""
     level = NotifierConfig(find_repo(args.repo)).read()["notifications"].get("log_level", 30)
-    names = {number: name for name, number in LOG_LEVELS.items()}
-    print(f"Log level: {names.get(level, level)}")
+    print(f"Log level: {logging.getLevelName(level)}")
 
 
 @command("notifiers set-log-level", f"LEVEL  {', '.join(LOG_LEVELS)}")

@@ -7975,7 +7975,7 @@ class NotifiersCommands(NotifierCase):
     def test_log_level_is_set_and_shown(self) -> None:
         self.assertEqual(self.run_cli("notifiers", "get-log-level"), (0, "Log level: WARNING\n", ""))
         for given, number, shown in (
-            ("INFO", 20, "INFO"), ("debug", 10, "DEBUG"), ("CRITICAL", 50, "CRITICAL"), ("25", 25, "25"),
+            ("INFO", 20, "INFO"), ("debug", 10, "DEBUG"), ("CRITICAL", 50, "CRITICAL"), ("25", 25, "Level 25"),
         ):  # fmt: skip
             with self.subTest(given):
                 self.assertEqual(self.run_cli("notifiers", "set-log-level", given), (0, "", ""))
