@@ -9027,17 +9027,16 @@ def status_object(
         for item, problem, _, waiting in notifier_states(paths)
         if item.enabled and problem
     ]
-    broken = {"notifiers_that_do_not_work": notifiers, "modes": lax_modes(paths) or None}
-    return {"repo": paths.root, "watcher": watcher, **broken, "runs": status_rows(paths, facts_of)}
-
-
-def lax_modes(paths: RepoPaths) -> str:
-    """Return which folders and files others can write that only the owner of the repository should, for
-    people; "" for none."""
     owners = (*paths.owners_folders, paths.config, paths.index, paths.outbox, paths.watcher)
     lax = [path for path in owners if os.path.exists(path) and os.stat(path).st_mode & 0o022]
-    shown = ", ".join(os.path.relpath(path, paths.root) for path in lax)
-    return f"others can write {shown}: 'chmod go-w', or 'init --group'" if lax else ""
+    writable = ", ".join(os.path.relpath(path, paths.root) for path in lax)
+    return {
+        "repo": paths.root,
+        "watcher": watcher,
+        "notifiers_that_do_not_work": notifiers,
+        "modes": f"others can write {writable}: 'chmod go-w', or 'init --group'" if lax else None,
+        "runs": status_rows(paths, facts_of),
+    }
 
 
 def status_rows(
@@ -9174,7 +9173,7 @@ def cmd_mute(args: Any) -> None:
     paths.create()
     run_hash, _ = _end_mutes(paths, args.run)
     until = math.ceil(time.time() + getattr(args, "for"))
-    _leave_in_mutes(paths, f"{run_hash}-{until}")
+    os.close(open_below(os.path.join(paths.mutes, f"{run_hash}-{until}"), os.O_WRONLY | os.O_CREAT))
     print(f"muted run {run_hash} until {local_time(until)}")
 
 
@@ -9196,10 +9195,6 @@ def _end_mutes(paths: RepoPaths, text: str) -> Tuple[str, bool]:
     return run_hash, bool(names)
 
 
-def _leave_in_mutes(paths: RepoPaths, name: str) -> None:
-    os.close(open_below(os.path.join(paths.mutes, name), os.O_WRONLY | os.O_CREAT))
-
-
 @command("ack", "RUN*", "--all  every run that is stalled or failed")
 def cmd_ack(args: Any) -> None:
     """Say that you have taken on stalled or failed runs: until their state changes, `status` shows by whom
@@ -9216,7 +9211,8 @@ def cmd_ack(args: Any) -> None:
         if not ranks:
             raise AimwatchError(f"run {run_hash} is neither stalled nor failed now")
         for rank in ranks:
-            _leave_in_mutes(paths, ack_name(rows[rank]["check_in"], rows[rank]["state"]))
+            name = ack_name(rows[rank]["check_in"], rows[rank]["state"])
+            os.close(open_below(os.path.join(paths.mutes, name), os.O_WRONLY | os.O_CREAT))
             print(f"acknowledged run {rank}, which is {rows[rank]['state']}")
 
 

@@ -10154,14 +10154,12 @@ class TestClosedDoors(WatchCase):
             self.stop(watcher)
 
         paths = self.paths
-        until = int(time.time()) + 3600
         for path, act in (
             (paths.run_log("r"), run), (paths.marker("r"), run), (paths.stack("r"), run),
             (os.path.join(paths.news, "r"), run), (paths.index_lock, run),
             (paths.watcher_lock, watch), (paths.outbox, watch), (paths.watcher, watch),
             (paths.config_lock, lambda: self.configure(n={"type": "logger"})),
             (paths.config, lambda: self.configure(n={"type": "logger"})),
-            (os.path.join(paths.mutes, f"r-{until}"), lambda: aimwatch._leave_in_mutes(paths, f"r-{until}")),
         ):  # fmt: skip
             for target in (victim, made):
                 with self.subTest(path=path, target=target):
