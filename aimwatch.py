@@ -96,6 +96,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 import weakref
 import zlib
 from collections import Counter, deque
@@ -123,7 +124,6 @@ from typing import (
 
 if TYPE_CHECKING:
     import sqlite3
-    from types import FrameType
 
     Item = TypeVar("Item")
 
@@ -1698,7 +1698,7 @@ def telling_frames(files: Sequence[str]) -> List[int]:
     return sorted(users + others[len(users) - 6 :])
 
 
-def frames_of(error: Optional[BaseException] = None, frame: Optional[FrameType] = None) -> List[str]:
+def frames_of(error: Optional[BaseException] = None, frame: Optional[types.FrameType] = None) -> List[str]:
     """Return the frames of an exception, or of the stack that ends in a frame, that say where it came from,
     outermost first: `file:line in name: code`. Those of another process count, where the exception has
     them as text."""
@@ -2925,12 +2925,12 @@ class Run:
                 self._end(end)
             self._close_files()
 
-    def _signal_end(self, signum: int, frame: Optional[FrameType]) -> End:
+    def _signal_end(self, signum: int, frame: Optional[types.FrameType]) -> End:
         if self._thread != _thread.get_ident():
             frame = sys._current_frames().get(self._thread, frame)
         return End(FAILED, f"terminated by {signal.Signals(signum).name}", frames_of(frame=frame))
 
-    def _note_signal(self, signum: int, frame: Optional[FrameType]) -> None:
+    def _note_signal(self, signum: int, frame: Optional[types.FrameType]) -> None:
         """Note a signal that a handler of the user's takes care of, who may save, end the process, or not."""
         if self._is_mine() and self.active and self._signal is None:
             self._signal, self._signal_mono = self._signal_end(signum, frame), _monotonic()
@@ -2984,25 +2984,12 @@ class Run:
                 self._look()
                 self._checkpoint()
                 size = self._log.close()
-                if size >= 0 and self._ended is not None:  # otherwise another process goes on with it
-                    self._index_itself(size)
                 self._marker.release()
                 self._closed = True
-
-    def _index_itself(self, size: int) -> None:
-        """Put the closed run into the index if that is quick; its marker asks others to otherwise."""
-        if is_network(self._paths.own):
-            return  # on some, nothing would keep two machines from writing it at the same time
-        try:
-            self._state.log_size = size
-            with write_index(self._paths, 0.3) as db:
-                db.execute("BEGIN IMMEDIATE")
-                index_run(db, self.hash, run_row(self._state))
-                db.execute("COMMIT")
-                os.unlink(self._paths.marker(self.hash))
-        except Exception as error:
-            # Whatever it is, the run is in its log, and a script that has done its work may end.
-            log.debug("run %s is left to reindex: %s", self.hash, error)
+                # On some network file systems, nothing would keep two machines from writing the index at the
+                # same time. And a run that has not ended is one with which another process goes on.
+                if size >= 0 and self._ended is not None and not is_network(self._paths.own):
+                    try_to_index(self._paths, [self.hash], 0.3)
 
     # ---------------------------------------------------------------- who may write
 
@@ -3386,10 +3373,10 @@ class StoredRow(Dict[str, Any]):
     """A row as the index has it; each of its three texts is decoded when something in it is wanted."""
 
     def __init__(self, *stored: Any) -> None:
-        run_hash, created_at, archived, rank, _, log_size, *texts = stored
+        run_hash, created_at, archived, rank, _, log_size, head, params, metrics = stored
         super().__init__(hash=run_hash, created_at=created_at, rank=rank, log_size=log_size)
         self["archived"] = bool(archived)
-        self._texts = dict(zip(("head", "params", "metrics"), texts))
+        self._texts = {"head": head, "params": params, "metrics": metrics}
 
     def __missing__(self, key: str) -> Any:
         part = key if key in self._texts else "head"
@@ -3715,6 +3702,14 @@ class Reindexer:
         return [run_hash for run_hash, size in self._sizes.items() if known.get(run_hash) != size]
 
 
+def try_to_index(paths: RepoPaths, hashes: Sequence[str], wait_s: float) -> None:
+    """Index some runs if that can be done now; their markers ask others to otherwise."""
+    try:
+        Reindexer(paths).run(hashes, wait_s)
+    except Exception as error:  # whatever it is, the runs are in their logs, and a script may end
+        log.debug("%d runs are left to reindex: %s", len(hashes), error)
+
+
 #: How often also those pending runs are looked at that record nothing.
 PROBE_S = 30.0
 #: A transaction holds at most this many markers open.
@@ -3850,13 +3845,6 @@ _TIMES_MADE: Dict[str, Callable[..., Any]] = {
     "datetime.now": lambda: _utc(time.time()), "datetime.utcnow": lambda: _utc(time.time()),
 }  # fmt: skip
 _TIME_PARTS = ("year", "month", "day", "hour", "minute", "second")
-
-
-def _with_own_nan(value: Any) -> Any:
-    # Inside lists, Python takes one and the same NaN for equal to itself. Here every NaN equals nothing.
-    return _from_text(_to_text(value)) if isinstance(value, (list, dict)) or value != value else value
-
-
 _EPOCH = datetime.datetime(1970, 1, 1)
 
 
@@ -3888,7 +3876,7 @@ class CompiledQuery(NamedTuple):
         """
         hidden_by = {"archived", "rank"} - self.fields
         for row in rows:
-            if any(row[field] for field in hidden_by):
+            if any(map(row.get, hidden_by)):
                 continue
             for metric in row["metrics"] if self.over == "metric" else (None,):
                 if self.test(row, metric):
@@ -3993,11 +3981,9 @@ def _from_row(name: str, **more: Any) -> _Value:
     return _Value(lambda row, metric: row[name], **more)
 
 
-_PLAIN_FIELDS = (
-    "description", "archived", "end_time", "state", "reason", "host", "pid", "user", "job", "rank",
-)  # fmt: skip
 _RUN_FIELDS: Dict[str, _Value] = {
-    **{field: _from_row(field) for field in _PLAIN_FIELDS},
+    **{field: _from_row(field) for field in ("description", "archived", "end_time", "state", "reason")},
+    **{field: _from_row(field) for field in ("host", "pid", "user", "job", "rank")},
     "hash": _from_row("hash", fact="hash"),
     "name": _Value(lambda row, metric: row["name"] or default_name(row["hash"]), fact="name"),
     "experiment": _from_row("experiment", fact="experiment"),
@@ -4052,7 +4038,10 @@ class _Compiler:
                 self.narrow(node, right._replace(kind="value"), "==", left.const)
 
         def decide(left: Any, right: Any) -> bool:
-            return bool(compare(_with_own_nan(left), right)) is not is_opposite
+            # Inside lists, Python takes one and the same NaN for equal to itself. Here it equals nothing.
+            if isinstance(left, (list, dict)) or left != left:
+                left = _from_text(_to_text(left))
+            return bool(compare(left, right)) is not is_opposite
 
         return self.operation(decide, left, right, impossible=is_opposite)
 
@@ -4286,12 +4275,6 @@ def _at(whole_of: Evaluated, keys: Sequence[Any]) -> Evaluated:
 # ======================================================================================
 
 
-class RunResult(NamedTuple):
-    """What Aim's queries yield for each run."""
-
-    run: Run
-
-
 class QueryResult(Sequence[Run]):
     """The runs that a query found, newest first. A `Run` is made when it is asked for, and reads
     its log when more is asked of it than its hash."""
@@ -4309,10 +4292,9 @@ class QueryResult(Sequence[Run]):
             return [Run._to_read(self._paths, row["hash"]) for row in self.found[at]]
         return Run._to_read(self._paths, self.found[at]["hash"])
 
-    def iter_runs(self) -> Iterator[RunResult]:
-        """Yield objects with a `.run`, as Aim's queries do."""
-        for run in self:
-            yield RunResult(run)
+    def iter_runs(self) -> Iterator[Any]:
+        """Return objects with a `.run`, as Aim's queries do."""
+        return (types.SimpleNamespace(run=run) for run in self)
 
 
 class Repo:
@@ -4399,7 +4381,7 @@ class Repo:
                 for name in names_in(folder, rf"{run_hash}([.-].*)?"):
                     unlink_below(os.path.join(folder, name))
         # The marker stays until the index has forgotten the run, now or when somebody reindexes.
-        self._try_to_index([run_hash], 2.0)
+        try_to_index(self._paths, [run_hash], 2.0)
         return found
 
     def close_run(self, run_hash: str) -> bool:
@@ -4423,7 +4405,7 @@ class Repo:
                 raise RepoError(f"cannot close {run_hash}: {path} cannot be written")
             for name in own_check_ins(self._paths, run_hash) if open_ended else ():
                 unlink_below(os.path.join(self._paths.check_ins, name))
-        self._try_to_index([run_hash], 2.0)
+        try_to_index(self._paths, [run_hash], 2.0)
         return open_ended
 
     @contextlib.contextmanager
@@ -4433,11 +4415,6 @@ class Repo:
             if marker.acquire() is False:
                 raise RunBusyError(f"run {run_hash} is being written by a process: end that first")
             yield
-
-    def _try_to_index(self, hashes: Sequence[str], wait_s: float) -> None:
-        """Index some runs if that can be done now; their markers ask others to otherwise."""
-        with contextlib.suppress(AimwatchError, OSError):
-            Reindexer(self._paths).run(hashes, wait_s=wait_s)
 
     # ---------------------------------------------------------------- queries
 
@@ -4534,7 +4511,7 @@ class Repo:
                 parts = stored_parts(run_row(state))
             self._overlay[run_hash] = parts
         if index is not None and len(sizes) > MAX_PENDING:
-            self._try_to_index(list(sizes), 0.1)  # for the next who asks
+            try_to_index(self._paths, list(sizes), 0.1)  # for the next who asks
         return set(sizes)
 
     # ---------------------------------------------------------------- the index

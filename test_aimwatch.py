@@ -1178,7 +1178,7 @@ BEGIN = """\
 import gc, os, signal, sys, threading, time
 import aimwatch
 from aimwatch import Run
-index_itself, Run._index_itself = Run._index_itself, lambda run, size: None  # an import of sqlite3 takes its time
+real, aimwatch.try_to_index = aimwatch.try_to_index, lambda *args: None  # an import of sqlite3 takes its time
 folder = os.path.join(os.environ["AIMWATCH_REPO"], ".aim", "check_ins")
 def flags(run_hash=None):
     names = [name for name in os.listdir(folder) if name.startswith((run_hash or sys.argv[1]) + "-")]
@@ -1428,7 +1428,7 @@ class HowARunEnds(ProcessCase):
 
     def test_sigterm_from_outside_ends_a_waiting_process(self) -> None:
         process = self.process(
-            BEGIN + "run = Run('r', create=True)\nrun.report_progress(expect_next_in=60)\nRun._index_itself = index_itself\n"
+            BEGIN + "run = Run('r', create=True)\nrun.report_progress(expect_next_in=60)\naimwatch.try_to_index = real\n"
             "def train():\n print('ready')\n while True: time.sleep(0.1)\ntrain()", "r"
         )  # fmt: skip
         self.assertEqual(process.stdout.readline(), "ready\n")
