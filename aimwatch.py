@@ -56,18 +56,18 @@ Read first: `CheckIn`, `RunState`, `run_row`, `RunTable.take`, `Outbox.add`. The
   of each notifier sends it, through `message_for_batch` and a transport, and notes it with `Outbox.sent`.
 - A point: `Run.track` appends a line (`AppendFile.append`). `Reindexer` reads the log (`read_log`), makes
   a row of it (`run_row`) and stores it (`index_run`); the marker in `pending` goes after the commit.
-
 - A question: `compile_query` makes functions of a row. `CompiledQuery.candidates` narrows the rows by what
   the index knows; `Repo` adds the rows of pending runs from their logs; `matches` asks each row.
 
 Locks: `FileLock` on `pending/<hash>` (who writes the run), `index.lock`, `config.lock`, `watcher.lock`. In
-memory: the registry of `FileLock`; one of each `Run`; one of the `Outbox`, for its file.
+memory: the registry of `FileLock`; one of each `Run` and of `_Stacks`; one of the `Outbox`, for its file; one
+of a `Repo`, a page's `Site` and a `LogFollower`, for their caches; `_starting`, for a notifier's programs.
 
 Threads of a training process: one of `_Stacks` while a promise is outstanding, and on a network file
 system one of `AppendFile`, which syncs. Threads of `start`: the poll; `ReindexThread`; a
 `NotifierThread` for each notifier; `SightAlarm` for a repository that does not answer, and one for each
-notifier that it alarms; `Pinger`. Threads of `up`: one for each connection, 32 at most; `ReindexThread`;
-with `--watch` the poll and its notifiers.
+notifier that it alarms; `Pinger`; `_LogThread`, which prints. Threads of `up`: one that accepts, and one for
+each connection, 32 at most; `ReindexThread`; with `--watch` those of `start` but `Pinger`; `_LogThread`.
 """
 
 from __future__ import annotations
@@ -1195,18 +1195,10 @@ class RunState:
 
     def to_checkpoint(self) -> Dict[str, Any]:
         """Return the whole state as a record, from which `apply` builds it again."""
-        return {
-            "checkpoint": 1,
-            "header": self.header,
-            "params": self.params,
-            "props": self.props,
-            "series": [series.to_list() for series in list(self.series.values())],
-            "end": self.end,
-            "logs": self.logs,
-            "errors": list(self.errors),
-            "next_idx": self.next_idx,
-            "last_time": self.last_time,
-        }
+        plain = ("header", "params", "props", "end", "logs", "next_idx", "last_time")
+        series = [series.to_list() for series in list(self.series.values())]
+        known = {name: getattr(self, name) for name in plain}
+        return {"checkpoint": 1, **known, "series": series, "errors": list(self.errors)}
 
     def _restore(self, record: Dict[str, Any]) -> None:
         # Into another state first: half a checkpoint would be a lie.
@@ -1383,12 +1375,8 @@ class AppendFile:
         return not self._lost
 
     def look(self) -> bool:
-        """Return True where the path leads to the file that is written.
-
-        A file that is gone takes writes all the same, and nobody finds them. So where it was removed or
-        replaced it is begun anew with the summary; where only the descriptor went stale, as on a share that
-        went away, it is opened again.
-        """
+        """Return True where the path leads to the file that is written; open it again where not. A file that
+        was removed takes writes all the same, and nobody finds them."""
         self._lost = self._lost or not (self._in_place if self._must_sync else self._is_in_place())
         self.flush(now=self._lost)
         return not self._lost
