@@ -1784,11 +1784,8 @@ class _Stacks:
                 faulthandler.dump_traceback(local)
                 local.seek(0)
                 text = local.read()
-            fd = open_below(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            try:
-                os.write(fd, f"Missed its promise in thread {thread:#018x}\n".encode() + text)
-            finally:
-                os.close(fd)
+            with os.fdopen(open_below(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
+                file.write(f"Missed its promise in thread {thread:#018x}\n".encode() + text)
             with self._lock:
                 if path in self._due:  # the run went on meanwhile
                     os.unlink(path)
@@ -1869,7 +1866,6 @@ class _Process:
     def _after_fork_in_child(self) -> None:
         # Only the forking thread exists in the child: locks held by others would never be released.
         self.stacks = _Stacks()
-        self.exit = None
         for run in list(self.runs):
             run._window = math.nan, 0.0
         # With a handler in Python, a child that computes in C would outlive its SIGTERM.
@@ -2214,17 +2210,10 @@ class Run:
     @functools.cached_property
     def _state(self) -> RunState:
         """What the log says of a run that is only read; the writer puts its own in this place."""
-        path = self._paths.run_log(self.hash)
-        try:
-            state = read_log(path, self.hash)
-            problem = log_problem(state)
-        except OSError as error:
-            problem = str(error.strerror)
-        if problem and self._inert:
-            return RunState(self.hash)  # the worker may not see the repository
-        if problem:
-            raise RepoError(f"cannot read {path}: {problem}")
-        return state
+        state, problem = load_run(self._paths, self.hash)
+        if state is None and not self._inert:  # a worker may not see the repository
+            raise RepoError(f"cannot read {problem or self._paths.run_log(self.hash) + ': it is empty'}")
+        return state or RunState(self.hash)
 
     def _open(self, may_exist: bool, wait_s: float) -> None:
         self._state = RunState(self.hash)
@@ -2966,8 +2955,6 @@ class Run:
     def _close_files(self) -> None:
         with self._locked():
             if self._is_mine():
-                self._stacks_on = False
-                _process.stacks.disarm(self._paths.stack(self.hash))
                 self._looked_s = 0.0
                 self._look()
                 self._checkpoint()
@@ -2988,12 +2975,10 @@ class Run:
     def _takes_over(self) -> bool:
         """Go on with the run of a process that is gone, in the daemon that it left behind; not in a worker of
         `multiprocessing`, which is about to end."""
-        workers = sys.modules.get("multiprocessing.process")
-        if self._pid in (0, os.getpid()) or self._closed:
+        if self._pid in (0, os.getpid()) or self._closed or process_lives(self._state.header):
             return False
-        if (workers is not None and workers.parent_process() is not None) or process_lives(
-            self._state.header
-        ):
+        workers = sys.modules.get("multiprocessing.process")
+        if workers is not None and workers.parent_process() is not None:
             return False
         with contextlib.suppress(AimwatchError):
             if lock_state(self._paths.marker(self.hash)) != "held":

@@ -4814,7 +4814,7 @@ class Reading(StoredCase):
         newer = b'{"format":2,"hash":"r2","created_at":5}\n'
         none = "no run description in it: it is empty, or no run's log"
         for what, data, reason, is_problem in (
-            ("empty", b"", none, False), ("noise", bytes(range(128, 256)) * 20 + b"\n", none, True),
+            ("empty", b"", "it is empty", False), ("noise", bytes(range(128, 256)) * 20 + b"\n", none, True),
             ("newer", newer, "written in format 2, and this aimwatch knows 1: use the newer aimwatch", True),
             ("fifo", os.mkfifo, "not a regular file", True),
             ("link", lambda at: os.symlink(target, at), "Too many levels of symbolic links", True),
