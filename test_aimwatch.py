@@ -7851,64 +7851,57 @@ def aimwatch_main(*argv: str) -> Tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-class OnATerminal(NotifierCase):
+class TerminalCase(Case):
+    """A test with a program on a terminal of its own."""
+
+    def open_terminal(self, *argv: str) -> None:
+        self.pid, self.terminal = pty.fork()
+        if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
+            os.execvp(argv[0], argv)
+        self.addCleanup(os.waitpid, self.pid, 0)
+        self.addCleanup(os.close, self.terminal)
+        self.addCleanup(os.kill, self.pid, signal.SIGKILL)
+        self.seen = b""
+
+    def reads(self, *expected: bytes) -> bytes:
+        """Read up to and with each that is expected, and return what came before the last."""
+        before = b""
+        for text in expected:
+            while text not in self.seen:
+                if not select.select([self.terminal], [], [], 20)[0]:
+                    self.fail(f"{text!r} did not come: {self.seen!r}")
+                self.seen += os.read(self.terminal, 65536)
+            before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def types(self, text: str, *expected: bytes) -> bytes:
+        os.write(self.terminal, text.encode())
+        return self.reads(*expected)
+
+
+class OnATerminal(TerminalCase, NotifierCase):
     """`notifiers add` as a person sees it."""
 
-    LEADER = (
-        "import fcntl, os, signal, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
-        " signal.signal(signal.SIGINT, signal.SIG_DFL);"  # ignored where the tests run in the background
-        " os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    )
-
-    def converse(self, *dialogue: Tuple[str, str]) -> Tuple[int, str]:
-        """Answer each prompt when it stands there; return the exit code and all that was seen."""
-        ours, theirs = pty.openpty()
-        self.addCleanup(os.close, ours)
-        os.environ["TERM"] = "dumb"
-        argv = (self.LEADER, MODULE, "notifiers", "add")
-        process = self.process(*argv, stdin=theirs, stdout=theirs, stderr=theirs)
-        os.close(theirs)
-        seen, told = "", 0
-        for prompt, answer in (*dialogue, ("", "")):
-            while not prompt or prompt not in seen[told:]:
-                self.assertTrue(select.select([ours], [], [], 15)[0], f"no {prompt!r} in {seen!r}")
-                try:
-                    data = os.read(ours, 4096)
-                except OSError:  # Linux says EIO when the other side is closed
-                    data = b""
-                if not data:
-                    self.assertEqual(prompt, "", seen)
-                    return process.wait(), seen
-                seen += data.decode()
-            told = len(seen)
-            os.write(ours, answer.encode())
-        raise AssertionError("not reached")
-
     def test_secrets_are_not_echoed_and_ctrl_c_saves_nothing(self) -> None:
-        which, message = "(slack, workplace, logger, webhook, email, command): ", "(empty for the default): "
-        rest = (
-            ("Name (empty: none): ", "\n"), ("(empty: all): ", "\n"), ("finishes? [y/N]: ", "\n"),
-            ("above? [Y/n]: ", "y\n"), ("now? [Y/n]: ", "n\n"),
-        )  # fmt: skip
+        secret, token = b"(not shown): ", (f"{TOKEN} x\n", b"Access token (not shown): ")
         slack = (
-            (which, "slack\n"), ("Webhook URL (not shown): ", f"{GOOD_URL}\n"), (message, "hello\n"), *rest,
+            ("slack\n", b"URL " + secret), (f"{GOOD_URL}\n", b"(empty for the default): "), ("hello\n", b"(empty: none): "),
+            ("\n", b"(empty: all): "), ("\n", b"finishes? [y/N]: "), ("\n", b"above? [Y/n]: "), ("y\n", b"now? [Y/n]: "),
         )  # fmt: skip
-        token = (
-            (which, "workplace\n"), ("Group ID: ", "1\n"), ("Access token (not shown): ", f"{TOKEN} x\n"),
-            ("Access token (not shown): ", "\x03"),
-        )  # fmt: skip
-        for dialogue, code, shown, saved in (
-            (slack, 0, "hello", ("url", GOOD_URL)),
-            (token, 1, "aborted", None),
-        ):
-            with self.subTest(shown=shown):
-                found, seen = self.converse(*dialogue)
-                self.assertEqual((found, shown in seen, "Traceback" in seen), (code, True, False), seen)
-                self.assert_hidden(seen)
-                self.assertEqual(os.path.exists(self.paths.config), saved is not None)
-                if saved is not None:
-                    self.assertEqual(self.only_entry()["arguments"][saved[0]], saved[1])
-                    os.unlink(self.paths.config)
+        workplace = (
+            ("workplace\n", b"Group ID: "),
+            ("1\n", b"token " + secret),
+            token,
+            ("\x03", b"aborted\r\n"),
+        )
+        for dialogue in (workplace, slack):
+            self.assertFalse(os.path.exists(self.paths.config))
+            self.open_terminal(sys.executable, MODULE, "--repo", self.root, "notifiers", "add")
+            self.reads(b"(slack, workplace, logger, webhook, email, command): ")
+            for answer, prompt in dialogue:
+                self.assert_hidden(self.types(answer, prompt).decode())
+        self.assertEqual(self.only_entry()["arguments"], {"url": GOOD_URL, "message": "hello"})
 
 
 class NotifiersCommands(NotifierCase):
@@ -11545,39 +11538,18 @@ class RunsOfPrograms(ExecCase):
         self.wait_for(lambda: self.check_ins(run_hash)[-1].endswith("-01830"))
 
 
-class ProgramsOnATerminal(ExecCase):
+class ProgramsOnATerminal(TerminalCase, ExecCase):
     def setUp(self) -> None:
         super().setUp()
         if shutil.which("bash") is None or not os.path.exists("/proc/self/stat"):
             self.skipTest("no bash, or no /proc")
         os.environ["PS1"] = "$ "
-        self.pid, self.terminal = pty.fork()
-        if self.pid == 0:
-            os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
-        self.addCleanup(os.waitpid, self.pid, 0)
-        self.addCleanup(os.close, self.terminal)
-        self.addCleanup(os.kill, self.pid, signal.SIGKILL)
+        self.open_terminal("bash", "--norc", "--noprofile", "-i")
         self.resize(33, 99)
-        self.seen = b""
         self.reads(b"$ ")
 
     def resize(self, rows: int, columns: int) -> None:
         fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-
-    def reads(self, *expected: bytes) -> bytes:
-        """Read up to and with each that is expected, and return what came before the last."""
-        before = b""
-        for text in expected:
-            while text not in self.seen:
-                if not select.select([self.terminal], [], [], 20)[0]:
-                    self.fail(f"{text!r} did not come: {self.seen!r}")
-                self.seen += os.read(self.terminal, 65536)
-            before, _, self.seen = self.seen.partition(text)
-        return before
-
-    def types(self, text: str, *expected: bytes) -> bytes:
-        os.write(self.terminal, text.encode())
-        return self.reads(*expected)
 
     def runs(self, *argv: str, after: str = "") -> None:
         command = [sys.executable, "-m", "aimwatch", "--repo", self.root, "exec", "--", *argv]
