@@ -5495,8 +5495,7 @@ class Outbox:
         #: What is still to be sent: event id to the event and the notifiers for which it waits.
         self._waiting: Dict[str, Tuple[Event, Set[str]]] = {}
         self._broken: Dict[str, Tuple[str, float]] = {}
-        #: Held while the file is written, which takes as long as the disk does. Only writers wait for it: who
-        #: reads goes over a copy, which is made in one step.
+        #: Held while the file is written, as long as the disk takes. Who reads goes over a copy instead.
         self._writing = threading.Lock()
         self._compact_at = 0
         with contextlib.suppress(FileNotFoundError), open_regular(path) as file:
@@ -5838,14 +5837,9 @@ class Dispatcher:
                 self.notify([trouble(event_id, self._paths.root, reason, look="notifiers list")], but=one)
         self._broken = set(broken)
 
-    def drain(self, limit_s: float) -> bool:
-        """Wait until everything was sent or tried once, at most `limit_s` seconds; True if so."""
-        deadline = time.monotonic() + limit_s
-        while any(thread.is_behind() for thread in self._threads.values()):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.01)
-        return True
+    def is_behind(self) -> bool:
+        """True until everything was sent or tried once."""
+        return any(thread.is_behind() for thread in self._threads.values())
 
     def stop(self, limit_s: float) -> None:
         """End the threads; what is in flight gets `limit_s` seconds, and is sent again if it needs
@@ -7093,20 +7087,16 @@ class Pinger(threading.Thread):
 # index, so that whoever else wants it comes first, and its troubles never reach the watch.
 # ======================================================================================
 
-#: How often the thread looks for runs that recorded something.
-REINDEX_INTERVAL_S = 5.0
-#: It rests this many times as long as it worked.
-REINDEX_REST_FACTOR = 20.0
+#: How often the thread looks for runs that recorded something; it rests so many times as long as it worked.
+REINDEX_INTERVAL_S, REINDEX_REST_FACTOR = 5.0, 20.0
 
 
 class ReindexThread(threading.Thread):
     """Indexes pending runs in the background until `stop` is called."""
 
-    def __init__(self, paths: RepoPaths, interval_s: float = REINDEX_INTERVAL_S) -> None:
+    def __init__(self, paths: RepoPaths) -> None:
         super().__init__(name="aimwatch-reindex", daemon=True)
-        self._paths = paths
         self.reindexer = Reindexer(paths)
-        self._interval_s = interval_s
         self._stopping = threading.Event()
         self._warn_once = functools.lru_cache(1000)(functools.partial(log.warning, "%s"))
 
@@ -7115,7 +7105,7 @@ class ReindexThread(threading.Thread):
             begun = time.monotonic()
             self._pass()
             worked_s = time.monotonic() - begun
-            self._stopping.wait(max(self._interval_s, worked_s * REINDEX_REST_FACTOR))
+            self._stopping.wait(max(REINDEX_INTERVAL_S, worked_s * REINDEX_REST_FACTOR))
 
     def _pass(self) -> None:
         try:
@@ -7165,19 +7155,19 @@ class Program:
         self.status, self.error, self.output = 0, 0, b""
         #: The errno where its output could not be written.
         self.unwritten = 0
-        #: By where it comes from: where output goes, and what of it was read and is not written.
-        self._targets: Dict[int, int] = {}
+        #: By where output comes from: where it goes, and what of it was read and is not written.
+        self.targets: Dict[int, int] = {}
         self._waiting: Dict[int, memoryview] = {}
         self._terminal = -1
 
     def start(self, argv: Sequence[str], environ: Dict[str, str]) -> None:
         """Start it with this environment; where that fails, `error` says why."""
         source, end = self._make_terminal() if os.isatty(1) else os.pipe()
-        self._targets, ends = {source: 1}, {1: end, 2: end}
+        self.targets, ends = {source: 1}, {1: end, 2: end}
         # Of two pipes to one file, the order of what is written would be lost.
         if not os.path.sameopenfile(1, 2) and not (os.isatty(1) and os.isatty(2)):
             other, ends[2] = os.pipe()
-            self._targets[other] = 2
+            self.targets[other] = 2
         actions = [(os.POSIX_SPAWN_DUP2, end, fd) for fd, end in ends.items()]
         ignored_by_python = [signal.SIGPIPE, signal.SIGXFSZ]
         try:
@@ -7212,8 +7202,8 @@ class Program:
         Return the descriptors that were ready."""
         import select
 
-        sources = [source for source in self._targets if not self._waiting.get(source)]
-        full = {target: source for source, target in self._targets.items() if source not in sources}
+        sources = [source for source in self.targets if not self._waiting.get(source)]
+        full = {target: source for source, target in self.targets.items() if source not in sources}
         readable, writable, _ = select.select([*others, *sources], list(full), [], wait_s)
         for source in readable:
             if source in sources:
@@ -7250,7 +7240,7 @@ class Program:
 
     def _close(self, source: int) -> None:
         os.close(source)
-        del self._targets[source]
+        del self.targets[source]
         self._waiting.pop(source, None)
 
     def wait(self, caught: int, caught_by_exec: int, on_hand_over: Callable[[], None]) -> None:
@@ -7280,13 +7270,8 @@ class Program:
             for number in [number for number, at in due.items() if at <= now]:
                 del due[number]
                 os.kill(self.pid, number)
-        while self._targets and self.copy([], None if any(self._waiting.values()) else 0.0):
+        while self.targets and self.copy([], None if any(self._waiting.values()) else 0.0):
             pass
-
-    def copy_rest(self) -> None:
-        """Copy until nobody writes any more: what the program left behind may go on."""
-        while self._targets:
-            self.copy([], None)
 
 
 # -------------------------------------------------------------------------- its run
@@ -7510,7 +7495,8 @@ def keep_program(
     reporter.finish(End(FAILED, reason, output=lines) if reason else End(FINISHED))
     with contextlib.suppress(OSError):  # `exec` was killed
         os.write(tells, bytes([code]))
-    program.copy_rest()
+    while program.targets:  # what it left behind may write on
+        program.copy([], None)
 
 
 # ======================================================================================
@@ -8846,7 +8832,7 @@ def _one_pass(watcher: Watcher, stop: threading.Event, args: Any) -> int:
     if args.ping_url and not watcher.trouble:
         Pinger(args.ping_url).ping()
     deadline = time.monotonic() + ATTEMPT_S + 1
-    while not stop.is_set() and time.monotonic() < deadline and not watcher.dispatcher.drain(0.1):
+    while watcher.dispatcher.is_behind() and time.monotonic() < deadline and not stop.wait(0.01):
         pass
     counts = watcher.counts()
     watcher.close()
