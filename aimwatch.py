@@ -2045,8 +2045,6 @@ AUTO = "auto"
 OUTPUT_LINES, OUTPUT_LINE = 20, 300
 #: What the `Run()` of a program sends to the `aimwatch exec` that holds its run: nobody dies of it.
 HAND_OVER = signal.SIGURG
-#: Exceptions with which a run ends well: a trial that is given up, a generator whose user has enough.
-NOT_FAILURES = frozenset(("StopIteration", "GeneratorExit", "TrialPruned"))
 #: For how long a SIGTERM explains an end.
 SIGNAL_S = 600.0
 #: How long a record waits for another thread's before it goes ahead.
@@ -2112,7 +2110,8 @@ class Run:
     #: The end by a SIGTERM that a handler of the user's takes care of, and when that came (monotonic).
     _signal: Optional[End] = None
     _signal_mono = 0.0
-    _not_failures = NOT_FAILURES
+    #: Exceptions with which a run ends well: a trial that is given up, a generator whose user has enough.
+    _not_failures = frozenset(("StopIteration", "GeneratorExit", "TrialPruned"))
     #: In `progress`: how much of all is done, how much of it is one item, and since when (monotonic).
     _loop: Optional[Tuple[float, float, float]] = None
     #: When it is recorded again how much is done (monotonic).
@@ -2483,9 +2482,9 @@ class Run:
             if name is not None:
                 raise ArgumentError("name must be left out when track() is given a dict of values")
             # All are checked before the first is recorded.
-            points = [(_checked_text(_METRIC_NAME, key), _number(item, key)) for key, item in value.items()]
+            points = [(_checked_text("metric name", key), _number(item, key)) for key, item in value.items()]
         else:
-            metric = name if type(name) is str else _checked_text(_METRIC_NAME, name)
+            metric = name if type(name) is str else _checked_text("metric name", name)
             points = [(metric, value if type(value) is float else _number(value, name))]
         if step is not None and (type(step) is not int or not -MAX_STEP <= step < MAX_STEP):
             step = _checked_step(step)
@@ -3063,10 +3062,6 @@ class Metric:
             raise RepoError(f"cannot read {path}: {error.strerror}") from None
 
     steps, values, epochs, times = map(_column, range(4))
-
-
-#: What a wrong name of a metric is called.
-_METRIC_NAME = "the name in track(value, name='loss')"
 
 
 def _checked_text(what: str, value: Any) -> str:
