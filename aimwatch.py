@@ -8525,12 +8525,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
 
 def print_below(*texts: Optional[str]) -> None:
     """Print what there is to say of a line of a table."""
-    import shutil
-    import textwrap
-
-    width = max(20, shutil.get_terminal_size().columns)
     for text in filter(None, texts):
-        print(textwrap.fill(printable(text, 300), width, initial_indent="  ", subsequent_indent="  "))
+        print(f"  {printable(text, 300)}")
 
 
 def short_hashes(paths: RepoPaths, hashes: Iterable[str]) -> Dict[str, str]:
@@ -9305,10 +9301,8 @@ def _field_values(fields: Sequence[Field], args: Any) -> Dict[str, Any]:
         if field.name == "password" and not values["user"]:
             continue
         said, check = _said(field, args), functools.partial(_checked, field)
-        if said is None and not args.yes and (field.required or field.asked):
-            values[field.name] = _ask(field.prompt, check, field.secret)
-        else:
-            values[field.name] = check(said)
+        is_asked = said is None and not args.yes and (field.required or field.asked)
+        values[field.name] = _ask(field.prompt, check, field.secret) if is_asked else check(said)
     return {name: value for name, value in values.items() if value}
 
 
