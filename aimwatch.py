@@ -7609,8 +7609,6 @@ class Ask:
 
 # -------------------------------------------------------------------------- points and charts
 
-_plain_json = json.JSONDecoder(parse_constant=_finite_number).decode
-
 
 def point_columns(points: List[List[Any]]) -> Dict[str, Any]:
     """Return points, which are parsed lines of a log, as columns. Raises one of MALFORMED."""
@@ -7656,7 +7654,7 @@ class LogFollower:
         series: Dict[int, List[Any]] = {}
         messages = []
         try:
-            rows = _plain_json("[" + b",".join(lines).decode("ascii") + "]")
+            rows = json.loads(b"[%s]" % b",".join(lines))
             if len(rows) != len(lines):
                 raise ValueError("torn lines that make one")
             for row, line in zip(rows, lines):
@@ -7912,8 +7910,7 @@ class Site:
 
     def row(self, run_hash: str) -> Dict[str, Any]:
         """Return the row of a run, as its log has it now. Raises AimwatchError."""
-        path = self.paths.run_log(run_hash)
-        stamp = file_stamp(path) if RUN_HASH.fullmatch(run_hash) else None
+        stamp = file_stamp(self.paths.run_log(checked_run_hash(run_hash)))
         if stamp is None:
             raise NotThere(f"there is no run {run_hash} in {self.paths.root}")
         return self._rows(run_hash, stamp)
@@ -8119,11 +8116,9 @@ class Site:
     # ---- for machines
 
     def points(self, ask: Ask, run_hash: str) -> List[Sequence[Any]]:
-        """What `export` prints of a series."""
+        """What `export` prints, of one series where its number is given."""
         row, given = self.row(run_hash), ask.one["series"]
-        found = [metric for metric in row["metrics"] if str(metric["series"]) == given]
-        if not found:
-            raise NotThere(f"no series {given!r}: add ?series=N with one of a metric in api/runs/{run_hash}")
+        found = [metric for metric in row["metrics"] if given in ("", str(metric["series"]))]
         return exported(self.paths, row, found)
 
     def list_of_runs(self, ask: Ask) -> List[Sequence[Any]]:
@@ -8358,15 +8353,14 @@ class Gate(NamedTuple):
     base_path: str
     cookie: str
 
-    def answer(self, site: Site, target: str, headers: Mapping[str, str]) -> Reply:
+    def answer(self, site: Site, target: str, headers: Any) -> Reply:
         """Return the answer to GET."""
         import hmac
 
         path, _, query = target.partition("?")
         # Any other name may be of a site that was made to lead here, to read this one in a browser.
         host = re.sub(r":[0-9]+$", "", headers.get("Host", "")).strip("[]").lower()
-        cookies = [part.strip().partition("=") for part in headers.get("Cookie", "").split(";")]
-        given = [value for name, _, value in cookies if name == self.cookie]
+        given = re.findall(rf"(?:^|; *){self.cookie}=([^; ]*)", headers.get("Cookie", ""))
         given.append(headers.get("Authorization", "").partition("Bearer ")[2])
         key = query[4:] if query.startswith("key=") and path == f"{self.base_path}/" else ""
         fits = [hmac.compare_digest(item.encode("utf-8"), self.token.encode()) for item in (key, *given)]
@@ -8421,12 +8415,11 @@ def serve(site: Site, gate: Gate, listener: Any, stop: threading.Event) -> None:
         protocol_version, timeout = "HTTP/1.1", 30.0
 
         def do_GET(self) -> None:
-            headers = {name.title(): value for name, value in self.headers.items()}
-            reply = gate.answer(site, self.path, headers)
+            reply = gate.answer(site, self.path, self.headers)
             if reply.status != 403:
                 links[self.request] = links.pop(self.request, None)
             # No body is read, so what follows could not be told from one.
-            self.close_connection |= "Content-Length" in headers or "Transfer-Encoding" in headers
+            self.close_connection |= "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
             self.wfile.write(reply_bytes(reply, self.command != "HEAD", self.close_connection))
 
         do_HEAD = do_GET
@@ -9568,8 +9561,7 @@ _METRIC_COLUMN = re.compile(
 def run_cell(row: Dict[str, Any], column: str) -> Any:
     """Return what a column of `runs` shows of a run: a field, `metric:<name>`, or a param's path."""
     if column in _TIMES:
-        at = row[_TIMES[column]]
-        return None if at is None else Moment(at)
+        return moment(row[_TIMES[column]])
     if column == "duration":
         return duration_s(row)
     if column in ROW_FIELDS:
@@ -9811,7 +9803,7 @@ def read_run(paths: RepoPaths, run_hash: str) -> Dict[str, Any]:
 
 def run_object(row: Dict[str, Any], messages: List[Dict[str, Any]]) -> Dict[str, Any]:
     """Return what `show --json` prints of a run."""
-    times = {field: run_cell(row, field) for field in _TIMES if field in row}
+    times = {field: moment(row[field]) for field in _TIMES if field in row}
     metrics = [{**metric, "last_time": Moment(metric["last_time"])} for metric in row["metrics"]]
     said = [{**message, "time": Moment(message["time"])} for message in messages]
     return {**row, **times, "metrics": metrics, "messages": said}
