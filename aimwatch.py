@@ -8081,10 +8081,12 @@ class Site:
                     drawn.append(Curve(label, colour, columns, row["created_at"]))
         if not curves:
             return Html()
+        linear = {"": "linear", "log": "log"}
+        smooth = {"": "off", "0.6": "0.6", "0.9": "0.9", "0.99": "0.99"}
         choices = []
-        for name, options in _CHOICES.items():
-            chosen = Html(" selected"), Html()
-            items = [(value, chosen[value != ask.one[name]], options[value]) for value in options]
+        for name, options in {"x": AXES, "xscale": linear, "yscale": linear, "smooth": smooth}.items():
+            chosen = {ask.one[name]: Html(" selected")}
+            items = [(value, chosen.get(value), text) for value, text in options.items()]
             texts = each('<option value="{}"{}>{}</option>', items)
             choices.append(html('<label>{} <select name="{}">{}</select></label>', name, name, texts))
         kept = [pair for pair in ask.pairs if pair[0] in ("q", "run")]
@@ -8133,6 +8135,12 @@ class Site:
 
     def metrics(self, ask: Optional[Ask] = None) -> str:
         """What a cluster's monitoring wants to know, as OpenMetrics text with bounded labels."""
+        escapes = str.maketrans({"\\": "\\\\", '"': '\\"'})
+
+        def labels_of(**labels: str) -> str:
+            texts = [f'{name}="{printable(text, 100).translate(escapes)}"' for name, text in labels.items()]
+            return f"{{{','.join(texts)}}}"
+
         status, now = self.status(), self._utc()
         live = [row for row in status["runs"] if row["state"] != FINISHED]
         ages = [max(0.0, now - row["last_check_in"]) for row in live if row["state"] != FAILED]
@@ -8141,10 +8149,10 @@ class Site:
         runs: Dict[str, float] = collections.defaultdict(float)
         for (state, experiment), count in counts:
             known = experiment if experiment in largest else "other"
-            runs[metric_labels(state=state, experiment=known)] += count
+            runs[labels_of(state=state, experiment=known)] += count
         broken, waits = {}, {}
         for item, problem, _, waiting in notifier_states(self.paths)[:50]:
-            labels = metric_labels(notifier=item.id[:8], type=item.type)
+            labels = labels_of(notifier=item.id[:8], type=item.type)
             broken[labels], waits[labels] = problem is not None, waiting
         logs = map(self.paths.run_log, list_pending(self.paths))
         index_ns, *log_ns = [(file_stamp(path) or [0])[-1] for path in (self.paths.index, *logs)]
@@ -8164,22 +8172,6 @@ class Site:
             lines.append(f"# TYPE aimwatch_{name} gauge")
             lines += [f"aimwatch_{name}{labels} {value:.6g}" for labels, value in values.items()]
         return "\n".join([*lines, "# EOF", ""])
-
-
-#: How charts may be drawn, by parameter.
-_CHOICES: Dict[str, Dict[str, str]] = {
-    "x": AXES,
-    "xscale": {"": "linear", "log": "log"},
-    "yscale": {"": "linear", "log": "log"},
-    "smooth": {"": "off", "0.6": "0.6", "0.9": "0.9", "0.99": "0.99"},
-}
-
-
-def metric_labels(**labels: str) -> str:
-    """Return labels as OpenMetrics has them."""
-    escapes = str.maketrans({"\\": "\\\\", '"': '\\"'})
-    inside = [f'{name}="{printable(value, 100).translate(escapes)}"' for name, value in labels.items()]
-    return "{" + ",".join(inside) + "}"
 
 
 _HASH = f"({RUN_HASH.pattern})"
@@ -8407,7 +8399,6 @@ def serve(site: Site, gate: Gate, listener: Any, stop: threading.Event) -> None:
     """Answer requests until `stop` is set."""
     import http.server
     import socket
-    import socketserver
 
     links: Dict[Any, None] = {}  # the connections; the one that asked last is the last
 
@@ -8431,9 +8422,7 @@ def serve(site: Site, gate: Gate, listener: Any, stop: threading.Event) -> None:
         def log_message(self, *_: Any) -> None:
             pass
 
-    class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-        daemon_threads, block_on_close = True, False
-
+    class Server(http.server.ThreadingHTTPServer):
         def verify_request(self, request: Any, client_address: Any) -> bool:
             """Make room for a connection: the one that has not asked for longest has to go."""
             links[request] = None
@@ -9595,9 +9584,7 @@ def shown(value: Any, column: str) -> str:
     if value is None:
         return ""
     if isinstance(value, Moment):
-        at = time.localtime(value)
-        this_year = at.tm_year == time.localtime().tm_year
-        return time.strftime("%m-%d %H:%M" if this_year else "%Y-%m-%d", at)
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(value))
     if column == "duration":
         return human_s(value)
     if isinstance(value, float):
@@ -9655,15 +9642,12 @@ def _print_list(
 
 def run_table(paths: RepoPaths, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> List[str]:
     """Return the lines of a table of runs or series."""
-    hashes = [row[nth] for row in rows for nth, column in enumerate(columns) if column in ("hash", "run")]
-    short = short_hashes(paths, hashes) if hashes else {}
-    texts = [
-        [
-            short[value] if column in ("hash", "run") else shown(value, column)
-            for value, column in zip(row, columns)
-        ]
-        for row in rows
-    ]
+    texts = [list(map(shown, row, columns)) for row in rows]
+    for nth, column in enumerate(columns):
+        if column in ("hash", "run"):
+            short = short_hashes(paths, [text[nth] for text in texts])
+            for text in texts:
+                text[nth] = short[text[nth]]
     return table([column.upper() for column in columns], texts)
 
 
@@ -9839,7 +9823,8 @@ def cmd_diff(args: Any) -> None:
     """Show in what two runs differ, and what was run where."""
     repo = Repo(args.repo)
     hashes = [repo.find_run(args.run), repo.find_run(args.other)]
-    cells = differences([read_run(repo._paths, run_hash) for run_hash in hashes], _ALWAYS_COMPARED)
+    rows = [read_run(repo._paths, run_hash) for run_hash in hashes]
+    cells = differences(rows, also=("host", "folder", "command", "commit"))
     short = short_hashes(repo._paths, hashes)
     header = ["", *(short[run_hash] for run_hash in hashes)]
     print("\n".join(table(header, [row for row in cells if max(map(len, row[1:])) <= 2 * UNCUT])))
@@ -9848,10 +9833,6 @@ def cmd_diff(args: Any) -> None:
             print(f"\n{printable(name)}")
             for run_hash, text in zip(hashes, both):
                 print(f"  {short[run_hash]}  {printable(text, 1000)}")
-
-
-#: What `diff` shows of both runs even where it is the same.
-_ALWAYS_COMPARED = ("host", "folder", "command", "commit")
 
 
 def differences(rows: Sequence[Dict[str, Any]], also: Sequence[str] = ()) -> List[List[str]]:
@@ -9874,9 +9855,6 @@ def differences(rows: Sequence[Dict[str, Any]], also: Sequence[str] = ()) -> Lis
     return [row for row in found if row[0] not in own and (row[0] in also or len(set(row[1:])) > 1)]
 
 
-POINT_COLUMNS = ("metric", "context", "step", "epoch", "value", "time")
-
-
 @command("export", "RUN", "METRIC?  the metric's name (default: all)", "--json")
 def cmd_export(args: Any) -> None:
     """Print the points of a run's metrics as CSV."""
@@ -9897,7 +9875,7 @@ def exported(paths: RepoPaths, row: Dict[str, Any], metrics: List[Dict[str, Any]
         for metric in metrics
         for step, value, epoch, at in read_points(path, metric["series"])
     ]
-    return [POINT_COLUMNS, *points]
+    return [("metric", "context", "step", "epoch", "value", "time"), *points]
 
 
 def metrics_called(row: Dict[str, Any], name: str) -> List[Dict[str, Any]]:
