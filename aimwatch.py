@@ -9584,7 +9584,9 @@ def shown(value: Any, column: str) -> str:
     if value is None:
         return ""
     if isinstance(value, Moment):
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(value))
+        at = time.localtime(value)
+        this_year = at.tm_year == time.localtime().tm_year
+        return time.strftime("%m-%d %H:%M" if this_year else "%Y-%m-%d", at)
     if column == "duration":
         return human_s(value)
     if isinstance(value, float):
