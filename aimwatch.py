@@ -6020,14 +6020,12 @@ class Change(NamedTuple):
 
 
 class RunTable:
-    """The state of every run, from listings of `check_ins`.
-
-    `reported` collects names that state nothing, for the caller to say so once.
-    """
+    """The state of every run, from listings of `check_ins`."""
 
     def __init__(self, grace_s: float) -> None:
         self.grace_s = grace_s
         self.runs: Dict[str, WatchedRun] = {}
+        #: Names that state nothing, for the caller to say so once.
         self.reported: List[str] = []
         self.names: Set[str] = set()
         self._missing: Set[str] = set()
@@ -6051,11 +6049,8 @@ class RunTable:
         return max(deadline_s, watched.free_s + 2 * CONFIRM_S if watched.free_s >= watched.since_s else 0.0)
 
     def take(self, listing: Iterable[str], now_s: float, now_utc: float) -> List[Change]:
-        """Compare a listing with the last one and return what changed.
-
-        Arguments:
-            now_utc: when a new name in it came (UTC seconds), for people; 0 where nobody was looking then.
-        """
+        """Compare a listing with the last one and return what changed. `now_utc`: when a new name in it came
+        (UTC seconds), for people, or 0 where nobody was looking then."""
         names = set(listing)
         fresh = names - self.names
         self.names = names
@@ -6303,16 +6298,6 @@ class Member(NamedTuple):
     host: str = ""
 
 
-def name_ranks(ranks: Iterable[int]) -> str:
-    """Return `rank 3`, or `ranks 0-2 and 4-7`."""
-    texts: List[str] = []
-    for _, group in itertools.groupby(enumerate(sorted(ranks)), lambda pair: pair[1] - pair[0]):
-        row = [rank for _, rank in group]
-        texts += [f"{row[0]}-{row[-1]}"] if len(row) > 2 else map(str, row)
-    named = ", ".join(texts[:-1]) + (" and " if texts[1:] else "") + texts[-1]
-    return f"{'rank' if named.isdigit() else 'ranks'} {named}"
-
-
 def where_it_hangs(paths: RepoPaths, run_hash: str) -> str:
     """Return the innermost place in the user's own files where a run hangs, with the innermost function that
     it has called from there: `train.py:88 main (all_reduce)`; "" where it left no stack."""
@@ -6422,7 +6407,13 @@ class Groups:
         return Change(kind, first, now_s - first.since_s, RUNNING, text, rank=rank, visible=visible)
 
     def _name(self, runs: Iterable[WatchedRun]) -> str:
-        return name_ranks(self.member(watched).rank for watched in runs)
+        """Return `rank 3`, or `ranks 0-2 and 4-7`."""
+        ranks, texts = sorted(self.member(watched).rank for watched in runs), []
+        for _, group in itertools.groupby(enumerate(ranks), lambda pair: pair[1] - pair[0]):
+            row = [str(rank) for _, rank in group]
+            texts += [f"{row[0]}-{row[-1]}"] if len(row) > 2 else row
+        named = " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
+        return f"{'rank' if named.isdigit() else 'ranks'} {named}"
 
     def _say_stalled(self, parts: List[WatchedRun]) -> Tuple[WatchedRun, str]:
         places: Dict[str, List[WatchedRun]] = {}
@@ -6684,7 +6675,9 @@ class Watcher:
         changes = self.table.take(listing, now_s, self._utc() if arrived else 0.0)
         if first:
             changes = []  # what was there before is no news
-            self._find_dead(now_s, first=True)
+            for watched in self.table.runs.values():
+                if watched.state in LIVE and lock_state(self.paths.marker(watched.hash)) != "held":
+                    self._find_end(watched, now_s)
         if self.looking.accuses:
             changes += self._find_dead(now_s)
             changes += self.table.overdue(listed_s)
@@ -6729,25 +6722,24 @@ class Watcher:
             raise WatcherBusyError(f"{describe_watcher(self.paths)} watches {self.paths.root} now")
         self._saved_as = found
 
-    def _find_dead(self, now_s: float, first: bool = False) -> List[Change]:
+    def _find_dead(self, now_s: float) -> List[Change]:
         """Look at the markers of the runs that are due, and return what has become of those that nobody
-        writes any more. At the first sight of a repository, the logs of all are asked alone."""
+        writes any more."""
         changes, deadline = [], self._clock() + MARKERS_S
-        for watched in self.table.to_look_at(math.inf if first else now_s):
+        for watched in self.table.to_look_at(now_s):
             marker = lock_state(self.paths.marker(watched.hash))
             if marker == "absent" and not os.path.exists(self.paths.run_log(watched.hash)):
                 marker = "unknown"  # Aim's run
-            is_suspect = watched.note_marker(marker, now_s) and watched.name in self.table.names
-            if is_suspect or first and marker != "held":
-                changes += self._find_end(watched, now_s, marker == "free" and not first)
-                if not first and watched.state in LIVE:
+            if watched.note_marker(marker, now_s) and watched.name in self.table.names:
+                changes += self._find_end(watched, now_s, marker == "free")
+                if watched.state in LIVE:
                     # It says nothing, as where locks are seen on one machine alone.
                     watched.free_s, watched.look_s = -1.0, now_s + DOUBTED_EVERY_S
-            if self._clock() >= deadline and not first:
+            if self._clock() >= deadline:
                 break  # the others come first in the next poll
         return changes
 
-    def _find_end(self, watched: WatchedRun, now_s: float, may_be_dead: bool) -> List[Change]:
+    def _find_end(self, watched: WatchedRun, now_s: float, may_be_dead: bool = False) -> List[Change]:
         """Return what has become of a run, as its log says; that says also what its free marker means."""
         end = None
         with contextlib.suppress(OSError):  # Aim's run, or a share that is away
