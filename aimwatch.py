@@ -2252,7 +2252,6 @@ class Run:
                     (series.name, context_key(series.context)): series
                     for series in self._state.series.values()
                 }
-                self._next_series = max(self._state.series, default=0) + 1
                 resumed = bool(self._state.created_at)
                 self._record(self._session_record())
                 if resumed:  # an alert reads parts of the log, and must not take the first host for this one
@@ -2545,8 +2544,7 @@ class Run:
         encoded = self._encode(context or {}, f"context of metric {brief(name)}")
         key = (name, context_key(encoded))
         if key not in self._by_key:
-            series_id = self._next_series
-            self._next_series += 1
+            series_id = next(reversed(self._state.series), 0) + 1
             self._record({"series": series_id, "name": name, "context": encoded})
             self._by_key[key] = self._state.series[series_id]
         # A context with anything else in it has no short cut: it may not hash, or be another each time.

@@ -1017,18 +1017,14 @@ def rhythms(draw: random.Random) -> Iterator[Tuple[str, float, Iterable[float]]]
     as the clock of the run counts them."""
     for step_s in (0.2, 1.0, 45.0):
         yield f"steady, {step_s:g} s", max(60, 3 * step_s), (step_s for _ in range(int(20_000 / step_s)))
-    yield "jitter, 4 to 6 s", 60, (draw.uniform(4, 6) for _ in range(15_000))
     for step_s in (1.0, 10.0, 30.0):
         gaps = (step_s * (1 if step % 100 else 50) for step in range(1, 5_000))
         yield f"every 100th 50 times as long, {step_s:g} s", max(60, 120 * step_s), gaps
-    yield "growing sequences, 0.5 to 20 s", 60, (0.5 + step / 1000 for step in range(20_000))
     for minutes in (20, 60):
         gaps = (10.0 * minutes if step % (60 * minutes) == 0 else 1.0 for step in range(1, 30_000))
         yield f"epochs of {minutes} min, validation of a sixth", 20 * minutes, gaps
     checkpoints = (420.0 if step == 0 else 1.5 if step % 5000 else 90.0 for step in range(20_000))
     yield "compilation first, checkpoints of 90 s", 900, checkpoints
-    # Neither clock counts the sleep; what follows it is a share that has to be mounted again.
-    yield "a laptop that sleeps", 200, (90.0 if step % 7000 == 6999 else 2.0 for step in range(20_000))
     straggling = (draw.uniform(10, 80) if draw.random() < 0.01 else 2.0 for _ in range(10_000))
     yield "a straggling share, 1 % 5 to 40 times", 200, straggling
     yield "log-normal, 2 s", 200, (2 * math.exp(draw.gauss(0, 1)) for _ in range(10_000))
