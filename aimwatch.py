@@ -10019,33 +10019,28 @@ REINDEX_WAIT_S = 60.0
 
 # -------------------------------------------------------------------------- demo
 
-#: What the demo's processes run: a training loop that meets the fate named by its argument.
+#: What the demo's processes run: a training loop, with a name, that meets its fate on the way.
 DEMO_TRAINING = """\
 import os, signal, sys, time
 from aimwatch import Run
 
-fate, repo = sys.argv[1:]
-with Run(repo=repo, experiment="demo") as run:
-    run.name = fate
+with Run(repo=sys.argv[1], experiment="demo") as run:
+    run.name = "%s"
     for step in range(20):
         time.sleep(0.05)
         run.report_progress(expect_next_in=1)
         if step == 10:
-            if fate == "raises":
-                raise ValueError(f"loss is NaN at step {step}")
-            if fate in ("killed", "terminated"):
-                os.kill(os.getpid(), signal.SIGKILL if fate == "killed" else signal.SIGTERM)
-            time.sleep({"stalls": 5, "hangs": 60}.get(fate, 0))
+            %s
 """
-DEMO_GRACE_S, DEMO_POLL_S, DEMO_LIMIT_S = 1.0, 0.2, 20.0
-#: The demo's processes: what becomes of each, and what must be alerted.
+DEMO_GRACE_S, DEMO_LIMIT_S = 1.0, 20.0
+#: The demo's processes: what becomes of each, by which statement, and what must be alerted.
 DEMO_FATES = {
-    "finishes": ("reaches its end", [FINISHED]),
-    "raises": ("raises an exception", [FAILED]),
-    "killed": ("is sent SIGKILL", [FAILED]),
-    "hangs": ("stops working", [STALLED]),
-    "terminated": ("is sent SIGTERM", [FAILED]),
-    "stalls": ("stalls and comes back", [STALLED, RECOVERED, FINISHED]),
+    "finishes": ("reaches its end", "pass", [FINISHED]),
+    "raises": ("raises an exception", "raise ValueError(f'loss is NaN at step {step}')", [FAILED]),
+    "killed": ("is sent SIGKILL", "os.kill(os.getpid(), signal.SIGKILL)", [FAILED]),
+    "hangs": ("stops working", "time.sleep(60)", [STALLED]),
+    "terminated": ("is sent SIGTERM", "os.kill(os.getpid(), signal.SIGTERM)", [FAILED]),
+    "stalls": ("stalls and comes back", "time.sleep(5)", [STALLED, RECOVERED, FINISHED]),
 }
 
 
@@ -10060,7 +10055,7 @@ def cmd_demo(args: Any) -> int:
         if not args.keep:
             at_end.callback(shutil.rmtree, root, ignore_errors=True)
         alerts = _demo_alerts(find_repo(root, create=True), at_end)
-    for name, (what, must) in DEMO_FATES.items():
+    for name, (what, _, must) in DEMO_FATES.items():
         found = [kind for run, kind in alerts if run == name]
         verdict = "ok" if found == must else f"WRONG: not {', '.join(must)}"
         rows.append((name, what, ", ".join(found) or "none", verdict))
@@ -10083,15 +10078,16 @@ def _demo_alerts(paths: RepoPaths, at_end: contextlib.ExitStack) -> List[Tuple[s
     print(f"What the watcher (grace {human_s(DEMO_GRACE_S)}) says, as it comes:\n", flush=True)
     _log_to_stderr(timed=True)
     stop = _stop_signal()
-    watcher = Watcher(paths, DEMO_GRACE_S, DEMO_POLL_S)
+    watcher = Watcher(paths, DEMO_GRACE_S, poll_interval_s=0.2)
     at_end.callback(watcher.close)
     watcher.poll()  # what is there at the first look is no news
     here = os.path.dirname(os.path.abspath(__file__))  # where it finds this module
-    for name in DEMO_FATES:
-        argv = [sys.executable, "-c", DEMO_TRAINING, name, paths.root]
+    for name, (_, fate, _) in DEMO_FATES.items():
+        argv = [sys.executable, "-c", DEMO_TRAINING % (name, fate), paths.root]
         process = at_end.enter_context(subprocess.Popen(argv, cwd=here, stderr=subprocess.DEVNULL))
         at_end.callback(process.kill)
     alerts: List[Tuple[str, str]] = []
+    wanted = sum(len(must) for *_, must in DEMO_FATES.values())
     deadline = time.monotonic() + DEMO_LIMIT_S
 
     def after_poll() -> None:
@@ -10100,7 +10096,7 @@ def _demo_alerts(paths: RepoPaths, at_end: contextlib.ExitStack) -> List[Tuple[s
         alerts[:] = [
             (record["facts"]["run.name"], record["kind"]) for record in records if record.get("event") in sent
         ]
-        if time.monotonic() > deadline or len(alerts) >= sum(len(must) for _, must in DEMO_FATES.values()):
+        if time.monotonic() > deadline or len(alerts) >= wanted:
             stop.set()
 
     watcher.run(stop, after_poll)
