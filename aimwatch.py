@@ -4409,19 +4409,14 @@ class Repo:
 
     def metric_rows(self, q: str = "") -> List[Tuple[StoredRow, Dict[str, Any]]]:
         """Return the series for which a query is true, each with the row of its run."""
-        found = self._answer(compile_query(q, "metric"))
-        found.sort(key=lambda pair: (pair[1]["name"], _to_text(pair[1]["context"])))
-        found.sort(key=lambda pair: (pair[0]["created_at"], pair[0]["hash"]), reverse=True)
-        return found
+        return self._answer(compile_query(q, "metric"))
 
     def names(self) -> Tuple[Set[str], Set[str]]:
         """Return the dotted paths of the params of all runs, and the names of their metrics."""
 
-        def all_paths(index: Optional[sqlite3.Connection]) -> Set[str]:
-            self._read_pending(index)
-            rows = [StoredRow(*parts) for parts in self._overlay.values()]
-            indexed = [] if index is None else index.execute("SELECT DISTINCT path FROM facts")
-            return {path for (path,) in indexed}.union(path for row in rows for path, _ in facts_of(row))
+        def all_paths(index: sqlite3.Connection, overlay: List[StoredRow], _: Set[str]) -> Set[str]:
+            indexed = index.execute("SELECT DISTINCT path FROM facts")
+            return {path for (path,) in indexed}.union(path for row in overlay for path, _ in facts_of(row))
 
         paths = self._ask(all_paths)
         params = {path[len("params.") :] for path in paths if path.startswith("params.")}
@@ -4431,40 +4426,40 @@ class Repo:
     def _answer(self, query: CompiledQuery) -> List[Tuple[StoredRow, Any]]:
         """Return what a query finds, newest run first."""
 
-        def select(index: Optional[sqlite3.Connection]) -> List[Any]:
-            lacking = self._read_pending(index)
-            found: List[Any] = list(query.matches(StoredRow(*parts) for parts in self._overlay.values()))
-            if index is not None:
-                rows = (row for row in query.candidates(index) if row["hash"] not in lacking)
-                found += query.matches(rows)
-            return found
+        def select(index: sqlite3.Connection, overlay: List[StoredRow], lacking: Set[str]) -> List[Any]:
+            indexed = (row for row in query.candidates(index) if row["hash"] not in lacking)
+            return list(query.matches(itertools.chain(overlay, indexed)))
 
         found: List[Any] = self._ask(select)
+        if query.over == "metric":
+            found.sort(key=lambda pair: (pair[1]["name"], _to_text(pair[1]["context"])))
         found.sort(key=lambda pair: (pair[0]["created_at"], pair[0]["hash"]), reverse=True)
         return found
 
-    def _ask(self, question: Callable[[Optional[sqlite3.Connection]], Any]) -> Any:
-        """Return what the index answers to a question or, where it cannot be read, the logs alone."""
+    def _ask(self, question: Callable[[sqlite3.Connection, List[StoredRow], Set[str]], Any]) -> Any:
+        """Return the answer to a question of the index and of what `_read_pending` returns."""
         with self._asking:
             try:
                 with open_index(self._paths, "ro", BUSY_S) as index:
-                    return question(index)
+                    return question(index, *self._read_pending(index, list_pending(self._paths)))
             except IndexUnusable:
                 with contextlib.suppress(AimwatchError, OSError), write_index(self._paths, 1.0, anew=True):
                     pass  # for those who ask later
             except (IndexBusy, OSError):
                 pass
-            return question(None)
+            # Of an empty one, the logs alone answer.
+            with connect("", "memory", BUSY_S) as index:
+                index.executescript(_SCHEMA)
+                return question(index, *self._read_pending(index, list_runs(self._paths)))
 
-    def _read_pending(self, index: Optional[sqlite3.Connection]) -> Set[str]:
-        """Bring the overlay to what the index lacks; return the runs for which the index does not speak:
-        those in the overlay, and those whose log is gone or cannot be read."""
-        if index is None:
-            sizes = log_sizes(self._paths, list_runs(self._paths))
-        else:
-            found = log_sizes(self._paths, list_pending(self._paths))
-            sql = "SELECT 1 FROM runs WHERE hash = ? AND log_size = ?"
-            sizes = dict(item for item in found.items() if not index.execute(sql, item).fetchone())
+    def _read_pending(
+        self, index: sqlite3.Connection, hashes: Sequence[str]
+    ) -> Tuple[List[StoredRow], Set[str]]:
+        """Bring the overlay to what the index lacks of some runs. Return its rows, and the runs for which the
+        index does not speak: those, and the ones whose log is gone or cannot be read."""
+        sql = "SELECT 1 FROM runs WHERE hash = ? AND log_size = ?"
+        found = log_sizes(self._paths, hashes).items()
+        sizes = dict(item for item in found if not index.execute(sql, item).fetchone())
         known, self._overlay = self._overlay, {}
         for run_hash, size in sizes.items():
             parts = known.get(run_hash)
@@ -4476,9 +4471,9 @@ class Repo:
                     continue
                 parts = stored_parts(run_row(state))
             self._overlay[run_hash] = parts
-        if index is not None and len(sizes) > MAX_PENDING:
+        if len(sizes) > MAX_PENDING:
             try_to_index(self._paths, list(sizes), 0.1)  # for the next who asks
-        return set(sizes)
+        return [StoredRow(*parts) for parts in self._overlay.values()], set(sizes)
 
     # ---------------------------------------------------------------- the index
 

@@ -4303,11 +4303,11 @@ class IndexFile(StoredCase):
         self.fill()
         expected = self.answers()
         os.chmod(self.paths.own, 0o775)
-        with mock.patch("sqlite3.connect") as connect:
+        with mock.patch("sqlite3.connect", wraps=sqlite3.connect) as connect:
             self.assertEqual(self.answers(), expected)
             code, _, err = self.run_cli("reindex")
             self.assertEqual((code, "others than its owner may write to" in err), (1, True))
-            connect.assert_not_called()
+            self.assertNotIn("index.sqlite", str(connect.mock_calls))
 
     def test_older_index_that_is_put_back_and_logs_that_are_brought_are_noticed_by_reindex(self) -> None:
         self.fill()
@@ -4420,16 +4420,15 @@ class IndexFile(StoredCase):
         self.fill()
         self.reindexed()
         self.die("new")
-        real = aimwatch.Repo._read_pending
-        others = [aimwatch.Repo(self.root)]
+        real, others = aimwatch.list_pending, [aimwatch.Repo(self.root)]
 
-        def read_pending(repo: aimwatch.Repo, index: Any) -> Any:
+        def list_pending(paths: aimwatch.RepoPaths) -> List[str]:
             # The old file is open; the run comes into the new one, and its marker goes.
             while others:
                 self.assertEqual(others.pop().reindex(rebuild=True), [])
-            return real(repo, index)
+            return real(paths)
 
-        with mock.patch.object(aimwatch.Repo, "_read_pending", read_pending):
+        with mock.patch.object(aimwatch, "list_pending", list_pending):
             found = aimwatch.Repo(self.root).query_runs("run.hash == 'new'")
         self.assertEqual((len(found), self.pending()), (1, ["live"]))
 
