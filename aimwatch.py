@@ -6125,12 +6125,11 @@ def reminders(runs: Iterable[WatchedRun], last_s: float, now_s: float, every_s: 
     found = []
     for watched in runs:
         if watched.state == STALLED and watched.stalls:
-            before, number = (int((at_s - watched.stalls[-1]) / every_s) for at_s in (last_s, now_s))
-            if before < min(number, MAX_REMINDERS):
-                number = min(number, MAX_REMINDERS)
-                note = f"reminder {number} of at most {MAX_REMINDERS}"
-                silent_s = now_s - watched.since_s
-                found.append(Change(STALLED, watched, silent_s, STALLED, note, f"-reminder-{number}"))
+            since_s = watched.stalls[-1]
+            before, number = (min(int((at_s - since_s) / every_s), MAX_REMINDERS) for at_s in (last_s, now_s))
+            if before < number:
+                note, suffix = f"reminder {number} of at most {MAX_REMINDERS}", f"-reminder-{number}"
+                found.append(Change(STALLED, watched, now_s - watched.since_s, STALLED, note, suffix))
     return found
 
 
@@ -6464,24 +6463,19 @@ class Groups:
 # ======================================================================================
 
 
-def read_mutes(paths: RepoPaths) -> Dict[str, Tuple[int, List[str]]]:
-    """Return by run until when (UTC seconds) it is muted, and the files that say so. Raises OSError."""
-    mutes: Dict[str, Tuple[int, List[str]]] = {}
+def read_mutes(paths: RepoPaths) -> List[Tuple[str, int, str]]:
+    """Return of each mute the run, its end (UTC seconds) and its file, the last last. Raises OSError."""
+    found = []
     for name in names_in(paths.mutes, r"[A-Za-z0-9_]{1,64}-[0-9]{1,12}"):
         run, until = name.split("-")
-        last, files = mutes.get(run, (0, []))
-        mutes[run] = (max(last, int(until)), [*files, name])
-    return mutes
-
-
-def ack_name(check_in: str, state: str) -> str:
-    """Return the name of the file in `mutes` that says that somebody has taken on a run. It holds for one
-    check-in and one state, so that it is over as soon as either changes; whose file it is, that is who."""
-    return f"{check_in}-{state}"
+        found.append((run, int(until), os.path.join(paths.mutes, name)))
+    return sorted(found, key=lambda mute: mute[1])
 
 
 def read_acks(paths: RepoPaths) -> Set[str]:
-    """Return the names of all such files; none where the folder cannot be read."""
+    """Return the names of the files in `mutes` that say that somebody has taken on a run; none where the
+    folder cannot be read. They are named `<check-in>-<state>`, so that one is over as soon as either changes;
+    whose file it is, that is who."""
     with contextlib.suppress(OSError):
         return set(names_in(paths.mutes, rf".+-({STALLED}|{FAILED})"))
     return set()
@@ -6677,7 +6671,7 @@ class Watcher:
             if self._remind_every_s:
                 due = reminders(self.table.runs.values(), self._reminded_s, now_s, self._remind_every_s)
                 taken_on = read_acks(self.paths) if due else set()
-                changes += [item for item in due if ack_name(item.run.name, STALLED) not in taken_on]
+                changes += [item for item in due if f"{item.run.name}-{STALLED}" not in taken_on]
             self._reminded_s = now_s
         for name in self.table.reported:
             shown = printable(repr(name), 120)
@@ -6757,7 +6751,7 @@ class Watcher:
         taken_on = read_acks(self.paths) if ended else set()
         for run in ended:
             known, watched = self._muted.pop(run), runs.get(run)
-            if watched is None or ack_name(watched.name, watched.state) in taken_on:
+            if watched is None or f"{watched.name}-{watched.state}" in taken_on:
                 continue
             # Of a stall or a failure people may know, and are reminded.
             kinds = (
@@ -6775,9 +6769,9 @@ class Watcher:
             mutes = read_mutes(self.paths)
         except OSError:
             return set(self._muted)  # a folder that cannot be read ends no mute
-        over = {run for run, (until, _) in mutes.items() if until <= self._utc()}
-        remove_all(os.path.join(self.paths.mutes, name) for run in over for name in mutes[run][1])
-        return mutes.keys() - over
+        now = self._utc()
+        remove_all(file for _, until, file in mutes if until <= now)
+        return {run for run, until, _ in mutes if until > now}
 
     def _take_messages(self, first: bool, muted: Set[str]) -> List[Tuple[str, int]]:
         """Take away what runs logged since the last poll, and make events of it for those who want them;
@@ -6836,7 +6830,7 @@ class Watcher:
         self.table.forget_missing()
         if self._save(now=True):  # what is alerted is known from watcher.json alone from here on
             self.outbox.compact()
-        acks = {ack_name(item.name, item.state) for item in self.table.runs.values()}
+        acks = {f"{item.name}-{item.state}" for item in self.table.runs.values()}
         remove_all(os.path.join(self.paths.mutes, name) for name in read_acks(self.paths) - acks)
         ended = {
             run
@@ -8941,18 +8935,18 @@ def status_rows(
     runs = RunTable(0)
     runs.take(names_in(paths.check_ins, "(?s).*"), 0, 0)
     known = {watched.name: watched for watched in saved_runs(read_watcher_file(paths))}
-    mutes, rows = read_mutes(paths), []
+    mutes, rows = {run: until for run, until, _ in read_mutes(paths)}, []
     in_its_log = ("experiment", "host", "pid", "job", "group", "reason", "progress", "metrics")
     for seen in runs.runs.values():
         watched = known.get(seen.name)
         facts = facts_of(paths, seen.hash) if seen.state != FINISHED else {}
-        muted_until, _ = mutes.get(seen.hash, (0, []))
+        muted_until = mutes.get(seen.hash, 0)
         state = watched.state if watched else seen.state
         if state == RUNNING and facts.get("run.state") == FAILED:
             state = FAILED  # its log knows, and no watcher has seen it yet
         taken_on_by = None
         with contextlib.suppress(OSError):
-            ack = os.path.join(paths.mutes, ack_name(seen.name, state))
+            ack = os.path.join(paths.mutes, f"{seen.name}-{state}")
             taken_on_by = login_name(os.lstat(ack).st_uid)
         rank, world = (facts.get(f"run.{field}", "") for field in ("rank", "world"))
         rows.append(
@@ -9083,10 +9077,10 @@ def cmd_unmute(args: Any) -> None:
 def _end_mutes(paths: RepoPaths, text: str) -> Tuple[str, bool]:
     """End the mutes of the run that people name so, and return its hash and whether it had any."""
     run_hash = _find_live(paths, text)
-    names: List[str] = read_mutes(paths).get(run_hash, (0, []))[1]
-    for name in names:
-        unlink_below(os.path.join(paths.mutes, name))
-    return run_hash, bool(names)
+    files = [file for run, _, file in read_mutes(paths) if run == run_hash]
+    for file in files:
+        unlink_below(file)
+    return run_hash, bool(files)
 
 
 @command("ack", "RUN*", "--all  every run that is stalled or failed")
@@ -9105,7 +9099,7 @@ def cmd_ack(args: Any) -> None:
         if not ranks:
             raise AimwatchError(f"run {run_hash} is neither stalled nor failed now")
         for rank in ranks:
-            name = ack_name(rows[rank]["check_in"], rows[rank]["state"])
+            name = f"{rows[rank]['check_in']}-{rows[rank]['state']}"
             os.close(open_below(os.path.join(paths.mutes, name), os.O_WRONLY | os.O_CREAT))
             print(f"acknowledged run {rank}, which is {rows[rank]['state']}")
 

@@ -9987,12 +9987,8 @@ class TestClosedDoors(WatchCase):
         for name in (named("a", 1, "finished"), "a-1", "a.txt", "a.jsonl", "a"):
             write_file(os.path.join(self.outside, name), "precious")
 
-    def content(self) -> Dict[str, str]:
-        found = {}
-        for name in os.listdir(self.outside):
-            with open(os.path.join(self.outside, name)) as file:
-                found[name] = file.read()
-        return found
+    def content(self) -> Dict[str, bytes]:
+        return {name: read_file(os.path.join(self.outside, name)) for name in os.listdir(self.outside)}
 
     def test_link_in_the_place_of_a_folder_is_refused(self) -> None:
         for folder in self.paths.folders[1:]:
@@ -10057,7 +10053,7 @@ class TestClosedDoors(WatchCase):
                     os.symlink(target, path)
                     with contextlib.suppress(aimwatch.AimwatchError, OSError):
                         act()
-                    self.assertEqual(self.content(), {"victim": "precious\n"})
+                    self.assertEqual(self.content(), {"victim": b"precious\n"})
                     shutil.rmtree(paths.aim)
                     paths.create()
 
