@@ -61,7 +61,7 @@ Read first: `CheckIn`, `RunState`, `run_row`, `RunTable.take`, `Outbox.add`. The
 
 Locks: `FileLock` on `pending/<hash>` (who writes the run), `index.lock`, `config.lock`, `watcher.lock`. In
 memory: the registry of `FileLock`; one of each `Run` and of `_Stacks`; one of the `Outbox`, for its file; one
-of a `Repo`, a page's `Site` and a `LogFollower`, for their caches; `_starting`, for a notifier's programs.
+of a `Repo` and one of a `LogFollower`, for what they keep; `_starting`, for programs of notifiers.
 
 Threads of a training process: one of `_Stacks` while a promise is outstanding, and on a network file
 system one of `AppendFile`, which syncs. Threads of `start`: the poll; `ReindexThread`; a
