@@ -1023,8 +1023,8 @@ def encode_value(value: Any, odd: List[str], around: Tuple[int, ...] = ()) -> An
 def _parts(value: Any) -> Any:
     """Return the dict or list that a container amounts to, the number of an array's scalar, or None for
     what is no container. By protocol: the libraries that these types come from are not imported."""
-    kinds = {kind.__name__ for kind in type(value).__mro__}
-    try:
+    # The code of those types may fail in any way, and then the value is only text.
+    with contextlib.suppress(Exception):
         if isinstance(value, collections.abc.Mapping):
             return dict(value.items())
         if isinstance(value, (bytes, bytearray, memoryview, type)):
@@ -1040,10 +1040,8 @@ def _parts(value: Any) -> Any:
             return list(value)
         if hasattr(value, "__dataclass_fields__"):
             return {name: getattr(value, name) for name in value.__dataclass_fields__}
-        if kinds & {"Namespace", "SimpleNamespace"}:
+        if {"Namespace", "SimpleNamespace"}.intersection(kind.__name__ for kind in type(value).__mro__):
             return dict(vars(value))
-    except Exception:  # the code of those types may fail in any way, and then the value is only text
-        pass
     return None
 
 
@@ -1220,18 +1218,14 @@ class AppendFile:
     """Appends lines to one file, whose only writer the caller is: a run's log, or the outbox.
 
     A line that the disk refuses waits in memory, in order, and is tried again with the next one, at most
-    once a second. When too much waits, the oldest lines are given up and counted in `dropped`.
+    once a second. When too much waits, the oldest lines are given up and counted in `dropped`. Where the
+    file was removed or replaced, another is begun with the `summary` of all that was ever appended.
 
     On a network file system a write succeeds, and its error comes at fsync. There a thread syncs the file
     once a second, and lines are kept until a sync has succeeded. After one that failed, the file is cut to
     what is known to be on the disk, and the lines since wait again.
 
-    Arguments:
-        path: the file; it is made where it is missing, and not its folder.
-        summary: returns lines that say as much as all that was ever appended, with which a file is begun
-            anew where the first was removed or replaced.
-
-    Raises OSError where the file cannot be opened.
+    Raises OSError where the file cannot be opened or made; its folder must be there.
     """
 
     def __init__(self, path: str, summary: Callable[[], List[bytes]]) -> None:

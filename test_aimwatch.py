@@ -2644,15 +2644,6 @@ class FullDisk(HandDriven):
         )  # fmt: skip
         self.assertEqual((self.flags("r-"), self.promised(run)), (["check_in"], 66))
 
-    def test_failed_check_in_does_not_count_as_written(self) -> None:
-        run = self.run_object("r")
-        run.report_progress(expect_next_in=300)
-        with self.full("os.rename"):
-            run.report_progress(expect_next_in=5)
-        self.clock.pass_(1)
-        run.report_progress(expect_next_in=5)
-        self.assertEqual(self.promised(run), 6)
-
     def test_unwritable_log_is_tried_again_once_a_second(self) -> None:
         run = self.run_object("r")
         calls: List[int] = []
@@ -2732,9 +2723,6 @@ class LogReader(Case):
         state = self.read(self.HEADER, b"\n", b"\n", b'{"props":{"na')
         self.assertEqual((state.skipped, state.props), (0, {}))
 
-    def test_last_line_without_its_end_is_read_where_it_is_whole(self) -> None:
-        self.assertEqual(self.read(self.HEADER, b'{"props":{"a":1}}').props, {"a": 1})
-
     def test_points_are_those_that_the_summary_counts(self) -> None:
         series = b'{"series":1,"name":"m","context":{}}\n'
         whole = [b"[1,%d,0.5,6]\n" % step for step in range(3)]
@@ -2810,13 +2798,6 @@ class LogReader(Case):
         torn = b'{"checkpoint":2}\n' * 3
         state = self.read(self.HEADER, b'{"props":{"b":2}}\n', torn)
         self.assertEqual((state.props, state.skipped), ({"b": 2}, 3))
-
-    def test_run_whose_checkpoint_is_damaged_is_resumed(self) -> None:
-        checkpoint = self.checkpoint(a=1).replace(b'"logs":{}', b'"logs":{"x":"y"}')
-        self.read(self.HEADER, b'{"props":{"name":"n"}}\n', checkpoint)
-        run = self.run_object("r")
-        run.log_info("m")
-        self.assertEqual((run.name, run._state.logs), ("n", {"20": 1}))
 
     def test_run_whose_log_is_no_file_is_refused_and_no_descriptor_is_lost(self) -> None:
         for kind, make in (
