@@ -2059,10 +2059,7 @@ def existing_run(paths: RepoPaths, run_hash: str) -> str:
     least 4 characters. Raises RepoError."""
     if os.path.lexists(paths.run_log(run_hash)):
         return run_hash
-    way_out = (
-        f" in {paths.root}: '{command_line(paths.root)} runs' lists them, "
-        f"and Run({run_hash!r}, create=True) starts one of that name"
-    )
+    way_out = f" in {paths.root}: '{command_line(paths.root)} runs' lists them; create=True starts a new one"
     try:
         return find_by_prefix(run_hash, list_runs(paths) if len(run_hash) >= 4 else [], "run", way_out)
     except (AimwatchError, OSError) as error:

@@ -2434,7 +2434,7 @@ class RunsByHash(Case):
             for given, found in (
                 ("abcd1", "abcd1"), ("w", "w"), ("wxyz_9", "wxyz_9"), ("wxyz", "wxyz_9"),
                 ("abcd", "run 'abcd' is ambiguous: abcd1, abcd2"), ("wxy", "no run 'wxy' in "),
-                ("abcd12", "Run('abcd12', create=True) starts one of that name"), ("yz_9", "no run 'yz_9' in "),
+                ("abcd12", "create=True starts a new one"), ("yz_9", "no run 'yz_9' in "),
             ):  # fmt: skip
                 with self.subTest(given, read_only=read_only):
                     try:
@@ -2455,7 +2455,9 @@ class RunsByHash(Case):
             with Run("job_1", repo=self.root, create=True) as run:
                 run.track(1, "loss")
                 self.assertEqual(("job_1", count), (run.hash, run.metrics()[0].count))
-                with self.assertRaises(aimwatch.RunBusyError):
+                with mock.patch.object(aimwatch, "INDEXER_WAIT_S", 0), self.assertRaises(
+                    aimwatch.RunBusyError
+                ):
                     Run("job_1", repo=self.root)
 
     def test_folders_that_are_missing_are_made_where_a_run_is_resumed(self) -> None:
@@ -2593,8 +2595,8 @@ class ReadOnlyRun(Case):
             Run("r", repo=self.root, read_only=True)
         self.assertEqual(
             str(caught.exception),
-            f"no run 'r' in {self.root}: 'aim-watcher --repo {self.root} runs' lists them, "
-            "and Run('r', create=True) starts one of that name",
+            f"no run 'r' in {self.root}: 'aim-watcher --repo {self.root} runs' lists them; "
+            "create=True starts a new one",
         )
         self.assertEqual(os.listdir(self.paths.runs), [])
         new = os.path.join(self.root, "new")
