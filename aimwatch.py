@@ -3608,10 +3608,10 @@ class Reindexer:
         if state is None:
             index_run(db, run_hash, None)
         else:
-            if gone and state.end is None:
-                gone = self._is_dead(db, state) and finalize_dead(self.paths, state)
             known = db.execute("SELECT active, log_size FROM runs WHERE hash = ?", (run_hash,)).fetchone()
             try:
+                if gone and state.end is None:
+                    gone = self._is_dead(db, state) and finalize_dead(self.paths, state)
                 if known != (state.end is None, state.log_size):
                     index_run(db, run_hash, run_row(state))
             except MALFORMED as error:  # one log, whatever is in it, must not keep all the others out
@@ -3722,8 +3722,7 @@ def finalize_dead(paths: RepoPaths, state: RunState) -> bool:
     except OSError:
         return False
     writer.append(encode_line(end))
-    with contextlib.suppress(RecursionError):  # params that somebody else nested too deeply
-        writer.append(encode_line(state.to_checkpoint()))
+    writer.append(encode_line(state.to_checkpoint()))
     # Before the marker goes: a power cut must not leave a run without an end that nobody looks at.
     writer.sync()
     state.log_size = writer.close()
@@ -3815,16 +3814,17 @@ Evaluated = Callable[[Dict[str, Any], Any], Any]
 Narrowing = Tuple[str, List[Any]]
 
 
-class CompiledQuery(NamedTuple):
+class CompiledQuery:
     """What a query asks of a row, and how the index can leave out most runs for which it is false."""
 
     test: Evaluated
-    over: str
-    #: The fields of a run that it speaks of.
-    fields: Set[str]
-    narrowings: Sequence[Narrowing] = ()
-    #: The params that it asks for, as dotted paths.
-    params: Sequence[str] = ()
+
+    def __init__(self, over: str) -> None:
+        self.over = over
+        #: What it speaks of: the fields of a run, and params as dotted paths.
+        self.fields: Set[str] = set()
+        self.params: List[str] = []
+        self.narrowings: List[Narrowing] = []
 
     def matches(self, rows: Iterable[Dict[str, Any]]) -> Iterator[Tuple[Dict[str, Any], Any]]:
         """Yield the rows for which the query is true, with None, or with each metric for which it is.
@@ -3889,11 +3889,10 @@ def _constant(value: Any) -> _Value:
 def compile_query(text: str, over: str = "run") -> CompiledQuery:
     """Compile a query over "run" or "metric"; an empty one is true for all. Raises QueryError."""
     tree = _parse(text if text.strip() else "True")
-    compiler = _Compiler(text, over)
-    terms = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
-    compiler.conjuncts = set(terms)
-    test = compiler.value(tree).of
-    return CompiledQuery(test, over, compiler.fields, compiler.narrowings, compiler.params)
+    conjuncts = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
+    query = CompiledQuery(over)
+    query.test = _Compiler(text, query, conjuncts).value(tree).of
+    return query
 
 
 def _source(text: str) -> str:
@@ -3960,15 +3959,11 @@ _INSTEAD.update(BitAnd="and", BitOr="or", Invert="not", NamedExpr="==")
 class _Compiler:
     """Turns the nodes of one query into functions, and notes how the index can narrow it."""
 
-    def __init__(self, text: str, over: str) -> None:
+    def __init__(self, text: str, query: CompiledQuery, conjuncts: List[ast.expr]) -> None:
         self.text = text
-        self.over = over
-        self.params: List[str] = []
-        #: The fields of a run that the query speaks of.
-        self.fields: Set[str] = set()
+        self.query = query
         #: The nodes that must all be true for the query to be true.
-        self.conjuncts: Set[ast.expr] = set()
-        self.narrowings: List[Narrowing] = []
+        self.conjuncts = set(conjuncts)
 
     def comparison(self, node: ast.Compare) -> _Value:
         values = [self.value(operand) for operand in (node.left, *node.comparators)]
@@ -4021,7 +4016,7 @@ class _Compiler:
             where = f"{sign[0]}= ?" + (" AND value < ''" if sign[0] == ">" else "")
         else:
             return
-        self.narrowings.append((f"path = ? AND value {where}", [_storable(value.fact), *facts]))
+        self.query.narrowings.append((f"path = ? AND value {where}", [_storable(value.fact), *facts]))
 
     def value(self, node: ast.expr) -> _Value:
         if isinstance(node, (ast.Attribute, ast.Subscript, ast.Name)):
@@ -4108,7 +4103,7 @@ class _Compiler:
             self.refuse(
                 node, "only run and metric have attributes and subscripts: write run.name or the like"
             )
-        if name == "metric" and self.over == "run":
+        if name == "metric" and self.query.over == "run":
             self.refuse(root, "there is no metric in a query over runs: write run.metrics['loss', {}].last")
         if not names:
             self.refuse(node, f"'{name}' alone has no value: write {name}.name or the like")
@@ -4129,7 +4124,7 @@ class _Compiler:
 
     def param(self, names: List[Any]) -> _Value:
         keys = list(itertools.takewhile(lambda name: isinstance(name, str), names))
-        self.params.append(".".join(keys))
+        self.query.params.append(".".join(keys))
         fact = ".".join(["params", *keys]) if keys == names else ""
         return _Value(_at(lambda row, metric: row["params"], names), fact=fact)
 
@@ -4140,7 +4135,7 @@ class _Compiler:
         if first not in _RUN_FIELDS:
             return self.param(names)
         field = _RUN_FIELDS[first]
-        self.fields.add(first)
+        self.query.fields.add(first)
         if not rest:
             return field
         if field.kind == "time" and rest in [[part] for part in _TIME_PARTS]:

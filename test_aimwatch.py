@@ -2864,10 +2864,9 @@ class IndexCase(unittest.TestCase):
 
     def found(self, text: str, over: str = "run") -> List[Any]:
         query = aimwatch.compile_query(text, over)
-        found, expected = (
-            sorted(query.matches(rows), key=lambda pair: str(pair[0]["hash"]))
-            for rows in (query.candidates(self.db), query._replace(narrowings=()).candidates(self.db))
-        )
+        found = sorted(query.matches(query.candidates(self.db)), key=lambda pair: str(pair[0]["hash"]))
+        query.narrowings.clear()
+        expected = sorted(query.matches(query.candidates(self.db)), key=lambda pair: str(pair[0]["hash"]))
         self.assertEqual(
             *([repr((row["hash"], item)) for row, item in pairs] for pairs in (found, expected)), text
         )
@@ -4709,7 +4708,7 @@ class Torture(StoredCase):
 class Reading(StoredCase):
     def test_live_dead_and_finished_runs_are_read_alike(self) -> None:
         recorded = (
-            "run['p'] = {'a': 1}\nfor n in range(5): run.track(n / 2, 'm', 2 * n, n, context={'s': 't'})"
+            "run['p'] = {'a': 1}\nfor n in range(5):\n    run.track(n / 2, 'm', 2 * n, n, context={'s': 't'})"
         )
         self.die("dead", recorded)
         for run_hash in ("finished", "live"):
