@@ -5635,11 +5635,12 @@ class NotifierThread(threading.Thread):
         return not self._failures and bool(self._batch())
 
     def _batch(self) -> List[Event]:
-        batch = self._outbox.waiting_for(self.id) if self.notifier is not None else []
+        notifier = self.notifier
+        batch = self._outbox.waiting_for(self.id) if notifier else []
         # Each user hears of their own alone.
-        if batch and self.notifier is not None and _USER in str(self.notifier.arguments.get("to")):
-            to = recipients(self.notifier, batch[0].facts)
-            batch = [event for event in batch if recipients(self.notifier, event.facts) == to]
+        if batch and notifier and _USER in str(notifier.arguments.get("to")):
+            to = recipients(notifier, batch[0].facts)
+            batch = [event for event in batch if recipients(notifier, event.facts) == to]
         return batch
 
     def run(self) -> None:
@@ -5915,19 +5916,17 @@ class WatchedRun:
         self.stalls: List[float] = []
         #: Which rank of which group it is, once that was read.
         self.member: Optional[Member] = None
-        #: When its marker is to be looked at, whether this watcher has found it locked, and since when it
-        #: was free; that means nothing any more when a check-in came later.
+        #: When its marker is to be looked at: also at first sight, since who held it then is known to be gone
+        #: when it is free. Whether this watcher has found it locked, and since when it was free, which means
+        #: nothing any more when a check-in came later.
         self.look_s, self.was_held, self.free_s = now_s, False, -1.0
         self.take(check_in, name, now_s, now_utc)
-        # Once at first sight: whose marker was found held is known to be gone when it is free.
-        self.look_s = now_s
 
     def take(self, check_in: CheckIn, name: str, now_s: float, now_utc: float) -> None:
         """Note a newer check-in, seen now, and the state that it means."""
         _, self.idx, flag, self.utc, self.promise_s = check_in
         self.state, self.name = FLAG_STATES[flag], name
         self.since_s, self.since_utc = now_s, now_utc or float(self.utc)
-        self.look_s = max(self.look_s, now_s + QUIET_S)
 
     def flaps_at(self, at_s: float) -> bool:
         """True from the third stall within an hour until it has not stalled for long."""
@@ -6050,6 +6049,7 @@ class RunTable:
             else:
                 old_state, silent_s = watched.state, now_s - watched.since_s
                 watched.take(check_in, name, now_s, now_utc)
+                watched.look_s = max(watched.look_s, now_s + QUIET_S)
             if now_s + watched.promise_s < self._next_s:
                 self._next_s = min(self._next_s, self.deadline_s(watched))
             # Nearly every new name is a heartbeat of a running run: what that costs is what a poll costs.
@@ -6354,7 +6354,11 @@ class Groups:
                 # Where some had stalled before, that the group stalls was alerted then.
                 parts = stalled + hang if stalled and all(one in parts for one in stalled) else []
             if parts:
-                alerted.append(self._roll_call(kind, parts, notes, members, now_s))
+                first, text = self._say_stalled(parts) if kind == STALLED else self._say_failed(parts, notes)
+                text += self._say_of_others([watched for watched in members.values() if watched not in parts])
+                rank, visible = self.member(first).rank, members.get(0, first).hash
+                silent_s = now_s - first.since_s
+                alerted.append(Change(kind, first, silent_s, RUNNING, text, rank=rank, visible=visible))
         return alerted
 
     def _speaks(self, change: Change, member: Member, members: Dict[int, WatchedRun]) -> bool:
@@ -6365,24 +6369,12 @@ class Groups:
             return all(watched.state != STALLED for watched in members.values())
         return member.rank == 0 or change.kind not in (STARTED, FINISHED)
 
-    def _roll_call(
-        self,
-        kind: str,
-        parts: List[WatchedRun],
-        notes: Dict[str, str],
-        members: Dict[int, WatchedRun],
-        now_s: float,
-    ) -> Change:
-        """Return the change of a whole group, with what there is to say of each rank."""
-        first, text = self._say_stalled(parts) if kind == STALLED else self._say_failed(parts, notes)
-        rest: Dict[str, List[WatchedRun]] = collections.defaultdict(list)
-        for watched in members.values():
-            if watched not in parts:
-                rest[watched.state].append(watched)
-        for state, others in rest.items():
-            text += f"; {self._name(others)} " + ("still running" if state == RUNNING else f"{state} before")
-        rank, visible = self.member(first).rank, members.get(0, first).hash
-        return Change(kind, first, now_s - first.since_s, RUNNING, text, rank=rank, visible=visible)
+    def _say_of_others(self, others: List[WatchedRun]) -> str:
+        text = ""
+        for state in dict.fromkeys(watched.state for watched in others):
+            ranks = self._name(watched for watched in others if watched.state == state)
+            text += f"; {ranks} " + ("still running" if state == RUNNING else f"{state} before")
+        return text
 
     def _name(self, runs: Iterable[WatchedRun]) -> str:
         """Return `rank 3`, or `ranks 0-2 and 4-7`."""
