@@ -8913,12 +8913,11 @@ def status_rows(
     runs = RunTable(0)
     runs.take(names_in(paths.check_ins, "(?s).*"), 0, 0)
     known = {watched.name: watched for watched in saved_runs(read_watcher_file(paths))}
-    mutes, rows = {run: until for run, until, _ in read_mutes(paths)}, []
+    mutes, rows = {run: until for run, until, _ in read_mutes(paths) if until > time.time()}, []
     in_its_log = ("experiment", "host", "pid", "job", "group", "reason", "progress", "metrics")
     for seen in runs.runs.values():
         watched = known.get(seen.name)
         facts = facts_of(paths, seen.hash) if seen.state != FINISHED else {}
-        muted_until = mutes.get(seen.hash, 0)
         state = watched.state if watched else seen.state
         if state == RUNNING and facts.get("run.state") == FAILED:
             state = FAILED  # its log knows, and no watcher has seen it yet
@@ -8936,7 +8935,7 @@ def status_rows(
                 "promise_s": seen.promise_s or None,
                 "rank": int(rank) if rank.isdecimal() else None,
                 "world": int(world) if world.isdecimal() else None,
-                "muted_until": moment(muted_until if muted_until > time.time() else 0),
+                "muted_until": moment(mutes.get(seen.hash)),
                 "acknowledged_by": taken_on_by,
                 "check_in": seen.name,
                 "watched": watched is not None,
@@ -9025,12 +9024,6 @@ def _print_status(paths: RepoPaths, rows: Sequence[Dict[str, Any]], now: float) 
     print("\n" + (", ".join(said) or "no runs with check-ins"))
 
 
-def _find_live(paths: RepoPaths, text: str) -> str:
-    """Return the hash of a run, ours or Aim's, that people name by its name or hash."""
-    parsed = map(parse_check_in, names_in(paths.check_ins, "(?s).*"))
-    return Repo(paths.root).find_run(text, {item.run_hash for item in parsed if item is not None})
-
-
 @command("mute", "RUN", "--for TIME  30m, 2h, 1d (default: 1h)")
 def cmd_mute(args: Any) -> None:
     """Notify nobody of a run for a while; it is watched all the same, and people are notified after that if
@@ -9054,7 +9047,8 @@ def cmd_unmute(args: Any) -> None:
 
 def _end_mutes(paths: RepoPaths, text: str) -> Tuple[str, bool]:
     """End the mutes of the run that people name so, and return its hash and whether it had any."""
-    run_hash = _find_live(paths, text)
+    hashes = {name.partition("-")[0] for name in names_in(paths.check_ins, "[A-Za-z0-9_]{1,64}-.+")}
+    run_hash = Repo(paths.root).find_run(text, hashes)  # Aim's runs, too
     files = [file for run, _, file in read_mutes(paths) if run == run_hash]
     for file in files:
         unlink_below(file)
@@ -9071,7 +9065,8 @@ def cmd_ack(args: Any) -> None:
     paths.create()
     rows = {row["hash"]: row for row in status_rows(paths)}
     bad = [run_hash for run_hash, row in rows.items() if row["state"] in (STALLED, FAILED)]
-    for run_hash in bad if args.all else [_find_live(paths, prefix) for prefix in args.run]:
+    repo = Repo(paths.root)
+    for run_hash in bad if args.all else [repo.find_run(text, rows) for text in args.run]:
         group = rows[run_hash]["group"] if run_hash in rows else None
         ranks = [other for other in bad if other == run_hash or group and rows[other]["group"] == group]
         if not ranks:
