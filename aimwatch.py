@@ -80,7 +80,6 @@ import collections.abc
 import contextlib
 import datetime
 import errno
-import faulthandler
 import fcntl
 import functools
 import itertools
@@ -372,8 +371,10 @@ def command_line(repo: Optional[str] = None) -> str:
     called = os.path.basename(sys.argv[0]) if sys.argv else ""
     if getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "") == "aimwatch":
         called = "python3 -m aimwatch"
-    else:  # in a training script, which would train again if it were called again, the command's name
-        called = {"aimwatch.py": "python3 aimwatch.py", "aimwatch": called}.get(called, "aim-watcher")
+    elif called == "aimwatch.py":
+        called = "python3 aimwatch.py"
+    elif called not in ("aimwatch", "aim-watcher"):  # a training script, which would train again
+        called = f"python3 {shlex.quote(os.path.abspath(__file__))}"
     return called if repo is None else f"{called} --repo {shlex.quote(repo)}"
 
 
@@ -1711,7 +1712,7 @@ def frames_of(error: Optional[BaseException] = None, frame: Optional[types.Frame
 # ======================================================================================
 
 _monotonic = time.monotonic
-_getpid = os.getpid
+_getpid, _get_ident = os.getpid, _thread.get_ident
 
 #: How long after a missed promise the stacks are written at the earliest, and how often that is looked for.
 STACKS_AFTER_S, STACKS_POLL_S = 0.5, 1.0
@@ -1769,6 +1770,7 @@ class _Stacks:
         return more
 
     def _write(self, path: str, thread: int) -> None:
+        import faulthandler
         import tempfile
 
         if thread not in [alive.ident for alive in threading.enumerate()]:
@@ -1787,6 +1789,8 @@ class _Stacks:
             log.debug("no stacks in %s: %s", path, error.strerror)
 
 
+#: How long after `sys.exit` a program may still record something.
+CLEAN_UP_S = 10.0
 #: The signals that end a process, and its runs with it.
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -1816,6 +1820,7 @@ class _Process:
         self._excepthook: Any = None
         #: The end of a run whose program called `sys.exit`.
         self.exit: Optional[End] = None
+        self._exit_s = 0.0
         #: What was said, and need not be said again.
         self.said: Set[str] = set()
         self._shell: Any = None
@@ -1903,7 +1908,7 @@ class _Process:
         return real(kind, error, trace)
 
     def _on_thread_exception(self, real: Callable[..., Any], hooked: Any) -> Any:
-        thread, error = _thread.get_ident(), hooked.exc_value
+        thread, error = _get_ident(), hooked.exc_value
         self._each(lambda run: run._end(run._end_of(error) if run._thread == thread else None))
         return real(hooked)
 
@@ -1911,6 +1916,7 @@ class _Process:
         if threading.current_thread() is threading.main_thread():
             with contextlib.suppress(Exception):  # the status may be any object
                 self.exit = exit_end(status[0] if status else None, sys.exc_info()[1])
+                self._exit_s = time.time()
             for run in list(self.runs):
                 run._window = math.nan, 0.0  # the next report shows that somebody caught it
         return real(*status)
@@ -1926,7 +1932,14 @@ class _Process:
         # Set even where somebody replaced our excepthook without calling it.
         ours = _interactive() or sys.excepthook == self._excepthook
         error = None if ours else getattr(sys, "last_value", None)
-        self._each(lambda run: run._end_and_close(run._end_of(error), self.exit, run._unreported("exited")))
+
+        def end(run: Run) -> None:
+            # Who records something long after `sys.exit` has caught it; a little later, it may clean up.
+            is_caught = run._state.last_time - self._exit_s > CLEAN_UP_S
+            called = None if is_caught else self.exit
+            run._end_and_close(run._end_of(error), called, run._unreported("exited"))
+
+        self._each(end)
 
     def _after_cell(self, result: Any) -> None:
         """End the runs of a cell that raised; of one that ended well no promise stays."""
@@ -1934,7 +1947,7 @@ class _Process:
         if error is None and id(last) != self._cell_error:
             error = last  # %run shows it, and goes on
         self._cell_error = id(last)
-        thread = _thread.get_ident()  # a run of another thread goes on between cells
+        thread = _get_ident()  # a run of another thread goes on between cells
         self._each(lambda run: run._after_cell(error) if run._thread == thread else None)
 
 
@@ -2220,7 +2233,7 @@ class Run:
         #: How the run ended, when that is recorded and reported.
         self._ended: Optional[End] = None
         #: The thread that reported last.
-        self._thread = _thread.get_ident()
+        self._thread = _get_ident()
         #: The time of the last record when a notebook's cell ended.
         self._idle_since = -1.0
         #: Log lines since the last checkpoint.
@@ -2311,6 +2324,7 @@ class Run:
         """
         covered, until_mono = self._window
         if expect_next_in == covered and _monotonic() < until_mono and not block:
+            self._thread = _get_ident()
             return
         asked: Any = AUTO
         if not isinstance(expect_next_in, str) or expect_next_in != AUTO:
@@ -2322,7 +2336,7 @@ class Run:
     def _report(self, asked: Any, block: bool = False) -> None:
         with self._locked():
             now = _monotonic()
-            self._thread = _thread.get_ident()
+            self._thread = _get_ident()
             _process.exit = None  # whoever called `sys.exit`, somebody caught it
             if asked is AUTO:
                 if not math.isnan(self._learned_mono):
@@ -2820,7 +2834,7 @@ class Run:
         if not self._pid or 0 <= now_s - self._looked_s < LOOK_S:  # the clock may be set back, by a day
             return
         self._looked_s = now_s
-        self._thread = _thread.get_ident()
+        self._thread = _get_ident()
         try:
             if not (self._log.look() and self._marker.is_there()) and os.path.isdir(self._paths.aim):
                 self._paths.create()
@@ -2891,7 +2905,7 @@ class Run:
             self._close_files()
 
     def _signal_end(self, signum: int, frame: Optional[types.FrameType]) -> End:
-        if self._thread != _thread.get_ident():
+        if self._thread != _get_ident():
             frame = sys._current_frames().get(self._thread, frame)
         return End(FAILED, f"terminated by {signal.Signals(signum).name}", frames_of(frame=frame))
 
@@ -4305,7 +4319,7 @@ class Repo:
         if text and text not in hashes:
             query = f"run.archived in (True, False) and run.name == {text!r}"
             named = [row["hash"] for row in self.query_runs(query).found]
-        way_out = f" in {self.path}: '{command_line()} runs' lists them"
+        way_out = f" in {self.path}: '{command_line(self.path)} runs' lists them"
         return find_by_prefix(text, hashes, "run", way_out, named)
 
     def list_all_runs(self) -> List[str]:
@@ -4346,7 +4360,7 @@ class Repo:
         """
         path = self._paths.run_log(checked_run_hash(run_hash))
         if not os.path.exists(path):
-            raise RepoError(f"no run {run_hash} in {self.path}: '{command_line()} runs' lists them")
+            raise RepoError(f"no run {run_hash} in {self.path}: '{command_line(self.path)} runs' lists them")
         with self._held(run_hash):
             state, problem = load_run(self._paths, run_hash)
             if state is None:
@@ -4755,7 +4769,7 @@ def masked(kind: str, arguments: Dict[str, Any]) -> Dict[str, Any]:
 def read_notifier(notifier_id: str, raw: Any) -> Notifier:
     """Return one entry of config.json as a Notifier; what is wrong with it is its `problem`."""
     entry = raw if isinstance(raw, dict) else {}
-    kind, given, asked = entry.get("type"), entry.get("arguments"), entry.get("events", DEFAULT_EVENTS)
+    kind, given, asked = str(entry.get("type")), entry.get("arguments"), entry.get("events", DEFAULT_EVENTS)
     arguments = {**given} if isinstance(given, dict) else {}
     asked = asked if isinstance(asked, (list, tuple)) else [asked]
     name, where = (str(entry.get(key) or "") for key in ("name", "where"))
@@ -4776,7 +4790,7 @@ def read_notifier(notifier_id: str, raw: Any) -> Notifier:
         problem = f"{subject}{error}"
     enabled, name = entry.get("status", "enabled") == "enabled", printable(name, 40)
     events = tuple(event for event in EVENTS if event in asked)
-    return Notifier(notifier_id, str(kind), enabled, arguments, events, problem, name, where)
+    return Notifier(notifier_id, kind, enabled, arguments, events, problem, name, where)
 
 
 class NotifierConfig:
@@ -6477,7 +6491,7 @@ def saved_runs(saved: Dict[str, Any]) -> List[WatchedRun]:
     """Return the runs that watcher.json knows."""
     found, runs = [], saved.get("runs")
     for values in runs if isinstance(runs, list) else ():
-        with contextlib.suppress(KeyError, TypeError, ValueError):
+        with contextlib.suppress(KeyError, OverflowError, TypeError, ValueError):
             found.append(WatchedRun.from_list(values))
     return found
 
@@ -6599,7 +6613,7 @@ class Watcher:
             self._muted = dict(saved["muted"])
             self._events = [Event(*item) for item in saved["events"]]
             self.groups.restore(saved["groups"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, OverflowError, TypeError, ValueError):
             between_s = 0.0
             if not self._first:
                 what = "what ended counts as new, unless the outbox says that it was alerted"
@@ -9234,7 +9248,7 @@ def _field_values(fields: Sequence[Field], args: Any) -> Dict[str, Any]:
     for field in fields:
         if field.name == "password" and not values["user"]:
             continue
-        said, check = _said(field, args), functools.partial(_checked, field)
+        said, check = _said(field, args), functools.partial(_checked, field, values.get("host"))
         is_asked = said is None and not args.yes and (field.required or field.asked)
         values[field.name] = _ask(field.prompt, check, field.secret) if is_asked else check(said)
     return {name: value for name, value in values.items() if value}
@@ -9252,13 +9266,20 @@ def _said(field: Field, args: Any) -> Optional[str]:
     return "\n".join(value) if isinstance(value, list) else value
 
 
-def _checked(field: Field, said: Optional[str]) -> Any:
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+
+
+def _checked(field: Field, host: Optional[str], said: Optional[str]) -> Any:
     try:
         if field.required and not said:
             raise ConfigError("this is needed")
         value = field.check(said) if said else None
         if field.name in ("message", "body"):
             check_template(value)
+        names = value if isinstance(value, list) else [value]
+        is_remote = field.name in ("sender", "to") and host not in (*LOCAL_HOSTS, this_host())
+        if is_remote and not all("@" in str(name) for name in names):
+            raise ConfigError("must be name@host: only the mail server of this machine knows users by name")
         return value
     except AimwatchError as error:
         raise ConfigError(f"--{field.flag}: {error}") from None
@@ -9279,7 +9300,7 @@ def _warn_about(kind: str, arguments: Dict[str, Any]) -> None:
 
     for name in ("url", "base_url"):
         parts = urllib.parse.urlsplit(arguments.get(name, ""))
-        if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+        if parts.scheme == "http" and parts.hostname not in LOCAL_HOSTS:
             print(
                 f"Warning: {parts.hostname} is another machine, and over http:// everybody between reads "
                 "what is sent, the address included."
@@ -9403,7 +9424,7 @@ def cmd_notifiers_dump(args: Any) -> None:
 def cmd_get_log_level(args: Any) -> None:
     """Print from which level on people hear of log messages of runs."""
     level = NotifierConfig(find_repo(args.repo)).read()["notifications"].get("log_level", 30)
-    print(f"Log level: {logging.getLevelName(level)}")
+    print(f"Log level: {logging.getLevelName(level) if isinstance(level, int) else repr(level)}")
 
 
 @command("notifiers set-log-level", f"LEVEL  {', '.join(LOG_LEVELS)}")

@@ -1239,6 +1239,8 @@ ENDS: Tuple[Tuple[Any, ...], ...] = (
     ("with_exit_while_handling", "with run:\n try: boom()\n except ValueError: sys.exit(1)", 1, "failed",
      "exited with status 1 (ValueError: boom)"),
     ("exit_caught", "try: sys.exit(1)\nexcept SystemExit: run.report_progress()", 0, "finished", None),
+    ("exit_caught_long_ago", "try: sys.exit(1)\nexcept SystemExit: aimwatch.CLEAN_UP_S = -1.0\nrun.track(1, 'm')", 0,
+     "finished", None),
     ("exit_then_clean_up", "try: sys.exit(1)\nfinally: run.track(1, 'm')", 1, "failed",
      "exited with status 1"),
     ("argparse", "import argparse; argparse.ArgumentParser().parse_args(['--x'])", 2, "failed",
@@ -1270,6 +1272,8 @@ ENDS: Tuple[Tuple[Any, ...], ...] = (
      "try:\n with others[1]: boom()\nexcept ValueError: pass\nterm()", -15, "failed", "terminated by SIGTERM"),
     ("thread_exits", "t = threading.Thread(target=sys.exit, args=(1,)); t.start(); t.join()", 0,
      "finished", None),
+    ("thread_raises_that_reported_last", "run.report_progress()\ndef work():\n run.report_progress(); boom()\n"
+     "t = threading.Thread(target=work); t.start(); t.join()", 0, "failed", "ValueError: boom"),
     ("thread_raises", "def work():\n run.report_progress(expect_next_in=60); boom()\n"
      "t = threading.Thread(target=work); t.start(); t.join()", 0, "failed", "ValueError: boom"),
     ("other_thread_raises", "t = threading.Thread(target=boom); t.start(); t.join()", 0, "finished", None),
@@ -2595,14 +2599,14 @@ class ReadOnlyRun(Case):
             Run("r", repo=self.root, read_only=True)
         self.assertEqual(
             str(caught.exception),
-            f"no run 'r' in {self.root}: 'aim-watcher --repo {self.root} runs' lists them; "
+            f"no run 'r' in {self.root}: '{aimwatch.command_line(self.root)} runs' lists them; "
             "create=True starts a new one",
         )
         self.assertEqual(os.listdir(self.paths.runs), [])
         new = os.path.join(self.root, "new")
         with self.assertRaises(aimwatch.RepoError) as caught:
             Run("r", repo=new, read_only=True)
-        self.assertIn(f"no repository at {new}: run 'aim-watcher --repo {new} init'",
+        self.assertIn(f"no repository at {new}: run '{aimwatch.command_line(new)} init'",
                       str(caught.exception))  # fmt: skip
         self.assertFalse(os.path.exists(new))
 
@@ -4792,7 +4796,9 @@ class RepoMethods(StoredCase):
         with mock.patch.dict(os.environ, AIMWATCH_REPO=self.root):
             self.assertEqual(aimwatch.Repo.default_repo().path, self.root)
         new = os.path.join(self.root, "new")
-        with self.assertRaisesRegex(aimwatch.RepoError, f"no repository at {new}: run 'aim-watcher"):
+        with self.assertRaisesRegex(
+            aimwatch.RepoError, f"no repository at {new}: run '{aimwatch.command_line(new)} init'"
+        ):
             aimwatch.Repo(new)
         self.assertEqual(aimwatch.Repo.from_path(new, init=True).total_runs_count(), 0)
         self.assertEqual(len(aimwatch.Repo(new).query_runs()), 0)
@@ -5628,7 +5634,7 @@ class DamagedConfig(NotifierCase):
         self.assertEqual(self.config.notifiers(), [])
 
     def test_odd_log_level_is_no_traceback(self) -> None:
-        for level in (None, "x", 1.5):
+        for level in (None, "x", 1.5, [], {}):
             self.write_config({"notifications": {"log_level": level, "notifiers": {}}})
             self.assertEqual(self.run_cli("notifiers", "get-log-level")[2], "", level)
 
@@ -5636,7 +5642,8 @@ class DamagedConfig(NotifierCase):
         slack, group = {"url": GOOD_URL}, {"group_id": 1, "access_token": TOKEN}
         events = "'events' must be a list of stalled, failed, recovered, started, finished, log"
         for raw, problem in (
-            ("text", "type None is not one of slack, work"),
+            ("text", "type 'None' is not one of slack, work"),
+            ({"type": ["slack"], "arguments": {}}, "type \"['slack']\" is not one of slack, work"),
             ({"type": "pager", "arguments": {}}, "type 'pager' is not one of slack, work"),
             ({"type": "slack"}, "argument 'url' is missing"),
             ({"type": "slack", "arguments": [1]}, "argument 'url' is missing"),
@@ -5673,7 +5680,7 @@ class NotifierIds(NotifierCase):
     def test_only_one_that_starts_with_what_was_given_is_meant(self) -> None:
         self.configure(ab=hook(GOOD_URL), abc1=hook(GOOD_URL), abc2=hook(GOOD_URL))
         for given, message in (
-            ("zz", "no notifier 'zz': 'aim-watcher notifiers list' shows them$"),
+            ("zz", f"no notifier 'zz': '{aimwatch.command_line()} notifiers list' shows them$"),
             ("abc11", "no notifier 'abc11'"),
             ("a\nb", "no notifier 'a"),
             ("abc", "notifier 'abc' is ambiguous: abc1, abc2$"),
@@ -7670,6 +7677,7 @@ class NotifiersAdd(NotifierCase):
             ((*hook, "--body", '{"a": "{run.oops}"}'), "--body: names {run.oops}, which does not exist"),
             (mail, "--to: this is needed$"),
             ((*mail, "--to", "a@b\nBcc: x@y"), "--to: must be a mail address, name@host, not 'Bcc:'$"),
+            ((*mail, "--to", "ann@b,root"), "--to: must be name@host: only the mail server of this machine"),
             (("command", "--command", "tell"), "--command: must be a program with its whole path"),
         ):  # fmt: skip
             with self.subTest(argv):
@@ -8630,7 +8638,8 @@ class TestWatcherRestarted(WatchCase):
         expected = sorted(self.told())
         self.assertEqual(len(expected), 5)
         for content in (None, older, b"", older[: len(older) // 2], b"\x00\xff" * 999, b"[1, 2]", b'{"runs": 5}',
-                        b'{"runs": [1, [], ["x", 0, 0, "running"]], "mono": []}'):  # fmt: skip
+                        b'{"runs": [1, [], ["x", 0, 0, "running"]], "mono": []}',
+                        b'{"looked_s": 1' + b"0" * 400 + b"}"):  # fmt: skip
             with self.subTest(content=content):
                 self.stop(watcher)
                 if content is None:
@@ -10781,6 +10790,7 @@ class TestStatus(WatchCase):
             "[]",
             '{"runs": 5, "seen_at": "x", "pid": []}',
             '{"runs": [[1]], "seen_at": 1e308}',
+            '{"runs": [["a-0000000000000001-check_in-1.0-0", 1%s, 1, "running", true, 1]]}' % ("0" * 400),
             "\xff",
         ):
             with self.subTest(text):
@@ -11532,14 +11542,14 @@ class TestCommandLine(Case):
                 with self.subTest(argv=argv, root=root):
                     code, out, err = self.run_cli("--repo", root, *argv)
                     self.assertEqual((code, out, err.count("\n")), (1, "", 1))
-                    way_out = f"run 'aim-watcher --repo {root} init' or start a run there"
+                    way_out = f"run '{aimwatch.command_line(root)} init' or start a run there"
                     self.assertTrue(err.endswith(f": no repository at {root}: {way_out}\n"), err)
         self.assertFalse(os.path.exists(missing))
 
     def test_commands_to_type_are_named_as_this_one_was_called(self) -> None:
         for argv0, module, called in (
             ("/opt/aimwatch.py", None, "python3 aimwatch.py"), ("/opt/aimwatch.py", "aimwatch", "python3 -m aimwatch"),
-            ("/usr/bin/aimwatch", None, "aimwatch"), ("train.py", None, "aim-watcher"),
+            ("/usr/bin/aimwatch", None, "aimwatch"), ("train.py", None, f"python3 {aimwatch.__file__}"),
         ):  # fmt: skip
             main = types.SimpleNamespace(__spec__=types.SimpleNamespace(name=module))
             with self.subTest(called=called), mock.patch.object(sys, "argv", [argv0]), mock.patch.dict(
