@@ -8482,9 +8482,8 @@ def print_below(*texts: Optional[str]) -> None:
         print(f"  {printable(text, 300)}")
 
 
-def short_hashes(paths: RepoPaths, hashes: Iterable[str]) -> Dict[str, str]:
+def short_hashes(paths: RepoPaths, hashes: Sequence[str]) -> Dict[str, str]:
     """Return for each run its hash as people see it: the first 8 characters, where no other run has these."""
-    hashes = list(hashes)
     starts = Counter(run_hash[:8] for run_hash in {*list_runs(paths), *hashes})
     return {run_hash: run_hash[:8] if starts[run_hash[:8]] == 1 else run_hash for run_hash in hashes}
 
@@ -8577,6 +8576,7 @@ COMMON_HELP = {
     "NAME": "its name or ID, or the first characters of its ID",
     "--json": "print JSON",
     "--yes": "ask nothing",
+    "--events": f"of what to notify: any of {','.join(EVENTS)} (default: {','.join(DEFAULT_EVENTS)})",
 }
 
 
@@ -8652,9 +8652,6 @@ READERS: Dict[str, Callable[[str], Any]] = {
     "EVENTS": lambda text: names_of(checked_events(text)),
     "NAME=VALUE": param_of,
 }
-WANTED_EVENTS = (
-    f"--events EVENTS  of what to notify: any of {','.join(EVENTS)} (default: {','.join(DEFAULT_EVENTS)})"
-)
 
 # -------------------------------------------------------------------------- start, init, status
 
@@ -9201,7 +9198,7 @@ def _make_add_command(kind: str) -> None:
         f"process lists: use the -file flags, where - is standard input. A message may name {KNOWN_FIELDS}."
     )
 
-    @command(f"notifiers add {kind}", *flags, WANTED_EVENTS, "--yes", epilog=epilog)
+    @command(f"notifiers add {kind}", *flags, "--events EVENTS", "--yes", epilog=epilog)
     def add(args: Any) -> None:
         """Add a notifier of this type."""
         _add_notifier(kind, args)
@@ -9326,7 +9323,7 @@ def cmd_notifiers_remove(args: Any) -> None:
     print(f"removed notifier {printable(notifier_id)}")
 
 
-@command("notifiers enable", "NAME", WANTED_EVENTS)
+@command("notifiers enable", "NAME", "--events EVENTS")
 def cmd_notifiers_enable(args: Any, status: str = "enabled") -> None:
     """Have a notifier hear of what happens again, or of other events."""
     config = NotifierConfig(find_repo(args.repo))
