@@ -5081,17 +5081,21 @@ class Outcome(NamedTuple):
 
 def try_once(notifier: Notifier, send: Callable[[float], Outcome]) -> Outcome:
     """Try once to send something by a deadline, and return what came of it, in one line without secrets."""
-    import http.client
-
     try:
         outcome = send(time.monotonic() + ATTEMPT_S)
-    except Exception as error:
-        # Networks heal, and a mistake of ours would end the same again.
-        heals = isinstance(error, (OSError, http.client.HTTPException, MemoryError))
-        reason = getattr(error, "reason", None)
-        known = reason if isinstance(reason, Exception) else error
-        outcome = Outcome(RETRY if heals else REFUSED, f"{type(known).__name__}: {known}")
+    except Exception as error:  # by a function: a variable here would keep its traceback, and so the socket
+        outcome = judge_error(error)
     return outcome._replace(detail=printable(notifier.scrub(" ".join(outcome.detail.split())), 200))
+
+
+def judge_error(error: Exception) -> Outcome:
+    """Judge an attempt that ended in an exception: networks heal, and our own mistakes would end the same."""
+    import http.client
+
+    heals = isinstance(error, (OSError, http.client.HTTPException, MemoryError))
+    reason = getattr(error, "reason", None)
+    known = reason if isinstance(reason, Exception) else error
+    return Outcome(RETRY if heals else REFUSED, f"{type(known).__name__}: {known}")
 
 
 def left_s(deadline_mono: float) -> float:
