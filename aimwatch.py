@@ -1568,10 +1568,9 @@ def describe_session() -> Dict[str, Any]:
     with contextlib.suppress(OSError):
         if stat.S_ISREG(os.fstat(1).st_mode):
             session["stdout"] = os.readlink("/proc/self/fd/1")
-    for system, variable in (("slurm", "SLURM_JOB_ID"), ("pbs", "PBS_JOBID"), ("lsf", "LSB_JOBID")):
+    for system, variable in (("lsf", "LSB_JOBID"), ("pbs", "PBS_JOBID"), ("slurm", "SLURM_JOB_ID")):
         if os.environ.get(variable):
             session["job"] = f"{system} {os.environ[variable]}"
-            break
     array = [os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK")]
     if all(array):
         session["job"] = "slurm {}_{}".format(*array)
@@ -1815,8 +1814,7 @@ class _Process:
         #: In the order in which they were opened.
         self.runs: weakref.WeakKeyDictionary[Run, None] = weakref.WeakKeyDictionary()
         self.stacks = _Stacks()
-        #: `signal.signal` and `sys.excepthook` as they were, and as they are; None before the first run.
-        self._set_signal: Any = None
+        #: `sys.excepthook` with ours; None before the first run.
         self._excepthook: Any = None
         #: The end of a run whose program called `sys.exit`.
         self.exit: Optional[End] = None
@@ -1830,7 +1828,7 @@ class _Process:
         """Watch over one more run."""
         self.runs[run] = None
         self.exit = None  # whoever called it, somebody caught it
-        if self._set_signal is None:
+        if self._excepthook is None:
             self._install()
         for signum in ENDING_SIGNALS:
             # In other threads none can be set; None is a handler that is not Python's, and is kept.
@@ -1857,7 +1855,7 @@ class _Process:
         _hook(threading, "excepthook", self._on_thread_exception)
         _hook(os, "execv", self._on_exec)
         _hook(os, "execve", self._on_exec)
-        self._set_signal = _hook(signal, "signal", self._on_signal_set)
+        _hook(signal, "signal", self._on_signal_set)
         self._excepthook = sys.excepthook
         atexit.register(self._at_exit)
         os.register_at_fork(after_in_child=self._after_fork_in_child)
@@ -1870,7 +1868,7 @@ class _Process:
         # With a handler in Python, a child that computes in C would outlive its SIGTERM.
         for signum in ENDING_SIGNALS:
             if signal.getsignal(signum) == self._on_signal:
-                self._set_signal(signum, signal.SIG_DFL)
+                signal.signal(signum, signal.SIG_DFL)
 
     def _on_signal_set(self, real: Callable[..., Any], signalnum: int, handler: Any) -> Any:
         """Set ours in the place of the default action, and around a handler of SIGTERM."""
@@ -1893,7 +1891,7 @@ class _Process:
             return
         # A second signal meanwhile does all of this anew, on top of what is under way.
         self._each(lambda run: run._end_and_close(run._signal_end(signum, frame)))
-        self._set_signal(signum, signal.SIG_DFL)
+        signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
         if os.getpid() == 1:  # to which, in a container, the kernel does not deliver it
             os._exit(128 + signum)
@@ -1951,8 +1949,8 @@ class _Process:
         self._each(lambda run: run._after_cell(error) if run._thread == thread else None)
 
 
-def _hook(module: Any, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Have a hook called in the place of a module's function, which is its first argument, and returned."""
+def _hook(module: Any, name: str, hook: Callable[..., Any]) -> None:
+    """Have a hook called in the place of a module's function, which is its first argument."""
     real: Callable[..., Any] = getattr(module, name)
 
     @functools.wraps(real)
@@ -1960,7 +1958,6 @@ def _hook(module: Any, name: str, hook: Callable[..., Any]) -> Callable[..., Any
         return hook(real, *args, **options)
 
     setattr(module, name, hooked)
-    return real
 
 
 def _interactive() -> bool:
@@ -2252,10 +2249,8 @@ class Run:
                 undo.callback(self._log.close)
                 names = self._adopt() if may_exist else []
                 self._file = CheckInFile(self._paths.check_ins, self.hash, self._state.next_idx, names)
-                self._by_key: Dict[Tuple[str, Any], SeriesState] = {
-                    (series.name, context_key(series.context)): series
-                    for series in self._state.series.values()
-                }
+                series = self._state.series.values()
+                self._by_key = {(item.name, context_key(item.context)): item for item in series}
                 resumed = bool(self._state.created_at)
                 self._record(self._session_record())
                 if resumed:  # an alert reads parts of the log, and must not take the first host for this one
