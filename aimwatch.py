@@ -3380,24 +3380,21 @@ def facts_of(row: Dict[str, Any]) -> Iterator[Tuple[str, Any]]:
         yield _storable(path), "" if fact is None else fact
 
 
-#: A fact holds so much of a text, and numbers that SQLite can store; the row has the rest.
-_FACT_CHARS, _FACT_MOST = 100, 2**62
-
-
 def _storable(text: str) -> str:
     # A lone surrogate, legal in JSON, cannot be stored as UTF-8.
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def fact_value(value: Any) -> Optional[Union[int, float, str]]:
-    """Return what stands for a scalar in a fact; None where nothing does.
+    """Return what stands for a scalar in a fact: the start of a text, or a number that SQLite can store; None
+    where nothing does.
 
     Equal scalars have equal facts, and the facts of numbers are in the order of the numbers.
     """
     if isinstance(value, str):
-        return _storable(value[:_FACT_CHARS])
+        return _storable(value[:100])
     if isinstance(value, (int, float)) and value == value:
-        return min(max(value, -_FACT_MOST), _FACT_MOST)
+        return min(max(value, -(2**62)), 2**62)
     return None
 
 
@@ -3592,7 +3589,7 @@ class Reindexer:
                 finished: List[str] = []
                 deadline = _monotonic() + 0.1
                 db.execute("BEGIN IMMEDIATE")
-                for run_hash in hashes[done : done + MAX_BATCH]:
+                for run_hash in hashes[done : done + 200]:  # whose markers are open at the same time
                     if self._one(db, run_hash, locks):
                         finished.append(run_hash)
                     done += 1
@@ -3678,8 +3675,6 @@ def try_to_index(paths: RepoPaths, hashes: Sequence[str], wait_s: float) -> None
 
 #: How often also those pending runs are looked at that record nothing.
 PROBE_S = 30.0
-#: A transaction holds at most this many markers open.
-MAX_BATCH = 200
 DIED = "its process is gone: killed, out of memory, or its node was lost"
 #: How much longer than it promised a run must have shown nothing new, where no lock says what that means.
 DOUBT_S = 600.0
@@ -3695,8 +3690,7 @@ def free_means_dead(header: Dict[str, Any], was_held: bool) -> bool:
 
 
 def process_lives(header: Dict[str, Any]) -> bool:
-    """True where the process that a log names is still there, in the pid namespace of this one. Whether it
-    is gone, nobody can say who is in another."""
+    """True where the process that a log names is still there, as far as its pid namespace is this one's."""
     identity = header.get("pid_space"), header.get("pid_start")
     return None not in identity and identity == process_identity(header.get("pid"))
 
@@ -3849,12 +3843,9 @@ class CompiledQuery:
                     yield row, metric
 
     def candidates(self, db: sqlite3.Connection) -> Iterator[StoredRow]:
-        """Yield the rows of the runs for which the query may be true.
+        """Yield the rows of the runs for which the query may be true."""
 
-        Those conditions narrow that leave few runs. Whether 10 runs or all have `lr == 0.1` is nothing
-        that SQLite keeps, so it is counted, up to a limit.
-        """
-
+        # Whether 10 runs or all have `lr == 0.1`, SQLite does not know: it is counted, up to a limit.
         def leaves_few(narrowing: Narrowing) -> bool:
             where, args = narrowing
             some = f"SELECT 1 FROM facts WHERE {where} LIMIT {_MANY}"
