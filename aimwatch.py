@@ -4840,8 +4840,6 @@ class NotifierConfig:
 
 
 CONFIG_LOCK_WAIT_S = 10.0
-#: The notifier used where none is configured.
-FALLBACK = Notifier("logger", "logger", True, {}, DEFAULT_EVENTS, None)
 
 
 # ======================================================================================
@@ -5717,8 +5715,9 @@ class Dispatcher:
         self.log_level = level if isinstance(level, int) else logging.WARNING
         self._stamp, self._complaint = stamp, ""
         enabled = [item for item in notifiers if item.enabled]
-        fallback = [FALLBACK] if all(item.problem for item in enabled) else []
-        self._notifiers = {item.id: item for item in (*fallback, *enabled)}
+        if all(item.problem for item in enabled):  # rather than nobody
+            enabled.append(Notifier("logger", "logger", True, {}, DEFAULT_EVENTS, None))
+        self._notifiers = {item.id: item for item in enabled}
         self._outbox.forget_notifiers({*self._notifiers, *(item.id for item in notifiers)})
         for item in enabled:
             if item.problem:

@@ -871,13 +871,6 @@ class CheckInFiles(Case):
         file.write(file.next_idx(), "finished", 0)
         self.assertEqual(self.numbers(), [(3, "finished")])
 
-    def test_other_files_are_left_alone(self) -> None:
-        other = self.check_in("rr", 5)
-        file = self.file()
-        for flag in ("starting", "failed", "finished"):
-            file.write(file.next_idx(), flag, 0)
-        self.assertEqual(self.check_ins("rr-"), [other])
-
 
 # ---------------------------------------------------------------------- the heartbeat's promise
 
