@@ -5967,7 +5967,7 @@ class WatchedRun:
 
     @classmethod
     def from_list(cls, values: List[Any]) -> WatchedRun:
-        """Read back what `to_list` gave. Raises ValueError, KeyError or TypeError for most other things."""
+        """Read back what `to_list` gave. Raises what is MALFORMED for most other things."""
         name, since_s, since_utc, state, was_held, free_s, *stalls = values
         check_in = parse_check_in(name)
         if check_in is None or state not in KINDS:
@@ -6480,7 +6480,7 @@ def saved_runs(saved: Dict[str, Any]) -> List[WatchedRun]:
     """Return the runs that watcher.json knows."""
     found, runs = [], saved.get("runs")
     for values in runs if isinstance(runs, list) else ():
-        with contextlib.suppress(KeyError, OverflowError, TypeError, ValueError):
+        with contextlib.suppress(*MALFORMED):
             found.append(WatchedRun.from_list(values))
     return found
 
@@ -6602,7 +6602,7 @@ class Watcher:
             self._muted = dict(saved["muted"])
             self._events = [Event(*item) for item in saved["events"]]
             self.groups.restore(saved["groups"])
-        except (KeyError, OverflowError, TypeError, ValueError):
+        except MALFORMED:
             between_s = 0.0
             if not self._first:
                 what = "what ended counts as new, unless the outbox says that it was alerted"
@@ -6734,14 +6734,14 @@ class Watcher:
             known, watched = self._muted.pop(run), runs.get(run)
             if watched is None or f"{watched.name}-{watched.state}" in taken_on:
                 continue
+            why = {RUNNING: "checked in again while it was muted", FINISHED: "finished while it was muted"}
+            note, suffix = why.get(watched.state, "it was muted until now"), f"-muted-{self._utc():.3f}"
             # Of a stall or a failure people may know, and are reminded.
             kinds = (
-                kinds_to_alert(known, watched.state) if (known, watched.state) != (RUNNING, RUNNING) else []
+                kinds_to_alert(known, watched.state) if known != RUNNING or watched.state != RUNNING else ()
             )
-            note = {RUNNING: "checked in again while it was muted", FINISHED: "finished while it was muted"}
-            silent_s, suffix = self.looking.total_s - watched.since_s, f"-muted-{self._utc():.3f}"
-            why = note.get(watched.state, "it was muted until now")
-            alerted += [Change(kind, watched, silent_s, known, why, suffix) for kind in kinds]
+            silent_s = self.looking.total_s - watched.since_s
+            alerted += [Change(kind, watched, silent_s, known, note, suffix) for kind in kinds]
         return alerted
 
     def _read_mutes(self) -> Set[str]:
