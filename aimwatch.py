@@ -7907,10 +7907,11 @@ class Site:
 
     def counts(self, live: List[Dict[str, Any]]) -> Dict[Tuple[str, str], int]:
         """Return how many runs there are by (state, experiment)."""
-        states = {row["hash"]: row["state"] for row in live}  # which know who stalled
-        rows = self.runs("")
-        counts = Counter((states.pop(row["hash"], row["state"]), row["experiment"]) for row in rows)
-        counts.update((state, "") for state in states.values())  # Aim's runs
+        states = {row["hash"]: (row["state"], row["experiment"] or "") for row in live}  # who stalled
+        counts: Counter[Tuple[str, str]] = Counter()
+        for row in self.runs(""):
+            counts[states.pop(row["hash"], (row["state"],))[0], row["experiment"]] += 1
+        counts.update(states.values())
         return counts
 
     # ---- pages for people
