@@ -589,7 +589,7 @@ class FileLock:
         fd = open_below(self.path, os.O_RDWR | (os.O_CREAT if create else 0))
         locked, identity = self._lock(fd), identity_of(fd)
         # An indexer that held the lock may have removed the file before it let go.
-        if locked is False or not is_still(self.path, identity):
+        if locked is False or not is_still(identity, self.path):
             os.close(fd)
             return False
         self._fd, self._identity = fd, identity
@@ -610,7 +610,7 @@ class FileLock:
 
     def is_there(self) -> bool:
         """True where descriptor and path lead to the file that is locked, or nobody can tell."""
-        return is_still(self._fd, self._identity) and is_still(self.path, self._identity)
+        return is_still(self._identity, self.path, self._fd)
 
     def release(self) -> None:
         """Let others have the lock. Does nothing where it is not held."""
@@ -662,12 +662,12 @@ def identity_of(file: Union[int, str]) -> Tuple[int, int]:
     return info.st_dev, info.st_ino
 
 
-def is_still(file: Union[int, str], identity: Tuple[int, int]) -> bool:
-    """True where a descriptor or a path leads to a file, or nobody can tell. A descriptor goes stale with its
+def is_still(identity: Tuple[int, int], *files: Union[int, str]) -> bool:
+    """True where descriptors and paths lead to a file, or nobody can tell. A descriptor goes stale with its
     share, and where somebody else closed it, its number may by now be that of another file, which must be
     neither written nor closed."""
     try:
-        return identity_of(file) == identity
+        return all(identity_of(file) == identity for file in files)
     except OSError as error:
         return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EBADF)
 
@@ -675,7 +675,7 @@ def is_still(file: Union[int, str], identity: Tuple[int, int]) -> bool:
 def close_own(fd: int, identity: Tuple[int, int]) -> None:
     """Close a descriptor, unless it is no longer that of the file."""
     with contextlib.suppress(OSError):  # of a share that is gone, not even this succeeds
-        if is_still(fd, identity):
+        if is_still(identity, fd):
             os.close(fd)
 
 
@@ -1287,9 +1287,7 @@ class AppendFile:
 
     def flush(self, now: bool = False) -> bool:
         """Write what waits, if the last try was not a moment ago or `now`; True when nothing waits."""
-        mono = time.monotonic()
-        if (self._waiting or self._lost) and (now or mono >= self._retry_mono):
-            self._retry_mono = mono + RETRY_S
+        if (self._waiting or self._lost) and (now or time.monotonic() >= self._retry_mono):
             if self._lost:
                 self._open_again()
             while self._waiting:
@@ -1355,7 +1353,7 @@ class AppendFile:
             time.sleep(RETRY_S)
             if self._synced_size < self.size:
                 self.sync()
-            self._in_place = self._is_in_place()
+            self._in_place = is_still(self._identity, self.path, self._fd)
 
     def sync(self) -> bool:
         """Wait until what was written has reached the disk; False where it is known that it did not."""
@@ -1372,12 +1370,10 @@ class AppendFile:
     def look(self) -> bool:
         """Return True where the path leads to the file that is written; open it again where not. A file that
         was removed takes writes all the same, and nobody finds them."""
-        self._lost = self._lost or not (self._in_place if self._must_sync else self._is_in_place())
+        in_place = self._in_place if self._must_sync else is_still(self._identity, self.path, self._fd)
+        self._lost = self._lost or not in_place
         self.flush(now=self._lost)
         return not self._lost
-
-    def _is_in_place(self) -> bool:
-        return is_still(self.path, self._identity) and is_still(self._fd, self._identity)
 
     def close(self) -> int:
         """Try once more to write what waits, and close the file. Return its size in bytes, or -1 where
@@ -3486,7 +3482,7 @@ def open_index(paths: RepoPaths, mode: str, busy_s: float) -> Iterator[sqlite3.C
         if db.execute("PRAGMA user_version").fetchone() != (INDEX_VERSION,):
             raise IndexUnusable(f"{paths.index} is of another version")
         yield db
-    if not is_still(paths.index, identity):
+    if not is_still(identity, paths.index):
         # Into the file that took its place, a run may have come that is pending no more.
         raise OSError(errno.ESTALE, "replaced meanwhile", paths.index)
 
