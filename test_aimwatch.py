@@ -6713,12 +6713,8 @@ class Commands(NotifierCase):
 class OutboxFile(NotifierCase):
     def open_outbox(self) -> aimwatch.Outbox:
         outbox = aimwatch.Outbox(self.paths.outbox)
-        self.addCleanup(self._close_outbox, outbox)
+        self.addCleanup(outbox.close)
         return outbox
-
-    def _close_outbox(self, outbox: aimwatch.Outbox) -> None:
-        with contextlib.suppress(OSError):
-            outbox.close()
 
     def waiting(self, outbox: aimwatch.Outbox, notifier_id: str) -> List[str]:
         return [event.facts["run.name"] for event in outbox.waiting_for(notifier_id)]
@@ -6884,14 +6880,10 @@ class NotifyingCase(NotifierCase):
         """Return a dispatcher with an outbox of its own, as a watcher that starts makes them."""
         self.box = aimwatch.Outbox(self.paths.outbox)
         dispatcher = aimwatch.Dispatcher(self.paths, self.box, self.config)
-        self.addCleanup(self._end_dispatcher, dispatcher, self.box)
+        self.addCleanup(self.box.close)
+        self.addCleanup(dispatcher.stop, 5.0)
         dispatcher.load()
         return dispatcher
-
-    def _end_dispatcher(self, dispatcher: aimwatch.Dispatcher, box: aimwatch.Outbox) -> None:
-        dispatcher.stop(5.0)
-        with contextlib.suppress(OSError):
-            box.close()
 
     def held(self, gate: threading.Event, held: Optional[threading.Event] = None) -> Webhook:
         """Return a server that answers ok to what it was sent once the gate is open."""
@@ -8102,22 +8094,6 @@ class WatchCase(Case):
             self.clock.pass_(1.0)
             watcher.poll()
 
-    def kill_in(self, owner: Any, name: str, after: bool, watcher: aimwatch.Watcher) -> None:
-        """Have a watcher die in its next poll, at (or after) the first call of a function."""
-        real = getattr(owner, name)
-
-        def die(*args: Any, **options: Any) -> Any:
-            if after:
-                real(*args, **options)
-            raise KeyboardInterrupt
-
-        self.clock.pass_(1.0)
-        with mock.patch.object(owner, name, die), self.assertRaises(KeyboardInterrupt):
-            watcher.poll()
-        # A killed process has no last word in watcher.json.
-        with mock.patch.object(aimwatch.Watcher, "_save"):
-            self.stop(watcher)
-
     def events(self) -> List[Dict[str, Any]]:
         """Return the outbox's entries that somebody is told."""
         return [record for record in self.outbox() if record.get("to") and "event" in record]
@@ -8179,12 +8155,6 @@ class WatchCase(Case):
 
     def saved(self) -> Dict[str, Any]:
         return aimwatch.read_watcher_file(self.paths)
-
-    def call(self, *argv: str) -> Tuple[int, str, str]:
-        """Run the command line as a process of its own: (code, out, err)."""
-        process = self.aimwatch(*argv)
-        out, err = process.communicate(timeout=30)
-        return process.returncode, out, err
 
     def end(self, process: Any, number: int = signal.SIGTERM) -> str:
         """End a watcher and return the rest of what it wrote."""
@@ -8947,7 +8917,10 @@ class TestWhere(WatchCase):
         self.check_in("a", 1)
         watcher = self.watch()
         self.check_in("a", 2, "failed")
-        self.kill_in(aimwatch.Outbox, "add", False, watcher)
+        with mock.patch.object(aimwatch.Outbox, "add", side_effect=SystemExit), self.assertRaises(SystemExit):
+            self.look(watcher, 1)
+        with mock.patch.object(aimwatch.Watcher, "_save"):  # who is killed has no last word
+            self.stop(watcher)
         self.watch()
         self.assertEqual([item["to"] for item in self.events()], [["all"]])
 
@@ -9372,6 +9345,11 @@ while True:
 
 
 class TestStart(WatchCase):
+    def setUp(self) -> None:
+        super().setUp()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+
     def test_summary_line_names_repository_runs_and_notifiers(self) -> None:
         self.check_in("a", 1)
         self.check_in("b", 1, "finished")
@@ -9417,7 +9395,7 @@ class TestStart(WatchCase):
         taking += "print('taken', flush=True)\nsys.stdin.read()"
         aims = self.process(taking, self.paths.watcher_lock, stdin=subprocess.PIPE)
         self.assertEqual(aims.stdout.readline(), "taken\n")
-        code, _, err = self.call("start", "--once")
+        code, _, err = self.run_cli("start", "--once")
         aims.stdin.close()
         aims.wait()
         self.assertEqual(code, 1)
@@ -9458,26 +9436,25 @@ class TestStart(WatchCase):
     def test_single_pass_exits_1_when_a_run_is_stalled_or_failed(self) -> None:
         self.check_in("a", 1, expect=1)
         self.configure(n={"type": "logger"})  # as Aim writes it
-        code, _, err = self.call("start", "--once", "--grace", "0")
+        code, _, err = self.run_cli("start", "--once", "--grace", "0")
         offer = "notifiers enable n --events stalled,failed,recovered,started,finished,log' changes that"
         self.assertEqual((code, offer in err), (0, True))
         saved = self.saved()
-        with open(self.paths.watcher, "w", encoding="ascii") as file:
-            json.dump({**saved, "mono": saved["mono"] - 1.0}, file)  # a second of waiting
-        code, _, err = self.call("start", "--once", "--grace", "0")
+        write_file(
+            self.paths.watcher, json.dumps({**saved, "mono": saved["mono"] - 1.0})
+        )  # a second of waiting
+        code, _, err = self.run_cli("start", "--once", "--grace", "0")
         self.assertEqual((code, offer in err), (1, False))
         self.assertIn("a stalled: silent for ", err)
         self.assertEqual(self.sent(), [("a", "stalled")])
         self.check_in("a", 2)
-        self.assertEqual(self.call("start", "--once")[0], 0)
+        self.assertEqual(self.run_cli("start", "--once")[0], 0)
         self.check_in("a", 3, "failed")
-        self.assertEqual(self.call("start", "--once")[0], 1)
-        self.assertEqual(self.call("start", "--once")[0], 1)
+        self.assertEqual(self.run_cli("start", "--once")[0], 1)
+        self.assertEqual(self.run_cli("start", "--once")[0], 1)
         self.assertEqual([kind for _, kind in self.sent()], ["stalled", "recovered", "failed"])
 
     def test_single_pass_that_cannot_look_exits_1(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.addCleanup(signal.signal, number, signal.getsignal(number))
         error = OSError(5, "Input/output error", self.paths.check_ins)
         with mock.patch.object(aimwatch, "list_below", side_effect=error):
             code, _, err = self.run_cli("start", "--once")
