@@ -296,9 +296,8 @@ def list_below(folder: str) -> List[str]:
 def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
     """Put `data` at `path` in one step, so that a reader sees the old file or the new one.
 
-    The caller keeps other writers of this machine out. The temporary file is new (O_EXCL), so neither a
-    planted link nor a leftover is written to, and it has its final `mode` (less the umask) from its first
-    byte.
+    The caller keeps other writers of this machine out. The temporary file is new (O_EXCL), so no planted link
+    is written to, and it has its final `mode` (less the umask) from its first byte.
     """
     temporary = f"{path}.{this_host()}.tmp"
     unlink_below(temporary)  # of a writer that was killed, or found no room
@@ -361,11 +360,7 @@ def is_network(path: str) -> bool:
 
 
 def command_line(repo: Optional[str] = None) -> str:
-    """Return how this program is called here, for messages that name a command to type.
-
-    Arguments:
-        repo: what was given with --repo, without which the command would look elsewhere.
-    """
+    """Return how this program is called here, with --repo where that was given, for people to type."""
     import shlex
 
     called = os.path.basename(sys.argv[0]) if sys.argv else ""
@@ -997,10 +992,8 @@ def encode_value(value: Any, odd: List[str], around: Tuple[int, ...] = ()) -> An
 
     None, bool, int, float, text, mappings, sequences and sets keep their kind; arrays become lists;
     dataclasses and namespaces become dicts of their fields; a NumPy scalar becomes its number. Anything
-    else becomes text, as does a container inside itself, and its type is added to `odd`.
-
-    Arguments:
-        around: what `id` says of the containers that the value is in.
+    else becomes text, as does a container inside itself, and its type is added to `odd`. `around` holds the
+    ids of the containers that the value is in.
     """
     if value is None or isinstance(value, (bool, int, str)):
         return value
@@ -1401,9 +1394,8 @@ def read_log(path: str, run_hash: str, part: int = 0) -> RunState:
     the cost, not what it ever recorded. A file with so much after its last checkpoint that it is no log of
     ours is refused.
 
-    Arguments:
-        part: read so many bytes after the checkpoint, and of the end, alone: where a run writes on without
-            end, that it died must be said all the same, and soon.
+    With `part`, so many bytes after the checkpoint, and of the end, are read alone: where a run writes on
+    without end, that it died must be said all the same, and soon.
     """
     with open_regular(path) as file:
         state, lines, left = RunState(run_hash), read_lines(file), part or math.inf

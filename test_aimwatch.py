@@ -654,12 +654,8 @@ class AppendFiles(Case):
     def on_a_share(self, by_hand: Any = RuntimeError) -> None:
         """Have the file on what says that it is a network file system, and is synced by hand."""
         self.file.close()
-        for patch in (
-            mock.patch.object(aimwatch, "is_network", return_value=True),
-            mock.patch.object(aimwatch._thread, "start_new_thread", side_effect=by_hand),
-        ):
-            patch.start()
-            self.addCleanup(patch.stop)
+        self.patch(aimwatch, "is_network", lambda path: True)
+        self.patch(aimwatch._thread, "start_new_thread", mock.Mock(side_effect=by_hand))
         self.file = aimwatch.AppendFile(self.path, lambda: [b"first\n", b"summary\n"])
 
     def full_server(self, *gone: bytes) -> Any:
