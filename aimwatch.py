@@ -6877,11 +6877,9 @@ def is_elsewhere(saved: Dict[str, Any]) -> bool:
 def may_live(saved: Dict[str, Any]) -> bool:
     """True where the last watcher may look though its lock is free: it is on another machine, or goes on
     after this one was taken from it."""
-    if saved.get("host") != this_host():
-        return is_elsewhere(saved)
-    pid = saved.get("pid")
-    is_over = saved.get("ended") or saved.get("boot") != boot_id() or pid == os.getpid()
-    return not is_over and os.path.exists(f"/proc/{pid}")
+    pid, is_here = saved.get("pid"), (saved.get("host"), saved.get("boot")) == (this_host(), boot_id())
+    goes_on = is_here and not saved.get("ended") and pid != os.getpid() and os.path.exists(f"/proc/{pid}")
+    return goes_on or is_elsewhere(saved)
 
 
 #: A standby takes over from a watcher that has not looked for so long, and three intervals.
@@ -7056,12 +7054,11 @@ class ReindexThread(threading.Thread):
                 if self._stopping.is_set():
                     return
                 self.reindexer.run([run_hash], wait_s=0.0)
-            problems = self.reindexer.problems
         except (IndexBusy, IndexUnusable):
-            return  # somebody else indexes, or an empty index is there now; look again later
+            pass  # somebody else indexes, or an empty index is there now; look again later
         except Exception as error:
-            problems = [f"reindexing: {type(error).__name__}: {error}"]
-        for problem in problems:
+            self._warn_once(f"reindexing: {type(error).__name__}: {error}")
+        for problem in self.reindexer.problems:
             self._warn_once(problem)
         self.reindexer.problems.clear()
 
