@@ -2855,9 +2855,11 @@ class Run:
     finalize = close
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # at interpreter shutdown, what this needs may be gone
+        try:
             if self._is_mine():
                 self._end_and_close(self._unreported("was dropped"))
+        except Exception:
+            pass  # at interpreter shutdown, what this needs may be gone
 
     def _after_cell(self, error: Optional[BaseException]) -> None:
         if self._is_mine() and self.active:
