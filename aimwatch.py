@@ -3397,7 +3397,7 @@ class IndexBusy(AimwatchError):
 
 
 @contextlib.contextmanager
-def connect(path: str, mode: str, busy_timeout_s: float) -> Iterator[sqlite3.Connection]:
+def connect(path: str, mode: str, busy_s: float) -> Iterator[sqlite3.Connection]:
     """Yield an SQLite file to read ("ro"), to write ("rw") or to make ("rwc").
 
     Raises in the place of SQLite's errors IndexBusy, OSError for what a new index would not mend either, or
@@ -3407,9 +3407,8 @@ def connect(path: str, mode: str, busy_timeout_s: float) -> Iterator[sqlite3.Con
     from urllib.parse import quote
 
     uri = f"file:{quote(os.fsencode(path))}?mode={mode}"
-    options: Dict[str, Any] = {"isolation_level": None, "uri": True, "check_same_thread": False}
     try:
-        with contextlib.closing(sqlite3.connect(uri, timeout=busy_timeout_s, **options)) as db:
+        with contextlib.closing(sqlite3.connect(uri, timeout=busy_s, isolation_level=None, uri=True)) as db:
             yield db
     except sqlite3.Error as error:
         if re.search("locked|busy", str(error)):
@@ -3967,10 +3966,7 @@ class _Compiler:
             self.refuse(node, "'is' compares with None only: write ==")
         for value, const in ((left, right.const), (right, left.const)):
             if value.kind == "time" and isinstance(const, (str, int, float)):
-                self.refuse(
-                    node,
-                    "a time compares with datetime(...) only: run.creation_time and run.end_time are seconds",
-                )
+                self.refuse(node, "a time compares with datetime(...) only: run.creation_time is in seconds")
         sign, compare, is_opposite = _COMPARISONS[type(op)]
         if not is_opposite:
             self.narrow(node, left, sign, right.const)
@@ -4090,9 +4086,7 @@ class _Compiler:
         if name not in ("run", "metric"):
             if name:
                 self.refuse(root, f"unknown name '{name}': write run.{name} for a param, '{name}' for text")
-            self.refuse(
-                node, "only run and metric have attributes and subscripts: write run.name or the like"
-            )
+            self.refuse(node, "only run and metric have attributes: write run.name or the like")
         if name == "metric" and self.query.over == "run":
             self.refuse(root, "there is no metric in a query over runs: write run.metrics['loss', {}].last")
         if not names:
@@ -4154,10 +4148,8 @@ class _Compiler:
     def metric_value(self, node: ast.expr, names: List[Any]) -> _Value:
         first, *rest = names
         if first not in ("name", "context", *_SERIES_FIELDS) or (rest and first != "context"):
-            self.refuse(
-                node,
-                f"a metric has no '{names[-1]}' here, but name, context, {', '.join(_SERIES_FIELDS)}",
-            )
+            known = ", ".join(("name", "context", *_SERIES_FIELDS))
+            self.refuse(node, f"a metric has no '{names[-1]}' here, but {known}")
         return _Value(_at(lambda row, metric: metric, names))
 
     def const(self, node: ast.expr) -> Any:
@@ -4428,9 +4420,7 @@ class Repo:
                 index.executescript(_SCHEMA)
                 return question(index, *self._read_pending(index, list_runs(self._paths)))
 
-    def _read_pending(
-        self, index: sqlite3.Connection, hashes: Sequence[str]
-    ) -> Tuple[List[StoredRow], Set[str]]:
+    def _read_pending(self, index: sqlite3.Connection, hashes: List[str]) -> Tuple[List[StoredRow], Set[str]]:
         """Bring the overlay to what the index lacks of some runs. Return its rows, and the runs for which the
         index does not speak: those, and the ones whose log is gone or cannot be read."""
         sql = "SELECT 1 FROM runs WHERE hash = ? AND log_size = ?"
