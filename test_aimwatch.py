@@ -5376,6 +5376,13 @@ def read_request(connection: socket.socket) -> bytes:
     return head + b"\r\n\r\n" + body
 
 
+def over_tls(connection: socket.socket, certificate: str) -> Any:
+    """Return the server's side of a connection as TLS makes it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context.wrap_socket(connection, server_side=True)
+
+
 class Lines(logging.Handler):
     """Keeps what was logged."""
 
@@ -5450,6 +5457,11 @@ class NotifierCase(Case):
         server = RawServer(script)
         self.addCleanup(server.close)
         return server
+
+    def certificate(self) -> str:
+        path = os.path.join(self.root, "certificate.pem")
+        write_file(path, CERTIFICATE)
+        return path
 
     def refused_url(self) -> str:
         """Return the URL of a port that nobody listens at, and nobody else can take."""
@@ -5738,17 +5750,10 @@ class Secrets(NotifierCase):
     def everything_said(self) -> str:
         """Return the output of every command that shows notifiers."""
         said = []
-        for argv in (
-            ("list",),
-            ("list", "--json"),
-            ("dump",),
-            ("test",),
-            ("remove", "n"),
-            ("remove", "n", "--yes"),
-        ):
-            code, out, err = self.run_cli("notifiers", *argv, stdin="n\n")
+        for line in ("list", "list --json", "dump", "test", "remove n", "remove n --yes"):
+            code, out, err = self.run_cli("notifiers", *line.split(), stdin="n\n")
             self.assertNotIn("Traceback", err)
-            said.append(f"{argv} {code}\n{out}{err}")
+            said.append(f"{line} {code}\n{out}{err}")
         return "\n".join(said)
 
     def test_no_command_shows_a_secret(self) -> None:
@@ -6190,16 +6195,9 @@ class Transports(NotifierCase):
 
     def over_tls(self, connection: socket.socket) -> None:
         """Answer one request with a certificate that nobody signed."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.certificate())
-        with context.wrap_socket(connection, server_side=True) as inside:
+        with over_tls(connection, self.certificate()) as inside:
             read_request(inside)
             inside.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-
-    def certificate(self) -> str:
-        path = os.path.join(self.root, "certificate.pem")
-        write_file(path, CERTIFICATE)
-        return path
 
     def test_https_trusts_the_bundle_of_the_environment_alone_also_through_a_proxy(self) -> None:
         variables, tunnels = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), []
@@ -6322,17 +6320,12 @@ class MailServer(RawServer):
         }
         return notifier_of("email", **{**arguments, "to": ["ann@hpc.example"], **more})
 
-    def wrap(self, connection: socket.socket) -> Any:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.certificate)
-        return context.wrap_socket(connection, server_side=True)
-
     def talk(self, connection: Any) -> None:
         connection.settimeout(10)
         with contextlib.ExitStack() as files:
             secure = self.tls
             if secure:
-                connection = files.enter_context(self.wrap(connection))
+                connection = files.enter_context(over_tls(connection, self.certificate))
             reader = files.enter_context(connection.makefile("rb"))
             sender, to = "", []
 
@@ -6358,7 +6351,7 @@ class MailServer(RawServer):
                 if not going or stage in self.answers:
                     continue
                 if word == "STARTTLS":
-                    connection = files.enter_context(self.wrap(connection))
+                    connection = files.enter_context(over_tls(connection, self.certificate))
                     secure, reader = True, files.enter_context(connection.makefile("rb"))
                 elif word == "DATA":
                     lines = [item[item[:1] == b"." :] for item in iter(reader.readline, b".\r\n")]
@@ -6370,8 +6363,7 @@ class Mail(NotifierCase):
     def server(self, tls: Any = None, **answers: Any) -> MailServer:
         path = ""
         if tls is not None:
-            path = os.path.join(self.root, "certificate.pem")
-            write_file(path, CERTIFICATE)
+            path = self.certificate()
             for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
                 os.environ.pop(name, None)
             os.environ["SSL_CERT_FILE"] = path
