@@ -10830,19 +10830,22 @@ class RankVariables(Case):
                 hashes.append(run.hash)
                 if rank in ("0", "1"):
                     run.close()
-        repo = aimwatch.Repo(self.root)
+        repo, site = aimwatch.Repo(self.root), aimwatch.Site(self.paths)
         for indexed in (False, True):
             for query, expected in (
                 ("", "03"), ("run.experiment == 'e'", "03"), ("run.rank > 0", "12"), ("run.rank == 1", "1"),
                 ("run.rank == None", "3"), ("run.rank in (0, 2)", "02"), ("run['rank'] == 1", ""),
             ):  # fmt: skip
                 with self.subTest(query, indexed=indexed):
-                    found = {run.hash for run in repo.query_runs(query)}
-                    self.assertEqual({hashes[int(rank)] for rank in expected}, found)
+                    for rows in (repo.query_runs(query).found, site.runs(query)):
+                        found = {row["hash"] for row in rows}
+                        self.assertEqual({hashes[int(rank)] for rank in expected}, found)
                     of_metrics = query or "metric.name == 'loss'"
                     found = {metric.run.hash for metric in repo.query_metrics(of_metrics)}
                     self.assertEqual({hashes[int(rank)] for rank in expected}, found)
             self.assertEqual(4, len(list(repo.iter_runs())))
+            counts = site.counts([{"hash": hashes[2], "state": "stalled", "experiment": "e"}])
+            self.assertEqual(counts, {("finished", "e"): 1, ("running", "e"): 1, ("stalled", "e"): 1})
             repo.reindex()
 
     def test_run_that_goes_on_alone_is_no_rank(self) -> None:
