@@ -3966,7 +3966,8 @@ class _Compiler:
             self.refuse(node, "'is' compares with None only: write ==")
         for value, const in ((left, right.const), (right, left.const)):
             if value.kind == "time" and isinstance(const, (str, int, float)):
-                self.refuse(node, "a time compares with datetime(...) only: run.creation_time is in seconds")
+                instead = "run.creation_time and run.end_time are seconds"
+                self.refuse(node, f"a time compares with datetime(...) only: {instead}")
         sign, compare, is_opposite = _COMPARISONS[type(op)]
         if not is_opposite:
             self.narrow(node, left, sign, right.const)
