@@ -7844,8 +7844,6 @@ class Site:
         page = page_of(f"{status}", "../" * path.count("/") or "./", self.paths.root, {"Trouble": text})
         return Reply(status, page.encode("utf-8", "backslashreplace"), "text/html")
 
-    # ---- what is known
-
     def row(self, run_hash: str) -> Dict[str, Any]:
         """Return the row of a run, as its log has it now. Raises AimwatchError."""
         stamp = file_stamp(self.paths.run_log(checked_run_hash(run_hash)))
@@ -7891,8 +7889,6 @@ class Site:
             counts[states.pop(row["hash"], (row["state"],))[0], row["experiment"]] += 1
         counts.update(states.values())
         return counts
-
-    # ---- pages for people
 
     def overview(self, ask: Ask) -> str:
         """The first page: who watches, what lives, what failed, and all runs."""
@@ -8012,10 +8008,11 @@ class Site:
             for metric in row["metrics"]:
                 if columns := points.get(metric["series"]):
                     drawn = curves.setdefault(metric["name"], [])
-                    name = (row["name"] or row["hash"][:8]) if len(rows) > 1 else metric["name"]
-                    label = f"{name} {shown(metric['context'], 'context')}"
                     # Of one run a colour is a context; of several it is a run, and a context a shade of it.
-                    hue, light = (nth, 45 + 20 * (len(drawn) % 2)) if len(rows) > 1 else (len(drawn), 50)
+                    name, hue, light = metric["name"], len(drawn), 50
+                    if len(rows) > 1:
+                        name, hue, light = row["name"] or row["hash"][:8], nth, 45 + 20 * (len(drawn) % 2)
+                    label = f"{name} {shown(metric['context'], 'context')}"
                     colour = f"hsl({210 + 137 * hue} 60% {light}%)"
                     drawn.append(Curve(label, colour, columns, row["created_at"]))
         if not curves:
@@ -8053,8 +8050,6 @@ class Site:
             "What differs": grid(["", *names], differences(rows), ["", *links]) if rows else "",
         }
         return page_of("compare", "../", self.paths.root, parts)
-
-    # ---- for machines
 
     def points(self, ask: Ask, run_hash: str) -> List[Sequence[Any]]:
         """What `export` prints, of one series where its number is given."""
@@ -8129,7 +8124,6 @@ _ROUTES: Tuple[Tuple[str, Callable[..., Any], str], ...] = (
 )
 
 
-#: The look of every page.
 PAGE_CSS = """
 :root { color-scheme: light dark; --line: 1px solid #8885; }
 * { box-sizing: border-box; }
@@ -8168,7 +8162,6 @@ polyline { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linecap: 
   td { display: block; position: relative; padding: .12em .6em .12em 8.2em; white-space: normal; }
   td::before { content: attr(data-name); color: #777; position: absolute; left: .6em; } }
 """
-#: What refreshes a page, and lets people read and zoom charts.
 PAGE_JS = r"""
 "use strict";
 (() => {
