@@ -7884,9 +7884,12 @@ class Site:
     def counts(self, live: List[Dict[str, Any]]) -> Dict[Tuple[str, str], int]:
         """Return how many runs there are by (state, experiment)."""
         states = {row["hash"]: (row["state"], row["experiment"] or "") for row in live}  # who stalled
-        counts: Counter[Tuple[str, str]] = Counter()
-        for row in self.runs(""):
-            counts[states.pop(row["hash"], (row["state"],))[0], row["experiment"]] += 1
+        rows = self.runs("")
+        ended = (row for row in rows if row["hash"] not in states)
+        counts = Counter(map(operator.itemgetter("state", "experiment"), ended))
+        counts.update(
+            (states.pop(row["hash"])[0], row["experiment"]) for row in rows if row["hash"] in states
+        )
         counts.update(states.values())
         return counts
 
