@@ -5633,7 +5633,11 @@ class NotifierThread(threading.Thread):
                 return
             notifier, batch, left_s = self.notifier, self._batch(), self._rests_until - time.monotonic()
             if notifier is not None and batch and left_s <= 0:
-                rest_s = self._send(notifier, batch)
+                try:
+                    rest_s = self._send(notifier, batch)
+                except Exception as error:  # a thread that died of it would take every later alert with it
+                    log.error("notifier %s: %s; trying again", notifier.shown_as, type(error).__name__)
+                    rest_s = MAX_BACK_OFF_S
                 self._rests_until = time.monotonic() + rest_s
             else:
                 self.woken.wait(left_s if batch else None)

@@ -7322,6 +7322,22 @@ class Mending(NotifyingCase):
 class Poison(NotifyingCase):
     """A message that the other side does not take."""
 
+    def test_mistake_of_ours_ends_no_thread(self) -> None:
+        server, real, faults = self.webhook(), aimwatch.deliver, [KeyError("run.hash")]
+
+        def deliver(*args: Any) -> aimwatch.Outcome:
+            if faults:
+                raise faults.pop()
+            return real(*args)
+
+        self.patch(aimwatch, "MAX_BACK_OFF_S", 0.01)
+        self.configure(n=hook(server.url))
+        dispatcher = self.dispatcher()
+        with mock.patch.object(aimwatch, "deliver", deliver):
+            dispatcher.notify([event_of(1)])
+            self.wait_sent("n", 1)
+        self.assertIn("ERROR notifier n: KeyError; trying again", self.logged.lines)
+
     def server(self, status: int, bad: str) -> Webhook:
         server = self.webhook()
 
