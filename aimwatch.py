@@ -5637,7 +5637,7 @@ class NotifierThread(threading.Thread):
                     rest_s = self._send(notifier, batch)
                 except Exception as error:  # a thread that died of it would take every later alert with it
                     log.error("notifier %s: %s; trying again", notifier.shown_as, type(error).__name__)
-                    rest_s = MAX_BACK_OFF_S
+                    rest_s = MIN_POST_GAP_S
                 self._rests_until = time.monotonic() + rest_s
             else:
                 self.woken.wait(left_s if batch else None)

@@ -7330,7 +7330,6 @@ class Poison(NotifyingCase):
                 raise faults.pop()
             return real(*args)
 
-        self.patch(aimwatch, "MAX_BACK_OFF_S", 0.01)
         self.configure(n=hook(server.url))
         dispatcher = self.dispatcher()
         with mock.patch.object(aimwatch, "deliver", deliver):
