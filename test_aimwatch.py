@@ -10635,8 +10635,9 @@ class InABrowser(UpCase):
             return browser.run("document.querySelector('figure').innerText")
 
         open_page(server.url)
+        text = "document.body?.innerText ?? ''"  # the address with the key has led to the page
+        self.wait_for(lambda: "<b>done</b>" in browser.run(text))
         self.assertEqual(browser.run("location.href"), origin)
-        self.assertIn("<b>done</b>", browser.run("document.body.innerText"))
         open_page(f"{origin}compare/?run=done&run=victim")
         self.assertIn("0.2", browser.run("document.getElementById('What differs').innerText"))
         self.assertEqual(browser.run("document.querySelectorAll('.chart polyline').length"), 2)
