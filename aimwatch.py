@@ -1004,7 +1004,7 @@ def encode_value(value: Any, odd: List[str], around: Tuple[int, ...] = ()) -> An
         odd.append(type(value).__name__)
         return _text(value)
     if id(value) in around or len(around) >= MAX_PARAM_DEPTH:
-        odd.append(f"{type(value).__name__} inside itself")
+        odd.append(f"{type(value).__name__} inside itself or in too many others")
         return f"<{type(value).__name__} inside itself, or in more than {MAX_PARAM_DEPTH} others>"
     around = (*around, id(value))
     if isinstance(parts, list):
@@ -3480,6 +3480,15 @@ def open_index(paths: RepoPaths, mode: str, busy_s: float) -> Iterator[sqlite3.C
         raise OSError(errno.ESTALE, "replaced meanwhile", paths.index)
 
 
+def refuse_root(paths: RepoPaths) -> None:
+    """Raise RepoError where root would leave files that the repository's owner could then not use."""
+    uid = os.stat(paths.aim).st_uid
+    if os.geteuid() == 0 != uid:
+        raise RepoError(
+            f"{paths.aim} belongs to {login_name(uid)}, who alone watches and says who is notified"
+        )
+
+
 def _check_folder(paths: RepoPaths, write: bool) -> None:
     """Raise OSError where others than the owner of the index's folder could have put files there: SQLite
     acts on what stands in them, and removes files that they name."""
@@ -3706,6 +3715,8 @@ def finalize_dead(paths: RepoPaths, state: RunState) -> bool:
     if check_in is not None and float(check_in.utc) < MAX_TIME_S:  # a later time is a mistake
         last, idx = max(last, float(check_in.utc)), max(idx, check_in.idx)
     end = {**end_of_dead(state), "time": last, "idx": idx}
+    if check_in is not None and check_in.flag == FINISHED:  # which a full disk kept out of the log
+        end["end"], end["reason"] = FINISHED, ""
     state.log_size = -1
     if not state.apply(end):
         return False  # what no reader would take must not be written again and again
@@ -4765,7 +4776,7 @@ class NotifierConfig:
 
     def __init__(self, paths: RepoPaths) -> None:
         self.path = paths.config
-        self._lock_path = paths.config_lock
+        self._paths = paths
 
     def read(self) -> Dict[str, Any]:
         """Return the file's content. Raises ConfigError where it is damaged or not to be trusted."""
@@ -4807,11 +4818,12 @@ class NotifierConfig:
     @contextlib.contextmanager
     def edit(self) -> Iterator[Dict[str, Any]]:
         """Yield the content to who changes it, and write it back, under a lock and in one step."""
+        refuse_root(self._paths)
         try:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            with FileLock(self._lock_path) as lock:
+            with FileLock(self._paths.config_lock) as lock:
                 if lock.acquire(wait_s=CONFIG_LOCK_WAIT_S) is False:
-                    raise ConfigError(f"{self._lock_path} is locked: try again")
+                    raise ConfigError(f"{self._paths.config_lock} is locked: try again")
                 freshen(self.path)
                 raw = self.read()
                 yield raw
@@ -6531,6 +6543,7 @@ class Watcher:
         #: When watcher.json is written again at the earliest, and how long after the last time.
         self._save_mono, self._save_pause_s = -math.inf, 0.0
         self._lock = FileLock(paths.watcher_lock, flock=True)
+        refuse_root(paths)
         try:
             paths.create()
             frozen = self._take_lock(seize)
@@ -7095,34 +7108,43 @@ class Program:
         #: By where output comes from: where it goes, and what of it was read and is not written.
         self.targets: Dict[int, int] = {}
         self._waiting: Dict[int, memoryview] = {}
-        self._terminal = -1
+        #: The program's terminal, and the one that shows what is written to it.
+        self._terminal = self._shown_by = -1
 
     def start(self, argv: Sequence[str], environ: Dict[str, str]) -> None:
         """Start it with this environment; where that fails, `error` says why."""
-        source, end = self._make_terminal() if os.isatty(1) else os.pipe()
-        self.targets, ends = {source: 1}, {1: end, 2: end}
+        import shutil
+
+        ends: Dict[int, int] = {}
         # Of two pipes to one file, the order of what is written would be lost.
-        if not os.path.sameopenfile(1, 2) and not (os.isatty(1) and os.isatty(2)):
-            other, ends[2] = os.pipe()
-            self.targets[other] = 2
+        is_one = os.path.sameopenfile(1, 2) or (os.isatty(1) and os.isatty(2))
+        for fd in (1,) if is_one else (1, 2):
+            source, ends[fd] = self._make_terminal(fd) if os.isatty(fd) else os.pipe()
+            self.targets[source] = fd
+        ends.setdefault(2, ends[1])
         actions = [(os.POSIX_SPAWN_DUP2, end, fd) for fd, end in ends.items()]
         ignored_by_python = [signal.SIGPIPE, signal.SIGXFSZ]
-        try:
-            self.pid = os.posix_spawnp(
-                argv[0], list(argv), environ, file_actions=actions, setsigdef=ignored_by_python
-            )
-        except OSError as error:
-            self.error = error.errno or errno.ENOENT
+        # As everywhere, a file that does not say what interprets it is for the shell.
+        for words in (list(argv), ["/bin/sh", shutil.which(argv[0]) or argv[0], *argv[1:]]):
+            try:
+                self.error = 0
+                self.pid = os.posix_spawnp(
+                    words[0], words, environ, file_actions=actions, setsigdef=ignored_by_python
+                )
+            except OSError as error:
+                self.error = error.errno or errno.ENOENT
+            if self.error != errno.ENOEXEC:
+                break
         for fd in set(ends.values()):
             os.close(fd)
 
-    def _make_terminal(self) -> Tuple[int, int]:
-        """Return both ends of a terminal like that of standard output, but for what that one itself does
-        with what is written."""
+    def _make_terminal(self, fd: int) -> Tuple[int, int]:
+        """Return both ends of a terminal like that of a descriptor, but for what that one does with what is
+        written to it."""
         import termios
 
-        self._terminal, end = os.openpty()
-        modes = termios.tcgetattr(1)
+        self._shown_by, (self._terminal, end) = fd, os.openpty()
+        modes = termios.tcgetattr(fd)
         modes[1] &= ~termios.OPOST
         termios.tcsetattr(end, termios.TCSANOW, modes)
         self._fit()
@@ -7132,7 +7154,8 @@ class Program:
         import termios
 
         with contextlib.suppress(OSError):
-            fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, fcntl.ioctl(1, termios.TIOCGWINSZ, bytes(8)))
+            size = fcntl.ioctl(self._shown_by, termios.TIOCGWINSZ, bytes(8))
+            fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, size)
 
     def copy(self, others: Sequence[int], wait_s: Optional[float]) -> List[int]:
         """Copy what can be copied without waiting for more, once there is any or one of `others` can be read.
@@ -7839,7 +7862,7 @@ class Site:
         if route[2] == "text/csv":
             found = csv_text(found)
         elif route[2] == "application/json":
-            found = json.dumps(json_cell(as_objects(found) if isinstance(found, list) else found))
+            found = json.dumps(json_cell(found if isinstance(found, dict) else as_objects(found)))
         return bytes(found, "utf-8", "backslashreplace")
 
     def _error(self, path: str, status: int, text: str) -> Reply:
@@ -8058,10 +8081,12 @@ class Site:
         }
         return page_of("compare", "../", self.paths.root, parts)
 
-    def points(self, ask: Ask, run_hash: str) -> List[Sequence[Any]]:
+    def points(self, ask: Ask, run_hash: str) -> Iterator[Sequence[Any]]:
         """What `export` prints, of one series where its number is given."""
         row, given = self.row(run_hash), ask.one["series"]
         found = [metric for metric in row["metrics"] if given in ("", str(metric["series"]))]
+        if given and not found:
+            raise NotThere(f"run {run_hash} has no series {given}")
         return exported(self.paths, row, found)
 
     def list_of_runs(self, ask: Ask) -> List[Sequence[Any]]:
@@ -8178,6 +8203,7 @@ PAGE_JS = r"""
   // Takes over what has changed of a page. Where somebody types, and what is ticked or open, stays.
   function swap(page) {
     const kept = new Set(all("[name=run]:checked, details[open]").map(item => item.value || item.id));
+    for (const old of all("section")) if (!page.getElementById(old.id)) old.remove();
     for (const fresh of all("section", page)) {
       const old = document.getElementById(fresh.id), source = fresh.innerHTML;
       if (!old) document.querySelector("main").append(fresh);
@@ -9591,12 +9617,13 @@ def run_table(paths: RepoPaths, columns: Sequence[str], rows: Sequence[Sequence[
     return table([column.upper() for column in columns], texts)
 
 
-def as_objects(rows: Sequence[Sequence[Any]]) -> List[Dict[str, Any]]:
+def as_objects(rows: Iterable[Sequence[Any]]) -> List[Dict[str, Any]]:
     """Return rows, of which the first has the names of the columns, as objects."""
-    return [dict(zip(rows[0], row)) for row in rows[1:]]
+    names, *rest = rows
+    return [dict(zip(names, row)) for row in rest]
 
 
-def csv_text(rows: Sequence[Sequence[Any]], for_terminal: bool = False) -> str:
+def csv_text(rows: Iterable[Sequence[Any]], for_terminal: bool = False) -> str:
     """Return rows as CSV."""
     import csv
     import io
@@ -9807,15 +9834,12 @@ def cmd_export(args: Any) -> None:
         print(csv_text(rows, sys.stdout.isatty()), end="")
 
 
-def exported(paths: RepoPaths, row: Dict[str, Any], metrics: List[Dict[str, Any]]) -> List[Sequence[Any]]:
-    """Return all points of metrics of a run, after the names of their columns. Raises OSError."""
-    path = paths.run_log(row["hash"])
-    points = [
-        (metric["name"], metric["context"], step, epoch, value, Moment(at))
-        for metric in metrics
-        for step, value, epoch, at in read_points(path, metric["series"])
-    ]
-    return [("metric", "context", "step", "epoch", "value", "time"), *points]
+def exported(paths: RepoPaths, row: Dict[str, Any], metrics: List[Dict[str, Any]]) -> Iterator[Sequence[Any]]:
+    """Yield the names of the columns, and then all points of metrics of a run. Raises OSError."""
+    yield ("metric", "context", "step", "epoch", "value", "time")
+    for metric in metrics:
+        for step, value, epoch, at in read_points(paths.run_log(row["hash"]), metric["series"]):
+            yield metric["name"], metric["context"], step, epoch, value, Moment(at)
 
 
 def metrics_called(row: Dict[str, Any], name: str) -> List[Dict[str, Any]]:
@@ -9840,7 +9864,9 @@ def cmd_report(args: Any) -> int:
     """Say what finished, what failed and by what, and what still runs; for cron."""
     repo = Repo(args.repo)
     since = time.time() - args.since
-    rows = repo.query_runs(f"run.active or run.end_time >= {since!r}").found
+    # Of a group also each rank that failed.
+    q = f"(run.active or run.end_time >= {since!r}) and (not run.rank or run.state == 'failed')"
+    rows = repo.query_runs(q).found
     states = {row["hash"]: row for row in status_rows(repo._paths)}
     for row in rows:
         if row["end_time"] is None and states.get(row["hash"], row)["state"] in (STALLED, FAILED):

@@ -4420,6 +4420,12 @@ class IndexFile(StoredCase):
 
 
 class DeadRuns(StoredCase):
+    def test_run_that_could_only_check_in_that_it_finished_did(self) -> None:
+        self.die("r", "run._log.append = lambda line: None; run.report_successful_finish()")
+        self.reindexed()
+        (row,) = aimwatch.Repo(self.root).query_runs("not run.active").found
+        self.assertEqual((row["state"], row["reason"]), ("finished", ""))
+
     def test_dead_run_ends_at_its_last_sign_of_life(self) -> None:
         self.die("tracked", "run.track(1, 'm')")
         self.die("reported", "run.report_progress(expect_next_in=60)")
@@ -5129,9 +5135,15 @@ class RunCommands(StoredCase):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.die("dead")
         live = self.run_object("live")
+        for rank in (1, 2):  # of a group, also a rank that failed
+            os.environ.update(RANK=str(rank), WORLD_SIZE="3")
+            with contextlib.suppress(ValueError), Run(repo=self.root):
+                if rank == 2:
+                    raise ValueError("only here")
         out = self.fine("report", "--since", "1h")[0]
+        self.assertIn("ValueError: only here", out)
         self.assertRegex(
-            out.partition("\n")[0], f"^the last 1 h in {self.root}: 12 failed, 2 running, 4 finished$"
+            out.partition("\n")[0], f"^the last 1 h in {self.root}: 13 failed, 2 running, 4 finished$"
         )
         self.assertEqual(out.count("No space left on device"), 1)
         self.assertRegex(out, rf"\n    [0-9a-f]{{8}} full-11 on {os.uname().nodename}, [0-9.]+ m?s\n")
@@ -9872,6 +9884,9 @@ class SharedFolder(Case):
                 self.assertEqual(self.as_user(user, lambda: self.run_cli(*listing)), expected)
 
     def test_member_changes_nothing_that_is_the_owners_and_removes_nothing_of_others(self) -> None:
+        for argv in (("notifiers", "add", "logger", "--yes"), ("start", "--once")):
+            with self.subTest(argv=argv):  # as root, whose files the owner could not use
+                self.assertIn("belongs to 51001, who alone watches", self.run_cli(*argv)[2])
         self.as_user(self.ANN, self.train("a"))
         for argv in (("reindex",), ("notifiers", "add", "logger", "--yes")):
             self.assertEqual(self.as_user(self.OWNER, lambda: self.run_cli(*argv))[0], 0)
@@ -10246,7 +10261,7 @@ class Pages(StoredCase):
             ("run/none/", 404, "there is no run none"), ("run/none/", 404, 'href="../../"'), ("api/runs/none", 404, '{"error": "there is no run none'),
             ("api/x", 404, '{"error": "There is no such page'), ("run/../", 404, ""), ("run/..%2f/", 404, ""), ("run/%00/", 404, ""),
             ("run/a\x00b/", 404, ""), ("nothing", 404, "no such page"), ("api/runs?q=+%3D", 400, '{"error": '), ("runs.csv?q=run.x+%3D", 400, "column"),
-            ("api/runs/r7/points", 200, '"metric": "m"'), ("api/runs/r7/points?series=x", 200, "[]"),
+            ("api/runs/r7/points", 200, '"metric": "m"'), ("api/runs/r7/points?series=x", 404, "no series x"),
             ("?q=run.n+%3E+%3D+3", 200, "run.n &gt; = 3\n        ^"), ("?page=99", 200, '"r7"'), ("?page=x&columns=,,", 200, "r7"),
             ("?sort=-n&columns=hash,n", 200, "r7"), ("compare/?run=r3&run=r5&run=r5", 200, "What differs"), ("compare/?run=zz", 404, "zz"),
             ("compare/?q=run.n+%3E+2", 200, "4 of 4 runs"), ("run/live/?x=time&xscale=log&smooth=0.9&page=9", 200, "running"),
@@ -11146,7 +11161,11 @@ class RunsWithoutCode(ExecCase):
     def test_status_is_the_programs_and_the_run_says_why(self) -> None:
         script = os.path.join(self.root, "script")
         open(script, "w").close()
+        no_interpreter = os.path.join(self.root, "no-interpreter")  # which is for the shell
+        write_file(no_interpreter, "exit $1")
+        os.chmod(no_interpreter, 0o755)
         for argv, code, reason, said in (
+            ([no_interpreter, "7"], 7, "exited with status 7", ""),
             (["true"], 0, None, ""), (["sh", "-c", "exec >&- 2>&-; exit 3"], 3, "exited with status 3", ""),
             (["sh", "-c", "kill -9 $$"], 137, r"was killed by SIGKILL \(out of memory.*\)", ""),
             (["no-such-program"], 127, "cannot start: No such file or directory", "no-such-program: cannot start: No such file"),
@@ -11438,6 +11457,8 @@ class ProgramsOnATerminal(TerminalCase, ExecCase):
             with self.subTest(after):
                 self.runs(sys.executable, "-c", code, after=after)
                 self.reads(expected, b"$ ")
+        self.runs(sys.executable, "-c", "import os; print(*map(os.isatty, (0, 1, 2)))", after="| cat")
+        self.reads(b"True False True\r\n", b"$ ")
         code = "import os, time\nprint('go')\nwhile os.get_terminal_size().lines == 33: time.sleep(0.01)\n"
         self.runs(sys.executable, "-c", code + "print(*os.get_terminal_size())")
         self.reads(b"go\r\n")
