@@ -8515,19 +8515,16 @@ class _LogThread(logging.Handler):
             time.sleep(0.01)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._put(f"{self.format(record)}\n")
+        if self._lines.full():
+            self._dropped += 1
+        else:
+            self._lines.put(f"{self.format(record)}\n")
 
     def show(self, status: str) -> None:
         """Draw the status line anew."""
         self._status = status
         if self._lines.empty():  # else the lines that wait do
-            self._put("")
-
-    def _put(self, text: str) -> None:
-        if self._lines.full():
-            self._dropped += 1
-        else:
-            self._lines.put(text)
+            self._lines.put("")
 
 
 class _PrintableLines(logging.Formatter):
@@ -9011,19 +9008,19 @@ def with_groups_as_one(rows: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
 def _print_status(paths: RepoPaths, rows: Sequence[Dict[str, Any]], now: float) -> None:
     live = with_groups_as_one(row for row in rows if row["state"] != FINISHED)
     short = short_hashes(paths, [row["hash"] for row in live])
-    cells = []
+    cells, more = [], []
     for row in live:
         name = row["name"] if row["name"] != row["hash"] else ""
-        last, promise, *_ = live_fields(row, now).values()
+        last, promise, *below = live_fields(row, now).values()
         cells.append((short[row["hash"]], row["state"], last, promise, name, row["host"] or ""))
+        more.append(below)
     header, *lines = table(("RUN", "STATE", "LAST SEEN", "PROMISE", "NAME", "HOST"), cells)
     if live:
         print(f"\n{header}")
     is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for line, row in zip(lines, live):
+    for line, row, below in zip(lines, live, more):
         print(f"\x1b[{KINDS[row['state']].colour}m{line}\x1b[0m" if is_coloured else line)
-        _, _, *more = live_fields(row, now).values()
-        print_below(*more)
+        print_below(*below)
     counts = Counter(row["state"] for row in rows)
     said = (f"{counts[state]} {state}" for state in (RUNNING, STALLED, FAILED, FINISHED) if counts[state])
     print("\n" + (", ".join(said) or "no runs with check-ins"))
@@ -9137,15 +9134,14 @@ def cmd_up(args: Any) -> None:
 def _ask(prompt: str, check: Callable[[str], Any], secret: bool = False) -> Any:
     """Ask on the terminal, or on standard input where that is none, until `check` takes the answer, and
     return what it makes of it."""
-    while True:
-        if secret and sys.stdin.isatty():
-            import getpass
+    ask: Callable[[str], str] = input
+    if secret and sys.stdin.isatty():
+        import getpass
 
-            said = getpass.getpass(f"{prompt} (not shown): ")
-        else:
-            said = input(f"{prompt}: ")
+        prompt, ask = f"{prompt} (not shown)", getpass.getpass
+    while True:
         try:
-            return check(said)
+            return check(ask(f"{prompt}: "))
         except AimwatchError as error:
             print(f"Error: {error}")
 
@@ -9179,33 +9175,11 @@ def cmd_notifiers_add(args: Any) -> None:
     args.do(args)
 
 
-def _make_add_command(kind: str) -> None:
-    flags, example = [], f"notifiers add {kind}"
-    for field in (*NOTIFIER_FIELDS[kind], *COMMON_FIELDS):
-        flags.append(f"--{field.flag} TEXT{'+' if field.name == 'headers' else ''}  {field.prompt}")
-        if field.secret:
-            flags.append(f"--{field.flag}-file FILE  read --{field.flag} from FILE")
-        if field.required:
-            example += f" --{field.flag}-file FILE" if field.secret else f" --{field.flag} TEXT"
-    epilog = (
-        f"At least: {example} --yes. What is not given is asked for. A secret on the command line shows in "
-        f"process lists: use the -file flags, where - is standard input. A message may name {KNOWN_FIELDS}."
-    )
-
-    @command(f"notifiers add {kind}", *flags, "--events EVENTS", "--yes", epilog=epilog)
-    def add(args: Any) -> None:
-        """Add a notifier of this type."""
-        _add_notifier(kind, args)
-
-
-for _type in NOTIFIER_FIELDS:
-    _make_add_command(_type)
-
-
-def _add_notifier(kind: str, args: Any) -> None:
+def _add_notifier(args: Any) -> None:
+    """Add a notifier of this type."""
     import uuid
 
-    paths = find_repo(args.repo)
+    paths, kind = find_repo(args.repo), args.verb
     config = NotifierConfig(paths)
     config.read()
     _log_to_stderr(timed=True)
@@ -9231,6 +9205,25 @@ def _add_notifier(kind: str, args: Any) -> None:
     print(f"added {kind} notifier {added.id}; try it: {way}")
     if not args.yes and _confirm("Send a sample now?", True):
         _send_sample(paths, added)
+
+
+def _make_add_command(kind: str) -> None:
+    flags, example = [], f"notifiers add {kind}"
+    for field in (*NOTIFIER_FIELDS[kind], *COMMON_FIELDS):
+        flags.append(f"--{field.flag} TEXT{'+' if field.name == 'headers' else ''}  {field.prompt}")
+        if field.secret:
+            flags.append(f"--{field.flag}-file FILE  read --{field.flag} from FILE")
+        if field.required:
+            example += f" --{field.flag}-file FILE" if field.secret else f" --{field.flag} TEXT"
+    epilog = (
+        f"At least: {example} --yes. What is not given is asked for. A secret on the command line shows in "
+        f"process lists: use the -file flags, where - is standard input. A message may name {KNOWN_FIELDS}."
+    )
+    command(f"notifiers add {kind}", *flags, "--events EVENTS", "--yes", epilog=epilog)(_add_notifier)
+
+
+for _type in NOTIFIER_FIELDS:
+    _make_add_command(_type)
 
 
 def _field_values(fields: Sequence[Field], args: Any) -> Dict[str, Any]:
@@ -10116,7 +10109,7 @@ def build_parser(argv: Sequence[str] = ()) -> Any:
         added = groups[group].add_parser(verb, parents=[repo], help=summary, description=about, epilog=epilog)
         for text in arguments:
             add_argument(added, text)
-        added.set_defaults(do=do)
+        added.set_defaults(do=do, verb=verb)
         parsers[name] = added
     return parser
 
