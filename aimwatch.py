@@ -285,12 +285,11 @@ def unlink_below(path: str) -> None:
 
 def list_below(folder: str) -> List[str]:
     """Return the names in a folder that is opened as by `folder_of`. Raises OSError."""
-    with folder_of(folder) as (above, name):
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
-        try:
-            return os.listdir(fd)
-        finally:
-            os.close(fd)
+    fd = open_below(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return os.listdir(fd)
+    finally:
+        os.close(fd)
 
 
 def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
@@ -638,13 +637,10 @@ def lock_state(path: str) -> str:
         if ours is not None:
             return "free" if ours.brief else "held"
         try:
-            fd = open_below(path, os.O_RDONLY)
-            try:
+            with open_regular(path) as file:
                 # Shared, so that two that only look do not see each other; the second byte, see FileLock.
-                locked = _try_lock(fcntl.lockf, fd, fcntl.LOCK_SH, 1, 1)
+                locked = _try_lock(fcntl.lockf, file.fileno(), fcntl.LOCK_SH, 1, 1)
                 return {True: "free", False: "held", None: "unknown"}[locked]
-            finally:
-                os.close(fd)
         except FileNotFoundError:
             return "absent"
         except OSError:
@@ -807,15 +803,13 @@ AIM_ONLY_FLAGS = {"progress", "new_logs"}
 
 #: Longest promise: ten years. More is a mistake, and 0 says "no promise".
 MAX_EXPECT_S = 315_360_000
+#: No check-in of ours has a higher number.
+MAX_IDX = 10**15
 
 _CHECK_IN_NAME = re.compile(
     r"(?P<run>[A-Za-z0-9_]{1,64})-(?P<idx>[0-9]{1,18})-(?P<flag>[a-z_]{1,20})"
     r"-(?P<utc>[0-9]{1,13}(?:\.[0-9]{1,6})?)-(?P<expect>[0-9]{1,9})"
 )
-
-
-#: No check-in of ours has a higher number.
-MAX_IDX = 10**15
 
 
 class CheckIn(NamedTuple):
@@ -915,6 +909,10 @@ MAX_WAITING_BYTES = 64 << 20
 RETRY_S = 1.0
 #: A checkpoint is written every so many lines, and at the end.
 CHECKPOINT_LINES = 10_000
+#: How much of a run's log is read for an alert after its last checkpoint, and of its end.
+FACTS_BYTES = 16 << 10
+#: Deeper params are stored as text.
+MAX_PARAM_DEPTH = 50
 
 
 def context_key(context: Any, depth: int = 0) -> Any:
@@ -981,19 +979,13 @@ class SeriesState:
         return series
 
 
-#: Deeper params are stored as text.
-MAX_PARAM_DEPTH = 50
-#: Larger arrays are stored as their own short text.
-MAX_ARRAY_ITEMS = 10_000
-
-
 def encode_value(value: Any, odd: List[str], around: Tuple[int, ...] = ()) -> Any:
     """Return a param or a context value as strict JSON can hold it.
 
-    None, bool, int, float, text, mappings, sequences and sets keep their kind; arrays become lists;
-    dataclasses and namespaces become dicts of their fields; a NumPy scalar becomes its number. Anything
-    else becomes text, as does a container inside itself, and its type is added to `odd`. `around` holds the
-    ids of the containers that the value is in.
+    None, bool, int, float, text, mappings, sequences and sets keep their kind; arrays of up to 10,000
+    items become lists; dataclasses and namespaces become dicts of their fields; a NumPy scalar becomes its
+    number. Anything else becomes text, as does a container inside itself, and its type is added to `odd`.
+    `around` holds the ids of the containers that the value is in.
     """
     if value is None or isinstance(value, (bool, int, str)):
         return value
@@ -1027,7 +1019,7 @@ def _parts(value: Any) -> Any:
             if value.shape == ():
                 found = value.item()
                 return found if isinstance(found, (bool, int, float, str)) else None
-            return value.tolist() if math.prod(value.shape) <= MAX_ARRAY_ITEMS else None
+            return value.tolist() if math.prod(value.shape) <= 10_000 else None
         if isinstance(value, collections.abc.Set):
             return sorted(value, key=lambda item: (type(item).__name__, item))
         if isinstance(value, collections.abc.Sequence):
@@ -1381,10 +1373,6 @@ class AppendFile:
         close_own(self._fd, self._identity)
         self._fd, self._lost = -1, True
         return -1 if missing or not whole else self.size
-
-
-#: How much of a run's log is read for an alert after its last checkpoint, and of its end.
-FACTS_BYTES = 16 << 10
 
 
 def read_log(path: str, run_hash: str, part: int = 0) -> RunState:
@@ -3256,6 +3244,11 @@ class LoopCallback:
 
 #: Counted up with every change of the tables or of what stands in them.
 INDEX_VERSION = 5
+#: How often also those pending runs are looked at that record nothing.
+PROBE_S = 30.0
+#: How much longer than it promised a run must have shown nothing new, where no lock says what that means.
+DOUBT_S = 600.0
+DIED = "its process is gone: killed, out of memory, or its node was lost"
 
 # A row is stored as three JSON texts, since most questions want only one of them. A fact is a scalar of a
 # run by which queries find it. No column of values has a type: a type's affinity would make '5' equal to 5.
@@ -3283,7 +3276,11 @@ def run_row(state: RunState) -> Dict[str, Any]:
     """
     props, end = state.props, state.end or {}
     tags, frames = props.get("tags"), end.get("frames") or end.get("output")
-    argv = state.header.get("argv")
+    argv, metrics = state.header.get("argv"), []
+    for series in state.series.values():
+        # Floats also of a live run's ints, so that a run reads the same whoever indexed it.
+        values = [kind(getattr(series, field)) for field, kind in SeriesState.KINDS.items()]
+        metrics.append({**dict(zip(_METRIC_KEYS, values)), "context": decode_value(series.context)})
     return {
         "hash": state.hash,
         "name": props.get("name") or None,
@@ -3300,16 +3297,9 @@ def run_row(state: RunState) -> Dict[str, Any]:
         **{field: state.header.get(field) for field in _HEADER_FIELDS},
         "argv": list(map(str, argv)) if isinstance(argv, list) else None,
         "params": decode_value(state.params),
-        "metrics": [_metric_of(series) for series in state.series.values()],
+        "metrics": metrics,
         "log_size": state.log_size,
     }
-
-
-def _metric_of(series: SeriesState) -> Dict[str, Any]:
-    """Return what a row has of a series: the values of `SeriesState.from_list`, by name."""
-    # Floats also of a live run's ints, so that a run reads the same whoever indexed it.
-    values = [kind(getattr(series, field)) for field, kind in SeriesState.KINDS.items()]
-    return {**dict(zip(_METRIC_KEYS, values)), "context": decode_value(series.context)}
 
 
 def duration_s(row: Dict[str, Any]) -> float:
@@ -3669,13 +3659,6 @@ def try_to_index(paths: RepoPaths, hashes: Sequence[str], wait_s: float) -> None
         Reindexer(paths).run(hashes, wait_s)
     except Exception as error:  # whatever it is, the runs are in their logs, and a script may end
         log.debug("%d runs are left to reindex: %s", len(hashes), error)
-
-
-#: How often also those pending runs are looked at that record nothing.
-PROBE_S = 30.0
-DIED = "its process is gone: killed, out of memory, or its node was lost"
-#: How much longer than it promised a run must have shown nothing new, where no lock says what that means.
-DOUBT_S = 600.0
 
 
 def free_means_dead(header: Dict[str, Any], was_held: bool) -> bool:
@@ -4449,7 +4432,7 @@ class Repo:
                     continue
                 parts = stored_parts(run_row(state))
             self._overlay[run_hash] = parts
-        if len(sizes) > MAX_PENDING:
+        if len(sizes) > 50:
             try_to_index(self._paths, list(sizes), 0.1)  # for the next who asks
         return [StoredRow(*parts) for parts in self._overlay.values()], set(sizes)
 
@@ -4460,9 +4443,6 @@ class Repo:
         not be read. Raises IndexBusy where another process holds the index for too long."""
         return Reindexer(self._paths).run_all(rebuild)
 
-
-#: A question that meets more pending runs than this tries to put them into the index.
-MAX_PENDING = 50
 
 # ======================================================================================
 # Notifiers: configuration
@@ -4509,6 +4489,7 @@ KINDS: Dict[str, Kind] = {
 #: What a notifier may ask for, and what it gets where it does not ask.
 EVENTS = tuple(kind for kind in KINDS if kind not in (TROUBLE, RUNNING))
 DEFAULT_EVENTS = tuple(kind for kind in EVENTS if KINDS[kind].by_default)
+CONFIG_LOCK_WAIT_S = 10.0
 LOG_LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
 WORKPLACE_URL = "https://graph.facebook.com/v14.0"
 #: The text that Aim puts into every new notifier, and that Aim's watcher needs there. It says
@@ -4524,7 +4505,6 @@ TEMPLATE_FIELDS = (
 )
 KNOWN_FIELDS = ", ".join("{%s}" % field for field in TEMPLATE_FIELDS)
 _TEMPLATE_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_.]*)\}")
-
 
 #: What is known of an event, by the names that templates use.
 Facts = Dict[str, str]
@@ -4591,6 +4571,8 @@ def a_text(pattern: str, problem: str, strip: bool = True, number: bool = False)
     return check
 
 
+#: What stands in a mail address for the login name of who trains.
+_USER = "{run.user}"
 #: By how a mail connection is secured, the port where none is given.
 MAIL_PORTS = {"starttls": 587, "tls": 465, "none": 25}
 checked_word = a_text("[!-~]+", "must be one word of printable ASCII, without a space or a line break")
@@ -4647,10 +4629,6 @@ def checked_addresses(value: Any) -> List[str]:
     if not found:
         raise ConfigError("must be mail addresses with commas between them")
     return [str(item).strip() for item in found]
-
-
-#: What stands in a mail address for the login name of who trains.
-_USER = "{run.user}"
 
 
 def recipients(notifier: Notifier, facts: Facts) -> List[str]:
@@ -4832,9 +4810,6 @@ class NotifierConfig:
             raise ConfigError(f"cannot write {self.path}: {error.strerror}") from None
 
 
-CONFIG_LOCK_WAIT_S = 10.0
-
-
 # ======================================================================================
 # Notifiers: messages
 #
@@ -4843,6 +4818,10 @@ CONFIG_LOCK_WAIT_S = 10.0
 # ======================================================================================
 
 MAX_MESSAGE = 3000
+#: So many events stand in full in a message about several, where there is room for that.
+FULL_EVENTS = 10
+#: Otherwise so many have a line each, and the rest are counted.
+BATCH_LINES = 20
 
 
 def fill_template(template: str, facts: Facts) -> str:
@@ -4927,14 +4906,6 @@ def message_for(template: Optional[str], facts: Facts) -> str:
     return fill_template(str(template), facts) if speaks_for(template, facts) else facts["message"]
 
 
-#: So many events stand in full in a message about several, where there is room for that.
-FULL_EVENTS = 10
-#: Otherwise so many have a line each, and the rest are counted.
-BATCH_LINES = 20
-#: How much of such a line is shown, of a name in it, and of the names of all runs that are said as one.
-BATCH_LINE_CHARS, BATCH_NAME_CHARS, BATCH_NAMES_CHARS = 160, 60, 600
-
-
 def message_for_batch(template: Optional[str], batch: Sequence[Facts], limit: int = MAX_MESSAGE) -> str:
     """Return one message of at most `limit` characters about all events of `batch`, the worst first, in its
     first line what happened; what had one cause is said once."""
@@ -4943,7 +4914,7 @@ def message_for_batch(template: Optional[str], batch: Sequence[Facts], limit: in
     shown = []
     for facts in sorted(batch, key=lambda facts: _kind_of(facts).rank):
         names = [name for name in ("run.name", "run.experiment", "run.host") if name in facts]
-        short: Facts = {name: shorten(on_one_line(facts[name]), BATCH_NAME_CHARS, "...") for name in names}
+        short: Facts = {name: shorten(on_one_line(facts[name]), 60, "...") for name in names}
         shown.append({**facts, **short})
     causes: Dict[Any, List[Facts]] = collections.defaultdict(list)
     for facts in shown:
@@ -4958,7 +4929,7 @@ def message_for_batch(template: Optional[str], batch: Sequence[Facts], limit: in
     for group in groups[:BATCH_LINES]:
         facts = _as_one(group)
         whole = message_for(template, {**facts, "message": default_message(facts)})
-        line = shorten(summary(facts), BATCH_LINE_CHARS, " ...") + fill_known("| ({run.hash})", facts)
+        line = shorten(summary(facts), 160, " ...") + fill_known("| ({run.hash})", facts)
         room = limit - len(gap.join([*parts, "", f"and {left} more", last]))
         if len(line) > room:
             break
@@ -4994,7 +4965,7 @@ def _as_one(group: Sequence[Facts]) -> Facts:
         where = "" if "run.host" in common else fill_known("| on {run.host}", facts)
         short = facts["run.hash"][:8] + where
         runs.append(f"{facts['run.name']} ({short})" if facts.get("run.name") else facts["run.hash"] + where)
-    while len(", ".join(runs)) > BATCH_NAMES_CHARS:
+    while len(", ".join(runs)) > 600:
         runs.pop()
     more = f" and {len(group) - len(runs)} more" if len(runs) < len(group) else ""
     return {**common, "run.name": _counted("runs", group), "run.hash": ", ".join(runs) + more}
@@ -5044,6 +5015,8 @@ ATTEMPT_S = 10.0
 #: At least this long between two posts to one notifier.
 MIN_POST_GAP_S = 1.0
 MAX_ANSWER_BYTES = 1 << 16
+#: The shortest limit among the chats for which one writes a body is Discord's.
+MAX_BODY_MESSAGE = 2000
 #: REFUSED: it is this message that the other side does not take.
 SENT, RETRY, BROKEN, REFUSED = "sent", "retry", "broken", "refused"
 
@@ -5232,10 +5205,6 @@ def document(template: Optional[str], batch: Sequence[Facts]) -> Dict[str, Any]:
         "events": events,
         "events_left_out": len(batch) - len(events),
     }
-
-
-#: The shortest limit among the chats for which one writes a body is Discord's.
-MAX_BODY_MESSAGE = 2000
 
 
 def fill_body(body: Any, facts: Facts) -> Any:
