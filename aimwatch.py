@@ -7603,11 +7603,9 @@ class LogFollower:
             return
         self.messages.extend(messages)
         for series_id, columns in new.items():
-            if known := self.points.setdefault(series_id, {}):
-                for name, column in columns.items():
-                    known[name].extend(column)
-            else:
-                known.update(columns)
+            known = self.points.setdefault(series_id, {})
+            for name, column in columns.items():
+                known.setdefault(name, column[:0]).extend(column)
 
 
 class Scale:
@@ -9501,8 +9499,7 @@ def metric_cells(row: Dict[str, Any], metric: Dict[str, Any]) -> Dict[str, Any]:
 
 
 #: What shows a time, with the field of a row that holds it.
-_TIMES = {"created": "created_at", "ended": "end_time"}
-_TIMES.update((field, field) for field in ("created_at", "end_time", "last_time"))
+_TIMES = {"created": "created_at", "ended": "end_time", "created_at": "created_at", "end_time": "end_time"}
 
 
 def shown(value: Any, column: str) -> str:
@@ -9537,10 +9534,9 @@ def sorted_by(sort: Optional[str], items: List[Any], cell: Cell) -> List[Any]:
         value = cell(item, sort.lstrip("-"))
         if value is None or value != value:
             missing.append(item)
-        elif isinstance(value, (int, float)):
-            there.append((0, value, item))
         else:
-            there.append((1, value if isinstance(value, str) else json.dumps(value), item))
+            is_text = not isinstance(value, (int, float))
+            there.append((is_text, shown(value, "") if is_text else value, item))
     there.sort(key=lambda found: found[:2], reverse=sort.startswith("-"))
     return [*(item for *_, item in there), *missing]
 
@@ -9716,7 +9712,7 @@ def read_run(paths: RepoPaths, run_hash: str) -> Dict[str, Any]:
 
 def run_object(row: Dict[str, Any], messages: List[Dict[str, Any]]) -> Dict[str, Any]:
     """Return what `show --json` prints of a run."""
-    times = {field: moment(row[field]) for field in _TIMES if field in row}
+    times = {field: moment(row[field]) for field in ("created_at", "end_time")}
     metrics = [{**metric, "last_time": Moment(metric["last_time"])} for metric in row["metrics"]]
     said = [{**message, "time": Moment(message["time"])} for message in messages]
     return {**row, **times, "metrics": metrics, "messages": said}
@@ -9735,9 +9731,7 @@ def run_fields(row: Dict[str, Any]) -> List[Tuple[str, Any]]:
         "created": local_time(row["created_at"]),
         "ended": ended,
         "duration": human_s(duration_s(row)),
-        "damage": f"{plural(row['skipped'], 'line')} of the log could not be read"
-        if row["skipped"]
-        else None,
+        "damage": f"{plural(row['skipped'], 'line')} of the log could not be read" * bool(row["skipped"]),
         "process": row["pid"],
         "folder": row["cwd"],
         "command": " ".join(row["argv"] or ()),
@@ -9765,11 +9759,8 @@ def cmd_diff(args: Any) -> None:
 
 
 def differences(rows: Sequence[Dict[str, Any]], also: Sequence[str] = ()) -> List[List[str]]:
-    """Return in what runs differ: for each fact, param and metric its name and its values as text.
-
-    Arguments:
-        also: what is there even where it is the same.
-    """
+    """Return for each fact, param and metric in which runs differ, and for those that `also` names, its name
+    and its values as text."""
     known = []
     for row in rows:
         facts = {"state": row["state"], **dict(run_fields(row))}
@@ -9813,10 +9804,6 @@ def metrics_called(row: Dict[str, Any], name: str) -> List[Dict[str, Any]]:
     return found
 
 
-#: So many runs of a kind are named in a report.
-MAX_REPORTED = 10
-
-
 @command(
     "report",
     "--since TIME  over how long: 90m, 12h, 7d (default: 1d)",
@@ -9846,7 +9833,7 @@ def cmd_report(args: Any) -> int:
 
 
 def report_lines(paths: RepoPaths, rows: Sequence[Dict[str, Any]], over_s: float) -> List[str]:
-    """Return the lines of a report on runs: counted, then by state, the failed ones by reason."""
+    """Return the lines of a report on runs: counted, then ten of each state, the failed ones by reason."""
     groups: Dict[Tuple[str, str], List[Dict[str, Any]]] = {}
     states = (FAILED, STALLED, RUNNING, FINISHED)
     for row in sorted(rows, key=lambda row: states.index(row["state"])):
@@ -9858,12 +9845,12 @@ def report_lines(paths: RepoPaths, rows: Sequence[Dict[str, Any]], over_s: float
     short = short_hashes(paths, [row["hash"] for row in rows])
     for (state, reason), found in groups.items():
         lines += ["", printable(f"{state}: {on_one_line(reason)}" if reason else state, 200)]
-        for row in found[:MAX_REPORTED]:
+        for row in found[:10]:
             where = f"on {row['host']}," if row["host"] else ""
             about = filter(None, (short[row["hash"]], row["name"], where))
             lines.append(printable(f"    {' '.join(about)} {human_s(duration_s(row))}", 200))
-        if len(found) > MAX_REPORTED:
-            lines.append(f"    and {len(found) - MAX_REPORTED} more")
+        if len(found) > 10:
+            lines.append(f"    and {len(found) - 10} more")
     return lines
 
 
@@ -9882,10 +9869,6 @@ def cmd_plot(args: Any) -> None:
         print("\n".join(chart(drawn, max(20, width - 12), max(4, min(height - 4, 16)))))
 
 
-#: Bits of the eight dots of a braille character, by column and row.
-_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-
-
 def chart(points: Sequence[Tuple[float, float]], width: int, height: int) -> List[str]:
     """Return lines that draw finite points over `width` by `height` characters, with the scale at
     the left and the steps below."""
@@ -9894,11 +9877,13 @@ def chart(points: Sequence[Tuple[float, float]], width: int, height: int) -> Lis
     xs, ys = zip(*points)
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
     across, up = Scale(xs, False), Scale(ys, False)
+    # Of the eight dots of a braille character, the bits by column and row.
+    bits = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
     grid = [[0] * width for _ in range(height)]
     for x, y in points:
         column = round(across.at(x) * (2 * width - 1))
         row = round((1 - up.at(y)) * (4 * height - 1))
-        grid[row // 4][column // 2] |= _DOTS[column % 2][row % 4]
+        grid[row // 4][column // 2] |= bits[column % 2][row % 4]
     labels = {0: f"{high:.4g}", height - 1: f"{low:.4g}"}
     lines = [
         f"{labels.get(nth, ''):>10} {''.join(chr(0x2800 + dots) for dots in row)}".rstrip("\u2800 ")
