@@ -361,11 +361,14 @@ class Case(unittest.TestCase):
 
     def run_cli(self, *argv: str, stdin: str = "") -> Tuple[int, str, str]:
         """Run the command line on this repository in this process: (code, out, err)."""
+        return self.run_main("--repo", self.root, *argv, stdin=stdin)
+
+    def run_main(self, *argv: str, stdin: str = "") -> Tuple[int, str, str]:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(
             sys, "stdin", io.StringIO(stdin)
         ):
-            code = aimwatch.main(["--repo", self.root, *argv])
+            code = aimwatch.main(list(argv))
         return code, out.getvalue(), err.getvalue()
 
     def process(self, code: str, *argv: str, **options: Any) -> Any:
@@ -7729,20 +7732,14 @@ class NotifiersAdd(NotifierCase):
                 )
                 self.assertEqual(self.add(*filled.split())[0], 0)
 
-    def test_no_is_an_abort(self) -> None:
-        code, _, err = self.add("logger", stdin="\n\n\n\nno\n")
-        self.assertEqual(code, 1)
-        self.assert_one_line(err, ": aborted: nothing was saved$")
-        self.assert_nothing_saved()
-
-    def test_end_of_input_and_ctrl_c_at_every_prompt_save_nothing(self) -> None:
+    def test_no_and_at_every_prompt_end_of_input_and_ctrl_c_save_nothing(self) -> None:
         answers = ("slack", GOOD_URL, "", "", "", "")
-        for count in range(len(answers) + 1):
-            said = [*answers[:count], (EOFError, KeyboardInterrupt)[count % 2]]
+        ends = [(*answers[:count], (EOFError, KeyboardInterrupt)[count % 2]) for count in range(7)]
+        for said in (*ends, (*answers, "no")):
             with self.subTest(said=said), mock.patch.object(builtins, "input", side_effect=said) as asked:
                 code, _, err = self.add()
-                self.assertEqual((code, asked.call_count), (1, count + 1))
-                self.assert_one_line(err, ": aborted$")
+                self.assertEqual((code, asked.call_count), (1, len(said)))
+                self.assert_one_line(err, f": aborted{': nothing was saved' if 'no' in said else ''}$")
                 self.assert_nothing_saved()
 
     def test_streams_that_are_closed_or_no_text_are_no_traceback(self) -> None:
@@ -7774,14 +7771,6 @@ class NotifiersAdd(NotifierCase):
                 self.assertEqual(len(re.findall("(?:Warning|Note): ", out)), len(warnings))
                 self.assertTrue(all(text in out for text in warnings), out)
                 self.assert_hidden(out)
-
-
-def aimwatch_main(*argv: str) -> Tuple[int, str, str]:
-    """Run the command line as given."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = aimwatch.main(list(argv))
-    return code, out.getvalue(), err.getvalue()
 
 
 class TerminalCase(Case):
@@ -7838,7 +7827,10 @@ class OnATerminal(TerminalCase, NotifierCase):
 
 
 class NotifiersCommands(NotifierCase):
-    def test_list_shows_every_notifier(self) -> None:
+    def test_list_shows_every_notifier_or_how_to_add_one(self) -> None:
+        code, out, err = self.run_cli("notifiers", "list")
+        self.assertEqual((code, out.count("\n")), (0, 1))
+        self.assert_one_line(err, "none yet: '.* notifiers add' sets one up")
         self.write_config(AIM_CONFIG)
         code, out, err = self.run_cli("notifiers", "list")
         self.assertEqual((code, err), (0, ""))
@@ -7851,6 +7843,7 @@ class NotifiersCommands(NotifierCase):
         self.assertEqual(lines, [header, slack, workplace, [ids[2], "logger", "enabled", events]])
 
     def test_list_as_json_is_for_scripts(self) -> None:
+        self.assertEqual(json.loads(self.run_cli("notifiers", "list", "--json")[1]), [])
         self.configure(a=hook(GOOD_URL, events=["log"]), b={"type": "pager", "arguments": {"k": "x"}})
         code, out, err = self.run_cli("notifiers", "list", "--json")
         self.assertEqual((code, err), (0, ""))
@@ -7860,12 +7853,6 @@ class NotifiersCommands(NotifierCase):
         b["problem"] = "type 'pager' is not one of slack, workplace, logger, webhook, email, command"
         a["arguments"], b["arguments"] = {"url": "https://hooks.example.com/***", "message": ""}, {"k": "***"}
         self.assertEqual(json.loads(out), [a, b])
-
-    def test_list_of_none_says_how_to_add_one(self) -> None:
-        code, out, err = self.run_cli("notifiers", "list")
-        self.assertEqual((code, out.count("\n")), (0, 1))
-        self.assert_one_line(err, "none yet: '.* notifiers add' sets one up")
-        self.assertEqual(json.loads(self.run_cli("notifiers", "list", "--json")[1]), [])
 
     def test_dump_is_the_file_with_its_secrets_masked(self) -> None:
         self.write_config(AIM_CONFIG)
@@ -7926,21 +7913,18 @@ class NotifiersCommands(NotifierCase):
 
     def test_sample_goes_to_every_enabled_one(self) -> None:
         server = self.webhook()
-        self.configure(
-            a=hook(server.url), b={"type": "logger"}, c=hook(server.url, status="disabled")
-        )  # fmt: skip
+        off = hook(server.url, status="disabled")
+        self.configure(c=off)
+        code, out, err = self.run_cli("notifiers", "test")
+        self.assertEqual((code, out), (1, ""))
+        self.assert_one_line(err, "nobody is notified: '.* notifiers add' sets a notifier up")
+        self.configure(a=hook(server.url), b={"type": "logger"}, c=off)
         code, out, err = self.run_cli("notifiers", "test")
         self.assertEqual((code, len(server.requests)), (0, 1))
         self.assertEqual(out, "slack a: delivered: HTTP 200: ok\nlogger b: delivered: written to the log\n")
         self.assertIn("sample, sent by", err)
         self.run_cli("notifiers", "test", "c")
         self.assertEqual(len(server.requests), 2)
-
-    def test_sample_for_nobody_says_so(self) -> None:
-        self.configure(off={**hook(GOOD_URL), "status": "disabled"})
-        code, out, err = self.run_cli("notifiers", "test")
-        self.assertEqual((code, out), (1, ""))
-        self.assert_one_line(err, "nobody is notified: '.* notifiers add' sets a notifier up")
 
     def test_repo_may_stand_anywhere(self) -> None:
         self.configure(abc=hook(GOOD_URL))
@@ -7951,7 +7935,7 @@ class NotifiersCommands(NotifierCase):
         ):
             with self.subTest(argv):
                 os.environ["AIMWATCH_REPO"] = environ
-                code, out, err = aimwatch_main(*argv)
+                code, out, err = self.run_main(*argv)
                 self.assertEqual((code, "abc" in out, err), (0, True, ""))
 
 
@@ -11506,15 +11490,13 @@ class TestCommandLine(Case):
         os.chdir(root)
         shutil.rmtree(".aim")
         for command in ("init", "status"):
-            err = aimwatch_main("--repo", "", command)[2]
+            err = self.run_main("--repo", "", command)[2]
             self.assertIn("the repository's path is empty: give the folder that holds .aim", err)
         self.assertEqual(os.listdir(root), [])
-        self.assertEqual(aimwatch_main("init"), (0, f"created a repository at {root}\n", ""))
-
-    def test_version_is_told(self) -> None:
-        self.assertEqual(self.run_cli("--version"), (0, f"aimwatch {aimwatch.__version__}\n", ""))
+        self.assertEqual(self.run_main("init"), (0, f"created a repository at {root}\n", ""))
 
     def test_every_command_and_option_has_help(self) -> None:
+        self.assertEqual(self.run_cli("--version"), (0, f"aimwatch {aimwatch.__version__}\n", ""))
         commands = parser_commands()
         self.assertGreater(len(commands), 20)
         listed = {path: self.run_cli(*path, "--help")[1] for path in {path[:-1] for path in commands}}
@@ -11553,7 +11535,7 @@ class TestCommandLine(Case):
             with self.subTest(called=called), mock.patch.object(sys, "argv", [argv0]), mock.patch.dict(
                 sys.modules, {"__main__": main}
             ):
-                err = aimwatch_main("--repo", "/no/repo s", "status")[2]
+                err = self.run_main("--repo", "/no/repo s", "status")[2]
                 self.assertTrue(err.startswith(f"{called}: no repository at /no/repo s: "), err)
                 self.assertIn(f"run '{called} --repo '/no/repo s' init' or start a run there", err)
 
