@@ -1537,10 +1537,12 @@ def describe_session() -> Dict[str, Any]:
         "user": login_name(os.getuid()),
         "argv": [str(argument)[:500] for argument in getattr(sys, "argv", [])][:100],
         "python": "{}.{}.{}".format(*sys.version_info[:3]),
+        "commit": git_commit(),
+        "stdout": os.environ.get("SLURM_JOB_STDOUT"),
+        **describe_rank(),
     }
     with contextlib.suppress(OSError):  # the folder may be gone; the run is not
         session["cwd"] = os.getcwd()
-    session.update(commit=git_commit(), stdout=os.environ.get("SLURM_JOB_STDOUT"))
     with contextlib.suppress(OSError):
         if stat.S_ISREG(os.fstat(1).st_mode):
             session["stdout"] = os.readlink("/proc/self/fd/1")
@@ -1550,7 +1552,6 @@ def describe_session() -> Dict[str, Any]:
     array = [os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK")]
     if all(array):
         session["job"] = "slurm {}_{}".format(*array)
-    session.update(describe_rank())
     return session
 
 
@@ -1566,7 +1567,6 @@ _LIBRARY = re.compile(
 _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_=>])")
 #: A frame in a traceback that came as text from another process.
 _REMOTE_FRAME = re.compile(r'^ *File "([^"\n]+)", line (\d+), in (.+)(?:\n +(?!File ")(.+))?', re.MULTILINE)
-
 
 #: Who starts several processes as one job says in these which of them this is, and how many there are.
 RANK_VARIABLES = (
@@ -2297,9 +2297,8 @@ class Run:
         if expect_next_in == covered and _monotonic() < until_mono and not block:
             self._thread = _get_ident()
             return
-        asked: Any = AUTO
-        if not isinstance(expect_next_in, str) or expect_next_in != AUTO:
-            asked = checked_expect_s(expect_next_in)
+        is_auto = isinstance(expect_next_in, str) and expect_next_in == AUTO
+        asked = AUTO if is_auto else checked_expect_s(expect_next_in)
         if self._may_write("report_progress"):
             self._asked, self._track_reports = asked, False
             self._report(asked, block)
@@ -2317,16 +2316,14 @@ class Run:
                 expect_s, self._learned_mono = asked, math.nan
             # By how much the deadline on disk exceeds the one promised now; NaN: both are "none".
             over_s = self._deadline - (now + expect_s if expect_s else math.inf)
+            until_mono = self._deadline - expect_s
             if block or self._ended is not None or not 0 <= over_s <= promise_margin_s(expect_s) + 1:
-                self._write_check_in(asked, expect_s)
-            else:
-                self._cover(asked, self._deadline - expect_s)
+                until_mono = self._write_check_in(expect_s)
+            # Calls that ask for the same return at once until then, or for a second where they teach.
+            self._window = asked, min(until_mono, _monotonic() + 1.0) if asked is AUTO else until_mono
 
-    def _cover(self, asked: Any, until_mono: float) -> None:
-        """Let calls that ask for the same return at once until then, or for a second where they teach."""
-        self._window = asked, min(until_mono, _monotonic() + 1.0) if asked is AUTO else until_mono
-
-    def _write_check_in(self, asked: Any, expect_s: float) -> None:
+    def _write_check_in(self, expect_s: float) -> float:
+        """Promise on disk a report within so many seconds; return until when that covers the next ones."""
         if self._ended is not None:
             self._reopen()
         now = _monotonic()
@@ -2341,18 +2338,17 @@ class Run:
         except OSError as error:
             message = "cannot check in below %s: %s"
             _process.warn_once(f"disk {self.hash}", message, self._paths.check_ins, error.strerror)
-            self._window = asked, now + RETRY_S
-            return
-        if self._ended is not None:
-            return  # meanwhile, by another thread
+            return now + RETRY_S
+        if self._ended is not None:  # meanwhile, by another thread
+            return 0.0
         self._deadline = now + written_s if written_s else math.inf
-        # Without a promise it is written again all the same, so that people see the run alive.
-        self._cover(asked, now + (written_s - expect_s if written_s else 30.0))
         if self._stacks_on and written_s:
             due_mono = now + written_s + STACKS_AFTER_S
             _process.stacks.arm(self._paths.stack(self.hash), due_mono, self._thread)
         elif self._stacks_on:
             _process.stacks.disarm(self._paths.stack(self.hash))
+        # Without a promise it is written again all the same, so that people see the run alive.
+        return now + (written_s - expect_s if written_s else 30.0)
 
     def progress(
         self,
@@ -2586,9 +2582,9 @@ class Run:
         odd: List[str] = []
         encoded = encode_value(value, odd)
         if odd:
-            kinds, said = printable(", ".join(sorted(set(odd))), 100), "stored as text (said once a run)"
-            message = "%s holds %s, which JSON has no kind for: %s"
-            _process.warn_once(f"odd {self.hash}", message, printable(what, 100), kinds, said)
+            message = "%s holds %s, which JSON has no kind for: stored as text (said once a run)"
+            kinds = ", ".join(sorted(set(odd)))
+            _process.warn_once(f"odd {self.hash}", message, printable(what, 100), printable(kinds, 100))
         return encoded
 
     # ---------------------------------------------------------------- properties
@@ -2724,8 +2720,8 @@ class Run:
     def _log_message(self, level: int, msg: Any, params: Dict[str, Any]) -> None:
         if not self._may_write("log"):
             return
-        message, now = str(msg), round(time.time(), 3)
-        record: Dict[str, Any] = {"log": level, "message": message[:MAX_LOG_MESSAGE], "time": now}
+        message = str(msg)[:MAX_LOG_MESSAGE]
+        record: Dict[str, Any] = {"log": level, "message": message, "time": round(time.time(), 3)}
         if params:
             record["params"] = self._encode(params, "what comes with a log message")
         self._record(record)
@@ -2889,21 +2885,17 @@ class Run:
             noted = {"reason": self._signal.reason, "frames": list(self._signal.frames)}
             self._record({"resume": round(time.time(), 3), "signal": noted})
 
-    def _with_signal(self, end: End) -> End:
-        """Return how a run ended after a signal that was noted."""
-        if self._signal is None or end.reason == self._signal.reason:
-            return end
-        if end.flag == FINISHED:
-            return End(FINISHED, f"after {self._signal.reason.split()[-1]}")
-        if end.reason.startswith("exited with"):
-            return self._signal
-        return end._replace(reason=f"{self._signal.reason} ({end.reason})")
-
     def _end(self, end: Optional[End]) -> None:
         """Record how the run ended, in its log and then as a check-in. The first end counts."""
         if end is None or not self._is_mine() or self._ended is not None:
             return
-        end = self._with_signal(end)
+        if self._signal is not None and end.reason != self._signal.reason:
+            if end.flag == FINISHED:
+                end = End(FINISHED, f"after {self._signal.reason.split()[-1]}")
+            elif end.reason.startswith("exited with"):
+                end = self._signal
+            else:
+                end = end._replace(reason=f"{self._signal.reason} ({end.reason})")
         # The clock may have been set back, and no run ends before it began.
         time_s = max(round(time.time(), 3), self._state.created_at, self._state.last_time)
         record: Dict[str, Any] = {"end": end.flag, "time": time_s, "idx": self._file.next_idx()}
