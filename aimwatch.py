@@ -5424,7 +5424,8 @@ class Outbox:
         self.known: Set[str] = set()
         #: What is still to be sent: event id to the event and the notifiers for which it waits.
         self._waiting: Dict[str, Tuple[Event, Set[str]]] = {}
-        self._broken: Dict[str, Tuple[str, float]] = {}
+        #: The notifiers that do not work: why, and since when (UTC seconds).
+        self.broken: Dict[str, Tuple[str, float]] = {}
         #: Held while the file is written, as long as the disk takes. Who reads goes over a copy instead.
         self._writing = threading.Lock()
         self._compact_at = 0
@@ -5449,29 +5450,24 @@ class Outbox:
                     ids.discard(record["to"])
                     if not ids:
                         del self._waiting[event_id]
-                self._broken.pop(record["to"], None)
+                self.broken.pop(record["to"], None)
             elif "broken" in record:
                 since = float(record.get("since") or record["time"])
-                self._broken[str(record["broken"])] = (str(record["reason"]), since)
+                self.broken[str(record["broken"])] = (str(record["reason"]), since)
             elif "mended" in record:
-                self._broken.pop(record["mended"], None)
+                self.broken.pop(record["mended"], None)
 
     def waiting_for(self, notifier_id: str) -> List[Event]:
         """Return what is still to be sent to a notifier, the oldest first."""
         return [event for event, ids in list(self._waiting.values()) if notifier_id in ids]
 
-    def broken(self) -> Dict[str, Tuple[str, float]]:
-        """Return the notifiers that do not work: why, and since when (UTC seconds)."""
-        return dict(self._broken)
-
     def _lines(self) -> List[bytes]:
-        """Return what a file must say at least: what waits, what is known to have been sent, and which
-        notifiers do not work."""
+        """Return what a file must say at least."""
         records: List[Dict[str, Any]] = [{"begun": "what came before is only summarized"}]
         done = sorted(self.known - self._waiting.keys())
         records += [{"event": event_id, "kind": "", "to": []} for event_id in done]
         records += [self._record_of(event, sorted(ids)) for event, ids in self._waiting.values()]
-        for notifier_id, (reason, since) in self._broken.items():
+        for notifier_id, (reason, since) in self.broken.items():
             records.append({"broken": notifier_id, "reason": reason, "since": since})
         return [_outbox_line(record) for record in records]
 
@@ -5496,13 +5492,13 @@ class Outbox:
         # All who read the folder read this. A word such as invalid_token helps; the rest of an answer is
         # kept in the log of who watches.
         reason = re.sub(r"(HTTP \d+): (?![a-z_]{1,30}$).*", r"\1", reason)
-        known, since = self.broken().get(notifier_id, ("", round(time.time(), 3)))
+        known, since = self.broken.get(notifier_id, ("", round(time.time(), 3)))
         if known != reason:
             self.write([{"broken": notifier_id, "reason": reason, "since": since}])
 
     def note_mended(self, notifier_id: str) -> None:
         """Record that a notifier works, where it did not."""
-        if notifier_id in self.broken():
+        if notifier_id in self.broken:
             self.write([{"mended": notifier_id}])
 
     def write(self, records: Sequence[Dict[str, Any]] = ()) -> None:
@@ -5521,7 +5517,7 @@ class Outbox:
         """Give up what waits for notifiers that were removed."""
         for _, ids in list(self._waiting.values()):
             ids.intersection_update(keep)
-        for notifier_id in self.broken().keys() - keep:
+        for notifier_id in self.broken.keys() - keep:
             self.note_mended(notifier_id)
 
     def compact(self) -> None:
@@ -5574,11 +5570,11 @@ class NotifierThread(threading.Thread):
         #: Set where it is to look into the outbox.
         self.woken, self._stopping = threading.Event(), False
         #: Until when it rests, what came of the last attempt, how many in a row have failed, and since when.
-        self._rests_until, self._last, self._failures, self._failed_mono = -math.inf, SENT, 0, 0.0
+        self._rests_until, self._last, self.failures, self._failed_mono = -math.inf, SENT, 0, 0.0
 
     def use(self, notifier: Optional[Notifier]) -> None:
         """Go on with the notifier as it is configured now, and rest no longer."""
-        self.notifier, self._failures, self._rests_until = notifier, 0, -math.inf
+        self.notifier, self.failures, self._rests_until = notifier, 0, -math.inf
         self.woken.set()
 
     def stop(self) -> None:
@@ -5586,11 +5582,8 @@ class NotifierThread(threading.Thread):
         self._stopping = True
         self.woken.set()
 
-    def is_behind(self) -> bool:
-        """True where something waits, and nothing was tried in vain."""
-        return not self._failures and bool(self._batch())
-
-    def _batch(self) -> List[Event]:
+    def batch(self) -> List[Event]:
+        """Return what is to be sent in the next message."""
         notifier = self.notifier
         batch = self._outbox.waiting_for(self.id) if notifier else []
         # Each user hears of their own alone.
@@ -5604,7 +5597,7 @@ class NotifierThread(threading.Thread):
             self.woken.clear()
             if self._stopping:
                 return
-            notifier, batch, left_s = self.notifier, self._batch(), self._rests_until - time.monotonic()
+            notifier, batch, left_s = self.notifier, self.batch(), self._rests_until - time.monotonic()
             if notifier is not None and batch and left_s <= 0:
                 try:
                     rest_s = self._send(notifier, batch)
@@ -5619,14 +5612,14 @@ class NotifierThread(threading.Thread):
         """Send `batch` in one message, and return how long to rest."""
         name = f"{notifier.type} {notifier.shown_as}"
         outcome = deliver(notifier, [{**event.facts, "id": event.id} for event in batch])
-        kind, reason, failures = outcome.kind, outcome.detail, self._failures
+        kind, reason, failures = outcome.kind, outcome.detail, self.failures
         if kind == SENT:
             if failures:
                 log.info("notifier %s is reached again", name)
             if notifier.type != "logger":  # whose messages say it themselves
                 log.info("notifier %s was sent %s: %s", name, plural(len(batch), "event"), reason)
             self._outbox.sent([event.id for event in batch], self.id)
-            self._last, self._failures = kind, 0
+            self._last, self.failures = kind, 0
             return 0.0 if notifier.type == "logger" else COLLECT_S
         if notifier is not self.notifier:
             return MIN_POST_GAP_S  # as it is configured now, it has not been tried
@@ -5634,13 +5627,13 @@ class NotifierThread(threading.Thread):
             kept = "what waits is kept until it is mended; see 'notifiers list'"
             log.warning("notifier %s: %s; %s", name, reason, kept if kind == BROKEN else "trying again")
         self._failed_mono = self._failed_mono if failures else _monotonic()
-        self._last, self._failures = kind, failures + 1
+        self._last, self.failures = kind, failures + 1
         if kind == BROKEN:
             self._outbox.note_broken(self.id, reason)
             return BROKEN_RETRY_S
-        if _monotonic() - self._failed_mono >= OUTAGE_S and self.id not in self._outbox.broken():
+        if _monotonic() - self._failed_mono >= OUTAGE_S and self.id not in self._outbox.broken:
             self._outbox.note_broken(self.id, f"tried in vain for {human_s(OUTAGE_S)}: {reason}")
-        return max(back_off_s(self._failures, os.urandom(1)[0] / 256), outcome.wait_s, MIN_POST_GAP_S)
+        return max(back_off_s(self.failures, os.urandom(1)[0] / 256), outcome.wait_s, MIN_POST_GAP_S)
 
 
 class Dispatcher:
@@ -5658,7 +5651,7 @@ class Dispatcher:
         self._threads: Dict[str, NotifierThread] = {}
         self._alarm: Optional[Event] = None
         #: The notifiers that did not work at the last look.
-        self._broken = set(outbox.broken())
+        self._broken = set(outbox.broken)
         #: From which level on people hear of log messages.
         self.log_level = logging.WARNING
 
@@ -5763,7 +5756,7 @@ class Dispatcher:
 
     def notify_of_broken(self) -> None:
         """Notify the others, once, of every notifier that does not work, and when it works again."""
-        broken, kept = self._outbox.broken(), "what waits for it is kept until it is mended"
+        broken, kept = dict(self._outbox.broken), "what waits for it is kept until it is mended"
         news = [(one, at, f"does not work: {why}; {kept}") for one, (why, at) in broken.items()]
         news += [(one, time.time(), "works again") for one in self._broken - broken.keys()]
         for one, at, what in news:
@@ -5775,7 +5768,7 @@ class Dispatcher:
 
     def is_behind(self) -> bool:
         """True until everything was sent or tried once."""
-        return any(thread.is_behind() for thread in self._threads.values())
+        return any(thread.batch() and not thread.failures for thread in self._threads.values())
 
     def stop(self, limit_s: float) -> None:
         """End the threads; what is in flight gets `limit_s` seconds, and is sent again if it needs
@@ -5844,14 +5837,10 @@ class LookingClock:
         return passed <= at_most_s
 
     def gap(self, seconds: float) -> None:
-        """Note that the watcher did not look for that long."""
+        """Note that the watcher did not look for that long: who could not read could often not be written
+        to, so nobody is accused for a while."""
         if seconds > GAP_S:
             self.hold_until_s = self.total_s + self._hold_s
-
-    @property
-    def accuses(self) -> bool:
-        """False for a while after a gap: who could not read could often not be written to."""
-        return self.total_s >= self.hold_until_s
 
 
 #: So many stalls within so long, and a run flaps: it gets more grace until it has not stalled for long.
@@ -5859,8 +5848,6 @@ FLAP_STALLS, FLAP_WINDOW_S, FLAP_GRACE_S, FLAP_LASTS_S = 3, 3600.0, 900.0, 3 * 3
 #: A live run's marker is looked at when nothing new came from it for so long, and then so often. Its process
 #: is gone where the marker was free so long ago, and is now.
 QUIET_S, MARKER_EVERY_S, CONFIRM_S = 5.0, 10.0, 5.0
-#: So often where it was free and the run's log had to be read, which did not say that it is dead.
-DOUBTED_EVERY_S = 120.0
 
 
 class WatchedRun:
@@ -6088,9 +6075,9 @@ def reminders(runs: Iterable[WatchedRun], last_s: float, now_s: float, every_s: 
 # ======================================================================================
 
 
-def describe_metrics(state: RunState, limit: int = 5) -> str:
+def describe_metrics(state: RunState) -> str:
     """Return the newest metrics of a run: `loss=0.12 (step 400, subset=train), ...`."""
-    newest = sorted(state.series.values(), key=lambda item: -item.last_time)[:limit]
+    newest = sorted(state.series.values(), key=lambda item: -item.last_time)[:5]
     shown = []
     for series in newest:
         if series.count:
@@ -6188,8 +6175,7 @@ def change_facts(paths: RepoPaths, change: Change) -> Facts:
         how = "finished" if watched.state == FINISHED else "checked in again"
         after = "it had failed" if change.old_state == FAILED else f"{human_s(change.silent_s)} of silence"
         facts["run.reason"] = change.note or f"{how} after {after}"
-        facts.pop("run.frames", None)
-        facts.pop("run.output", None)
+        facts["run.frames"] = facts["run.output"] = ""
     return facts
 
 
@@ -6209,9 +6195,7 @@ def message_facts(paths: RepoPaths, run_hash: str, messages: Sequence[Dict[str, 
     if len(messages) > len(lines):
         facts["run.reason"] += f", of which the last {len(lines)} are"
     facts["run.messages"] = "\n".join(lines)
-    for field in ("run.frames", "run.output", "run.errors"):
-        facts.pop(field, None)
-    return facts
+    return {**facts, "run.frames": "", "run.output": "", "run.errors": ""}
 
 
 # ======================================================================================
@@ -6224,9 +6208,7 @@ def message_facts(paths: RepoPaths, run_hash: str, messages: Sequence[Dict[str, 
 #: How long the first change of a group waits for those of the others.
 ROLL_CALL_S = 30.0
 #: What a rank that waits for the others has as its innermost function.
-_WAITS = re.compile(
-    r"wait|barrier|synchronize|(all|reduce|gather|scatter|broadcast|send|recv)", re.IGNORECASE
-)
+_WAITS = re.compile("(?i)wait|barrier|synchronize|all|reduce|gather|scatter|broadcast|send|recv")
 
 
 class Member(NamedTuple):
@@ -6446,8 +6428,6 @@ def saved_runs(saved: Dict[str, Any]) -> List[WatchedRun]:
 DEFAULT_GRACE_S, DEFAULT_POLL_INTERVAL_S = 100.0, 1.0
 #: A listing that takes longer than this was not looking, it was waiting for the file system.
 MAX_LISTING_S = 10.0
-#: How much of a poll is spent on looking at markers.
-MARKERS_S = 0.05
 SWEEP_INTERVAL_S = 60.0
 #: watcher.json is written when its last writing was this many times its own cost ago.
 SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S = 100.0, 10.0
@@ -6605,7 +6585,7 @@ class Watcher:
             for watched in self.table.runs.values():
                 if watched.state in LIVE and lock_state(self.paths.marker(watched.hash)) != "held":
                     self._find_end(watched, now_s)
-        if self.looking.accuses:
+        if now_s >= self.looking.hold_until_s:
             changes += self._find_dead(now_s)
             changes += self.table.overdue(listed_s)
             if self._remind_every_s:
@@ -6652,7 +6632,7 @@ class Watcher:
     def _find_dead(self, now_s: float) -> List[Change]:
         """Look at the markers of the runs that are due, and return what has become of those that nobody
         writes any more."""
-        changes, deadline = [], self._clock() + MARKERS_S
+        changes, deadline = [], self._clock() + 0.05
         for watched in self.table.to_look_at(now_s):
             marker = lock_state(self.paths.marker(watched.hash))
             if marker == "absent" and not os.path.exists(self.paths.run_log(watched.hash)):
@@ -6661,7 +6641,7 @@ class Watcher:
                 changes += self._find_end(watched, now_s, marker == "free")
                 if watched.state in LIVE:
                     # It says nothing, as where locks are seen on one machine alone.
-                    watched.free_s, watched.look_s = -1.0, now_s + DOUBTED_EVERY_S
+                    watched.free_s, watched.look_s = -1.0, now_s + 120.0
             if self._clock() >= deadline:
                 break  # the others come first in the next poll
         return changes
@@ -7195,9 +7175,6 @@ class Program:
             pass
 
 
-# -------------------------------------------------------------------------- its run
-
-
 def last_lines(output: bytes) -> List[str]:
     """Return the last lines that are not empty, as a terminal would show them, for people to read."""
     text = _ESCAPE.sub("", output.decode("utf-8", "replace"))
@@ -7212,8 +7189,7 @@ def cpu_seconds(program: int) -> float:
     used: Dict[int, int] = {}
     for name in names_in("/proc", "[0-9]+"):
         with contextlib.suppress(OSError, ValueError, IndexError):  # it has just ended
-            with open(f"/proc/{name}/stat", "rb") as file:
-                fields = file.read().rpartition(b") ")[2].split()
+            fields = read_bounded(f"/proc/{name}/stat", 1 << 16).rpartition(b") ")[2].split()
             children.setdefault(int(fields[1]), []).append(int(name))
             used[int(name)] = sum(map(int, fields[11:15]))  # also of its children that have ended
     found = [program]
@@ -7279,7 +7255,6 @@ class ProgramReporter(threading.Thread):
         self._cpu_after_s = min(15.0, float(expect) / 4) if expect and expect != AUTO else 15.0
         self._opened, self._wake = threading.Event(), threading.Event()
         self._run: Optional[Run] = None
-        self._environ: Dict[str, str] = {}
         self._asked, self._free_looks = False, 0
         self._end: Optional[End] = None
         self._alive_mono, self._cpu, self._cpu_mono = 0.0, 0.0, _monotonic()
@@ -7288,7 +7263,8 @@ class ProgramReporter(threading.Thread):
         """Open the run, and return what lets the program join it; {} where it does not open."""
         self.start()
         self._opened.wait(1.0)
-        return self._environ
+        run = self._run
+        return {"AIMWATCH_RUN": run.hash, "AIMWATCH_REPO": run._paths.root} if run is not None else {}
 
     def hand_over(self) -> None:
         """Let the program have its run."""
@@ -7321,7 +7297,6 @@ class ProgramReporter(threading.Thread):
     def _take(self) -> None:
         self._run = self._open_run()
         self._hash, self._paths = self._run.hash, self._run._paths
-        self._environ = {"AIMWATCH_RUN": self._hash, "AIMWATCH_REPO": self._paths.root}
         self._alive_mono = _monotonic()
         self._run.report_progress(expect_next_in=self._expect)
 
@@ -9297,7 +9272,7 @@ def notifier_states(paths: RepoPaths) -> List[Tuple[Notifier, Optional[str], Opt
     found, outbox = [], Outbox(paths.outbox, read_only=True)
     with contextlib.suppress(ConfigError):
         for item in NotifierConfig(paths).notifiers():
-            reason, since = outbox.broken().get(item.id, (None, None))
+            reason, since = outbox.broken.get(item.id, (None, None))
             found.append((item, item.problem or reason, since, len(outbox.waiting_for(item.id))))
     return found
 
@@ -9412,7 +9387,7 @@ def _send_sample(paths: RepoPaths, item: Notifier) -> bool:
         "run.silent": human_s(160),
     }
     delivered = _deliver_now(item, sample, sys.stdout)
-    if delivered and item.id in Outbox(paths.outbox, read_only=True).broken():
+    if delivered and item.id in Outbox(paths.outbox, read_only=True).broken:
         freshen(paths.config)  # a running watcher sees that the file is new, and tries again at once
     return delivered
 

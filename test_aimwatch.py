@@ -6531,7 +6531,7 @@ class Mail(NotifierCase):
         for event, user in zip(events, ("ann", "bob", "ann", "")):
             event.facts["run.user"] = user
         thread._outbox.waiting_for.return_value = events  # type: ignore[attr-defined]
-        self.assertEqual(thread._batch(), [events[0], events[2]])
+        self.assertEqual(thread.batch(), [events[0], events[2]])
 
     def test_what_a_run_says_is_never_parsed_as_mail(self) -> None:
         forged = "=?utf-8?q?x=0D=0ABcc:_evil@x.example=0D=0A=0D=0Aall_is_well?="
@@ -6748,7 +6748,7 @@ class OutboxFile(NotifierCase):
             with self.subTest(said=said):
                 outbox = self.open_outbox()
                 outbox.note_broken("n", said)
-                self.assertEqual(outbox.broken()["n"][0], kept)
+                self.assertEqual(outbox.broken["n"][0], kept)
                 outbox.note_mended("n")
 
     def test_events_are_on_disk_before_add_returns_and_hold_no_secret(self) -> None:
@@ -6857,14 +6857,14 @@ class OutboxFile(NotifierCase):
         again = self.open_outbox()
         self.assertEqual(self.waiting(again, "a"), ["n5"])
         self.assertEqual(again.known, {event_of(n).id for n in (1, 2, 3, 4, 5)})
-        self.assertEqual(again.broken()["b"][0], "HTTP 404")
+        self.assertEqual(again.broken["b"][0], "HTTP 404")
 
     def test_delivery_proves_that_the_notifier_works(self) -> None:
         outbox = self.filled()
         outbox.note_broken("a", "HTTP 404")
         outbox.sent([event_of(2).id], "a")
         outbox.close()  # killed here, nothing else would ever say so
-        self.assertEqual(self.open_outbox().broken(), {})
+        self.assertEqual(self.open_outbox().broken, {})
 
 
 class NotifyingCase(NotifierCase):
@@ -7204,7 +7204,7 @@ class Mending(NotifyingCase):
         self.configure(bad=hook(bad.url), good=hook(good.url))
         dispatcher = self.dispatcher()
         dispatcher.notify([event_of(1)])
-        self.wait_for(self.box.broken)
+        self.wait_for(lambda: self.box.broken)
         return dispatcher, bad, good
 
     def test_it_is_alerted_through_the_others_once_over_restarts(self) -> None:
@@ -7235,9 +7235,9 @@ class Mending(NotifyingCase):
             now.pass_(899.0)
             tried = len(bad.requests)
             self.wait_for(lambda: len(bad.requests) > tried + 2)
-            self.assertEqual(self.box.broken(), {})
+            self.assertEqual(self.box.broken, {})
             now.pass_(1.0)
-            self.wait_for(self.box.broken)
+            self.wait_for(lambda: self.box.broken)
             for _ in range(3):
                 dispatcher.notify_of_broken()
                 dispatcher = self.restart(dispatcher)
@@ -7245,7 +7245,7 @@ class Mending(NotifyingCase):
             self.assertEqual(self.listed()["problem"], "tried in vain for 15 min: HTTP 405: no")
             self.assertEqual(len(self.troubles(good)), 1)
             gate.set()
-            self.wait_for(lambda: not self.box.broken())
+            self.wait_for(lambda: not self.box.broken)
             for _ in range(3):
                 dispatcher.notify_of_broken()
         self.assertIn("tried in vain for 15 min: HTTP 405: no", self.troubles(good)[0])
@@ -7259,7 +7259,7 @@ class Mending(NotifyingCase):
         dispatcher.notify([event_of(2), event_of(3)])
         found = self.listed()
         self.assertEqual((found["problem"], found["waiting"]), ("HTTP 404: no_service", 3))
-        at = self.box.broken()["bad"][1]
+        at = self.box.broken["bad"][1]
         self.assertTrue(before - 0.01 <= at <= time.time())
         self.assertRegex(found["broken_since"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00$")
         shown = self.run_cli("notifiers", "list")[1]
@@ -7267,14 +7267,14 @@ class Mending(NotifyingCase):
             self.assertIn(text, shown)
         self.run_cli("notifiers", "remove", "bad", "--yes")
         dispatcher.reload_if_changed()
-        self.assertEqual((self.box.broken(), self.box.waiting_for("bad")), ({}, []))
+        self.assertEqual((self.box.broken, self.box.waiting_for("bad")), ({}, []))
 
     def mended(self, dispatcher: aimwatch.Dispatcher, server: Webhook, *numbers: int) -> None:
         """Check that what waited is delivered, and that the notifier works again."""
         dispatcher.reload_if_changed()
         self.wait_sent("bad", *numbers)
         self.assertEqual(self.numbers(server)[-len(numbers) :], list(numbers))
-        self.wait_for(lambda: not self.box.broken())
+        self.wait_for(lambda: not self.box.broken)
         found = self.listed()
         self.assertEqual((found["problem"], found["broken_since"], found["waiting"]), (None, None, 0))
 
@@ -7286,7 +7286,7 @@ class Mending(NotifyingCase):
                 if how == "test":
                     self.assertEqual(self.run_cli("notifiers", "test", "bad")[0], 1)
                     dispatcher.reload_if_changed()
-                    self.assertTrue(self.box.broken())
+                    self.assertTrue(self.box.broken)
                 elif how == "off and on":
                     self.run_cli("notifiers", "disable", "bad")
                     dispatcher.reload_if_changed()
@@ -7311,7 +7311,7 @@ class Mending(NotifyingCase):
         self.mended(dispatcher, bad, 1)
         bad.answers = [(403, "invalid_token")]
         dispatcher.notify([event_of(2)])
-        self.wait_for(self.box.broken)
+        self.wait_for(lambda: self.box.broken)
         dispatcher.notify_of_broken()
         self.wait_for(lambda: len(self.troubles(good)) == 2)
         self.assertIn("invalid_token", self.troubles(good)[1])
@@ -7374,7 +7374,7 @@ class Poison(NotifyingCase):
         self.assertIn("poison failed", texts[0])
         self.assertTrue(texts[1].startswith("❌ 000000000000000000000001 failed\n"), texts[1])
         self.assertIn("n2 stalled", texts[2])
-        self.assertEqual((len(texts), self.box.broken()), (3, {}))
+        self.assertEqual((len(texts), self.box.broken), (3, {}))
 
     def test_batch_that_is_refused_is_sent_once_more_in_plain_words(self) -> None:
         server = self.server(400, "n13")
@@ -7400,8 +7400,8 @@ class Poison(NotifyingCase):
         self.configure(a=hook(server.url), b=hook(good.url))
         dispatcher = self.dispatcher()
         dispatcher.notify([event_of(1)])
-        self.wait_for(self.box.broken)
-        self.assertEqual(self.box.broken()["a"][0], "HTTP 400: invalid_payload")
+        self.wait_for(lambda: self.box.broken)
+        self.assertEqual(self.box.broken["a"][0], "HTTP 400: invalid_payload")
         self.assertEqual(len(server.requests), 2)
         self.assertEqual(len(self.box.waiting_for("a")), 1)
 
@@ -8069,7 +8069,7 @@ class TestLookingClock(unittest.TestCase):
                     now += passed_s
                     clock.look(now, at_most_s)
                 self.assertAlmostEqual(clock.total_s, total_s)
-                self.assertEqual(clock.accuses, accuses)
+                self.assertEqual(clock.total_s >= clock.hold_until_s, accuses)
 
 
 class WatchCase(Case):
@@ -9031,7 +9031,7 @@ class TestAcknowledged(WatchCase):
         watcher = self.watch()
         self.check_in("f", 1, "failed")
         self.look(watcher, 1)
-        self.wait_for(lambda: "gone" in watcher.outbox.broken())
+        self.wait_for(lambda: "gone" in watcher.outbox.broken)
         self.look(watcher, 1)
         shown = json.loads(self.run_cli("status", "--json")[1])["notifiers_that_do_not_work"]
         self.assertEqual(
