@@ -9232,16 +9232,15 @@ def _warn_about(kind: str, arguments: Dict[str, Any]) -> None:
 @command("notifiers remove", "NAME", "--yes")
 def cmd_notifiers_remove(args: Any) -> None:
     """Remove a notifier; what waits for it is given up."""
-    config = NotifierConfig(find_repo(args.repo))
-    raw = config.read()
-    notifier_id = config.find(args.name, raw)
+    paths = find_repo(args.repo)
+    (item,) = _notifiers_to_use(paths, args, args.name)
     if not args.yes:
-        _show(read_notifier(notifier_id, raw["notifications"]["notifiers"][notifier_id]))
+        _show(item)
         if not _confirm("Remove notifier configuration above?", False):
             raise AimwatchError("aborted: nothing was removed")
-    with config.edit() as raw:
-        raw["notifications"]["notifiers"].pop(notifier_id, None)
-    print(f"removed notifier {printable(notifier_id)}")
+    with NotifierConfig(paths).edit() as raw:
+        raw["notifications"]["notifiers"].pop(item.id, None)
+    print(f"removed notifier {printable(item.id)}")
 
 
 @command("notifiers enable", "NAME", "--events EVENTS")
@@ -9368,8 +9367,9 @@ def _notifiers_to_use(paths: RepoPaths, args: Any, name: str = "") -> List[Notif
     wanted = config.find(name, config.read()) if name else ""
     found = [item for item in config.notifiers() if (item.id == wanted if wanted else item.enabled)]
     if not found:
-        way_out = f"'{command_line(args.repo)} notifiers add' sets a notifier up"
-        raise AimwatchError(f"nobody is notified: {way_out}")
+        raise AimwatchError(
+            f"nobody is notified: '{command_line(args.repo)} notifiers add' sets a notifier up"
+        )
     return found
 
 

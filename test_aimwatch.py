@@ -8950,8 +8950,11 @@ class TestAcknowledged(WatchCase):
         code, out, _ = self.run_cli("status")
         self.assertEqual((code, out.count(f"  acknowledged by {user}\n")), (0, 2))
         told = self.told()
+        for command in (["mute", "s"], ["mute", "f"], ["unmute", "s"], ["unmute", "f"]):
+            self.assertEqual(self.run_cli(*command)[0], 0)
+            self.look(watcher, 2)
         self.look(watcher, 20)
-        self.assertEqual(self.told(), told, "nobody is reminded")
+        self.assertEqual(self.told(), told, "nobody is reminded, nor alerted again when a mute ends")
         self.check_in("s", 2, expect=3)
         self.look(watcher, 12)
         self.assertEqual(self.told()[len(told):][:3], [("s", "recovered"), ("s", "stalled"), ("s", "stalled")])  # fmt: skip
@@ -8961,19 +8964,6 @@ class TestAcknowledged(WatchCase):
         self.look(watcher, 61)  # what is over is swept away
         self.assertEqual(sorted(os.listdir(self.paths.mutes)),
                          sorted(f"{self.check_ins(run)[0]}-{state}" for run, state in (("s", "stalled"), ("f", "failed"))))  # fmt: skip
-
-    def test_acknowledged_run_whose_mute_ends_is_not_alerted_again(self) -> None:
-        self.check_in("s", 1, expect=3)
-        watcher = self.watch()
-        self.check_in("f", 1, "failed")
-        self.look(watcher, 6)
-        told = self.told()
-        self.assertEqual(len(told), 2)
-        self.assertEqual(self.run_cli("ack", "--all")[0], 0)
-        for command in (["mute", "s"], ["mute", "f"], ["unmute", "s"], ["unmute", "f"]):
-            self.assertEqual(self.run_cli(*command)[0], 0)
-            self.look(watcher, 2)
-        self.assertEqual(self.told(), told)
 
     def test_acknowledged_stall_that_becomes_a_death_is_alerted(self) -> None:
         self.check_in("s", 1, expect=3)
