@@ -7593,7 +7593,6 @@ class Scale:
         return min(max((self._to(value) - self.low) / (self.high - self.low), -9.0), 9.0)
 
     def value(self, at: float) -> float:
-        """Return the value that lies there."""
         found = self.low + (self.high - self.low) * at
         return 10.0**found if self.is_log else found
 
@@ -7733,8 +7732,6 @@ def _axes(axis: str, x: Scale, y: Scale) -> List[Html]:
 
 
 class Reply(NamedTuple):
-    """An answer to a request."""
-
     status: int
     body: bytes = b""
     kind: str = "text/plain"
@@ -7954,14 +7951,13 @@ class Site:
         lines = []
         with contextlib.suppress(FileNotFoundError), open_regular(self.paths.outbox) as file:
             for line, _ in read_lines(file):
-                record = json_object(line) if f'"{run_hash}-'.encode() in line else None
+                record = (json_object(line) if f'"{run_hash}-'.encode() in line else None) or {}
                 with contextlib.suppress(AttributeError, KeyError, TypeError):
-                    if record:
-                        text = f"sent to {record['to']}"
-                        if "event" in record:
-                            reason, whom = record["facts"].get("run.reason"), ", ".join(record["to"])
-                            text = f"{record['kind']}: {reason or ''}; to notify: {whom or 'nobody'}"
-                        lines.append(f"{local_time(record['time'])} {text}")
+                    text = f"sent to {record['to']}"
+                    if "event" in record:
+                        reason, whom = record["facts"].get("run.reason"), ", ".join(record["to"])
+                        text = f"{record['kind']}: {reason or ''}; to notify: {whom or 'nobody'}"
+                    lines.append(f"{local_time(record['time'])} {text}")
         return lines
 
     def _charts(self, ask: Ask, rows: Sequence[Dict[str, Any]]) -> Html:
@@ -9407,7 +9403,8 @@ def _deliver_now(item: Notifier, facts: Facts, stream: Any) -> bool:
 RUN_COLUMNS = ("hash", "name", "experiment", "state", "created", "duration", "host")
 RUN_FIELDS = ("created", "ended", "duration", *ROW_FIELDS)
 METRIC_COLUMNS = ("run", "metric", "context", "last", "step", "min", "max", "count")
-DEFAULT_LIMIT = 50
+#: How many rows are shown, and how long `reindex` waits for another process that writes the index.
+DEFAULT_LIMIT, REINDEX_WAIT_S = 50, 60.0
 
 
 def _listing(columns: Sequence[str], also: str = "") -> List[str]:
@@ -9428,7 +9425,6 @@ class Moment(float):
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON."""
     print(json.dumps(json_cell(value), indent=2))
 
 
@@ -9440,8 +9436,9 @@ _METRIC_COLUMN = re.compile(
 
 def run_cell(row: Dict[str, Any], column: str) -> Any:
     """Return what a column of `runs` shows of a run: a field, `metric:<name>`, or a param's path."""
-    if column in _TIMES:
-        return moment(row[_TIMES[column]])
+    field = {"created": "created_at", "ended": "end_time"}.get(column, column)
+    if field in ("created_at", "end_time"):
+        return moment(row[field])
     if column == "duration":
         return duration_s(row)
     if column in ROW_FIELDS:
@@ -9463,10 +9460,6 @@ def metric_cells(row: Dict[str, Any], metric: Dict[str, Any]) -> Dict[str, Any]:
     """Return what the columns of `metrics` show of a series in the row of its run."""
     more = {"run": row["hash"], "metric": metric["name"], "step": metric["last_step"]}
     return {**metric, **more, "last_time": Moment(metric["last_time"])}
-
-
-#: What shows a time, with the field of a row that holds it.
-_TIMES = {"created": "created_at", "ended": "end_time", "created_at": "created_at", "end_time": "end_time"}
 
 
 def shown(value: Any, column: str) -> str:
@@ -9549,7 +9542,6 @@ def as_objects(rows: Iterable[Sequence[Any]]) -> List[Dict[str, Any]]:
 
 
 def csv_text(rows: Iterable[Sequence[Any]], for_terminal: bool = False) -> str:
-    """Return rows as CSV."""
     import csv
     import io
 
@@ -9899,10 +9891,6 @@ def cmd_reindex(args: Any) -> int:
     for problem in problems:
         print(f"{command_line()}: {problem}", file=sys.stderr)
     return 1 if problems else 0
-
-
-#: How long `reindex` waits for another process that writes the index.
-REINDEX_WAIT_S = 60.0
 
 
 # -------------------------------------------------------------------------- demo

@@ -4983,9 +4983,7 @@ class RunCommands(StoredCase):
     def test_runs_are_a_table_for_people(self) -> None:
         out, err = self.fine("runs")
         lines = out.splitlines()
-        self.assertEqual(
-            lines[0].split(), ["HASH", "NAME", "EXPERIMENT", "STATE", "CREATED", "DURATION", "HOST"]
-        )
+        self.assertEqual(lines[0].split(), "HASH NAME EXPERIMENT STATE CREATED DURATION HOST".split())
         at = lines[0].index("EXPERIMENT")
         self.assertEqual([line[at:].split()[0] for line in lines[1:]], ["default", "exp", "exp", "exp"])
         self.assertEqual([line.split()[0] for line in lines[1:]], ["3abc", "2abc", "1abc", "0abc"])
@@ -5020,10 +5018,8 @@ class RunCommands(StoredCase):
         rows = list(csv.reader(io.StringIO(self.fine("runs", "--csv", "--columns", "hash,name,tags,lr")[0])))
         self.assertEqual(rows[0], ["hash", "name", "tags", "lr"])
         self.assertEqual(rows[4], ["0abc", 'first, "quoted"', '["a,b"]', "0.1"])
-        self.assertEqual(
-            [row[1] for row in rows[1:4]],
-            ["", "\u043f\u043e\u0442\u0435\u0440\u044f", "second\nline\x1b[31m"],
-        )
+        names = [row[1] for row in rows[1:4]]
+        self.assertEqual(names, ["", "\u043f\u043e\u0442\u0435\u0440\u044f", "second\nline\x1b[31m"])
 
     def test_param_that_no_run_has_is_named_with_the_one_that_is_like_it(self) -> None:
         for text, said in (
@@ -5111,14 +5107,12 @@ class RunCommands(StoredCase):
         self.assertNotIn("experiment", "\n".join(out))
         out = [" ".join(line.split()) for line in self.fine("diff", "0abc", "3abc")[0].splitlines()]
         self.assertLessEqual({"last loss [s=t] 0 inf", "experiment exp default"}, set(out))
-        with Run("0abc", create=True, repo=self.root) as run:
-            run["path"] = "/a/path/that/is/rather/long/first"
-        with Run("1abc", create=True, repo=self.root) as run:
-            run["path"] = "/a/path/that/is/rather/long/second"
-        self.assertIn(
-            "\nparam path\n  0abc  /a/path/that/is/rather/long/first\n  1abc  /a/path/that/is/rather/long/second\n",
-            self.fine("diff", "0abc", "1abc")[0],
-        )
+        long = {"0abc": "/a/path/that/is/rather/long/first", "1abc": "/a/path/that/is/rather/long/second"}
+        for run_hash, path in long.items():
+            with Run(run_hash, create=True, repo=self.root) as run:
+                run["path"] = path
+        below = "".join(f"  {run_hash}  {path}\n" for run_hash, path in long.items())
+        self.assertIn(f"\nparam path\n{below}", self.fine("diff", "0abc", "1abc")[0])
 
     def test_points_are_exported(self) -> None:
         rows = list(csv.DictReader(io.StringIO(self.fine("export", "1abc", "loss")[0])))
@@ -10172,13 +10166,10 @@ class Followers(StoredCase):
             columns = follower.points.get(series_id, {})
             points = zip(*(columns.get(name, ()) for name in ("step", "value", "epoch", "time")))
             read = [
-                [NAN if item is None else item for item in point]
+                tuple(NAN if item is None else float(item) for item in point)
                 for point in aimwatch.read_points(path, series_id)
             ]
-            self.assertEqual(
-                repr(sorted(map(list, points), key=lambda point: point[0])),
-                repr([list(map(float, point)) for point in read]),
-            )
+            self.assertEqual(repr(sorted(points, key=lambda point: point[0])), repr(read))
         self.assertEqual(list(follower.messages), list(aimwatch.read_messages(path))[-500:])
 
     def test_reads_what_the_log_says_and_then_what_was_appended(self) -> None:
