@@ -234,9 +234,8 @@ _O_REACH = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY
 def folder_of(path: str) -> Iterator[Tuple[int, str]]:
     """Open the folder of a file, and yield its descriptor, for `dir_fd`, and the name in it. Raises OSError.
 
-    Below `.aim` each folder is opened in the one above it, and no link is followed. Whoever may write there
-    could otherwise put a link in the place of a folder after it was checked, and have the files of another
-    folder removed.
+    Below `.aim` each folder is opened in the one above it, and no link is followed: who may write there could
+    put one in the place of a folder after it was checked, and have the files of another folder removed.
     """
     folder, name = os.path.split(path)
     root, aim, below = folder.rpartition("/.aim/")
@@ -444,9 +443,7 @@ def find_by_prefix(
     prefix: str, names: Iterable[str], what: str, way_out: str, also: Iterable[str] = ()
 ) -> str:
     """Return the name that is `prefix`, or the only one that starts with it, or is among those meant `also`.
-
-    Raises AimwatchError for none or several: it says `what` was looked for, and for none the `way_out`.
-    """
+    Raises AimwatchError for none or several: it says `what` was looked for, and for none the `way_out`."""
     names = list(names)
     # Everything starts with "", which is what a script gives whose variable is not set.
     found = {name for name in names if prefix and name.startswith(prefix)}.union(also)
@@ -516,8 +513,7 @@ def freshen(folder: str) -> None:
 # Locks
 #
 # Who watches, who writes a run, who indexes: each is a lock on a file, which the system lets go when
-# its process dies. One registry in the process knows all that it holds, since a process that opens and
-# closes a locked file a second time loses the lock.
+# its process dies.
 # ======================================================================================
 
 
@@ -541,8 +537,7 @@ class FileLock:
     that by `lock_state`.
     """
 
-    #: By what tells the file from others, the locks that this process holds. Reentrant, since a signal's
-    #: handler may end a run.
+    #: The locks that this process holds. The guard is reentrant, since a signal's handler may end a run.
     _registry: Dict[Tuple[int, int], FileLock] = {}
     _guard = threading.RLock()
 
@@ -847,11 +842,8 @@ def own_check_ins(paths: RepoPaths, run_hash: str) -> List[str]:
 
 
 class CheckInFile:
-    """One run's file in `check_ins`.
-
-    Takes no lock: numbers come from an atomic counter, and of what two threads write at the same
-    moment the higher number is in force. Not used after a fork.
-    """
+    """One run's file in `check_ins`. Takes no lock: numbers come from an atomic counter, and of what two
+    threads write at the same moment the higher number is in force. Not used after a fork."""
 
     def __init__(self, folder: str, run_hash: str, next_idx: int, names: Sequence[str]) -> None:
         self.folder = folder
@@ -862,11 +854,8 @@ class CheckInFile:
         self._names = list(names)
 
     def write(self, idx: int, flag: str, expect_next_in_s: int) -> None:
-        """Move the run's file forward to check-in `idx`. Raises OSError.
-
-        A `failed` check-in is put beside the last one, which Aim's watcher goes on timing, unless
-        the file system has no room for another name.
-        """
+        """Move the run's file forward to check-in `idx`; put a `failed` one beside the last, which Aim's
+        watcher goes on timing, unless the file system has no room for another name. Raises OSError."""
         names = self._names  # as they are now: a thread that hangs here must not move a later check-in
         target = check_in_name(self.run_hash, idx, flag, time.time(), expect_next_in_s)
         if flag == FAILED:
@@ -3262,10 +3251,8 @@ _HEADER_FIELDS = ("host", "pid", "user", "job", "cwd", "commit", "stdout", "pyth
 
 
 def run_row(state: RunState) -> Dict[str, Any]:
-    """Return what is known of a run, less its points and messages: the one shape of a run.
-
-    Times are in seconds since the epoch; `name` and `end_time` are None where there is none.
-    """
+    """Return what is known of a run, less its points and messages. Times are in seconds since the epoch;
+    `name` and `end_time` are None where there is none."""
     props, end = state.props, state.end or {}
     tags, frames = props.get("tags"), end.get("frames") or end.get("output")
     argv, metrics = state.header.get("argv"), []
@@ -3358,11 +3345,8 @@ def _storable(text: str) -> str:
 
 
 def fact_value(value: Any) -> Optional[Union[int, float, str]]:
-    """Return what stands for a scalar in a fact: the start of a text, or a number that SQLite can store; None
-    where nothing does.
-
-    Equal scalars have equal facts, and the facts of numbers are in the order of the numbers.
-    """
+    """Return what stands for a scalar in a fact: the start of a text, or a number that SQLite can store, else
+    None. Equal scalars have equal facts, and the facts of numbers are in the order of the numbers."""
     if isinstance(value, str):
         return _storable(value[:100])
     if isinstance(value, (int, float)) and value == value:
@@ -3380,11 +3364,8 @@ class IndexBusy(AimwatchError):
 
 @contextlib.contextmanager
 def connect(path: str, mode: str, busy_s: float) -> Iterator[sqlite3.Connection]:
-    """Yield an SQLite file to read ("ro"), to write ("rw") or to make ("rwc").
-
-    Raises in the place of SQLite's errors IndexBusy, OSError for what a new index would not mend either, or
-    IndexUnusable.
-    """
+    """Yield an SQLite file to read ("ro"), to write ("rw") or to make ("rwc"). Raises, in the place of
+    SQLite's errors, IndexBusy, OSError for what a new index would not mend either, or IndexUnusable."""
     import sqlite3
     from urllib.parse import quote
 
@@ -3426,12 +3407,9 @@ def mark_pending(paths: RepoPaths, run_hash: str) -> None:
 
 @contextlib.contextmanager
 def write_index(paths: RepoPaths, wait_s: float = 10.0, anew: bool = False) -> Iterator[sqlite3.Connection]:
-    """Yield the index, to be written by nobody else until the block ends, be it to remove the file; readers
-    need only SQLite's own locks.
-
-    Raises IndexBusy after `wait_s`, OSError where it cannot be written, and IndexUnusable where it is
-    found damaged; then an empty one has taken its place.
-    """
+    """Yield the index, to be written by nobody else until the block ends; readers need only SQLite's own
+    locks. Raises IndexBusy after `wait_s`, OSError where it cannot be written, and IndexUnusable where it is
+    found damaged; then an empty one has taken its place."""
     _check_folder(paths, write=True)
     with FileLock(paths.index_lock) as lock:
         if lock.acquire(wait_s) is False:
@@ -3484,10 +3462,8 @@ def _check_folder(paths: RepoPaths, write: bool) -> None:
 
 
 def _make_anew(paths: RepoPaths) -> None:
-    """Put an empty index in the place of what is there, with every run marked as pending.
-
-    For the holder of the lock. Whatever cuts this short, no run is without its marker.
-    """
+    """Put an empty index in the place of what is there, with every run marked as pending. For the holder of
+    the lock. Whatever cuts this short, no run is without its marker."""
     os.makedirs(paths.pending, exist_ok=True)
     for run_hash in list_runs(paths):
         mark_pending(paths, run_hash)
@@ -3806,9 +3782,7 @@ class CompiledQuery:
 
     def matches(self, rows: Iterable[Dict[str, Any]]) -> Iterator[Tuple[Dict[str, Any], Any]]:
         """Yield the rows for which the query is true, with None, or with each metric for which it is.
-
-        Archived runs and all ranks but the first are left out, unless the query speaks of them.
-        """
+        Archived runs and all ranks but the first are left out, unless the query speaks of them."""
         hidden_by = {"archived", "rank"} - self.fields
         for row in rows:
             if any(map(row.get, hidden_by)):
@@ -3845,11 +3819,9 @@ _UNKNOWN = object()
 
 
 class _Value(NamedTuple):
-    """What a part of the query stands for. `const` is its value where that is the same for every row.
-
-    The index holds it in the facts at the path `fact`: the value itself ("value"), its seconds ("time"), or
-    its elements ("member").
-    """
+    """What a part of the query stands for. `const` is its value where that is the same for every row. The
+    index holds it in the facts at the path `fact`: the value itself ("value"), its seconds ("time"), or its
+    elements ("member")."""
 
     of: Evaluated
     const: Any = _UNKNOWN
