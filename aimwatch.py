@@ -5743,8 +5743,7 @@ class Dispatcher:
         return any(thread.batch() and not thread.failures for thread in self._threads.values())
 
     def stop(self, limit_s: float) -> None:
-        """End the threads; what is in flight gets `limit_s` seconds, and is sent again if it needs
-        longer."""
+        """End the threads; what is in flight for longer than `limit_s` seconds is sent again."""
         deadline = time.monotonic() + limit_s
         for thread in self._threads.values():
             thread.stop()
@@ -5800,8 +5799,7 @@ class LookingClock:
         self._last_mono: Optional[float] = None
 
     def look(self, now_mono: float, at_most_s: float) -> bool:
-        """Count the time since the last call, up to `at_most_s`; the rest is a gap. False where there was
-        one."""
+        """Count the time since the last call; False where what exceeds `at_most_s` was a gap."""
         passed = 0.0 if self._last_mono is None else max(0.0, now_mono - self._last_mono)
         self._last_mono = now_mono
         self.total_s += min(passed, at_most_s)
@@ -6026,17 +6024,15 @@ class RunTable:
 MAX_REMINDERS = 10
 
 
-def reminders(runs: Iterable[WatchedRun], last_s: float, now_s: float, every_s: float) -> List[Change]:
-    """Return the reminder of each stalled run that became due after `last_s`, the newest alone."""
-    found = []
+def reminders(runs: Iterable[WatchedRun], last_s: float, now_s: float, every_s: float) -> Iterator[Change]:
+    """Yield the reminder of each stalled run that became due after `last_s`, the newest alone."""
     for watched in runs:
         if watched.state == STALLED and watched.stalls:
             since_s = watched.stalls[-1]
             before, number = (min(int((at_s - since_s) / every_s), MAX_REMINDERS) for at_s in (last_s, now_s))
             if before < number:
                 note, suffix = f"reminder {number} of at most {MAX_REMINDERS}", f"-reminder-{number}"
-                found.append(Change(STALLED, watched, now_s - watched.since_s, STALLED, note, suffix))
-    return found
+                yield Change(STALLED, watched, now_s - watched.since_s, STALLED, note, suffix)
 
 
 # ======================================================================================
@@ -6139,9 +6135,8 @@ def change_facts(paths: RepoPaths, change: Change) -> Facts:
         facts["run.rank"] = str(change.rank)
         if not change.suffix:
             facts["run.reason"], facts["run.silent"] = change.note, ""
-        if change.visible != watched.hash:
-            visible = run_facts(paths, change.visible)
-            facts.update({field: visible.get(field, "") for field in ("run.name", "run.metrics")})
+        visible = run_facts(paths, change.visible)
+        facts.update({field: visible.get(field, "") for field in ("run.name", "run.metrics")})
         facts["run.hash"], facts["look"] = change.visible, f"show {change.visible}"
     if change.kind == RECOVERED:
         how = "finished" if watched.state == FINISHED else "checked in again"
@@ -6388,19 +6383,17 @@ def read_watcher_file(paths: RepoPaths) -> Dict[str, Any]:
     return {}
 
 
-def saved_runs(saved: Dict[str, Any]) -> List[WatchedRun]:
-    """Return the runs that watcher.json knows."""
-    found, runs = [], saved.get("runs")
+def saved_runs(saved: Dict[str, Any]) -> Iterator[WatchedRun]:
+    """Yield the runs that watcher.json knows."""
+    runs = saved.get("runs")
     for values in runs if isinstance(runs, list) else ():
         with contextlib.suppress(*MALFORMED):
-            found.append(WatchedRun.from_list(values))
-    return found
+            yield WatchedRun.from_list(values)
 
 
 DEFAULT_GRACE_S, DEFAULT_POLL_INTERVAL_S = 100.0, 1.0
 #: A listing that takes longer than this was not looking, it was waiting for the file system.
 MAX_LISTING_S = 10.0
-SWEEP_INTERVAL_S = 60.0
 #: watcher.json is written when its last writing was this many times its own cost ago.
 SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S = 100.0, 10.0
 #: What ends the name of a run's messages that the watcher took, until their alert is recorded.
@@ -6561,7 +6554,8 @@ class Watcher:
             changes += self._find_dead(now_s)
             changes += self.table.overdue(listed_s)
             if self._remind_every_s:
-                due = reminders(self.table.runs.values(), self._reminded_s, now_s, self._remind_every_s)
+                runs = self.table.runs.values()
+                due = list(reminders(runs, self._reminded_s, now_s, self._remind_every_s))
                 taken_on = read_acks(self.paths) if due else set()
                 changes += [item for item in due if f"{item.run.name}-{STALLED}" not in taken_on]
             self._reminded_s = now_s
@@ -6643,14 +6637,13 @@ class Watcher:
         taken_on = read_acks(self.paths) if ended else set()
         for run in ended:
             known, watched = self._muted.pop(run), runs.get(run)
-            if watched is None or f"{watched.name}-{watched.state}" in taken_on:
+            # Of a stall or a failure people may know, and are reminded.
+            if watched is None or known == watched.state == RUNNING:
                 continue
             why = {RUNNING: "checked in again while it was muted", FINISHED: "finished while it was muted"}
             note, suffix = why.get(watched.state, "it was muted until now"), f"-muted-{self._utc():.3f}"
-            # Of a stall or a failure people may know, and are reminded.
-            kinds = (
-                kinds_to_alert(known, watched.state) if known != RUNNING or watched.state != RUNNING else ()
-            )
+            is_known = f"{watched.name}-{watched.state}" in taken_on
+            kinds = () if is_known else kinds_to_alert(known, watched.state)
             silent_s = self.looking.total_s - watched.since_s
             alerted += [Change(kind, watched, silent_s, known, note, suffix) for kind in kinds]
         return alerted
@@ -6666,11 +6659,9 @@ class Watcher:
         return {run for run, until, _ in mutes if until > now}
 
     def _take_messages(self, first: bool, muted: Set[str]) -> List[Tuple[str, int]]:
-        """Take away what runs logged since the last poll, and make events of it for those who want them;
-        return the files that were taken, with how much was read of each; they are removed when the events are
-        in the outbox. At first sight, and while nobody wants to know, messages are dropped."""
-        taken: List[Tuple[str, int]] = []
-        names: List[str] = []
+        """Make events of what runs logged since the last poll, but not at first sight. Return the files that
+        were taken, with how much was read of each; they are removed when the events are in the outbox."""
+        taken, names = [], []
         with contextlib.suppress(OSError):
             names = names_in(self.paths.news, rf"[A-Za-z0-9_]{{1,64}}({re.escape(TAKEN)})?")
         wanted, level = self.dispatcher.wanted(LOG) and not first, self.dispatcher.log_level
@@ -6716,7 +6707,7 @@ class Watcher:
     def _sweep(self) -> None:
         """Shorten the outbox, and remove check-ins of our runs that ended and were alerted a while ago."""
         now_s = self.looking.total_s
-        if now_s - self._swept_s < SWEEP_INTERVAL_S and not self._once:
+        if now_s - self._swept_s < 60.0 and not self._once:
             return
         self._swept_s = now_s
         self.table.forget_missing()
@@ -7174,10 +7165,9 @@ def count_oom_kills() -> int:
     """Return how many processes of this control group the kernel has killed since memory ran out, as far as
     that can be read."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        with open("/proc/self/cgroup", encoding="utf-8") as file:
-            group = file.read().rpartition("0::")[2].strip()
-        with open(f"/sys/fs/cgroup{group}/memory.events", encoding="utf-8") as file:
-            return int(dict(line.split() for line in file)["oom_kill"])
+        group = read_bounded("/proc/self/cgroup", 1 << 16).decode().rpartition("0::")[2].strip()
+        events = read_bounded(f"/sys/fs/cgroup{group}/memory.events", 1 << 16)
+        return int(dict(map(bytes.split, events.splitlines()))[b"oom_kill"])
     return 0
 
 
