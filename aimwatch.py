@@ -1544,7 +1544,6 @@ def describe_session() -> Dict[str, Any]:
     return session
 
 
-#: A longer reason, or line of code, is cut.
 MAX_REASON, MAX_FRAME = 2000, 500
 #: How many causes and members of an exception are told, and how much is read of a traceback that is text.
 MAX_CAUSES, MAX_TRACEBACK = 3, 1 << 16
@@ -1698,8 +1697,7 @@ class _Stacks:
         self._has_thread = False
 
     def arm(self, path: str, due_mono: float, thread: int) -> None:
-        """Have all stacks written to `path` soon after a moment of the monotonic clock, unless armed anew
-        before, and said which thread promised."""
+        """Have all stacks written to `path` soon after `due_mono`, unless armed anew before."""
         self.disarm(path)
         with self._lock:
             self._due[path] = due_mono, thread
@@ -1790,7 +1788,6 @@ class _Process:
         self._cell_error = 0
 
     def add(self, run: Run) -> None:
-        """Watch over one more run."""
         self.runs[run] = None
         self.exit = None  # whoever called it, somebody caught it
         if self._excepthook is None:
@@ -2463,41 +2460,30 @@ class Run:
                 if self._track_reports and self._ended is None:
                     self._report(AUTO)
             for metric, number in points:
-                if number is not None:
-                    self._add_point(metric, number, step, epoch, context, now)
+                if number is None:
+                    continue
+                try:
+                    series = self._by_key[metric, tuple(context.items()) if context else ()]
+                except (AttributeError, KeyError, TypeError):
+                    series = self._declare(metric, context)
+                at_step = step
+                if at_step is None:
+                    at_step = min(series.last_step + 1, MAX_STEP - 1) if series.count else 0
+                line = f"[{series.id},{at_step},{number!r},{now:.3f}]\n"
+                if epoch is not None:
+                    line = f"{line[:-2]},{epoch!r}]\n"
+                if "n" in line:
+                    line = re.sub("-?inf|nan", r'"\g<0>"', line)  # for which JSON has no numbers
+                # The log first: a signal's handler that writes the state must not count a point too many.
+                self._log.append(line.encode())
+                series.add(at_step, number, now, epoch)
+                self._state.last_time = now
+                self._lines += 1
+                if self._lines >= CHECKPOINT_LINES:
+                    self._checkpoint()
         finally:
             if held:
                 self._lock.release()
-
-    def _add_point(
-        self,
-        name: str,
-        value: float,
-        step: Optional[int],
-        epoch: Optional[float],
-        context: Optional[Dict[str, Any]],
-        now: float,
-    ) -> None:
-        try:
-            series = self._by_key[name, tuple(context.items()) if context else ()]
-        except (AttributeError, KeyError, TypeError):
-            series = self._declare(name, context)
-        if step is None:
-            step = series.last_step + 1 if series.count else 0
-            if step >= MAX_STEP:
-                step = MAX_STEP - 1
-        line = f"[{series.id},{step},{value!r},{now:.3f}]\n"
-        if epoch is not None:
-            line = f"{line[:-2]},{epoch!r}]\n"
-        if "n" in line:
-            line = re.sub("-?inf|nan", r'"\g<0>"', line)  # for which JSON has no numbers
-        # The log first: what a signal's handler writes as the whole state must not count a point too many.
-        self._log.append(line.encode())
-        series.add(step, value, now, epoch)
-        self._state.last_time = now
-        self._lines += 1
-        if self._lines >= CHECKPOINT_LINES:
-            self._checkpoint()
 
     def _declare(self, name: str, context: Optional[Dict[str, Any]]) -> SeriesState:
         if context is not None and not isinstance(context, dict):
@@ -2567,7 +2553,6 @@ class Run:
             self._record({"del": path})
 
     def _encode(self, value: Any, what: str) -> Any:
-        """Return a value as JSON can hold it, with a warning where JSON has no kind for it."""
         odd: List[str] = []
         encoded = encode_value(value, odd)
         if odd:
@@ -2824,7 +2809,6 @@ class Run:
             error = sys.exc_info()[1]
             _in_full(self._end_and_close, self._end_of(None if error is self._outer_error else error))
 
-    #: Aim's other name.
     finalize = close
 
     def __del__(self) -> None:
@@ -2871,7 +2855,7 @@ class Run:
         """Note a signal that a handler of the user's takes care of, who may save, end the process, or not."""
         if self._is_mine() and self.active and self._signal is None:
             self._signal, self._signal_mono = self._signal_end(signum, frame), _monotonic()
-            noted = {"reason": self._signal.reason, "frames": list(self._signal.frames)}
+            noted = {"reason": self._signal.reason, "frames": self._signal.frames}
             self._record({"resume": round(time.time(), 3), "signal": noted})
 
     def _end(self, end: Optional[End]) -> None:
@@ -2889,9 +2873,9 @@ class Run:
         time_s = max(round(time.time(), 3), self._state.created_at, self._state.last_time)
         record: Dict[str, Any] = {"end": end.flag, "time": time_s, "idx": self._file.next_idx()}
         if end.reason:
-            record.update(reason=end.reason, frames=list(end.frames))
+            record.update(reason=end.reason, frames=end.frames)
         if end.output:
-            record["output"] = list(end.output)
+            record["output"] = end.output
         _process.stacks.disarm(self._paths.stack(self.hash))
         self._deadline, self._window = 0.0, (math.nan, 0.0)
         # The log first: who sees the check-in must find the reason.
@@ -3117,10 +3101,9 @@ class LoopCallback:
         self._given = run, expect, arguments
         self._training = False
         self._began_mono = 0.0
-        #: What Lightning logged last; Keras' model, what its `fit` was called with, and the epoch.
+        #: What Lightning logged last; Keras' model and the arguments of its `fit`, by hook; and the epoch.
         self._logged: Dict[str, float] = {}
-        self._model: Any = None
-        self._fit: Dict[str, Any] = {}
+        self._keras: Dict[str, Any] = {}
         self._epoch = 0
 
     def __getattribute__(self, name: str) -> Any:
@@ -3145,8 +3128,8 @@ class LoopCallback:
             rank_0, look = args[1].is_world_process_zero, self._look_at_transformers
         else:
             rank_0, look = True, self._look_at_keras
-        self._model = args[0] if name == "set_model" else self._model
-        self._fit = args[0] or {} if name == "set_params" else self._fit
+        if name in ("set_model", "set_params"):
+            self._keras[name] = args[0]
         if name in _EARLY_HOOKS or (name == "on_exception" and self.run is None):
             return
         if not rank_0 and not describe_rank():
@@ -3200,10 +3183,10 @@ class LoopCallback:
         return part, logs, trainer.global_step, trainer.current_epoch, params
 
     def _look_at_keras(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> Any:
-        params, part, logs = dict(self._fit), 0.0, {}
+        params, part, logs = dict(self._keras.get("set_params") or {}), 0.0, {}
         if name in _BEGIN_HOOKS:
-            with contextlib.suppress(AttributeError):
-                params["optimizer"] = self._model.optimizer.get_config()
+            with contextlib.suppress(AttributeError, KeyError):
+                params["optimizer"] = self._keras["set_model"].optimizer.get_config()
         elif name == "on_epoch_begin":
             self._epoch = args[0]
         elif name == "on_epoch_end":
