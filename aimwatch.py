@@ -7460,14 +7460,12 @@ def point_columns(points: List[List[Any]]) -> Dict[str, Any]:
     """Return points, which are parsed lines of a log, as columns. Raises one of MALFORMED."""
     import array
 
-    columns = {
-        name: array.array("d", [float(point[at]) for point in points])
-        for name, at in (("step", 1), ("value", 2), ("time", 3))
-    }
+    steps, values, times = ([float(point[at]) for point in points] for at in (1, 2, 3))
     epochs = [float(point[4]) if len(point) > 4 else math.nan for point in points]
-    if not 0 <= min(columns["time"]) <= max(columns["time"]) < MAX_TIME_S:
+    if not 0 <= min(times) <= max(times) < MAX_TIME_S:
         raise ValueError("a time that is none")
-    return {**columns, "epoch": array.array("d", epochs)}
+    columns = {"step": steps, "value": values, "time": times, "epoch": epochs}
+    return {name: array.array("d", column) for name, column in columns.items()}
 
 
 class LogFollower:
@@ -7786,14 +7784,10 @@ class Site:
 
     def counts(self, live: List[Dict[str, Any]]) -> Dict[Tuple[str, str], int]:
         """Return how many runs there are by (state, experiment)."""
-        states = {row["hash"]: (row["state"], row["experiment"] or "") for row in live}  # who stalled
+        states = {row["hash"]: row["state"] for row in live}  # who stalled
         rows = self.runs("")
-        ended = (row for row in rows if row["hash"] not in states)
-        counts = Counter(map(operator.itemgetter("state", "experiment"), ended))
-        counts.update(
-            (states.pop(row["hash"])[0], row["experiment"]) for row in rows if row["hash"] in states
-        )
-        counts.update(states.values())
+        counts = Counter([(states.pop(row["hash"], row["state"]), row["experiment"]) for row in rows])
+        counts.update((row["state"], row["experiment"] or "") for row in live if row["hash"] in states)
         return counts
 
     def overview(self, ask: Ask) -> str:
@@ -8308,9 +8302,8 @@ def listen(host: str, port: int, uds: Optional[str]) -> Any:
         flags = f"--uds {uds}: choose another path, or remove what is left of a server that is gone"
         if uds is None:
             flags = f"--host {host} --port {port}: choose a --port from 1024 up that is free, or 0 for any"
-        raise AimwatchError(
-            f"cannot listen, {getattr(error, 'strerror', None) or error}, at {flags}"
-        ) from None
+        why = getattr(error, "strerror", None) or error
+        raise AimwatchError(f"cannot listen, {why}, at {flags}") from None
 
 
 # ======================================================================================
