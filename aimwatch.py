@@ -8750,14 +8750,8 @@ def status_object(
     """Return what `status --json` prints; for `looks` see `watcher_state`."""
     saved = read_watcher_file(paths)
     alive, text = watcher_state(paths, saved, looks)
-    watcher = {
-        "alive": alive,
-        "text": text,
-        "host": saved.get("host"),
-        "pid": saved.get("pid"),
-        "started_at": moment(saved.get("started_at")),
-        "seen_at": moment(saved.get("seen_at")),
-    }
+    watcher = {"alive": alive, "text": text, "host": saved.get("host"), "pid": saved.get("pid")}
+    watcher.update((field, moment(saved.get(field))) for field in ("started_at", "seen_at"))
     notifiers = [
         {"id": item.id, "name": item.shown_as, "type": item.type, "problem": problem, "waiting": waiting}
         for item, problem, _, waiting in notifier_states(paths)
@@ -9903,17 +9897,13 @@ def _demo_alerts(paths: RepoPaths, at_end: contextlib.ExitStack) -> List[Tuple[s
     alerts: List[Tuple[str, str]] = []
     wanted = sum(len(must) for *_, must in DEMO_FATES.values())
     deadline = time.monotonic() + DEMO_LIMIT_S
-
-    def after_poll() -> None:
+    while len(alerts) < wanted and time.monotonic() < deadline and not stop.wait(watcher.poll_interval_s):
+        watcher.poll()
         records = list(map(json.loads, read_bounded(paths.outbox, MAX_LINE_BYTES).splitlines()))
         sent = {event for record in records for event in record.get("sent", ())}
-        alerts[:] = [
+        alerts = [
             (record["facts"]["run.name"], record["kind"]) for record in records if record.get("event") in sent
         ]
-        if time.monotonic() > deadline or len(alerts) >= wanted:
-            stop.set()
-
-    watcher.run(stop, after_poll)
     return alerts
 
 
@@ -9985,14 +9975,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         code = args.do(args) or 0
         sys.stdout.flush()
         return int(code)
-    except AimwatchError as error:
-        print(f"{command_line()}: {error}", file=sys.stderr)
     except (KeyboardInterrupt, EOFError):
         print(f"\n{command_line()}: aborted", file=sys.stderr)
-    except OSError as error:
+    except (AimwatchError, OSError) as error:
         if not isinstance(error, BrokenPipeError):  # the reader of the pipe has seen enough
             print(f"{command_line()}: {error}", file=sys.stderr)
-        if is_program:  # at its end, Python would complain of what standard output does not take
+        if is_program and isinstance(
+            error, OSError
+        ):  # at its end, Python would complain of what standard output does not take
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 1
 
