@@ -258,11 +258,9 @@ def folder_of(path: str) -> Iterator[Tuple[int, str]]:
 
 
 def open_below(path: str, flags: int, mode: int = 0o666) -> int:
-    """Open a file as `os.open` does, in a folder that is opened as by `folder_of`, and with O_SAFE.
-
-    A file that is made in a folder with the setgid bit takes what its group may do from the folder,
-    whatever the umask: so several people share a repository. Not one with a private `mode`.
-    """
+    """Open a file as `os.open` does, in a folder that is opened as by `folder_of`, and with O_SAFE. One that
+    is made in a folder with the setgid bit takes what its group may do from the folder, whatever the umask:
+    so several people share a repository. Not one with a private `mode`."""
     with folder_of(path) as (folder, name):
         if flags & os.O_CREAT and not flags & os.O_EXCL:
             # In a sticky folder Linux refuses O_CREAT for a file that is there and is another user's.
@@ -292,11 +290,9 @@ def list_below(folder: str) -> List[str]:
 
 
 def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
-    """Put `data` at `path` in one step, so that a reader sees the old file or the new one.
-
-    The caller keeps other writers of this machine out. The temporary file is new (O_EXCL), so no planted link
-    is written to, and it has its final `mode` (less the umask) from its first byte.
-    """
+    """Put `data` at `path` in one step, so that a reader sees the old file or the new one. The caller keeps
+    other writers of this machine out. The temporary file is new (O_EXCL), so no planted link is written to,
+    and it has its final `mode` (less the umask) from its first byte."""
     temporary = f"{path}.{this_host()}.tmp"
     unlink_below(temporary)  # of a writer that was killed, or found no room
     with os.fdopen(open_below(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
@@ -427,11 +423,9 @@ def plural(count: int, noun: str) -> str:
 
 
 def start_quiet_thread(run: Callable[..., None], *args: Any) -> None:
-    """Start a thread that takes no signal and that `threading` does not know. Raises RuntimeError.
-
-    The main thread would sleep on through a signal that the system delivers to another thread. So all are
-    blocked before the thread starts, which inherits that: it could be chosen before its first statement.
-    """
+    """Start a thread that takes no signal and that `threading` does not know: the main thread would sleep on
+    through a signal that the system delivers to another. So all are blocked before the thread starts, which
+    inherits that: it could be chosen before its first statement. Raises RuntimeError."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         _thread.start_new_thread(run, args)
@@ -1068,11 +1062,8 @@ _PROP_KINDS: Dict[str, Callable[[Any], Any]] = {
 
 
 class RunState:
-    """Everything a run log says, less the points themselves.
-
-    The writer keeps one beside its log and the reader builds one from the log, both with `apply`,
-    so that what is read back is what the writer had.
-    """
+    """Everything a run log says, less the points themselves. The writer keeps one beside its log and the
+    reader builds one from the log, both with `apply`, so that what is read back is what the writer had."""
 
     #: How many bytes of the log it covers; more may have been read.
     log_size = 0
@@ -3306,11 +3297,9 @@ def stored_parts(row: Dict[str, Any]) -> Tuple[Any, ...]:
 
 
 def facts_of(row: Dict[str, Any]) -> Iterator[Tuple[str, Any]]:
-    """Yield the facts of a run as (path, value): a field, a tag, a metric's last value, or a param.
-
-    Queries are narrowed by them and then evaluated over the rows, so one too many costs time, as where the
-    paths of two params are alike, and one too few would hide a run.
-    """
+    """Yield the facts of a run as (path, value): a field, a tag, a metric's last value, or a param. Queries
+    are narrowed by them and then evaluated over the rows, so one too many costs time, as where the paths of
+    two params are alike, and one too few would hide a run."""
     found = [(field, row[field]) for field in ("hash", "created_at", "experiment")]
     found += [("name", row["name"] or default_name(row["hash"])), ("active", row["end_time"] is None)]
     found += [("tag", tag) for tag in row["tags"]]
@@ -3966,7 +3955,7 @@ class _Compiler:
                 self.refuse(node, "the keys of a dict are texts")
             return _constant(dict(zip(keys, map(self.const, node.values))))
         if isinstance(node, ast.BoolOp):
-            return _Value(_chosen(node, [self.value(operand).of for operand in node.values]))
+            return self.decision(node, [self.value(operand).of for operand in node.values])
         if isinstance(node, ast.Compare):
             return self.comparison(node)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
@@ -3978,6 +3967,19 @@ class _Compiler:
                 self.refuse_kind(node, node.op)
             return self.operation(_OPERATORS[type(node.op)], *map(self.value, operands))
         return self.refuse_kind(node, node)
+
+    def decision(self, node: ast.BoolOp, operands: List[Evaluated]) -> _Value:
+        """Return `and` or `or`: as in Python, the first operand that decides, else the last."""
+        decisive = isinstance(node.op, ast.Or)
+
+        def of(row: Dict[str, Any], metric: Any) -> Any:
+            for operand in operands:
+                value = operand(row, metric)
+                if bool(value) is decisive:
+                    break
+            return value
+
+        return _Value(of)
 
     def operation(
         self, function: Callable[..., Any], *values: _Value, impossible: Optional[bool] = None
@@ -4112,20 +4114,6 @@ class _Compiler:
             offset = (node.end_col_offset or 0) - len(node.attr.encode("utf-8"))
         before = _source(self.text).split("\n")[line - 1].encode("utf-8")[:offset]
         raise _error_at(self.text, line, len(before.decode("utf-8", "ignore")), reason)
-
-
-def _chosen(node: ast.BoolOp, operands: Sequence[Evaluated]) -> Evaluated:
-    """Return `and` or `or`: as in Python, the first operand that decides, else the last."""
-    decisive = isinstance(node.op, ast.Or)
-
-    def of(row: Dict[str, Any], metric: Any) -> Any:
-        for operand in operands:
-            value = operand(row, metric)
-            if bool(value) is decisive:
-                break
-        return value
-
-    return of
 
 
 def _at(whole_of: Evaluated, keys: Sequence[Any]) -> Evaluated:
@@ -5222,11 +5210,9 @@ def send_command(notifier: Notifier, batch: Sequence[Facts], deadline_mono: floa
 
 
 def mail_text(notifier: Notifier, batch: Sequence[Facts], to: Sequence[str]) -> str:
-    """Return the mail about a batch of events (RFC 5322).
-
-    Of the classes of `email`, these take a text as it is. The newer ones decode what looks like an encoded
-    word in it, and so undo what `printable` did, up to forged headers (CVE-2024-6923).
-    """
+    """Return the mail about a batch of events (RFC 5322). Of the classes of `email`, these take a text as it
+    is. The newer ones decode what looks like an encoded word in it, and so undo what `printable` did, up to
+    forged headers (CVE-2024-6923)."""
     import email.utils
     from email.header import Header
     from email.mime.text import MIMEText

@@ -3931,7 +3931,7 @@ class FullDiskForReal(RecordingCase):
         with mock.patch.object(aimwatch, "process_lives", return_value=False):  # as when it is gone
             self.assertEqual(aimwatch.Repo(self.root).reindex(), [])
         self.assertEqual(os.listdir(self.paths.pending), [])
-        self.assertEqual(self.reread("r")._state.end["reason"], aimwatch.DIED)  # type: ignore[index]
+        self.assertEqual(self.reread("r")._state.end["end"], "finished")  # type: ignore[index]  # as its check-in says
 
 
 class VanishedFolder(RecordingCase):
