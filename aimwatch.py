@@ -9146,15 +9146,16 @@ def _warn_about(kind: str, arguments: Dict[str, Any]) -> None:
 @command("notifiers remove", "NAME", "--yes")
 def cmd_notifiers_remove(args: Any) -> None:
     """Remove a notifier; what waits for it is given up."""
-    paths = find_repo(args.repo)
-    (item,) = _notifiers_to_use(paths, args, args.name)
+    config = NotifierConfig(find_repo(args.repo))
+    raw = config.read()
+    notifier_id = config.find(args.name, raw)
     if not args.yes:
-        _show(item)
+        _show(read_notifier(notifier_id, raw["notifications"]["notifiers"][notifier_id]))
         if not _confirm("Remove notifier configuration above?", False):
             raise AimwatchError("aborted: nothing was removed")
-    with NotifierConfig(paths).edit() as raw:
-        raw["notifications"]["notifiers"].pop(item.id, None)
-    print(f"removed notifier {printable(item.id)}")
+    with config.edit() as raw:
+        raw["notifications"]["notifiers"].pop(notifier_id, None)
+    print(f"removed notifier {printable(notifier_id)}")
 
 
 @command("notifiers enable", "NAME", "--events EVENTS")
