@@ -8479,10 +8479,9 @@ def names_of(text: str) -> List[str]:
 def param_of(text: str) -> Tuple[List[str], Any]:
     """Return the path and the value of `hparams.lr=0.1`: JSON, or text where it is none."""
     key, _, value = checked_param(text).partition("=")
-    try:
-        return key.split("."), from_json(value)
-    except (ValueError, RecursionError):
-        return key.split("."), value
+    with contextlib.suppress(ValueError, RecursionError):
+        value = from_json(value)
+    return key.split("."), value
 
 
 #: How a value is read, by what the help calls it. What is not here is text.
@@ -8980,8 +8979,7 @@ def cmd_up(args: Any) -> None:
 
 
 def _ask(prompt: str, check: Callable[[str], Any], secret: bool = False) -> Any:
-    """Ask on the terminal, or on standard input where that is none, until `check` takes the answer, and
-    return what it makes of it."""
+    """Ask, on a terminal or of standard input, until `check` takes the answer; return what it makes of it."""
     ask: Callable[[str], str] = input
     if secret and sys.stdin.isatty():
         import getpass
