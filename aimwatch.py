@@ -2017,18 +2017,6 @@ MAX_RECORD_BYTES, MAX_LOG_MESSAGE = 1 << 20, 1 << 16
 MAX_MESSAGES_BYTES, MAX_MESSAGE_LINE = 64 << 10, 16 << 10
 
 
-def existing_run(paths: RepoPaths, run_hash: str) -> str:
-    """Return the hash of the run that has this one, or the only one that starts with it, where it has at
-    least 4 characters. Raises RepoError."""
-    if os.path.lexists(paths.run_log(run_hash)):
-        return run_hash
-    way_out = f" in {paths.root}: '{command_line(paths.root)} runs' lists them; create=True starts a new one"
-    try:
-        return find_by_prefix(run_hash, list_runs(paths) if len(run_hash) >= 4 else [], "run", way_out)
-    except (AimwatchError, OSError) as error:
-        raise RepoError(str(error)) from None
-
-
 def encode_line(record: Dict[str, Any]) -> bytes:
     """Return a record as a line of a log."""
     return to_json(record).encode("ascii") + b"\n"
@@ -2096,14 +2084,19 @@ class Run:
         self._not_failures |= {getattr(item, "__name__", str(item)) for item in not_failures}
         must_exist = read_only or (run_hash_given and not create)
         paths = find_repo(None if repo is None else os.fsdecode(repo), create=not must_exist)
-        if must_exist:
-            run_hash = existing_run(paths, run_hash)
-            if not read_only:
-                paths.create()
+        if must_exist and not os.path.lexists(paths.run_log(run_hash)):
+            way_out = f"'{command_line(paths.root)} runs' lists them; create=True starts a new one"
+            try:
+                hashes = list_runs(paths) if len(run_hash) >= 4 else []
+                run_hash = find_by_prefix(run_hash, hashes, "run", f" in {paths.root}: {way_out}")
+            except (AimwatchError, OSError) as error:
+                raise RepoError(str(error)) from None
         self._stacks_on = stacks and os.environ.get("AIMWATCH_STACKS") != "0"
         self.hash, self.read_only, self._paths = run_hash, read_only, paths
         if read_only:
             return
+        if must_exist:
+            paths.create()
         workers = sys.modules.get("multiprocessing.process")
         if workers is not None and getattr(workers.current_process(), "_inheriting", False):
             self._inert = "the run was made while a worker imports the main module"
@@ -2459,7 +2452,9 @@ class Run:
                     series = self._declare(metric, context)
                 at_step = step
                 if at_step is None:
-                    at_step = min(series.last_step + 1, MAX_STEP - 1) if series.count else 0
+                    at_step = series.last_step + 1 if series.count else 0
+                    if at_step >= MAX_STEP:
+                        at_step = MAX_STEP - 1
                 line = f"[{series.id},{at_step},{number!r},{now:.3f}]\n"
                 if epoch is not None:
                     line = f"{line[:-2]},{epoch!r}]\n"
