@@ -7663,10 +7663,6 @@ class Reply(NamedTuple):
     etag: str = ""
 
 
-class NotThere(AimwatchError):
-    """What a URL names is not there."""
-
-
 def run_link(row: Dict[str, Any], text: str = "", top: str = "") -> Html:
     """Return a link to the page of a run."""
     shown_as = cell_text(text or row["name"] or row["hash"][:8])
@@ -7709,7 +7705,8 @@ class Site:
             make = self._pages if route[2] == "text/html" else self._make
             return Reply(200, make(route, query, *hashes, stamp=stamp), route[2], (), etag)
         except (AimwatchError, OSError) as error:
-            status = {NotThere: 404, QueryError: 400, ArgumentError: 400}.get(type(error), 503)
+            # A plain AimwatchError says that what the URL names is not there.
+            status = {AimwatchError: 404, QueryError: 400, ArgumentError: 400}.get(type(error), 503)
             return self._error(path, status, str(error))
 
     def _make(self, route: Any, query: str, *hashes: str, stamp: str) -> bytes:
@@ -7730,7 +7727,7 @@ class Site:
         """Return the row of a run, as its log has it now. Raises AimwatchError."""
         stamp = file_stamp(self.paths.run_log(checked_run_hash(run_hash)))
         if stamp is None:
-            raise NotThere(f"there is no run {run_hash} in {self.paths.root}")
+            raise AimwatchError(f"there is no run {run_hash} in {self.paths.root}")
         return self._rows(run_hash, stamp)
 
     def _log(self, run_hash: str) -> LogFollower:
@@ -7800,8 +7797,9 @@ class Site:
             promise = html("{}<small>{}</small>", said["promise"], said["progress"])
             where = html("{}<small>{}</small>", row["host"], row["job"])
             why = "; ".join(filter(None, [said["alerts"], said["reason"]]))
-            since = said["last check-in"]
-            rows.append([badge(row["state"]), run, since, promise, where, row["metrics"], why])
+            rows.append(
+                [badge(row["state"]), run, said["last check-in"], promise, where, row["metrics"], why]
+            )
         names = ("state", "run", "last check-in", "promise", "where", "last metrics", "reason")
         return html("{}<p>{}</p>", grid(names, rows), pages)
 
@@ -7936,7 +7934,7 @@ class Site:
         row, given = self.row(run_hash), ask.one["series"]
         found = [metric for metric in row["metrics"] if given in ("", str(metric["series"]))]
         if given and not found:
-            raise NotThere(f"run {run_hash} has no series {given}")
+            raise AimwatchError(f"run {run_hash} has no series {given}")
         return exported(self.paths, row, found)
 
     def list_of_runs(self, ask: Ask) -> List[Sequence[Any]]:
@@ -9573,8 +9571,7 @@ def cmd_show(args: Any) -> None:
 
 
 def read_run(paths: RepoPaths, run_hash: str) -> Dict[str, Any]:
-    """Return the row of a run as its log has it now, with `skipped`, the lines that could not be read. Raises
-    RepoError."""
+    """Return the row of a run as its log has it now, and how many lines were `skipped`. Raises RepoError."""
     state, problem = load_run(paths, run_hash)
     if state is None:
         raise RepoError(f"cannot read {problem or paths.run_log(run_hash)}")
