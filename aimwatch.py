@@ -5872,12 +5872,6 @@ class Change(NamedTuple):
     rank: int = -1
     visible: str = ""
 
-    @property
-    def id(self) -> str:
-        """The event's id. Changes of one check-in and kind have the same, unless a suffix parts them;
-        `utc` tells two lives of a run apart whose numbers begin anew."""
-        return f"{self.run.hash}-{self.run.idx}-{self.run.utc}-{self.kind}{self.suffix}"
-
 
 class RunTable:
     """The state of every run, from listings of `check_ins`."""
@@ -5890,13 +5884,13 @@ class RunTable:
         self.names: Set[str] = set()
         self._missing: Set[str] = set()
         #: No run is overdue before this moment.
-        self._next_s = math.inf
+        self.next_s = math.inf
 
     def restore(self, watched: WatchedRun) -> None:
         """Take in what an earlier watcher knew."""
         self.runs[watched.hash] = watched
         self.names.add(watched.name)
-        self._next_s = -math.inf
+        self.next_s = -math.inf
 
     def deadline_s(self, watched: WatchedRun) -> float:
         """Return when, on the looking clock, a run's silence is too long; never for no promise."""
@@ -5932,8 +5926,8 @@ class RunTable:
                 old_state, silent_s = watched.state, now_s - watched.since_s
                 watched.take(check_in, name, now_s, now_utc)
                 watched.look_s = max(watched.look_s, now_s + QUIET_S)
-            if now_s + watched.promise_s < self._next_s:
-                self._next_s = min(self._next_s, self.deadline_s(watched))
+            if now_s + watched.promise_s < self.next_s:
+                self.next_s = min(self.next_s, self.deadline_s(watched))
             # Nearly every new name is a heartbeat of a running run: what that costs is what a poll costs.
             if old_state != RUNNING or check_in.flag != CHECK_IN:
                 kinds = kinds_to_alert(old_state, watched.state)
@@ -5950,25 +5944,21 @@ class RunTable:
             del self.runs[run]
         self._missing = missing
 
-    def is_overdue(self, now_s: float) -> bool:
-        """True where `overdue` may find a run."""
-        return now_s >= self._next_s
-
     def overdue(self, now_s: float) -> List[Change]:
         """Return the runs whose silence became too long by `now_s`; they are stalled now."""
         changes: List[Change] = []
-        if self.is_overdue(now_s):
+        if now_s >= self.next_s:
             for watched in self.runs.values():
                 if self.deadline_s(watched) <= now_s and watched.name in self.names:
                     note = watched.note_stall(now_s)
                     changes.append(Change(STALLED, watched, now_s - watched.since_s, RUNNING, note))
-            self._next_s = min(map(self.deadline_s, self.runs.values()), default=math.inf)
+            self.next_s = min(map(self.deadline_s, self.runs.values()), default=math.inf)
         return changes
 
     def to_look_at(self, now_s: float) -> List[WatchedRun]:
         """Return the live runs of which the marker is to be looked at now, the longest due first."""
         # Also before one is called stalled, unless its marker says nothing.
-        soon_s = now_s + MARKER_EVERY_S * self.is_overdue(now_s)
+        soon_s = now_s + MARKER_EVERY_S * (now_s >= self.next_s)
         soon = [item for item in self.runs.values() if item.look_s <= soon_s and item.state in LIVE]
         due = [item for item in soon if item.look_s <= now_s or self.deadline_s(item) <= now_s]
         return sorted(due, key=lambda watched: watched.look_s)
@@ -6489,7 +6479,7 @@ class Watcher:
                 self._lock.acquire()  # somebody who seemed dead held it
         before = self._clock()
         # Where somebody may be accused, not from a cache.
-        if self.table.is_overdue(self.looking.total_s + self.poll_interval_s + 1):
+        if self.looking.total_s + self.poll_interval_s + 1 >= self.table.next_s:
             freshen(self.paths.check_ins)
         try:
             listing = list_below(self.paths.check_ins)
@@ -6656,13 +6646,17 @@ class Watcher:
             self._events = []
 
     def _event(self, change: Change) -> Event:
+        run = change.run
+        # Changes of one check-in and kind are one event, unless a suffix parts them; `utc` tells two lives of
+        # a run apart whose numbers begin anew.
+        event_id = f"{run.hash}-{run.idx}-{run.utc}-{change.kind}{change.suffix}"
         try:
             facts = change_facts(self.paths, change)
-            not_for = self.dispatcher.not_for(change.visible or change.run.hash, change.run.state)
+            not_for = self.dispatcher.not_for(change.visible or run.hash, run.state)
         except Exception as error:  # whatever the run wrote, that it failed must be alerted
-            log.error("run %s: %s: its alert says little", change.run.hash, type(error).__name__)
-            facts, not_for = {"event": change.kind, "run.hash": change.run.hash}, []
-        return Event(change.id, change.kind, self._dated(facts), not_for)
+            log.error("run %s: %s: its alert says little", run.hash, type(error).__name__)
+            facts, not_for = {"event": change.kind, "run.hash": run.hash}, []
+        return Event(event_id, change.kind, self._dated(facts), not_for)
 
     def _dated(self, facts: Facts) -> Facts:
         known = {name: value for name, value in facts.items() if value}
@@ -6677,14 +6671,11 @@ class Watcher:
         self.table.forget_missing()
         if self._save(now=True):  # what is alerted is known from watcher.json alone from here on
             self.outbox.compact()
-        acks = {f"{item.name}-{item.state}" for item in self.table.runs.values()}
+        runs = self.table.runs.values()
+        acks = {f"{item.name}-{item.state}" for item in runs}
         remove_all(os.path.join(self.paths.mutes, name) for name in read_acks(self.paths) - acks)
-        ended = {
-            run
-            for run, watched in self.table.runs.items()
-            if now_s - watched.since_s > KINDS[watched.state].keep_s
-            and os.path.exists(self.paths.run_log(run))
-        }
+        over = [item.hash for item in runs if now_s - item.since_s > KINDS[item.state].keep_s]
+        ended = {run for run in over if os.path.exists(self.paths.run_log(run))}
         remove_all(map(self.paths.stack, ended))
         names = [name for name in self.table.names if name.partition("-")[0] in ended] if ended else ()
         remove_all(os.path.join(self.paths.check_ins, name) for name in names)
@@ -6991,14 +6982,12 @@ class Program:
             self.targets[source] = fd
         ends.setdefault(2, ends[1])
         actions = [(os.POSIX_SPAWN_DUP2, end, fd) for fd, end in ends.items()]
-        ignored_by_python = [signal.SIGPIPE, signal.SIGXFSZ]
+        ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python
         # As everywhere, a file that does not say what interprets it is for the shell.
         for words in (list(argv), ["/bin/sh", shutil.which(argv[0]) or argv[0], *argv[1:]]):
             try:
                 self.error = 0
-                self.pid = os.posix_spawnp(
-                    words[0], words, environ, file_actions=actions, setsigdef=ignored_by_python
-                )
+                self.pid = os.posix_spawnp(words[0], words, environ, file_actions=actions, setsigdef=ignored)
             except OSError as error:
                 self.error = error.errno or errno.ENOENT
             if self.error != errno.ENOEXEC:

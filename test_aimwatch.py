@@ -8078,9 +8078,6 @@ class WatchCase(Case):
         watcher.poll()
         return watcher
 
-    def stop(self, watcher: aimwatch.Watcher) -> None:
-        watcher.close()
-
     def look(self, watcher: aimwatch.Watcher, seconds: int) -> None:
         for _ in range(seconds):
             self.clock.pass_(1.0)
@@ -8186,7 +8183,7 @@ class TestWatcher(WatchCase):
                 self.look(watcher, 25)
                 self.check_in(run, 2, flag)
                 self.look(watcher, 5)
-                self.stop(watcher)
+                watcher.close()
                 self.assertEqual([kind for item, kind in self.told() if item == run][1:], told)
                 self.assertEqual(self.events()[-1]["facts"]["run.reason"], how)
 
@@ -8278,13 +8275,13 @@ class TestWatcher(WatchCase):
                 self.place(named(word[0], int(idx), flags[flag], int(expect), UTC + self.clock.now))
             else:  # watch, stop, restart, reboot
                 if word != "watch":
-                    self.stop(watcher)
+                    watcher.close()
                     self.clock.now = 1.0 if word == "reboot" else self.clock.now + number
                 if word != "stop":
                     boot = "another" if word == "reboot" else boot
                     with mock.patch.object(aimwatch, "boot_id", return_value=boot):
                         watcher = self.watch()
-        self.stop(watcher)
+        watcher.close()
 
     def test_wall_clock_that_jumps_changes_nothing(self) -> None:
         self.check_in("a", 1, expect=3)
@@ -8380,7 +8377,7 @@ class TestDeath(WatchCase):
                 self.assertEqual([kind for at, kind in self.told() if at == run], ["failed"])
                 self.look(watcher, 100)
                 self.assertEqual([kind for at, kind in self.told() if at == run], ["failed"])
-                self.stop(watcher)
+                watcher.close()
                 facts = self.events()[-1]["facts"]
                 self.assertEqual(facts["run.reason"], aimwatch.DIED)
                 self.assertRegex(facts["run.silent"], "^[0-9]+ s$")
@@ -8450,11 +8447,11 @@ class TestDeath(WatchCase):
                 with mock.patch.object(aimwatch, "boot_id", return_value="x" if not told else boot):
                     watcher = self.watch()
                     self.look(watcher, 12)
-                    self.stop(watcher)
+                    watcher.close()
                 process.kill()
                 watcher = self.watch()
                 self.look(watcher, 60)
-                self.stop(watcher)
+                watcher.close()
                 self.assertEqual([item for item in self.told() if item[0] == run], told)
 
     def test_process_that_lost_its_lock_and_lives_is_not_dead(self) -> None:
@@ -8488,7 +8485,7 @@ class TestDeath(WatchCase):
                 os.unlink(self.paths.marker(run))
                 self.look(watcher, 20)
                 self.assertEqual(watcher.table.runs[run].state, told)
-                self.stop(watcher)
+                watcher.close()
                 self.assertEqual([kind for at, kind in self.told() if at == run], [told])
         self.assertEqual(self.facts("failed")["run.reason"], "out of luck")
 
@@ -8535,11 +8532,9 @@ class TestDeath(WatchCase):
                     self.assertEqual(watched.note_marker(state, now), sure)
                     self.assertEqual(watched.look_s, look)
                     again = aimwatch.WatchedRun.from_list(json.loads(json.dumps(watched.to_list())))
-                    self.assertEqual(again.to_list() if again else None, watched.to_list())
+                    self.assertEqual(again.to_list(), watched.to_list())
             table.take([named("a", 2)], 100.0, UTC)
-            self.assertFalse(
-                watched.note_marker("free", 106.0), "what was free before a check-in is forgotten"
-            )
+            self.assertFalse(watched.note_marker("free", 106.0), "what was free before is forgotten")
 
     def test_last_check_in_is_when_it_came_or_when_it_says_where_nobody_saw_it_come(self) -> None:
         utc = Clock(2e9)
@@ -8574,7 +8569,7 @@ class TestDeath(WatchCase):
 
 class TestWatcherRestarted(WatchCase):
     def test_failure_is_told_although_watcher_json_is_lost(self) -> None:
-        self.stop(self.watch())
+        self.watch().close()
         self.check_in("a", 1, "failed")
         os.unlink(self.paths.watcher)
         self.watch()
@@ -8596,7 +8591,7 @@ class TestWatcherRestarted(WatchCase):
                         b'{"runs": [1, [], ["x", 0, 0, "running"]], "mono": []}',
                         b'{"looked_s": 1' + b"0" * 400 + b"}"):  # fmt: skip
             with self.subTest(content=content):
-                self.stop(watcher)
+                watcher.close()
                 if content is None:
                     os.unlink(self.paths.watcher)
                 else:
@@ -8617,8 +8612,7 @@ class TestWatcherRestarted(WatchCase):
         self.check_in("b", 1, expect=300)
 
         def pass_once() -> List[Tuple[str, str]]:
-            watcher = self.watch(once=True)
-            self.stop(watcher)
+            self.watch(once=True).close()
             return self.told()
 
         pass_once()
@@ -8729,12 +8723,12 @@ class TestSweep(WatchCase):
                 writer.log_error(f"number {number}")
                 watcher.poll()
                 if number % 40 == 0:
-                    self.stop(watcher)
+                    watcher.close()
                     watcher = self.watch(once=True)
                 self.assertLess(os.stat(self.paths.outbox).st_size, 25_000)
         self.assertLess(len(watcher.outbox.known), 60)
         self.wait_for(lambda: not watcher.outbox.waiting_for("a"))
-        self.stop(watcher)
+        watcher.close()
         last = self.outbox()[-1]
         self.watch(once=True)
         self.assertEqual(self.outbox()[-1], last)
@@ -8759,7 +8753,6 @@ class TestFlaps(unittest.TestCase):
         self.told += [f"{change.kind} {change.note}".strip() for change in changes]
         if self.now % 7 == 0:  # the watcher is started anew
             watched = aimwatch.WatchedRun.from_list(json.loads(json.dumps(self.table.runs["r"].to_list())))
-            assert watched is not None
             self.table = aimwatch.RunTable(2.0)
             self.table.restore(watched)
 
@@ -8852,7 +8845,7 @@ class TestFlappingAndReminders(WatchCase):
             self.clock.pass_(300)
             watcher.poll()
             if turn % 7 == 3:
-                self.stop(watcher)
+                watcher.close()
                 watcher = self.watch_far(remind_every_s=600.0)
                 self.look(watcher, 40)
         told = [f"reminder {number} of at most 10" for number in range(1, 11)]
@@ -8912,7 +8905,7 @@ class TestWhere(WatchCase):
         with mock.patch.object(aimwatch.Outbox, "add", side_effect=SystemExit), self.assertRaises(SystemExit):
             self.look(watcher, 1)
         with mock.patch.object(aimwatch.Watcher, "_save"):  # who is killed has no last word
-            self.stop(watcher)
+            watcher.close()
         self.watch()
         self.assertEqual([item["to"] for item in self.events()], [["all"]])
 
@@ -8964,7 +8957,7 @@ class TestAcknowledged(WatchCase):
         self.look(watcher, 6)
         self.assertEqual(self.run_cli("ack", "--all")[0], 0)
         watcher.table.end(watcher.table.runs["s"], "failed", 7.0, "")
-        self.stop(watcher)
+        watcher.close()
         self.assertEqual(self.run_cli("status")[0], 1)
 
     def test_what_cannot_be_acknowledged_is_refused(self) -> None:
@@ -9002,7 +8995,7 @@ class TestAcknowledged(WatchCase):
                 self.look(watcher, 121)
                 self.assertEqual(self.told(), before)
                 self.assertNotIn(state, watcher.table.runs)
-                self.stop(watcher)
+                watcher.close()
                 (row,) = json.loads(self.run_cli("runs", f"run.hash == '{state}'", "--json")[1])
                 self.assertEqual(row["state"], "failed")
 
@@ -9067,7 +9060,7 @@ class TestMutes(WatchCase):
         until = aimwatch.datetime.datetime.fromisoformat(rows["stalls"]["muted_until"]).timestamp()
         self.assertAlmostEqual(until, time.time() + 60, delta=30)
         self.assertRegex(self.run_cli("status")[1], r"\n  muted for \w+ \w+( \w+ \w+)?\n")
-        self.stop(watcher)
+        watcher.close()
         watcher = self.watch()
         self.look(watcher, 40)
         self.assertEqual(sorted(self.told()), [("fails", "failed"), ("stalls", "stalled")])
@@ -9088,7 +9081,7 @@ class TestMutes(WatchCase):
         for run, flag in zip(runs, ("check_in", "finished", "failed", "check_in")):
             self.check_in(run, 2, flag)
         self.look(watcher, 3)
-        self.stop(watcher)
+        watcher.close()
         watcher = self.watch()
         self.assertEqual(len(self.told()), before)
         self.look(watcher, 60)
@@ -9384,7 +9377,7 @@ class TestStart(WatchCase):
     def test_soft_lock_of_aims_watcher_is_a_warning_that_names_its_owner(self) -> None:
         write_file(f"{self.paths.watcher_lock}.softlock", "4711\nnode7\n")
         with self.assertLogs(aimwatch.log, "WARNING") as logged:
-            self.stop(self.watch())
+            self.watch().close()
         owner = pwd.getpwuid(os.getuid()).pw_name
         self.assertIn(
             f"watcher.lock.softlock is there: Aim's watcher (of user {owner}) may watch too", logged.output[0]
@@ -9395,7 +9388,7 @@ class TestStart(WatchCase):
         server = self.webhook(lambda handler: answer.wait(30))
         self.addCleanup(answer.set)
         self.configure(hangs={"type": "slack", "arguments": {"url": server.url}})
-        self.stop(self.watch())
+        self.watch().close()
         ping = ("--ping-url", server.url)
         for number, options in ((signal.SIGINT, ping), (signal.SIGTERM, ("--once",))):
             with self.subTest(number=number, options=options):
@@ -9484,7 +9477,7 @@ class TestBlockedLog(WatchCase):
     def test_stderr_that_takes_nothing_stops_no_alert_and_no_end(self) -> None:
         server = self.webhook()
         self.configure(w={"type": "slack", "arguments": {"url": server.url}}, l={"type": "logger"})
-        self.stop(self.watch())
+        self.watch().close()
         watcher, _ = self.start_on_full_pipe("-m", "aimwatch", "start", "--poll-interval", "0.1")
         self.check_in("r", 1, "failed")
         self.wait_for(server.texts)
@@ -9717,7 +9710,7 @@ class TestTwoMachines(WatchCase):
                 aimwatch.Watcher(self.paths, seize=True)
 
     def test_page_waits_for_no_watcher_of_another_machine_and_sees_when_it_stops(self) -> None:
-        self.stop(self.watch())
+        self.watch().close()
         write_file(self.paths.watcher, json.dumps({**self.saved(), "ended": False}))
         utc = Clock(time.time())
         site = aimwatch.Site(self.paths, utc=utc)
@@ -9740,7 +9733,7 @@ class TestTwoMachines(WatchCase):
             saved = read_file(self.paths.watcher)
         with self.assertRaisesRegex(aimwatch.WatcherBusyError, "on elsewhere .* watches .* now"):
             first.poll()
-        self.stop(first)
+        first.close()
         self.assertEqual(read_file(self.paths.watcher), saved)
 
     def test_standby_takes_over_from_one_that_holds_the_lock_and_does_not_look(self) -> None:
@@ -9780,7 +9773,7 @@ class TestTwoMachines(WatchCase):
         seen_at = aimwatch.SeenAt(self.paths)
         with mock.patch.object(aimwatch, "FROZEN_S", -100.0):
             self.assertFalse(seen_at.is_frozen())  # Aim's watcher writes no watcher.json
-            self.stop(self.watch())
+            self.watch().close()
             self.assertFalse(seen_at.is_frozen())  # it said that it ended
 
 
@@ -9939,7 +9932,7 @@ class TestClosedDoors(WatchCase):
                 before = self.content()
                 self.look(watcher, 70)
                 self.assertEqual(bool(watcher.trouble), folder == self.paths.check_ins)
-                self.stop(watcher)
+                watcher.close()
                 refusal = f"cannot use {folder}: links are not followed here: put a folder in its place"
                 with self.assertRaisesRegex(aimwatch.RepoError, "links are not followed here"):
                     aimwatch.Watcher(self.paths)
@@ -9977,7 +9970,7 @@ class TestClosedDoors(WatchCase):
         def watch() -> None:
             watcher = self.watch()
             self.look(watcher, 3)
-            self.stop(watcher)
+            watcher.close()
 
         paths = self.paths
         for path, act in (
@@ -10007,7 +10000,7 @@ class TestClosedDoors(WatchCase):
         run.log_error("x")
         watcher = self.watch()
         self.run_cli("mute", run.hash)
-        self.stop(watcher)
+        watcher.close()
         for folder, _, names in os.walk(self.paths.aim):
             for name in names:
                 mode = stat.S_IMODE(os.stat(os.path.join(folder, name)).st_mode)
@@ -10028,7 +10021,7 @@ class TestClosedDoors(WatchCase):
                 watcher = self.watch()
                 self.look(watcher, 6)
                 self.assertEqual(self.told(), [("a", "stalled")])
-                self.stop(watcher)
+                watcher.close()
                 for path in (self.paths.outbox, self.paths.watcher):
                     os.unlink(path)
 
@@ -10663,7 +10656,7 @@ class TestStatus(WatchCase):
     def test_without_a_watcher_or_passes_of_once_it_says_so_and_exits_1(self) -> None:
         said = f"repository {self.root}\nno watcher is alive; never looked\n\nno runs with check-ins\n"
         self.assertEqual(self.status(), (1, said))
-        self.stop(self.watcher(once=True))
+        self.watcher(once=True).close()
         code, out = self.status()
         self.assertEqual((code, "\nwatched by passes of 'start --once'; last looked " in out), (0, True))
 
@@ -10698,7 +10691,7 @@ class TestStatus(WatchCase):
         self.assertEqual([(row["hash"], row["state"]) for row in shown["runs"]], [("b", "failed")])
         self.check_in("b", 2, "finished")
         self.assertEqual((self.status()[0], self.status()[1].splitlines()[-1]), (0, "1 finished"))
-        self.stop(watcher)
+        watcher.close()
         code, out = self.status()
         self.assertEqual(code, 1)
         self.assertRegex(out.splitlines()[1], "^no watcher is alive; last looked .* ago$")
@@ -10710,7 +10703,7 @@ class TestStatus(WatchCase):
                 watcher = self.watch(utc=lambda: now, poll_interval_s=interval_s)
                 with mock.patch.object(aimwatch.time, "time", lambda: now + 100):
                     found, out = self.status()
-                self.stop(watcher)
+                watcher.close()
                 self.assertEqual(found, code, out)
                 text = "holds the watch but does not look; last looked" if code else "watched by"
                 self.assertIn(text, out)
@@ -10930,7 +10923,7 @@ class RollCalls(WatchCase):
         watcher = self.watch()
         self.beat(0, expect=600)
         self.look(watcher, 20)
-        self.stop(watcher)
+        watcher.close()
         watcher = self.watch()
         self.look(watcher, 40)
         self.assertEqual(
@@ -10988,7 +10981,7 @@ class RollCalls(WatchCase):
         self.beat(0, 1, 2, flag="finished", expect=0)
         self.look(watcher, 2)
         self.assertEqual(["started", "finished"], [kind for kind, _ in self.reasons()])
-        self.stop(watcher)
+        watcher.close()
         self.beat(0, 1, 2)
         self.watch(once=True).close()
         self.fails(2, "ValueError: bad", 5.0)
@@ -11012,7 +11005,7 @@ class RollCalls(WatchCase):
         self.look(watcher, 1)
         self.fails(3, "ValueError: bad", 5.0)
         self.look(watcher, 1)
-        self.stop(watcher)
+        watcher.close()
         code, out, _ = self.run_cli("status")
         self.assertRegex(out, r"\nr0 +failed .* resnet .*\n  7 of 8 ranks alive; rank 3: ValueError: bad\n")
         self.assertNotRegex(out, r"\nr[1-7] ")
