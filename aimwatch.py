@@ -233,10 +233,8 @@ _O_REACH = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY
 @contextlib.contextmanager
 def folder_of(path: str) -> Iterator[Tuple[int, str]]:
     """Open the folder of a file, and yield its descriptor, for `dir_fd`, and the name in it. Raises OSError.
-
     Below `.aim` each folder is opened in the one above it, and no link is followed: who may write there could
-    put one in the place of a folder after it was checked, and have the files of another folder removed.
-    """
+    put one in the place of a folder after it was checked, and have the files of another folder removed."""
     folder, name = os.path.split(path)
     root, aim, below = folder.rpartition("/.aim/")
     at = f"{root}/.aim" if aim else folder or "."
@@ -403,8 +401,7 @@ def local_time(epoch_s: float) -> str:
 def iso_time(epoch_s: float, precision: str = "milliseconds") -> str:
     """Return seconds since the epoch in ISO 8601 with its zone, which is UTC, for programs to read."""
     try:
-        moment = datetime.datetime.fromtimestamp(epoch_s, datetime.timezone.utc)
-        return moment.isoformat(timespec=precision)
+        return datetime.datetime.fromtimestamp(epoch_s, datetime.timezone.utc).isoformat(timespec=precision)
     except (OverflowError, ValueError, OSError):
         return ""
 
@@ -1181,7 +1178,8 @@ class RunState:
 
 
 class AppendFile:
-    """Appends lines to one file, whose only writer the caller is: a run's log, or the outbox.
+    """Appends lines to one file, whose only writer the caller is: a run's log, or the outbox. Raises OSError
+    where it cannot be opened or made; its folder must be there.
 
     A line that the disk refuses waits in memory, in order, and is tried again with the next one, at most
     once a second. When too much waits, the oldest lines are given up and counted in `dropped`. Where the
@@ -1190,8 +1188,6 @@ class AppendFile:
     On a network file system a write succeeds, and its error comes at fsync. There a thread syncs the file
     once a second, and lines are kept until a sync has succeeded. After one that failed, the file is cut to
     what is known to be on the disk, and the lines since wait again.
-
-    Raises OSError where the file cannot be opened or made; its folder must be there.
     """
 
     def __init__(self, path: str, summary: Callable[[], List[bytes]]) -> None:
@@ -1356,12 +1352,10 @@ class AppendFile:
 
 
 def read_log(path: str, run_hash: str, part: int = 0) -> RunState:
-    """Return what the run log at `path` says. Raises OSError where it cannot be read.
+    """Return what the run log at `path` says. Raises OSError where it cannot be read, or is no log of ours,
+    with so much after its last checkpoint.
 
-    Reads the first line, then from the last checkpoint on: what a run has recorded since decides
-    the cost, not what it ever recorded. A file with so much after its last checkpoint that it is no log of
-    ours is refused.
-
+    Reads the first line, then from the last checkpoint on: what a run has recorded since decides the cost.
     With `part`, so many bytes after the checkpoint, and of the end, are read alone: where a run writes on
     without end, that it died must be said all the same, and soon.
     """
@@ -4365,8 +4359,6 @@ class Repo:
         if len(sizes) > 50:
             try_to_index(self._paths, list(sizes), 0.1)  # for the next who asks
         return [StoredRow(*parts) for parts in self._overlay.values()], set(sizes)
-
-    # ---------------------------------------------------------------- the index
 
     def reindex(self, rebuild: bool = False) -> List[str]:
         """Bring the index up to date with every pending run, or build it anew; return what could
