@@ -1667,12 +1667,9 @@ STACKS_AFTER_S, STACKS_POLL_S = 0.5, 1.0
 
 
 class _Stacks:
-    """Writes the stacks of all threads to a file when a run misses its promise.
-
-    One thread looks for that while any run of the process has made one. `threading` does not know it, so it
-    delays no exit. While it looks at the others it holds the GIL, and they stand still; while C code holds
-    the GIL, nothing is written.
-    """
+    """Writes the stacks of all threads to a file when a run misses its promise. One thread looks for that
+    while any run of the process has made one. `threading` does not know it, so it delays no exit. While it
+    looks at the others it holds the GIL, and they stand still; while C code holds it, nothing is written."""
 
     def __init__(self) -> None:
         # Reentrant, since a signal's handler may end a run.
@@ -1755,8 +1752,7 @@ def _in_full(end: Callable[..., None], *arguments: Any) -> None:
 class _Process:
     """What runs need of the process: its exit and its status, exceptions that nobody handles, signals, exec,
     the cells of a notebook. Each hook calls what stood there before. A forked child inherits them, and every
-    run declines there by its pid.
-    """
+    run declines there by its pid."""
 
     def __init__(self) -> None:
         #: In the order in which they were opened.
@@ -1951,13 +1947,11 @@ def checked_expect_s(value: Any) -> float:
 
 
 class Rhythm:
-    """Learns from the gaps between the reports of a run what may be promised: `expect_next_in="auto"`.
-
-    Pure: what it promises is a function of the gaps alone. Three times the longest gap that came lately,
-    where "lately" is a hundred times as long as the gap itself: what takes a 70th of the time, such as a
-    checkpoint or a validation, is expected for ever, and what came once is forgotten. At least a minute, at
-    most a day, and half an hour until ten gaps are known.
-    """
+    """Learns from the gaps between the reports of a run, and from nothing else, what may be promised:
+    `expect_next_in="auto"`. Three times the longest gap that came lately, where "lately" is a hundred times
+    as long as the gap itself: what takes a 70th of the time, such as a checkpoint or a validation, is
+    expected for ever, and what came once is forgotten. At least a minute, at most a day, and half an hour
+    until ten gaps are known."""
 
     def __init__(self) -> None:
         self.gaps = 0
@@ -2687,10 +2681,8 @@ class Run:
             self._write_messages()
 
     def _write_messages(self) -> None:
-        """Append what waits to the file of which the watcher tells; it takes that file away.
-
-        What a full file does not take is in the run's log alone; what a full disk does not take waits.
-        """
+        """Append what waits to the file of which the watcher tells; it takes that file away. What a full file
+        does not take is in the run's log alone; what a full disk does not take waits."""
         with contextlib.suppress(OSError):
             path = os.path.join(self._paths.news, self.hash)
             fd = open_below(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -2747,10 +2739,8 @@ class Run:
 
     def _look(self) -> None:
         """See once a second whether the run's files are still where they were, and make them again where not.
-
-        Never where there is no `.aim`: a share that is not mounted leaves an empty folder, and what
-        was written below it would be hidden when the share comes back.
-        """
+        Never where there is no `.aim`: a share that is not mounted leaves an empty folder, and what was
+        written below it would be hidden when the share comes back."""
         now_s = time.time()
         if not self._pid or 0 <= now_s - self._looked_s < LOOK_S:  # the clock may be set back, by a day
             return
