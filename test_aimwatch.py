@@ -583,9 +583,7 @@ class FileLocks(Case):
         self.addCleanup(os.close, other)
         with self.assertRaises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def test_one_kind_where_they_are_one_as_on_nfs(self) -> None:
-        lock = self.lock(flock=True)
+        lock = self.lock("nfs", flock=True)  # where they are one
         with mock.patch.object(aimwatch, "is_network", return_value=True), mock.patch("fcntl.flock") as flock:
             self.assertIs(lock.acquire(), True)
         flock.assert_not_called()
@@ -2601,15 +2599,6 @@ class ReadOnlyRun(Case):
 class FullDisk(HandDriven):
     """The disk is full, or the share is gone, and then it is not."""
 
-    def full(self, *calls: str) -> contextlib.ExitStack:
-        stack = contextlib.ExitStack()
-        for call in calls:
-            stack.enter_context(mock.patch(call, no_space))
-        return stack
-
-    def props(self, run_hash: str) -> Dict[str, Any]:
-        return aimwatch.read_log(self.paths.run_log(run_hash), run_hash).props
-
     def test_check_in_that_fails_is_logged_once_and_tried_again_each_second(self) -> None:
         run = self.run_object("r")
         calls: List[str] = []
@@ -2629,12 +2618,8 @@ class FullDisk(HandDriven):
             run.report_progress(expect_next_in=60)
             self.clock.pass_(10)
             run.report_progress(expect_next_in=60)
-        self.assertEqual(
-            logs.output,
-            [f"WARNING:aimwatch:cannot check in below {self.paths.check_ins}: "
-             "No space left on device",
-             ],
-        )  # fmt: skip
+        said = f"WARNING:aimwatch:cannot check in below {self.paths.check_ins}: No space left on device"
+        self.assertEqual(logs.output, [said])
         self.assertEqual((self.flags("r-"), self.promised(run)), (["check_in"], 66))
 
     def test_unwritable_log_is_tried_again_once_a_second(self) -> None:
@@ -2653,7 +2638,7 @@ class FullDisk(HandDriven):
 
     def test_end_that_cannot_be_reported_is_in_the_log_where_the_watcher_looks(self) -> None:
         run = self.run_object("r")
-        with self.full("os.rename"), self.assertLogs("aimwatch") as logs:
+        with mock.patch("os.rename", no_space), self.assertLogs("aimwatch") as logs:
             run.report_successful_finish()
         self.assertEqual((self.flags("r-"), len(logs.output)), (["starting"], 1))
         self.assertIn("No space left on device", logs.output[0])
@@ -2661,14 +2646,14 @@ class FullDisk(HandDriven):
 
     def test_constructor_on_a_disk_that_refuses_names_file_and_way_out(self) -> None:
         fds = open_fds()
-        with self.full("aimwatch.open_below"), self.assertRaises(aimwatch.RepoError) as caught:
+        with mock.patch("aimwatch.open_below", no_space), self.assertRaises(aimwatch.RepoError) as caught:
             Run("r", create=True, repo=self.root)
         self.assertEqual(
             str(caught.exception),
             f"cannot write {self.root}: No space left on device: make it writable, or choose another "
             "folder with Run(repo=...) or $AIMWATCH_REPO",
         )
-        with self.full("aimwatch.CheckInFile._create"), self.assertRaises(aimwatch.RepoError):
+        with mock.patch("aimwatch.CheckInFile._create", no_space), self.assertRaises(aimwatch.RepoError):
             Run("r", create=True, repo=self.root)
         self.assertEqual(open_fds(), fds)
         self.run_object("r").close()
@@ -2712,9 +2697,13 @@ class LogReader(Case):
                     self.assertEqual((state.props, list(state.errors)), ({"name": "right"}, ["m"]))
                     self.assertEqual((state.end, state.next_idx), (None, 1))
 
-    def test_empty_lines_and_a_torn_last_line_are_not_damage(self) -> None:
+    def test_empty_lines_a_torn_last_line_and_an_empty_log_are_not_damage(self) -> None:
         state = self.read(self.HEADER, b"\n", b"\n", b'{"props":{"na')
         self.assertEqual((state.skipped, state.props), (0, {}))
+        state = self.read()
+        self.assertEqual((state.header, state.skipped, state.end), ({}, 0, None))
+        self.run_object("r").close()
+        self.assertEqual(self.records("r")[0]["format"], 1)
 
     def test_points_are_those_that_the_summary_counts(self) -> None:
         series = b'{"series":1,"name":"m","context":{}}\n'
@@ -2733,12 +2722,6 @@ class LogReader(Case):
         self.assertEqual(self.read(self.HEADER, message).logs, {"20": 1})
         messages = aimwatch.read_messages(self.paths.run_log("r"))
         self.assertEqual([item["message"] for item in messages], ["last"])
-
-    def test_empty_log_says_nothing(self) -> None:
-        state = self.read()
-        self.assertEqual((state.header, state.skipped, state.end), ({}, 0, None))
-        self.run_object("r").close()
-        self.assertEqual(self.records("r")[0]["format"], 1)
 
     def test_line_of_any_length_is_skipped_without_being_held(self) -> None:
         last = b'{"props":{"a":1}}\n'
@@ -2765,10 +2748,8 @@ class LogReader(Case):
 
     def test_header_and_what_follows_the_checkpoint_are_read_and_the_rest_is_not(self) -> None:
         checkpoint = self.checkpoint(a=1)
-        state = self.read(
-            self.HEADER, b"garbage\n" * 50, checkpoint,
-            b'{"end":"failed","time":9,"idx":4,"reason":"why"}\n',
-        )  # fmt: skip
+        end = b'{"end":"failed","time":9,"idx":4,"reason":"why"}\n'
+        state = self.read(self.HEADER, b"garbage\n" * 50, checkpoint, end)
         self.assertEqual((state.header["pid"], state.props), (7, {"a": 1}))
         self.assertEqual((state.end["reason"], state.next_idx), ("why", 5))
         self.assertEqual(state.skipped, 0)
@@ -2786,10 +2767,7 @@ class LogReader(Case):
                     state = self.read(self.HEADER, *first, *lines, damaged)
                     self.assertEqual(state.props, {"a": 1, "b": 2} if first else {"b": 2})
                     self.assertEqual((state.header["pid"], state.next_idx), (7, 5))
-
-    def test_whole_log_is_read_where_two_checkpoints_are_torn(self) -> None:
-        torn = b'{"checkpoint":2}\n' * 3
-        state = self.read(self.HEADER, b'{"props":{"b":2}}\n', torn)
+        state = self.read(self.HEADER, lines[0], b'{"checkpoint":2}\n' * 3)  # the whole log is read
         self.assertEqual((state.props, state.skipped), ({"b": 2}, 3))
 
     def test_run_whose_log_is_no_file_is_refused_and_no_descriptor_is_lost(self) -> None:
@@ -5657,12 +5635,8 @@ class DamagedConfig(NotifierCase):
                 self.assertEqual((code, f"NOT delivered: {found.problem}" in out), (1, True), out)
         self.write_config({"notifications": {"notifiers": {"some-id": "text"}}})
         refused = "notifier some-id is no JSON object: remove it and add it again$"
-        for command, said in (
-            ("list", "^$"),
-            ("dump", "^$"),
-            ("disable some", refused),
-            ("remove some --yes", "^$"),
-        ):
+        for command in ("list", "dump", "disable some", "remove some --yes"):
+            said = refused if command == "disable some" else "^$"
             self.assert_one_line(self.run_cli("notifiers", *command.split())[2], said)
 
 
