@@ -7831,6 +7831,8 @@ class NotifiersCommands(NotifierCase):
                 self.assertEqual(len(self.entries()), 2 if answer == "y" else 3)
                 self.assert_hidden(out + err)
         self.write_config(AIM_CONFIG)
+        self.assertEqual(self.run_cli("notifiers", "remove", "", "--yes")[0], 1)  # a variable that is not set
+        self.assertEqual(self.config.read(), AIM_CONFIG)
         self.assertEqual(self.run_cli("notifiers", "remove", "5c42", "--yes"), (0, removed, ""))
 
     def test_log_level_is_set_and_shown(self) -> None:
