@@ -959,12 +959,10 @@ class HeartbeatPromise(HandDriven):
         run = self.run_object()
         run.report_progress()
         names = self.check_ins()
-        self.clock.pass_(29.9)
-        run.report_progress()
-        self.assertEqual(self.check_ins(), names)
-        self.clock.pass_(0.1)
-        run.report_progress()
-        self.assertNotEqual(self.check_ins(), names)
+        for passes_s, is_the_same in ((29.9, True), (0.1, False)):
+            self.clock.pass_(passes_s)
+            run.report_progress()
+            self.assertEqual(self.check_ins() == names, is_the_same)
 
     def test_wrong_value_raises_and_writes_nothing(self) -> None:
         wrong_type = "must be seconds (0: none) or 'auto', not "
@@ -3291,13 +3289,11 @@ class RecordingCase(Case):
     def states(self, run_hash: str) -> Tuple[Any, Any]:
         """Return the state that the log's tail gives and the one that the whole log gives."""
         path = self.paths.run_log(run_hash)
-        from_tail = aimwatch.read_log(path, run_hash)
-        with mock.patch.object(aimwatch, "_last_checkpoint", return_value=0):
-            whole = aimwatch.RunState(run_hash)
-            with open(path, "rb") as file:
-                for line, _ in aimwatch.read_lines(file):
-                    if not line.startswith(b'{"checkpoint"'):
-                        whole.skipped += not aimwatch._apply_line(whole, line)
+        from_tail, whole = aimwatch.read_log(path, run_hash), aimwatch.RunState(run_hash)
+        with open(path, "rb") as file:
+            for line, _ in aimwatch.read_lines(file):
+                if not line.startswith(b'{"checkpoint"'):
+                    whole.skipped += not aimwatch._apply_line(whole, line)
         return from_tail, whole
 
     def summary(self, state: aimwatch.RunState) -> Any:
@@ -3715,9 +3711,8 @@ class Params(RecordingCase):
         run = self.run_object("r", experiment="first")
         self.assertEqual((run.name, run.description, run.tags), ("Run: r", None, []))
         run.name, run.description, run.archived = "n\u00e4me \n", "about", True
-        run.add_tag("b")
-        run.add_tag("a")
-        run.add_tag("b")
+        for tag in "bab":
+            run.add_tag(tag)
         self.assertTrue(run.remove_tag("a"))
         self.assertFalse(run.remove_tag("a"))
         run.tags.append("mine")
