@@ -3647,6 +3647,12 @@ def finalize_dead(paths: RepoPaths, state: RunState) -> bool:
 _MAX_CHARS = 10_000
 #: How many levels the syntax tree may have: functions that call each other compile and evaluate it.
 _MAX_DEPTH = 40
+#: So many runs are too many to look at one by one, where another condition leaves fewer.
+_MANY = 2000
+#: With more narrowings, looking for the best takes longer than it saves; more values are not looked up.
+_MOST_NARROWINGS, _MOST_VALUES = 8, 100
+#: In the place of a value that is known only for a row.
+_UNKNOWN = object()
 
 #: How SQL writes a comparison, what decides it, and whether the opposite is asked.
 _COMPARISONS: Dict[type, Tuple[str, Callable[[Any, Any], Any], bool]] = {
@@ -3705,6 +3711,10 @@ _TIMES_MADE: Dict[str, Callable[..., Any]] = {
     "datetime": datetime.datetime, "timedelta": datetime.timedelta,
     "datetime.now": lambda: _utc(time.time()), "datetime.utcnow": lambda: _utc(time.time()),
 }  # fmt: skip
+_MISTAKES = (
+    (r"(?<![=!<>:])=(?!=)", ": write == to compare"),
+    (r"&&|\|\||!(?!=)", ": write and, or, not"),
+)
 _TIME_PARTS = ("year", "month", "day", "hour", "minute", "second")
 _EPOCH = datetime.datetime(1970, 1, 1)
 
@@ -3760,15 +3770,6 @@ class CompiledQuery:
             yield StoredRow(*parts)
 
 
-#: So many runs are too many to look at one by one, where another condition leaves fewer.
-_MANY = 2000
-#: With more, looking for the best would take longer than it saves. And more values are not looked up.
-_MOST_NARROWINGS, _MOST_VALUES = 8, 100
-
-#: In the place of a value that is known only for a row.
-_UNKNOWN = object()
-
-
 class _Value(NamedTuple):
     """What a part of the query stands for. `const` is its value where that is the same for every row. The
     index holds it in the facts at the path `fact`: the value itself ("value"), its seconds ("time"), or its
@@ -3816,12 +3817,6 @@ def _parse(text: str) -> ast.expr:
     if level:
         raise QueryError(f"nested too deeply (more than {_MAX_DEPTH} levels): write it flatter", 1)
     return tree
-
-
-_MISTAKES = (
-    (r"(?<![=!<>:])=(?!=)", ": write == to compare"),
-    (r"&&|\|\||!(?!=)", ": write and, or, not"),
-)
 
 
 def _error_at(text: str, line: int, offset: int, reason: str) -> QueryError:
@@ -4730,6 +4725,8 @@ class NotifierConfig:
 # ======================================================================================
 
 MAX_MESSAGE = 3000
+#: A field of more lines than this is cut.
+MAX_FACT_LINES = 30
 #: So many events stand in full in a message about several, where there is room for that.
 FULL_EVENTS = 10
 #: Otherwise so many have a line each, and the rest are counted.
@@ -4890,8 +4887,6 @@ def plain_facts(facts: Facts) -> Facts:
     return {name: facts[name].encode("ascii", "replace").decode() for name in kept & facts.keys()}
 
 
-#: A field of more lines than this is cut.
-MAX_FACT_LINES = 30
 #: What calls for somebody in one of the chats (`@all`, `<@&1>`, `<users/all>`), and what hides where a link
 #: leads to (`[name](url)`, `<url|name>`).
 _CALLS = re.compile(r"(?<!\w)@(?=[\w\[&!])|@(?=everyone|here|channel|all)|<(?=users/|\w+:)|\](?=[(\[:])")
