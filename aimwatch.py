@@ -7646,7 +7646,6 @@ class Site:
         self._pages = functools.lru_cache(100)(self._make)
         self._rows = functools.lru_cache(3000)(lambda run_hash, stamp: read_run(paths, run_hash))
         self._indexed = functools.lru_cache(3)(lambda q, stamp: Repo(paths.root).query_runs(q).found)
-        self._facts = functools.lru_cache(20_000)(lambda run_hash, stamp: run_facts(paths, run_hash))
 
     def answer(self, path: str, query: str, known_etag: str = "") -> Reply:
         """Return the answer to GET of a path below the base path; 304 where `known_etag` is still true."""
@@ -7701,13 +7700,8 @@ class Site:
 
     def status(self, ask: Optional[Ask] = None) -> Dict[str, Any]:
         """What `status --json` prints."""
-
-        def facts_of(paths: RepoPaths, run_hash: str) -> Facts:
-            return self._facts(run_hash, file_stamp(paths.run_log(run_hash)))
-
         # Seen from one answer to the next: no page waits until a watcher on another machine looks again.
-        looks = not self._seen_at.is_frozen(fresh=False)
-        return status_object(self.paths, facts_of, looks)
+        return status_object(self.paths, not self._seen_at.is_frozen(fresh=False))
 
     def runs(self, q: str) -> List[Dict[str, Any]]:
         """Return the rows for which a query is true, newest first. Raises QueryError."""
@@ -7763,9 +7757,8 @@ class Site:
             promise = html("{}<small>{}</small>", said["promise"], said["progress"])
             where = html("{}<small>{}</small>", row["host"], row["job"])
             why = "; ".join(filter(None, [said["alerts"], said["reason"]]))
-            rows.append(
-                [badge(row["state"]), run, said["last check-in"], promise, where, row["metrics"], why]
-            )
+            since = said["last check-in"]
+            rows.append([badge(row["state"]), run, since, promise, where, row["metrics"], why])
         names = ("state", "run", "last check-in", "promise", "where", "last metrics", "reason")
         return html("{}<p>{}</p>", grid(names, rows), pages)
 
@@ -8686,11 +8679,7 @@ def moment(at: Any) -> Optional[Moment]:
     return Moment(bounded(at)) if bounded(at) else None
 
 
-def status_object(
-    paths: RepoPaths,
-    facts_of: Callable[[RepoPaths, str], Facts] = run_facts,
-    looks: Optional[bool] = None,
-) -> Dict[str, Any]:
+def status_object(paths: RepoPaths, looks: Optional[bool] = None) -> Dict[str, Any]:
     """Return what `status --json` prints; for `looks` see `watcher_state`."""
     saved = read_watcher_file(paths)
     alive, text = watcher_state(paths, saved, looks)
@@ -8709,13 +8698,17 @@ def status_object(
         "watcher": watcher,
         "notifiers_that_do_not_work": notifiers,
         "modes": f"others can write {writable}: 'chmod go-w', or 'init --group'" if lax else None,
-        "runs": status_rows(paths, facts_of),
+        "runs": status_rows(paths),
     }
 
 
-def status_rows(
-    paths: RepoPaths, facts_of: Callable[[RepoPaths, str], Facts] = run_facts
-) -> List[Dict[str, Any]]:
+@functools.lru_cache(20_000)
+def _facts_at(paths: RepoPaths, run_hash: str, stamp: Any) -> Facts:
+    """Return the facts of a run; `stamp` is that of its log, which `up` does not read twice for one."""
+    return run_facts(paths, run_hash)
+
+
+def status_rows(paths: RepoPaths) -> List[Dict[str, Any]]:
     """Return one object for every run with check-ins: what it last said, and its state as the
     watcher knows it, where a watcher has seen that very check-in."""
     runs = RunTable(0)
@@ -8725,7 +8718,9 @@ def status_rows(
     in_its_log = ("experiment", "host", "pid", "job", "group", "reason", "progress", "metrics")
     for seen in runs.runs.values():
         watched = known.get(seen.name)
-        facts = facts_of(paths, seen.hash) if seen.state != FINISHED else {}
+        facts: Facts = {}
+        if seen.state != FINISHED:
+            facts = _facts_at(paths, seen.hash, file_stamp(paths.run_log(seen.hash)))
         state = watched.state if watched else seen.state
         if state == RUNNING and facts.get("run.state") == FAILED:
             state = FAILED  # its log knows, and no watcher has seen it yet
