@@ -7421,10 +7421,8 @@ for line in sys.stdin:
         with self.config.edit() as raw:
             del raw["notifications"]["notifiers"]["old"]
         for name, server in self.servers.items():
-            arguments = {"url": server.url}
-            self.configure(
-                **{name: {"type": "webhook", "arguments": arguments, "events": list(aimwatch.EVENTS)}}
-            )
+            arguments, events = {"url": server.url}, list(aimwatch.EVENTS)
+            self.configure(**{name: {"type": "webhook", "arguments": arguments, "events": events}})
         for name in ("fails0", "fails1", "fails2"):
             self.check_in(name, 2, "failed")
         self.check_in("ends", 2, "finished")
@@ -8934,9 +8932,8 @@ class TestAcknowledged(WatchCase):
                 self.configure(all={"type": "logger", "events": list(aimwatch.EVENTS)})
                 watcher = self.watch()
                 self.look(watcher, {"dying": 7, "failed": 1, "stalled": 20}[state])
-                self.wait_for(
-                    lambda: not watcher.dispatcher.is_behind()
-                )  # the command's own log goes to stderr
+                # The command's own log goes to stderr.
+                self.wait_for(lambda: not watcher.dispatcher.is_behind())
                 before = self.told()
                 self.assertEqual(self.run_cli("close", state), (0, f"closed run {state}\n", ""))
                 self.assertNotIn(state, self.rows())
@@ -9302,10 +9299,8 @@ class TestStart(WatchCase):
             (stopped, rf"{hashes[1]} stalled: silent for [0-9.]+ s, promised a check-in within 2 s",
              "  its process is still there: it hangs, or is slower than it promised\n"),
         ):  # fmt: skip
-            message = (
-                rf"WARNING . {what}\n  run .*\n  on .*, process {process.pid}\b.*\n  last seen .*\n{text}"
-            )
-            self.assertRegex(told, message)
+            about = rf"  run .*\n  on .*, process {process.pid}\b.*\n  last seen .*\n"
+            self.assertRegex(told, rf"WARNING . {what}\n{about}{text}")
 
     @unittest.skipUnless(sys.platform == "linux", "elsewhere both kinds of lock may be one")
     def test_watcher_of_aim_and_ours_exclude_each_other(self) -> None:
@@ -9357,9 +9352,8 @@ class TestStart(WatchCase):
         offer = "notifiers enable n --events stalled,failed,recovered,started,finished,log' changes that"
         self.assertEqual((code, offer in err), (0, True))
         saved = self.saved()
-        write_file(
-            self.paths.watcher, json.dumps({**saved, "mono": saved["mono"] - 1.0})
-        )  # a second of waiting
+        saved["mono"] -= 1.0  # a second of waiting
+        write_file(self.paths.watcher, json.dumps(saved))
         code, _, err = self.run_cli("start", "--once", "--grace", "0")
         self.assertEqual((code, offer in err), (1, False))
         self.assertIn("a stalled: silent for ", err)
@@ -9570,10 +9564,8 @@ class TestStandby(WatchCase):
         self.assertEqual(said, ["standing by: busy", "standing by: away", "standing by: busy"])
         for first in (away, busy):
             args.standby = first is away
-            with mock.patch.object(aimwatch, "Watcher", side_effect=first), self.assertRaises(
-                aimwatch.RepoError
-            ):
-                aimwatch._take_watch(self.paths, args, stop, int)
+            with mock.patch.object(aimwatch, "Watcher", side_effect=first):
+                self.assertRaises(aimwatch.RepoError, aimwatch._take_watch, self.paths, args, stop, int)
 
 
 # -------------------------------------------------------------------- machines that see each other late
@@ -9650,9 +9642,8 @@ class TestTwoMachines(WatchCase):
         held = mock.patch.object(aimwatch.FileLock, "acquire", return_value=False)
         full = mock.patch.object(aimwatch, "replace_file", no_space)
         with held, full, mock.patch.object(aimwatch, "lock_state", return_value="held"):
-            with self.assertRaisesRegex(
-                aimwatch.RepoError, "watches .*, and .*watcher.json cannot be written"
-            ):
+            said = "watches .*, and .*watcher.json cannot be written"
+            with self.assertRaisesRegex(aimwatch.RepoError, said):
                 aimwatch.Watcher(self.paths, seize=True)
 
     def test_page_waits_for_no_watcher_of_another_machine_and_sees_when_it_stops(self) -> None:
@@ -9688,9 +9679,8 @@ class TestTwoMachines(WatchCase):
         time.sleep(0.5)  # it has looked and saved, and is stopped long before it looks again
         first.send_signal(signal.SIGSTOP)
         args = types.SimpleNamespace(grace=1, poll_interval=0.1, once=False, remind_every=0, standby=True)
-        patches = mock.patch.multiple(
-            aimwatch, FROZEN_S=-2.5, STANDBY_INTERVAL_S=0.1
-        )  # with 3 intervals: 0.5 s
+        # With 3 intervals: 0.5 s.
+        patches = mock.patch.multiple(aimwatch, FROZEN_S=-2.5, STANDBY_INTERVAL_S=0.1)
         with patches, self.assertLogs(aimwatch.log, "INFO") as logged:
             second = aimwatch._take_watch(self.paths, args, threading.Event(), lambda watcher: watcher)
         self.addCleanup(second.close)
