@@ -5389,11 +5389,8 @@ class Outbox:
         return {"event": event.id, "kind": event.kind, "to": notifier_ids, "facts": event.facts}
 
     def add(self, events: Sequence[Tuple[Event, List[str]]]) -> None:
-        """Record events with the ids of the notifiers that must hear of them, in one write that reaches
-        the disk.
-
-        Where the disk refuses, the lines wait in memory and the events are sent all the same.
-        """
+        """Record events with the ids of the notifiers that must hear of them, in one write that reaches the
+        disk. Where that refuses, the lines wait in memory and the events are sent all the same."""
         self.write([self._record_of(event, notifier_ids) for event, notifier_ids in events])
 
     def sent(self, event_ids: Sequence[str], notifier_id: str) -> None:
@@ -5737,11 +5734,11 @@ class LookingClock:
         self.total_s = 0.0
         self.hold_until_s = 0.0
         self._hold_s = min(grace_s, HOLD_S)
-        self._last_mono: Optional[float] = None
+        self._last_mono = math.inf
 
     def look(self, now_mono: float, at_most_s: float) -> bool:
         """Count the time since the last call; False where what exceeds `at_most_s` was a gap."""
-        passed = 0.0 if self._last_mono is None else max(0.0, now_mono - self._last_mono)
+        passed = max(0.0, now_mono - self._last_mono)
         self._last_mono = now_mono
         self.total_s += min(passed, at_most_s)
         self.gap(passed - at_most_s)
@@ -6254,9 +6251,8 @@ class Groups:
                 why[watched.hash] = printable(str(end.get("reason") or notes[watched.hash]))
                 when[watched.hash] = float(end.get("time") or 0.0)
         # A launcher ends the others with SIGTERM when one has failed.
-        first, *others = sorted(
-            parts, key=lambda one: (why[one.hash].startswith("terminated by"), when[one.hash])
-        )
+        order = {run: (why[run].startswith("terminated by"), when[run]) for run in why}
+        first, *others = sorted(parts, key=lambda one: order[one.hash])
         text = f"{self._name([first])} on {self.member(first).host}: {why[first.hash]}"
         for reason in dict.fromkeys(why[one.hash] for one in others):
             ranks = self._name(one for one in others if why[one.hash] == reason)
@@ -6527,8 +6523,7 @@ class Watcher:
         self._saved_as = found
 
     def _find_dead(self, now_s: float) -> List[Change]:
-        """Look at the markers of the runs that are due, and return what has become of those that nobody
-        writes any more."""
+        """Return what has become of those runs that are due and that nobody writes any more."""
         changes, deadline = [], self._clock() + 0.05
         for watched in self.table.to_look_at(now_s):
             marker = lock_state(self.paths.marker(watched.hash))
@@ -6714,8 +6709,7 @@ class Watcher:
 
 
 def is_elsewhere(saved: Dict[str, Any]) -> bool:
-    """True where the last watcher was on another machine, whose locks may not be seen on this one, and did
-    not say that it ended."""
+    """True where the last watcher is on another machine, whose locks may not be seen, and has not ended."""
     is_over = saved.get("ended") or saved.get("once") or not saved.get("pid")
     return not is_over and saved.get("host") != this_host()
 
@@ -7076,8 +7070,7 @@ def last_lines(output: bytes) -> List[str]:
 
 
 def cpu_seconds(program: int) -> float:
-    """Return the processor time that a process, and all that it started, has used; 0 where there is no
-    /proc to read it from."""
+    """Return the processor time that a process, and all that it started, has used; 0 without /proc."""
     children: Dict[int, List[int]] = {}
     used: Dict[int, int] = {}
     for name in names_in("/proc", "[0-9]+"):
@@ -7092,8 +7085,7 @@ def cpu_seconds(program: int) -> float:
 
 
 def count_oom_kills() -> int:
-    """Return how many processes of this control group the kernel has killed since memory ran out, as far as
-    that can be read."""
+    """Return how many processes of this control group were killed for want of memory, as far as is known."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         group = read_bounded("/proc/self/cgroup", 1 << 16).decode().rpartition("0::")[2].strip()
         events = read_bounded(f"/sys/fs/cgroup{group}/memory.events", 1 << 16)
