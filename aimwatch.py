@@ -9180,7 +9180,7 @@ def destination(item: Notifier) -> str:
     known.update(masked(item.type, item.arguments))
     where = next((known[name] for name in ("base_url", "url", "to", "command") if known.get(name)), "")
     if isinstance(where, list):
-        return ",".join(where if item.type == "email" else where[:1])
+        return ",".join(map(str, where if item.type == "email" else where[:1]))
     return re.sub(r"^https?://|/.*", "", str(where))
 
 

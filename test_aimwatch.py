@@ -5619,6 +5619,7 @@ class DamagedConfig(NotifierCase):
             ({"type": "slack", "arguments": slack, "events": "oops"}, events),
             ({"type": "slack", "arguments": slack, "events": ["stalled", "x"]}, events),
             ({"type": "slack", "arguments": slack, "events": [[]]}, events),
+            ({"type": "email", "arguments": {"host": "h", "to": [1, 2]}}, "argument 'sender' is missing"),
         ):
             with self.subTest(raw=raw):
                 found = aimwatch.read_notifier("id", raw)
@@ -5626,6 +5627,7 @@ class DamagedConfig(NotifierCase):
                 self.write_config({"notifications": {"notifiers": {"some-id": raw}}})
                 code, out, err = self.run_cli("notifiers", "list", "--json")
                 self.assertEqual((code, json.loads(out)[0]["problem"]), (0, found.problem))
+                self.assertIn(found.shown_as, self.run_cli("notifiers", "list")[1])
                 code, out, err = self.run_cli("notifiers", "test", "some")
                 self.assertEqual((code, f"NOT delivered: {found.problem}" in out), (1, True), out)
         self.write_config({"notifications": {"notifiers": {"some-id": "text"}}})
