@@ -8030,6 +8030,9 @@ class WatchCase(Case):
         for _ in range(seconds):
             self.clock.pass_(1.0)
             watcher.poll()
+        for thread in watcher.dispatcher._threads.values():
+            if thread.name == "aimwatch-logger":  # what it writes must not come amid that of a command
+                self.wait_for(lambda one=thread.id: not watcher.outbox.waiting_for(one))  # type: ignore
 
     def events(self) -> List[Dict[str, Any]]:
         """Return the outbox's entries that somebody is told."""
