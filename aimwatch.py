@@ -1205,7 +1205,11 @@ class AppendFile:
         #: the size of the file at its end, and whether the thread found the file in its place. Asking has
         #: the system send all that was written since, so nobody else asks.
         self._must_sync = is_network(os.path.dirname(path))
-        self._synced_size = 0
+        self._synced_size = self._opened = 0
+        #: What the last sync reached: of which opening of the file, and which size. The writer takes it over
+        #: between two writes, since of an error that a write was told no sync is told.
+        self._reached = (0, 0)
+        self._syncing = threading.RLock()
         self._unsynced: Deque[Tuple[int, bytes]] = deque()
         self._in_place = True
         self._fd, self._identity = -1, (0, 0)
@@ -1232,6 +1236,7 @@ class AppendFile:
         close_own(self._fd, self._identity)
         self._fd, self._identity, self._torn = fd, identity, torn
         self.size = self._synced_size = size
+        self._opened += 1  # last, since a sync under way says nothing of this opening
 
     def append(self, line: bytes) -> None:
         """Write one line with its line break; keep it for later where that fails. Never raises OSError."""
@@ -1263,26 +1268,25 @@ class AppendFile:
     def _open_again(self) -> None:
         """Open the file again; what is not known to be in it waits to be written. Where there is another or
         none, it is begun with the first line of the summary, what waits, and the rest of the summary."""
-        identity = self._identity
-        lines = [line for end, line in self._unsynced if end > self._synced_size] + [*self._waiting]
+        identity, synced_size = self._identity, self._synced_size
         try:
             self._open()
         except OSError as error:
             self._complain(error)
             return
-        if self._identity != identity:
+        lines = [line for end, line in self._unsynced if end > self._synced_size] + [*self._waiting]
+        if self._identity != identity or self.size < synced_size:  # servers give numbers of files again
             first, *rest = self._summary()
             lines = [first, *self._waiting, *rest]
             log.warning("%s was begun anew: of what it held, only the summary is there", self.path)
-        self._lost, self._in_place = False, True
-        self._unsynced.clear()
-        self._waiting, self._waiting_bytes = deque(), 0
-        for line in lines:
-            self._wait(line)
+        # In one statement: the handler of a signal finds the lines here or there.
+        self._unsynced, self._waiting = deque(), deque(lines)
+        self._lost, self._in_place, self._waiting_bytes = False, True, sum(map(len, lines))
 
     def _write(self, line: bytes) -> bool:
         if self._lost:
             return False
+        self._settle()
         try:
             data = b"\n" + line if self._torn else line
             written = os.write(self._fd, data)
@@ -1301,6 +1305,11 @@ class AppendFile:
                 self._synced_size = self._unsynced.popleft()[0]
         return True
 
+    def _settle(self) -> None:
+        opened, size = self._reached
+        if opened == self._opened and not self._lost:
+            self._synced_size = max(self._synced_size, size)
+
     def _complain(self, error: OSError) -> None:
         # On a network file system, it may be the error of an earlier write, and is reported only once.
         self._lost = self._lost or self._must_sync
@@ -1312,25 +1321,26 @@ class AppendFile:
     def _sync_each_second(self) -> None:
         while self._fd >= 0:
             time.sleep(RETRY_S)
-            if self._synced_size < self.size:
+            if self._reached != (self._opened, self.size):
                 self.sync()
             self._in_place = is_still(self._identity, self.path, self._fd)
 
     def sync(self) -> bool:
         """Wait until what was written has reached the disk; False where it is known that it did not."""
-        size, fd = self.size, self._fd
-        try:
-            os.fsync(fd)
-        except OSError as error:
-            if self._must_sync and fd == self._fd:
-                self._complain(error)
-        if fd == self._fd and not self._lost:  # an error is reported by one fsync alone
-            self._synced_size = size
+        with self._syncing:  # of two at once, one is told the error, and the other that all is well
+            opened, size = self._opened, self.size
+            try:
+                os.fsync(self._fd)
+                self._reached = opened, size
+            except OSError as error:
+                if self._must_sync and opened == self._opened:
+                    self._complain(error)
         return not self._lost
 
     def look(self) -> bool:
         """Return True where the path leads to the file that is written; open it again where not. A file that
         was removed takes writes all the same, and nobody finds them."""
+        self._settle()
         in_place = self._in_place if self._must_sync else is_still(self._identity, self.path, self._fd)
         self._lost = self._lost or not in_place
         self.flush(now=self._lost)
@@ -1342,6 +1352,7 @@ class AppendFile:
         whole = False
         for _ in range(2):  # what a failed sync lost is written once more
             whole = whole or self.flush(now=True) and (not self._must_sync or self.sync())
+        self._settle()
         missing = self.dropped + len(self._waiting)
         missing += sum(end > self._synced_size for end, _ in self._unsynced)
         if missing:
