@@ -621,6 +621,21 @@ class AppendFiles(Case):
         again.append(b"2\n")
         self.assertEqual((self.content(), again.close()), (b"1\nto\n2\n", 7))
 
+    def test_error_that_a_write_on_a_share_was_told_and_no_sync_loses_nothing(self) -> None:
+        self.patch(aimwatch, "is_network", lambda path: True)
+        self.patch(aimwatch, "start_quiet_thread", lambda run: None)  # this test is the thread
+        file = aimwatch.AppendFile(self.path, list)
+        file.append(b"1\n")
+
+        def write(fd: int, data: bytes) -> int:
+            os.truncate(self.path, 0)
+            self.assertTrue(file.sync())
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with mock.patch.object(os, "write", write), self.assertLogs("aimwatch"):
+            file.append(b"2\n")
+        self.assertEqual((file.close(), self.content()), (4, b"1\n2\n"))
+
     def test_lines_wait_in_order_while_the_disk_refuses(self) -> None:
         real, room = os.write, [3]
 
