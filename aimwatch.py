@@ -4677,8 +4677,8 @@ class NotifierConfig:
     def read(self) -> Dict[str, Any]:
         """Return the file's content. Raises ConfigError where it is damaged or not to be trusted."""
         try:
-            with open(self.path, "rb") as file:
-                raw, info = json.load(file), os.fstat(file.fileno())
+            with open_regular(self.path) as file:
+                raw, info = json.loads(file.read(MAX_LINE_BYTES)), os.fstat(file.fileno())
             raw["notifications"].setdefault("notifiers", {}).items()
         except FileNotFoundError:
             return {"notifications": {"version": "1.0", "log_level": 30, "notifiers": {}}}
@@ -5589,13 +5589,14 @@ class Dispatcher:
         enabled = [item for item in notifiers if item.enabled]
         if all(item.problem for item in enabled):  # rather than nobody
             enabled.append(Notifier("logger", "logger", True, {}, DEFAULT_EVENTS, None))
+        mended = {item.id for item in self._notifiers.values() if item.problem}
         self._notifiers = {item.id: item for item in enabled}
         self._outbox.forget_notifiers({*self._notifiers, *(item.id for item in notifiers)})
         for item in enabled:
             if item.problem:
                 log.error("notifier %s %s; it is not used", item.shown_as, item.problem)
                 self._outbox.note_broken(item.id, printable(item.problem, 300))
-            elif not self._outbox.waiting_for(item.id):
+            elif item.id in mended or not self._outbox.waiting_for(item.id):
                 self._outbox.note_mended(item.id)
         usable = {item.id: item for item in self._usable()}
         for one, item in usable.items():
@@ -6194,7 +6195,10 @@ class Groups:
             members = groups.get(group, {})
             running = [watched for watched in members.values() if watched.state == RUNNING]
             hang = [watched for watched in running if os.path.exists(self.paths.stack(watched.hash))]
-            if now_s - since_s < self._wait_s and (kind == FAILED or len(hang) < len(running)) and running:
+            others = [watched for watched in members.values() if watched.state in LIVE]
+            if kind == STALLED:
+                others = [watched for watched in running if watched not in hang]
+            if others and now_s - since_s < self._wait_s:
                 continue
             del self._waiting[group, kind]
             parts = [watched for watched in members.values() if watched.hash in notes]

@@ -5566,7 +5566,7 @@ raise SystemExit(sum(os.wait()[1] != 0 for _ in range(6)))
         self.configure(a={"type": "logger"})
         watcher = self.watcher()
         self.configure(b={"type": "logger"})
-        stale = mock.patch("json.load", side_effect=OSError(errno.ESTALE, "Stale"))
+        stale = mock.patch("json.loads", side_effect=OSError(errno.ESTALE, "Stale"))
         with stale, self.assertLogs(aimwatch.log, "ERROR") as logged:
             watcher.poll()
             watcher.poll()
@@ -5599,10 +5599,17 @@ class DamagedConfig(NotifierCase):
                 self.assertEqual(read_file(self.paths.config), data)
 
     def test_what_is_no_file_is_refused(self) -> None:
-        os.mkdir(self.paths.config)
-        code, _, err = self.run_cli("notifiers", "list")
-        self.assertEqual(code, 1)
-        self.assert_one_line(err, r"cannot read .*config\.json: Is a directory")
+        write_file(f"{self.root}/elsewhere", '{"notifications": {}}')
+        for plant, said in (
+            (os.mkdir, "not a regular file"), (os.mkfifo, "not a regular file"),
+            (lambda path: os.symlink(f"{self.root}/elsewhere", path), "Too many levels of symbolic links"),
+        ):  # fmt: skip
+            with self.subTest(said):
+                plant(self.paths.config)
+                code, _, err = self.run_cli("notifiers", "list")
+                self.assertEqual(code, 1)
+                self.assert_one_line(err, rf"cannot read .*config\.json: {said}")
+                os.rename(self.paths.config, f"{self.root}/was-{len(os.listdir(self.root))}")
 
     def test_missing_file_is_an_empty_configuration(self) -> None:
         for command in ("list", "dump", "get-log-level"):
