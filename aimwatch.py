@@ -470,14 +470,18 @@ def login_name(uid: int) -> str:
         return str(uid)
 
 
+def process_stat(pid: Any) -> List[bytes]:
+    """Return of /proc/<pid>/stat what stands after the name, which may hold anything: the state is the
+    first. Raises OSError."""
+    return read_bounded(f"/proc/{pid}/stat", 1 << 16).rpartition(b")")[2].split()
+
+
 def process_identity(pid: Any = "self") -> Tuple[Optional[str], Optional[int]]:
     """Return what tells a process of this boot from others of its number: its pid namespace, and when it
     started; None where Linux does not say."""
     space, started = None, None
     with contextlib.suppress(OSError, ValueError, IndexError):
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # After the name, which may hold anything: the state, and the 20th from there.
-            fields = file.read(4096).rpartition(b")")[2].split()
+        fields = process_stat(pid)
         if fields[0] not in (b"Z", b"X"):
             started = int(fields[19])
             space = os.readlink("/proc/self/ns/pid")
@@ -1286,7 +1290,8 @@ class AppendFile:
     def _write(self, line: bytes) -> bool:
         if self._lost:
             return False
-        self._settle()
+        if self._must_sync:
+            self._settle()
         try:
             data = b"\n" + line if self._torn else line
             written = os.write(self._fd, data)
@@ -7090,7 +7095,7 @@ def cpu_seconds(program: int) -> float:
     used: Dict[int, int] = {}
     for name in names_in("/proc", "[0-9]+"):
         with contextlib.suppress(OSError, ValueError, IndexError):  # it has just ended
-            fields = read_bounded(f"/proc/{name}/stat", 1 << 16).rpartition(b") ")[2].split()
+            fields = process_stat(name)
             children.setdefault(int(fields[1]), []).append(int(name))
             used[int(name)] = sum(map(int, fields[11:15]))  # also of its children that have ended
     found = [program]
@@ -9925,9 +9930,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (AimwatchError, OSError) as error:
         if not isinstance(error, BrokenPipeError):  # the reader of the pipe has seen enough
             print(f"{command_line()}: {error}", file=sys.stderr)
-        if is_program and isinstance(
-            error, OSError
-        ):  # at its end, Python would complain of what standard output does not take
+        if is_program and isinstance(error, OSError):
+            # At its end, Python would complain of what standard output does not take.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 1
 
