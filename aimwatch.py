@@ -422,10 +422,19 @@ def plural(count: int, noun: str) -> str:
 def start_quiet_thread(run: Callable[..., None], *args: Any) -> None:
     """Start a thread that takes no signal and that `threading` does not know: the main thread would sleep on
     through a signal that the system delivers to another. So all are blocked before the thread starts, which
-    inherits that: it could be chosen before its first statement. Raises RuntimeError."""
+    inherits that: it could be chosen before its first statement. Return when the thread has begun: CPython
+    may crash where its end overtakes the beginning of a thread. Raises RuntimeError."""
+    begun = threading.Lock()
+
+    def begin() -> None:
+        begun.release()
+        run(*args)
+
+    begun.acquire()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        _thread.start_new_thread(run, args)
+        _thread.start_new_thread(begin, ())
+        begun.acquire()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -654,9 +663,9 @@ def is_still(identity: Tuple[int, int], *files: Union[int, str]) -> bool:
 
 
 def close_own(fd: int, identity: Tuple[int, int]) -> None:
-    """Close a descriptor, unless it is no longer that of the file."""
+    """Close a descriptor, unless there is none (-1) or it is no longer that of the file."""
     with contextlib.suppress(OSError):  # of a share that is gone, not even this succeeds
-        if is_still(identity, fd):
+        if fd != -1 and is_still(identity, fd):
             os.close(fd)
 
 

@@ -9,6 +9,7 @@ measures instead, each figure beside its baseline from the same run.
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import array
 import ast
@@ -2208,6 +2209,23 @@ print(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 run.close()
 """
         self.assertEqual(sorted(self.finished_process(code)[1]), ["False True", "True False", "set()"])
+
+
+class QuietThread(unittest.TestCase):
+    def test_it_has_begun_when_its_start_returns(self) -> None:
+        """Else the end of a short process overtakes it, and CPython crashes."""
+        start = _thread.start_new_thread
+        begun: List[bool] = []
+
+        def start_late(run: Any, arguments: Any) -> None:
+            start(lambda: (time.sleep(0.1), begun.append(True), run(*arguments)), ())
+
+        with mock.patch("_thread.start_new_thread", start_late):
+            aimwatch.start_quiet_thread(lambda: None)
+        self.assertTrue(begun)
+        with mock.patch("_thread.start_new_thread", side_effect=RuntimeError("can't start new thread")):
+            self.assertRaises(RuntimeError, aimwatch.start_quiet_thread, print)
+        self.assertEqual(signal.pthread_sigmask(signal.SIG_BLOCK, ()), set())
 
 
 class StacksByHand(HandDriven):
@@ -11793,6 +11811,7 @@ class TestPackaging(Case):
                 self.assertNotIn("shell", [keyword.arg for keyword in node.keywords])
         self.assertEqual(re.findall(r"ctypes\..*", source), ["ctypes.CDLL(None).malloc_trim(0)"])
 
+    @unittest.skipUnless(os.path.exists(os.path.join(HERE, "pyproject.toml")), "needs the whole project")
     def test_wheel_gives_both_commands(self) -> None:
         import importlib.metadata as metadata
 
