@@ -673,7 +673,7 @@ class AppendFiles(Case):
         """Have the file on what says that it is a network file system, and is synced by hand."""
         self.file.close()
         self.patch(aimwatch, "is_network", lambda path: True)
-        self.patch(aimwatch._thread, "start_new_thread", mock.Mock(side_effect=by_hand))
+        self.patch(aimwatch, "start_quiet_thread", mock.Mock(side_effect=by_hand))
         self.file = aimwatch.AppendFile(self.path, lambda: [b"first\n", b"summary\n"])
 
     def full_server(self, *gone: bytes) -> Any:
@@ -737,7 +737,7 @@ class AppendFiles(Case):
                 file._fd, file._lost = -1, True  # as after `close`
 
         with mock.patch.object(os, "fsync", fsync), mock.patch.object(time, "sleep", sleep):
-            aimwatch._thread.start_new_thread.call_args[0][0]()  # type: ignore[attr-defined]
+            aimwatch.start_quiet_thread.call_args[0][0]()  # type: ignore[attr-defined]
         self.assertEqual((len(fds), self.file._in_place), (1, False))
 
     def test_network_file_systems_are_told_by_the_table_of_mounts(self) -> None:
