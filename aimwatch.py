@@ -8303,10 +8303,9 @@ def print_below(*texts: Optional[str]) -> None:
         print(f"  {printable(text, 300)}")
 
 
-def short_hashes(paths: RepoPaths, hashes: Sequence[str]) -> Dict[str, str]:
-    """Return for each run its hash as people see it: the first 8 characters, where no other run has these."""
-    starts = Counter(run_hash[:8] for run_hash in {*list_runs(paths), *hashes})
-    return {run_hash: run_hash[:8] if starts[run_hash[:8]] == 1 else run_hash for run_hash in hashes}
+def short_hash(run_hash: str) -> str:
+    """Return a run's hash as people see it: of one that aimwatch or Aim made up, the first 8 characters."""
+    return run_hash[:8] if len(run_hash) == 24 else run_hash
 
 
 class _LogThread(logging.Handler):
@@ -8786,7 +8785,7 @@ def cmd_status(args: Any) -> int:
         print("\n".join(filter(None, top)))
         for item in found["notifiers_that_do_not_work"]:
             print(notifier_trouble(item))
-        _print_status(paths, found["runs"], time.time())
+        _print_status(found["runs"], time.time())
     bad = any(row["state"] in (STALLED, FAILED) and not row["acknowledged_by"] for row in found["runs"])
     return 0 if found["watcher"]["alive"] and not bad else 1
 
@@ -8827,14 +8826,13 @@ def with_groups_as_one(rows: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
     return found
 
 
-def _print_status(paths: RepoPaths, rows: Sequence[Dict[str, Any]], now: float) -> None:
+def _print_status(rows: Sequence[Dict[str, Any]], now: float) -> None:
     live = with_groups_as_one(row for row in rows if row["state"] != FINISHED)
-    short = short_hashes(paths, [row["hash"] for row in live])
     cells, more = [], []
     for row in live:
         name = row["name"] if row["name"] != row["hash"] else ""
         last, promise, *below = live_fields(row, now).values()
-        cells.append((short[row["hash"]], row["state"], last, promise, name, row["host"] or ""))
+        cells.append((short_hash(row["hash"]), row["state"], last, promise, name, row["host"] or ""))
         more.append(below)
     header, *lines = table(("RUN", "STATE", "LAST SEEN", "PROMISE", "NAME", "HOST"), cells)
     if live:
@@ -9364,6 +9362,8 @@ def shown(value: Any, column: str) -> str:
         return time.strftime("%m-%d %H:%M" if this_year else "%Y-%m-%d", at)
     if column == "duration":
         return human_s(value)
+    if column in ("hash", "run"):
+        return short_hash(value)
     if isinstance(value, float):
         return f"{value:.6g}"
     if column == "context":
@@ -9393,9 +9393,7 @@ def sorted_by(sort: Optional[str], items: List[Any], cell: Cell) -> List[Any]:
     return [*(item for *_, item in there), *missing]
 
 
-def _print_list(
-    args: Any, paths: RepoPaths, columns: Sequence[str], items: List[Any], cell: Cell, noun: str
-) -> None:
+def _print_list(args: Any, columns: Sequence[str], items: List[Any], cell: Cell, noun: str) -> None:
     """Print what was found as the flags ask: sorted, limited, as a table, JSON or CSV."""
     items = sorted_by(args.sort, items, cell)
     limit = args.limit if args.limit is not None else (0 if args.json or args.csv else DEFAULT_LIMIT)
@@ -9407,7 +9405,7 @@ def _print_list(
     else:
         left_out: Sequence[str] = ()
         if rows:
-            lines = run_table(paths, columns, rows)
+            lines = run_table(columns, rows)
             print("\n".join(lines))
             left_out = columns[len(re.split(" {2,}", lines[0].strip())) :]
         more = f", {len(items) - len(rows)} more with --limit 0" if len(rows) < len(items) else ""
@@ -9416,15 +9414,9 @@ def _print_list(
         print(counted + more + missing, file=sys.stderr)
 
 
-def run_table(paths: RepoPaths, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> List[str]:
+def run_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> List[str]:
     """Return the lines of a table of runs or series."""
-    texts = [list(map(shown, row, columns)) for row in rows]
-    for nth, column in enumerate(columns):
-        if column in ("hash", "run"):
-            short = short_hashes(paths, [text[nth] for text in texts])
-            for text in texts:
-                text[nth] = short[text[nth]]
-    return table([column.upper() for column in columns], texts)
+    return table([column.upper() for column in columns], [list(map(shown, row, columns)) for row in rows])
 
 
 def as_objects(rows: Iterable[Sequence[Any]]) -> List[Dict[str, Any]]:
@@ -9506,7 +9498,7 @@ def cmd_runs(args: Any) -> None:
             if name not in params:
                 hint = nearest(name, [*_RUN_FIELDS, *params])
                 print(f"no run has a param {printable(repr(name), 60)}{hint}", file=sys.stderr)
-    _print_list(args, repo._paths, columns, found, run_cell, "runs")
+    _print_list(args, columns, found, run_cell, "runs")
 
 
 @command(
@@ -9521,7 +9513,7 @@ def cmd_metrics(args: Any) -> None:
     known = METRIC_COLUMNS + _SERIES_FIELDS
     _refuse_unknown(columns, known.__contains__, known)
     found = [metric_cells(*pair) for pair in repo.metric_rows(args.query)]
-    _print_list(args, repo._paths, columns, found, operator.getitem, "series")
+    _print_list(args, columns, found, operator.getitem, "series")
 
 
 @command("show", "RUN", "--json")
@@ -9545,7 +9537,7 @@ def cmd_show(args: Any) -> None:
         print("\nmetrics")
         columns = METRIC_COLUMNS[1:]
         cells = [[metric_cells(row, metric)[column] for column in columns] for metric in row["metrics"]]
-        print("\n".join(run_table(repo._paths, columns, cells)))
+        print("\n".join(run_table(columns, cells)))
     if messages:
         print("\nlog messages")
         for message in messages:
@@ -9598,14 +9590,13 @@ def cmd_diff(args: Any) -> None:
     hashes = [repo.find_run(args.run), repo.find_run(args.other)]
     rows = [read_run(repo._paths, run_hash) for run_hash in hashes]
     cells = differences(rows, also=("host", "folder", "command", "commit"))
-    short = short_hashes(repo._paths, hashes)
-    header = ["", *(short[run_hash] for run_hash in hashes)]
+    header = ["", *map(short_hash, hashes)]
     print("\n".join(table(header, [row for row in cells if max(map(len, row[1:])) <= 2 * UNCUT])))
     for name, *both in cells:
         if max(map(len, both)) > 2 * UNCUT:  # what differs may be at the end, and must not be cut
             print(f"\n{printable(name)}")
-            for run_hash, text in zip(hashes, both):
-                print(f"  {short[run_hash]}  {printable(text, 1000)}")
+            for run_hash, text in zip(header[1:], both):
+                print(f"  {run_hash}  {printable(text, 1000)}")
 
 
 def differences(rows: Sequence[Dict[str, Any]], also: Sequence[str] = ()) -> List[List[str]]:
@@ -9692,12 +9683,11 @@ def report_lines(paths: RepoPaths, rows: Sequence[Dict[str, Any]], over_s: float
     counted = Counter(row["state"] for row in rows)
     counts = ", ".join(f"{counted[state]} {state}" for state in states if counted[state])
     lines = [f"the last {human_s(over_s)} in {paths.root}: {counts or 'no runs'}"]
-    short = short_hashes(paths, [row["hash"] for row in rows])
     for (state, reason), found in groups.items():
         lines += ["", printable(f"{state}: {on_one_line(reason)}" if reason else state, 200)]
         for row in found[:10]:
             where = f"on {row['host']}," if row["host"] else ""
-            about = filter(None, (short[row["hash"]], row["name"], where))
+            about = filter(None, (short_hash(row["hash"]), row["name"], where))
             lines.append(printable(f"    {' '.join(about)} {human_s(duration_s(row))}", 200))
         if len(found) > 10:
             lines.append(f"    and {len(found) - 10} more")
