@@ -8324,14 +8324,11 @@ class _LogThread(logging.Handler):
         # Not through sys.stderr: a lock of it that a thread holds at the end of the process is fatal.
         target, drawn = sys.stderr.fileno(), ""
         while True:
-            text, status, dropped = self._lines.get(), self._status, self._dropped
-            if dropped:
-                text = f"{dropped} log lines were dropped: stderr took none\n{text}"
+            text, status = self._lines.get(), self._status
             text = ("\r\x1b[K" if drawn else "") + text + status
             with contextlib.suppress(OSError):
                 os.write(target, text.encode("utf-8", "backslashreplace"))
             drawn = status
-            self._dropped -= dropped
             self._lines.task_done()
 
     def flush(self) -> None:
@@ -8343,8 +8340,10 @@ class _LogThread(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if self._lines.full():
             self._dropped += 1
-        else:
-            self._lines.put(f"{self.format(record)}\n")
+            return
+        lost = f"{self._dropped} log lines were dropped: stderr took none\n" if self._dropped else ""
+        self._lines.put(f"{lost}{self.format(record)}\n")
+        self._dropped = 0
 
     def show(self, status: str) -> None:
         """Draw the status line anew."""
@@ -9371,30 +9370,34 @@ def shown(value: Any, column: str) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-#: Returns what a column shows of an item.
-Cell = Callable[[Any, str], Any]
-
-
-def sorted_by(sort: Optional[str], items: List[Any], cell: Cell) -> List[Any]:
+def sorted_by(sort: Optional[str], items: List[Any], cell: Callable[[Any, str], Any]) -> List[Any]:
     """Return items sorted by a column, or by `-column` the largest first. What is missing comes last either
     way, and so does NaN: a run that diverged is not the best one. Text comes after numbers."""
     if not sort:
         return items
-    there: List[Any] = []
-    missing = []
-    for item in items:
+    backwards = sort.startswith("-")
+
+    def rank(item: Any) -> Tuple[bool, bool, Any]:
         value = cell(item, sort.lstrip("-"))
         if value is None or value != value:
-            missing.append(item)
-        else:
-            is_text = not isinstance(value, (int, float))
-            there.append((is_text, shown(value, "") if is_text else value, item))
-    there.sort(key=lambda found: found[:2], reverse=sort.startswith("-"))
-    return [*(item for *_, item in there), *missing]
+            return not backwards, False, 0
+        is_text = not isinstance(value, (int, float))
+        return backwards, is_text, shown(value, "") if is_text else value
+
+    return sorted(items, key=rank, reverse=backwards)
 
 
-def _print_list(args: Any, columns: Sequence[str], items: List[Any], cell: Cell, noun: str) -> None:
-    """Print what was found as the flags ask: sorted, limited, as a table, JSON or CSV."""
+def _print_list(
+    args: Any, columns: List[str], known: Sequence[str], items: List[Any], cell: Callable[..., Any], noun: str
+) -> None:
+    """Print what was found as the flags ask: sorted, limited, as a table, JSON or CSV. Raises AimwatchError
+    for a column that is not among the known ones."""
+    for column in columns:
+        metric = _METRIC_COLUMN.fullmatch(column)
+        name = f"metric:{metric[1]}" if metric else re.sub(r"(\.[0-9]+)+$", "", column)
+        if name not in known:
+            hint = nearest(column, known) or f": the columns are {', '.join(known[:40])}"
+            raise AimwatchError(f"there is no column {printable(repr(column), 60)}{hint}")
     items = sorted_by(args.sort, items, cell)
     limit = args.limit if args.limit is not None else (0 if args.json or args.csv else DEFAULT_LIMIT)
     rows = [[cell(item, column) for column in columns] for item in items[: limit or None]]
@@ -9409,9 +9412,8 @@ def _print_list(args: Any, columns: Sequence[str], items: List[Any], cell: Cell,
             print("\n".join(lines))
             left_out = columns[len(re.split(" {2,}", lines[0].strip())) :]
         more = f", {len(items) - len(rows)} more with --limit 0" if len(rows) < len(items) else ""
-        counted = "1 run" if (len(rows), noun) == (1, "runs") else f"{len(rows)} {noun}"
         missing = f"; no room for {', '.join(left_out)}" if left_out else ""
-        print(counted + more + missing, file=sys.stderr)
+        print(plural(len(rows), noun) + more + missing, file=sys.stderr)
 
 
 def run_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> List[str]:
@@ -9458,13 +9460,6 @@ def json_cell(value: Any) -> Any:
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _refuse_unknown(names: Iterable[str], is_known: Callable[[str], bool], known: Iterable[str]) -> None:
-    for name in names:
-        if not is_known(name):
-            hint = nearest(name, known) or f": the columns are {', '.join(list(known)[:40])}"
-            raise AimwatchError(f"there is no column {printable(repr(name), 60)}{hint}")
-
-
 def _asked_columns(args: Any, default: Sequence[str]) -> List[str]:
     """Return the columns to show: those asked for, and the one to sort by."""
     columns = args.columns or list(default)
@@ -9481,24 +9476,17 @@ def _asked_columns(args: Any, default: Sequence[str]) -> List[str]:
 )
 def cmd_runs(args: Any) -> None:
     """List the runs for which a query is true, the newest first."""
-    repo = Repo(args.repo)
-    columns = _asked_columns(args, RUN_COLUMNS)
-    query = compile_query(args.query)
+    repo, query = Repo(args.repo), compile_query(args.query)
+    columns, known = _asked_columns(args, RUN_COLUMNS), list(RUN_FIELDS)
     found = repo.query_runs(args.query).found
-    more = [column for column in columns if column not in RUN_FIELDS]
-    if (more or query.params) and repo.total_runs_count():
+    if query.params or not set(columns) <= set(known):
         params, metrics = repo.names()
-
-        def is_known(column: str) -> bool:
-            metric = _METRIC_COLUMN.fullmatch(column)
-            return metric[1] in metrics if metric else re.sub(r"(\.[0-9]+)+$", "", column) in params
-
-        _refuse_unknown(more, is_known, [*RUN_FIELDS, *params, *(f"metric:{name}" for name in metrics)])
         for name in query.params:
             if name not in params:
                 hint = nearest(name, [*_RUN_FIELDS, *params])
                 print(f"no run has a param {printable(repr(name), 60)}{hint}", file=sys.stderr)
-    _print_list(args, columns, found, run_cell, "runs")
+        known += [*params, *(f"metric:{name}" for name in metrics)]
+    _print_list(args, columns, known, found, run_cell, "run")
 
 
 @command(
@@ -9509,11 +9497,9 @@ def cmd_runs(args: Any) -> None:
 def cmd_metrics(args: Any) -> None:
     """List the metric series for which a query is true, those of the newest run first."""
     repo = Repo(args.repo)
-    columns = _asked_columns(args, METRIC_COLUMNS)
-    known = METRIC_COLUMNS + _SERIES_FIELDS
-    _refuse_unknown(columns, known.__contains__, known)
+    columns, known = _asked_columns(args, METRIC_COLUMNS), METRIC_COLUMNS + _SERIES_FIELDS
     found = [metric_cells(*pair) for pair in repo.metric_rows(args.query)]
-    _print_list(args, columns, found, operator.getitem, "series")
+    _print_list(args, columns, known, found, operator.getitem, "metric")
 
 
 @command("show", "RUN", "--json")
@@ -9739,10 +9725,7 @@ def cmd_rm(args: Any) -> None:
     repo = Repo(args.repo)
     hashes = [repo.find_run(prefix) for prefix in args.run]
     if not args.yes:
-        for run_hash in hashes:
-            state = load_run(repo._paths, run_hash)[0]
-            name = str(state.props.get("name") or "") if state else ""
-            print(f"{run_hash}  {printable(name, 100)}".rstrip())
+        print("\n".join(hashes))
         if not _confirm(f"Remove {plural(len(hashes), 'run')} for good?", False):
             raise AimwatchError("aborted: nothing was removed")
     for run_hash in hashes:

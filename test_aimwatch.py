@@ -5053,7 +5053,7 @@ class RunCommands(StoredCase):
         out, err = self.fine("metrics")
         self.assertEqual(out.splitlines()[0].split(), "RUN METRIC CONTEXT LAST STEP MIN MAX COUNT".split())
         self.assertEqual(out.splitlines()[-1].split(), ["0abc", "loss", "s=t", "0", "0", "0", "0", "1"])
-        self.assertEqual(err, "3 series\n")
+        self.assertEqual(err, "3 metrics\n")
         rows = json.loads(self.fine("metrics", "--json", "--sort", "step")[0])
         self.assertEqual([(row["run"], row["last"], row["step"]) for row in rows],
                          [("0abc", 0.0, 0), ("1abc", 2.0, 1), ("3abc", "inf", 3)])  # fmt: skip
