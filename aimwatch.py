@@ -60,14 +60,14 @@ Read first: `CheckIn`, `RunState`, `run_row`, `RunTable.take`, `Outbox.add`. The
   the index knows; `Repo` adds the rows of pending runs from their logs; `matches` asks each row.
 
 Locks: `FileLock` on `pending/<hash>` (who writes the run), `index.lock`, `config.lock`, `watcher.lock`. In
-memory: the registry of `FileLock`; one of each `Run` and of `_Stacks`; one of the `Outbox`, for its file; one
-of a `Repo` and one of a `LogFollower`, for what they keep; `_starting`, for programs of notifiers.
+memory: the registry of `FileLock`; one of each `Run`; one of the `Outbox`, for its file; one of a `Repo` and
+one of a `LogFollower`, for what they keep; `_starting`, for programs of notifiers.
 
-Threads of a training process: one of `_Stacks` while a promise is outstanding, and on a network file
-system one of `AppendFile`, which syncs. Threads of `start`: the poll; `ReindexThread`; a
-`NotifierThread` for each notifier; `SightAlarm` for a repository that does not answer, and one for each
-notifier that it alarms; `Pinger`; `_LogThread`, which prints. Threads of `up`: one that accepts, and one for
-each connection, 32 at most; `ReindexThread`; with `--watch` those of `start` but `Pinger`; `_LogThread`.
+Threads of a training process: one of `_Stacks` from the first promise on, and on a network file system one
+of `AppendFile`, which syncs. Threads of `start`: the poll; `ReindexThread`; a `NotifierThread` for each
+notifier; `SightAlarm` for a repository that does not answer, and one for each notifier that it alarms;
+`Pinger`; `_LogThread`, which prints. Threads of `up`: one that accepts, and one for each connection, 32 at
+most; `ReindexThread`; with `--watch` those of `start` but `Pinger`; `_LogThread`.
 """
 
 from __future__ import annotations
@@ -1692,13 +1692,11 @@ STACKS_AFTER_S, STACKS_POLL_S = 0.5, 1.0
 
 
 class _Stacks:
-    """Writes the stacks of all threads to a file when a run misses its promise. One thread looks for that
-    while any run of the process has made one. `threading` does not know it, so it delays no exit. While it
-    looks at the others it holds the GIL, and they stand still; while C code holds it, nothing is written."""
+    """Writes the stacks of all threads to a file when a run misses its promise. One thread looks for that,
+    from the first promise on. `threading` does not know it, so it delays no exit. While it looks at the
+    others it holds the GIL, and they stand still; while C code holds it, nothing is written."""
 
     def __init__(self) -> None:
-        # Reentrant, since a signal's handler may end a run.
-        self._lock = threading.RLock()
         #: By path, when a run's file is due (monotonic), and the thread that promised.
         self._due: Dict[str, Tuple[float, int]] = {}
         self._has_thread = False
@@ -1706,37 +1704,29 @@ class _Stacks:
     def arm(self, path: str, due_mono: float, thread: int) -> None:
         """Have all stacks written to `path` soon after `due_mono`, unless armed anew before."""
         self.disarm(path)
-        with self._lock:
-            self._due[path] = due_mono, thread
-            if not self._has_thread:
-                with contextlib.suppress(RuntimeError):  # no thread can be started
-                    start_quiet_thread(self._watch)
-                    self._has_thread = True
+        self._due[path] = due_mono, thread
+        if not self._has_thread:
+            with contextlib.suppress(RuntimeError):  # no thread can be started
+                start_quiet_thread(self._watch)
+                self._has_thread = True
 
     def disarm(self, path: str) -> None:
         """Write nothing to `path`, and remove what was written: the run went on, or has ended."""
-        with self._lock:
-            armed = self._due.pop(path, None)
-        if armed is None:
+        if self._due.pop(path, None) is None:
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
     def _watch(self) -> None:
         never = threading.Event()
-        while self.write_missed():
-            never.wait(STACKS_POLL_S)
+        while not never.wait(STACKS_POLL_S):
+            self.write_missed()
 
-    def write_missed(self) -> bool:
-        """Write the stacks for every run that missed its promise; return whether another may miss one."""
-        with self._lock:
-            now = _monotonic()
-            missed = {path: thread for path, (due, thread) in self._due.items() if due <= now}
-            for path in missed:
-                del self._due[path]
-            self._has_thread = more = bool(self._due)
-        for path, thread in missed.items():  # without the lock: a share may hang
-            self._write(path, thread)
-        return more
+    def write_missed(self) -> None:
+        """Write the stacks for every run that missed its promise."""
+        now = _monotonic()
+        for path, (due_mono, thread) in list(self._due.items()):
+            if due_mono <= now and self._due.pop(path, None):
+                self._write(path, thread)
 
     def _write(self, path: str, thread: int) -> None:
         import faulthandler
@@ -1751,9 +1741,8 @@ class _Stacks:
                 text = local.read()
             with os.fdopen(open_below(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
                 file.write(f"Missed its promise in thread {thread:#018x}\n".encode() + text)
-            with self._lock:
-                if path in self._due:  # the run went on meanwhile
-                    os.unlink(path)
+            if path in self._due:  # the run went on meanwhile
+                os.unlink(path)
         except OSError as error:
             log.debug("no stacks in %s: %s", path, error.strerror)
 
