@@ -1725,7 +1725,7 @@ class _Stacks:
         """Write the stacks for every run that missed its promise."""
         now = _monotonic()
         for path, (due_mono, thread) in list(self._due.items()):
-            if due_mono <= now and self._due.pop(path, None):
+            if due_mono <= now and self._due.pop(path, None) is not None:
                 self._write(path, thread)
 
     def _write(self, path: str, thread: int) -> None:
