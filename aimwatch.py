@@ -6949,59 +6949,47 @@ class Program:
 
     def __init__(self) -> None:
         self.pid, self.wrote_mono = 0, -math.inf
-        #: As `waitpid` gives it; the errno where it could not be started; the last of what it wrote.
+        #: As Popen gives it; the errno where it could not be started; the last of what it wrote.
         self.status, self.error, self.output = 0, 0, b""
         #: The errno where its output could not be written.
         self.unwritten = 0
         #: By where output comes from: where it goes, and what of it was read and is not written.
         self.targets: Dict[int, int] = {}
         self._waiting: Dict[int, memoryview] = {}
-        #: The program's terminal, and the one that shows what is written to it.
-        self._terminal = self._shown_by = -1
 
     def start(self, argv: Sequence[str], environ: Dict[str, str]) -> None:
         """Start it with this environment; where that fails, `error` says why."""
-        import shutil
+        import subprocess
+        import termios
 
         ends: Dict[int, int] = {}
         # Of two pipes to one file, the order of what is written would be lost.
         is_one = os.path.sameopenfile(1, 2) or (os.isatty(1) and os.isatty(2))
         for fd in (1,) if is_one else (1, 2):
-            source, ends[fd] = self._make_terminal(fd) if os.isatty(fd) else os.pipe()
+            source, ends[fd] = os.openpty() if os.isatty(fd) else os.pipe()
             self.targets[source] = fd
-        ends.setdefault(2, ends[1])
-        actions = [(os.POSIX_SPAWN_DUP2, end, fd) for fd, end in ends.items()]
-        ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python
-        # As everywhere, a file that does not say what interprets it is for the shell.
-        for words in (list(argv), ["/bin/sh", shutil.which(argv[0]) or argv[0], *argv[1:]]):
-            try:
-                self.error = 0
-                self.pid = os.posix_spawnp(words[0], words, environ, file_actions=actions, setsigdef=ignored)
-            except OSError as error:
-                self.error = error.errno or errno.ENOENT
-            if self.error != errno.ENOEXEC:
-                break
-        for fd in set(ends.values()):
+            if os.isatty(fd):  # which does itself what is to be done with what is written to it
+                modes = termios.tcgetattr(fd)
+                modes[1] &= ~termios.OPOST
+                termios.tcsetattr(ends[fd], termios.TCSANOW, modes)
+        self._fit()
+        out, err = ends[1], ends.get(2, ends[1])
+        try:
+            self._process = subprocess.Popen(argv, env=environ, stdout=out, stderr=err, close_fds=False)
+            self.pid = self._process.pid
+        except OSError as error:
+            self.error = error.errno or errno.ENOENT
+        for fd in ends.values():
             os.close(fd)
 
-    def _make_terminal(self, fd: int) -> Tuple[int, int]:
-        """Return both ends of a terminal like that of a descriptor, but for what that one does with what is
-        written to it."""
-        import termios
-
-        self._shown_by, (self._terminal, end) = fd, os.openpty()
-        modes = termios.tcgetattr(fd)
-        modes[1] &= ~termios.OPOST
-        termios.tcsetattr(end, termios.TCSANOW, modes)
-        self._fit()
-        return self._terminal, end
-
     def _fit(self) -> None:
+        """Give the program's terminal the size of the one that shows what is written to it."""
         import termios
 
-        with contextlib.suppress(OSError):
-            size = fcntl.ioctl(self._shown_by, termios.TIOCGWINSZ, bytes(8))
-            fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, size)
+        for source, target in self.targets.items():
+            with contextlib.suppress(OSError):  # a pipe has no size
+                size = fcntl.ioctl(target, termios.TIOCGWINSZ, bytes(8))
+                fcntl.ioctl(source, termios.TIOCSWINSZ, size)
 
     def copy(self, others: Sequence[int], wait_s: Optional[float]) -> List[int]:
         """Copy what can be copied without waiting for more, once there is any or one of `others` can be read.
@@ -7027,7 +7015,8 @@ class Program:
             self.output = (self.output + data)[-(1 << 14) :]
             self._waiting[source] = memoryview(data)
         else:
-            self._close(source)
+            os.close(source)
+            del self.targets[source]
 
     def _write(self, source: int, target: int) -> None:
         import select
@@ -7040,24 +7029,17 @@ class Program:
         except BlockingIOError:  # another program made it non-blocking, and filled it
             pass
         except OSError as error:
-            self._close(source)  # which the program notices when it writes on
+            os.close(source)  # which the program notices when it writes on
+            del self.targets[source], self._waiting[source]
             if error.errno != errno.EPIPE:
                 self.unwritten = error.errno or errno.EIO
-
-    def _close(self, source: int) -> None:
-        os.close(source)
-        del self.targets[source]
-        self._waiting.pop(source, None)
 
     def wait(self, caught: int, caught_by_exec: int, on_hand_over: Callable[[], None]) -> None:
         """Copy, and pass on the signals that only `exec` caught, until the program has ended and its output
         is written. Both descriptors give the numbers of signals, one a byte."""
         due: Dict[int, float] = {}
         seen: Dict[int, float] = {}
-        while True:
-            pid, self.status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                break
+        while self._process.poll() is None:
             wait_s = max(0.0, min(due.values()) - _monotonic()) if due else None
             ready = self.copy([caught, caught_by_exec], wait_s)
             now = _monotonic()
@@ -7075,7 +7057,8 @@ class Program:
                     due.setdefault(number, now + SAME_SIGNAL_S)
             for number in [number for number, at in due.items() if at <= now]:
                 del due[number]
-                os.kill(self.pid, number)
+                self._process.send_signal(number)
+        self.status = self._process.returncode
         while self.targets and self.copy([], None if any(self._waiting.values()) else 0.0):
             pass
 
@@ -7113,18 +7096,16 @@ def count_oom_kills() -> int:
 
 def program_end(status: int, error: int, oom_kills: int, unwritten: int = 0) -> Tuple[int, str]:
     """Return the exit code of a program as a shell gives it, and why it failed; "" where it did not.
+    `status`: as Popen gives it, for a signal its number, negative.
     `oom_kills`: how many processes were killed meanwhile since memory ran out, as far as is known.
     `unwritten`: the errno where its output could not be written; it may have ended without noticing."""
     if error:
         return 127 if error in (errno.ENOENT, errno.ENOTDIR) else 126, f"cannot start: {os.strerror(error)}"
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
+    code, reason = status, f"exited with status {status}" if status else ""
+    if status < 0:
         # Of the real-time signals only the first and the last have a name.
-        name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
-        code, reason = 128 + number, f"was killed by {name}"
-    else:
-        code = os.WEXITSTATUS(status)
-        reason = f"exited with status {code}" if code else ""
+        name = next((known.name for known in signal.Signals if known == -status), f"signal {-status}")
+        code, reason = 128 - status, f"was killed by {name}"
     if code and oom_kills:
         reason += f" (out of memory: the oom_kill count of its control group rose by {oom_kills})"
     elif code == 128 + signal.SIGKILL:
@@ -7244,17 +7225,15 @@ def run_program(argv: Sequence[str], open_run: Callable[[], Run], expect: Union[
     Another process does this, so that the program, its output and its run do not need this one. That process
     gets the signals, too, that all processes of a job are sent; those that it does not get are passed on.
     """
-    ignored = {number for number in FORWARDED if signal.getsignal(number) == signal.SIG_IGN}
     caught_by_exec = signal_pipe()
-    catch(FORWARDED - ignored)
+    catch(number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN)
     result, tells = os.pipe()
     if os.fork() == 0:
         try:
-            keep_program(argv, ProgramReporter(Program(), open_run, expect), ignored, caught_by_exec, tells)
+            keep_program(argv, ProgramReporter(Program(), open_run, expect), caught_by_exec, tells)
         finally:
             os._exit(1)
     os.close(tells)
-    catch(ignored)  # the program may handle them
     code = os.read(result, 1)
     return code[0] if code else 128 + signal.SIGKILL
 
@@ -7273,16 +7252,13 @@ def catch(numbers: Iterable[int]) -> None:
         signal.signal(number, lambda *_: None)
 
 
-def keep_program(
-    argv: Sequence[str], reporter: ProgramReporter, ignored: Iterable[int], caught_by_exec: int, tells: int
-) -> None:
+def keep_program(argv: Sequence[str], reporter: ProgramReporter, caught_by_exec: int, tells: int) -> None:
     """Run a program to its end, write its exit code to `tells`, and copy what it left behind writes."""
     program = reporter.program
     caught = signal_pipe()
     catch([signal.SIGCHLD, signal.SIGWINCH, HAND_OVER])
     kills_before = count_oom_kills()
     program.start(argv, {**os.environ, **reporter.environ()})
-    catch(ignored)
     if not program.error:
         program.wait(caught, caught_by_exec, reporter.hand_over)
     kills = count_oom_kills() - kills_before
