@@ -65,9 +65,9 @@ one of a `LogFollower`, for what they keep; `_starting`, for programs of notifie
 
 Threads of a training process: one of `_Stacks` from the first promise on, and on a network file system one
 of `AppendFile`, which syncs. Threads of `start`: the poll; `ReindexThread`; a `NotifierThread` for each
-notifier; `SightAlarm` for a repository that does not answer, and one for each notifier that it alarms;
-`Pinger`; `_LogThread`, which prints. Threads of `up`: one that accepts, and one for each connection, 32 at
-most; `ReindexThread`; with `--watch` those of `start` but `Pinger`; `_LogThread`.
+notifier; `SightAlarm` for a repository that does not answer; `Pinger`; `_LogThread`, which prints. Threads of
+`up`: one that accepts, and one for each connection, 32 at most; `ReindexThread`; with `--watch` those of
+`start` but `Pinger`; `_LogThread`.
 """
 
 from __future__ import annotations
@@ -5378,11 +5378,10 @@ class Outbox:
                     if not ids:
                         del self._waiting[event_id]
                 self.broken.pop(record["to"], None)
-            elif "broken" in record:
-                since = float(record.get("since") or record["time"])
-                self.broken[str(record["broken"])] = (str(record["reason"]), since)
-            elif "mended" in record:
-                self.broken.pop(record["mended"], None)
+            elif record.get("reason"):
+                self.broken[str(record["broken"])] = (str(record["reason"]), float(record["since"]))
+            else:
+                self.broken.pop(record.get("broken", ""), None)
 
     def waiting_for(self, notifier_id: str) -> List[Event]:
         """Return what is still to be sent to a notifier, the oldest first."""
@@ -5393,37 +5392,27 @@ class Outbox:
         records: List[Dict[str, Any]] = [{"begun": "what came before is only summarized"}]
         done = sorted(self.known - self._waiting.keys())
         records += [{"event": event_id, "kind": "", "to": []} for event_id in done]
-        records += [self._record_of(event, sorted(ids)) for event, ids in self._waiting.values()]
+        records += [self.record_of(event, sorted(ids)) for event, ids in list(self._waiting.values())]
         for notifier_id, (reason, since) in self.broken.items():
             records.append({"broken": notifier_id, "reason": reason, "since": since})
         return [_outbox_line(record) for record in records]
 
     @staticmethod
-    def _record_of(event: Event, notifier_ids: List[str]) -> Dict[str, Any]:
+    def record_of(event: Event, notifier_ids: List[str]) -> Dict[str, Any]:
         return {"event": event.id, "kind": event.kind, "to": notifier_ids, "facts": event.facts}
 
     def add(self, events: Sequence[Tuple[Event, List[str]]]) -> None:
         """Record events with the ids of the notifiers that must hear of them, in one write that reaches the
         disk. Where that refuses, the lines wait in memory and the events are sent all the same."""
-        self.write([self._record_of(event, notifier_ids) for event, notifier_ids in events])
+        self.write([self.record_of(event, notifier_ids) for event, notifier_ids in events])
+
+    def add_unwritten(self, event: Event, notifier_ids: List[str]) -> None:
+        """Take in an event that is sent without being recorded, since the disk may not answer."""
+        self._apply(self.record_of(event, notifier_ids))
 
     def sent(self, event_ids: Sequence[str], notifier_id: str) -> None:
         """Record that events were sent to a notifier, which therefore works."""
         self.write([{"sent": list(event_ids), "to": notifier_id}])
-
-    def note_broken(self, notifier_id: str, reason: str) -> None:
-        """Record that a notifier does not work, and why now, unless that is known."""
-        # All who read the folder read this. A word such as invalid_token helps; the rest of an answer is
-        # kept in the log of who watches.
-        reason = re.sub(r"(HTTP \d+): (?![a-z_]{1,30}$).*", r"\1", reason)
-        known, since = self.broken.get(notifier_id, ("", round(time.time(), 3)))
-        if known != reason:
-            self.write([{"broken": notifier_id, "reason": reason, "since": since}])
-
-    def note_mended(self, notifier_id: str) -> None:
-        """Record that a notifier works, where it did not."""
-        if notifier_id in self.broken:
-            self.write([{"mended": notifier_id}])
 
     def write(self, records: Sequence[Dict[str, Any]] = ()) -> None:
         """Write records, and try again to write what the disk refused, or what lost its file."""
@@ -5441,17 +5430,16 @@ class Outbox:
         """Give up what waits for notifiers that were removed."""
         for _, ids in list(self._waiting.values()):
             ids.intersection_update(keep)
-        for notifier_id in self.broken.keys() - keep:
-            self.note_mended(notifier_id)
+        self.write([{"broken": one, "reason": ""} for one in self.broken.keys() - keep])
 
     def compact(self) -> None:
         """Rewrite the file, where it has grown, with what still waits and who does not work. What was sent
-        is not asked for again, but for the alert that a notifier does not work."""
+        is not asked for again."""
         with self._writing:
             try:
                 if self._file is None or os.path.getsize(self.path) < max(COMPACT_BYTES, self._compact_at):
                     return
-                self.known = {one for one in self.known if one in self._waiting or one.startswith(BROKEN)}
+                self.known = set(self._waiting)
                 data = b"".join(self._lines())
                 self._compact_at = 2 * len(data)
                 replace_file(self.path, data)
@@ -5485,25 +5473,20 @@ class NotifierThread(threading.Thread):
     at the same time, whatever becomes of the configuration meanwhile.
     """
 
-    def __init__(self, notifier: Notifier, outbox: Outbox) -> None:
+    def __init__(self, notifier: Notifier, dispatcher: Dispatcher) -> None:
         super().__init__(name=f"aimwatch-{notifier.type}", daemon=True)
         self.id = notifier.id
         #: As it is configured now; None while it is not in use.
         self.notifier: Optional[Notifier] = notifier
-        self._outbox = outbox
-        #: Set where it is to look into the outbox.
-        self.woken, self._stopping = threading.Event(), False
+        self._dispatcher, self._outbox = dispatcher, dispatcher.outbox
+        #: Set where it is to look into the outbox, and where it is to end after the attempt in flight.
+        self.woken, self.stopping = threading.Event(), False
         #: Until when it rests, what came of the last attempt, how many in a row have failed, and since when.
         self._rests_until, self._last, self.failures, self._failed_mono = -math.inf, SENT, 0, 0.0
 
     def use(self, notifier: Optional[Notifier]) -> None:
         """Go on with the notifier as it is configured now, and rest no longer."""
         self.notifier, self.failures, self._rests_until = notifier, 0, -math.inf
-        self.woken.set()
-
-    def stop(self) -> None:
-        """End after the attempt in flight, without waiting for it."""
-        self._stopping = True
         self.woken.set()
 
     def batch(self) -> List[Event]:
@@ -5519,7 +5502,7 @@ class NotifierThread(threading.Thread):
     def run(self) -> None:
         while True:
             self.woken.clear()
-            if self._stopping:
+            if self.stopping:
                 return
             notifier, batch, left_s = self.notifier, self.batch(), self._rests_until - time.monotonic()
             if notifier is not None and batch and left_s <= 0:
@@ -5542,8 +5525,8 @@ class NotifierThread(threading.Thread):
                 log.info("notifier %s is reached again", name)
             if notifier.type != "logger":  # whose messages say it themselves
                 log.info("notifier %s was sent %s: %s", name, plural(len(batch), "event"), reason)
-            self._outbox.sent([event.id for event in batch], self.id)
             self._last, self.failures = kind, 0
+            self._dispatcher.note(self.id, "", {"sent": [event.id for event in batch], "to": self.id})
             return 0.0 if notifier.type == "logger" else COLLECT_S
         if notifier is not self.notifier:
             return MIN_POST_GAP_S  # as it is configured now, it has not been tried
@@ -5553,10 +5536,10 @@ class NotifierThread(threading.Thread):
         self._failed_mono = self._failed_mono if failures else _monotonic()
         self._last, self.failures = kind, failures + 1
         if kind == BROKEN:
-            self._outbox.note_broken(self.id, reason)
+            self._dispatcher.note(self.id, reason)
             return BROKEN_RETRY_S
         if _monotonic() - self._failed_mono >= OUTAGE_S and self.id not in self._outbox.broken:
-            self._outbox.note_broken(self.id, f"tried in vain for {human_s(OUTAGE_S)}: {reason}")
+            self._dispatcher.note(self.id, f"tried in vain for {human_s(OUTAGE_S)}: {reason}")
         return max(back_off_s(self.failures, os.urandom(1)[0] / 256), outcome.wait_s, MIN_POST_GAP_S)
 
 
@@ -5565,7 +5548,7 @@ class Dispatcher:
 
     def __init__(self, paths: RepoPaths, outbox: Outbox, config: NotifierConfig) -> None:
         self._paths = paths
-        self._outbox = outbox
+        self.outbox = outbox
         self._config = config
         #: What the configuration in force was read from, and what was said of one that is not.
         self._stamp: Any = None
@@ -5573,9 +5556,6 @@ class Dispatcher:
         #: The enabled notifiers, by id. Those with a problem are not used, and what they must hear of waits.
         self._notifiers: Dict[str, Notifier] = {}
         self._threads: Dict[str, NotifierThread] = {}
-        self._alarm: Optional[Event] = None
-        #: The notifiers that did not work at the last look.
-        self._broken = set(outbox.broken)
         #: From which level on people hear of log messages.
         self.log_level = logging.WARNING
 
@@ -5592,27 +5572,22 @@ class Dispatcher:
         enabled = [item for item in notifiers if item.enabled]
         if all(item.problem for item in enabled):  # rather than nobody
             enabled.append(Notifier("logger", "logger", True, {}, DEFAULT_EVENTS, None))
-        mended = {item.id for item in self._notifiers.values() if item.problem}
-        self._notifiers = {item.id: item for item in enabled}
-        self._outbox.forget_notifiers({*self._notifiers, *(item.id for item in notifiers)})
+        before, self._notifiers = self._notifiers, {item.id: item for item in enabled}
+        self.outbox.forget_notifiers({*self._notifiers, *(item.id for item in notifiers)})
         for item in enabled:
+            was = before.get(item.id)
             if item.problem:
                 log.error("notifier %s %s; it is not used", item.shown_as, item.problem)
-                self._outbox.note_broken(item.id, printable(item.problem, 300))
-            elif item.id in mended or not self._outbox.waiting_for(item.id):
-                self._outbox.note_mended(item.id)
+                self.note(item.id, printable(item.problem, 300))
+            elif (was and was.problem) or not self.outbox.waiting_for(item.id):
+                self.note(item.id, "")
         usable = {item.id: item for item in self._usable()}
-        for one, item in usable.items():
-            self._threads.setdefault(one, NotifierThread(item, self._outbox))
+        for one in usable.keys() - self._threads.keys():
+            thread = NotifierThread(usable[one], self)
+            thread.start()
+            self._threads[one] = thread
         for one, thread in self._threads.items():
             thread.use(usable.get(one))
-        self._start_threads()
-
-    def _start_threads(self) -> None:
-        for thread in self._threads.values():
-            if thread.ident is None:
-                with contextlib.suppress(RuntimeError):  # the user has too many: tried again at each poll
-                    thread.start()
 
     def reload_if_changed(self) -> None:
         """Take up a changed configuration; of a broken one that is said once, and the last good one kept."""
@@ -5627,7 +5602,6 @@ class Dispatcher:
                 if str(error) != self._complaint:
                     log.error("%s; the last good configuration stays in force", error)
                 self._complaint = str(error)
-        self._start_threads()
 
     def describe(self) -> str:
         """Return who is notified, for people: `slack 5c42d699, logger`."""
@@ -5637,18 +5611,21 @@ class Dispatcher:
         """True where some notifier wants events of this kind."""
         return any(item.wants(kind) for item in self._notifiers.values())
 
-    def notify(self, events: Sequence[Event], but: Optional[str] = None) -> None:
-        """Put those of some events that are new into the outbox, for good, for all notifiers that want them
-        `but` one, and have them sent."""
-        items = [item for item in self._notifiers.values() if item.id != but]
-        self._outbox.add(
+    def notify(self, events: Sequence[Event]) -> None:
+        """Put those of some events that are new into the outbox, for good, for all notifiers that want them,
+        and have them sent."""
+        items = self._notifiers.values()
+        self.outbox.add(
             [
                 (event, [one.id for one in items if one.wants(event.kind) and one.id not in event.not_for])
                 for event in {event.id: event for event in events}.values()
-                if event.id not in self._outbox.known
+                if event.id not in self.outbox.known
             ]
         )
-        for thread in self._threads.values():
+        self._wake()
+
+    def _wake(self) -> None:
+        for thread in list(self._threads.values()):
             thread.woken.set()
 
     def not_for(self, run_hash: str, state: str) -> List[str]:
@@ -5667,29 +5644,29 @@ class Dispatcher:
         return [item.id for item in asked if not compile_query(item.where).test(row, None)]
 
     def alarm(self, event: Event) -> None:
-        """Send every notifier an event that cannot be put into the outbox, since the disk does not answer. It
-        takes the place of an earlier one."""
-        self._alarm = event
-        for item in self._usable():
-            threading.Thread(target=self._send_alarm, args=(item, event), daemon=True).start()
+        """Send every notifier an event that cannot be put into the outbox, since the disk does not answer."""
+        self.outbox.add_unwritten(event, [item.id for item in self._usable()])
+        self._wake()
 
-    def _send_alarm(self, item: Notifier, event: Event) -> None:
-        failures = 0
-        while self._alarm is event and deliver(item, [{**event.facts, "id": event.id}]).kind != SENT:
-            failures += 1
-            time.sleep(back_off_s(failures, 0.5))
-
-    def notify_of_broken(self) -> None:
-        """Notify the others, once, of every notifier that does not work, and when it works again."""
-        broken, kept = dict(self._outbox.broken), "what waits for it is kept until it is mended"
-        news = [(one, at, f"does not work: {why}; {kept}") for one, (why, at) in broken.items()]
-        news += [(one, time.time(), "works again") for one in self._broken - broken.keys()]
-        for one, at, what in news:
-            item, event_id = self._notifiers.get(one), f"{BROKEN}-{one}-{at:.3f}"
-            if item is not None and event_id not in self._outbox.known:
-                reason = printable(f"notifier {item.type} {item.shown_as} {what}")
-                self.notify([trouble(event_id, self._paths.root, reason, look="notifiers list")], but=one)
-        self._broken = set(broken)
+    def note(self, notifier_id: str, problem: str, *also: Dict[str, Any]) -> None:
+        """Record why a notifier does not work, or "" where it does, and `also` other records; notify the
+        others, once, when it ceases to work, and when it works again."""
+        # All who read the folder read this. A word such as invalid_token helps; the rest of an answer is
+        # kept in the log of who watches.
+        problem = re.sub(r"(HTTP \d+): (?![a-z_]{1,30}$).*", r"\1", problem)
+        known, since = self.outbox.broken.get(notifier_id, ("", round(time.time(), 3)))
+        records, item = [*also], self._notifiers.get(notifier_id)
+        if problem != known:
+            records.append({"broken": notifier_id, "reason": problem, "since": since})
+        if item is not None and bool(problem) != bool(known):
+            what = f"does not work: {problem}; what waits for it is kept until it is mended"
+            reason = printable(f"notifier {item.type} {item.shown_as} {what if problem else 'works again'}")
+            event_id = f"{BROKEN}-{notifier_id}-{time.time():.3f}"
+            event = trouble(event_id, self._paths.root, reason, look="notifiers list")
+            records.append(self.outbox.record_of(event, [one for one in self._notifiers if one != item.id]))
+        if records:
+            self.outbox.write(records)
+            self._wake()
 
     def is_behind(self) -> bool:
         """True until everything was sent or tried once."""
@@ -5699,7 +5676,8 @@ class Dispatcher:
         """End the threads; what is in flight for longer than `limit_s` seconds is sent again."""
         deadline = time.monotonic() + limit_s
         for thread in self._threads.values():
-            thread.stop()
+            thread.stopping = True
+        self._wake()
         for thread in filter(NotifierThread.is_alive, self._threads.values()):
             thread.join(max(0.0, deadline - time.monotonic()))
         end_programs()
@@ -6520,7 +6498,6 @@ class Watcher:
             with contextlib.suppress(OSError):
                 if os.lstat(path).st_size <= size or size == MAX_MESSAGES_BYTES:
                     unlink_below(path)
-        self.dispatcher.notify_of_broken()
         self._sweep()
         self.outbox.write()
         self.looking.look(self._clock(), MAX_LISTING_S)

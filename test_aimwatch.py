@@ -6723,9 +6723,11 @@ class OutboxFile(NotifierCase):
         ):  # fmt: skip
             with self.subTest(said=said):
                 outbox = self.open_outbox()
-                outbox.note_broken("n", said)
-                self.assertEqual(outbox.broken["n"][0], kept)
-                outbox.note_mended("n")
+                dispatcher = aimwatch.Dispatcher(self.paths, outbox, self.config)
+                dispatcher.note("n", said)
+                self.assertEqual(self.open_outbox().broken["n"][0], kept)
+                dispatcher.note("n", "")
+                self.assertEqual(self.open_outbox().broken, {})
 
     def test_events_are_on_disk_before_add_returns_and_hold_no_secret(self) -> None:
         outbox = self.open_outbox()
@@ -6810,22 +6812,20 @@ class OutboxFile(NotifierCase):
 
     def test_compaction_keeps_what_waits_and_what_is_wanted(self) -> None:
         outbox = self.filled()
-        # That a notifier does not work is alerted once, however old that is.
-        outbox.add([(aimwatch.Event("broken-x", "trouble", {"event": "trouble"}), [])])
         outbox.compact()
         self.assertIn(event_of(1).id, outbox.known, "a small file is left alone")
         with mock.patch("aimwatch.COMPACT_BYTES", 0):
             outbox.compact()
-        self.assertEqual([line["event"] for line in self.outbox()[1:]], ["broken-x", event_of(2).id])
+        self.assertEqual([line["event"] for line in self.outbox()[1:]], [event_of(2).id])
         outbox.add([(event_of(5), ["a"])])
         for box in (outbox, self.open_outbox()):
-            self.assertEqual(box.known, {event_of(2).id, "broken-x", event_of(5).id})
+            self.assertEqual(box.known, {event_of(2).id, event_of(5).id})
             self.assertEqual(self.waiting(box, "a"), ["n2", "n5"])
             self.assertEqual(self.waiting(box, "b"), [])
 
     def test_file_that_is_removed_while_it_is_written_is_made_again(self) -> None:
         outbox = self.filled()
-        outbox.note_broken("b", "HTTP 404")
+        outbox.write([{"broken": "b", "reason": "HTTP 404", "since": 1.0}])
         os.unlink(self.paths.outbox)
         outbox.add([(event_of(5), ["a"])])
         outbox.sent([event_of(2).id], "a")
@@ -6837,7 +6837,7 @@ class OutboxFile(NotifierCase):
 
     def test_delivery_proves_that_the_notifier_works(self) -> None:
         outbox = self.filled()
-        outbox.note_broken("a", "HTTP 404")
+        outbox.write([{"broken": "a", "reason": "HTTP 404", "since": 1.0}])
         outbox.sent([event_of(2).id], "a")
         outbox.close()  # killed here, nothing else would ever say so
         self.assertEqual(self.open_outbox().broken, {})
@@ -7117,23 +7117,11 @@ class Notifying(NotifyingCase):
             facts = {"event": "trouble", "run.reason": "the share hangs", "repo": self.root}
             dispatcher.alarm(aimwatch.Event("hangs-1", "trouble", facts))
             self.wait_for(lambda: server.requests)
-            self.wait_for(lambda: not dispatcher.is_behind())
             gate.set()
             poll.join()
         self.wait_sent("a", 1)
         self.assertEqual(server.texts()[0].split("\n")[0], "❗ aimwatch: the share hangs")
-        self.assertEqual((len(server.requests), self.sent("a")), (2, [event_of(1).id]))
-
-    def test_thread_that_cannot_be_started_is_tried_again(self) -> None:
-        server = self.webhook()
-        self.configure(a=hook(server.url))
-        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
-            dispatcher = self.dispatcher()
-            dispatcher.notify([event_of(1)])
-            dispatcher.reload_if_changed()
-        self.assertEqual(server.requests, [])
-        dispatcher.reload_if_changed()
-        self.wait_sent("a", 1)
+        self.assertEqual((len(server.requests), self.sent("a")), (2, ["hangs-1", event_of(1).id]))
 
     def test_full_disk_keeps_nobody_from_being_notified(self) -> None:
         server = self.webhook()
@@ -7151,11 +7139,6 @@ class Notifying(NotifyingCase):
 
 class Mending(NotifyingCase):
     """Notifiers that do not work: alerted once, kept for, and alerted again."""
-
-    def dispatcher(self) -> aimwatch.Dispatcher:
-        dispatcher = super().dispatcher()
-        dispatcher.notify_of_broken()
-        return dispatcher
 
     def restart(self, dispatcher: aimwatch.Dispatcher) -> aimwatch.Dispatcher:
         dispatcher.stop(5.0)
@@ -7182,7 +7165,6 @@ class Mending(NotifyingCase):
     def test_it_is_alerted_through_the_others_once_over_restarts(self) -> None:
         dispatcher, _, good = self.break_()
         for _ in range(3):
-            dispatcher.notify_of_broken()
             dispatcher = self.restart(dispatcher)
         self.wait_for(lambda: not self.box.waiting_for("good"))
         expected = (
@@ -7211,15 +7193,12 @@ class Mending(NotifyingCase):
             now.pass_(1.0)
             self.wait_for(lambda: self.box.broken)
             for _ in range(3):
-                dispatcher.notify_of_broken()
                 dispatcher = self.restart(dispatcher)
             self.wait_for(lambda: not self.box.waiting_for("good"))
             self.assertEqual(self.listed()["problem"], "tried in vain for 15 min: HTTP 405: no")
             self.assertEqual(len(self.troubles(good)), 1)
             gate.set()
             self.wait_for(lambda: not self.box.broken)
-            for _ in range(3):
-                dispatcher.notify_of_broken()
         self.assertIn("tried in vain for 15 min: HTTP 405: no", self.troubles(good)[0])
         self.wait_for(lambda: "aimwatch: notifier slack bad works again" in good.texts()[-1])
         again = [text for text in good.texts() + bad.texts() if "works again" in text]
@@ -7276,15 +7255,12 @@ class Mending(NotifyingCase):
 
     def test_it_is_alerted_again_when_it_breaks_again(self) -> None:
         dispatcher, bad, good = self.break_()
-        dispatcher.notify_of_broken()
         self.wait_for(lambda: self.troubles(good))
         bad.answers = [(200, "ok")]
         self.run_cli("notifiers", "enable", "bad")
         self.mended(dispatcher, bad, 1)
         bad.answers = [(403, "invalid_token")]
         dispatcher.notify([event_of(2)])
-        self.wait_for(lambda: self.box.broken)
-        dispatcher.notify_of_broken()
         self.wait_for(lambda: len(self.troubles(good)) == 2)
         self.assertIn("invalid_token", self.troubles(good)[1])
 
@@ -10308,7 +10284,7 @@ class Pages(StoredCase):
         facts = {"run.hash": "bad", "run.reason": "no <data>"}
         outbox.add([(aimwatch.Event("bad-2-failed", "failed", facts), ["mine"])])
         outbox.sent(["bad-2-failed"], "mine")
-        outbox.note_broken("mine", "404 <x>")
+        outbox.write([{"broken": "mine", "reason": "404 <x>", "since": 1.0}])
         outbox.close()
         text = self.get("run/bad/")
         self.assertIn("failed: no &lt;data&gt;; to notify: mine", text)
