@@ -5749,6 +5749,8 @@ FLAP_STALLS, FLAP_WINDOW_S, FLAP_GRACE_S, FLAP_LASTS_S = 3, 3600.0, 900.0, 3 * 3
 #: A live run's marker is looked at when nothing new came from it for so long, and then so often. Its process
 #: is gone where the marker was free so long ago, and is now.
 QUIET_S, MARKER_EVERY_S, CONFIRM_S = 5.0, 10.0, 5.0
+#: A marker that says nothing is looked at this often.
+SILENT_MARKER_EVERY_S = 120.0
 
 
 class WatchedRun:
@@ -6523,12 +6525,11 @@ class Watcher:
         for watched in self.table.to_look_at(now_s):
             marker = lock_state(self.paths.marker(watched.hash))
             if marker == "absent" and not os.path.exists(self.paths.run_log(watched.hash)):
-                marker = "unknown"  # Aim's run
-            if watched.note_marker(marker, now_s) and watched.name in self.table.names:
+                watched.look_s = now_s + SILENT_MARKER_EVERY_S  # Aim's run, which has none
+            elif watched.note_marker(marker, now_s) and watched.name in self.table.names:
                 changes += self._find_end(watched, now_s, marker == "free")
-                if watched.state in LIVE:
-                    # It says nothing, as where locks are seen on one machine alone.
-                    watched.free_s, watched.look_s = -1.0, now_s + 120.0
+                if watched.state in LIVE:  # as where locks are seen on one machine alone
+                    watched.free_s, watched.look_s = -1.0, now_s + SILENT_MARKER_EVERY_S
             if self._clock() >= deadline:
                 break  # the others come first in the next poll
         return changes

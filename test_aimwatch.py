@@ -8508,21 +8508,24 @@ class TestDeath(WatchCase):
 
     def test_look_at_the_markers_of_many_runs_is_shared_among_polls(self) -> None:
         runs = [f"r{number:02d}" for number in range(50)]
-        for run in runs:
+        for run in ["aims", *runs]:
             self.check_in(run, 1)
-            open(self.paths.run_log(run), "x").close()
+        for run in runs:
+            write_file(self.paths.run_log(run))
         watcher, looked = self.watch(), []
 
         def slow(path: str) -> str:
             self.clock.pass_(0.01)
             looked.append(os.path.basename(path))
-            return "held"
+            return "absent" if path.endswith("aims") else "held"
 
         with mock.patch.object(aimwatch, "lock_state", slow):
             self.look(watcher, 6)
             self.assertLessEqual(len(looked), 10)
             self.look(watcher, 9)
-        self.assertEqual(sorted(set(looked)), runs)
+            self.assertEqual(sorted({"aims", *looked}), ["aims", *runs])
+            self.look(watcher, 45)
+        self.assertLessEqual(looked.count("aims"), 1, "Aim's runs have no marker")
 
 
 class TestWatcherRestarted(WatchCase):
