@@ -8320,7 +8320,8 @@ _COMMANDS: Dict[str, Tuple[Callable[[Any], Optional[int]], Sequence[str], str]] 
 
 def command(name: str, *arguments: str, epilog: str = "") -> Callable[[Any], Any]:
     """Make a function the command `name`. It gets the parsed arguments and returns the exit code, if any;
-    the first paragraph of its docstring is its help. For `arguments` see `add_argument`."""
+    the first paragraph of its docstring is its help, and the first sentence stands in the list of commands.
+    For `arguments` see `add_argument`."""
 
     def register(do: Callable[[Any], Optional[int]]) -> Callable[[Any], Optional[int]]:
         _COMMANDS[name] = do, arguments, epilog
@@ -8711,13 +8712,10 @@ def status_rows(paths: RepoPaths) -> List[Dict[str, Any]]:
     return sorted(rows, key=lambda row: (order.index(row["state"]), -row["last_check_in"]))
 
 
-@command(
-    "status",
-    "--json",
-    epilog="Exits 1 when any run is stalled or failed that nobody has acknowledged, or no watcher is alive.",
-)
+@command("status", "--json")
 def cmd_status(args: Any) -> int:
-    """Show every live run, and whether a watcher is alive."""
+    """Show every live run, and whether a watcher is alive. Exits 1 when any run is stalled or failed that
+    nobody has acknowledged, or no watcher is alive."""
     paths = find_repo(args.repo)
     found = status_object(paths)
     if args.json:
@@ -9242,7 +9240,7 @@ DEFAULT_LIMIT, REINDEX_WAIT_S = 50, 60.0
 def _listing(columns: Sequence[str], also: str = "") -> List[str]:
     """Return the arguments of a command that lists what a query finds."""
     return [
-        "QUERY?  default: all",
+        "QUERY?  an expression over run; the README has the language (default: all)",
         f"--limit N  show at most N, 0 for all (default: {DEFAULT_LIMIT}, and all with --json and --csv)",
         "--sort COLUMN  sort by a column, -COLUMN for the largest first, written --sort=-COLUMN (default: "
         "the newest first)",
@@ -9382,12 +9380,9 @@ def csv_text(rows: Iterable[Sequence[Any]], for_terminal: bool = False) -> str:
 
 def csv_cell(value: Any, for_terminal: bool = False) -> Any:
     """Return a value as CSV. Text that a spreadsheet would run as a formula is marked as text."""
-    if isinstance(value, Moment):
-        return iso_time(value)
-    if isinstance(value, (dict, list)):
-        return json.dumps(value)
     if not isinstance(value, str):
-        return "" if value is None else value
+        value = json_cell(value)
+        return json.dumps(value) if isinstance(value, (dict, list)) else value
     text = printable(value, len(value) * 10) if for_terminal else value
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
@@ -9415,7 +9410,6 @@ def _asked_columns(args: Any, default: Sequence[str]) -> List[str]:
     *_listing(
         RUN_COLUMNS, "; also ended, tags, user, job, reason, pid, a param such as hparams.lr, metric:NAME"
     ),
-    epilog="The query is a Python expression over run; see the README for the language.",
 )
 def cmd_runs(args: Any) -> None:
     """List the runs for which a query is true, the newest first."""
@@ -9432,13 +9426,9 @@ def cmd_runs(args: Any) -> None:
     _print_list(args, columns, known, found, run_cell, "run")
 
 
-@command(
-    "metrics",
-    *_listing(METRIC_COLUMNS),
-    epilog="The query is a Python expression over run and metric; see the README for the language.",
-)
+@command("metrics", *_listing(METRIC_COLUMNS))
 def cmd_metrics(args: Any) -> None:
-    """List the metric series for which a query is true, those of the newest run first."""
+    """List the metrics for which a query over run and metric is true, those of the newest run first."""
     repo = Repo(args.repo)
     columns, known = _asked_columns(args, METRIC_COLUMNS), METRIC_COLUMNS + _SERIES_FIELDS
     found = [metric_cells(*pair) for pair in repo.metric_rows(args.query)]
@@ -9686,13 +9676,10 @@ def cmd_close(args: Any) -> None:
         print(f"{'closed run' if changed else 'already closed:'} {run_hash}")
 
 
-@command(
-    "reindex",
-    "--rebuild  build the index from nothing",
-    epilog="Silent when all is well. Exits 1, with a list, when some run could not be read.",
-)
+@command("reindex", "--rebuild  build the index from nothing")
 def cmd_reindex(args: Any) -> int:
-    """Bring the index up to date with what the runs recorded; for cron."""
+    """Bring the index up to date with what the runs recorded; for cron. Silent when all is well. Exits 1,
+    with a list, when some run could not be read."""
     paths = find_repo(args.repo)
     problems = Reindexer(paths).run_all(args.rebuild, REINDEX_WAIT_S)
     for problem in problems:
@@ -9817,7 +9804,7 @@ def build_parser(argv: Sequence[str] = ()) -> Any:
             is_needed = group in ("", "notifiers")
             groups[group] = parsers[group].add_subparsers(metavar="COMMAND", required=is_needed)
         about = (do.__doc__ or "").partition("\n\n")[0].replace("\n    ", " ")
-        summary = about[:1].lower() + about[1:].rstrip(".")
+        summary = about[:1].lower() + about[1:].partition(". ")[0].rstrip(".")
         added = groups[group].add_parser(verb, parents=[repo], help=summary, description=about, epilog=epilog)
         for text in arguments:
             add_argument(added, text)

@@ -5034,7 +5034,8 @@ class RunCommands(StoredCase):
     def test_csv_is_safe_for_a_spreadsheet_and_a_terminal(self) -> None:
         for value, cell in (
             ("=1+1", "'=1+1"), ("+a", "'+a"), ("-a", "'-a"), ("@x", "'@x"), ("\tx", "'\tx"), ("-1.5", "'-1.5"),
-            ("plain", "plain"), ("\x1b[31m", "\x1b[31m"), (-1.5, -1.5), (None, ""), ([1], "[1]"),
+            ("plain", "plain"), ("\x1b[31m", "\x1b[31m"), (-1.5, -1.5), (None, None), ([1, NAN], '[1, "nan"]'),
+            (-INF, "-inf"),
         ):  # fmt: skip
             with self.subTest(value=value):
                 self.assertEqual(aimwatch.csv_cell(value), cell)
