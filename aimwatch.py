@@ -8106,29 +8106,24 @@ class Gate(NamedTuple):
         return site.answer(path[len(self.base_path) + 1 :], query, headers.get("If-None-Match", ""))
 
 
-def reply_bytes(reply: Reply, with_body: bool, closes: bool) -> bytes:
-    """Return an answer as it is sent: nothing comes from elsewhere, and no script that is not ours runs."""
+def reply_headers(reply: Reply) -> Dict[str, str]:
+    """Return the headers of an answer: nothing comes from elsewhere, and no script that is not ours runs."""
     import base64
     import hashlib
-    import http
 
     digests = [hashlib.sha256(text.encode()).digest() for text in (PAGE_JS, PAGE_CSS)]
     js, css = (base64.b64encode(digest).decode() for digest in digests)
-    headers = {
+    return {
         "Content-Security-Policy": f"default-src 'none'; script-src 'sha256-{js}'; style-src 'sha256-{css}'; "
         "img-src data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "private, no-cache" if reply.etag else "no-store",
         "Content-Type": f"{reply.kind}; charset=utf-8",
-        **({} if reply.status == 304 else {"Content-Length": len(reply.body)}),
+        **({} if reply.status == 304 else {"Content-Length": str(len(reply.body))}),
         **({"ETag": reply.etag} if reply.etag else {}),
-        **({"Connection": "close"} if closes else {}),
         **dict(reply.headers),
     }
-    lines = [f"HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + reply.body * with_body
 
 
 def serve(site: Site, gate: Gate, listener: Any, stop: threading.Event) -> None:
@@ -8136,42 +8131,36 @@ def serve(site: Site, gate: Gate, listener: Any, stop: threading.Event) -> None:
     import http.server
     import socket
 
-    links: Dict[Any, None] = {}  # the connections; the one that asked last is the last
+    links: Deque[Any] = deque()  # the newest connections
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version, timeout = "HTTP/1.1", 30.0
+        wbufsize = 1 << 18  # of an answer in two pieces, the system holds the second back for 40 ms
 
         def do_GET(self) -> None:
             reply = gate.answer(site, self.path, self.headers)
-            if reply.status != 403:
-                links[self.request] = links.pop(self.request, None)
-            # No body is read, so what follows could not be told from one.
-            self.close_connection |= "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
-            self.wfile.write(reply_bytes(reply, self.command != "HEAD", self.close_connection))
+            self.send_response_only(reply.status)
+            for name, value in reply_headers(reply).items():
+                self.send_header(name, value)
+            if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
+                self.send_header("Connection", "close")  # a body is not read: the next request could be in it
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(reply.body)
 
         do_HEAD = do_GET
-
-        def send_error(self, code: int, *_: Any) -> None:
-            self.close_connection = True
-            self.wfile.write(reply_bytes(Reply(code), True, True))
 
         def log_message(self, *_: Any) -> None:
             pass
 
     class Server(http.server.ThreadingHTTPServer):
         def verify_request(self, request: Any, client_address: Any) -> bool:
-            """Make room for a connection: the one that has not asked for longest has to go."""
-            links[request] = None
+            """Make room for a connection: the oldest has to go."""
+            links.append(request)
             if len(links) > MAX_CONNECTIONS:
-                silent = next(iter(links))
-                links.pop(silent, None)
-                with contextlib.suppress(OSError):  # it goes by itself
-                    silent.shutdown(socket.SHUT_RDWR)
+                with contextlib.suppress(OSError):  # it has gone by itself
+                    links.popleft().shutdown(socket.SHUT_RDWR)
             return True
-
-        def shutdown_request(self, request: Any) -> None:
-            links.pop(request, None)
-            super().shutdown_request(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             if not isinstance(sys.exc_info()[1], OSError):  # the other side may go at any time
@@ -8188,24 +8177,20 @@ def listen(host: str, port: int, uds: Optional[str]) -> Any:
     """Return a socket that listens. Raises AimwatchError, naming the flag to change."""
     import socket
 
+    mask = os.umask(0o177)  # a socket file is for this user alone from its first moment
     try:
-        if uds is None:
-            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-            return socket.create_server((host, port), family=family, backlog=128)
-        listener = socket.socket(socket.AF_UNIX)
-        mask = os.umask(0o177)  # for this user alone from its first moment
-        try:
-            listener.bind(uds)
-        finally:
-            os.umask(mask)
-        listener.listen(128)
-        return listener
+        if uds is not None:
+            return socket.create_server(uds, family=socket.AF_UNIX, backlog=128)
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=128)
     except (OSError, OverflowError) as error:
         flags = f"--uds {uds}: choose another path, or remove what is left of a server that is gone"
         if uds is None:
             flags = f"--host {host} --port {port}: choose a --port from 1024 up that is free, or 0 for any"
         why = getattr(error, "strerror", None) or error
         raise AimwatchError(f"cannot listen, {why}, at {flags}") from None
+    finally:
+        os.umask(mask)
 
 
 # ======================================================================================

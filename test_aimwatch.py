@@ -10349,17 +10349,16 @@ class Gates(Case):
                     self.assertEqual(reply, aimwatch.Reply(403, aimwatch._CLOSED))
 
     def test_every_answer_closes_the_doors(self) -> None:
-        head = aimwatch.reply_bytes(aimwatch.Reply(200, b"x", "text/html", (), '"1"'), True, True).decode()
-        policy = re.search("Content-Security-Policy: (.*)\r\n", head)
-        assert policy is not None
+        headers = aimwatch.reply_headers(aimwatch.Reply(200, b"x", "text/html", (), '"1"'))
+        policy = headers["Content-Security-Policy"]
         for text in (aimwatch.PAGE_JS, aimwatch.PAGE_CSS):
             digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-            self.assertIn(f"'sha256-{digest}'", policy[1])
-        self.assertIn("default-src 'none'", policy[1])
-        self.assertNotRegex(policy[1], r"unsafe|\*|https?:")
-        for line in ("X-Content-Type-Options: nosniff", "Referrer-Policy: no-referrer", "Connection: close"):
-            self.assertIn(f"{line}\r\n", head)
-        self.assertNotIn("Access-Control", head)
+            self.assertIn(f"'sha256-{digest}'", policy)
+        self.assertIn("default-src 'none'", policy)
+        self.assertNotRegex(policy, r"unsafe|\*|https?:")
+        self.assertEqual(headers["X-Content-Type-Options"], "nosniff")
+        self.assertEqual(headers["Referrer-Policy"], "no-referrer")
+        self.assertNotIn("Access-Control", str(headers))
 
 
 class UpCase(WatchCase):
@@ -10417,7 +10416,7 @@ class UpProcess(UpCase):
         ):  # fmt: skip
             client.request(method, path)
             answer = client.getresponse()
-            has_body = method == "GET" and status != 301
+            has_body = method != "HEAD" and status != 301
             self.assertEqual((answer.status, bool(answer.read())), (status, has_body))
         address = ("127.0.0.1", server.port)
         for data in (
