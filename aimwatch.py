@@ -1747,8 +1747,6 @@ class _Stacks:
             log.debug("no stacks in %s: %s", path, error.strerror)
 
 
-#: How long after `sys.exit` a program may still record something.
-CLEAN_UP_S = 10.0
 #: The signals that end a process, and its runs with it.
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -1776,7 +1774,6 @@ class _Process:
         self._excepthook: Any = None
         #: The end of a run whose program called `sys.exit`.
         self.exit: Optional[End] = None
-        self._exit_s = 0.0
         #: What was said, and need not be said again.
         self.said: Set[str] = set()
         self._shell: Any = None
@@ -1871,7 +1868,6 @@ class _Process:
         if threading.current_thread() is threading.main_thread():
             with contextlib.suppress(Exception):  # the status may be any object
                 self.exit = exit_end(status[0] if status else None, sys.exc_info()[1])
-                self._exit_s = time.time()
             for run in list(self.runs):
                 run._window = math.nan, 0.0  # the next report shows that somebody caught it
         return real(*status)
@@ -1887,14 +1883,7 @@ class _Process:
         # Set even where somebody replaced our excepthook without calling it.
         ours = _interactive() or sys.excepthook == self._excepthook
         error = None if ours else getattr(sys, "last_value", None)
-
-        def end(run: Run) -> None:
-            # Who records something long after `sys.exit` has caught it; a little later, it may clean up.
-            is_caught = run._state.last_time - self._exit_s > CLEAN_UP_S
-            called = None if is_caught else self.exit
-            run._end_and_close(run._end_of(error), called, run._unreported("exited"))
-
-        self._each(end)
+        self._each(lambda run: run._end_and_close(run._end_of(error), self.exit, run._unreported("exited")))
 
     def _after_cell(self, result: Any) -> None:
         """End the runs of a cell that raised; of one that ended well no promise stays."""
@@ -2022,6 +2011,16 @@ MAX_MESSAGES_BYTES, MAX_MESSAGE_LINE = 64 << 10, 16 << 10
 def encode_line(record: Dict[str, Any]) -> bytes:
     """Return a record as a line of a log."""
     return to_json(record).encode("ascii") + b"\n"
+
+
+def _log_method(level: int) -> Callable[..., None]:
+    """Return the method of `Run` that records a message at a level."""
+
+    def log_message(run: Run, msg: str, **params: Any) -> None:
+        """Record a message; `params` are stored with it."""
+        run._log_message(level, msg, params)
+
+    return log_message
 
 
 class Run:
@@ -2663,21 +2662,9 @@ class Run:
 
     # ---------------------------------------------------------------- log messages
 
-    def log_debug(self, msg: str, **params: Any) -> None:
-        """Record a message at level DEBUG; `params` are stored with it."""
-        self._log_message(logging.DEBUG, msg, params)
-
-    def log_info(self, msg: str, **params: Any) -> None:
-        """Record a message at level INFO; `params` are stored with it."""
-        self._log_message(logging.INFO, msg, params)
-
-    def log_warning(self, msg: str, **params: Any) -> None:
-        """Record a message at level WARNING; `params` are stored with it."""
-        self._log_message(logging.WARNING, msg, params)
-
-    def log_error(self, msg: str, **params: Any) -> None:
-        """Record a message at level ERROR; `params` are stored with it."""
-        self._log_message(logging.ERROR, msg, params)
+    log_debug, log_info, log_warning, log_error = map(
+        _log_method, (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR)
+    )
 
     def _log_message(self, level: int, msg: Any, params: Dict[str, Any]) -> None:
         if not self._may_write("log"):
@@ -3036,9 +3023,12 @@ def _param_path(key: Any) -> List[str]:
     return [_text(part) for part in parts]
 
 
+_EPOCH = datetime.datetime(1970, 1, 1)
+
+
 def utc_datetime(epoch_s: float) -> datetime.datetime:
     """Return seconds since the epoch as a naive datetime in UTC."""
-    return datetime.datetime.fromtimestamp(epoch_s, datetime.timezone.utc).replace(tzinfo=None)
+    return _EPOCH + datetime.timedelta(seconds=epoch_s)
 
 
 # ======================================================================================
@@ -3723,18 +3713,13 @@ _FUNCTIONS: Dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 _TIMES_MADE: Dict[str, Callable[..., Any]] = {
     "datetime": datetime.datetime, "timedelta": datetime.timedelta,
-    "datetime.now": lambda: _utc(time.time()), "datetime.utcnow": lambda: _utc(time.time()),
+    "datetime.now": lambda: utc_datetime(time.time()), "datetime.utcnow": lambda: utc_datetime(time.time()),
 }  # fmt: skip
 _MISTAKES = (
     (r"(?<![=!<>:])=(?!=)", ": write == to compare"),
     (r"&&|\|\||!(?!=)", ": write and, or, not"),
 )
 _TIME_PARTS = ("year", "month", "day", "hour", "minute", "second")
-_EPOCH = datetime.datetime(1970, 1, 1)
-
-
-def _utc(seconds: Optional[float]) -> Optional[datetime.datetime]:
-    return None if seconds is None else _EPOCH + datetime.timedelta(seconds=seconds)
 
 
 #: What a part of a query comes to for a row and, in a query over metrics, one of its metrics.
@@ -3852,8 +3837,10 @@ _RUN_FIELDS: Dict[str, _Value] = {
     "experiment": _from_row("experiment", fact="experiment"),
     "tags": _from_row("tags", fact="tag", kind="member"),
     "creation_time": _from_row("created_at", fact="created_at"),
-    "created_at": _Value(lambda row, metric: _utc(row["created_at"]), fact="created_at", kind="time"),
-    "finalized_at": _Value(lambda row, metric: _utc(row["end_time"]), kind="time"),
+    "created_at": _Value(lambda row, metric: utc_datetime(row["created_at"]), fact="created_at", kind="time"),
+    "finalized_at": _Value(
+        lambda row, metric: row["end_time"] and utc_datetime(row["end_time"]), kind="time"
+    ),
     "active": _Value(lambda row, metric: row["end_time"] is None, fact="active"),
     "duration": _Value(lambda row, metric: duration_s(row)),
 }

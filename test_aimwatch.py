@@ -1241,8 +1241,6 @@ ENDS: Tuple[Tuple[Any, ...], ...] = (
     ("with_exit_while_handling", "with run:\n try: boom()\n except ValueError: sys.exit(1)", 1, "failed",
      "exited with status 1 (ValueError: boom)"),
     ("exit_caught", "try: sys.exit(1)\nexcept SystemExit: run.report_progress()", 0, "finished", None),
-    ("exit_caught_long_ago", "try: sys.exit(1)\nexcept SystemExit: aimwatch.CLEAN_UP_S = -1.0\nrun.track(1, 'm')", 0,
-     "finished", None),
     ("exit_then_clean_up", "try: sys.exit(1)\nfinally: run.track(1, 'm')", 1, "failed",
      "exited with status 1"),
     ("argparse", "import argparse; argparse.ArgumentParser().parse_args(['--x'])", 2, "failed",
