@@ -365,6 +365,12 @@ class Case(unittest.TestCase):
         """Run the command line on this repository in this process: (code, out, err)."""
         return self.run_main("--repo", self.root, *argv, stdin=stdin)
 
+    def fine(self, *argv: str, code: int = 0, stdin: str = "") -> str:
+        """Run the command line, which must end with `code`; return what it wrote, of errors where it is 1."""
+        found, out, err = self.run_cli(*argv, stdin=stdin)
+        self.assertEqual(found, code, (argv, out, err))
+        return err if code else out
+
     def run_main(self, *argv: str, stdin: str = "") -> Tuple[int, str, str]:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(
@@ -4583,9 +4589,8 @@ class HostileLogs(StoredCase):
         unreadable = [name for name in names if any(f"{name}.jsonl: " in problem for problem in problems)]
         for name in names:
             if name in unreadable:
-                code, out, err = self.run_cli("show", name)
-                self.assertEqual((code, out), (1, ""))
-                self.assertIn(f"cannot read {self.paths.run_log(name)}: ", err)
+                unread = f"cannot read {self.paths.run_log(name)}: "
+                self.assertIn(unread, self.fine("show", name, code=1))
                 continue
             self.assertNotIn("\x1b", self.fine("show", name))
             json.loads(self.fine("show", name, "--json"), parse_constant=self.fail)
@@ -4597,11 +4602,6 @@ class HostileLogs(StoredCase):
                 with Run(name, create=True, repo=self.root) as run:
                     run.track(1, "m")
         self.assertEqual(self.content(), self.content(rebuild=True))
-
-    def fine(self, *argv: str) -> str:
-        code, out, err = self.run_cli(*argv)
-        self.assertEqual(code, 0, (argv, err))
-        return out
 
     def content(self, rebuild: bool = False) -> Any:
         aimwatch.Repo(self.root).reindex(rebuild)
@@ -4948,16 +4948,11 @@ class RunCommands(StoredCase):
                         run.track(INF if n == 3 else step + n, "loss", step, context={"s": "t"})
                 run.add_tag("a,b")
 
-    def fine(self, *argv: str) -> Tuple[str, str]:
-        code, out, err = self.run_cli(*argv)
-        self.assertEqual(code, 0, err)
-        return out, err
-
     def column(self, *argv: str) -> List[str]:
-        return [line.split()[0] for line in self.fine(*argv)[0].splitlines()[1:]]
+        return [line.split()[0] for line in self.fine(*argv).splitlines()[1:]]
 
     def test_runs_are_a_table_for_people(self) -> None:
-        out, err = self.fine("runs")
+        _, out, err = self.run_cli("runs")
         lines = out.splitlines()
         self.assertEqual(lines[0].split(), "HASH NAME EXPERIMENT STATE CREATED DURATION HOST".split())
         at = lines[0].index("EXPERIMENT")
@@ -4965,10 +4960,9 @@ class RunCommands(StoredCase):
         self.assertEqual([line.split()[0] for line in lines[1:]], ["3abc", "2abc", "1abc", "0abc"])
         self.assertIn("second\\x0aline\\x1b[31m", out)
         self.assertEqual(err, "4 runs\n")
-        self.assertEqual(self.fine("runs", "run.lr == 'auto'")[1], "1 run\n")
-        self.assertEqual(self.fine("runs", "run.lr == 5"), ("", "0 runs\n"))
-        out, err = self.fine("runs", "--limit", "1", "--columns", "hash")
-        self.assertEqual((out, err), ("HASH\n3abc\n", "1 run, 3 more with --limit 0\n"))
+        self.assertEqual(self.run_cli("runs", "run.lr == 'auto'")[2], "1 run\n")
+        limited = self.run_cli("runs", "--limit", "1", "--columns", "hash")
+        self.assertEqual(limited, (0, "HASH\n3abc\n", "1 run, 3 more with --limit 0\n"))
 
     def test_sort_limit_and_columns(self) -> None:
         for argv, expected in (
@@ -4981,9 +4975,9 @@ class RunCommands(StoredCase):
             with self.subTest(argv=argv):
                 self.assertEqual(self.column("runs", *argv), expected.split())
         columns = "hash, lr ,opt.name,opt.0,metric:loss,tags,metric:loss[s=t].count"
-        rows = json.loads(self.fine("runs", "--json", "--columns", columns)[0])
+        rows = json.loads(self.fine("runs", "--json", "--columns", columns))
         self.assertEqual(list(rows[0]), re.split(" ?, ?", columns))
-        self.assertEqual(json.loads(self.fine("runs", "--json", "--columns", "metric:loss[s=x]")[0]),
+        self.assertEqual(json.loads(self.fine("runs", "--json", "--columns", "metric:loss[s=x]")),
                          4 * [{"metric:loss[s=x]": None}])  # fmt: skip
         self.assertEqual([list(row.values()) for row in rows], [
             ["3abc", None, None, None, "inf", ["a,b"], 4],
@@ -4991,7 +4985,7 @@ class RunCommands(StoredCase):
             ["1abc", "nan", None, None, 2.0, ["a,b"], 2],
             ["0abc", 0.1, "adam", None, 0.0, ["a,b"], 1],
         ])  # fmt: skip
-        rows = list(csv.reader(io.StringIO(self.fine("runs", "--csv", "--columns", "hash,name,tags,lr")[0])))
+        rows = list(csv.reader(io.StringIO(self.fine("runs", "--csv", "--columns", "hash,name,tags,lr"))))
         self.assertEqual(rows[0], ["hash", "name", "tags", "lr"])
         self.assertEqual(rows[4], ["0abc", 'first, "quoted"', '["a,b"]', "0.1"])
         names = [row[1] for row in rows[1:4]]
@@ -5006,7 +5000,7 @@ class RunCommands(StoredCase):
         ):
             for index in (True, False):
                 with self.subTest(text, index=index):
-                    self.assertEqual(self.fine("runs", text), ("", said + "0 runs\n"))
+                    self.assertEqual(self.run_cli("runs", text), (0, "", said + "0 runs\n"))
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(self.paths.index)
 
@@ -5027,7 +5021,7 @@ class RunCommands(StoredCase):
                     self.assertLessEqual(max(map(len, lines)), int(width), table[0])
                     self.assertNotIn(run.hash, table[0])
         with mock.patch.dict(os.environ, COLUMNS="60"):
-            self.assertEqual(self.fine("runs")[1], "5 runs; no room for duration, host\n")
+            self.assertEqual(self.run_cli("runs")[2], "5 runs; no room for duration, host\n")
 
     def test_csv_is_safe_for_a_spreadsheet_and_a_terminal(self) -> None:
         for value, cell in (
@@ -5040,17 +5034,17 @@ class RunCommands(StoredCase):
         self.assertEqual(aimwatch.csv_cell("=\x1b[31m", for_terminal=True), "'=\\x1b[31m")
 
     def test_metrics_are_listed(self) -> None:
-        out, err = self.fine("metrics")
+        _, out, err = self.run_cli("metrics")
         self.assertEqual(out.splitlines()[0].split(), "RUN METRIC CONTEXT LAST STEP MIN MAX COUNT".split())
         self.assertEqual(out.splitlines()[-1].split(), ["0abc", "loss", "s=t", "0", "0", "0", "0", "1"])
         self.assertEqual(err, "3 metrics\n")
-        rows = json.loads(self.fine("metrics", "--json", "--sort", "step")[0])
+        rows = json.loads(self.fine("metrics", "--json", "--sort", "step"))
         self.assertEqual([(row["run"], row["last"], row["step"]) for row in rows],
                          [("0abc", 0.0, 0), ("1abc", 2.0, 1), ("3abc", "inf", 3)])  # fmt: skip
         self.assertEqual(
             self.column("metrics", "metric.last > 1", "--columns", "run,count"), ["3abc", "1abc"]
         )
-        self.assertEqual(self.fine("metrics", "--csv", "--columns", "run,context", "run.lr == 0.1")[0],
+        self.assertEqual(self.fine("metrics", "--csv", "--columns", "run,context", "run.lr == 0.1"),
                          'run,context\n0abc,"{""s"": ""t""}"\n')  # fmt: skip
 
     def test_everything_known_of_a_run_is_shown(self) -> None:
@@ -5061,7 +5055,7 @@ class RunCommands(StoredCase):
             run.report_progress(expect_next_in=5)
             with contextlib.suppress(ZeroDivisionError), run:
                 1 / 0  # noqa: B018
-        out, _ = self.fine("show", "0")
+        out = self.fine("show", "0")
         for part in ("run:         0abc\n", 'name:        first, "quoted"\n', "experiment:  exp\n",
                      "description: what it is\\x0aabout\n", "tags:        a,b\n", "archived:    yes\n",
                      " (failed)\n", "reason:      ZeroDivisionError: division by zero\n",
@@ -5069,35 +5063,35 @@ class RunCommands(StoredCase):
                      "\nMETRIC  CONTEXT  LAST  STEP  MIN  MAX  COUNT\n", "\nlog messages\n",
                      'WARNING careful\\x1b[31m {"n": 1}\n'):  # fmt: skip
             self.assertIn(part, out)
-        shown = json.loads(self.fine("show", "0abc", "--json")[0])
+        shown = json.loads(self.fine("show", "0abc", "--json"))
         self.assertEqual((shown["hash"], shown["params"]["lr"]), ("0abc", 0.1))
         self.assertEqual((shown["state"], shown["messages"][0]["log"]), ("failed", 30))
         (metric,) = shown["metrics"]
         self.assertEqual((metric["name"], metric["context"], metric["last"]), ("loss", {"s": "t"}, 0.0))
 
     def test_diff_shows_what_differs_and_where_both_ran(self) -> None:
-        out = self.fine("diff", "0abc", "1abc")[0].splitlines()
+        out = self.fine("diff", "0abc", "1abc").splitlines()
         self.assertEqual(out[0].split(), ["0abc", "1abc"])
         for line in ("param lr 0.1 nan", "param opt.name adam", "last loss [s=t] 0 2",
                      f"host {os.uname().nodename} {os.uname().nodename}"):  # fmt: skip
             self.assertIn(line, [" ".join(shown.split()) for shown in out])
         self.assertNotIn("experiment", "\n".join(out))
-        out = [" ".join(line.split()) for line in self.fine("diff", "0abc", "3abc")[0].splitlines()]
+        out = [" ".join(line.split()) for line in self.fine("diff", "0abc", "3abc").splitlines()]
         self.assertLessEqual({"last loss [s=t] 0 inf", "experiment exp default"}, set(out))
         long = {"0abc": "/a/path/that/is/rather/long/first", "1abc": "/a/path/that/is/rather/long/second"}
         for run_hash, path in long.items():
             with Run(run_hash, create=True, repo=self.root) as run:
                 run["path"] = path
         below = "".join(f"  {run_hash}  {path}\n" for run_hash, path in long.items())
-        self.assertIn(f"\nparam path\n{below}", self.fine("diff", "0abc", "1abc")[0])
+        self.assertIn(f"\nparam path\n{below}", self.fine("diff", "0abc", "1abc"))
 
     def test_points_are_exported(self) -> None:
-        rows = list(csv.DictReader(io.StringIO(self.fine("export", "1abc", "loss")[0])))
+        rows = list(csv.DictReader(io.StringIO(self.fine("export", "1abc", "loss"))))
         self.assertEqual([(row["step"], row["value"]) for row in rows], [("0", "1.0"), ("1", "2.0")])
         moment = aimwatch.datetime.datetime.fromisoformat(rows[0]["time"])
         self.assertEqual(moment.utcoffset(), aimwatch.datetime.timedelta(0))
         self.assertAlmostEqual(moment.timestamp(), time.time(), delta=30)
-        rows = json.loads(self.fine("export", "3abc", "--json")[0])
+        rows = json.loads(self.fine("export", "3abc", "--json"))
         self.assertEqual([(row["metric"], row["context"], row["value"]) for row in rows],
                          4 * [("loss", {"s": "t"}, "inf")])  # fmt: skip
         self.assertIn("has no metric 'x': it has loss", self.run_cli("export", "1abc", "x")[2])
@@ -5114,23 +5108,21 @@ class RunCommands(StoredCase):
             with contextlib.suppress(ValueError), Run(repo=self.root):
                 if rank == 2:
                     raise ValueError("only here")
-        out = self.fine("report", "--since", "1h")[0]
+        out = self.fine("report", "--since", "1h")
         self.assertIn("ValueError: only here", out)
         first = f"the last 1 h in {self.root}: 13 failed, 2 running, 4 finished"
         self.assertEqual(out.splitlines()[0], first)
         self.assertEqual(out.count("No space left on device"), 1)
         self.assertRegex(out, rf"\n    [0-9a-f]{{8}} full-11 on {os.uname().nodename}, [0-9.]+ m?s\n")
-        self.assertRegex(self.fine("report", "--since", "0.001s")[0], "^the last 1 ms in .*: 2 running\n")
+        self.assertRegex(self.fine("report", "--since", "0.001s"), "^the last 1 ms in .*: 2 running\n")
         self.assertIn("nobody is notified", self.run_cli("report", "--send")[2])
         server = self.webhook((200, "ok"), (404, "gone"))
         self.configure(all=hook(server.url))
-        self.assertEqual(self.fine("report", "--since", "1h", "--send"), ("", ""))
+        self.assertEqual(self.run_cli("report", "--since", "1h", "--send"), (0, "", ""))
         (text,) = server.texts()
         self.assertTrue(text.startswith("the last 1 h in "), text)
         self.assertIn("    and 2 more\n", text)
-        code, out, err = self.run_cli("report", "--send")
-        self.assertEqual((code, out), (1, ""))
-        self.assertIn("NOT delivered: ", err)
+        self.assertIn("NOT delivered: ", self.fine("report", "--send", code=1))
         live.close()
 
     def test_run_notes_its_commit_and_where_its_output_goes(self) -> None:
@@ -5167,7 +5159,7 @@ class RunCommands(StoredCase):
             os.environ.update(environ)
             with open(output, "w", encoding="utf-8") as file:
                 self.assertEqual(self.command(sys.executable, script, self.root, stdout=file).wait(), 0)
-            row = json.loads(self.fine("show", "c", "--json")[0])
+            row = json.loads(self.fine("show", "c", "--json"))
             self.assertEqual((row["commit"], row["stdout"]), (commit, noted))
             self.fine("rm", "--yes", "c")
 
@@ -5180,7 +5172,7 @@ class RunCommands(StoredCase):
                 run.archived = True
                 named.setdefault(name, run.hash)
         for given in (quoted, "3abc", "2ab"):
-            self.assertEqual(json.loads(self.fine("show", given, "--json")[0])["hash"], named[given])
+            self.assertEqual(json.loads(self.fine("show", given, "--json"))["hash"], named[given])
         for command in (["show"], ["plot"], ["rm", "--yes"], ["close"]):
             for given, message in (
                 ("trial-4", "run 'trial-4' is ambiguous: "), ("0ab", "run '0ab' is ambiguous: "), ("", "no run '' in "),
@@ -5204,7 +5196,7 @@ class RunCommands(StoredCase):
             ("huge", 100, 9, 2), ("one", 100, 30, 18), ("none", 100, 30, 2), ("sine", 52, 12, 10)
         ):  # fmt: skip
             with mock.patch.dict(os.environ, COLUMNS=str(width), LINES=str(height)):
-                out = self.fine("plot", "p", name)[0].splitlines()
+                out = self.fine("plot", "p", name).splitlines()
             with self.subTest(name):
                 self.assertEqual((out[0], len(out)), (name, lines))
                 self.assertLessEqual(max(map(len, out)), width)
@@ -5213,31 +5205,25 @@ class RunCommands(StoredCase):
         self.assertEqual(out[9].split(), ["0", "199"])
         self.assertTrue(all(len(line) <= 51 for line in out))
         self.assertGreater(sum("\u2800" < char <= "\u28ff" for char in "".join(out)), 35)
-        code, _, err = self.run_cli("plot", "p", "x\x1b")
-        self.assertEqual(code, 1)
+        err = self.fine("plot", "p", "x\x1b", code=1)
         self.assertRegex(err, r"run p has no metric 'x[^\x1b]+': it has huge, none, one, sine\n")
 
     def test_runs_are_removed_when_confirmed(self) -> None:
         for answer in ("n\n", "\n", ""):
-            code, out, err = self.run_cli("rm", "0abc", "1abc", stdin=answer)
-            self.assertEqual(code, 1, answer)
-            self.assertIn("aborted", err)
+            self.assertIn("aborted", self.fine("rm", "0abc", "1abc", code=1, stdin=answer))
         self.assertEqual(aimwatch.Repo(self.root).total_runs_count(), 4)
-        code, out, err = self.run_cli("rm", "0abc", "1abc", stdin="y\n")
-        self.assertEqual(code, 0, err)
-        self.assertIn("Remove 2 runs for good?", out + err)
-        self.assertIn("removed run 0abc\nremoved run 1abc\n", out)
-        self.assertEqual(self.fine("rm", "--yes", "2abc")[0], "removed run 2abc\n")
+        out = self.fine("rm", "0abc", "1abc", stdin="y\n")
+        self.assertRegex(out, "^0abc\n1abc\nRemove 2 runs for good?.*removed run 0abc\nremoved run 1abc\n")
+        self.assertEqual(self.fine("rm", "--yes", "2abc"), "removed run 2abc\n")
         self.assertEqual(self.column("runs"), ["3abc"])
         self.assertEqual([name.split("-")[0] for name in self.check_ins()], ["3abc"])
         live = self.run_object("live")
         for command in (["rm", "--yes", "live"], ["close", "live"]):
-            code, out, err = self.run_cli(*command)
-            self.assertEqual((code, out), (1, ""))
+            err = self.fine(*command, code=1)
             self.assertIn("run live is being written by a process: end that first", err)
         live.track(1, "still")
         self.die("dead")
-        self.assertEqual(self.fine("close", "dead", "3abc")[0], "closed run dead\nalready closed: 3abc\n")
+        self.assertEqual(self.fine("close", "dead", "3abc"), "closed run dead\nalready closed: 3abc\n")
 
     def test_bad_queries_and_columns_are_one_line_and_change_nothing(self) -> None:
         self.reindexed()
