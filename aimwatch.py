@@ -224,8 +224,6 @@ def json_object(data: Union[bytes, str]) -> Optional[Dict[str, Any]]:
     return value if isinstance(value, dict) else None
 
 
-#: Added to every `open` below a repository: no link is followed, and a FIFO hangs nobody.
-O_SAFE = os.O_NOFOLLOW | os.O_NONBLOCK
 #: Opens a folder only to reach what is in it, which needs no right to list it.
 _O_REACH = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY
 
@@ -256,19 +254,24 @@ def folder_of(path: str) -> Iterator[Tuple[int, str]]:
 
 
 def open_below(path: str, flags: int, mode: int = 0o666) -> int:
-    """Open a file as `os.open` does, in a folder that is opened as by `folder_of`, and with O_SAFE. One that
-    is made in a folder with the setgid bit takes what its group may do from the folder, whatever the umask:
-    so several people share a repository. Not one with a private `mode`."""
+    """Open a regular file, or with O_DIRECTORY a folder, as `os.open` does, in a folder that is opened as by
+    `folder_of`. No link is followed, and a FIFO hangs nobody. What is made in a folder with the setgid bit
+    takes what its group may do from the folder, whatever the umask: so several people share a repository.
+    Not a file with a private `mode`."""
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK
     with folder_of(path) as (folder, name):
-        if flags & os.O_CREAT and not flags & os.O_EXCL:
+        try:
             # In a sticky folder Linux refuses O_CREAT for a file that is there and is another user's.
-            with contextlib.suppress(FileNotFoundError):
-                return os.open(name, (flags | O_SAFE) & ~os.O_CREAT, dir_fd=folder)
-        fd = os.open(name, flags | O_SAFE, mode, dir_fd=folder)
-        above = os.fstat(folder).st_mode
+            fd = os.open(name, flags if flags & os.O_EXCL else flags & ~os.O_CREAT, mode, dir_fd=folder)
+        except FileNotFoundError:
+            fd = os.open(name, flags, mode, dir_fd=folder)
+        above, kind = os.fstat(folder).st_mode, os.fstat(fd).st_mode
+        if not flags & os.O_DIRECTORY and not stat.S_ISREG(kind):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "not a regular file", path)
         if flags & os.O_CREAT and above & stat.S_ISGID and mode & 0o060:
-            with contextlib.suppress(OSError):
-                os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) & ~0o070 | above & 0o060)
+            with contextlib.suppress(OSError):  # somebody else's
+                os.fchmod(fd, stat.S_IMODE(kind) & ~0o070 | above & 0o060)
         return fd
 
 
@@ -318,12 +321,8 @@ def file_stamp(path: str) -> Any:
 
 
 def open_regular(path: str) -> BinaryIO:
-    """Open a regular file to read it. Raises OSError, also for a link or a FIFO that somebody planted."""
-    fd = open_below(path, os.O_RDONLY)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file", path)
-    return os.fdopen(fd, "rb")
+    """Open a file to read it, as by `open_below`. Raises OSError."""
+    return os.fdopen(open_below(path, os.O_RDONLY), "rb")
 
 
 def read_bounded(path: str, limit: int) -> bytes:
@@ -499,11 +498,9 @@ def process_identity(pid: Any = "self") -> Tuple[Optional[str], Optional[int]]:
 
 def boot_id() -> str:
     """Return what identifies this boot of this machine: within one, monotonic clocks compare."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return this_host()
+    with contextlib.suppress(OSError):
+        return read_bounded("/proc/sys/kernel/random/boot_id", 100).decode("ascii").strip()
+    return this_host()
 
 
 def freshen(folder: str) -> None:
@@ -806,8 +803,7 @@ MAX_EXPECT_S = 315_360_000
 MAX_IDX = 10**15
 
 _CHECK_IN_NAME = re.compile(
-    r"(?P<run>[A-Za-z0-9_]{1,64})-(?P<idx>[0-9]{1,18})-(?P<flag>[a-z_]{1,20})"
-    r"-(?P<utc>[0-9]{1,13}(?:\.[0-9]{1,6})?)-(?P<expect>[0-9]{1,9})"
+    r"([A-Za-z0-9_]{1,64})-([0-9]{1,18})-([a-z_]{1,20})-([0-9]{1,13}(?:\.[0-9]{1,6})?)-([0-9]{1,9})"
 )
 
 
@@ -1235,8 +1231,6 @@ class AppendFile:
         fd = open_below(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode):
-                raise OSError(errno.EINVAL, "not a regular file", self.path)
             size, identity = info.st_size, (info.st_dev, info.st_ino)
             if identity == self._identity and self._must_sync and self._synced_size < size:
                 size = self._synced_size
@@ -3365,7 +3359,8 @@ def write_index(paths: RepoPaths, wait_s: float = 10.0, anew: bool = False) -> I
     """Yield the index, to be written by nobody else until the block ends; readers need only SQLite's own
     locks. Raises IndexBusy after `wait_s`, OSError where it cannot be written, and IndexUnusable where it is
     found damaged; then an empty one has taken its place."""
-    _check_folder(paths, write=True)
+    refuse_root(paths)
+    _check_folder(paths)
     with FileLock(paths.index_lock) as lock:
         if lock.acquire(wait_s) is False:
             raise IndexBusy(f"{paths.index} is being written by another process: try again later")
@@ -3382,7 +3377,7 @@ def write_index(paths: RepoPaths, wait_s: float = 10.0, anew: bool = False) -> I
 @contextlib.contextmanager
 def open_index(paths: RepoPaths, mode: str, busy_s: float) -> Iterator[sqlite3.Connection]:
     """Yield the index as it is. Raises IndexBusy, IndexUnusable or OSError, be it at the end."""
-    _check_folder(paths, write=False)
+    _check_folder(paths)
     if not os.path.exists(paths.index):
         raise IndexUnusable(f"{paths.index} is missing")
     identity = identity_of(paths.index)
@@ -3399,20 +3394,15 @@ def refuse_root(paths: RepoPaths) -> None:
     """Raise RepoError where root would leave files that the repository's owner could then not use."""
     uid = os.stat(paths.aim).st_uid
     if os.geteuid() == 0 != uid:
-        raise RepoError(
-            f"{paths.aim} belongs to {login_name(uid)}, who alone watches and says who is notified"
-        )
+        owner = f"{paths.aim} belongs to {login_name(uid)}"
+        raise RepoError(f"{owner}, who alone watches, indexes, and says who is notified")
 
 
-def _check_folder(paths: RepoPaths, write: bool) -> None:
+def _check_folder(paths: RepoPaths) -> None:
     """Raise OSError where others than the owner of the index's folder could have put files there: SQLite
     acts on what stands in them, and removes files that they name."""
-    info, why = os.stat(paths.own), ""
-    if info.st_mode & 0o022:
+    if os.stat(paths.own).st_mode & 0o022:
         why = f"others than its owner may write to {paths.own}: 'chmod go-w' it"
-    elif write and os.geteuid() == 0 != info.st_uid:
-        why = f"only user {info.st_uid}, who owns its folder, writes it"
-    if why:
         raise PermissionError(errno.EACCES, why, paths.index)
 
 
