@@ -75,7 +75,6 @@ from __future__ import annotations
 import _thread
 import ast
 import atexit
-import collections
 import collections.abc
 import contextlib
 import datetime
@@ -97,20 +96,16 @@ import time
 import traceback
 import types
 import weakref
-import zlib
 from collections import Counter, deque
 from typing import (
     TYPE_CHECKING,
     Any,
     BinaryIO,
     Callable,
-    Deque,
     Dict,
-    FrozenSet,
     Iterable,
     Iterator,
     List,
-    Mapping,
     NamedTuple,
     NoReturn,
     Optional,
@@ -217,11 +212,10 @@ def from_json(data: Union[bytes, str]) -> Any:
 
 def json_object(data: Union[bytes, str]) -> Optional[Dict[str, Any]]:
     """Return the JSON object that text is, or None for anything else."""
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         value = from_json(data)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+        return value if isinstance(value, dict) else None
+    return None
 
 
 #: Opens a folder only to reach what is in it, which needs no right to list it.
@@ -283,7 +277,7 @@ def unlink_below(path: str) -> None:
 
 def list_below(folder: str) -> List[str]:
     """Return the names in a folder that is opened as by `folder_of`. Raises OSError."""
-    fd = open_below(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fd = open_below(f"{folder}/.", os.O_RDONLY | os.O_DIRECTORY)
     try:
         return os.listdir(fd)
     finally:
@@ -745,26 +739,18 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
     nearest `.aim` in this folder or one above it, else this folder. With `create` the repository
     is made where it is missing. Raises RepoError where there is none and none may be made.
     """
+    if given == "" or "://" in (given or ""):
+        raise RepoError(f"{brief(given)} is no folder: give the one that holds .aim, on a disk or a share")
     try:
-        given = given if given is not None else os.environ.get("AIMWATCH_REPO") or _nearest_repo(os.getcwd())
+        given = given or os.environ.get("AIMWATCH_REPO") or _nearest_repo(os.getcwd())
+        root = os.path.abspath(os.path.expanduser(given))
     except OSError as error:
         raise RepoError(f"the current folder cannot be told: {error.strerror}") from None
-    if not str(given):
-        raise RepoError("the repository's path is empty: give the folder that holds .aim")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", given):
-        raise RepoError(
-            f"{printable(given, 200)} is no folder, and only folders are taken: give the one that holds "
-            ".aim, on a disk or a share that every machine sees"
-        )
-    root = os.path.abspath(os.path.expanduser(given))
     if os.path.basename(root) == ".aim":
         root = os.path.dirname(root)
     paths = RepoPaths(root)
     try:
         os.stat(os.path.join(paths.aim, "."))
-        for folder in paths.folders:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError), folder_of(f"{folder}/."):
-                pass
     except (FileNotFoundError, NotADirectoryError):
         if not create:
             raise RepoError(
@@ -1082,9 +1068,8 @@ class RunState:
         self.props: Dict[str, Any] = {}
         self.series: Dict[int, SeriesState] = {}
         self.end: Optional[Dict[str, Any]] = None
-        #: How many messages were logged at each level, and the newest at error level.
-        self.logs: Dict[str, int] = {}
-        self.errors: Deque[str] = deque(maxlen=5)
+        #: The newest messages that were logged at error level.
+        self.errors: deque[str] = deque(maxlen=3)
         self.next_idx = 1
         self.last_time = 0.0
         self.skipped = 0
@@ -1123,10 +1108,8 @@ class RunState:
                 self.props.update(props)
             elif "log" in record:
                 self._seen(record["time"])
-                level, message = int(record["log"]), str(record["message"])
-                self.logs[str(level)] = self.logs.get(str(level), 0) + 1
-                if level >= logging.ERROR:
-                    self.errors.append(message[:1000])
+                if int(record["log"]) >= logging.ERROR:
+                    self.errors.append(str(record["message"])[:1000])
             elif isinstance(record["end"], str):
                 self.next_idx = max(self.next_idx, int(_in_range(int(record["idx"]), MAX_IDX)) + 1)
                 self._seen(record["time"])
@@ -1165,7 +1148,7 @@ class RunState:
 
     def to_checkpoint(self) -> Dict[str, Any]:
         """Return the whole state as a record, from which `apply` builds it again."""
-        plain = ("header", "params", "props", "end", "logs", "next_idx", "last_time")
+        plain = ("header", "params", "props", "end", "next_idx", "last_time")
         series = [series.to_list() for series in list(self.series.values())]
         known = {name: getattr(self, name) for name in plain}
         return {"checkpoint": 1, **known, "series": series, "errors": list(self.errors)}
@@ -1178,7 +1161,6 @@ class RunState:
         if record["checkpoint"] != 1 or not all(map(state.apply, records)):
             raise ValueError("another format")
         state.series = {item.id: item for item in map(SeriesState.from_list, record["series"])}
-        state.logs = {str(int(level)): int(count) for level, count in record["logs"].items()}
         state.errors.extend(map(str, record["errors"]))
         next_idx = int(_in_range(int(record["next_idx"]), MAX_IDX))
         state.next_idx = max(self.next_idx, state.next_idx, next_idx)
@@ -1191,8 +1173,8 @@ class AppendFile:
     where it cannot be opened or made; its folder must be there.
 
     A line that the disk refuses waits in memory, in order, and is tried again with the next one, at most
-    once a second. When too much waits, the oldest lines are given up and counted in `dropped`. Where the
-    file was removed or replaced, another is begun with the `summary` of all that was ever appended.
+    once a second. When too much waits, the oldest lines are given up. Where the file was removed or replaced,
+    another is begun with the `summary` of all that was ever appended.
 
     On a network file system a write succeeds, and its error comes at fsync. There a thread syncs the file
     once a second, and lines are kept until a sync has succeeded. After one that failed, the file is cut to
@@ -1201,10 +1183,10 @@ class AppendFile:
 
     def __init__(self, path: str, summary: Callable[[], List[bytes]]) -> None:
         self.path = path
-        self.dropped = 0
         self._summary = summary
-        self._waiting: Deque[bytes] = deque()
-        self._waiting_bytes = 0
+        #: What the disk refused, how many bytes that is, and how many lines were given up.
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = self._dropped = 0
         self._retry_mono = -math.inf
         self._complained = False
         #: True where nothing may be written before the file is opened again: its path leads elsewhere, its
@@ -1219,7 +1201,7 @@ class AppendFile:
         #: between two writes, since of an error that a write was told no sync is told.
         self._reached = (0, 0)
         self._syncing = threading.RLock()
-        self._unsynced: Deque[Tuple[int, bytes]] = deque()
+        self._unsynced: deque[Tuple[int, bytes]] = deque()
         self._in_place = True
         self._fd, self._identity = -1, (0, 0)
         self._open()
@@ -1247,16 +1229,14 @@ class AppendFile:
 
     def append(self, line: bytes) -> None:
         """Write one line with its line break; keep it for later where that fails. Never raises OSError."""
-        if self._waiting or not self._write(line):
-            self._wait(line)
-            self.flush()
-
-    def _wait(self, line: bytes) -> None:
+        if not self._waiting and self._write(line):
+            return
         self._waiting.append(line)
         self._waiting_bytes += len(line)
         while self._waiting_bytes > MAX_WAITING_BYTES:
             self._waiting_bytes -= len(self._waiting.popleft())
-            self.dropped += 1
+            self._dropped += 1
+        self.flush()
 
     def flush(self, now: bool = False) -> bool:
         """Write what waits, if the last try was not a moment ago or `now`; True when nothing waits."""
@@ -1361,7 +1341,7 @@ class AppendFile:
         for _ in range(2):  # what a failed sync lost is written once more
             whole = whole or self.flush(now=True) and (not self._must_sync or self.sync())
         self._settle()
-        missing = self.dropped + len(self._waiting)
+        missing = self._dropped + len(self._waiting)
         missing += sum(end > self._synced_size for end, _ in self._unsynced)
         if missing:
             log.error("%s: %d records could not be written", self.path, missing)
@@ -5980,7 +5960,7 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
     facts["run.experiment"] = printable(str(state.props.get("experiment") or ""), 100)
     facts["run.metrics"] = describe_metrics(state)
     facts["run.progress"] = describe_progress(state)
-    facts["run.errors"] = "\n".join(f"  {printable(text, 200)}" for text in list(state.errors)[-3:])
+    facts["run.errors"] = "\n".join(f"  {printable(text, 200)}" for text in state.errors)
     end = state.header.get("signal") if state.end is None else state.end
     if state.end is not None:
         facts["run.state"] = state.end["end"]
@@ -7364,7 +7344,7 @@ class LogFollower:
         self._identity, self._offset = (0, 0), 0
         #: By series, the columns of its points as they came.
         self.points: Dict[int, Dict[str, Any]] = {}
-        self.messages: Deque[Dict[str, Any]] = deque(maxlen=500)
+        self.messages: deque[Dict[str, Any]] = deque(maxlen=500)
 
     def read(self) -> LogFollower:
         """Take in what was appended. Raises OSError."""
@@ -7605,7 +7585,7 @@ class Site:
             logs = map(self.paths.run_log, {*list_pending(self.paths), *hashes})
             stamps = [file_stamp(file) for file in (self.paths.check_ins, *sorted(logs))]
             stamp = repr([path, query, int(self._utc()) // 5, stamps])
-            etag = f'"{zlib.crc32(stamp.encode()):x}"'
+            etag = f'"{hash(stamp):x}"'
             if etag == known_etag:
                 return Reply(304, etag=etag)
             make = self._pages if route[2] == "text/html" else self._make
@@ -7871,7 +7851,7 @@ class Site:
         logs = map(self.paths.run_log, list_pending(self.paths))
         index_ns, *log_ns = [(file_stamp(path) or [0])[-1] for path in (self.paths.index, *logs)]
         seen_at = status["watcher"]["seen_at"]
-        families: Dict[str, Mapping[str, float]] = {
+        families: Dict[str, collections.abc.Mapping[str, float]] = {
             "runs": runs,
             "check_in_age_sum_seconds": {"": sum(ages)},
             "check_in_age_max_seconds": {"": max(ages, default=0.0)},
@@ -8053,7 +8033,7 @@ _CLOSED = (
 class Gate(NamedTuple):
     """Who is let in: by which names this server is called, with which token, below which path."""
 
-    hosts: FrozenSet[str]
+    hosts: Set[str]
     token: str
     base_path: str
     cookie: str
@@ -8845,7 +8825,7 @@ def cmd_up(args: Any) -> None:
         print(f"from elsewhere: ssh -L {port}:{local} {this_host()}, then http://localhost:{port}{rest}")
         _, text = watcher_state(paths, read_watcher_file(paths))
         print("this process watches" if args.watch else text, flush=True)
-        gate = Gate(frozenset(map(str.lower, names)), token, base, f"aimwatch_{port}")
+        gate = Gate(set(map(str.lower, names)), token, base, f"aimwatch_{port}")
         serve(Site(paths), gate, listener, stop)
         stop.set()
 
