@@ -4465,13 +4465,9 @@ checked_url = a_text(
 #: A Workplace group ID; a number where it is one, since so Aim reads it.
 checked_group = a_text("[A-Za-z0-9_.]{1,64}", "must be letters and digits, not {}", number=True)
 checked_security = a_text("|".join(MAIL_PORTS), f"must be one of {', '.join(MAIL_PORTS)}, not {{}}")
-checked_port = a_text(
-    "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]",
-    "must be a number from 1 to 65535, not {}",
-    number=True,
-)
+checked_port = a_text("[1-9][0-9]{0,4}", "must be the number of a port, not {}", number=True)
 checked_address = a_text(
-    r"(?=[!-~]+\Z)[^@,;:<>\"()\[\]\\{}]+(@[A-Za-z0-9.-]+)?", "must be a mail address, name@host, not {}"
+    r"(?=[!-~]+\Z)[^@,;:<>\"()\[\]\\{}]+@[A-Za-z0-9.-]+", "must be a mail address, name@host, not {}"
 )
 #: What people may call a notifier.
 checked_notifier_name = a_text(r"[\w.-]{1,40}", "must be of letters, digits, - . _, not {}")
@@ -4627,65 +4623,61 @@ def read_notifier(notifier_id: str, raw: Any) -> Notifier:
     return Notifier(notifier_id, kind, enabled, arguments, events, problem, name, where)
 
 
-class NotifierConfig:
-    """The notifiers of a repository, as config.json holds them."""
+def read_config(paths: RepoPaths) -> Dict[str, Any]:
+    """Return the content of config.json. Raises ConfigError where it is damaged or not to be trusted."""
+    path = paths.config
+    try:
+        with open_regular(path) as file:
+            raw, info = json.loads(file.read(MAX_LINE_BYTES)), os.fstat(file.fileno())
+        raw["notifications"].setdefault("notifiers", {}).items()
+    except FileNotFoundError:
+        return {"notifications": {"version": "1.0", "log_level": 30, "notifiers": {}}}
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except MALFORMED as error:
+        raise ConfigError(
+            f'{path} is not JSON like {{"notifications": {{"notifiers": {{}}}}}} ({error}): '
+            "mend it, or move it away and add the notifiers again"
+        ) from None
+    # It says where everything goes, and what programs run as the one who watches. On some shares files
+    # belong to another number than their user has.
+    mine = info.st_uid in (0, os.geteuid()) or (os.geteuid() and os.access(path, os.W_OK))
+    if info.st_mode & 0o022 or not mine:
+        raise ConfigError(
+            f"{path} is not used: it must be a file that belongs to you (or root) and that nobody else can "
+            "write: chmod 600"
+        )
+    return raw  # type: ignore[no-any-return]
 
-    def __init__(self, paths: RepoPaths) -> None:
-        self.path = paths.config
-        self._paths = paths
 
-    def read(self) -> Dict[str, Any]:
-        """Return the file's content. Raises ConfigError where it is damaged or not to be trusted."""
-        try:
-            with open_regular(self.path) as file:
-                raw, info = json.loads(file.read(MAX_LINE_BYTES)), os.fstat(file.fileno())
-            raw["notifications"].setdefault("notifiers", {}).items()
-        except FileNotFoundError:
-            return {"notifications": {"version": "1.0", "log_level": 30, "notifiers": {}}}
-        except OSError as error:
-            raise ConfigError(f"cannot read {self.path}: {error.strerror}") from None
-        except MALFORMED as error:
-            raise ConfigError(
-                f'{self.path} is not JSON like {{"notifications": {{"notifiers": {{}}}}}} ({error}): '
-                "mend it, or move it away and add the notifiers again"
-            ) from None
-        # It says where everything goes, and what programs run as the one who watches. On some shares files
-        # belong to another number than their user has.
-        mine = info.st_uid in (0, os.geteuid()) or (os.geteuid() and os.access(self.path, os.W_OK))
-        if info.st_mode & 0o022 or not mine:
-            raise ConfigError(
-                f"{self.path} is not used: it must be a file that belongs to you (or root) and that nobody "
-                "else can write: chmod 600"
-            )
-        return raw  # type: ignore[no-any-return]
+def read_notifiers(paths: RepoPaths) -> List[Notifier]:
+    """Return every notifier, usable or not. Raises ConfigError like `read_config`."""
+    entries = read_config(paths)["notifications"]["notifiers"]
+    return [read_notifier(notifier_id, raw) for notifier_id, raw in entries.items()]
 
-    def notifiers(self) -> List[Notifier]:
-        """Return every notifier, usable or not. Raises ConfigError like `read`."""
-        entries = self.read()["notifications"]["notifiers"]
-        return [read_notifier(notifier_id, raw) for notifier_id, raw in entries.items()]
 
-    def find(self, prefix: str, raw: Dict[str, Any]) -> str:
-        """Return the ID of the notifier that has this name, or whose ID starts so. Raises AimwatchError."""
-        entries = raw["notifications"]["notifiers"]
-        named = [key for key in entries if prefix and read_notifier(key, entries[key]).name == prefix]
-        way_out = f": '{command_line()} notifiers list' shows them"
-        return find_by_prefix(prefix, entries, "notifier", way_out, named)
+def find_notifier(text: str, raw: Dict[str, Any]) -> str:
+    """Return the ID of the notifier that has this name, or whose ID starts so. Raises AimwatchError."""
+    entries = raw["notifications"]["notifiers"]
+    named = [key for key in entries if text and read_notifier(key, entries[key]).name == text]
+    return find_by_prefix(text, entries, "notifier", f": '{command_line()} notifiers list' shows them", named)
 
-    @contextlib.contextmanager
-    def edit(self) -> Iterator[Dict[str, Any]]:
-        """Yield the content to who changes it, and write it back, under a lock and in one step."""
-        refuse_root(self._paths)
-        try:
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            with FileLock(self._paths.config_lock) as lock:
-                if lock.acquire(wait_s=CONFIG_LOCK_WAIT_S) is False:
-                    raise ConfigError(f"{self._paths.config_lock} is locked: try again")
-                freshen(self.path)
-                raw = self.read()
-                yield raw
-                replace_file(self.path, (json.dumps(raw, indent=4) + "\n").encode(), 0o600)
-        except OSError as error:
-            raise ConfigError(f"cannot write {self.path}: {error.strerror}") from None
+
+@contextlib.contextmanager
+def edit_config(paths: RepoPaths) -> Iterator[Dict[str, Any]]:
+    """Yield the content of config.json to who changes it, and write it back, under a lock and in one step."""
+    refuse_root(paths)
+    try:
+        os.makedirs(paths.notifications, exist_ok=True)
+        with FileLock(paths.config_lock) as lock:
+            if lock.acquire(wait_s=CONFIG_LOCK_WAIT_S) is False:
+                raise ConfigError(f"{paths.config_lock} is locked: try again")
+            freshen(paths.config)
+            raw = read_config(paths)
+            yield raw
+            replace_file(paths.config, (json.dumps(raw, indent=4) + "\n").encode(), 0o600)
+    except OSError as error:
+        raise ConfigError(f"cannot write {paths.config}: {error.strerror}") from None
 
 
 # ======================================================================================
@@ -5503,10 +5495,9 @@ class NotifierThread(threading.Thread):
 class Dispatcher:
     """Puts events into the outbox for the notifiers that want them, and follows changes of config.json."""
 
-    def __init__(self, paths: RepoPaths, outbox: Outbox, config: NotifierConfig) -> None:
+    def __init__(self, paths: RepoPaths, outbox: Outbox) -> None:
         self._paths = paths
         self.outbox = outbox
-        self._config = config
         #: What the configuration in force was read from, and what was said of one that is not.
         self._stamp: Any = None
         self._complaint = ""
@@ -5521,9 +5512,9 @@ class Dispatcher:
 
     def load(self) -> None:
         """Read the configuration. Raises ConfigError; what was in force stays in force."""
-        stamp = file_stamp(self._config.path)
-        notifiers = self._config.notifiers()
-        level = self._config.read()["notifications"].get("log_level")
+        stamp = file_stamp(self._paths.config)
+        notifiers = read_notifiers(self._paths)
+        level = read_config(self._paths)["notifications"].get("log_level")
         self.log_level = level if isinstance(level, int) else logging.WARNING
         self._stamp, self._complaint = stamp, ""
         enabled = [item for item in notifiers if item.enabled]
@@ -5548,11 +5539,11 @@ class Dispatcher:
 
     def reload_if_changed(self) -> None:
         """Take up a changed configuration; of a broken one that is said once, and the last good one kept."""
-        stamp = file_stamp(self._config.path)
+        stamp = file_stamp(self._paths.config)
         if stamp != self._stamp:
             try:
                 if stamp is None:  # an editor may be about to write it anew
-                    raise ConfigError(f"{self._config.path} is gone")
+                    raise ConfigError(f"{self._paths.config} is gone")
                 self.load()
                 log.info("notifiers reloaded: %s", self.describe())
             except ConfigError as error:
@@ -6337,7 +6328,7 @@ class Watcher:
             frozen = self._take_lock(seize)
             self._first = not os.path.exists(paths.watcher) and not os.path.exists(paths.outbox)
             self.outbox = Outbox(paths.outbox)
-            self.dispatcher = Dispatcher(paths, self.outbox, NotifierConfig(paths))
+            self.dispatcher = Dispatcher(paths, self.outbox)
             self._restore()
             # Where that cannot be written, the other one would not step down when it comes back.
             if frozen and not self._save(now=True):
@@ -7845,9 +7836,9 @@ class Site:
             known = experiment if experiment in largest else "other"
             runs[labels_of(state=state, experiment=known)] += count
         broken, waits = {}, {}
-        for item, problem, _, waiting in notifier_states(self.paths)[:50]:
-            labels = labels_of(notifier=item.id[:8], type=item.type)
-            broken[labels], waits[labels] = problem is not None, waiting
+        for row in notifier_rows(self.paths)[:50]:
+            labels = labels_of(notifier=row["id"][:8], type=row["type"])
+            broken[labels], waits[labels] = row["problem"] is not None, row["waiting"]
         logs = map(self.paths.run_log, list_pending(self.paths))
         index_ns, *log_ns = [(file_stamp(path) or [0])[-1] for path in (self.paths.index, *logs)]
         seen_at = status["watcher"]["seen_at"]
@@ -8386,13 +8377,15 @@ def cmd_start(args: Any) -> int:
     """Watch the repository until told to stop, or once."""
     paths = find_repo(args.repo)
     handler = _log_to_stderr(timed=True, thread=not args.once)
-    config, called = NotifierConfig(paths), command_line(args.repo)
-    enabled = [item for item in config.notifiers() if item.enabled]
+    called = command_line(args.repo)
+    enabled = [item for item in read_notifiers(paths) if item.enabled]
     if not enabled:
         log.info(
             f"no notifiers are enabled, so events are only written here; '{called} notifiers add' sets one up"
         )
-    elif not os.path.exists(paths.watcher) and "'events': " not in str(config.read()):  # so Aim writes it
+    elif not os.path.exists(paths.watcher) and "'events': " not in str(
+        read_config(paths)
+    ):  # so Aim writes it
         log.info(
             f"of starts, finishes and log messages Aim's watcher notifies and this one does not: '{called} "
             f"notifiers enable {enabled[0].shown_as} --events {','.join(EVENTS)}' changes that"
@@ -8591,9 +8584,9 @@ def status_object(paths: RepoPaths, looks: Optional[bool] = None) -> Dict[str, A
     watcher = {"alive": alive, "text": text, "host": saved.get("host"), "pid": saved.get("pid")}
     watcher.update((field, moment(saved.get(field))) for field in ("started_at", "seen_at"))
     notifiers = [
-        {"id": item.id, "name": item.shown_as, "type": item.type, "problem": problem, "waiting": waiting}
-        for item, problem, _, waiting in notifier_states(paths)
-        if item.enabled and problem
+        {field: row[field] for field in ("id", "name", "type", "problem", "waiting")}
+        for row in notifier_rows(paths)
+        if row["status"] == "enabled" and row["problem"]
     ]
     owners = (*paths.owners_folders, paths.config, paths.index, paths.outbox, paths.watcher)
     lax = [path for path in owners if os.path.exists(path) and os.stat(path).st_mode & 0o022]
@@ -8881,8 +8874,7 @@ def _add_notifier(args: Any) -> None:
     import uuid
 
     paths, kind = find_repo(args.repo), args.verb
-    config = NotifierConfig(paths)
-    config.read()
+    read_config(paths)
     _log_to_stderr(timed=True)
     arguments = _field_values(NOTIFIER_FIELDS[kind], args)
     arguments.setdefault("message", AIM_DEFAULT_MESSAGE)
@@ -8893,14 +8885,14 @@ def _add_notifier(args: Any) -> None:
     added = read_notifier(str(notifier["id"]), notifier)
     _show(added)
     _warn_about(kind, arguments)
-    for other in config.notifiers():
+    for other in read_notifiers(paths):
         if added.name and other.name == added.name:
             raise ConfigError(f"there is a notifier called {added.name}: give another --name")
         if other._replace(id=added.id, name=added.name, enabled=True) == added:
             raise ConfigError(f"the same notifier is there already: {other.shown_as}")
     if not args.yes and not _confirm("Save notifier configuration above?", True):
         raise AimwatchError("aborted: nothing was saved")
-    with config.edit() as raw:
+    with edit_config(paths) as raw:
         raw["notifications"]["notifiers"][added.id] = notifier
     way = f"{command_line(args.repo)} notifiers test {added.shown_as}"
     print(f"added {kind} notifier {added.id}; try it: {way}")
@@ -8933,7 +8925,7 @@ def _field_values(fields: Sequence[Field], args: Any) -> Dict[str, Any]:
     for field in fields:
         if field.name == "password" and not values["user"]:
             continue
-        said, check = _said(field, args), functools.partial(_checked, field, values.get("host"))
+        said, check = _said(field, args), functools.partial(_checked, field)
         is_asked = said is None and not args.yes and (field.required or field.asked)
         values[field.name] = _ask(field.prompt, check, field.secret) if is_asked else check(said)
     return {name: value for name, value in values.items() if value}
@@ -8951,20 +8943,13 @@ def _said(field: Field, args: Any) -> Optional[str]:
     return "\n".join(value) if isinstance(value, list) else value
 
 
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
-
-
-def _checked(field: Field, host: Optional[str], said: Optional[str]) -> Any:
+def _checked(field: Field, said: Optional[str]) -> Any:
     try:
         if field.required and not said:
             raise ConfigError("this is needed")
         value = field.check(said) if said else None
         if field.name in ("message", "body"):
             check_template(value)
-        names = value if isinstance(value, list) else [value]
-        is_remote = field.name in ("sender", "to") and host not in (*LOCAL_HOSTS, this_host())
-        if is_remote and not all("@" in str(name) for name in names):
-            raise ConfigError("must be name@host: only the mail server of this machine knows users by name")
         return value
     except AimwatchError as error:
         raise ConfigError(f"--{field.flag}: {error}") from None
@@ -8985,7 +8970,7 @@ def _warn_about(kind: str, arguments: Dict[str, Any]) -> None:
 
     for name in ("url", "base_url"):
         parts = urllib.parse.urlsplit(arguments.get(name, ""))
-        if parts.scheme == "http" and parts.hostname not in LOCAL_HOSTS:
+        if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
             print(
                 f"Warning: {parts.hostname} is another machine, and over http:// everybody between reads "
                 "what is sent, the address included."
@@ -8999,104 +8984,88 @@ def _warn_about(kind: str, arguments: Dict[str, Any]) -> None:
 @command("notifiers remove", "NAME", "--yes")
 def cmd_notifiers_remove(args: Any) -> None:
     """Remove a notifier; what waits for it is given up."""
-    config = NotifierConfig(find_repo(args.repo))
-    raw = config.read()
-    notifier_id = config.find(args.name, raw)
+    paths = find_repo(args.repo)
+    raw = read_config(paths)
+    notifier_id = find_notifier(args.name, raw)
     if not args.yes:
         _show(read_notifier(notifier_id, raw["notifications"]["notifiers"][notifier_id]))
         if not _confirm("Remove notifier configuration above?", False):
             raise AimwatchError("aborted: nothing was removed")
-    with config.edit() as raw:
+    with edit_config(paths) as raw:
         raw["notifications"]["notifiers"].pop(notifier_id, None)
     print(f"removed notifier {printable(notifier_id)}")
 
 
+@command("notifiers disable", "NAME")
 @command("notifiers enable", "NAME", "--events EVENTS")
-def cmd_notifiers_enable(args: Any, status: str = "enabled") -> None:
-    """Have a notifier hear of what happens again, or of other events."""
-    config = NotifierConfig(find_repo(args.repo))
-    with config.edit() as raw:
-        notifier_id = config.find(args.name, raw)
+def cmd_notifiers_enable(args: Any) -> None:
+    """Have a notifier hear of what happens, or disable it and keep its configuration."""
+    with edit_config(find_repo(args.repo)) as raw:
+        notifier_id = find_notifier(args.name, raw)
         entry = raw["notifications"]["notifiers"][notifier_id]
         if not isinstance(entry, dict):
             raise ConfigError(f"notifier {notifier_id} is no JSON object: remove it and add it again")
-        entry["status"] = status
-        if args.events:
+        entry["status"] = f"{args.verb}d"
+        if getattr(args, "events", None):
             entry["events"] = args.events
-    print(f"{status} notifier {args.name}")
+    print(f"{args.verb}d notifier {args.name}")
 
 
-@command("notifiers disable", "NAME")
-def cmd_notifiers_disable(args: Any) -> None:
-    """Have a notifier hear of nothing more, and keep its configuration."""
-    args.events = None
-    cmd_notifiers_enable(args, "disabled")
-
-
-def notifier_states(paths: RepoPaths) -> List[Tuple[Notifier, Optional[str], Optional[float], int]]:
-    """Return each notifier with what is wrong with it, since when, and how many events wait for it; none
-    where the configuration cannot be read: in a shared layout, its owner alone does."""
-    found, outbox = [], Outbox(paths.outbox, read_only=True)
+def notifier_rows(paths: RepoPaths) -> List[Dict[str, Any]]:
+    """Return what `notifiers list --json` prints of each notifier; [] where the configuration cannot be read:
+    in a shared layout, its owner alone does."""
+    outbox, rows = Outbox(paths.outbox, read_only=True), []
     with contextlib.suppress(ConfigError):
-        for item in NotifierConfig(paths).notifiers():
+        for item in read_notifiers(paths):
             reason, since = outbox.broken.get(item.id, (None, None))
-            found.append((item, item.problem or reason, since, len(outbox.waiting_for(item.id))))
-    return found
+            row = {
+                "id": item.id,
+                "type": item.type,
+                "status": "enabled" if item.enabled else "disabled",
+                "arguments": masked(item.type, item.arguments),
+                "events": item.events,
+                "name": item.shown_as,
+                "where": item.where or None,
+                "problem": item.problem or reason,
+                "broken_since": moment(since),
+                "waiting": len(outbox.waiting_for(item.id)),
+            }
+            rows.append(row)
+    return rows
 
 
 @command("notifiers list", "--json")
 def cmd_notifiers_list(args: Any) -> None:
     """List the notifiers, with what is wrong with those that do not work."""
     paths = find_repo(args.repo)
-    NotifierConfig(paths).read()  # or raises
-    found = notifier_states(paths)
-    rows: List[Dict[str, Any]] = [
-        {
-            "id": item.id,
-            "type": item.type,
-            "status": "enabled" if item.enabled else "disabled",
-            "arguments": masked(item.type, item.arguments),
-            "events": item.events,
-            "name": item.name or None,
-            "where": item.where or None,
-            "problem": problem,
-            "broken_since": moment(since),
-            "waiting": waiting,
-        }
-        for item, problem, since, waiting in found
-    ]
+    read_config(paths)  # or raises
+    rows = notifier_rows(paths)
     if args.json:
         print_json(rows)
         return
-    cells = [
-        (item.shown_as, item.type, row["status"], destination(item), ",".join(item.events))
-        for row, (item, *_) in zip(rows, found)
-    ]
+    cells = []
+    for row in rows:
+        known = map(row["arguments"].get, ("base_url", "url", "group_id", "to", "command"))
+        where = next(filter(None, known), "")
+        where = " ".join(map(str, where)) if isinstance(where, list) else str(where)
+        where = re.sub(r"^https?://|/\*\*\*$", "", where)
+        cells.append((row["name"], row["type"], row["status"], where, ",".join(row["events"])))
     header, *lines = table(("NAME", "TYPE", "STATUS", "WHERE", "EVENTS"), cells)
     print(header)
-    for line, (item, problem, since, waiting) in zip(lines, found):
+    for line, row in zip(lines, rows):
         print(line)
-        broken = f"broken since {local_time(since)}: " if since else ""
-        waits = f" ({plural(waiting, 'event')} waiting)" if waiting else ""
-        print_below(item.where and f"only where {item.where}", f"{broken}{problem or ''}{waits}".strip())
-    if not found:
+        broken = f"broken since {local_time(row['broken_since'])}: " if row["broken_since"] else ""
+        waits = f" ({plural(row['waiting'], 'event')} waiting)" if row["waiting"] else ""
+        only = row["where"] and f"only where {row['where']}"
+        print_below(only, f"{broken}{row['problem'] or ''}{waits}".strip())
+    if not rows:
         print(f"none yet: '{command_line(args.repo)} notifiers add' sets one up", file=sys.stderr)
-
-
-def destination(item: Notifier) -> str:
-    """Return where a notifier sends to, without its secrets: a host, addresses, a program."""
-    known = {"url": WORKPLACE_URL} if item.type == "workplace" else {}
-    known.update(masked(item.type, item.arguments))
-    where = next((known[name] for name in ("base_url", "url", "to", "command") if known.get(name)), "")
-    if isinstance(where, list):
-        return ",".join(map(str, where if item.type == "email" else where[:1]))
-    return re.sub(r"^https?://|/.*", "", str(where))
 
 
 @command("notifiers dump")
 def cmd_notifiers_dump(args: Any) -> None:
     """Print the configuration with its secrets masked."""
-    raw = NotifierConfig(find_repo(args.repo)).read()
+    raw = read_config(find_repo(args.repo))
     entries = raw["notifications"]["notifiers"]
     for notifier_id, entry in entries.items():
         item = read_notifier(notifier_id, entry)
@@ -9108,14 +9077,14 @@ def cmd_notifiers_dump(args: Any) -> None:
 @command("notifiers get-log-level")
 def cmd_get_log_level(args: Any) -> None:
     """Print from which level on people hear of log messages of runs."""
-    level = NotifierConfig(find_repo(args.repo)).read()["notifications"].get("log_level", 30)
+    level = read_config(find_repo(args.repo))["notifications"].get("log_level", 30)
     print(f"Log level: {logging.getLevelName(level) if isinstance(level, int) else repr(level)}")
 
 
 @command("notifiers set-log-level", f"LEVEL  {', '.join(LOG_LEVELS)}")
 def cmd_set_log_level(args: Any) -> None:
     """Set from which level on people hear of log messages of runs."""
-    with NotifierConfig(find_repo(args.repo)).edit() as raw:
+    with edit_config(find_repo(args.repo)) as raw:
         raw["notifications"]["log_level"] = LOG_LEVELS.get(str(args.level).upper(), args.level)
 
 
@@ -9131,9 +9100,8 @@ def cmd_notifiers_test(args: Any) -> int:
 
 def _notifiers_to_use(paths: RepoPaths, args: Any, name: str = "") -> List[Notifier]:
     """Return the notifier of that name or ID, or every enabled one."""
-    config = NotifierConfig(paths)
-    wanted = config.find(name, config.read()) if name else ""
-    found = [item for item in config.notifiers() if (item.id == wanted if wanted else item.enabled)]
+    wanted = find_notifier(name, read_config(paths)) if name else ""
+    found = [item for item in read_notifiers(paths) if (item.id == wanted if wanted else item.enabled)]
     if not found:
         raise AimwatchError(
             f"nobody is notified: '{command_line(args.repo)} notifiers add' sets a notifier up"
@@ -9683,7 +9651,7 @@ def _demo_alerts(paths: RepoPaths, at_end: contextlib.ExitStack) -> List[Tuple[s
     """Watch the processes, and return the alerts that the outbox says were sent: (the run's name, event)."""
     import subprocess
 
-    with NotifierConfig(paths).edit() as raw:
+    with edit_config(paths) as raw:
         demo = {"id": "demo", "type": "logger", "events": [STALLED, FAILED, RECOVERED, FINISHED]}
         raw["notifications"]["notifiers"]["demo"] = {**demo, "arguments": {}}
     print(f"{len(DEMO_FATES)} training processes in {paths.root}, each promising a check-in within 1 s.")
