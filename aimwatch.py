@@ -8079,7 +8079,7 @@ def serve(site: Site, gate: Gate, listener: Any, stop: threading.Event) -> None:
     import http.server
     import socket
 
-    links: Deque[Any] = deque()  # the newest connections
+    links: deque[Any] = deque()  # the newest connections
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version, timeout = "HTTP/1.1", 30.0
