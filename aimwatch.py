@@ -5733,17 +5733,12 @@ class WatchedRun:
 
     def note_stall(self, now_s: float) -> str:
         """Note that it is stalled now; return what its earlier stalls add to the message."""
-        self.state, late = STALLED, self.flaps_at(now_s)
-        earlier = [at_s for at_s in self.stalls[: FLAP_STALLS - 1] if late or now_s - at_s < FLAP_WINDOW_S]
+        self.state, flaps = STALLED, self.flaps_at(now_s)
+        earlier = [at_s for at_s in self.stalls[: FLAP_STALLS - 1] if flaps or now_s - at_s < FLAP_WINDOW_S]
         self.stalls = [*earlier, now_s]
-        if late:
-            return f"it has flapped before, so this comes {human_s(FLAP_GRACE_S)} late"
-        if not self.flaps_at(now_s):
-            return ""
-        return (
-            f"it flaps: {FLAP_STALLS} stalls in {human_s(now_s - self.stalls[0])}; until it has not stalled "
-            f"for {human_s(FLAP_LASTS_S)}, you hear of it when it is silent for {human_s(FLAP_GRACE_S)} more"
-        )
+        lasts, grace = human_s(FLAP_LASTS_S), human_s(FLAP_GRACE_S)
+        text = f"it flaps: until it has not stalled for {lasts}, you hear of it {grace} later"
+        return text if self.flaps_at(now_s) else ""
 
     def note_marker(self, state: str, now_s: float) -> bool:
         """Note what its marker looks like now; True where nobody holds it, now and a while ago."""
@@ -5785,8 +5780,7 @@ class Change(NamedTuple):
     #: Why it failed, where its log does not say; or what else there is to say.
     note: str = ""
     suffix: str = ""
-    #: Of a group of ranks: which of them was the first, and the run that stands for all.
-    rank: int = -1
+    #: Of a group of ranks: the run that stands for all.
     visible: str = ""
 
 
@@ -5849,6 +5843,7 @@ class RunTable:
             if old_state != RUNNING or check_in.flag != CHECK_IN:
                 kinds = kinds_to_alert(old_state, watched.state)
                 changes += [Change(kind, watched, silent_s, old_state) for kind in kinds]
+                watched.member = None  # another process may have gone on with it
                 if watched.state in (FINISHED, FAILED):
                     watched.stalls = []
         return changes
@@ -6003,7 +5998,6 @@ def change_facts(paths: RepoPaths, change: Change) -> Facts:
             facts["run.process"] = "alive"
         facts["run.frames"] = hanging_frames(paths, watched.hash)
     if change.visible:
-        facts["run.rank"] = str(change.rank)
         if not change.suffix:
             facts["run.reason"], facts["run.silent"] = change.note, ""
         visible = run_facts(paths, change.visible)
@@ -6106,9 +6100,6 @@ class Groups:
         """Return what is to be alerted now: of the changes of ranks, one for each group when all that take
         part in it are there, or have been waited for."""
         alerted, spoken = [], set()
-        for change in changes:
-            if change.kind in (STARTED, RECOVERED):  # another process may have gone on with it
-                change.run.member = None
         of_ranks = self._waiting or any(self.member(change.run).group for change in changes)
         groups = self.by_group(runs) if of_ranks else {}
         for change in changes:
@@ -6121,7 +6112,7 @@ class Groups:
             elif key not in spoken and self._speaks(change, member, members):
                 spoken.add(key)
                 visible = members.get(0, change.run).hash
-                alerted.append(change._replace(visible=visible, rank=member.rank))
+                alerted.append(change._replace(visible=visible))
         for (group, kind), (since_s, notes) in list(self._waiting.items()):
             members = groups.get(group, {})
             running = [watched for watched in members.values() if watched.state == RUNNING]
@@ -6140,9 +6131,8 @@ class Groups:
             if parts:
                 first, text = self._say_stalled(parts) if kind == STALLED else self._say_failed(parts, notes)
                 text += self._say_of_others([watched for watched in members.values() if watched not in parts])
-                rank, visible = self.member(first).rank, members.get(0, first).hash
-                silent_s = now_s - first.since_s
-                alerted.append(Change(kind, first, silent_s, RUNNING, text, rank=rank, visible=visible))
+                visible = members.get(0, first).hash
+                alerted.append(Change(kind, first, now_s - first.since_s, RUNNING, text, visible=visible))
         return alerted
 
     def _speaks(self, change: Change, member: Member, members: Dict[int, WatchedRun]) -> bool:
@@ -8350,11 +8340,6 @@ READERS: Dict[str, Callable[[str], Any]] = {
 
 def _stop_signal() -> threading.Event:
     """Return what says when this process was told to stop."""
-    with contextlib.suppress(ImportError, AttributeError, OSError):  # not every C library has it
-        import ctypes
-
-        # What compiling this file took, 20 MB that a watcher would keep for months.
-        ctypes.CDLL(None).malloc_trim(0)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -8551,10 +8536,10 @@ def watcher_state(paths: RepoPaths, saved: Dict[str, Any], looks: Optional[bool]
     Arguments:
         looks: whether that file goes on changing; None: see, where the watcher is on another machine.
     """
-    seen_at, started_at, now = bounded(saved.get("seen_at")), bounded(saved.get("started_at")), time.time()
+    seen_at = bounded(saved.get("seen_at"))
     with contextlib.suppress(OSError):
         seen_at = seen_at and max(seen_at, os.stat(paths.watcher_lock).st_mtime)  # see `Watcher._save`
-    age_s = max(0.0, now - seen_at) if seen_at else math.inf
+    age_s = max(0.0, time.time() - seen_at) if seen_at else math.inf
     ago = f"last looked {human_s(age_s)} ago" if seen_at else "never looked"
     lock = lock_state(paths.watcher_lock)
     elsewhere = is_elsewhere(saved)
@@ -8568,8 +8553,7 @@ def watcher_state(paths: RepoPaths, saved: Dict[str, Any], looks: Optional[bool]
     who = describe_watcher(paths)
     if age_s > STUCK_S + 3 * bounded(saved.get("poll_interval_s")):
         return False, f"{who} holds the watch but does not look; {ago}"
-    up = f", for {human_s(now - started_at)}" if started_at and not elsewhere else ""
-    return True, f"watched by {who}{up}; {ago}"
+    return True, f"watched by {who}; {ago}"
 
 
 def moment(at: Any) -> Optional[Moment]:
@@ -8727,7 +8711,7 @@ def cmd_mute(args: Any) -> None:
     it is stalled or failed then."""
     paths = find_repo(args.repo)
     paths.create()
-    run_hash, _ = _end_mutes(paths, args.run)
+    run_hash = _end_mutes(paths, args.run)
     until = math.ceil(time.time() + getattr(args, "for"))
     os.close(open_below(os.path.join(paths.mutes, f"{run_hash}-{until}"), os.O_WRONLY | os.O_CREAT))
     print(f"muted run {run_hash} until {local_time(until)}")
@@ -8736,20 +8720,17 @@ def cmd_mute(args: Any) -> None:
 @command("unmute", "RUN")
 def cmd_unmute(args: Any) -> None:
     """Notify of a muted run again, and at once if it is stalled or failed."""
-    run_hash, was_muted = _end_mutes(find_repo(args.repo), args.run)
-    if not was_muted:
-        raise AimwatchError(f"run {run_hash} is not muted")
-    print(f"unmuted run {run_hash}")
+    print(f"unmuted run {_end_mutes(find_repo(args.repo), args.run)}")
 
 
-def _end_mutes(paths: RepoPaths, text: str) -> Tuple[str, bool]:
-    """End the mutes of the run that people name so, and return its hash and whether it had any."""
+def _end_mutes(paths: RepoPaths, text: str) -> str:
+    """End the mutes of the run that people name so, and return its hash."""
     hashes = {name.partition("-")[0] for name in names_in(paths.check_ins, "[A-Za-z0-9_]{1,64}-.+")}
     run_hash = Repo(paths.root).find_run(text, hashes)  # Aim's runs, too
-    files = [file for run, _, file in read_mutes(paths) if run == run_hash]
-    for file in files:
-        unlink_below(file)
-    return run_hash, bool(files)
+    for run, _, file in read_mutes(paths):
+        if run == run_hash:
+            unlink_below(file)
+    return run_hash
 
 
 @command("ack", "RUN*", "--all  every run that is stalled or failed")
@@ -8762,16 +8743,19 @@ def cmd_ack(args: Any) -> None:
     paths.create()
     rows = {row["hash"]: row for row in status_rows(paths)}
     bad = [run_hash for run_hash, row in rows.items() if row["state"] in (STALLED, FAILED)]
-    repo = Repo(paths.root)
-    for run_hash in bad if args.all else [repo.find_run(text, rows) for text in args.run]:
+    repo, chosen = Repo(paths.root), bad if args.all else []
+    for text in args.run:
+        run_hash = repo.find_run(text, rows)
         group = rows[run_hash]["group"] if run_hash in rows else None
         ranks = [other for other in bad if other == run_hash or group and rows[other]["group"] == group]
         if not ranks:
             raise AimwatchError(f"run {run_hash} is neither stalled nor failed now")
-        for rank in ranks:
-            name = f"{rows[rank]['check_in']}-{rows[rank]['state']}"
-            os.close(open_below(os.path.join(paths.mutes, name), os.O_WRONLY | os.O_CREAT))
-            print(f"acknowledged run {rank}, which is {rows[rank]['state']}")
+        chosen += ranks
+    for run_hash in dict.fromkeys(chosen):
+        row = rows[run_hash]
+        name = f"{row['check_in']}-{row['state']}"
+        os.close(open_below(os.path.join(paths.mutes, name), os.O_WRONLY | os.O_CREAT))
+        print(f"acknowledged run {run_hash}, which is {row['state']}")
 
 
 @command(
