@@ -4222,9 +4222,7 @@ class IndexFile(StoredCase):
             os.unlink(self.paths.index)
             os.mkdir(self.paths.index)
             self.assertEqual(self.answers(), expected)
-            code, out, err = self.run_cli("reindex")
-            self.assertEqual((code, out), (1, ""))
-            self.assertIn(self.paths.index, err)
+            self.assertIn(self.paths.index, self.fine("reindex", code=1))
 
     def test_index_in_a_folder_that_others_may_write_is_not_opened(self) -> None:
         self.fill()
@@ -4545,9 +4543,7 @@ class Bounds(StoredCase):
         self.assertEqual(self.run_cli("runs", "--csv", "--columns", "hash")[1], "hash\nr\n")
         for argv in (("show", "r"), ("plot", "r", "m"), ("reindex",)):
             with self.subTest(argv=argv):
-                code, _, err = self.run_cli(*argv)
-                self.assertEqual(code, 1)
-                self.assertIn("no checkpoint in its last 128 MB", err)
+                self.assertIn("no checkpoint in its last 128 MB", self.fine(*argv, code=1))
 
     def test_run_does_not_index_itself_on_a_share_whose_locks_may_be_local(self) -> None:
         with mock.patch.object(aimwatch, "is_network", return_value=True):
@@ -4742,8 +4738,7 @@ class Reading(StoredCase):
                 self.assertEqual(str(caught.exception).lower(), f"cannot read {path}: {reason}".lower())
             for command in ("show", "close"):
                 with self.subTest(what, command=command):
-                    code, out, err = self.run_cli(command, "r2")
-                    self.assertEqual((code, out), (1, ""))
+                    err = self.fine(command, "r2", code=1)
                     self.assertRegex(err, r"^[^\n]*cannot (read|close) [^\n]*r2[^\n]*\n$")
             with self.subTest(what):
                 for _ in range(2):
@@ -5523,8 +5518,7 @@ class ConfigFile(NotifierCase):
     def test_full_disk_leaves_the_file_as_it_was(self) -> None:
         self.write_config(AIM_CONFIG)
         with mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, "No space left on device")):
-            code, _, err = self.run_cli("notifiers", "add", "logger", "--yes")
-        self.assertEqual(code, 1)
+            err = self.fine("notifiers", "add", "logger", "--yes", code=1)
         self.assert_one_line(err, r"cannot write .*config\.json: No space left on device")
         self.assertEqual(aimwatch.read_config(self.paths), AIM_CONFIG)
 
@@ -5551,8 +5545,7 @@ raise SystemExit(sum(os.wait()[1] != 0 for _ in range(6)))
         wait = mock.patch("aimwatch.CONFIG_LOCK_WAIT_S", 0.05)
         with aimwatch.FileLock(self.paths.config_lock) as lock, wait:
             lock.acquire()
-            code, _, err = self.run_cli("notifiers", "set-log-level", "INFO")
-        self.assertEqual(code, 1)
+            err = self.fine("notifiers", "set-log-level", "INFO", code=1)
         self.assert_one_line(err, r"config\.lock is locked: try again")
 
     def test_change_that_could_not_be_read_is_read_at_the_next_look(self) -> None:
@@ -5586,9 +5579,7 @@ class DamagedConfig(NotifierCase):
         for data, command in cases + [(DAMAGED_FILES[0], command) for command in CONFIG_COMMANDS]:
             with self.subTest(data=data[:50], command=command):
                 self.write_config(data)
-                code, out, err = self.run_cli("notifiers", *command)
-                self.assertEqual((code, out), (1, ""))
-                self.assert_one_line(err, said)
+                self.assert_one_line(self.fine("notifiers", *command, code=1), said)
                 self.assertEqual(read_file(self.paths.config), data)
 
     def test_what_is_no_file_is_refused(self) -> None:
@@ -5599,8 +5590,7 @@ class DamagedConfig(NotifierCase):
         ):  # fmt: skip
             with self.subTest(said):
                 plant(self.paths.config)
-                code, _, err = self.run_cli("notifiers", "list")
-                self.assertEqual(code, 1)
+                err = self.fine("notifiers", "list", code=1)
                 self.assert_one_line(err, rf"cannot read .*config\.json: {said}")
                 os.rename(self.paths.config, f"{self.root}/was-{len(os.listdir(self.root))}")
 
@@ -5665,9 +5655,7 @@ class NotifierIds(NotifierCase):
         ):
             for command in (("remove", "--yes"), ("enable",), ("disable",)):
                 with self.subTest(given=given, command=command):
-                    code, out, err = self.run_cli("notifiers", *command, given)
-                    self.assertEqual((code, out), (1, ""))
-                    self.assert_one_line(err, message)
+                    self.assert_one_line(self.fine("notifiers", *command, given, code=1), message)
         self.assertEqual(set(self.entries()), {"ab", "abc1", "abc2"})
         for given in ("abc1", "ab", "a"):
             self.assertEqual(self.run_cli("notifiers", "remove", given, "--yes")[0], 0, given)
@@ -7847,8 +7835,7 @@ class NotifiersCommands(NotifierCase):
         server = self.webhook()
         off = hook(server.url, status="disabled")
         self.configure(c=off)
-        code, out, err = self.run_cli("notifiers", "test")
-        self.assertEqual((code, out), (1, ""))
+        err = self.fine("notifiers", "test", code=1)
         self.assert_one_line(err, "nobody is notified: '.* notifiers add' sets a notifier up")
         self.configure(a=hook(server.url), b={"type": "logger"}, c=off)
         code, out, err = self.run_cli("notifiers", "test")
@@ -8977,9 +8964,7 @@ class TestMutes(WatchCase):
             super().look(watcher, 1)
 
     def mute(self, run_hash: str, length: str = "60s", code: int = 0) -> str:
-        found, out, err = self.run_cli("mute", run_hash, "--for", length)
-        self.assertEqual(found, code, err)
-        return out + err
+        return self.fine("mute", run_hash, "--for", length, code=code)
 
     def test_muted_run_is_watched_and_told_at_the_end_if_it_needs_somebody(self) -> None:
         for run in ("stalls", "fails", "recovers", "ends"):
@@ -9505,8 +9490,7 @@ class TestSigns(WatchCase):
         ):  # fmt: skip
             for argv in (["--ping-url", url], []):
                 with self.subTest(url=url, argv=argv), mock.patch.dict(os.environ, AIMWATCH_PING_URL=url):
-                    code, out, err = self.run_cli("start", *argv)
-                    self.assertEqual((code, out), (2, ""))
+                    err = self.fine("start", *argv, code=2)
                     self.assertIn("ping-url", err)
                     self.assertNotIn("SECRETSECRET", err)
 
@@ -9831,9 +9815,7 @@ class SharedFolder(Case):
             (["--owner", owner], "--owner has a meaning with --group alone"),
         ):
             with self.subTest(argv=argv):
-                code, _, err = self.run_cli("init", *argv)
-                self.assertEqual(code, 1)
-                self.assertIn(said, err)
+                self.assertIn(said, self.fine("init", *argv, code=1))
 
 
 # --------------------------------------------------------------------------------- closed doors
@@ -10405,8 +10387,7 @@ class UpProcess(UpCase):
         self.assertEqual(self.get(server, "/p/", Connection="close")[0], 200)
         with contextlib.suppress(OSError):
             self.assertEqual(silent[0].recv(1), b"")  # it had to go for somebody who asked
-        code, _, err = self.run_cli("up", "--port", str(server.port))
-        self.assertEqual(code, 1)
+        err = self.fine("up", "--port", str(server.port), code=1)
         self.assertRegex(err, "Address already in use.*--port")
         self.end(server)
 
@@ -11076,9 +11057,7 @@ class RunsWithoutCode(ExecCase):
             (["exec", "--param", ".=1", "--", "true"], "'.=1' is not such as"),
         ):
             with self.subTest(argv):
-                code, _, err = self.run_cli(*argv)
-                self.assertEqual(2, code)
-                self.assertIn(said, err)
+                self.assertIn(said, self.fine(*argv, code=2))
 
     def test_bytes_pass_through_in_both_directions(self) -> None:
         data = os.urandom(1_000_000)
@@ -11447,8 +11426,7 @@ class TestCommandLine(Case):
               for level in ("loud", "1.5", "5000", "²")),
         ):  # fmt: skip
             with self.subTest(argv=argv):
-                code, out, err = self.run_cli(*argv.split())
-                self.assertEqual((code, out), (2, ""))
+                err = self.fine(*argv.split(), code=2)
                 self.assertTrue(err.startswith("usage: "), err)
                 self.assertIn(message, err)
         self.assertFalse(os.path.exists(self.paths.config))
