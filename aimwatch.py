@@ -7031,17 +7031,6 @@ def program_end(status: int, error: int, oom_kills: int, unwritten: int = 0) -> 
     return code or int(bool(unwritten)), reason
 
 
-class ProgramRun(Run):
-    """The run of a program that is not Python, or does not know of it."""
-
-    def __init__(self, argv: Sequence[str], run_hash: str, repo: str) -> None:
-        self._argv = [argument[:1000] for argument in argv][:100]
-        super().__init__(run_hash, repo=repo, create=True, stacks=False)
-
-    def _session_record(self) -> Dict[str, Any]:
-        return {**super()._session_record(), "argv": self._argv, "exec": os.getpid()}
-
-
 class ProgramReporter(threading.Thread):
     """Holds the run of a program while that does not hold it itself: reports progress when the program
     writes or computes, and how it ended. In a thread, since a share that hangs must not keep the program
@@ -7276,7 +7265,7 @@ class Ask:
         import urllib.parse
 
         self._encode = urllib.parse.urlencode
-        self.pairs = urllib.parse.parse_qsl(query, max_num_fields=200)
+        self.pairs = urllib.parse.parse_qsl(query)
         self.one = collections.defaultdict(str, self.pairs)
 
     def number(self, name: str) -> Optional[float]:
@@ -7409,11 +7398,9 @@ def to_draw(xs: Any, ys: Any, edges: Sequence[float]) -> List[int]:
     found = [start - 1] if start else []
     for edge in edges[1:]:
         end = bisect.bisect_right(xs, edge, start)
-        if end - start > 2:
+        if end > start:
             column = ys[start:end]
             found += sorted({start + column.index(min(column)), start + column.index(max(column))})
-        else:
-            found += range(start, end)
         start = end
     return [*found, start] if start < len(xs) else found
 
@@ -7674,7 +7661,7 @@ class Site:
         try:
             columns, found = self.listing(ask)
         except QueryError as error:
-            line = (ask.one["q"].splitlines() or [""])[error.line - 1]
+            line = "".join(ask.one["q"].splitlines()[error.line - 1 : error.line])
             wrong = '{}<pre>{}\n{}^</pre><p class="bad">{}</p>'
             return html(wrong, form, line, " " * (error.column - 1), str(error))
         sort, heads = ask.one["sort"], [Html()]
@@ -7731,7 +7718,7 @@ class Site:
         with contextlib.suppress(FileNotFoundError), open_regular(self.paths.outbox) as file:
             for line, _ in read_lines(file):
                 record = (json_object(line) if f'"{run_hash}-'.encode() in line else None) or {}
-                with contextlib.suppress(AttributeError, KeyError, TypeError):
+                with contextlib.suppress(*MALFORMED):
                     text = f"sent to {record['to']}"
                     if "event" in record:
                         reason, whom = record["facts"].get("run.reason"), ", ".join(record["to"])
@@ -7810,11 +7797,12 @@ class Site:
 
     def metrics(self, ask: Optional[Ask] = None) -> str:
         """What a cluster's monitoring wants to know, as OpenMetrics text with bounded labels."""
-        escapes = str.maketrans({"\\": "\\\\", '"': '\\"'})
 
         def labels_of(**labels: str) -> str:
-            texts = [f'{name}="{printable(text, 100).translate(escapes)}"' for name, text in labels.items()]
-            return f"{{{','.join(texts)}}}"
+            short = {name: printable(text, 100) for name, text in labels.items()}
+            return "{%s}" % ",".join(
+                f"{name}={json.dumps(short[name], ensure_ascii=False)}" for name in short
+            )
 
         status, now = self.status(), self._utc()
         live = [row for row in status["runs"] if row["state"] != FINISHED]
@@ -7914,12 +7902,10 @@ PAGE_JS = r"""
     const kept = new Set(all("[name=run]:checked, details[open]").map(item => item.value || item.id));
     for (const old of all("section")) if (!page.getElementById(old.id)) old.remove();
     for (const fresh of all("section", page)) {
-      const old = document.getElementById(fresh.id), source = fresh.innerHTML;
+      const old = document.getElementById(fresh.id);
       if (!old) document.querySelector("main").append(fresh);
-      else if (old.source !== source && !old.querySelector("input:focus, select:focus, svg:focus")) {
-        fresh.source = source;
+      else if (!old.isEqualNode(fresh) && !old.querySelector("input:focus, select:focus, svg:focus"))
         old.replaceWith(fresh);
-      }
     }
     for (const item of all("[name=run], details")) item.checked = item.open = kept.has(item.value || item.id);
     document.title = page.title;
@@ -7997,7 +7983,6 @@ PAGE_JS = r"""
     const beyond = points(chart).filter(point => (point[0] - (reading?.[0] ?? -1)) * way > 0);
     if (beyond.length) read(chart, nearest(beyond, reading?.[0] ?? 0)[0]);
   });
-  for (const item of all("section")) item.source = item.innerHTML;
   setInterval(refresh, 2000);
 })();
 """
@@ -8485,8 +8470,11 @@ def cmd_exec(args: Any) -> int:
     run_hash = os.urandom(12).hex()
 
     def open_run() -> Run:
-        run = ProgramRun(argv, run_hash, find_repo(args.repo, create=True).root)
-        if "resume" not in run._state.header:
+        run = Run(run_hash, repo=find_repo(args.repo, create=True).root, create=True, stacks=False)
+        is_new = "resume" not in run._state.header
+        command = [argument[:500] for argument in argv][:100]
+        run._record({"resume": round(time.time(), 3), "argv": command, "exec": os.getpid()})
+        if is_new:
             described = {"name": args.name, "experiment": args.experiment, "tags": args.tag}
             run._set_props(**{name: value for name, value in described.items() if value})
             for path, value in args.param:
