@@ -914,7 +914,22 @@ class HandDriven(Case):
 
 
 class HeartbeatPromise(HandDriven):
-    PROMISES = (0, 0.0, 0.001, 0.5, 1, 1.0, 5, 9.99, 10, 59, 60, 61, 300, 3600.5, 1e5, 315360000)
+    PROMISES = (
+        0,
+        0.0,
+        0.001,
+        0.5,
+        1,
+        1.0,
+        5,
+        9.99,
+        10,
+        fractions.Fraction(121, 2),
+        300,
+        3600.5,
+        1e5,
+        315360000,
+    )
     STEPS = (0, 0, 0.01, 0.3, 0.999, 1, 2.5, 7, 29.9, 31, 400)
 
     def follow(self, seed: int, after_rename_s: float) -> None:
@@ -966,17 +981,6 @@ class HeartbeatPromise(HandDriven):
             with self.subTest(seed=seed):
                 self.follow(seed, after_rename_s=3.0 if seed % 3 == 0 else 0.0)  # a disk may be slow
 
-    def test_written_promise_has_its_margin_in_whole_seconds(self) -> None:
-        run = self.run_object()
-        for expect, written in (
-            (0, 0), (0.001, 2), (0.5, 2), (1, 2), (10, 11), (10.5, 12), (60, 66), (300, 330),
-            (3600, 3630), (315360000, 315360030), (fractions.Fraction(121, 2), 67),
-            (decimal.Decimal("0.5"), 2), (-0.0, 0),
-        ):  # fmt: skip
-            with self.subTest(expect=expect):
-                run.report_progress(expect_next_in=expect, block=True)
-                self.assertEqual(self.promised(run), written)
-
     def test_run_without_a_promise_is_seen_alive_every_half_minute(self) -> None:
         run = self.run_object()
         run.report_progress()
@@ -989,26 +993,19 @@ class HeartbeatPromise(HandDriven):
     def test_wrong_value_raises_and_writes_nothing(self) -> None:
         wrong_type = "must be seconds (0: none) or 'auto', not "
         wrong_value = "must be from 0 to 315360000 seconds, not "
+        types_ = (None, "60", b"60", [60], 1j, True, 10**400, "aut", "AUTO", b"auto")
         values = (math.nan, math.inf, -math.inf, -1, -0.001, 315360001)
-        table: List[Tuple[Any, Any, str]] = [
-            *((value, TypeError, wrong_type) for value in (None, "60", b"60", [60], 1j, True, 10**400)),
-            *((value, ValueError, wrong_value) for value in values),
-        ]
-        for when in ("fresh", "covered", "ended"):
-            run = self.run_object()
-            if when == "covered":
-                run.report_progress(expect_next_in=60)
-            elif when == "ended":
-                run.report_successful_finish()
-            names, records = self.check_ins(), self.records(run.hash)
-            for value, error, text in table:
-                with self.subTest(when=when, value=str(value)[:20]):
-                    with self.assertRaises(error) as caught:
-                        run.report_progress(expect_next_in=value)
-                    self.assertIsInstance(caught.exception, aimwatch.AimwatchError)
-                    self.assertIn(text, str(caught.exception))
-            self.assertEqual((self.check_ins(), self.records(run.hash)), (names, records))
-            run.close()
+        run = self.run_object("r")
+        for before in (lambda: run.report_progress(expect_next_in=60), run.report_successful_finish):
+            before()
+            was = self.check_ins(), self.records("r")
+            for value in (*types_, *values):
+                error, text = (TypeError, wrong_type) if value in types_ else (ValueError, wrong_value)
+                with self.subTest(value=str(value)[:20]), self.assertRaises(error) as caught:
+                    run.report_progress(expect_next_in=value)
+                self.assertIsInstance(caught.exception, aimwatch.AimwatchError)
+                self.assertIn(text, str(caught.exception))
+            self.assertEqual((self.check_ins(), self.records("r")), was)
 
     def test_report_after_a_reported_end_takes_the_run_up_at_once(self) -> None:
         for expect in (0, 60):
@@ -1057,9 +1054,6 @@ class LearnedPromise(HandDriven):
         self.assertEqual(self.promised(run) // 10, 93)
         run.report_progress(expect_next_in=100)
         self.assertEqual(self.promised(run), 110)
-        for wrong in ("aut", "AUTO", b"auto"):
-            with self.assertRaisesRegex(TypeError, "must be seconds .0: none. or 'auto', not"):
-                run.report_progress(expect_next_in=wrong)  # type: ignore[arg-type]
 
     def test_phase_covers_what_is_slow_and_nothing_is_learned_of_it(self) -> None:
         run = self.run_object("r")
@@ -1106,8 +1100,7 @@ class LearnedPromise(HandDriven):
             ("never less than a minute", [1] * 10, 60),
             ("a first longer gap may come, half as long as all before", [1] * 600, 300),
             ("at most half an hour, at one hour", [1] * 3600, 1800), ("and less later", [1] * 36_000, 180),
-            ("three times the longest", [10] * 10 + [300] + [10] * 50, 3 * 295),
-            ("it fades by a hundredth of the time", [10] * 3600 + [500, 100], 3 * 499),
+            ("three times the longest, which fades", [10] * 10 + [300] + [10] * 50, 3 * 295),
             ("a gap of hours teaches at first as one of ten minutes", [1] * 40_000 + [28_800], 1800),
             ("a second one as much as it is", [1] * 40_000 + [5000, 5000], 15_000),
             ("never more than a day", [50_000] * 20, 86_400),
@@ -1140,21 +1133,6 @@ class HeartbeatThreads(HandDriven):
             self.assertEqual(self.check_ins(), names)
         self.assertEqual(threading.active_count(), threads)
 
-    def test_many_threads_leave_the_highest_number(self) -> None:
-        run = self.run_object()
-        start = threading.Barrier(4)
-
-        def beat(expect: int) -> None:
-            start.wait()
-            for _ in range(50):
-                run.report_progress(expect_next_in=expect, block=True)
-
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            list(pool.map(beat, range(60, 64)))
-        self.assertEqual(self.check_ins(run.hash)[-1].split("-")[1], f"{201:016d}")
-        run.report_successful_finish()
-        self.assertEqual(self.flags(run.hash), ["finished"])
-
     def test_finish_stands_though_a_thread_was_about_to_check_in(self) -> None:
         run = self.run_object()
         has_number, finished = threading.Event(), threading.Event()
@@ -1182,7 +1160,7 @@ BEGIN = """\
 import gc, os, signal, sys, threading, time
 import aimwatch
 from aimwatch import Run
-real, aimwatch.try_to_index = aimwatch.try_to_index, lambda *args: None  # an import of sqlite3 takes its time
+aimwatch.try_to_index = lambda *args: None  # an import of sqlite3 takes its time
 folder = os.path.join(os.environ["AIMWATCH_REPO"], ".aim", "check_ins")
 def flags(run_hash=None):
     names = [name for name in os.listdir(folder) if name.startswith((run_hash or sys.argv[1]) + "-")]
@@ -1249,8 +1227,6 @@ ENDS: Tuple[Tuple[Any, ...], ...] = (
     ("exit_caught", "try: sys.exit(1)\nexcept SystemExit: run.report_progress()", 0, "finished", None),
     ("exit_then_clean_up", "try: sys.exit(1)\nfinally: run.track(1, 'm')", 1, "failed",
      "exited with status 1"),
-    ("argparse", "import argparse; argparse.ArgumentParser().parse_args(['--x'])", 2, "failed",
-     "exited with status 2"),
     ("exit_promise", "run.report_progress(expect_next_in=60)", 0, "failed", EXIT_REASON),
     ("exit_no_promise", "run.report_progress()", 0, "finished", None),
     ("exit_promise_taken_back", "run.report_progress(expect_next_in=60); run.report_progress()", 0,
@@ -1423,18 +1399,6 @@ class HowARunEnds(ProcessCase):
         self.assertTrue(aimwatch.finalize_dead(self.paths, state))
         self.assertEqual(self.end_of(name)["reason"], "terminated by SIGTERM")
         self.assertIn(" in kill: ", self.end_of(name)["frames"][-1])
-
-    def test_sigterm_from_outside_ends_a_waiting_process(self) -> None:
-        process = self.process(
-            BEGIN + "run = Run('r', create=True)\nrun.report_progress(expect_next_in=60)\naimwatch.try_to_index = real\n"
-            "def train():\n print('ready')\n while True: time.sleep(0.1)\ntrain()", "r"
-        )  # fmt: skip
-        self.assertEqual(process.stdout.readline(), "ready\n")
-        process.terminate()
-        self.assertEqual(process.wait(60), -signal.SIGTERM)
-        self.assertIn(" in train: ", self.end_of("r")["frames"][-1])
-        self.assertEqual(self.flags("r-"), ["check_in", "failed"])
-        self.assertEqual(os.listdir(self.paths.pending), [])  # it has indexed itself
 
     def test_sigterm_ends_the_first_process_of_a_container(self) -> None:
         unshare = shutil.which("unshare")
@@ -1755,18 +1719,11 @@ class Loops(HandDriven):
             for _ in run.progress(items, total=total):
                 self.clock.pass_(100)
                 shown = self.shown(run)
+                said = self.run_cli("status")[1]
+                facts = {**aimwatch.run_facts(self.paths, run.hash), "event": "stalled"}
             self.assertEqual(shown, "38 %, about 8 min left" if total else "")
-
-    def test_alert_and_status_say_how_much_is_done(self) -> None:
-        run = self.run_object("r")
-        loop = run.progress(range(4))
-        next(loop)
-        self.clock.pass_(7200)
-        next(loop)
-        self.assertEqual(self.shown(run), "25 %, about 6 h left")
-        self.assertIn("25 %, about 6 h left", self.run_cli("status")[1])
-        facts = {**aimwatch.run_facts(self.paths, "r"), "event": "stalled"}
-        self.assertIn("progress: 25 %, about 6 h left", aimwatch.message_for(None, facts))
+            self.assertIn(shown, said)
+            self.assertIn(f"progress: {shown}" if total else "", aimwatch.message_for(None, facts))
 
     def series(self, run: Any) -> Dict[str, Any]:
         return {
@@ -2025,18 +1982,14 @@ class ResumedRun(ProcessCase):
     def test_newer_format_is_refused(self) -> None:
         run = self.run_object("r")
         run.close()
-        with open(self.paths.run_log("r"), "r+") as file:
-            text = file.read().replace('{"format":1,', '{"format":2,')
-            file.seek(0)
-            file.write(text)
-        fds = open_fds()
+        path = self.paths.run_log("r")
+        write_file(path, read_file(path).replace(b'{"format":1,', b'{"format":2,'))
         with self.assertRaises(aimwatch.RepoError) as caught:
             Run("r", create=True, repo=self.root)
         self.assertEqual(
             str(caught.exception),
             "cannot go on with run r: written in format 2, and this aimwatch knows 1: use the newer aimwatch",
         )
-        self.assertEqual(open_fds(), fds)
 
 
 class SecondWriter(ProcessCase):
@@ -2318,18 +2271,14 @@ class StacksByHand(HandDriven):
         self.assertEqual(self.written(), ["r"])
 
     def test_planted_files_are_not_written_through(self) -> None:
-        victim = os.path.join(self.root, "victim")
+        victim, path = os.path.join(self.root, "victim"), self.paths.stack("r")
         write_file(victim, "precious")
-        run = self.run_object()
-        planted = self.paths.stack(run.hash), os.path.join(self.paths.news, run.hash)
-        for plant in (lambda path: os.symlink(victim, path), os.mkfifo):
-            for path in planted:
-                plant(path)
-            run.log_error("x")
+        run = self.run_object("r")
+        for plant in (lambda: os.symlink(victim, path), lambda: os.mkfifo(path)):
             run.report_progress(expect_next_in=5, block=True)
+            plant()
             self.miss(7)
-            for path in planted:
-                os.unlink(path)
+            os.unlink(path)
         self.assertEqual(read_file(victim), b"precious")
 
 
@@ -2373,6 +2322,8 @@ class RunArguments(Case):
                     Run(value, repo=os.path.join(self.root, "new"))  # type: ignore[arg-type]
                 self.assertIsInstance(caught.exception, aimwatch.ArgumentError)
                 self.assertRegex(str(caught.exception), "^run hash .* must be 1 to 64 letters, ")
+        with self.assertRaises(aimwatch.ArgumentTypeError):
+            Run(repo=os.path.join(self.root, "new"), experiment=5)  # type: ignore[arg-type]
         self.assertEqual(os.listdir(self.root), [".aim"])
 
     def test_hash_is_the_users_or_24_hex_digits(self) -> None:
@@ -2405,11 +2356,6 @@ class RunArguments(Case):
                     call()
                 self.assertIn(f"{url!r} is no folder: give the one that holds .aim", str(caught.exception))
         self.assertEqual(os.listdir(self.root), [".aim"])
-
-    def test_wrong_experiment_leaves_no_run_behind(self) -> None:
-        with self.assertRaises(aimwatch.ArgumentTypeError):
-            Run(repo=self.root, experiment=5)  # type: ignore[arg-type]
-        self.assertEqual((os.listdir(self.paths.runs), self.check_ins()), ([], []))
 
     def test_arguments_of_aim_are_accepted(self) -> None:
         run = self.run_object(
@@ -2452,7 +2398,7 @@ class RunsByHash(Case):
             for given, found in (
                 ("abcd1", "abcd1"), ("w", "w"), ("wxyz_9", "wxyz_9"), ("wxyz", "wxyz_9"),
                 ("abcd", "run 'abcd' is ambiguous: abcd1, abcd2"), ("wxy", "no run 'wxy' in "),
-                ("abcd12", "create=True starts a new one"), ("yz_9", "no run 'yz_9' in "),
+                ("abcd12", "create=True starts a new one"), ("yz_9", f"no run 'yz_9' in {self.root}: '"),
             ):  # fmt: skip
                 with self.subTest(given, read_only=read_only):
                     try:
@@ -2511,13 +2457,6 @@ class ScriptsForAim(Case):
                 self.assertIn(f"WARNING:aimwatch:{what} is ignored: aimwatch records numbers", logs.output[0])
                 self.assertEqual([], [item.name for item in run.metrics() if item.name != "loss"])
                 self.assertEqual(2 * (what == "track(Image)"), sum(item.count for item in run.metrics()))
-
-    def test_what_is_neither_a_number_nor_of_aim_is_refused(self) -> None:
-        run = self.run_object()
-        theirs = type("Image", (), {})(), type("Tag", (), {"__module__": "aim.x"})()
-        for value in (object(), [], [1.0], "1", *theirs):
-            with self.subTest(value), self.assertRaisesRegex(aimwatch.ArgumentTypeError, "cannot record"):
-                run.track(value, "loss")
 
     def test_props_and_metrics_are_read_as_in_aim(self) -> None:
         run = self.run_object("r")
@@ -2604,22 +2543,6 @@ class ReadOnlyRun(Case):
             reader.close()
         with self.assertRaises(aimwatch.ArgumentTypeError):
             reader.report_progress(expect_next_in=None)  # type: ignore[arg-type]
-
-    def test_missing_run_or_repository_is_named_and_not_created(self) -> None:
-        with self.assertRaises(aimwatch.RepoError) as caught:
-            Run("r", repo=self.root, read_only=True)
-        self.assertEqual(
-            str(caught.exception),
-            f"no run 'r' in {self.root}: '{aimwatch.command_line(self.root)} runs' lists them; "
-            "create=True starts a new one",
-        )
-        self.assertEqual(os.listdir(self.paths.runs), [])
-        new = os.path.join(self.root, "new")
-        with self.assertRaises(aimwatch.RepoError) as caught:
-            Run("r", repo=new, read_only=True)
-        self.assertIn(f"no repository at {new}: run '{aimwatch.command_line(new)} init'",
-                      str(caught.exception))  # fmt: skip
-        self.assertFalse(os.path.exists(new))
 
 
 class FullDisk(HandDriven):
@@ -3378,6 +3301,9 @@ class Tracking(RecordingCase):
             (None, f"{m}NoneType (None){way_out}"),
             (1 + 2j, f"{m}complex ((1+2j)){way_out}"),
             ([1.0], f"{m}list ([1.0]){way_out}"),
+            ([], f"{m}list ([]){way_out}"),
+            (type("Image", (), {})(), f"{m}Image (<"),
+            (type("Tag", (), {"__module__": "aim.x"})(), f"{m}Tag (<aim.x"),
             (10**400, f"{m}int (1{'0' * 56}...){way_out}"),
             (Item(ValueError("two elements"), (2,)), f"{m}Item (Item("),
             (Item("x"), f"{m}Item (Item('x')){way_out}"),
@@ -3453,12 +3379,7 @@ class Tracking(RecordingCase):
             self.assertTrue(all(begun - 1 <= when <= time.time() + 1 for when in metric.times))
             self.assertEqual(len(metric.times), len(epochs))
             run.close()
-        run = self.run_object("nan")
-        run.track(1, "m", epoch=NAN)
-        run.close()
-        self.strict("nan")
-        with self.subTest("the state is the same from the tail and from the points"):
-            self.assertEqual(*map(repr, map(self.summary, self.states("nan"))))
+        self.strict("r")
 
     def test_contexts_name_the_same_series_exactly_when_they_are_equal(self) -> None:
         run = self.run_object("r")
@@ -10572,9 +10493,7 @@ class TestStatus(WatchCase):
         code, out = self.status()
         self.assertEqual(code, 0)
         lines = out.splitlines()
-        self.assertRegex(
-            lines[1], rf"^watched by process {pid} on .* \(since .*\); last looked .* ago$"
-        )
+        self.assertRegex(lines[1], rf"^watched by process {pid} on .* \(since .*\); last looked .* ago$")
         self.assertEqual(lines[3].split(), "RUN STATE LAST SEEN PROMISE NAME HOST".split())
         self.assertRegex(
             lines[4], rf"^{run[:8]} +running +[0-9.]+ m?s ago +10 min 30 s +{os.uname().nodename}$"
