@@ -6338,14 +6338,15 @@ class Watcher:
         """Take the lock; return who holds it where it is seized."""
         path, frozen = self.paths.watcher_lock, ""
         locked = self._lock.acquire(0.3)  # `status` takes it for a moment
+        saved = read_watcher_file(self.paths)
         # Aim's watcher takes the other kind of lock alone.
-        who = "Aim's watcher" if lock_state(path) == "free" else describe_watcher(self.paths)
+        who = "Aim's watcher" if lock_state(path) == "free" else describe_watcher(saved)
         busy = f"{who} already watches {self.paths.root}"
         if locked is False and seize and lock_state(path) == "held":
             frozen = who
         elif locked is False:
             raise WatcherBusyError(busy)
-        elif may_live(read_watcher_file(self.paths)) and SeenAt(self.paths).moves(self._wait):
+        elif (locked is None or is_elsewhere(saved)) and SeenAt(self.paths).moves(self._wait):
             raise WatcherBusyError(f"{busy}, though its lock is not seen on this machine")
         if locked is None:
             log.warning("%s: no record locks here: make sure that no second watcher is started", path)
@@ -6454,7 +6455,7 @@ class Watcher:
         saved = read_watcher_file(self.paths)
         if saved and not saved.get("ended") and not self._id.items() <= saved.items():
             self._may_save = False
-            raise WatcherBusyError(f"{describe_watcher(self.paths)} watches {self.paths.root} now")
+            raise WatcherBusyError(f"{describe_watcher(saved)} watches {self.paths.root} now")
         self._saved_as = found
 
     def _find_dead(self, now_s: float) -> List[Change]:
@@ -6648,14 +6649,6 @@ def is_elsewhere(saved: Dict[str, Any]) -> bool:
     return not is_over and saved.get("host") != this_host()
 
 
-def may_live(saved: Dict[str, Any]) -> bool:
-    """True where the last watcher may look though its lock is free: it is on another machine, or goes on
-    after this one was taken from it."""
-    pid, is_here = saved.get("pid"), (saved.get("host"), saved.get("boot")) == (this_host(), boot_id())
-    goes_on = is_here and not saved.get("ended") and pid != os.getpid() and os.path.exists(f"/proc/{pid}")
-    return goes_on or is_elsewhere(saved)
-
-
 #: A standby takes over from a watcher that has not looked for so long, and three intervals.
 FROZEN_S = 120.0
 #: How long is looked whether another watcher looks, beside two of its intervals, and at most.
@@ -6700,9 +6693,8 @@ class SeenAt:
         return not self._ended and still_s > FROZEN_S + 3 * self._interval_s
 
 
-def describe_watcher(paths: RepoPaths) -> str:
-    """Return who watches a repository, for people."""
-    saved = read_watcher_file(paths)
+def describe_watcher(saved: Dict[str, Any]) -> str:
+    """Return who the last watcher is, for people."""
     if not saved.get("pid"):
         return "another watcher"
     pid, host = printable(str(saved["pid"]), 20), printable(str(saved.get("host")), 100)
@@ -8530,15 +8522,14 @@ def watcher_state(paths: RepoPaths, saved: Dict[str, Any], looks: Optional[bool]
     age_s = max(0.0, time.time() - seen_at) if seen_at else math.inf
     ago = f"last looked {human_s(age_s)} ago" if seen_at else "never looked"
     lock = lock_state(paths.watcher_lock)
-    elsewhere = is_elsewhere(saved)
-    if elsewhere:  # neither its clock nor, perhaps, its lock can be told here
+    if is_elsewhere(saved):  # neither its clock nor, perhaps, its lock can be told here
         looks = SeenAt(paths).moves() if looks is None else looks
-        age_s, ago = (0.0, "it looks") if looks else (math.inf, ago)
-    if (lock in ("free", "absent") and not (elsewhere and looks)) or (lock == "unknown" and age_s > STUCK_S):
+        age_s, ago, lock = (0.0, "it looks", "held") if looks else (math.inf, ago, lock)
+    if lock in ("free", "absent") or (lock == "unknown" and age_s > STUCK_S):
         if saved.get("once") and age_s < 3600.0:
             return True, f"watched by passes of 'start --once'; {ago}"
         return False, f"no watcher is alive; {ago}"
-    who = describe_watcher(paths)
+    who = describe_watcher(saved)
     if age_s > STUCK_S + 3 * bounded(saved.get("poll_interval_s")):
         return False, f"{who} holds the watch but does not look; {ago}"
     return True, f"watched by {who}; {ago}"

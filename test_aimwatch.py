@@ -9520,9 +9520,12 @@ class TestTwoMachines(WatchCase):
 
     def test_watcher_whose_lock_is_not_seen_is_seen_by_what_it_writes_whatever_its_clock_says(self) -> None:
         first, real = self.watching(), time.time
+        said = "though its lock is not seen on this machine"
+        no_locks = mock.patch.object(aimwatch.FileLock, "acquire", return_value=None)
+        with no_locks, self.assertRaisesRegex(aimwatch.WatcherBusyError, said):
+            aimwatch.Watcher(self.paths)
         self.without_shared_locks()
         with self.elsewhere(), mock.patch.object(aimwatch, "lock_state", return_value="free"):
-            said = "though its lock is not seen on this machine"
             with self.assertRaisesRegex(aimwatch.WatcherBusyError, said):
                 aimwatch.Watcher(self.paths)
             for ahead_s in (600, -600):
