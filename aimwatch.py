@@ -9305,7 +9305,7 @@ def cmd_metrics(args: Any) -> None:
     repo = Repo(args.repo)
     columns, known = _asked_columns(args, METRIC_COLUMNS), METRIC_COLUMNS + _SERIES_FIELDS
     found = [metric_cells(*pair) for pair in repo.metric_rows(args.query)]
-    _print_list(args, columns, known, found, operator.getitem, "metric")
+    _print_list(args, columns, known, found, dict.get, "metric")
 
 
 @command("show", "RUN", "--json")
