@@ -296,6 +296,16 @@ class Case(unittest.TestCase):
         """Wait for no disk: nothing pulls a plug here."""
         self.patch(os, "fsync", lambda fd: None)
 
+    def new_file(self, name: str, data: Any = b"") -> str:
+        """Write a file below the folder of the test, and return its path."""
+        path = os.path.join(self.root, name)
+        write_file(path, data)
+        return path
+
+    def elsewhere(self, name: str = "elsewhere") -> Any:
+        """Return a patch under which this process is on another machine."""
+        return mock.patch.object(aimwatch, "this_host", return_value=name)
+
     # ---- runs
 
     def run_object(self, run_hash: Optional[str] = None, **options: Any) -> Run:
@@ -811,8 +821,7 @@ class FindRepo(Case):
             self.assertIn("cannot create a repository at ", self.refused(given, create=True))
 
     def test_path_that_cannot_be_created_is_refused_with_the_reason(self) -> None:
-        path = os.path.join(self.root, "file")
-        write_file(path)
+        path = self.new_file("file")
         expected = (
             f"cannot create a repository at {path}/x: {path}/x: Not a directory: "
             "check the path, or choose another folder with --repo or Run(repo=...)"
@@ -1644,8 +1653,7 @@ class InsideFrameworks(ProcessCase):
             self.assertEqual(aimwatch.telling_frames(files), told)
 
     def test_worker_that_imports_the_main_module_begins_no_run(self) -> None:
-        path = os.path.join(self.root, "main.py")
-        write_file(path, NO_GUARD)
+        path = self.new_file("main.py", NO_GUARD)
         process = self.command(sys.executable, path, "spawn", "forkserver")
         out, err = process.communicate(timeout=60)
         self.assertEqual((process.returncode, out.splitlines()), (0, ["[('main', 0.1)]"] * 2), err)
@@ -4358,10 +4366,6 @@ class DeadRuns(StoredCase):
         self.assertEqual({name: os.path.getsize(self.paths.run_log(name)) for name in rows}, sizes)
         self.assertEqual(self.pending(), [])
 
-    def elsewhere(self) -> Any:
-        """Return a patch under which this process is on another machine than the runs."""
-        return mock.patch.object(aimwatch, "this_host", return_value="elsewhere")
-
     def later(self, seconds: float) -> Any:
         """Return a patch under which so much time has passed."""
         return mock.patch.object(aimwatch, "_monotonic", lambda: time.monotonic() + seconds)
@@ -5345,9 +5349,7 @@ class NotifierCase(Case):
         return server
 
     def certificate(self) -> str:
-        path = os.path.join(self.root, "certificate.pem")
-        write_file(path, CERTIFICATE)
-        return path
+        return self.new_file("certificate.pem", CERTIFICATE)
 
     def refused_url(self) -> str:
         """Return the URL of a port that nobody listens at, and nobody else can take."""
@@ -6452,8 +6454,7 @@ class Commands(NotifierCase):
     """The notifier that runs a program."""
 
     def script(self, text: str, mode: int = 0o755) -> str:
-        path = os.path.join(self.root, f"notify{len(os.listdir(self.root))}.sh")
-        write_file(path, f"#!/bin/sh\n{text}\n")
+        path = self.new_file(f"notify{len(os.listdir(self.root))}.sh", f"#!/bin/sh\n{text}\n")
         os.chmod(path, mode)
         return path
 
@@ -7421,11 +7422,6 @@ class NotifiersAdd(NotifierCase):
     def add(self, *argv: str, stdin: str = "") -> Tuple[int, str, str]:
         return self.run_cli("notifiers", "add", *argv, stdin=stdin)
 
-    def path(self, name: str, text: Any) -> str:
-        path = os.path.join(self.root, name)
-        write_file(path, text)
-        return path
-
     def assert_nothing_saved(self) -> None:
         self.assertFalse(os.path.exists(self.paths.config))
 
@@ -7463,9 +7459,9 @@ class NotifiersAdd(NotifierCase):
         self.assertRegex(out, r"\nMessage: \(the default message\)\nEvents: (?s:.*)logger \w{8}: delivered: ")
 
     def test_arguments_come_from_flags_files_standard_input_and_answers(self) -> None:
-        url_file = self.path("url.txt", f"\n{GOOD_URL}\n\n")
-        headers = self.path("headers.txt", "X-Key: PASSWORD\nAuthorization: Bearer PASSWORD two\n")
-        password = self.path("password.txt", "PASS WORD\n")
+        url_file = self.new_file("url.txt", f"\n{GOOD_URL}\n\n")
+        headers = self.new_file("headers.txt", "X-Key: PASSWORD\nAuthorization: Bearer PASSWORD two\n")
+        password = self.new_file("password.txt", "PASS WORD\n")
         mail = {"host": "relay.example", "security": "tls", "port": 465, "user": "ann", "password": "PASS WORD",
                 "sender": "watch@hpc.example", "to": ["ann@x.example", "bob@x.example"]}  # fmt: skip
         mail_answers = (
@@ -7501,8 +7497,8 @@ class NotifiersAdd(NotifierCase):
                 os.unlink(self.paths.config)
 
     def test_refusals_say_why_and_save_nothing(self) -> None:
-        no_text = self.path("no_text", b"\xff\xfe")
-        two_lines = self.path("two.txt", f"{TOKEN}\n{TOKEN}\n")
+        no_text = self.new_file("no_text", b"\xff\xfe")
+        two_lines = self.new_file("two.txt", f"{TOKEN}\n{TOKEN}\n")
         slack, group = ("slack", "--webhook-url", GOOD_URL), ("workplace", "--group-id", "1")
         hook, mail = ("webhook", "--webhook-url", GOOD_URL), ("email", "--smtp-host", "h", "--from", "a@b")
         for argv, message in (
@@ -7555,7 +7551,7 @@ class NotifiersAdd(NotifierCase):
 
     def test_help_of_a_type_is_of_its_flags_alone_and_says_what_it_needs(self) -> None:
         values = {
-            "webhook-url-file": self.path("hook.txt", GOOD_URL), "access-token-file": self.path("token.txt", TOKEN),
+            "webhook-url-file": self.new_file("hook.txt", GOOD_URL), "access-token-file": self.new_file("token.txt", TOKEN),
             "group-id": "1", "smtp-host": "h", "from": "a@b", "to": "c@d", "command": "/bin/true",
         }  # fmt: skip
         for kind, fields in aimwatch.NOTIFIER_FIELDS.items():
@@ -7587,7 +7583,7 @@ class NotifiersAdd(NotifierCase):
             ("< no_text", "slack", 1), ("<&- >&-", "logger --yes", 0),
         ):  # fmt: skip
             with self.subTest(redirect=redirect, argv=argv):
-                self.path("no_text", b"\xff\xfe\n\n\n\n\n\n")
+                self.new_file("no_text", b"\xff\xfe\n\n\n\n\n\n")
                 call = f'exec "{sys.executable}" -m aimwatch notifiers add {argv} {redirect}'
                 process = self.command("bash", "-c", call, cwd=self.root)
                 err = process.communicate(timeout=30)[1]
@@ -8209,12 +8205,6 @@ class TestDeath(WatchCase):
         super().setUp()
         self.without_sync()
 
-    def elsewhere(self) -> None:
-        """Have this process be on another machine than all that come."""
-        self.machine = mock.patch.object(aimwatch, "this_host", return_value="elsewhere")
-        self.machine.start()
-        self.addCleanup(self.machine.stop)
-
     def test_killed_process_is_a_failure_within_20_s_whatever_it_promised(self) -> None:
         for expect, quiet, grace_s in ((0, 11, 100.0), (1, 3, 100.0), (1, 0, 0.0), (86400, 0, 100.0)):
             with self.subTest(expect=expect, quiet=quiet):
@@ -8249,7 +8239,7 @@ class TestDeath(WatchCase):
         self.assertEqual(self.facts("recovered")["run.reason"], "checked in again after it had failed")
 
     def test_free_marker_on_another_machine_is_death_only_where_it_was_seen_held(self) -> None:
-        self.elsewhere()
+        self.patch(aimwatch, "this_host", lambda: "elsewhere")
         early, late = self.start_run("early"), self.start_run("late", expect=20)
         late.kill()
         watcher = self.watch(grace_s=2.0)
@@ -8262,19 +8252,18 @@ class TestDeath(WatchCase):
     def test_run_that_went_on_elsewhere_is_not_dead_since_its_lock_is_not_seen(self) -> None:
         first = self.start_run()
         first.kill()
-        self.elsewhere()
         noise = "[9,1,0.5,1775000000.0]\n" * 4000
         write_file(self.paths.run_log("r"), noise, "ab")
-        run = self.run_object("r")
+        with self.elsewhere():
+            run = self.run_object("r")
         write_file(self.paths.run_log("r"), noise, "ab")
-        self.machine.stop()
         with mock.patch.object(aimwatch, "lock_state", return_value="free"):
             watcher = self.watch()
             self.look(watcher, 200)
         self.assertEqual((self.told(), watcher.table.runs["r"].state, run.active), ([], "running", True))
 
     def test_lock_of_an_indexer_is_no_sign_that_the_writer_is_seen(self) -> None:
-        self.elsewhere()
+        self.patch(aimwatch, "this_host", lambda: "elsewhere")
         process = self.start_run()
         process.go_on()  # as if that were seen on its machine alone
         lock = aimwatch.FileLock(self.paths.marker("r"), brief=True)
@@ -8289,7 +8278,7 @@ class TestDeath(WatchCase):
         self.assertEqual((self.told(), [item for item in self.records("r") if "end" in item]), ([], []))
 
     def test_what_was_seen_held_is_remembered_until_the_machine_starts_anew(self) -> None:
-        self.elsewhere()
+        self.patch(aimwatch, "this_host", lambda: "elsewhere")
         for boot, told in ((aimwatch.boot_id(), [("same", "failed")]), ("another", [])):
             run = "same" if told else "other"
             with self.subTest(run), mock.patch.object(aimwatch, "boot_id", return_value=boot):
@@ -9084,8 +9073,9 @@ class TestMessagesOfRuns(WatchCase):
 
     def test_what_else_lies_in_the_folder_harms_nobody_and_is_not_followed(self) -> None:
         watcher = self.watch()
-        outside = os.path.join(self.root, "outside")
-        write_file(outside, aimwatch.to_json({"log": 40, "time": UTC, "message": "secret"}) + "\n")
+        outside = self.new_file(
+            "outside", aimwatch.to_json({"log": 40, "time": UTC, "message": "secret"}) + "\n"
+        )
         os.symlink(outside, os.path.join(self.paths.news, "link"))
         os.mkfifo(os.path.join(self.paths.news, "fifo"))
         os.mkdir(os.path.join(self.paths.news, "folder"))
@@ -9479,9 +9469,6 @@ class TestTwoMachines(WatchCase):
         super().setUp()
         # Long where it ends as soon as the other one is seen to look.
         self.patch(aimwatch, "LOOK_ON_S", 60.0)
-
-    def elsewhere(self, name: str = "elsewhere") -> Any:
-        return mock.patch.object(aimwatch, "this_host", return_value=name)
 
     def without_shared_locks(self) -> None:
         """Have every lock be taken, whoever else holds it."""
@@ -10866,8 +10853,7 @@ with Run(fate + rank, create=True) as run:
 
 class RanksOfRealProcesses(WatchCase):
     def test_hang_and_exception_of_one_rank(self) -> None:
-        script = os.path.join(self.root, "train.py")
-        write_file(script, RANK)
+        script = self.new_file("train.py", RANK)
         self.configure(log={"type": "logger"})
         watcher, ranks = self.start_watcher("--grace", "3"), []
         for fate in ("hangs", "raises"):
@@ -11458,11 +11444,11 @@ class TestReadme(WatchCase):
         # A script is compiled at every start, which would be most of what this takes; by its full
         # path, as systemd and cron call it, it is started as it is.
         as_module = 'if [ "$1" = aimwatch.py ]; then shift; set -- -m aimwatch "$@"; fi'
-        self.write("bin/python3", f'#!/bin/sh\n{as_module}\nexec "{sys.executable}" "$@"\n')
+        self.new_file("work/bin/python3", f'#!/bin/sh\n{as_module}\nexec "{sys.executable}" "$@"\n')
         os.chmod(python, 0o755)
         self.slack = self.webhook()
         self.workplace = self.webhook((200, '{"id": "1"}'))
-        self.write("train.py", TRAIN_PY)
+        self.new_file("work/train.py", TRAIN_PY)
         self.paths = aimwatch.RepoPaths(os.path.join(self.folder, "shared", "experiments"))
         os.environ.update(
             PATH=os.path.dirname(python) + os.pathsep + os.environ["PATH"],
@@ -11470,10 +11456,6 @@ class TestReadme(WatchCase):
         )  # fmt: skip
         del os.environ["PYTHONPATH"]
         self.watching: Any = None
-
-    def write(self, name: str, text: str) -> str:
-        write_file(os.path.join(self.folder, name), text)
-        return name
 
     def placed(self, text: str) -> str:
         """Return `text` with every place in it moved to where a test may go."""
@@ -11541,11 +11523,11 @@ class TestReadme(WatchCase):
             ("webhook.txt", self.slack.url), ("hook.txt", self.slack.url),
             ("token.txt", "TOKENTOKENTOKEN"), ("headers.txt", "X-Token: TOKENTOKENTOKEN"),
         ):  # fmt: skip
-            self.write(name, f"{text}\n")
+            self.new_file(f"work/{name}", f"{text}\n")
         getattr(self, methods[0])(self.placed(line))
 
     def run_python(self, block: str) -> None:
-        self.shell("python3 " + self.write("loop.py", TRAINING_STUB + self.placed(block)))
+        self.shell("python3 " + self.new_file("work/loop.py", TRAINING_STUB + self.placed(block)))
 
     def run_unit(self, block: str) -> None:
         unit = configparser.ConfigParser(strict=False, interpolation=None)
@@ -11565,7 +11547,7 @@ class TestReadme(WatchCase):
 
     def run_script(self, block: str) -> None:
         before = set(os.listdir(self.paths.runs))
-        self.shell("bash " + self.write("job.sh", self.placed(block)))
+        self.shell("bash " + self.new_file("work/job.sh", self.placed(block)))
         (new,) = set(os.listdir(self.paths.runs)) - before
         with Run(new[:-6], repo=self.paths.root, read_only=True) as run:
             self.assertEqual((run.name, run.active), ("by train.py", False))
