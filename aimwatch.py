@@ -874,7 +874,7 @@ class CheckInFile:
 LOG_FORMAT = 1
 #: The year 10000, where Python's calendar ends.
 MAX_TIME_S = 253_402_300_800
-#: A longer line is not ours, and is skipped without being held in memory.
+#: A longer line is not ours, and is never held in memory as a whole.
 MAX_LINE_BYTES = 16 << 20
 #: A run writes a checkpoint long before it has recorded so much.
 MAX_TAIL_BYTES = 128 << 20
@@ -888,18 +888,6 @@ CHECKPOINT_LINES = 10_000
 FACTS_BYTES = 16 << 10
 #: Deeper params are stored as text.
 MAX_PARAM_DEPTH = 50
-
-
-def context_key(context: Any, depth: int = 0) -> Any:
-    """Return what two encoded contexts have in common exactly when they are equal: 1, 1.0 and True are equal
-    in Python, and name the same series in Aim."""
-    if depth > 4 * MAX_PARAM_DEPTH:
-        return None  # no writer of ours nests so deeply
-    if isinstance(context, dict):
-        return frozenset((key, context_key(item, depth + 1)) for key, item in context.items())
-    if isinstance(context, list):
-        return tuple(context_key(item, depth + 1) for item in context)
-    return context
 
 
 class SeriesState:
@@ -1378,7 +1366,7 @@ def read_log(path: str, run_hash: str, part: int = 0) -> RunState:
             # A last line without its end is being written, or was torn; not counted as damage.
             if not _apply_line(state, line) and whole:
                 state.skipped += 1
-            left -= len(line) or MAX_LINE_BYTES
+            left -= len(line)
             if left <= 0 and size - part > file.tell():
                 left = math.inf
                 file.seek(size - part - 1)
@@ -1432,13 +1420,9 @@ def read_messages(path: str) -> Iterator[Dict[str, Any]]:
 
 
 def read_lines(file: BinaryIO) -> Iterator[Tuple[bytes, bool]]:
-    """Yield (line, whether it had its end), and b"" for the pieces of a line of over MAX_LINE_BYTES."""
-    is_rest = False
+    """Yield (line, whether it had its end); of a line of over MAX_LINE_BYTES, the pieces."""
     for line in iter(functools.partial(file.readline, MAX_LINE_BYTES), b""):
-        whole = line.endswith(b"\n")
-        is_long = is_rest or (not whole and len(line) == MAX_LINE_BYTES)
-        is_rest = is_long and not whole
-        yield b"" if is_long else line, whole
+        yield line, line.endswith(b"\n")
 
 
 def _apply_line(state: RunState, line: bytes) -> bool:
@@ -2154,6 +2138,9 @@ class Run:
         self._thread = _get_ident()
         #: The time of the last record when a notebook's cell ended.
         self._idle_since = -1.0
+        #: The metric series by name, and by what `track` was given where that is enough to tell which.
+        self._named: Dict[str, List[SeriesState]] = collections.defaultdict(list)
+        self._by_key: Dict[Any, SeriesState] = {}
         #: Log lines since the last checkpoint.
         self._lines = 0
         self._looked_s, self._lock_at_mono = 0.0, _monotonic() + LOCK_S
@@ -2170,8 +2157,8 @@ class Run:
                 undo.callback(self._log.close)
                 names = self._adopt() if may_exist else []
                 self._file = CheckInFile(self._paths.check_ins, self.hash, self._state.next_idx, names)
-                series = self._state.series.values()
-                self._by_key = {(item.name, context_key(item.context)): item for item in series}
+                for series in self._state.series.values():
+                    self._named[series.name].append(series)
                 resumed = bool(self._state.created_at)
                 self._record(self._session_record())
                 if resumed:  # an alert reads parts of the log, and must not take the first host for this one
@@ -2450,15 +2437,17 @@ class Run:
         if context is not None and not isinstance(context, dict):
             raise ArgumentTypeError(f"context of metric {brief(name)} must be a dict, not {brief(context)}")
         encoded = self._encode(context or {}, f"context of metric {brief(name)}")
-        key = (name, context_key(encoded))
-        if key not in self._by_key:
+        # 1, 1.0 and True are equal in Python, and name the same series in Aim.
+        series = next((series for series in self._named[name] if series.context == encoded), None)
+        if series is None:
             series_id = next(reversed(self._state.series), 0) + 1
             self._record({"series": series_id, "name": name, "context": encoded})
-            self._by_key[key] = self._state.series[series_id]
+            series = self._state.series[series_id]
+            self._named[name].append(series)
         # A context with anything else in it has no short cut: it may not hash, or be another each time.
         if all(type(item) in (str, int, bool) for item in (context or {}).values()):
-            self._by_key[name, tuple(context.items()) if context else ()] = self._by_key[key]
-        return self._by_key[key]
+            self._by_key[name, tuple(context.items()) if context else ()] = series
+        return series
 
     def metrics(self) -> List[Metric]:
         """Return the metric series of the run, in the order in which they began."""
@@ -2476,9 +2465,9 @@ class Run:
         """
         if context is not None and not isinstance(context, dict):
             context = context.to_dict()
-        key = context_key(encode_value(context or {}, []))
-        named = (series for series in self._state.series.values() if series.name == name)
-        return next((Metric(self, series) for series in named if context_key(series.context) == key), None)
+        key = name, encode_value(context or {}, [])
+        found = (item for item in self._state.series.values() if (item.name, item.context) == key)
+        return next((Metric(self, series) for series in found), None)
 
     # ---------------------------------------------------------------- params
 
