@@ -412,7 +412,7 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def start_quiet_thread(run: Callable[..., None], *args: Any) -> None:
+def start_quiet_thread(run: Callable[[], None]) -> None:
     """Start a thread that takes no signal and that `threading` does not know: the main thread would sleep on
     through a signal that the system delivers to another. So all are blocked before the thread starts, which
     inherits that: it could be chosen before its first statement. Return when the thread has begun: CPython
@@ -421,7 +421,7 @@ def start_quiet_thread(run: Callable[..., None], *args: Any) -> None:
 
     def begin() -> None:
         begun.release()
-        run(*args)
+        run()
 
     begun.acquire()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -481,13 +481,11 @@ def process_stat(pid: Any) -> List[bytes]:
 def process_identity(pid: Any = "self") -> Tuple[Optional[str], Optional[int]]:
     """Return what tells a process of this boot from others of its number: its pid namespace, and when it
     started; None where Linux does not say."""
-    space, started = None, None
     with contextlib.suppress(OSError, ValueError, IndexError):
         fields = process_stat(pid)
         if fields[0] not in (b"Z", b"X"):
-            started = int(fields[19])
-            space = os.readlink("/proc/self/ns/pid")
-    return space, started
+            return os.readlink("/proc/self/ns/pid"), int(fields[19])
+    return None, None
 
 
 def boot_id() -> str:
@@ -584,7 +582,8 @@ class FileLock:
         locked = _try_lock(fcntl.lockf, fd, fcntl.LOCK_EX, int(self.brief))
         # On macOS and on NFS, both kinds of lock are one, and we would meet our own.
         if self._flock and sys.platform == "linux" and not is_network(self.path):
-            return locked if _try_lock(fcntl.flock, fd, fcntl.LOCK_EX) is not False else False
+            if _try_lock(fcntl.flock, fd, fcntl.LOCK_EX) is False:
+                return False
         return locked
 
     @property
@@ -1342,24 +1341,19 @@ def read_log(path: str, run_hash: str, part: int = 0) -> RunState:
     """Return what the run log at `path` says. Raises OSError where it cannot be read, or is no log of ours,
     with so much after its last checkpoint.
 
-    Reads the first line, then from the last checkpoint on: what a run has recorded since decides the cost.
-    With `part`, so many bytes after the checkpoint, and of the end, are read alone: where a run writes on
-    without end, that it died must be said all the same, and soon.
+    Reads from the last checkpoint on: what a run has recorded since decides the cost. With `part`, so many
+    bytes after the checkpoint, and of the end, are read alone: where a run writes on without end, that it
+    died must be said all the same, and soon.
     """
     with open_regular(path) as file:
         state, lines, left = RunState(run_hash), read_lines(file), part or math.inf
         # Of the open file: a network file system may answer `stat` from a cache.
         state.log_size = size = start = os.fstat(file.fileno()).st_size
-        _apply_line(state, file.readline(MAX_LINE_BYTES))
-        for _ in range(2):  # the last may be torn, and the one before it serves as well
-            start = _last_checkpoint(file.fileno(), start, size - MAX_TAIL_BYTES)
+        for is_last in (False, False, True):  # the last may be torn, and the one before it serves as well
+            start = 0 if is_last else _last_checkpoint(file.fileno(), start - 1, size - MAX_TAIL_BYTES)
             file.seek(start)
             if not start or _apply_line(state, next(lines, (b"", True))[0]):
                 break
-            start -= 1
-        else:
-            start = 0
-            file.seek(0)
         if not start and size > MAX_TAIL_BYTES and not part:
             raise OSError(errno.EFBIG, f"no checkpoint in its last {MAX_TAIL_BYTES >> 20} MB")
         for line, whole in lines:
