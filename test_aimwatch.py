@@ -212,6 +212,15 @@ class Clock:
         self.now += seconds
 
 
+def reply(handler: Any, status: int = 200, text: str = "ok", headers: Any = ()) -> None:
+    """Answer a request."""
+    handler.send_response(status)
+    for name, value in {**dict(headers), "Content-Length": len(text.encode())}.items():
+        handler.send_header(name, str(value))
+    handler.end_headers()
+    handler.wfile.write(text.encode())
+
+
 class Webhook:
     """A loopback HTTP server that answers as told and keeps what it was sent.
 
@@ -234,14 +243,8 @@ class Webhook:
                 with contextlib.suppress(OSError):
                     if callable(answer):
                         answer(self)
-                        return
-                    status, text, *more = answer
-                    self.send_response(status)
-                    for name, value in (more[0] if more else {}).items():
-                        self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(text.encode())))
-                    self.end_headers()
-                    self.wfile.write(text.encode())
+                    else:
+                        reply(self, *answer)
 
             do_GET = do_POST = do_CONNECT = handle_any
 
@@ -337,6 +340,12 @@ class Case(unittest.TestCase):
             return [json.loads(line) for line in file if line.strip()]
 
     # ---- notifiers and watchers
+
+    def gate(self) -> threading.Event:
+        """Return an event that is set with the end of the test, before servers are closed."""
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        return gate
 
     def webhook(self, *answers: Any) -> Webhook:
         """Return a server that is closed with the test."""
@@ -4879,6 +4888,7 @@ class RunCommands(StoredCase):
         self.assertEqual([line[at:].split()[0] for line in lines[1:]], ["default", "exp", "exp", "exp"])
         self.assertEqual([line.split()[0] for line in lines[1:]], ["3abc", "2abc", "1abc", "0abc"])
         self.assertIn("second\\x0aline\\x1b[31m", out)
+        self.assertRegex(lines[1], r" finished +\d\d-\d\d \d\d:\d\d +\d+ ms +\S+$")
         self.assertEqual(err, "4 runs\n")
         self.assertEqual(self.run_cli("runs", "run.lr == 'auto'")[2], "1 run\n")
         limited = self.run_cli("runs", "--limit", "1", "--columns", "hash")
@@ -5299,12 +5309,6 @@ class NotifierCase(Case):
 
     def _no_threads(self) -> bool:
         return not [t for t in threading.enumerate() if t.name.startswith("aimwatch-")]
-
-    def gate(self) -> threading.Event:
-        """Return an event that is set with the end of the test, before servers are closed."""
-        gate = threading.Event()
-        self.addCleanup(gate.set)
-        return gate
 
     def assert_given_up(
         self,
@@ -6765,15 +6769,9 @@ class NotifyingCase(NotifierCase):
             if held is not None:
                 held.set()
             gate.wait(30)
-            self.say_ok(handler)
+            reply(handler)
 
         return self.webhook(answer)
-
-    def say_ok(self, handler: Any, status: int = 200, text: bytes = b"ok") -> None:
-        handler.send_response(status)
-        handler.send_header("Content-Length", str(len(text)))
-        handler.end_headers()
-        handler.wfile.write(text)
 
     def sent(self, notifier_id: str) -> List[str]:
         """Return the ids of events that the outbox says were sent to a notifier."""
@@ -6925,7 +6923,7 @@ class Notifying(NotifyingCase):
         def gone(handler: Any) -> None:
             held.set()
             gate.wait(30)
-            self.say_ok(handler, 404, b"no_service")
+            reply(handler, 404, "no_service")
 
         with mock.patch.object(aimwatch, "back_off_s", lambda failures, random: 600.0):
             self.configure(a=hook(self.refused_url()))
@@ -7072,7 +7070,7 @@ class Mending(NotifyingCase):
         now, gate = Clock(1000.0), threading.Event()
 
         def answer(handler: Any) -> None:
-            self.say_ok(handler, *((200, b"ok") if gate.is_set() else (405, b"no")))
+            reply(handler, *((200, "ok") if gate.is_set() else (405, "no")))
 
         bad, good = self.webhook(answer), self.webhook()
         self.configure(bad=hook(bad.url), good=hook(good.url))
@@ -7199,7 +7197,7 @@ class Poison(NotifyingCase):
 
         def answer(handler: Any) -> None:
             refused = bad in server.requests[-1][3]
-            self.say_ok(handler, status if refused else 200, b"invalid_payload" if refused else b"ok")
+            reply(handler, status if refused else 200, "invalid_payload" if refused else "ok")
 
         server.answers = [answer]
         return server
@@ -9354,14 +9352,11 @@ class TestSigns(WatchCase):
                 aimwatch.sd_notify("READY=1")
 
     def test_watcher_gives_signs_of_life_while_it_sees_and_no_server_delays_it(self) -> None:
-        gate = threading.Event()
-        self.addCleanup(gate.set)
+        gate = self.gate()
 
         def hang(handler: Any) -> None:
             gate.wait(60)
-            handler.send_response(404)
-            handler.end_headers()
-            handler.wfile.write(handler.path.encode())
+            reply(handler, 404, handler.path)
 
         server = self.webhook(hang, (204, ""))
         notify = NotifySocket(self, os.path.join(self.root, "notify"))
