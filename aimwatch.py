@@ -7012,14 +7012,17 @@ class ProgramReporter(threading.Thread):
     from its bytes and signals."""
 
     def __init__(self, program: Program, open_run: Callable[[], Run], expect: Union[float, str]) -> None:
+        import queue
+
         super().__init__(daemon=True)
         self.program, self._open_run, self._expect = program, open_run, expect
         #: How long the program is silent before its processor time is asked for.
         self._cpu_after_s = min(15.0, float(expect) / 4) if expect and expect != AUTO else 15.0
-        self._opened, self._wake = threading.Event(), threading.Event()
-        self._run: Optional[Run] = None
-        self._asked, self._free_looks = False, 0
-        self._end: Optional[End] = None
+        #: How the program ended, or None: it asks for its run.
+        self.said: Any = queue.SimpleQueue()
+        self._opened = threading.Event()
+        self._run: Any = None
+        self._holds, self._free_looks = False, 0
         self._alive_mono, self._cpu, self._cpu_mono = 0.0, 0.0, _monotonic()
 
     def environ(self) -> Dict[str, str]:
@@ -7029,18 +7032,14 @@ class ProgramReporter(threading.Thread):
         run = self._run
         return {"AIMWATCH_RUN": run.hash, "AIMWATCH_REPO": run._paths.root} if run is not None else {}
 
-    def hand_over(self) -> None:
-        """Let the program have its run."""
-        self._asked = True
-        self._wake.set()
-
     def finish(self, end: End) -> None:
         """Say how the program ended, and wait until that is recorded, but not for ever."""
-        self._end = end
-        self._wake.set()
+        self.said.put(end)
         self.join(10.0)
 
     def run(self) -> None:
+        import queue
+
         try:
             self._take()
         except Exception as error:  # whatever it is, the program runs
@@ -7049,33 +7048,34 @@ class ProgramReporter(threading.Thread):
             return
         finally:
             self._opened.set()
-        while self._end is None:
-            self._wake.wait(1.0)
-            self._wake.clear()
+        end = None
+        while end is None:
+            try:
+                end, asked = self.said.get(timeout=1.0), True
+            except queue.Empty:
+                asked = False
             with contextlib.suppress(AimwatchError, OSError):
-                self._look()
-        with contextlib.suppress(AimwatchError, OSError):
-            self._finish(self._end)
+                if end is None:
+                    self._look(asked)
+                else:
+                    self._finish(end)
 
     def _take(self) -> None:
         self._run = self._open_run()
-        self._hash, self._paths = self._run.hash, self._run._paths
-        self._alive_mono = _monotonic()
+        self._holds, self._alive_mono = True, _monotonic()
         self._run.report_progress(expect_next_in=self._expect)
 
-    def _look(self) -> None:
-        now = _monotonic()
-        if self._run is None:
-            is_free = lock_state(self._paths.marker(self._hash)) in ("free", "absent")
+    def _look(self, asked: bool) -> None:
+        if not self._holds:
+            is_free = lock_state(self._run._marker.path) in ("free", "absent")
             self._free_looks = self._free_looks + 1 if is_free else 0
             if self._free_looks > 1:  # one that has just let it go may be about to exit
                 self._take()
-        elif self._asked:
+        elif asked:
             self._run._close_files()
-            self._run, self._free_looks = None, 0
-        elif self._is_alive(now):
+            self._holds, self._free_looks = False, 0
+        elif self._is_alive(_monotonic()):
             self._run.report_progress(expect_next_in=self._expect)
-        self._asked = False
 
     def _is_alive(self, now: float) -> bool:
         if self.program.wrote_mono > self._alive_mono:
@@ -7088,13 +7088,12 @@ class ProgramReporter(threading.Thread):
         return self._cpu - before > 0.05 * (now - before_mono)
 
     def _finish(self, how: End) -> None:
-        if self._run is None:
-            end = read_log(self._paths.run_log(self._hash), self._hash).end
+        if not self._holds:
+            end = read_log(self._run._log.path, self._run.hash).end
             said = end is not None and (end["end"] == FAILED or how.flag == FINISHED)
-            if said or lock_state(self._paths.marker(self._hash)) == "held":
+            if said or lock_state(self._run._marker.path) == "held":
                 return  # by what the program left behind
             self._take()
-        assert self._run is not None
         self._run._end(how)
         self._run.close()
 
@@ -7105,8 +7104,7 @@ def run_program(argv: Sequence[str], open_run: Callable[[], Run], expect: Union[
     Another process does this, so that the program, its output and its run do not need this one. That process
     gets the signals, too, that all processes of a job are sent; those that it does not get are passed on.
     """
-    caught_by_exec = signal_pipe()
-    catch(number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN)
+    caught_by_exec = catch(number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN)
     result, tells = os.pipe()
     if os.fork() == 0:
         try:
@@ -7118,29 +7116,24 @@ def run_program(argv: Sequence[str], open_run: Callable[[], Run], expect: Union[
     return code[0] if code else 128 + signal.SIGKILL
 
 
-def signal_pipe() -> int:
-    """Return a descriptor that gives the numbers of the signals that this process catches, one a byte."""
+def catch(numbers: Iterable[int]) -> int:
+    """Catch signals; return a descriptor that gives the number of each that came, one a byte."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    return reader
-
-
-def catch(numbers: Iterable[int]) -> None:
-    """Have signals written to the pipe, and do nothing else."""
     for number in numbers:
         signal.signal(number, lambda *_: None)
+    return reader
 
 
 def keep_program(argv: Sequence[str], reporter: ProgramReporter, caught_by_exec: int, tells: int) -> None:
     """Run a program to its end, write its exit code to `tells`, and copy what it left behind writes."""
     program = reporter.program
-    caught = signal_pipe()
-    catch([signal.SIGCHLD, signal.SIGWINCH, HAND_OVER])
+    caught = catch([signal.SIGCHLD, signal.SIGWINCH, HAND_OVER])
     kills_before = count_oom_kills()
     program.start(argv, {**os.environ, **reporter.environ()})
     if not program.error:
-        program.wait(caught, caught_by_exec, reporter.hand_over)
+        program.wait(caught, caught_by_exec, lambda: reporter.said.put(None))
     kills = count_oom_kills() - kills_before
     code, reason = program_end(program.status, program.error, kills, program.unwritten)
     if program.error or program.unwritten:
@@ -7774,10 +7767,8 @@ class Site:
         """What a cluster's monitoring wants to know, as OpenMetrics text with bounded labels."""
 
         def labels_of(**labels: str) -> str:
-            short = {name: printable(text, 100) for name, text in labels.items()}
-            return "{%s}" % ",".join(
-                f"{name}={json.dumps(short[name], ensure_ascii=False)}" for name in short
-            )
+            quoted = [json.dumps(printable(text, 100), ensure_ascii=False) for text in labels.values()]
+            return "{%s}" % ",".join(map("=".join, zip(labels, quoted)))
 
         status, now = self.status(), self._utc()
         live = [row for row in status["runs"] if row["state"] != FINISHED]
@@ -8082,11 +8073,10 @@ def listen(host: str, port: int, uds: Optional[str]) -> Any:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=128)
     except (OSError, OverflowError) as error:
-        flags = f"--uds {uds}: choose another path, or remove what is left of a server that is gone"
-        if uds is None:
-            flags = f"--host {host} --port {port}: choose a --port from 1024 up that is free, or 0 for any"
         why = getattr(error, "strerror", None) or error
-        raise AimwatchError(f"cannot listen, {why}, at {flags}") from None
+        flags = f"--host {host} --port {port}" if uds is None else f"--uds {uds}"
+        ways = "a free --port from 1024 up, 0 for any, or another path"
+        raise AimwatchError(f"cannot listen, {why}, at {flags}: choose {ways}") from None
     finally:
         os.umask(mask)
 
