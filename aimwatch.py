@@ -3138,7 +3138,7 @@ class LoopCallback:
 # ======================================================================================
 
 #: Counted up with every change of the tables or of what stands in them.
-INDEX_VERSION = 5
+INDEX_VERSION = 6
 #: How often also those pending runs are looked at that record nothing.
 PROBE_S = 30.0
 #: How much longer than it promised a run must have shown nothing new, where no lock says what that means.
@@ -3202,6 +3202,7 @@ def duration_s(row: Dict[str, Any]) -> float:
 
 #: The keys of a row, in the order in which it is shown.
 ROW_FIELDS = tuple(run_row(RunState("")))
+_HEAD_FIELDS = tuple(field for field in ROW_FIELDS if field not in ("params", "metrics", "log_size"))
 
 # The index is read by this program alone, so NaN and infinities stand in its texts as Python writes them.
 _to_text = json.JSONEncoder(separators=(",", ":")).encode
@@ -3223,13 +3224,13 @@ class StoredRow(Dict[str, Any]):
             value = _from_text(self._texts[part])
         except ValueError:
             raise IndexUnusable(f"the index holds no row for run {self['hash']}") from None
-        self.update(value if part == "head" else {part: value})
+        self.update(zip(_HEAD_FIELDS, value) if part == "head" else {part: value})
         return dict.__getitem__(self, key)
 
 
 def stored_parts(row: Dict[str, Any]) -> Tuple[Any, ...]:
     """Return a row as the columns of `runs` hold it, and as `StoredRow` takes it."""
-    head = {field: row[field] for field in ROW_FIELDS if field not in ("params", "metrics", "log_size")}
+    head = [row[field] for field in _HEAD_FIELDS]
     # Archived runs, and ranks but the first, have columns for it: most queries leave them out.
     columns = row["hash"], row["created_at"], row["archived"], fact_value(row["rank"])
     texts = map(_to_text, (head, row["params"], row["metrics"]))
@@ -7502,7 +7503,9 @@ class Site:
         # What is kept to answer faster. The stamp of that from which it was made is an argument.
         self._pages = functools.lru_cache(100)(self._make)
         self._rows = functools.lru_cache(3000)(lambda run_hash, stamp: read_run(paths, run_hash))
-        self._indexed = functools.lru_cache(3)(lambda q, stamp: Repo(paths.root).query_runs(q).found)
+        self._indexed = functools.lru_cache(3)(
+            lambda q, stamp: {row["hash"]: row for row in Repo(paths.root).query_runs(q).found}
+        )
 
     def answer(self, path: str, query: str, known_etag: str = "") -> Reply:
         """Return the answer to GET of a path below the base path; 304 where `known_etag` is still true."""
@@ -7560,17 +7563,21 @@ class Site:
         # Seen from one answer to the next: no page waits until a watcher on another machine looks again.
         return status_object(self.paths, not self._seen_at.is_frozen(fresh=False))
 
-    def runs(self, q: str) -> List[Dict[str, Any]]:
-        """Return the rows for which a query is true, newest first. Raises QueryError."""
+    def found(self, q: str) -> Dict[str, Dict[str, Any]]:
+        """Return the rows for which a query is true, by hash. Raises QueryError."""
         pending = {}  # whose logs say more than the index
         for run_hash in list_pending(self.paths):
             with contextlib.suppress(AimwatchError, OSError):
                 pending[run_hash] = self.row(run_hash)
-        found = [row for row, _ in compile_query(q).matches(pending.values())]
-        stamp = file_stamp(self.paths.index) or self._utc()
-        found += [row for row in self._indexed(q, stamp) if row["hash"] not in pending]
-        found.sort(key=operator.itemgetter("created_at"), reverse=True)
+        found = dict(self._indexed(q, file_stamp(self.paths.index) or self._utc()))
+        for run_hash in pending:
+            found.pop(run_hash, None)
+        found.update((row["hash"], row) for row, _ in compile_query(q).matches(pending.values()))
         return found
+
+    def runs(self, q: str) -> List[Dict[str, Any]]:
+        """Return the rows for which a query is true, newest first. Raises QueryError."""
+        return sorted(self.found(q).values(), key=operator.itemgetter("created_at"), reverse=True)
 
     def listing(self, ask: Ask) -> Tuple[List[str], List[Dict[str, Any]]]:
         """Return the columns and the rows of the list of runs. Raises QueryError."""
@@ -7579,11 +7586,11 @@ class Site:
 
     def counts(self, live: List[Dict[str, Any]]) -> Dict[Tuple[str, str], int]:
         """Return how many runs there are by (state, experiment)."""
-        states = {row["hash"]: row["state"] for row in live}  # who stalled
-        rows = self.runs("")
-        counts = Counter([(states.pop(row["hash"], row["state"]), row["experiment"]) for row in rows])
-        counts.update((row["state"], row["experiment"] or "") for row in live if row["hash"] in states)
-        return counts
+        found = self.found("")
+        for row in live:  # who stalled
+            experiment = found.get(row["hash"], row)["experiment"] or ""
+            found[row["hash"]] = {"state": row["state"], "experiment": experiment}
+        return Counter(map(operator.itemgetter("state", "experiment"), found.values()))
 
     def overview(self, ask: Ask) -> str:
         """The first page: who watches, what lives, what failed, and all runs."""

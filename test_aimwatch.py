@@ -4790,8 +4790,10 @@ class ReindexThreads(StoredCase):
     def state(self, run_hash: str) -> Any:
         """Return what the index itself says of a run: its state, and the size of the log that it has seen."""
         with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(self.paths.index)) as db:
-            found = db.execute("SELECT head, log_size FROM runs WHERE hash = ?", (run_hash,)).fetchone()
-            return found and (json.loads(found[0])["state"], found[1])
+            sql = f"SELECT {aimwatch._STORED} FROM runs WHERE hash = ?"
+            for parts in db.execute(sql, (run_hash,)):
+                row = aimwatch.StoredRow(*parts)
+                return row["state"], row["log_size"]
         return None
 
     def test_thread_indexes_what_is_recorded_and_ends_what_died(self) -> None:
@@ -10161,8 +10163,8 @@ class Pages(StoredCase):
     def test_metrics_are_openmetrics_with_bounded_labels(self) -> None:
         self.fill()
         self.configure(**{f"n{nth}": {"type": "logger"} for nth in range(60)})
-        rows = [{"hash": f"{nth}", "state": "finished", "experiment": f'e"\\\n{nth}'} for nth in range(80)]
-        with mock.patch.object(aimwatch.Site, "runs", return_value=rows):
+        rows = {f"{nth}": {"state": "finished", "experiment": f'e"\\\n{nth}'} for nth in range(80)}
+        with mock.patch.object(aimwatch.Site, "found", return_value=rows):
             text = self.get("metrics")
         self.assertTrue(text.endswith("\n# EOF\n"))
         label = r'[a-z]+="(?:[^"\\\n]|\\["\\n])*"'
