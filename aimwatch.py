@@ -48,12 +48,12 @@ does not own, and whoever may write the folders and lies about runs.
 
 Map
 ---
-Read first: `CheckIn`, `RunState`, `run_row`, `RunTable.take`, `Outbox.add`. Then what depends on them:
+Read first: `CheckIn`, `RunState`, `run_row`, `RunTable.take`, `Dispatcher.notify`. Then what depends on them:
 
 - A heartbeat: `Run.report_progress` returns while the check-in on disk covers the promise, else
   `CheckInFile.write` renames it. `Watcher.poll` lists the names, `RunTable.take` and `overdue` find what
-  changed, `change_facts` says what is known of it, `Outbox.add` makes it last, and the `NotifierThread`
-  of each notifier sends it, through `message_for_batch` and a transport, and notes it with `Outbox.sent`.
+  changed, `change_facts` says what is known of it, `Dispatcher.notify` makes it last, and a `NotifierThread`
+  for each notifier sends it, through `message_for_batch` and a transport, and notes that.
 - A point: `Run.track` appends a line (`AppendFile.append`). `Reindexer` reads the log (`read_log`), makes
   a row of it (`run_row`) and stores it (`index_run`); the marker in `pending` goes after the commit.
 - A question: `compile_query` makes functions of a row. `CompiledQuery.candidates` narrows the rows by what
@@ -4329,8 +4329,6 @@ class Kind(NamedTuple):
     rank: int
     #: The ANSI code of its colour on a terminal.
     colour: str = ""
-    #: True where a notifier hears of it that does not say which events it wants.
-    by_default: bool = False
     #: For how many seconds the check-in of a run that ended so is kept.
     keep_s: float = math.inf
     #: The line about such an event, as `fill_known` fills it.
@@ -4339,9 +4337,9 @@ class Kind(NamedTuple):
 
 _SILENT = "|: silent for {run.silent}, promised a check-in within {run.promised}"
 KINDS: Dict[str, Kind] = {
-    STALLED: Kind("❗", 1, "31", by_default=True, line="{run.name} stalled" + _SILENT + "|: {run.reason}"),
-    FAILED: Kind("❌", 0, "31", by_default=True, keep_s=86400.0),
-    RECOVERED: Kind("✅", 4, by_default=True),
+    STALLED: Kind("❗", 1, "31", line="{run.name} stalled" + _SILENT + "|: {run.reason}"),
+    FAILED: Kind("❌", 0, "31", keep_s=86400.0),
+    RECOVERED: Kind("✅", 4),
     STARTED: Kind("", 5),
     FINISHED: Kind("✅", 6, "2", keep_s=600.0, line="{run.name} finished| {run.reason}"),
     LOG: Kind("📝", 3, line="{run.name} logged {run.reason}|: {run.messages}"),
@@ -4349,8 +4347,8 @@ KINDS: Dict[str, Kind] = {
     RUNNING: Kind("", 7, "32"),
 }
 #: What a notifier may ask for, and what it gets where it does not ask.
-EVENTS = tuple(kind for kind in KINDS if kind not in (TROUBLE, RUNNING))
-DEFAULT_EVENTS = tuple(kind for kind in EVENTS if KINDS[kind].by_default)
+EVENTS = (STALLED, FAILED, RECOVERED, STARTED, FINISHED, LOG)
+DEFAULT_EVENTS = (STALLED, FAILED, RECOVERED)
 CONFIG_LOCK_WAIT_S = 10.0
 LOG_LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
 WORKPLACE_URL = "https://graph.facebook.com/v14.0"
@@ -4396,24 +4394,27 @@ class Notifier(NamedTuple):
 
     def scrub(self, text: str) -> str:
         """Return `text` with every secret of this notifier, and every longer part of one, as asterisks."""
-        hidden: Set[str] = set()
-        for field in NOTIFIER_FIELDS[self.type]:
-            for secret in texts_in(self.arguments.get(field.name)) if field.secret else ():
-                # The request line and library errors show the path without the host.
-                path = secret.partition("://")[2].partition("/")[2] or secret
-                hidden.update((secret, path, *re.findall("[^/?&= ]{6,}", path)))
+        secrets: List[str] = []
+        with_texts(
+            [self.arguments.get(x.name) for x in NOTIFIER_FIELDS[self.type] if x.secret], secrets.append
+        )
+        hidden = set(secrets)
+        for secret in secrets:
+            # The request line and library errors show the path without the host.
+            path = secret.partition("://")[2].partition("/")[2] or secret
+            hidden.update((path, *re.findall("[^/?&= ]{6,}", path)))
         for secret in sorted(hidden, key=len, reverse=True):
             text = text.replace(secret, "***") if len(secret) > 3 else text
         return text
 
 
-def texts_in(value: Any) -> Iterator[str]:
-    """Yield every text in a JSON value, except the names in its objects."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from texts_in(item)
+def with_texts(value: Any, change: Callable[[str], Any]) -> Any:
+    """Return a JSON value with what a function makes of every text in it, but for the names in objects."""
+    if isinstance(value, dict):
+        return {name: with_texts(item, change) for name, item in value.items()}
+    if isinstance(value, list):
+        return [with_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 # The checks return a value as it is used, and raise ConfigError with what the value must be. They take what
@@ -4531,32 +4532,31 @@ class Field(NamedTuple):
     check: Callable[[Any], Any]
     secret: bool = False
     required: bool = False
-    asked: bool = False
 
 
-_MESSAGE = Field("message", "message", "Message template (empty for the default)", str, asked=True)
+_MESSAGE = Field("message", "message", "Message template (empty for the default)", str)
 _URL = Field("url", "webhook-url", "Webhook URL", checked_url, secret=True, required=True)
 NOTIFIER_FIELDS: Dict[str, Tuple[Field, ...]] = {
     "slack": (_URL, _MESSAGE),
     "workplace": (
         Field("group_id", "group-id", "Group ID", checked_group, required=True),
         Field("access_token", "access-token", "Access token", checked_word, secret=True, required=True),
-        Field("base_url", "base-url", f"Graph API URL instead of {WORKPLACE_URL}", checked_url, secret=True),
+        Field("base_url", "base-url", f"Graph API URL (empty: {WORKPLACE_URL})", checked_url, secret=True),
         _MESSAGE,
     ),
     "logger": (_MESSAGE,),
     "webhook": (
         _URL,
-        Field("headers", "header", "HTTP header 'Name: value'", checked_headers, secret=True),
-        Field("body", "body", "JSON to send, its texts filled in like a message", checked_body, secret=True),
+        Field("headers", "header", "HTTP header 'Name: value' (empty: none)", checked_headers, secret=True),
+        Field("body", "body", "JSON to send, its texts filled in (empty: ours)", checked_body, secret=True),
         _MESSAGE,
     ),
     "email": (
         Field("host", "smtp-host", "Mail server", checked_word, required=True),
-        Field("security", "security", "starttls, tls, none (empty: starttls)", checked_security, asked=True),
-        Field("port", "port", "Port (empty: 587, with tls 465, with none 25)", checked_port, asked=True),
-        Field("user", "user", "User name to log in (empty: no login)", checked_login, asked=True),
-        Field("password", "password", "Password", checked_login, secret=True, asked=True),
+        Field("security", "security", "starttls, tls, none (empty: starttls)", checked_security),
+        Field("port", "port", "Port (empty: 587, with tls 465, with none 25)", checked_port),
+        Field("user", "user", "User name to log in (empty: no login)", checked_login),
+        Field("password", "password", "Password", checked_login, secret=True),
         Field("sender", "from", "From", checked_address, required=True),
         Field("to", "to", "To, with commas between several", checked_addresses, required=True),
         _MESSAGE,
@@ -4932,16 +4932,10 @@ def dial(address: Tuple[str, int], deadline_mono: float) -> Any:
     """Return a connected socket that ends with the attempt. Raises OSError."""
     import socket
 
-    def connect(where: Any, *others: Any) -> Any:
-        try:  # an address of several has its share of the time alone
-            return socket.create_connection(where[4][:2], left_s(deadline_mono) / (1 + len(others)))
-        except OSError:
-            if not others:
-                raise
-        return connect(*others)
-
     try:
-        with connect(*socket.getaddrinfo(*address, type=socket.SOCK_STREAM)) as link:
+        # An address of several that does not answer has its share of the time alone.
+        several = len(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
+        with socket.create_connection(address, left_s(deadline_mono) / several) as link:
             bounded = bounded_socket(socket.socket, deadline_mono)(fileno=link.detach())
         bounded.settimeout(left_s(deadline_mono))
         return bounded
@@ -5061,22 +5055,16 @@ def document(template: Optional[str], batch: Sequence[Facts]) -> Dict[str, Any]:
     }
 
 
-def fill_body(body: Any, facts: Facts) -> Any:
-    """Return a JSON value with every text in it filled in like a message template."""
-    if isinstance(body, dict):
-        return {name: fill_body(value, facts) for name, value in body.items()}
-    if isinstance(body, list):
-        return [fill_body(value, facts) for value in body]
-    return shorten(fill_template(body, facts), MAX_BODY_MESSAGE) if isinstance(body, str) else body
-
-
 def send_webhook(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float) -> Outcome:
     """Post the document, or the body that the user wrote, to any URL."""
     arguments = notifier.arguments
     if arguments.get("body"):
         # In a chat's own format, {message} is the text about the whole batch.
         text = message_for_batch(arguments.get("message"), batch, MAX_BODY_MESSAGE)
-        payload = fill_body(arguments["body"], {**batch[0], "message": text})
+        facts = {**batch[0], "message": text}
+        payload = with_texts(
+            arguments["body"], lambda body: shorten(fill_template(body, facts), MAX_BODY_MESSAGE)
+        )
     else:
         payload = document(arguments.get("message"), batch)
     return post("webhook", arguments["url"], deadline_mono, payload, arguments.get("headers"))
@@ -5257,6 +5245,10 @@ class Event(NamedTuple):
     facts: Facts
     not_for: Sequence[str] = ()
 
+    def record_for(self, notifier_ids: Sequence[str]) -> Dict[str, Any]:
+        """Return the record of the event in the outbox."""
+        return {"event": self.id, "kind": self.kind, "to": notifier_ids, "facts": self.facts}
+
 
 def trouble(event_id: str, repo: str, reason: str, **more: str) -> Event:
     """Return an event about the watch itself."""
@@ -5267,7 +5259,7 @@ def _outbox_line(record: Dict[str, Any]) -> bytes:
     return to_json({**record, "time": round(time.time(), 3)}).encode("ascii") + b"\n"
 
 
-#: Above this size, and when it has doubled, the outbox is rewritten without what nobody can ask for.
+#: Above this size, the outbox is rewritten without what nobody can ask for, if that is half of it.
 COMPACT_BYTES = 1 << 20
 
 
@@ -5288,15 +5280,14 @@ class Outbox:
         self.broken: Dict[str, Tuple[str, float]] = {}
         #: Held while the file is written, as long as the disk takes. Who reads goes over a copy instead.
         self._writing = threading.Lock()
-        self._compact_at = 0
         with contextlib.suppress(FileNotFoundError), open_regular(path) as file:
             for line, _ in read_lines(file):
-                self._apply(json_object(line) or {})
+                self.apply(json_object(line) or {})
         #: None where nothing is to be written, as after the end: what was sent then is sent again.
         self._file = None if read_only else AppendFile(path, self._lines)
 
-    def _apply(self, record: Dict[str, Any]) -> None:
-        """Take in one record; a foreign one is skipped."""
+    def apply(self, record: Dict[str, Any]) -> None:
+        """Take in one record without writing it; a foreign one is skipped."""
         with contextlib.suppress(*MALFORMED):
             if "event" in record:
                 facts = {name: str(value) for name, value in record.get("facts", {}).items()}
@@ -5325,30 +5316,14 @@ class Outbox:
         records: List[Dict[str, Any]] = [{"begun": "what came before is only summarized"}]
         done = sorted(self.known - self._waiting.keys())
         records += [{"event": event_id, "kind": "", "to": []} for event_id in done]
-        records += [self.record_of(event, sorted(ids)) for event, ids in list(self._waiting.values())]
+        records += [event.record_for(sorted(ids)) for event, ids in list(self._waiting.values())]
         for notifier_id, (reason, since) in self.broken.items():
             records.append({"broken": notifier_id, "reason": reason, "since": since})
         return [_outbox_line(record) for record in records]
 
-    @staticmethod
-    def record_of(event: Event, notifier_ids: List[str]) -> Dict[str, Any]:
-        return {"event": event.id, "kind": event.kind, "to": notifier_ids, "facts": event.facts}
-
-    def add(self, events: Sequence[Tuple[Event, List[str]]]) -> None:
-        """Record events with the ids of the notifiers that must hear of them, in one write that reaches the
-        disk. Where that refuses, the lines wait in memory and the events are sent all the same."""
-        self.write([self.record_of(event, notifier_ids) for event, notifier_ids in events])
-
-    def add_unwritten(self, event: Event, notifier_ids: List[str]) -> None:
-        """Take in an event that is sent without being recorded, since the disk may not answer."""
-        self._apply(self.record_of(event, notifier_ids))
-
-    def sent(self, event_ids: Sequence[str], notifier_id: str) -> None:
-        """Record that events were sent to a notifier, which therefore works."""
-        self.write([{"sent": list(event_ids), "to": notifier_id}])
-
     def write(self, records: Sequence[Dict[str, Any]] = ()) -> None:
-        """Write records, and try again to write what the disk refused, or what lost its file."""
+        """Write records, in one write that reaches the disk, and try again to write what it refused, or what
+        lost its file. Where it refuses, lines wait in memory, and events are sent all the same."""
         with self._writing:
             if self._file is not None:
                 self._file.look()
@@ -5357,12 +5332,14 @@ class Outbox:
                     self._file.sync()
             # Only now, since what is known here is sent at once; and before the file is made anew of it.
             for record in records:
-                self._apply(record)
+                self.apply(record)
 
     def forget_notifiers(self, keep: Set[str]) -> None:
         """Give up what waits for notifiers that were removed."""
-        for _, ids in list(self._waiting.values()):
-            ids.intersection_update(keep)
+        with self._writing:
+            for _, ids in list(self._waiting.values()):
+                ids.intersection_update(keep)
+            self._waiting = {key: waiting for key, waiting in list(self._waiting.items()) if waiting[1]}
         self.write([{"broken": one, "reason": ""} for one in self.broken.keys() - keep])
 
     def compact(self) -> None:
@@ -5370,12 +5347,13 @@ class Outbox:
         is not asked for again."""
         with self._writing:
             try:
-                if self._file is None or os.path.getsize(self.path) < max(COMPACT_BYTES, self._compact_at):
+                is_small = (
+                    len(self.known) < 2 * len(self._waiting) or os.path.getsize(self.path) < COMPACT_BYTES
+                )
+                if self._file is None or is_small:
                     return
                 self.known = set(self._waiting)
-                data = b"".join(self._lines())
-                self._compact_at = 2 * len(data)
-                replace_file(self.path, data)
+                replace_file(self.path, b"".join(self._lines()))
                 # Where the new one cannot be opened, the old one finds later that its file is gone.
                 old, self._file = self._file, AppendFile(self.path, self._lines)
                 old.close()
@@ -5409,23 +5387,18 @@ class NotifierThread(threading.Thread):
     def __init__(self, notifier: Notifier, dispatcher: Dispatcher) -> None:
         super().__init__(name=f"aimwatch-{notifier.type}", daemon=True)
         self.id = notifier.id
-        #: As it is configured now; None while it is not in use.
-        self.notifier: Optional[Notifier] = notifier
-        self._dispatcher, self._outbox = dispatcher, dispatcher.outbox
+        self._dispatcher = dispatcher
         #: Set where it is to look into the outbox, and where it is to end after the attempt in flight.
         self.woken, self.stopping = threading.Event(), False
-        #: Until when it rests, what came of the last attempt, how many in a row have failed, and since when.
-        self._rests_until, self._last, self.failures, self._failed_mono = -math.inf, SENT, 0, 0.0
-
-    def use(self, notifier: Optional[Notifier]) -> None:
-        """Go on with the notifier as it is configured now, and rest no longer."""
-        self.notifier, self.failures, self._rests_until = notifier, 0, -math.inf
-        self.woken.set()
+        #: As what it was last tried, what came of that, how many attempts in a row have failed, since when,
+        #: and until when it rests.
+        self._tried, self._last, self.failures = notifier, SENT, 0
+        self._failed_mono, self._rests_until = 0.0, -math.inf
 
     def batch(self) -> List[Event]:
         """Return what is to be sent in the next message."""
-        notifier = self.notifier
-        batch = self._outbox.waiting_for(self.id) if notifier else []
+        notifier = self._dispatcher.usable.get(self.id)
+        batch = self._dispatcher.outbox.waiting_for(self.id) if notifier else []
         # Each user hears of their own alone.
         if batch and notifier and _USER in str(notifier.arguments.get("to")):
             to = recipients(notifier, batch[0].facts)
@@ -5437,7 +5410,10 @@ class NotifierThread(threading.Thread):
             self.woken.clear()
             if self.stopping:
                 return
-            notifier, batch, left_s = self.notifier, self.batch(), self._rests_until - time.monotonic()
+            notifier, batch = self._dispatcher.usable.get(self.id), self.batch()
+            if notifier is not None and notifier is not self._tried:
+                self._tried, self.failures, self._rests_until = notifier, 0, -math.inf
+            left_s = self._rests_until - time.monotonic()
             if notifier is not None and batch and left_s <= 0:
                 try:
                     rest_s = self._send(notifier, batch)
@@ -5461,7 +5437,7 @@ class NotifierThread(threading.Thread):
             self._last, self.failures = kind, 0
             self._dispatcher.note(self.id, "", {"sent": [event.id for event in batch], "to": self.id})
             return 0.0 if notifier.type == "logger" else COLLECT_S
-        if notifier is not self.notifier:
+        if notifier is not self._dispatcher.usable.get(self.id):
             return MIN_POST_GAP_S  # as it is configured now, it has not been tried
         if kind != self._last:
             kept = "what waits is kept until it is mended; see 'notifiers list'"
@@ -5471,7 +5447,7 @@ class NotifierThread(threading.Thread):
         if kind == BROKEN:
             self._dispatcher.note(self.id, reason)
             return BROKEN_RETRY_S
-        if _monotonic() - self._failed_mono >= OUTAGE_S and self.id not in self._outbox.broken:
+        if _monotonic() - self._failed_mono >= OUTAGE_S and self.id not in self._dispatcher.outbox.broken:
             self._dispatcher.note(self.id, f"tried in vain for {human_s(OUTAGE_S)}: {reason}")
         return max(back_off_s(self.failures, os.urandom(1)[0] / 256), outcome.wait_s, MIN_POST_GAP_S)
 
@@ -5487,12 +5463,10 @@ class Dispatcher:
         self._complaint = ""
         #: The enabled notifiers, by id. Those with a problem are not used, and what they must hear of waits.
         self._notifiers: Dict[str, Notifier] = {}
+        self.usable: Dict[str, Notifier] = {}
         self._threads: Dict[str, NotifierThread] = {}
         #: From which level on people hear of log messages.
         self.log_level = logging.WARNING
-
-    def _usable(self) -> List[Notifier]:
-        return [item for item in self._notifiers.values() if not item.problem]
 
     def load(self) -> None:
         """Read the configuration. Raises ConfigError; what was in force stays in force."""
@@ -5513,13 +5487,12 @@ class Dispatcher:
                 self.note(item.id, printable(item.problem, 300))
             elif (was and was.problem) or not self.outbox.waiting_for(item.id):
                 self.note(item.id, "")
-        usable = {item.id: item for item in self._usable()}
-        for one in usable.keys() - self._threads.keys():
-            thread = NotifierThread(usable[one], self)
+        self.usable = {item.id: item for item in enabled if not item.problem}
+        for one in self.usable.keys() - self._threads.keys():
+            thread = NotifierThread(self.usable[one], self)
             thread.start()
             self._threads[one] = thread
-        for one, thread in self._threads.items():
-            thread.use(usable.get(one))
+        self._wake()
 
     def reload_if_changed(self) -> None:
         """Take up a changed configuration; of a broken one that is said once, and the last good one kept."""
@@ -5537,7 +5510,7 @@ class Dispatcher:
 
     def describe(self) -> str:
         """Return who is notified, for people: `slack 5c42d699, logger`."""
-        return ", ".join(x.type if x.id == x.type else f"{x.type} {x.shown_as}" for x in self._usable())
+        return ", ".join(x.type if x.id == x.type else f"{x.type} {x.shown_as}" for x in self.usable.values())
 
     def wanted(self, kind: str) -> bool:
         """True where some notifier wants events of this kind."""
@@ -5547,9 +5520,11 @@ class Dispatcher:
         """Put those of some events that are new into the outbox, for good, for all notifiers that want them,
         and have them sent."""
         items = self._notifiers.values()
-        self.outbox.add(
+        self.outbox.write(
             [
-                (event, [one.id for one in items if one.wants(event.kind) and one.id not in event.not_for])
+                event.record_for(
+                    [one.id for one in items if one.wants(event.kind) and one.id not in event.not_for]
+                )
                 for event in {event.id: event for event in events}.values()
                 if event.id not in self.outbox.known
             ]
@@ -5563,7 +5538,7 @@ class Dispatcher:
     def not_for(self, run_hash: str, state: str) -> List[str]:
         """Return the ids of the notifiers whose `where` is not true of a run. One of which nobody can tell
         is for all: rather one message too many."""
-        asked = [item for item in self._usable() if item.where]
+        asked = [item for item in self.usable.values() if item.where]
         if not asked:
             return []
         try:
@@ -5577,7 +5552,7 @@ class Dispatcher:
 
     def alarm(self, event: Event) -> None:
         """Send every notifier an event that cannot be put into the outbox, since the disk does not answer."""
-        self.outbox.add_unwritten(event, [item.id for item in self._usable()])
+        self.outbox.apply(event.record_for(list(self.usable)))
         self._wake()
 
     def note(self, notifier_id: str, problem: str, *also: Dict[str, Any]) -> None:
@@ -5595,7 +5570,7 @@ class Dispatcher:
             reason = printable(f"notifier {item.type} {item.shown_as} {what if problem else 'works again'}")
             event_id = f"{BROKEN}-{notifier_id}-{time.time():.3f}"
             event = trouble(event_id, self._paths.root, reason, look="notifiers list")
-            records.append(self.outbox.record_of(event, [one for one in self._notifiers if one != item.id]))
+            records.append(event.record_for([one for one in self._notifiers if one != item.id]))
         if records:
             self.outbox.write(records)
             self._wake()
@@ -8790,10 +8765,8 @@ def _confirm(question: str, default: bool) -> bool:
 
 #: What a notifier of any type has besides its arguments.
 COMMON_FIELDS = (
-    Field("name", "name", "Name (empty: none)", checked_notifier_name, asked=True),
-    Field(
-        "where", "where", "Only runs for which, as run.user == 'ann' (empty: all)", checked_query, asked=True
-    ),
+    Field("name", "name", "Name (empty: none)", checked_notifier_name),
+    Field("where", "where", "Only runs for which, as run.user == 'ann' (empty: all)", checked_query),
 )
 
 
@@ -8869,7 +8842,7 @@ def _field_values(fields: Sequence[Field], args: Any) -> Dict[str, Any]:
         if field.name == "password" and not values["user"]:
             continue
         said, check = _said(field, args), functools.partial(_checked, field)
-        is_asked = said is None and not args.yes and (field.required or field.asked)
+        is_asked = said is None and not args.yes
         values[field.name] = _ask(field.prompt, check, field.secret) if is_asked else check(said)
     return {name: value for name, value in values.items() if value}
 
