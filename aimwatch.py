@@ -1949,8 +1949,8 @@ HAND_OVER = signal.SIGURG
 SIGNAL_S = 600.0
 #: How long a record waits for another thread's before it goes ahead.
 LOCK_WAIT_S = 2.0
-#: How often a run looks whether its files are still there, and takes its lock again.
-LOOK_S, LOCK_S = 1.0, 60.0
+#: How often a run looks whether its files are still there.
+LOOK_S = 1.0
 #: How long the lock on a run may be that of somebody who indexes it.
 INDEXER_WAIT_S = BUSY_S + 1.0
 MAX_STEP = 2**63
@@ -2137,7 +2137,7 @@ class Run:
         self._by_key: Dict[Any, SeriesState] = {}
         #: Log lines since the last checkpoint.
         self._lines = 0
-        self._looked_s, self._lock_at_mono = 0.0, _monotonic() + LOCK_S
+        self._looked_s = 0.0
         #: Log messages that could not be put into `news` yet.
         self._messages = b""
         #: An exception that was being handled when the run began is none of the run's.
@@ -2153,10 +2153,15 @@ class Run:
                 self._file = CheckInFile(self._paths.check_ins, self.hash, self._state.next_idx, names)
                 for series in self._state.series.values():
                     self._named[series.name].append(series)
-                resumed = bool(self._state.created_at)
-                self._record(self._session_record())
-                if resumed:  # an alert reads parts of the log, and must not take the first host for this one
+                now = round(time.time(), 3)
+                if self._state.created_at:
+                    gone = dict.fromkeys(("signal", "progress", "rank", "world", "group"))
+                    self._record({"resume": now, **gone, **describe_session()})
+                    # An alert reads parts of the log, and must not take the first host for this one.
                     self._checkpoint()
+                else:
+                    about = {"format": LOG_FORMAT, "hash": self.hash, "created_at": now}
+                    self._record({**about, **describe_session()})
                 self._file.write(self._file.next_idx(), STARTING, 0)
                 undo.pop_all()
         except OSError as error:
@@ -2166,13 +2171,6 @@ class Run:
             ) from None
         self._pid = os.getpid()
         _process.add(self)
-
-    def _session_record(self) -> Dict[str, Any]:
-        now = round(time.time(), 3)
-        if self._state.created_at:
-            gone = ("signal", "progress", "rank", "world", "group")
-            return {"resume": now, **dict.fromkeys(gone), **describe_session()}
-        return {"format": LOG_FORMAT, "hash": self.hash, "created_at": now, **describe_session()}
 
     def _take_marker(self, wait_s: float) -> None:
         """Lock `pending/<hash>`, which says that this process writes the run."""
@@ -2409,8 +2407,6 @@ class Run:
                 at_step = step
                 if at_step is None:
                     at_step = series.last_step + 1 if series.count else 0
-                    if at_step >= MAX_STEP:
-                        at_step = MAX_STEP - 1
                 line = f"[{series.id},{at_step},{number!r},{now:.3f}]\n"
                 if epoch is not None:
                     line = f"{line[:-2]},{epoch!r}]\n"
@@ -2710,13 +2706,10 @@ class Run:
                 self._log.look()
                 # The check-in went with it: let the next report be written.
                 self._window, self._deadline = (math.nan, 0.0), 0.0
-            was_there = self._marker.is_there()
-            if not was_there or _monotonic() >= self._lock_at_mono:
-                # Lost where this process opened the file and closed it, as to copy the repository.
-                self._lock_at_mono = _monotonic() + LOCK_S
-                if self._marker.acquire() is not False and not was_there and self._ended is None:
-                    # The indexer that found the marker free, and removed it, wrote that the run died.
-                    self._record({"resume": round(time.time(), 3)})
+            gone = not self._marker.is_there()
+            if gone and self._marker.acquire() is not False and self._ended is None:
+                # An indexer that found the marker free, and removed it, wrote that the run died.
+                self._record({"resume": round(time.time(), 3)})
         except (OSError, AimwatchError) as error:
             log.debug("run %s: %s", self.hash, error)
         if self._messages:
