@@ -4974,8 +4974,8 @@ class RunCommands(StoredCase):
         for part in ("run:         0abc\n", 'name:        first, "quoted"\n', "experiment:  exp\n",
                      "description: what it is\\x0aabout\n", "tags:        a,b\n", "archived:    yes\n",
                      " (failed)\n", "reason:      ZeroDivisionError: division by zero\n",
-                     f"process:     {os.getpid()}\n", "  lr = 0.1\n  opt.name = \"adam\"\n",
-                     "\nMETRIC  CONTEXT  LAST  STEP  MIN  MAX  COUNT\n", "\nlog messages\n",
+                     f"process:     {os.getpid()}\n", " in test_everything_known_of_a_run_is_shown: 1 / 0",
+                     "\n\nparams\n  lr = 0.1\n  opt.name = \"adam\"\n", "\n\nmetrics\nMETRIC  CONTEXT  LAST  STEP  MIN  MAX  COUNT\n", "\nlog messages\n",
                      'WARNING careful\\x1b[31m {"n": 1}\n'):  # fmt: skip
             self.assertIn(part, out)
         shown = json.loads(self.fine("show", "0abc", "--json"))
