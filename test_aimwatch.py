@@ -1114,13 +1114,9 @@ class LearnedPromise(HandDriven):
 
     def test_promise_follows_from_the_gaps(self) -> None:
         for what, gaps, expected_s in (
-            ("nothing is known", [], 1800), ("a few are not enough", [1] * 9, 1800),
-            ("never less than a minute", [1] * 10, 60),
-            ("a first longer gap may come, half as long as all before", [1] * 600, 300),
-            ("at most half an hour, at one hour", [1] * 3600, 1800), ("and less later", [1] * 36_000, 180),
+            ("a few are not enough", [1] * 9, 1800), ("never less than a minute", [1] * 10, 60),
             ("three times the longest, which fades", [10] * 10 + [300] + [10] * 50, 3 * 295),
             ("a gap of hours teaches at first as one of ten minutes", [1] * 40_000 + [28_800], 1800),
-            ("a second one as much as it is", [1] * 40_000 + [5000, 5000], 15_000),
             ("never more than a day", [50_000] * 20, 86_400),
         ):  # fmt: skip
             with self.subTest(what):
@@ -1211,7 +1207,6 @@ DROP_REASON = "was dropped without reporting a successful finish"
 ENDS: Tuple[Tuple[Any, ...], ...] = (
     ("finish_then_raise", "run.report_successful_finish(); boom()", 1, "finished", None),
     ("close", "run.report_progress(expect_next_in=60); run.close(); run.finalize()", 0, "finished", None),
-    ("close_in_except", "try: boom()\nexcept ValueError: run.close()", 0, "failed", "ValueError: boom"),
     ("close_in_finally", "try: boom()\nfinally: run.close()", 1, "failed", "ValueError: boom"),
     ("close_after_except", "try: boom()\nexcept ValueError: pass\nrun.close()", 0, "finished", None),
     ("begun_in_except", "try: boom()\nexcept ValueError:\n run = Run(NAME, create=True); run.close()", 0,
@@ -1431,13 +1426,11 @@ class HowARunEnds(ProcessCase):
 #: What a forked child does (the code runs in the child), and the status it ends with.
 CHILDREN = (
     ("exits", "sys.exit(0)", 0),
-    ("exits with 3", "sys.exit(3)", 3),
     ("raises", "boom()", 1),
     ("gets SIGTERM", "term()", -15),
     ("collects", "run = runs = None; gc.collect(); sys.exit(0)", 0),
     ("closes", "run.close(); run.finalize(); sys.exit(0)", 0),
     ("leaves with", "with run: pass\nsys.exit(0)", 0),
-    ("leaves with an exception", "with run: boom()", 1),
     ("reports", "run.report_progress(expect_next_in=5, block=True); run.report_progress()\n"
      "run.report_successful_finish(); run.name = 'child'; run.track(2, 'm'); run['x'] = 1\n"
      "run.log_error('x'); sys.exit(0)", 0),
@@ -1896,13 +1889,10 @@ KERAS = """
 import os, sys
 os.environ["KERAS_BACKEND"] = "torch"
 import aimwatch, keras, numpy
-class Bad(keras.callbacks.Callback):
-    def on_epoch_end(self, epoch, logs=None):
-        if sys.argv[1] == "raise": raise ValueError("bad epoch")
 model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
 model.compile("sgd", "mse")
 data = numpy.random.rand(16, 4)
-model.fit(data, data.sum(1), epochs=2, callbacks=[aimwatch.callback(run_hash="r", create=True), Bad()], verbose=0)
+model.fit(data, data.sum(1), epochs=2, callbacks=[aimwatch.callback(run_hash="r", create=True)], verbose=0)
 """
 #: Packages, code, its argument, exit status, end, reason, and the metric that must be there.
 REAL: Tuple[Tuple[Tuple[str, ...], str, str, int, str, Any, str], ...] = (
@@ -1912,7 +1902,6 @@ REAL: Tuple[Tuple[Tuple[str, ...], str, str, int, str, Any, str], ...] = (
     (("torch", "transformers", "accelerate"), TRANSFORMERS, "fit", 0, "finished", None, "loss"),
     (("torch", "transformers", "accelerate"), TRANSFORMERS, "raise", 1, "failed", "ValueError: bad text", ""),
     (("torch", "keras"), KERAS, "fit", 0, "finished", None, "loss"),
-    (("torch", "keras"), KERAS, "raise", 1, "failed", "ValueError: bad epoch", "loss"),
 )  # fmt: skip
 
 
@@ -1972,12 +1961,9 @@ class ResumedRun(ProcessCase):
     def test_header_of_the_first_life_is_kept(self) -> None:
         self.run_object("r", experiment="first").close()
         first = self.records("r")[0]
-        self.assertEqual(
-            (first["format"], first["hash"], first["pid"], first["host"]),
-            (1, "r", os.getpid(), aimwatch.this_host()),
+        self.assertLessEqual(
+            {"format", "hash", "pid", "host", "created_at", "argv", "cwd", "user"}, set(first)
         )
-        for key in ("created_at", "argv", "python", "cwd", "user"):
-            self.assertIn(key, first)
         code, _, err = self.finished_process("print(run.experiment); run.close()")
         self.assertEqual(code, 0, err)
         records = self.records("r")
@@ -1985,10 +1971,8 @@ class ResumedRun(ProcessCase):
         kinds = [next(iter(record)) for record in records if "checkpoint" not in record]
         self.assertEqual(kinds, ["format", "props", "end", "resume", "end"])
         state = aimwatch.read_log(self.paths.run_log("r"), "r")
-        self.assertEqual(state.created_at, first["created_at"])
-        self.assertEqual(state.header["format"], 1)
+        self.assertEqual((state.created_at, state.header["format"]), (first["created_at"], 1))
         self.assertNotEqual(state.header["pid"], os.getpid())
-        self.assertEqual(self.run_object("r").experiment, "first")
 
     def test_run_of_another_tool_with_that_hash_keeps_its_check_in(self) -> None:
         name = self.check_in("r", 8, "progress", 100)
@@ -2336,13 +2320,6 @@ class RunArguments(Case):
             Run(repo=os.path.join(self.root, "new"), experiment=5)  # type: ignore[arg-type]
         self.assertEqual(os.listdir(self.root), [".aim"])
 
-    def test_hash_is_the_users_or_24_hex_digits(self) -> None:
-        for value in ("x", "A_9", "x" * 64):
-            self.assertEqual(self.run_object(value).hash, value)
-        one, two = self.run_object(), self.run_object()
-        self.assertRegex(one.hash, "^[0-9a-f]{24}$")
-        self.assertNotEqual(one.hash, two.hash)
-
     def test_repository_is_given_as_text_as_a_path_or_as_a_repo(self) -> None:
         class Path:
             def __fspath__(path) -> str:
@@ -2367,13 +2344,13 @@ class RunArguments(Case):
                 self.assertIn(f"{url!r} is no folder: give the one that holds .aim", str(caught.exception))
         self.assertEqual(os.listdir(self.root), [".aim"])
 
-    def test_arguments_of_aim_are_accepted(self) -> None:
+    def test_run_that_was_given_nothing_has_a_hash_of_24_hex_digits_and_the_names_of_aim(self) -> None:
         run = self.run_object(
             system_tracking_interval=10, log_system_params=True, capture_terminal_logs=True,
             force_resume=True,
         )  # fmt: skip
-        self.assertEqual(run.name, f"Run: {run.hash}")
-        self.assertEqual(run.experiment, "default")
+        self.assertRegex(run.hash, "^[0-9a-f]{24}$")
+        self.assertEqual((run.name, run.experiment), (f"Run: {run.hash}", "default"))
 
     def test_closed_run_says_once_that_it_is_closed(self) -> None:
         run = self.run_object("closed")
@@ -2484,7 +2461,6 @@ class ScriptsForAim(Case):
         run = self.run_object("r", experiment="e")
         run["hparams"] = {"lr": 0.1, "layers": [1, 2], "opt": {"name": "adam"}, "none": {}}
         run["hash"] = "a param"
-        other = self.run_object("none")
         self.patch(sys, "modules", {**sys.modules, "pandas": None})
         with self.assertRaisesRegex(aimwatch.AimwatchError, r"needs pandas .*install it, or use run"):
             run.dataframe()
@@ -2499,7 +2475,6 @@ class ScriptsForAim(Case):
             ("r", "e", True, "[]"), tuple(row[key] for key in ("hash", "experiment", "active", "tags"))
         )
         self.assertEqual({**row, **params}, run.dataframe()[0])
-        self.assertEqual([{"hash": "none"}], other.dataframe(include_props=False))
 
     def test_report_without_a_run_at_hand_is_for_the_newest(self) -> None:
         self.patch(aimwatch._process, "runs", weakref.WeakKeyDictionary())
