@@ -63,7 +63,7 @@ Locks: `FileLock` on `pending/<hash>` (who writes the run), `index.lock`, `confi
 memory: the registry of `FileLock`; one of each `Run`; one of the `Outbox`, for its file; one of a `Repo` and
 one of a `LogFollower`, for what they keep; `_starting`, for programs of notifiers.
 
-Threads of a training process: one of `_Stacks` from the first promise on, and on a network file system one
+Threads of a training process: one of `_Stacks` from the first report on, and on a network file system one
 of `AppendFile`, which syncs. Threads of `start`: the poll; `ReindexThread`; a `NotifierThread` for each
 notifier; `SightAlarm` for a repository that does not answer; `Pinger`; `_LogThread`, which prints. Threads of
 `up`: one that accepts, and one for each connection, 32 at most; `ReindexThread`; with `--watch` those of
@@ -1645,7 +1645,7 @@ STACKS_AFTER_S, STACKS_POLL_S = 0.5, 1.0
 
 class _Stacks:
     """Writes the stacks of all threads to a file when a run misses its promise. One thread looks for that,
-    from the first promise on. `threading` does not know it, so it delays no exit. While it looks at the
+    from the first report on. `threading` does not know it, so it delays no exit. While it looks at the
     others it holds the GIL, and they stand still; while C code holds it, nothing is written."""
 
     def __init__(self) -> None:
@@ -1728,7 +1728,6 @@ class _Process:
         self.exit: Optional[End] = None
         #: What was said, and need not be said again.
         self.said: Set[str] = set()
-        self._shell: Any = None
         self._cell_error = 0
 
     def add(self, run: Run) -> None:
@@ -1740,11 +1739,6 @@ class _Process:
             # In other threads none can be set; None is a handler that is not Python's, and is kept.
             with contextlib.suppress(ValueError, TypeError):
                 signal.signal(signum, signal.getsignal(signum))
-        with contextlib.suppress(Exception):  # IPython is not there, half imported, or another of that name
-            shell = sys.modules["IPython"].get_ipython()
-            if shell is not None and shell is not self._shell:
-                shell.events.register("post_run_cell", self._after_cell)
-                self._shell, self._cell_error = shell, id(getattr(sys, "last_value", None))
 
     def warn_once(self, what: str, message: str, *args: Any) -> None:
         """Log a warning, unless this process has logged one of this."""
@@ -1765,6 +1759,9 @@ class _Process:
         self._excepthook = sys.excepthook
         atexit.register(self._at_exit)
         os.register_at_fork(after_in_child=self._after_fork_in_child)
+        with contextlib.suppress(Exception):  # IPython is not there, half imported, or another of that name
+            sys.modules["IPython"].get_ipython().events.register("post_run_cell", self._after_cell)
+            self._cell_error = id(getattr(sys, "last_value", None))
 
     def _after_fork_in_child(self) -> None:
         # Only the forking thread exists in the child: locks held by others would never be released.
@@ -2266,11 +2263,9 @@ class Run:
         if self._ended is not None:  # meanwhile, by another thread
             return 0.0
         self._deadline = now + written_s if written_s else math.inf
-        if self._stacks_on and written_s:
-            due_mono = now + written_s + STACKS_AFTER_S
+        if self._stacks_on:
+            due_mono = self._deadline + STACKS_AFTER_S
             _process.stacks.arm(self._paths.stack(self.hash), due_mono, self._thread)
-        elif self._stacks_on:
-            _process.stacks.disarm(self._paths.stack(self.hash))
         # Without a promise it is written again all the same, so that people see the run alive.
         return now + (written_s - expect_s if written_s else 30.0)
 
@@ -2461,9 +2456,6 @@ class Run:
 
     # ---------------------------------------------------------------- params
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.set(key, value)
-
     def set(self, key: Any, value: Any, strict: bool = True) -> None:
         """Set a param. `run[...] = {...}` replaces all of them, `run["a", "b"] = v` one inside `a`.
 
@@ -2475,6 +2467,8 @@ class Run:
             raise ArgumentTypeError(f"run[...] takes a dict, not {type(value).__name__}")
         if self._may_write("setting a param") and not self._record({"set": path, "value": encoded}):
             raise ArgumentError(f"no list element at param {path!r}: set the whole list")
+
+    __setitem__ = set
 
     def __getitem__(self, key: Any) -> Any:
         return decode_value(self._state.param(_param_path(key)))
