@@ -5884,12 +5884,11 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
         state = read_log(paths.run_log(run_hash), run_hash, FACTS_BYTES)
     except OSError:
         return facts
-    for field in ("host", "pid", "job", "user", "stdout", "rank", "world", "group"):
-        if state.header.get(field) is not None:
-            facts[f"run.{field}"] = printable(str(state.header[field]), 300 if field == "stdout" else 100)
+    known = {**state.header, **state.props}
+    for field in ("name", "experiment", "host", "pid", "job", "user", "stdout", "rank", "world", "group"):
+        if known.get(field) not in (None, ""):
+            facts[f"run.{field}"] = printable(str(known[field]), 300 if field == "stdout" else 100)
     facts["look"] = f"show {run_hash}"
-    facts["run.name"] = printable(str(state.props.get("name") or run_hash), 100)
-    facts["run.experiment"] = printable(str(state.props.get("experiment") or ""), 100)
     facts["run.metrics"] = describe_metrics(state)
     facts["run.progress"] = describe_progress(state)
     facts["run.errors"] = "\n".join(f"  {printable(text, 200)}" for text in state.errors)
@@ -6560,7 +6559,6 @@ class Watcher:
             self._saved_as = file_stamp(self.paths.watcher)
         except OSError as error:
             self._warn_once(f"cannot write {self.paths.watcher}: {error.strerror}")
-            freshen(self.paths.watcher_lock)  # so that `status` knows on a full disk that the watcher looks
             self._save_mono = begun + MAX_SAVE_INTERVAL_S
             return False
         # As the file says; what this one cost counts from the next on.
@@ -8459,8 +8457,6 @@ def watcher_state(paths: RepoPaths, saved: Dict[str, Any], looks: Optional[bool]
         looks: whether that file goes on changing; None: see, where the watcher is on another machine.
     """
     seen_at = bounded(saved.get("seen_at"))
-    with contextlib.suppress(OSError):
-        seen_at = seen_at and max(seen_at, os.stat(paths.watcher_lock).st_mtime)  # see `Watcher._save`
     age_s = max(0.0, time.time() - seen_at) if seen_at else math.inf
     ago = f"last looked {human_s(age_s)} ago" if seen_at else "never looked"
     lock = lock_state(paths.watcher_lock)
@@ -8473,7 +8469,7 @@ def watcher_state(paths: RepoPaths, saved: Dict[str, Any], looks: Optional[bool]
         return False, f"no watcher is alive; {ago}"
     who = describe_watcher(saved)
     if age_s > STUCK_S + 3 * bounded(saved.get("poll_interval_s")):
-        return False, f"{who} holds the watch but does not look; {ago}"
+        return False, f"{who} holds the watch but does not look, or its disk is full; {ago}"
     return True, f"watched by {who}; {ago}"
 
 
