@@ -8619,7 +8619,9 @@ class TestWhere(WatchCase):
         self.check_in("a", 1)
         watcher = self.watch()
         self.check_in("a", 2, "failed")
-        with mock.patch.object(aimwatch.Outbox, "add", side_effect=SystemExit), self.assertRaises(SystemExit):
+        with mock.patch.object(aimwatch.Dispatcher, "notify", side_effect=SystemExit), self.assertRaises(
+            SystemExit
+        ):
             self.look(watcher, 1)
         with mock.patch.object(aimwatch.Watcher, "_save"):  # who is killed has no last word
             watcher.close()
