@@ -60,8 +60,8 @@ Read first: `CheckIn`, `RunState`, `run_row`, `RunTable.take`, `Dispatcher.notif
   the index knows; `Repo` adds the rows of pending runs from their logs; `matches` asks each row.
 
 Locks: `FileLock` on `pending/<hash>` (who writes the run), `index.lock`, `config.lock`, `watcher.lock`. In
-memory: the registry of `FileLock`; one of each `Run`; one of the `Outbox`, for its file; one of a `Repo` and
-one of a `LogFollower`, for what they keep; `_starting`, for programs of notifiers.
+memory: the registry of `FileLock`; one of each `Run`; one of the `Outbox`, for its file; one of a
+`LogFollower`, for what it keeps; `_starting`, for programs of notifiers.
 
 Threads of a training process: one of `_Stacks` from the first report on, and on a network file system one
 of `AppendFile`, which syncs. Threads of `start`: the poll; `ReindexThread`; a `NotifierThread` for each
@@ -3140,6 +3140,7 @@ CREATE TABLE runs (
     id INTEGER PRIMARY KEY, hash NOT NULL UNIQUE, created_at NOT NULL, archived NOT NULL, rank,
     active NOT NULL, log_size NOT NULL, head NOT NULL, params NOT NULL, metrics NOT NULL);
 CREATE TABLE facts (path, value, run INTEGER, PRIMARY KEY (path, value, run)) WITHOUT ROWID;
+CREATE INDEX facts_of_run ON facts (run);
 CREATE TABLE doubts (hash PRIMARY KEY, seen NOT NULL, since NOT NULL) WITHOUT ROWID;
 PRAGMA user_version = {INDEX_VERSION};
 COMMIT
@@ -3284,17 +3285,12 @@ def connect(path: str, mode: str, busy_s: float) -> Iterator[sqlite3.Connection]
 def index_run(db: sqlite3.Connection, run_hash: str, row: Optional[Dict[str, Any]]) -> None:
     """Write or replace one run, or take it out where there is no row, inside the caller's transaction."""
     # Made before anything is changed, since this may fail.
-    columns, facts = (stored_parts(row), list(facts_of(row))) if row is not None else ((), [])
-    found = db.execute(f"SELECT id, {_STORED} FROM runs WHERE hash = ?", (run_hash,)).fetchone()
-    run_id = None
-    if found is not None:
-        run_id, *parts = found
-        old = [(path, value, run_id) for path, value in facts_of(StoredRow(*parts))]
-        db.executemany("DELETE FROM facts WHERE path = ? AND value = ? AND run = ?", old)
-        db.execute("DELETE FROM runs WHERE id = ?", (run_id,))
-    if columns:
-        put = f"INSERT INTO runs (id, {_STORED}) VALUES (?{', ?' * len(columns)})"
-        run_id = db.execute(put, (run_id, *columns)).lastrowid
+    parts, facts = (stored_parts(row), list(facts_of(row))) if row is not None else ((), [])
+    db.execute("DELETE FROM facts WHERE run = (SELECT id FROM runs WHERE hash = ?)", (run_hash,))
+    db.execute("DELETE FROM runs WHERE hash = ?", (run_hash,))
+    if parts:
+        marks = ", ".join("?" * len(parts))
+        run_id = db.execute(f"INSERT INTO runs ({_STORED}) VALUES ({marks})", parts).lastrowid
         db.executemany("INSERT OR IGNORE INTO facts VALUES (?, ?, ?)", [(*fact, run_id) for fact in facts])
 
 
@@ -3420,36 +3416,30 @@ class Reindexer:
     def run_all(self, rebuild: bool = False, wait_s: float = 10.0) -> List[str]:
         """Index every pending run, or with `rebuild` every run; return what could not be read. Raises as
         `run` does."""
-        for is_last in (False, True):
+        try:
+            with write_index(self.paths, wait_s, anew=rebuild) as db:
+                self._mark_lost(db)
+            self.run(list_pending(self.paths), wait_s)
+        except IndexUnusable:  # an empty one has taken its place
             self.problems.clear()
-            try:
-                with write_index(self.paths, wait_s, anew=rebuild) as db:
-                    self._mark_lost(db)
-                self.run(list_pending(self.paths), wait_s)
-                break
-            except IndexUnusable:  # an empty one has taken its place
-                if is_last:
-                    raise
+            self.run(list_pending(self.paths), wait_s)
         return self.problems
 
     def run(self, hashes: Sequence[str], wait_s: float = 10.0) -> None:
         """Index these runs in transactions of about 100 ms. Raises as `write_index` does; what was not
         committed keeps its marker."""
-        done = 0
-        while done < len(hashes):
+        left = deque(hashes)
+        while left:
             with write_index(self.paths, wait_s) as db, contextlib.ExitStack() as locks:
-                finished: List[str] = []
+                taken: Dict[str, bool] = {}
                 deadline = _monotonic() + 0.1
                 db.execute("BEGIN IMMEDIATE")
-                for run_hash in hashes[done : done + 200]:  # whose markers are open at the same time
-                    if self._one(db, run_hash, locks):
-                        finished.append(run_hash)
-                    done += 1
-                    if _monotonic() >= deadline:
-                        break
+                while left and len(taken) < 200 and (not taken or _monotonic() < deadline):
+                    run_hash = left.popleft()
+                    taken[run_hash] = self._one(db, run_hash, locks)
                 db.execute("COMMIT")
                 # Only now, while the locks are held: a marker may go when the disk has the run.
-                for run_hash in finished:
+                for run_hash in filter(taken.get, taken):
                     unlink_below(self.paths.marker(run_hash))
 
     def _one(self, db: sqlite3.Connection, run_hash: str, locks: contextlib.ExitStack) -> bool:
@@ -3823,9 +3813,6 @@ class _Compiler:
                 self.narrow(node, right._replace(kind="value"), "==", left.const)
 
         def decide(left: Any, right: Any) -> bool:
-            # Inside lists, Python takes one and the same NaN for equal to itself. Here it equals nothing.
-            if isinstance(left, (list, dict)) or left != left:
-                left = _from_text(_to_text(left))
             return bool(compare(left, right)) is not is_opposite
 
         return self.operation(decide, left, right, impossible=is_opposite)
@@ -4093,10 +4080,8 @@ class Repo:
     ) -> None:
         self._paths = find_repo(None if path is None else os.fspath(path), create=init)
         self.path = self._paths.root
-        #: Threads ask one after the other: the overlay is brought up to date for each question.
-        self._asking = threading.RLock()
-        #: The runs whose newest records the index lacks, as `stored_parts` gives them.
-        self._overlay: Dict[str, Tuple[Any, ...]] = {}
+        #: Live runs are asked about again and again.
+        self._pending_parts = functools.lru_cache(1000)(self._read_parts)
 
     def __fspath__(self) -> str:
         # So that Run(repo=...) takes it, as in Aim.
@@ -4198,20 +4183,14 @@ class Repo:
 
     # ---------------------------------------------------------------- queries
 
-    def query_runs(
-        self, q: str = "", *, paginated: bool = False, offset: Optional[str] = None, report_mode: Any = None
-    ) -> QueryResult:
+    def query_runs(self, q: str = "", *, report_mode: Any = None) -> QueryResult:
         """Return the runs for which a query is true, newest first; "" is true for all.
 
         Archived runs are left out unless the query speaks of `archived`, and of a group of ranks all but
         the first unless it speaks of `run.rank`. Raises QueryError, naming the column, for what the language
-        does not have. With `paginated`, the runs after the one whose hash is `offset`; `report_mode` is Aim's
-        and has no effect.
+        does not have. `report_mode` is Aim's and has no effect.
         """
-        found = [row for row, _ in self._answer(compile_query(q, "run"))]
-        hashes = [row["hash"] for row in found] if paginated else []
-        at = hashes.index(offset) + 1 if offset in hashes else 0
-        return QueryResult(self._paths, found[at:])
+        return QueryResult(self._paths, [row for row, _ in self._answer(compile_query(q, "run"))])
 
     def query_metrics(self, q: str = "", *, report_mode: Any = None) -> List[Metric]:
         """Return the metric series for which a query over `run` and `metric` is true, those of the newest
@@ -4245,47 +4224,41 @@ class Repo:
             return list(query.matches(itertools.chain(overlay, indexed)))
 
         found: List[Any] = self._ask(select)
-        if query.over == "metric":
-            found.sort(key=lambda pair: (pair[1]["name"], _to_text(pair[1]["context"])))
         found.sort(key=lambda pair: (pair[0]["created_at"], pair[0]["hash"]), reverse=True)
         return found
 
     def _ask(self, question: Callable[[sqlite3.Connection, List[StoredRow], Set[str]], Any]) -> Any:
         """Return the answer to a question of the index and of what `_read_pending` returns."""
-        with self._asking:
-            try:
-                with open_index(self._paths, "ro", BUSY_S) as index:
-                    return question(index, *self._read_pending(index, list_pending(self._paths)))
-            except IndexUnusable:
-                with contextlib.suppress(AimwatchError, OSError), write_index(self._paths, 1.0, anew=True):
-                    pass  # for those who ask later
-            except (IndexBusy, OSError):
-                pass
-            # Of an empty one, the logs alone answer.
-            with connect("", "memory", BUSY_S) as index:
-                index.executescript(_SCHEMA)
-                return question(index, *self._read_pending(index, list_runs(self._paths)))
+        try:
+            with open_index(self._paths, "ro", BUSY_S) as index:
+                return question(index, *self._read_pending(index, list_pending(self._paths)))
+        except IndexUnusable:
+            with contextlib.suppress(AimwatchError, OSError), write_index(self._paths, 1.0, anew=True):
+                pass  # for those who ask later
+        except (IndexBusy, OSError):
+            pass
+        # Of an empty one, the logs alone answer.
+        with connect("", "memory", BUSY_S) as index:
+            index.executescript(_SCHEMA)
+            return question(index, *self._read_pending(index, list_runs(self._paths)))
 
     def _read_pending(self, index: sqlite3.Connection, hashes: List[str]) -> Tuple[List[StoredRow], Set[str]]:
-        """Bring the overlay to what the index lacks of some runs. Return its rows, and the runs for which the
-        index does not speak: those, and the ones whose log is gone or cannot be read."""
+        """Return the rows of some runs of which the index lacks something, and the runs for which it does not
+        speak: those, and the ones whose log is gone or cannot be read."""
         sql = "SELECT 1 FROM runs WHERE hash = ? AND log_size = ?"
         found = log_sizes(self._paths, hashes).items()
-        sizes = dict(item for item in found if not index.execute(sql, item).fetchone())
-        known, self._overlay = self._overlay, {}
-        for run_hash, size in sizes.items():
-            parts = known.get(run_hash)
-            if parts is None or parts[5] != size:
-                state, problem = load_run(self._paths, run_hash)
-                if problem:
-                    log.warning("%s", problem)
-                if state is None:
-                    continue
-                parts = stored_parts(run_row(state))
-            self._overlay[run_hash] = parts
-        if len(sizes) > 50:
-            try_to_index(self._paths, list(sizes), 0.1)  # for the next who asks
-        return [StoredRow(*parts) for parts in self._overlay.values()], set(sizes)
+        lacking = [item for item in found if not index.execute(sql, item).fetchone()]
+        rows = [StoredRow(*parts) for parts in itertools.starmap(self._pending_parts, lacking) if parts]
+        if len(lacking) > 50:
+            try_to_index(self._paths, [run_hash for run_hash, _ in lacking], 0.1)  # for the next who asks
+        return rows, {run_hash for run_hash, _ in lacking}
+
+    def _read_parts(self, run_hash: str, size: int) -> Tuple[Any, ...]:
+        """Return a run's row as `stored_parts` gives it, () where its log, of such a size, cannot be read."""
+        state, problem = load_run(self._paths, run_hash)
+        if problem:
+            log.warning("%s", problem)
+        return stored_parts(run_row(state)) if state else ()
 
     def reindex(self, rebuild: bool = False) -> List[str]:
         """Bring the index up to date with every pending run, or build it anew; return what could

@@ -2894,7 +2894,7 @@ class QueryTableTest(IndexCase):
             # NaN and infinity
             ("run.nan == run.nan", "b"), ("run.nan != run.nan", "a"),
             ("run.nan < 1 or run.nan > 1 or run.nan in [float('nan')]", ""), ("run.nan", "a"),
-            ("-run.nan in run.nans or run.nans == [float('nan')]", ""), ("run.nans == run.nans", "b"),
+            ("-run.nan in run.nans or run.nans == [float('nan')]", ""),
             ("run.nan is None", "b"), ("run.inf == float('inf') and run.inf > 1e308", "a"),
             ("run.n == float('nan')", ""), ("run.n != float('nan')", "a b"),
             # arithmetic, chains, values of and / or
@@ -4674,8 +4674,6 @@ class RepoMethods(StoredCase):
         self.assertEqual([run.hash for run in found], [name for name in hashes if name != "r6"])
         self.assertEqual(([run.hash for run in found[1:3]], found[-1].hash), (["dead", "r7"], "r0"))
         self.assertEqual([row["hash"] for row in found.found[:2]], ["live", "dead"])
-        page = repo.query_runs("run.n >= 0", paginated=True, offset="r2")
-        self.assertEqual([run.hash for run in page], ["r1", "r0"])
         for query, options, message in (
             (repo.query_runs, {"ofset": "r2"}, "query_runs() got an unexpected keyword argument 'ofset'"),
             (repo.query_metrics, {"report_mod": 0}, "query_metrics() got an unexpected keyword argument 'report_mod'"),
