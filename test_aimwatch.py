@@ -4323,6 +4323,8 @@ class DeadRuns(StoredCase):
         self.assertEqual({row["reason"] for row in rows.values()}, {aimwatch.DIED})
         tracked = self.reread("tracked")
         self.assertAlmostEqual(tracked.end_time or 0, tracked.metrics()[0].times[0], delta=0.1)
+        took = tracked.finalized_at - tracked.created_at
+        self.assertAlmostEqual(took.total_seconds(), tracked.duration, places=3)
         self.assertAlmostEqual(rows["reported"]["end_time"] or 0, utc, delta=0.1)
         self.assertAlmostEqual(rows["silent"]["end_time"] or 0, rows["silent"]["created_at"], delta=5)
         self.assertEqual(self.pending(), [])
@@ -4991,18 +4993,27 @@ class RunCommands(StoredCase):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.die("dead")
         live = self.run_object("live")
+        live.report_progress(expect_next_in=1, block=True)
+        clock = Clock()
+        watcher = self.watcher(clock)
+        for _ in range(10):
+            watcher.poll()
+            clock.pass_(1.0)
         for rank in (1, 2):  # of a group, also a rank that failed
             os.environ.update(RANK=str(rank), WORLD_SIZE="3")
             with contextlib.suppress(ValueError), Run(repo=self.root):
                 if rank == 2:
                     raise ValueError("only here")
         out = self.fine("report", "--since", "1h")
-        self.assertIn("ValueError: only here", out)
-        first = f"the last 1 h in {self.root}: 13 failed, 2 running, 4 finished"
+        for reason in ("ValueError: only here", aimwatch.DIED):
+            self.assertIn(f"\n\nfailed: {reason}\n", out)
+        first = f"the last 1 h in {self.root}: 14 failed, 1 stalled, 4 finished"
         self.assertEqual(out.splitlines()[0], first)
         self.assertEqual(out.count("No space left on device"), 1)
         self.assertRegex(out, rf"\n    [0-9a-f]{{8}} full-11 on {os.uname().nodename}, [0-9.]+ m?s\n")
-        self.assertRegex(self.fine("report", "--since", "0.001s"), "^the last 1 ms in .*: 2 running\n")
+        self.assertRegex(
+            self.fine("report", "--since", "0.001s"), "^the last 1 ms in .*: 1 failed, 1 stalled"
+        )
         self.assertIn("nobody is notified", self.run_cli("report", "--send")[2])
         server = self.webhook((200, "ok"), (404, "gone"))
         self.configure(all=hook(server.url))
