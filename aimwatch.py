@@ -56,7 +56,7 @@ Read first: `CheckIn`, `RunState`, `run_row`, `RunTable.take`, `Dispatcher.notif
   for each notifier sends it, through `message_for_batch` and a transport, and notes that.
 - A point: `Run.track` appends a line (`AppendFile.append`). `Reindexer` reads the log (`read_log`), makes
   a row of it (`run_row`) and stores it (`index_run`); the marker in `pending` goes after the commit.
-- A question: `compile_query` makes functions of a row. `CompiledQuery.candidates` narrows the rows by what
+- A question: `Query` makes functions of a row of it. `Query.candidates` narrows the rows by what
   the index knows; `Repo` adds the rows of pending runs from their logs; `matches` asks each row.
 
 Locks: `FileLock` on `pending/<hash>` (who writes the run), `index.lock`, `config.lock`, `watcher.lock`. In
@@ -3589,14 +3589,14 @@ _MOST_NARROWINGS, _MOST_VALUES = 8, 100
 #: In the place of a value that is known only for a row.
 _UNKNOWN = object()
 
-#: How SQL writes a comparison, what decides it, and whether the opposite is asked.
-_COMPARISONS: Dict[type, Tuple[str, Callable[[Any, Any], Any], bool]] = {
-    ast.Eq: ("==", operator.eq, False), ast.NotEq: ("==", operator.eq, True),
-    ast.Is: ("==", operator.eq, False), ast.IsNot: ("==", operator.eq, True),
-    ast.Lt: ("<", operator.lt, False), ast.LtE: ("<=", operator.le, False),
-    ast.Gt: (">", operator.gt, False), ast.GtE: (">=", operator.ge, False),
-    ast.In: ("in", lambda item, whole: item in whole, False),
-    ast.NotIn: ("in", lambda item, whole: item in whole, True),
+#: How a comparison is written, and what decides it.
+_COMPARISONS: Dict[type, Tuple[str, Callable[[Any, Any], Any]]] = {
+    ast.Eq: ("==", operator.eq), ast.NotEq: ("!=", operator.ne),
+    ast.Is: ("==", operator.eq), ast.IsNot: ("!=", operator.ne),
+    ast.Lt: ("<", operator.lt), ast.LtE: ("<=", operator.le),
+    ast.Gt: (">", operator.gt), ast.GtE: (">=", operator.ge),
+    ast.In: ("in", lambda item, whole: item in whole),
+    ast.NotIn: ("not in", lambda item, whole: item not in whole),
 }  # fmt: skip
 _MIRRORED = {"==": "==", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
@@ -3659,47 +3659,6 @@ Evaluated = Callable[[Dict[str, Any], Any], Any]
 Narrowing = Tuple[str, List[Any]]
 
 
-class CompiledQuery:
-    """What a query asks of a row, and how the index can leave out most runs for which it is false."""
-
-    test: Evaluated
-
-    def __init__(self, over: str) -> None:
-        self.over = over
-        #: What it speaks of: the fields of a run, and params as dotted paths.
-        self.fields: Set[str] = set()
-        self.params: List[str] = []
-        self.narrowings: List[Narrowing] = []
-
-    def matches(self, rows: Iterable[Dict[str, Any]]) -> Iterator[Tuple[Dict[str, Any], Any]]:
-        """Yield the rows for which the query is true, with None, or with each metric for which it is.
-        Archived runs and all ranks but the first are left out, unless the query speaks of them."""
-        hidden_by = {"archived", "rank"} - self.fields
-        for row in rows:
-            if any(map(row.get, hidden_by)):
-                continue
-            for metric in row["metrics"] if self.over == "metric" else (None,):
-                if self.test(row, metric):
-                    yield row, metric
-
-    def candidates(self, db: sqlite3.Connection) -> Iterator[StoredRow]:
-        """Yield the rows of the runs for which the query may be true."""
-
-        # Whether 10 runs or all have `lr == 0.1`, SQLite does not know: it is counted, up to a limit.
-        def leaves_few(narrowing: Narrowing) -> bool:
-            where, args = narrowing
-            some = f"SELECT 1 FROM facts WHERE {where} LIMIT {_MANY}"
-            return bool(db.execute(f"SELECT count(*) < {_MANY} FROM ({some})", args).fetchone()[0])
-
-        possible = self.narrowings[:_MOST_NARROWINGS]
-        chosen = list(filter(leaves_few, possible)) or possible
-        ids = " INTERSECT ".join(f"SELECT run FROM facts WHERE {where}" for where, _ in chosen)
-        args = [arg for _, args in chosen for arg in args]
-        sql = f"SELECT {_STORED} FROM runs" + (f" WHERE id IN ({ids})" if ids else "")
-        for parts in db.execute(sql, args):
-            yield StoredRow(*parts)
-
-
 class _Value(NamedTuple):
     """What a part of the query stands for. `const` is its value where that is the same for every row. The
     index holds it in the facts at the path `fact`: the value itself ("value"), its seconds ("time"), or its
@@ -3713,15 +3672,6 @@ class _Value(NamedTuple):
 
 def _constant(value: Any) -> _Value:
     return _Value(lambda row, metric: value, value)
-
-
-def compile_query(text: str, over: str = "run") -> CompiledQuery:
-    """Compile a query over "run" or "metric"; an empty one is true for all. Raises QueryError."""
-    tree = _parse(text if text.strip() else "True")
-    conjuncts = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
-    query = CompiledQuery(over)
-    query.test = _Compiler(text, query, conjuncts).value(tree).of
-    return query
 
 
 def _source(text: str) -> str:
@@ -3781,14 +3731,53 @@ _INSTEAD = dict.fromkeys(("Slice", "ExtSlice"), "startswith, endswith or in")
 _INSTEAD.update(BitAnd="and", BitOr="or", Invert="not", NamedExpr="==")
 
 
-class _Compiler:
-    """Turns the nodes of one query into functions, and notes how the index can narrow it."""
+class Query:
+    """A query over "run" or "metric" as functions of a row; "" is true for all. Raises QueryError."""
 
-    def __init__(self, text: str, query: CompiledQuery, conjuncts: List[ast.expr]) -> None:
-        self.text = text
-        self.query = query
+    def __init__(self, text: str, over: str = "run") -> None:
+        self.text = text if text.strip() else "True"
+        self.over = over
+        #: What it speaks of: the fields of a run, and params as dotted paths.
+        self.fields: Set[str] = set()
+        self.params: List[str] = []
+        #: How the index can leave out most runs for which it is false.
+        self.narrowings: List[Narrowing] = []
+        tree = _parse(self.text)
         #: The nodes that must all be true for the query to be true.
-        self.conjuncts = set(conjuncts)
+        self._conjuncts = {tree}
+        if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And):
+            self._conjuncts = set(tree.values)
+        self.test = self.value(tree).of
+
+    def matches(self, rows: Iterable[Dict[str, Any]]) -> Iterator[Tuple[Dict[str, Any], Any]]:
+        """Yield the rows for which the query is true, with None, or with each metric for which it is.
+        Archived runs and all ranks but the first are left out, unless the query speaks of them."""
+        hidden_by = {"archived", "rank"} - self.fields
+        for row in rows:
+            if any(map(row.get, hidden_by)):
+                continue
+            for metric in row["metrics"] if self.over == "metric" else (None,):
+                if self.test(row, metric):
+                    yield row, metric
+
+    def candidates(self, db: sqlite3.Connection) -> Iterator[StoredRow]:
+        """Yield the rows of the runs for which the query may be true."""
+
+        # Whether 10 runs or all have `lr == 0.1`, SQLite does not know: it is counted, up to a limit.
+        def leaves_few(narrowing: Narrowing) -> bool:
+            where, args = narrowing
+            some = f"SELECT 1 FROM facts WHERE {where} LIMIT {_MANY}"
+            return bool(db.execute(f"SELECT count(*) < {_MANY} FROM ({some})", args).fetchone()[0])
+
+        possible = self.narrowings[:_MOST_NARROWINGS]
+        chosen = list(filter(leaves_few, possible)) or possible
+        ids = " INTERSECT ".join(f"SELECT run FROM facts WHERE {where}" for where, _ in chosen)
+        args = [arg for _, args in chosen for arg in args]
+        sql = f"SELECT {_STORED} FROM runs" + (f" WHERE id IN ({ids})" if ids else "")
+        for parts in db.execute(sql, args):
+            yield StoredRow(*parts)
+
+    # ---------------------------------------------------------------- nodes of the syntax tree
 
     def comparison(self, node: ast.Compare) -> _Value:
         values = [self.value(operand) for operand in (node.left, *node.comparators)]
@@ -3804,18 +3793,13 @@ class _Compiler:
             if value.kind == "time" and isinstance(const, (str, int, float)):
                 instead = "run.creation_time and run.end_time are seconds"
                 self.refuse(node, f"a time compares with datetime(...) only: {instead}")
-        sign, compare, is_opposite = _COMPARISONS[type(op)]
-        if not is_opposite:
-            self.narrow(node, left, sign, right.const)
-            if sign in _MIRRORED:
-                self.narrow(node, right, _MIRRORED[sign], left.const)
-            elif right.kind == "member" and isinstance(left.const, str):
-                self.narrow(node, right._replace(kind="value"), "==", left.const)
-
-        def decide(left: Any, right: Any) -> bool:
-            return bool(compare(left, right)) is not is_opposite
-
-        return self.operation(decide, left, right, impossible=is_opposite)
+        sign, compare = _COMPARISONS[type(op)]
+        self.narrow(node, left, sign, right.const)
+        if sign in _MIRRORED:
+            self.narrow(node, right, _MIRRORED[sign], left.const)
+        elif sign == "in" and right.kind == "member" and isinstance(left.const, str):
+            self.narrow(node, right._replace(kind="value"), "==", left.const)
+        return self.operation(compare, left, right, impossible=sign in ("!=", "not in"))
 
     def narrow(self, node: ast.expr, value: _Value, sign: str, const: Any) -> None:
         """Note what holds of the facts of every run for which a comparison with a constant is true."""
@@ -3824,7 +3808,7 @@ class _Compiler:
             const = (const - _EPOCH).total_seconds() + (1e-6 if sign[0] == "<" else -1e-6)
         is_list = isinstance(const, (list, dict))
         facts = [fact_value(item) for item in (const if is_list else [const])]
-        possible = node in self.conjuncts and value.fact and value.kind != "member"
+        possible = node in self._conjuncts and value.fact and value.kind != "member"
         if not possible or None in facts or not 0 < len(facts) <= _MOST_VALUES:
             return
         if is_list and sign == "in":
@@ -3836,7 +3820,7 @@ class _Compiler:
             where = f"{sign[0]}= ?" + (" AND value < ''" if sign[0] == ">" else "")
         else:
             return
-        self.query.narrowings.append((f"path = ? AND value {where}", [_storable(value.fact), *facts]))
+        self.narrowings.append((f"path = ? AND value {where}", [_storable(value.fact), *facts]))
 
     def value(self, node: ast.expr) -> _Value:
         if isinstance(node, (ast.Attribute, ast.Subscript, ast.Name)):
@@ -3934,7 +3918,7 @@ class _Compiler:
             if name:
                 self.refuse(root, f"unknown name '{name}': write run.{name} for a param, '{name}' for text")
             self.refuse(node, "only run and metric have attributes: write run.name or the like")
-        if name == "metric" and self.query.over == "run":
+        if name == "metric" and self.over == "run":
             self.refuse(root, "there is no metric in a query over runs: write run.metrics['loss', {}].last")
         if not names:
             self.refuse(node, f"'{name}' alone has no value: write {name}.name or the like")
@@ -3955,7 +3939,7 @@ class _Compiler:
 
     def param(self, names: List[Any]) -> _Value:
         keys = list(itertools.takewhile(lambda name: isinstance(name, str), names))
-        self.query.params.append(".".join(keys))
+        self.params.append(".".join(keys))
         fact = ".".join(["params", *keys]) if keys == names else ""
         return _Value(_at(lambda row, metric: row["params"], names), fact=fact)
 
@@ -3966,7 +3950,7 @@ class _Compiler:
         if first not in _RUN_FIELDS:
             return self.param(names)
         field = _RUN_FIELDS[first]
-        self.query.fields.add(first)
+        self.fields.add(first)
         if not rest:
             return field
         if field.kind == "time" and rest in [[part] for part in _TIME_PARTS]:
@@ -4161,9 +4145,7 @@ class Repo:
         if not os.path.exists(path):
             raise RepoError(f"no run {run_hash} in {self.path}: '{command_line(self.path)} runs' lists them")
         with self._held(run_hash):
-            state, problem = load_run(self._paths, run_hash)
-            if state is None:
-                raise RepoError(f"cannot close {run_hash}: {problem or path}")
+            state = Run._to_read(self._paths, run_hash)._state
             newest = last_check_in(self._paths, run_hash)
             open_ended = state.end is None or newest is not None and newest.flag != FINISHED
             if state.end is None and not finalize_dead(self._paths, state):
@@ -4190,7 +4172,7 @@ class Repo:
         the first unless it speaks of `run.rank`. Raises QueryError, naming the column, for what the language
         does not have. `report_mode` is Aim's and has no effect.
         """
-        return QueryResult(self._paths, [row for row, _ in self._answer(compile_query(q, "run"))])
+        return QueryResult(self._paths, [row for row, _ in self._answer(Query(q))])
 
     def query_metrics(self, q: str = "", *, report_mode: Any = None) -> List[Metric]:
         """Return the metric series for which a query over `run` and `metric` is true, those of the newest
@@ -4202,7 +4184,7 @@ class Repo:
 
     def metric_rows(self, q: str = "") -> List[Tuple[StoredRow, Dict[str, Any]]]:
         """Return the series for which a query is true, each with the row of its run."""
-        return self._answer(compile_query(q, "metric"))
+        return self._answer(Query(q, "metric"))
 
     def names(self) -> Tuple[Set[str], Set[str]]:
         """Return the dotted paths of the params of all runs, and the names of their metrics."""
@@ -4216,7 +4198,7 @@ class Repo:
         params.update(param[: dot.start()] for param in list(params) for dot in re.finditer(r"\.", param))
         return params, {path[len("metric ") :] for path in paths if path.startswith("metric ")}
 
-    def _answer(self, query: CompiledQuery) -> List[Tuple[StoredRow, Any]]:
+    def _answer(self, query: Query) -> List[Tuple[StoredRow, Any]]:
         """Return what a query finds, newest run first."""
 
         def select(index: sqlite3.Connection, overlay: List[StoredRow], lacking: Set[str]) -> List[Any]:
@@ -4472,7 +4454,7 @@ def checked_command(value: Any) -> List[str]:
 
 def checked_query(value: Any) -> str:
     """Check a query over runs. Raises QueryError."""
-    compile_query(str(value))
+    Query(str(value))
     return str(value).strip()
 
 
@@ -5508,7 +5490,7 @@ class Dispatcher:
         except OSError:
             return []
         row["state"] = state
-        return [item.id for item in asked if not compile_query(item.where).test(row, None)]
+        return [item.id for item in asked if not Query(item.where).test(row, None)]
 
     def alarm(self, event: Event) -> None:
         """Send every notifier an event that cannot be put into the outbox, since the disk does not answer."""
@@ -7505,7 +7487,7 @@ class Site:
         found = dict(self._indexed(q, file_stamp(self.paths.index) or self._utc()))
         for run_hash in pending:
             found.pop(run_hash, None)
-        found.update((row["hash"], row) for row, _ in compile_query(q).matches(pending.values()))
+        found.update((row["hash"], row) for row, _ in Query(q).matches(pending.values()))
         return found
 
     def runs(self, q: str) -> List[Dict[str, Any]]:
@@ -9195,7 +9177,7 @@ def _asked_columns(args: Any, default: Sequence[str]) -> List[str]:
 )
 def cmd_runs(args: Any) -> None:
     """List the runs for which a query is true, the newest first."""
-    repo, query = Repo(args.repo), compile_query(args.query)
+    repo, query = Repo(args.repo), Query(args.query)
     columns, known = _asked_columns(args, RUN_COLUMNS), list(RUN_FIELDS)
     found = repo.query_runs(args.query).found
     if query.params or not set(columns) <= set(known):
@@ -9247,9 +9229,7 @@ def cmd_show(args: Any) -> None:
 
 def read_run(paths: RepoPaths, run_hash: str) -> Dict[str, Any]:
     """Return the row of a run as its log has it now, and how many lines were `skipped`. Raises RepoError."""
-    state, problem = load_run(paths, run_hash)
-    if state is None:
-        raise RepoError(f"cannot read {problem or paths.run_log(run_hash)}")
+    state = Run._to_read(paths, run_hash)._state
     return {**run_row(state), "skipped": state.skipped}
 
 

@@ -2757,7 +2757,7 @@ class IndexCase(unittest.TestCase):
         self.db.execute("COMMIT")
 
     def found(self, text: str, over: str = "run") -> List[Any]:
-        query = aimwatch.compile_query(text, over)
+        query = aimwatch.Query(text, over)
         found = sorted(query.matches(query.candidates(self.db)), key=lambda pair: str(pair[0]["hash"]))
         query.narrowings.clear()
         expected = sorted(query.matches(query.candidates(self.db)), key=lambda pair: str(pair[0]["hash"]))
@@ -2775,7 +2775,7 @@ class IndexCase(unittest.TestCase):
 
     def refused(self, text: str, over: str = "run") -> aimwatch.QueryError:
         with self.assertRaises(aimwatch.QueryError) as caught:
-            aimwatch.compile_query(text, over)
+            aimwatch.Query(text, over)
         return caught.exception
 
 
@@ -2989,7 +2989,7 @@ class NarrowingTest(IndexCase):
                 with self.subTest(text, many=many), mock.patch.object(aimwatch, "_MANY", many):
                     if text != "run.no is None and run.seed" and "!=" not in text:
                         self.assertEqual(self.ask(text), answer.split())
-                    found = list(aimwatch.compile_query(text).candidates(self.db))
+                    found = list(aimwatch.Query(text).candidates(self.db))
                     if many == 2000:
                         self.assertEqual(len(found), candidates)
 
@@ -3099,7 +3099,7 @@ class RefusalTest(IndexCase):
                     if not after and before in ("run", "1", "f", "'a'"):
                         text = before + middle * count
                     try:
-                        list(aimwatch.compile_query(text).matches([row]))
+                        list(aimwatch.Query(text).matches([row]))
                     except aimwatch.QueryError:
                         pass
                     except BaseException as error:
@@ -3165,7 +3165,7 @@ class RandomTest(IndexCase):
                 sign = choose.choice(["==", ">=", "<", "in"])
                 text = f"({text}) and {choose.choice(PATHS)} {sign} {literal(choose.choice(VALUES))}"
             answer = self.ask(text)  # which compares them
-            narrowed = aimwatch.compile_query(text).narrowings
+            narrowed = aimwatch.Query(text).narrowings
             some += bool(narrowed) and 0 < len(answer) < 40
         self.assertGreater(some, 2)  # else the expressions would say nothing
 
@@ -11280,7 +11280,7 @@ class TestReadme(WatchCase):
         self.assertGreater(len(examples), 30)
         for text in examples:
             with self.subTest(text):
-                aimwatch.compile_query(text, "metric")
+                aimwatch.Query(text, "metric")
 
     def test_every_command_stands_in_it(self) -> None:
         typed = re.findall(r"aimwatch\.py (?:--repo \S+ )?([^\n`]+)", self.readme)
