@@ -6521,14 +6521,6 @@ class Watcher:
         self._save_pause_s = min((self._clock() - begun) * SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S)
         return True
 
-    def run(self, stop: threading.Event, after_poll: Callable[[], None] = lambda: None) -> None:
-        """Poll until `stop` is set."""
-        while not stop.is_set():
-            begun = self._clock()
-            self.poll()
-            after_poll()
-            stop.wait(max(0.05, self.poll_interval_s - (self._clock() - begun)))
-
     def close(self) -> None:
         """Save what was seen, give what is being sent a moment, and release the repository."""
         self.closed = True
@@ -6560,26 +6552,27 @@ class SeenAt:
 
     def __init__(self, paths: RepoPaths) -> None:
         self._paths = paths
-        self._seen: Any = None
-        self._ended = True
+        #: watcher.json as it was when that changed last.
+        self._saved: Dict[str, Any] = {}
         self._since_mono = time.monotonic()
-        self._interval_s = DEFAULT_POLL_INTERVAL_S
 
     def look(self, fresh: bool = True) -> Any:
         """Return what has changed when it looks again."""
         if fresh:
             freshen(self._paths.watcher)
         saved = read_watcher_file(self._paths)
-        if saved.get("seen_at", self._seen) != self._seen:
-            self._seen, self._since_mono = saved["seen_at"], time.monotonic()
-            self._ended = bool(saved.get("ended"))
-            self._interval_s = bounded(saved.get("save_interval_s")) or DEFAULT_POLL_INTERVAL_S
-        return self._seen
+        if saved.get("seen_at") not in (None, self._saved.get("seen_at")):
+            self._saved, self._since_mono = saved, time.monotonic()
+        return self._saved.get("seen_at")
+
+    def intervals_s(self, count: int) -> float:
+        """Return how long so many of its intervals take."""
+        return count * (bounded(self._saved.get("save_interval_s")) or DEFAULT_POLL_INTERVAL_S)
 
     def moves(self, wait: Callable[[float], Any] = time.sleep) -> bool:
         """Look for two intervals whether it changes."""
         first = self.look()
-        for _ in range(round(4 * min(2 * self._interval_s + LOOK_ON_S, MAX_LOOK_ON_S))):
+        for _ in range(round(4 * min(self.intervals_s(2) + LOOK_ON_S, MAX_LOOK_ON_S))):
             wait(0.25)
             if self.look() != first:
                 return True
@@ -6588,8 +6581,8 @@ class SeenAt:
     def is_frozen(self, fresh: bool = True) -> bool:
         """True where it has not changed for so long that its watcher is taken for dead."""
         self.look(fresh)
-        still_s = time.monotonic() - self._since_mono
-        return not self._ended and still_s > FROZEN_S + 3 * self._interval_s
+        looked = bool(self._saved) and not self._saved.get("ended")
+        return looked and time.monotonic() - self._since_mono > FROZEN_S + self.intervals_s(3)
 
 
 def describe_watcher(saved: Dict[str, Any]) -> str:
@@ -8250,7 +8243,9 @@ def cmd_start(args: Any) -> int:
     stop = _stop_signal()
 
     def watch(watcher: Watcher) -> int:
-        return _one_pass(watcher, stop, args) if args.once else _watch(watcher, stop, args, handler)
+        if args.once:
+            return _one_pass(watcher, stop, args)
+        return _watch(watcher, stop, handler, args.ping_url, args.metrics_file)
 
     return _take_watch(paths, args, stop, watch)
 
@@ -8279,34 +8274,37 @@ def _take_watch(paths: RepoPaths, args: Any, stop: threading.Event, watch: Calla
     return 0
 
 
-def _watch(watcher: Watcher, stop: threading.Event, args: Any, handler: _LogThread) -> int:
+def _watch(
+    watcher: Watcher, stop: threading.Event, handler: _LogThread, ping_url: str = "", metrics_file: str = ""
+) -> int:
     paths, site, reindexing = watcher.paths, Site(watcher.paths), ReindexThread(watcher.paths)
     watcher.on_dead = reindexing.reindexer.note_dead
-    pinger = Pinger(args.ping_url) if args.ping_url else None
-
-    def after_poll() -> None:
-        sd_notify("WATCHDOG=1")
-        if pinger is not None and not watcher.trouble:
-            pinger.due.set()
-        _write_metrics(site, args.metrics_file)
-        if sys.stderr.isatty():
-            counts = ", ".join(f"{count} {state}" for state, count in watcher.counts().items() if count)
-            handler.show(f"{time.strftime('%H:%M:%S')} watching {counts or 'no runs yet'} (Ctrl-C ends it)")
-
+    pinger = Pinger(ping_url) if ping_url else None
     try:
         watcher.poll()
         live = watcher.counts()
         log.info(
             f"watching {paths.root}: {plural(live[RUNNING] + live[STALLED], 'live run')} "
-            f"({live[STALLED]} stalled), {live[FAILED]} failed, grace {human_s(args.grace)}, "
-            f"poll every {human_s(args.poll_interval)}; notifying {watcher.dispatcher.describe()}"
+            f"({live[STALLED]} stalled), {live[FAILED]} failed, grace {human_s(watcher.table.grace_s)}, "
+            f"poll every {human_s(watcher.poll_interval_s)}; notifying {watcher.dispatcher.describe()}"
         )
         sd_notify(f"READY=1\nSTATUS=watching {paths.root}")
         if pinger is not None:
             pinger.start()
         SightAlarm(watcher).start()
         reindexing.start()
-        watcher.run(stop, after_poll)
+        while not stop.is_set():
+            begun = time.monotonic()
+            watcher.poll()
+            sd_notify("WATCHDOG=1")
+            if pinger is not None and not watcher.trouble:
+                pinger.due.set()
+            _write_metrics(site, metrics_file)
+            if sys.stderr.isatty():
+                counts = ", ".join(f"{count} {state}" for state, count in watcher.counts().items() if count)
+                now = time.strftime("%H:%M:%S")
+                handler.show(f"{now} watching {counts or 'no runs yet'} (Ctrl-C ends it)")
+            stop.wait(max(0.05, watcher.poll_interval_s - (time.monotonic() - begun)))
     finally:
         handler.show("")
         sd_notify("STOPPING=1")
@@ -8334,7 +8332,7 @@ def _one_pass(watcher: Watcher, stop: threading.Event, args: Any) -> int:
     return 1 if watcher.trouble or counts[STALLED] or counts[FAILED] else 0
 
 
-def _write_metrics(site: Site, path: Optional[str]) -> None:
+def _write_metrics(site: Site, path: str) -> None:
     if path:
         try:
             replace_file(path, site.metrics().encode(), 0o644)
@@ -8647,7 +8645,7 @@ def cmd_up(args: Any) -> None:
 
     paths, stop = find_repo(args.repo), _stop_signal()
     with contextlib.ExitStack() as at_end, listen(args.host, args.port, args.uds) as listener:
-        _log_to_stderr(timed=True, thread=True)
+        handler = _log_to_stderr(timed=True, thread=True)
         if args.uds:
             at_end.callback(os.unlink, args.uds)
             name, port, token, local = "localhost", 43880, "", os.path.abspath(args.uds)
@@ -8658,17 +8656,14 @@ def cmd_up(args: Any) -> None:
             local = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
         base = f"/{(args.base_path or '').strip('/')}".rstrip("/")
         names = ["localhost", name, args.host, this_host(), *args.allowed_host]
-        reindexing = ReindexThread(paths)
-        at_end.callback(reindexing.stop, 0.5)
         if args.watch:
-            watcher = Watcher(paths)
-            watcher.on_dead = reindexing.reindexer.note_dead
-            watching = threading.Thread(target=watcher.run, args=(stop,), daemon=True)
+            watching = threading.Thread(target=_watch, args=(Watcher(paths), stop, handler), daemon=True)
             watching.start()
-            SightAlarm(watcher).start()
-            at_end.callback(watcher.close)
-            at_end.callback(watching.join, 1.0)
-        reindexing.start()
+            at_end.callback(watching.join, 1.5)
+        else:
+            reindexing = ReindexThread(paths)
+            reindexing.start()
+            at_end.callback(reindexing.stop, 0.5)
         rest = f"{base}/" + (f"?key={token}" if token else "")
         print(args.uds or f"http://{local}{rest}")
         print(f"from elsewhere: ssh -L {port}:{local} {this_host()}, then http://localhost:{port}{rest}")
