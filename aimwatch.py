@@ -4498,7 +4498,7 @@ NOTIFIER_FIELDS: Dict[str, Tuple[Field, ...]] = {
         Field("security", "security", "starttls, tls, none (empty: starttls)", checked_security),
         Field("port", "port", "Port (empty: 587, with tls 465, with none 25)", checked_port),
         Field("user", "user", "User name to log in (empty: no login)", checked_login),
-        Field("password", "password", "Password", checked_login, secret=True),
+        Field("password", "password", "Password (empty: none)", checked_login, secret=True),
         Field("sender", "from", "From", checked_address, required=True),
         Field("to", "to", "To, with commas between several", checked_addresses, required=True),
         _MESSAGE,
@@ -4767,13 +4767,6 @@ def _as_one(group: Sequence[Facts]) -> Facts:
         runs.pop()
     more = f" and {len(group) - len(runs)} more" if len(runs) < len(group) else ""
     return {**common, "run.name": _counted("runs", group), "run.hash": ", ".join(runs) + more}
-
-
-def plain_facts(facts: Facts) -> Facts:
-    """Return of `facts` what no server can object to: which run, whose it is, what happened, and numbers."""
-    kept = {"event", "id", "run.hash", "run.user", "run.silent", "run.promised", "time", "repo"}
-    kept |= {"run.reason"} if facts.get("event") == TROUBLE else set()  # our own words, and all that there is
-    return {name: facts[name].encode("ascii", "replace").decode() for name in kept & facts.keys()}
 
 
 #: What calls for somebody in one of the chats (`@all`, `<@&1>`, `<users/all>`), and what hides where a link
@@ -5147,6 +5140,10 @@ TRANSPORTS: Dict[str, Callable[[Notifier, Sequence[Facts], float], Outcome]] = {
 }
 
 
+#: What no server can object to: which run, whose it is, what happened, and numbers.
+PLAIN_FIELDS = {"event", "id", "run.hash", "run.user", "run.silent", "run.promised", "time", "repo"}
+
+
 def deliver(notifier: Notifier, batch: Sequence[Facts]) -> Outcome:
     """Try once to send `batch` to `notifier`; what the other side does not take, once more in our words, and
     in as few as possible."""
@@ -5157,7 +5154,10 @@ def deliver(notifier: Notifier, batch: Sequence[Facts]) -> Outcome:
     log.warning("notifier %s: %s; trying again in plain words", notifier.shown_as, outcome.detail)
     time.sleep(MIN_POST_GAP_S)
     plain = notifier._replace(arguments={**notifier.arguments, "message": ""})
-    few = [plain_facts(facts) for facts in safe]
+    few = [
+        {name: text for name, text in facts.items() if name in PLAIN_FIELDS or facts.get("event") == TROUBLE}
+        for facts in safe
+    ]
     outcome = try_once(plain, lambda deadline_mono: send(plain, few, deadline_mono))
     return outcome._replace(kind=BROKEN) if outcome.kind == REFUSED else outcome
 
@@ -8772,8 +8772,6 @@ def _field_values(fields: Sequence[Field], args: Any) -> Dict[str, Any]:
     """Return what a notifier has from flags, files and questions, without what is left out."""
     values: Dict[str, Any] = {}
     for field in fields:
-        if field.name == "password" and not values["user"]:
-            continue
         said, check = _said(field, args), functools.partial(_checked, field)
         is_asked = said is None and not args.yes
         values[field.name] = _ask(field.prompt, check, field.secret) if is_asked else check(said)
@@ -8968,8 +8966,6 @@ def _send_sample(paths: RepoPaths, item: Notifier) -> bool:
         "run.hash": "0" * 24,
         "run.name": "sample, sent by 'notifiers test'",
         "run.host": this_host(),
-        "run.promised": human_s(60),
-        "run.silent": human_s(160),
     }
     delivered = _deliver_now(item, sample, sys.stdout)
     if delivered and item.id in Outbox(paths.outbox, read_only=True).broken:
