@@ -1719,8 +1719,7 @@ class _Process:
     run declines there by its pid."""
 
     def __init__(self) -> None:
-        #: In the order in which they were opened.
-        self.runs: weakref.WeakKeyDictionary[Run, None] = weakref.WeakKeyDictionary()
+        self._runs: List[weakref.ref[Run]] = []
         self.stacks = _Stacks()
         #: `sys.excepthook` with ours; None before the first run.
         self._excepthook: Any = None
@@ -1730,8 +1729,13 @@ class _Process:
         self.said: Set[str] = set()
         self._cell_error = 0
 
+    @property
+    def runs(self) -> List[Run]:
+        """The runs that are still there, in the order in which they were opened."""
+        return [run for run in [ref() for ref in self._runs.copy()] if run is not None]
+
     def add(self, run: Run) -> None:
-        self.runs[run] = None
+        self._runs.append(weakref.ref(run, self._runs.remove))
         self.exit = None  # whoever called it, somebody caught it
         if self._excepthook is None:
             self._install()
@@ -1766,7 +1770,7 @@ class _Process:
     def _after_fork_in_child(self) -> None:
         # Only the forking thread exists in the child: locks held by others would never be released.
         self.stacks = _Stacks()
-        for run in list(self.runs):
+        for run in self.runs:
             run._window = math.nan, 0.0
         # With a handler in Python, a child that computes in C would outlive its SIGTERM.
         for signum in ENDING_SIGNALS:
@@ -1775,7 +1779,7 @@ class _Process:
 
     def _on_signal_set(self, real: Callable[..., Any], signalnum: int, handler: Any) -> Any:
         """Set ours in the place of the default action, and around a handler of SIGTERM."""
-        if any(run._is_mine() for run in list(self.runs)):
+        if any(run._is_mine() for run in self.runs):
             if signalnum in ENDING_SIGNALS and handler == signal.SIG_DFL:
                 handler = self._on_signal
             ours = getattr(handler, "func", handler) in (self._on_signal, self._on_users_signal)
@@ -1800,7 +1804,7 @@ class _Process:
             os._exit(128 + signum)
 
     def _each(self, end: Callable[[Run], None]) -> None:
-        for run in list(self.runs):
+        for run in self.runs:
             _in_full(end, run)
 
     def _on_uncaught(self, real: Callable[..., Any], kind: Any, error: BaseException, trace: Any) -> Any:
@@ -1817,7 +1821,7 @@ class _Process:
         if threading.current_thread() is threading.main_thread():
             with contextlib.suppress(Exception):  # the status may be any object
                 self.exit = exit_end(status[0] if status else None, sys.exc_info()[1])
-            for run in list(self.runs):
+            for run in self.runs:
                 run._window = math.nan, 0.0  # the next report shows that somebody caught it
         return real(*status)
 
@@ -2857,7 +2861,7 @@ class Run:
 def report_progress(*, expect_next_in: Union[int, float, str] = 0, block: bool = False) -> None:
     """Report progress, as `Run.report_progress` does, for the newest run of the process: for code that has no
     `Run` at hand. Raises AimwatchError where no run is open."""
-    run = next((run for run in reversed(list(_process.runs)) if not run._closed), None)
+    run = next((run for run in reversed(_process.runs) if not run._closed), None)
     if run is None:
         raise AimwatchError("report_progress: no run is open in this process: make one first, as run = Run()")
     run.report_progress(expect_next_in=expect_next_in, block=block)

@@ -75,7 +75,6 @@ import types
 import unittest
 import urllib.parse
 import urllib.request
-import weakref
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
 from unittest import mock
 
@@ -2472,7 +2471,7 @@ class ScriptsForAim(Case):
         self.assertEqual({**row, **params}, run.dataframe()[0])
 
     def test_report_without_a_run_at_hand_is_for_the_newest(self) -> None:
-        self.patch(aimwatch._process, "runs", weakref.WeakKeyDictionary())
+        self.patch(aimwatch._process, "_runs", [])
         with self.assertRaisesRegex(aimwatch.AimwatchError, "no run is open in this process: make one first"):
             aimwatch.report_progress(expect_next_in=60)
         runs = [self.run_object(name) for name in ("a", "b", "c")]
@@ -2480,6 +2479,16 @@ class ScriptsForAim(Case):
             aimwatch.report_progress(expect_next_in=60)
             self.assertEqual([["check_in"], ["starting"]], [self.flags(newest), self.flags("a")])
             runs.pop().close()
+
+        def meanwhile(*_: Any) -> Any:
+            """Do at each line what another thread could: make a run, and drop it."""
+            aimwatch._process.add(Run._to_read(self.paths, "d"))
+            return meanwhile
+
+        self.addCleanup(sys.settrace, sys.gettrace())
+        sys.settrace(meanwhile)
+        aimwatch.report_progress(expect_next_in=60)
+        sys.settrace(None)
 
 
 class ReadOnlyRun(Case):
