@@ -600,7 +600,7 @@ class FileLock:
         with self._guard:
             if self.held:
                 del self._registry[self._identity]
-                close_own(self._fd, self._identity)
+                close_quietly(self._fd)
 
     def __enter__(self) -> FileLock:
         return self
@@ -644,19 +644,17 @@ def identity_of(file: Union[int, str]) -> Tuple[int, int]:
 
 def is_still(identity: Tuple[int, int], *files: Union[int, str]) -> bool:
     """True where descriptors and paths lead to a file, or nobody can tell. A descriptor goes stale with its
-    share, and where somebody else closed it, its number may by now be that of another file, which must be
-    neither written nor closed."""
+    share, and where somebody else closed it, its number may by now be that of another file."""
     try:
         return all(identity_of(file) == identity for file in files)
     except OSError as error:
         return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EBADF)
 
 
-def close_own(fd: int, identity: Tuple[int, int]) -> None:
-    """Close a descriptor, unless there is none (-1) or it is no longer that of the file."""
-    with contextlib.suppress(OSError):  # of a share that is gone, not even this succeeds
-        if fd != -1 and is_still(identity, fd):
-            os.close(fd)
+def close_quietly(fd: int) -> None:
+    """Close a descriptor, or -1 for none: of a share that is gone, not even that succeeds."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 # ======================================================================================
@@ -1183,10 +1181,10 @@ class AppendFile:
         #: the size of the file at its end, and whether the thread found the file in its place. Asking has
         #: the system send all that was written since, so nobody else asks.
         self._must_sync = is_network(os.path.dirname(path))
-        self._synced_size = self._opened = 0
-        #: What the last sync reached: of which opening of the file, and which size. The writer takes it over
-        #: between two writes, since of an error that a write was told no sync is told.
-        self._reached = (0, 0)
+        self._synced_size = 0
+        #: What the last sync reached: of which descriptor, and which size. The writer takes it over between
+        #: two writes, since of an error that a write was told no sync is told.
+        self._reached = (-1, 0)
         self._syncing = threading.RLock()
         self._unsynced: deque[Tuple[int, bytes]] = deque()
         self._in_place = True
@@ -1209,10 +1207,9 @@ class AppendFile:
         except BaseException:
             os.close(fd)
             raise
-        close_own(self._fd, self._identity)
+        close_quietly(self._fd)
         self._fd, self._identity, self._torn = fd, identity, torn
         self.size = self._synced_size = size
-        self._opened += 1  # last, since a sync under way says nothing of this opening
 
     def append(self, line: bytes) -> None:
         """Write one line with its line break; keep it for later where that fails. Never raises OSError."""
@@ -1281,8 +1278,8 @@ class AppendFile:
         return True
 
     def _settle(self) -> None:
-        opened, size = self._reached
-        if opened == self._opened and not self._lost:
+        fd, size = self._reached
+        if fd == self._fd and not self._lost:
             self._synced_size = max(self._synced_size, size)
 
     def _complain(self, error: OSError) -> None:
@@ -1295,20 +1292,20 @@ class AppendFile:
 
     def _sync_each_second(self) -> None:
         while self._fd >= 0:
-            time.sleep(RETRY_S)
-            if self._reached != (self._opened, self.size):
+            if self._reached != (self._fd, self.size):
                 self.sync()
             self._in_place = is_still(self._identity, self.path, self._fd)
+            time.sleep(RETRY_S)
 
     def sync(self) -> bool:
         """Wait until what was written has reached the disk; False where it is known that it did not."""
         with self._syncing:  # of two at once, one is told the error, and the other that all is well
-            opened, size = self._opened, self.size
+            fd, size = self._fd, self.size
             try:
-                os.fsync(self._fd)
-                self._reached = opened, size
+                os.fsync(fd)
+                self._reached = fd, size
             except OSError as error:
-                if self._must_sync and opened == self._opened:
+                if self._must_sync and fd == self._fd:
                     self._complain(error)
         return not self._lost
 
@@ -1332,7 +1329,7 @@ class AppendFile:
         missing += sum(end > self._synced_size for end, _ in self._unsynced)
         if missing:
             log.error("%s: %d records could not be written", self.path, missing)
-        close_own(self._fd, self._identity)
+        close_quietly(self._fd)
         self._fd, self._lost = -1, True
         return -1 if missing or not whole else self.size
 
