@@ -479,40 +479,18 @@ class SmallHelpers(Case):
             with self.subTest(text=text):
                 self.assertLessEqual(len(aimwatch.printable(text, 20)), 20)
 
-    def test_names_in_are_those_that_match_as_a_whole(self) -> None:
-        folder = os.path.join(self.root, "names")
-        self.assertEqual(aimwatch.names_in(folder, ".*"), [])
-        os.mkdir(folder)
-        for name in ("a1.txt", "a2.txt", "xa1.txt", "a1.txt~", "a1.txt\n"):
-            open(os.path.join(folder, name), "w").close()
-        self.assertEqual(sorted(aimwatch.names_in(folder, r"a[0-9]\.txt")), ["a1.txt", "a2.txt"])
-        with self.assertRaises(NotADirectoryError):
-            aimwatch.names_in(os.path.join(folder, "a1.txt"), ".*")
-
-    def test_replace_file_has_its_mode_from_the_first_byte_and_takes_over_what_a_failed_one_left(
-        self,
-    ) -> None:
-        umask = os.umask(0o022)
-        self.addCleanup(os.umask, umask)
-        path = os.path.join(self.root, "file")
-        aimwatch.replace_file(path, b"old")
-        modes = []
+    def test_file_is_replaced_in_one_step_and_is_private_from_its_first_byte(self) -> None:
+        path, modes = self.new_file("file", "old"), []
 
         def full(fd: int) -> None:
             modes.append(stat.S_IMODE(os.fstat(fd).st_mode))
             no_space()
 
-        for mode, expected in ((0o600, 0o600), (0o666, 0o644)):
-            with self.subTest(mode=oct(mode)):
-                before = read_file(path)
-                with mock.patch("os.fsync", full), self.assertRaises(OSError):
-                    aimwatch.replace_file(path, b"lost", mode)
-                self.assertEqual((modes.pop(), read_file(path)), (expected, before))
-                aimwatch.replace_file(path, b"12345", mode)
-                self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), expected)
-                self.assertEqual(
-                    (read_file(path), sorted(os.listdir(self.root))), (b"12345", [".aim", "file"])
-                )
+        with mock.patch("os.fsync", full), self.assertRaises(OSError):
+            aimwatch.replace_file(path, b"lost", 0o600)
+        self.assertEqual((modes, read_file(path)), ([0o600], b"old"))
+        aimwatch.replace_file(path, b"new", 0o600)  # and takes over what the failed one left
+        self.assertEqual((read_file(path), sorted(os.listdir(self.root))), (b"new", [".aim", "file"]))
 
 
 def no_space(*args: Any, **options: Any) -> Any:
@@ -799,46 +777,32 @@ class FindRepo(Case):
         for given in (self.root, f"{self.root}/", f"{self.root}/.aim", f"{self.root}/.aim/", "."):
             with self.subTest(given=given):
                 self.assertEqual(aimwatch.find_repo(given).root, self.root)
-        self.assertEqual(self.paths.check_ins, f"{self.root}/.aim/check_ins")
-        self.assertEqual(self.paths.config, f"{self.root}/.aim/ext/notifications/config.json")
-        self.assertEqual(self.paths.run_log("r"), f"{self.root}/.aim/aimwatch/runs/r.jsonl")
-        self.assertEqual(self.paths.marker("r"), f"{self.root}/.aim/aimwatch/pending/r")
 
-    def test_environment_comes_before_the_nearest_and_the_argument_before_both(self) -> None:
-        one, two = self.folder("one"), self.folder("two")
+    def test_argument_comes_before_the_environment_and_that_before_the_nearest(self) -> None:
+        one, two, below = (self.folder(*names) for names in (("one",), ("two",), ("two", "a", "b")))
         for path in (one, two):
             aimwatch.find_repo(path, create=True)
         os.environ["AIMWATCH_REPO"] = one
         self.assertEqual(aimwatch.find_repo().root, one)
         self.assertEqual(aimwatch.find_repo(two).root, two)
         os.environ["AIMWATCH_REPO"] = ""
-        self.assertEqual(aimwatch.find_repo().root, self.root)
-
-    def test_nearest_above_is_found_from_a_folder_below(self) -> None:
-        below = self.folder("one", "two", "three")
-        os.chdir(below)
-        self.assertEqual(aimwatch.find_repo().root, self.root)
-        inner = self.folder("one", "two")
-        aimwatch.find_repo(inner, create=True)
-        self.assertEqual(aimwatch.find_repo().root, inner)
-
-    def test_file_where_a_folder_should_be_is_refused(self) -> None:
-        odd = self.folder("odd")
-        write_file(f"{odd}/.aim")
-        for given in (odd, f"{odd}/.aim/x"):
-            self.assertIn("no repository at ", self.refused(given))
-            self.assertIn("cannot create a repository at ", self.refused(given, create=True))
+        for folder, found in ((self.root, self.root), (below, two)):
+            os.chdir(folder)
+            self.assertEqual(aimwatch.find_repo().root, found)
 
     def test_path_that_cannot_be_created_is_refused_with_the_reason(self) -> None:
         path = self.new_file("file")
-        expected = (
-            f"cannot create a repository at {path}/x: {path}/x: Not a directory: "
-            "check the path, or choose another folder with --repo or Run(repo=...)"
-        )
-        self.assertEqual(self.refused(f"{path}/x", create=True), expected)
+        write_file(f"{self.folder('odd')}/.aim")
+        for given in (f"{path}/x", "odd", "odd/.aim/x"):
+            self.assertIn("no repository at ", self.refused(given))
+            self.assertIn("cannot create a repository at ", self.refused(given, create=True))
         with self.assertRaises(aimwatch.RepoError) as caught:
             Run(repo=f"{path}/x")
-        self.assertEqual(str(caught.exception), expected)
+        self.assertEqual(
+            str(caught.exception),
+            f"cannot create a repository at {path}/x: {path}/x: Not a directory: "
+            "check the path, or choose another folder with --repo or Run(repo=...)",
+        )
 
     def test_current_folder_that_was_removed_is_an_error_of_ours(self) -> None:
         with mock.patch("os.getcwd", side_effect=FileNotFoundError(errno.ENOENT, "gone")):
@@ -867,12 +831,9 @@ class CheckInNames(Case):
             (10**16 - 1, "failed", 99999),
             (2, "finished", 315360030),
         ):
-            with self.subTest(idx=idx):
-                name = aimwatch.check_in_name("R_9", idx, flag, 3.5, expect)
-                self.assertEqual(
-                    aimwatch.parse_check_in(name),
-                    aimwatch.CheckIn("R_9", idx, flag, "00000003.50", expect),
-                )
+            name = aimwatch.check_in_name("R_9", idx, flag, 3.5, expect)
+            expected = aimwatch.CheckIn("R_9", idx, flag, "00000003.50", expect)
+            self.assertEqual(aimwatch.parse_check_in(name), expected)
 
     def test_hostile_names_state_nothing(self) -> None:
         for name in HOSTILE_NAMES:
