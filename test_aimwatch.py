@@ -2641,14 +2641,6 @@ class LogReader(Case):
         state.props = props
         return aimwatch.to_json(state.to_checkpoint()).encode() + b"\n"
 
-    def test_header_and_what_follows_the_checkpoint_are_read_and_the_rest_is_not(self) -> None:
-        checkpoint = self.checkpoint(a=1)
-        end = b'{"end":"failed","time":9,"idx":4,"reason":"why"}\n'
-        state = self.read(self.HEADER, b"garbage\n" * 50, checkpoint, end)
-        self.assertEqual((state.header["pid"], state.props), (7, {"a": 1}))
-        self.assertEqual((state.end["reason"], state.next_idx), ("why", 5))
-        self.assertEqual(state.skipped, 0)
-
     def test_torn_or_damaged_checkpoint_hides_nothing(self) -> None:
         checkpoint = self.checkpoint(a=1)
         lines = [b'{"props":{"b":2}}\n', b'{"end":"failed","time":9,"idx":4}\n']
@@ -3716,20 +3708,11 @@ class FullDiskForReal(RecordingCase):
             self.assertEqual((run["p"], run.metrics()[0].count), ("waits", n))
         run.close()
         self.assertEqual(self.points("r"), [(step, float(step)) for step in range(n)])
-        self.assertEqual([record[1] for record in self.records_that_parse("r")], list(range(n)))
         self.assertEqual(self.reread("r")["p"], "waits")
         from_tail, whole = self.states("r")
         self.assertLessEqual(whole.skipped, 6)  # each refusal may leave half a line
         whole.skipped = 0
         self.assertEqual(repr(self.summary(from_tail)), repr(self.summary(whole)))
-
-    def records_that_parse(self, run_hash: str) -> List[Any]:
-        found = []
-        with open(self.paths.run_log(run_hash), "rb") as file:
-            for line in file:
-                with contextlib.suppress(ValueError):
-                    found.append(json.loads(line))
-        return [record for record in found if isinstance(record, list)]
 
     def test_run_whose_end_is_not_on_disk_is_not_indexed_as_if_it_were(self) -> None:
         run = self.run_object("r")
@@ -9309,10 +9292,7 @@ class SharedFolder(Case):
                 with contextlib.suppress(OSError):
                     os.rename(folder, f"{folder}-away")
                     done.append(folder)
-            for path in (
-                self.paths.run_log("a"),
-                os.path.join(self.paths.check_ins, self.check_ins("a")[-1]),
-            ):
+            for path in (self.paths.run_log("a"), f"{self.paths.check_ins}/{self.check_ins('a')[-1]}"):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
                     done.append(path)
@@ -9324,7 +9304,7 @@ class SharedFolder(Case):
             with self.subTest(argv=argv):
                 code, _, err = self.as_user(self.EVE, lambda: self.run_cli(*argv))
                 self.assertEqual((code, "Traceback" in err), (1, False), err)
-                self.assertRegex(err, "Permission denied|only user 51001, who owns its folder, writes it")
+                self.assertIn("Permission denied", err)
 
     def test_status_says_where_others_can_write_what_only_the_owner_should(self) -> None:
         self.assertNotIn("others can write", self.run_cli("status")[1])
@@ -9333,17 +9313,12 @@ class SharedFolder(Case):
         self.assertIn("\nothers can write .aim, .aim/aimwatch: 'chmod go-w', or", self.run_cli("status")[1])
 
     def test_init_shares_a_repository_and_says_what_it_cannot(self) -> None:
-        import pwd
-
         group, owner = grp.getgrgid(os.getgid()).gr_name, pwd.getpwuid(os.getuid()).pw_name
         code, out, err = self.run_cli("init", "--group", group, "--owner", owner)
         self.assertEqual((code, err), (0, ""))
         self.assertIn(f"shared with group {group}: all its members train there, and {owner} alone", out)
-        modes = {folder: stat.S_IMODE(os.stat(folder).st_mode) for folder in self.paths.folders}
-        expected = {
-            folder: 0o2755 if folder in self.paths.owners_folders else 0o3775 for folder in self.paths.folders
-        }
-        self.assertEqual(modes, expected)
+        modes = [oct(stat.S_IMODE(os.stat(folder).st_mode)) for folder in self.paths.folders]
+        self.assertEqual(modes, 4 * ["0o2755"] + 6 * ["0o3775"])
         for argv, said in (
             (["--group", "no-such-group"], "no-such-group"),
             (["--group", group, "--owner", "no-such-user"], "no-such-user"),
