@@ -1182,8 +1182,8 @@ class AppendFile:
         #: the system send all that was written since, so nobody else asks.
         self._must_sync = is_network(os.path.dirname(path))
         self._synced_size = 0
-        #: What the last sync reached: of which descriptor, and which size. The writer takes it over between
-        #: two writes, since of an error that a write was told no sync is told.
+        #: What the last sync reached: of which descriptor, and which size. The writer takes it over when
+        #: it looks, and not in a write, since of an error that a write was told no sync is told.
         self._reached = (-1, 0)
         self._syncing = threading.RLock()
         self._unsynced: deque[Tuple[int, bytes]] = deque()
@@ -1257,8 +1257,6 @@ class AppendFile:
     def _write(self, line: bytes) -> bool:
         if self._lost:
             return False
-        if self._must_sync:
-            self._settle()
         try:
             data = b"\n" + line if self._torn else line
             written = os.write(self._fd, data)
@@ -1271,10 +1269,10 @@ class AppendFile:
             return False
         if self._must_sync:  # the line is kept until it is known to be on the disk
             self._unsynced.append((self.size, line))
-            while self._unsynced and self._unsynced[0][0] <= self._synced_size:
+            # A share that hangs is given to lose what came before so many bytes.
+            self._synced_size = max(self._synced_size, self.size - MAX_WAITING_BYTES)
+            while self._unsynced[0][0] <= self._synced_size:
                 self._unsynced.popleft()
-            if self.size - self._synced_size > MAX_WAITING_BYTES:  # what a share that hangs is given to lose
-                self._synced_size = self._unsynced.popleft()[0]
         return True
 
     def _settle(self) -> None:
@@ -1292,8 +1290,7 @@ class AppendFile:
 
     def _sync_each_second(self) -> None:
         while self._fd >= 0:
-            if self._reached != (self._fd, self.size):
-                self.sync()
+            self.sync()
             self._in_place = is_still(self._identity, self.path, self._fd)
             time.sleep(RETRY_S)
 
@@ -1305,7 +1302,7 @@ class AppendFile:
                 os.fsync(fd)
                 self._reached = fd, size
             except OSError as error:
-                if self._must_sync and fd == self._fd:
+                if self._must_sync and fd == self._fd != -1:
                     self._complain(error)
         return not self._lost
 

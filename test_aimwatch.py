@@ -506,6 +506,11 @@ def open_fds() -> int:
 # ---------------------------------------------------------------------------- repository paths
 
 
+def lock_elsewhere(path: str) -> Any:
+    """Return what another process finds of a lock."""
+    return in_child(lambda: aimwatch.lock_state(path))
+
+
 class FileLocks(Case):
     """Who holds a lock, in this process and in others."""
 
@@ -514,29 +519,26 @@ class FileLocks(Case):
         self.addCleanup(lock.release)
         return lock
 
-    def seen_elsewhere(self, path: str) -> str:
-        return str(in_child(lambda: aimwatch.lock_state(path)))
-
     def test_held_by_one_at_a_time(self) -> None:
         first, second = self.lock(), self.lock()
         self.assertEqual(aimwatch.lock_state(first.path), "absent")
         self.assertIs(first.acquire(), True)
-        for say in (aimwatch.lock_state, self.seen_elsewhere):
+        for say in (aimwatch.lock_state, lock_elsewhere):
             self.assertEqual(say(first.path), "held")
         self.assertIs(second.acquire(), False)
         self.assertEqual((first.held, second.held), (True, False))
         second.release()
-        self.assertEqual(self.seen_elsewhere(first.path), "held")
+        self.assertEqual(lock_elsewhere(first.path), "held")
         first.release()
         first.release()
-        self.assertEqual(self.seen_elsewhere(first.path), "free")
+        self.assertEqual(lock_elsewhere(first.path), "free")
         self.assertIs(second.acquire(), True)
 
     def test_brief_lock_excludes_like_any_other_and_is_not_taken_for_that_of_a_writer(self) -> None:
         for brief in (True, False):
             with self.lock(brief=brief) as lock:
                 self.assertIs(lock.acquire(), True)
-                for say in (aimwatch.lock_state, self.seen_elsewhere):
+                for say in (aimwatch.lock_state, lock_elsewhere):
                     self.assertEqual(say(lock.path), "free" if brief else "held")
                 for other in (True, False):
                     acquire = self.lock(brief=other).acquire
@@ -573,7 +575,7 @@ class FileLocks(Case):
             return state
 
         self.assertEqual(in_child(look), [False, "held", False])
-        self.assertEqual(self.seen_elsewhere(lock.path), "held")
+        self.assertEqual(lock_elsewhere(lock.path), "held")
 
     def test_both_kinds_of_lock_exclude_a_program_that_knows_one(self) -> None:
         lock = self.lock(flock=True)
@@ -607,23 +609,17 @@ class AppendFiles(Case):
 
     def setUp(self) -> None:
         super().setUp()
-        self.folder = os.path.join(self.root, "folder")
-        os.mkdir(self.folder)
-        self.path = os.path.join(self.folder, "file")
+        self.path = os.path.join(self.root, "file")
         self.file = aimwatch.AppendFile(self.path, lambda: [b"first\n", b"summary\n"])
         self.addCleanup(lambda: self.file.close())
 
-    def content(self) -> bytes:
-        with open(self.path, "rb") as file:
-            return file.read()
-
     def test_line_goes_into_the_file_at_once_and_never_joins_a_torn_one(self) -> None:
         self.file.append(b"1\n")
-        self.assertEqual(self.content(), b"1\n")
+        self.assertEqual(read_file(self.path), b"1\n")
         write_file(self.path, b"to", "ab")
         again = aimwatch.AppendFile(self.path, list)
         again.append(b"2\n")
-        self.assertEqual((self.content(), again.close()), (b"1\nto\n2\n", 7))
+        self.assertEqual((read_file(self.path), again.close()), (b"1\nto\n2\n", 7))
 
     def test_error_that_a_write_on_a_share_was_told_and_no_sync_loses_nothing(self) -> None:
         self.patch(aimwatch, "is_network", lambda path: True)
@@ -638,30 +634,7 @@ class AppendFiles(Case):
 
         with mock.patch.object(os, "write", write), self.assertLogs("aimwatch"):
             file.append(b"2\n")
-        self.assertEqual((file.close(), self.content()), (4, b"1\n2\n"))
-
-    def test_lines_wait_in_order_while_the_disk_refuses(self) -> None:
-        real, room = os.write, [3]
-
-        def write(fd: int, data: bytes) -> int:
-            if not room[0]:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            written = real(fd, bytes(data)[: room[0]])
-            room[0] -= written
-            return written
-
-        with mock.patch.object(os, "write", write), self.assertLogs("aimwatch") as logs:
-            for line in (b"one\n", b"two\n", b"three\n"):
-                self.file.append(line)
-            self.assertFalse(self.file.flush(now=True))
-            room[0] = 100
-            self.assertTrue(self.file.flush(now=True))
-            self.file.append(b"four\n")
-        self.assertEqual(
-            [line for line in self.content().split(b"\n") if line], [b"one", b"two", b"three", b"four"]
-        )
-        self.assertEqual(len(logs.output), 1)
-        self.assertIn("records wait in memory", logs.output[0])
+        self.assertEqual((file.close(), read_file(self.path)), (4, b"1\n2\n"))
 
     def test_oldest_is_given_up_when_too_much_waits(self) -> None:
         with mock.patch.object(os, "write", no_space), mock.patch.object(aimwatch, "MAX_WAITING_BYTES", 6):
@@ -669,7 +642,7 @@ class AppendFiles(Case):
                 self.file.append(line)
         with self.assertLogs("aimwatch", logging.ERROR) as logs:
             self.assertEqual(self.file.close(), -1)
-        self.assertEqual(self.content(), b"2\n3\n4\n")
+        self.assertEqual(read_file(self.path), b"2\n3\n4\n")
         self.assertIn("1 records could not be written", logs.output[0])
 
     def on_a_share(self, by_hand: Any = RuntimeError) -> None:
@@ -683,7 +656,7 @@ class AppendFiles(Case):
         """Return a patch under which a sync fails, and these lines of the file become a hole."""
 
         def fsync(fd: int) -> None:
-            data = self.content()
+            data = read_file(self.path)
             for line in gone:
                 data = data.replace(line, bytes(len(line)))
             with open(self.path, "r+b") as file:
@@ -703,8 +676,8 @@ class AppendFiles(Case):
                 self.assertFalse(self.file.sync())
                 self.file.append(b"five\n")
             self.assertFalse(self.file.sync())  # the error was reported before
-            self.assertEqual(self.file.close(), len(self.content()))
-        self.assertEqual(self.content(), b"one\ntwo\nthree\nfour\nfive\n")
+            self.assertEqual(self.file.close(), len(read_file(self.path)))
+        self.assertEqual(read_file(self.path), b"one\ntwo\nthree\nfour\nfive\n")
         self.assertEqual(len(logs.output), 1, logs.output)
         self.assertIn("records wait in memory", logs.output[0])
 
@@ -719,12 +692,12 @@ class AppendFiles(Case):
 
     def test_share_that_syncs_nothing_is_kept_little_of(self) -> None:
         self.on_a_share()
-        with mock.patch.object(aimwatch, "MAX_WAITING_BYTES", 6), self.full_server():
+        with mock.patch.object(aimwatch, "MAX_WAITING_BYTES", 6), self.full_server(b"1\n"):
             for line in (b"1\n", b"2\n", b"3\n", b"4\n", b"5\n"):
                 self.file.append(line)
             self.assertFalse(self.file.sync())
         self.assertTrue(self.file.flush(now=True))
-        self.assertEqual(self.content(), b"1\n2\n3\n4\n5\n")
+        self.assertEqual(read_file(self.path), b"\0\x002\n3\n4\n5\n")
 
     def test_share_is_synced_and_looked_at_by_a_thread(self) -> None:
         self.on_a_share(by_hand=None)
@@ -744,17 +717,17 @@ class AppendFiles(Case):
         self.assertEqual((len(fds), self.file._in_place), (1, False))
 
     def test_network_file_systems_are_told_by_the_table_of_mounts(self) -> None:
-        device = os.stat(self.folder).st_dev
+        device = os.stat(self.root).st_dev
         number = f"{os.major(device)}:{os.minor(device)}"
         for kind, network in (("nfs4", True), ("fuse.sshfs", True), ("lustre", True), ("ext4", False)):
             table = (
                 f"1 1 0:999 / / rw - nfs x rw\n2 1 {number} / /m\\040x rw shared:1 - {kind} x rw\n".encode()
             )
             with self.subTest(kind=kind), mock.patch("builtins.open", mock.mock_open(read_data=table)):
-                self.assertIs(aimwatch.is_network(self.folder), network)
+                self.assertIs(aimwatch.is_network(self.root), network)
         for broken in (b"", b"1 1\n", f"1 1 {number} / / rw nfs\n".encode()):
             with self.subTest(broken=broken), mock.patch("builtins.open", mock.mock_open(read_data=broken)):
-                self.assertFalse(aimwatch.is_network(self.folder))
+                self.assertFalse(aimwatch.is_network(self.root))
 
 
 class FindRepo(Case):
@@ -2000,10 +1973,6 @@ class SecondWriter(ProcessCase):
         )
         self.assertEqual(self.flags("r-"), ["check_in"])
 
-    def is_free(self) -> bool:
-        """Return whether another process could lock the run's marker."""
-        return bool(in_child(lambda: aimwatch.lock_state(self.paths.marker("r"))) == "free")
-
     def test_run_that_a_thread_of_the_same_process_indexes_is_waited_for(self) -> None:
         self.run_object("r").close()
         indexer = aimwatch.FileLock(self.paths.marker("r"))
@@ -2011,7 +1980,7 @@ class SecondWriter(ProcessCase):
         threading.Timer(0.1, indexer.release).start()
         with mock.patch.object(aimwatch, "INDEXER_WAIT_S", 15):
             self.run_object("r")
-        self.assertFalse(self.is_free())
+        self.assertEqual(lock_elsewhere(self.paths.marker("r")), "held")
 
     def test_run_that_was_taken_for_dead_goes_on(self) -> None:
         run = self.run_object("r")
@@ -2024,7 +1993,7 @@ class SecondWriter(ProcessCase):
         run.track(1, "m")
         self.assertTrue(Run("r", repo=self.root, read_only=True).active)
         self.assertEqual(len(aimwatch.Repo(self.root).query_runs("run.active")), 1)
-        self.assertFalse(self.is_free())
+        self.assertEqual(lock_elsewhere(self.paths.marker("r")), "held")
 
 
 # --------------------------------------------------------------------------- stacks of hung runs
@@ -2496,18 +2465,12 @@ class FullDisk(HandDriven):
 
     def test_check_in_that_fails_is_logged_once_and_tried_again_each_second(self) -> None:
         run = self.run_object("r")
-        calls: List[str] = []
-
-        def rename(old: str, new: str) -> None:
-            calls.append(new)
-            no_space()
-
         with self.assertLogs("aimwatch") as logs:
-            with mock.patch("os.rename", rename):
+            with mock.patch("os.rename", side_effect=no_space) as rename:
                 for _ in range(50):
                     run.report_progress(expect_next_in=60)
                     self.clock.pass_(0.1)
-            self.assertIn(len(calls), range(4, 6))
+            self.assertIn(rename.call_count, range(4, 6))
             self.assertEqual(self.flags("r-"), ["starting"])
             self.clock.pass_(1)
             run.report_progress(expect_next_in=60)
@@ -2519,17 +2482,13 @@ class FullDisk(HandDriven):
 
     def test_unwritable_log_is_tried_again_once_a_second(self) -> None:
         run = self.run_object("r")
-        calls: List[int] = []
-
-        def write(fd: int, data: bytes) -> int:
-            calls.append(fd)
-            return no_space()  # type: ignore[no-any-return]
-
-        with mock.patch("os.write", write):
+        with mock.patch("os.write", side_effect=no_space) as write, self.assertLogs("aimwatch") as logs:
             for _ in range(100):
                 run.name = "x"
                 self.clock.pass_(0.05)
-        self.assertIn(len(calls), range(4, 7))
+        self.assertIn(write.call_count, range(4, 7))
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("No space left on device; records wait in memory", logs.output[0])
 
     def test_end_that_cannot_be_reported_is_in_the_log_where_the_watcher_looks(self) -> None:
         run = self.run_object("r")
@@ -3753,10 +3712,6 @@ class VanishedFolder(RecordingCase):
             self.live.track(self.tracked, "m", context={"x": 1})
             self.tracked += 1
 
-    def is_locked(self) -> bool:
-        """Return whether another process finds the run's marker locked."""
-        return bool(in_child(lambda: aimwatch.lock_state(self.paths.marker("r"))) == "held")
-
     def assert_whole(self, values: bool = True, skipped: int = 0) -> None:
         """Check that whoever reads the log finds everything that the run recorded."""
         for _ in ("live", "closed"):
@@ -3817,21 +3772,13 @@ class VanishedFolder(RecordingCase):
                 self.track(3)
                 self.live.report_progress(expect_next_in=600)
                 self.assertEqual(self.flags("r-")[-1], "check_in")
-                self.assertTrue(self.is_locked())
+                self.assertEqual(lock_elsewhere(self.paths.marker("r")), "held")
                 self.assertIn("r.jsonl was begun anew: of what it held, only the summary is there",
                               "\n".join(logs.output))  # fmt: skip
                 (metric,) = self.reread("r").metrics()
                 self.assertEqual((metric.count, metric.last), (self.tracked, self.tracked - 1))
                 self.assertEqual(metric.steps[-3:], list(range(self.tracked))[-3:])
         self.assert_whole(values=False, skipped=1)
-
-    def test_disk_without_room_for_the_summary_is_tried_again(self) -> None:
-        os.unlink(self.paths.run_log("r"))
-        with mock.patch("os.write", no_space):
-            self.track(3)
-        self.track(1)
-        self.live._log.flush(now=True)
-        self.assert_whole(values=False)
 
     def test_handle_that_went_stale_is_opened_again(self) -> None:
         stale = self.live._log._fd
