@@ -1903,10 +1903,8 @@ class Rhythm:
     expected for ever, and what came once is forgotten. At least a minute, at most a day, and half an hour
     until ten gaps are known."""
 
-    def __init__(self) -> None:
-        self.gaps = 0
-        self.seconds = 0.0
-        self._longest_s = 0.0
+    gaps = 0
+    seconds = _longest_s = 0.0
 
     def add(self, gap_s: float) -> None:
         """Take the time between two reports into account."""
@@ -1963,9 +1961,9 @@ def encode_line(record: Dict[str, Any]) -> bytes:
 def _log_method(level: int) -> Callable[..., None]:
     """Return the method of `Run` that records a message at a level."""
 
-    def log_message(run: Run, msg: str, **params: Any) -> None:
+    def log_message(self: Run, msg: str, **params: Any) -> None:
         """Record a message; `params` are stored with it."""
-        run._log_message(level, msg, params)
+        self._log_message(level, msg, params)
 
     return log_message
 
@@ -2930,9 +2928,8 @@ def _number(value: Any, name: Any) -> Optional[float]:
     found = value
     if getattr(getattr(value, "mask", None), "shape", None) == () and value.mask:
         return math.nan  # NumPy's masked: its `.item()` is what is behind the mask
-    if callable(getattr(value, "item", None)):
-        with contextlib.suppress(Exception):  # of more than one element; refused below
-            found = value.item()
+    with contextlib.suppress(Exception):  # not a scalar, or of more than one element; refused below
+        found = value.item()
     number = _float_of(found)
     if number is not None:
         return int(number) if isinstance(found, int) and abs(number) < 2**53 else number

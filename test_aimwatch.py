@@ -3549,14 +3549,14 @@ class Params(RecordingCase):
         run = self.run_object("r")
         begun = time.time()
         run.log_debug("d")
-        run.log_info("i", lr=0.1, odd={1})
+        run.log_info("i", lr=0.1, run={1})
         run.log_warning("w\n\0")
         run.log_error("e", at=NAN)
         messages = list(aimwatch.read_messages(self.paths.run_log("r")))
         found = [(item["log"], item["message"], item.get("params")) for item in messages]
         self.assertEqual(
             found,
-            [(10, "d", None), (20, "i", {"lr": 0.1, "odd": [1]}), (30, "w\n\0", None),
+            [(10, "d", None), (20, "i", {"lr": 0.1, "run": [1]}), (30, "w\n\0", None),
              (40, "e", {"at": {"$float": "nan"}})],
         )  # fmt: skip
         self.assertTrue(all(begun - 1 <= item["time"] <= time.time() + 1 for item in messages))
