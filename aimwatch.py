@@ -4375,10 +4375,7 @@ def a_text(pattern: str, problem: str, strip: bool = True, number: bool = False)
 _USER = "{run.user}"
 #: By how a mail connection is secured, the port where none is given.
 MAIL_PORTS = {"starttls": 587, "tls": 465, "none": 25}
-checked_word = a_text("[!-~]+", "must be one word of printable ASCII, without a space or a line break")
-checked_login = a_text(
-    "[ -~]+", "must be printable ASCII, which is all that a login to a mail server can carry", strip=False
-)
+checked_ascii = a_text("[ -~]+", "must be one line of printable ASCII", strip=False)
 checked_url = a_text(
     r"(?i:https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?([/?#][!-~]*)?",
     "must start with https:// or http:// and a host, and hold no user name, space, line break or non-ASCII "
@@ -4477,7 +4474,7 @@ NOTIFIER_FIELDS: Dict[str, Tuple[Field, ...]] = {
     "slack": (_URL, _MESSAGE),
     "workplace": (
         Field("group_id", "group-id", "Group ID", checked_group, required=True),
-        Field("access_token", "access-token", "Access token", checked_word, secret=True, required=True),
+        Field("access_token", "access-token", "Access token", checked_ascii, secret=True, required=True),
         Field("base_url", "base-url", f"Graph API URL (empty: {WORKPLACE_URL})", checked_url, secret=True),
         _MESSAGE,
     ),
@@ -4489,11 +4486,11 @@ NOTIFIER_FIELDS: Dict[str, Tuple[Field, ...]] = {
         _MESSAGE,
     ),
     "email": (
-        Field("host", "smtp-host", "Mail server", checked_word, required=True),
+        Field("host", "smtp-host", "Mail server", checked_ascii, required=True),
         Field("security", "security", "starttls, tls, none (empty: starttls)", checked_security),
         Field("port", "port", "Port (empty: 587, with tls 465, with none 25)", checked_port),
-        Field("user", "user", "User name to log in (empty: no login)", checked_login),
-        Field("password", "password", "Password (empty: none)", checked_login, secret=True),
+        Field("user", "user", "User name to log in (empty: no login)", checked_ascii),
+        Field("password", "password", "Password (empty: none)", checked_ascii, secret=True),
         Field("sender", "from", "From", checked_address, required=True),
         Field("to", "to", "To, with commas between several", checked_addresses, required=True),
         _MESSAGE,
@@ -5021,8 +5018,6 @@ def send_command(notifier: Notifier, batch: Sequence[Facts], deadline_mono: floa
     import tempfile
 
     argv = notifier.arguments["command"]
-    secret = ("AIMWATCH_PING_URL", "NOTIFY_SOCKET")
-    environ = {name: value for name, value in os.environ.items() if name not in secret}
     # Files and no pipes: the program need not read, and what it leaves behind may hold both open.
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stderr:
         stdin.write(json.dumps(document(notifier.arguments.get("message"), batch)).encode() + b"\n")
@@ -5030,7 +5025,7 @@ def send_command(notifier: Notifier, batch: Sequence[Facts], deadline_mono: floa
         files: Dict[str, Any] = {"stdin": stdin, "stdout": subprocess.DEVNULL, "stderr": stderr}
         with _starting:
             # A session of its own, so that what it starts is ended with it.
-            process = subprocess.Popen(argv, env=environ, start_new_session=True, **files)
+            process = subprocess.Popen(argv, start_new_session=True, **files)
             _programs.add(process.pid)
         try:
             status = process.wait(max(0.0, deadline_mono - time.monotonic()))
@@ -5073,8 +5068,7 @@ def judge_mail(error: Exception) -> Outcome:
     codes = [code for code, _ in getattr(error, "recipients", {}).values()]
     codes = codes or [getattr(error, "smtp_code", 0)]
     kind = REFUSED if isinstance(error, smtplib.SMTPDataError) else BROKEN
-    if not all(500 <= code < 600 for code in codes):
-        kind = BROKEN if isinstance(error, smtplib.SMTPNotSupportedError) else RETRY
+    kind = kind if all(500 <= code < 600 for code in codes) else RETRY
     # What is said of a login may quote it.
     said = codes[0] if isinstance(error, smtplib.SMTPAuthenticationError) else error
     return Outcome(kind, f"{type(error).__name__}: {said}")

@@ -5360,7 +5360,7 @@ class DamagedConfig(NotifierCase):
             ({"type": "slack", "arguments": {"url": None}}, "argument 'url' is missing"),
             ({"type": "slack", "arguments": {"url": [1]}}, "argument 'url' must start with http"),
             ({"type": "workplace", "arguments": {"group_id": 1}}, "'access_token' is missing"),
-            ({"type": "workplace", "arguments": {**group, "access_token": [1, 2]}}, "must be one word"),
+            ({"type": "workplace", "arguments": {**group, "access_token": "\0"}}, "must be one line"),
             ({"type": "workplace", "arguments": {**group, "base_url": "ftp://x"}}, "must start with http"),
             ({"type": "slack", "arguments": slack, "events": "oops"}, events),
             ({"type": "slack", "arguments": slack, "events": [[]]}, events),
@@ -5411,10 +5411,9 @@ class CheckedValues(unittest.TestCase):
                 "https://h/SECRET\r\nHost: x", "https://hé/SECRETSECRET", "https://h/SECRETSECRET\x00", "https://h:port/x",
                 "https://[::1/x", "https://u:SECRET@h/x", "http://SECRET@h/x", "http://u:SECRET@h:80", "https://h\\SECRET",
             )),
-            (aimwatch.checked_word, "must be one word of printable ASCII", (
-                "", " ", "SECRET SECRET", "SECRET\nX: y", "SECRET\r\nX", "SECRÉT", "a\x7fb", "\0",
+            (aimwatch.checked_ascii, "must be one line of printable ASCII", (
+                "", "SECRET\n", "SECRET\nX: y", "SECRET\r\nX", "SECRÉT", "a\x7fb", "\0",
             )),
-            (aimwatch.checked_login, "must be printable ASCII, which is all", ("", "SECRÉT", "SECRET\n", "\0")),
             (aimwatch.checked_group, "must be letters and digits", ("", "1/2", "1 2", "../x", "x" * 65, "é", "1\n2")),
             (aimwatch.checked_port, "must be the number of a port", (0, -1, 655360, "", "x", "1.5", "²", True)),
             (aimwatch.checked_address, "must be a mail address", ("", "root", "a b@c", "a@b@c", "<a@b>", "a@b\nBcc: c@d", "é@b")),
@@ -6095,7 +6094,7 @@ class Mail(NotifierCase):
                 server = self.server(tls)
                 os.environ.pop("SSL_CERT_FILE", None)
                 outcome = self.send(server, security=security, **more)
-                self.assertEqual(outcome.kind, "broken" if tls is None else "retry")
+                self.assertEqual(outcome.kind, "retry")
                 self.assertIn(detail, outcome.detail)
                 self.assertFalse([line for line in server.said if "AUTH" in line])
 
@@ -6262,22 +6261,18 @@ class Commands(NotifierCase):
             self.assertIn("stalled", found["text"])
             self.assertLessEqual(len(found["text"]), 3000)
 
-    def test_how_a_program_ends_is_judged_and_it_inherits_no_secret(self) -> None:
-        os.environ["AIMWATCH_PING_URL"] = "https://ping.example/SECRET"
-        for path, detail in (
-            (f"{self.root}/missing", "No such file or directory"),
-            (self.root, "Permission denied"),
-        ):
+    def test_how_a_program_ends_is_judged(self) -> None:
+        missing = f"{self.root}/missing"
+        for path, detail in ((missing, "No such file or directory"), (self.root, "Permission denied")):
             outcome = self.run_program(path)
-            self.assertEqual(
-                (outcome.kind, detail in outcome.detail, path in outcome.detail), ("retry", True, True)
-            )
+            self.assertEqual(outcome.kind, "retry")
+            self.assertRegex(outcome.detail, f"{detail}.*{path}")
         for text, kind, detail in (
             ("exit 0", "sent", "exited with status 0"),
             ("kill -9 $$", "retry", "was killed by signal 9"),
             ("exec < /dev/null", "sent", "exited with status 0"),
-            ('echo "[$AIMWATCH_PING_URL]\033" >&2; head -c 300000 /dev/zero >&2; exit 3', "retry",
-             "exited with status 3: []\\x1b"),
+            ('echo "[\033" >&2; head -c 300000 /dev/zero >&2; exit 3', "retry",
+             "exited with status 3: [\\x1b"),
         ):  # fmt: skip
             with self.subTest(text):
                 outcome = self.run_program(self.script(text), batch=[facts_of(run_reason="x" * 900)] * 100)
@@ -7235,7 +7230,7 @@ class NotifiersAdd(NotifierCase):
             (("slack", "--webhook-url-file", self.root), "Is a directory: "),
             (("slack", "--webhook-url-file", no_text), "--webhook-url: must start with https:// or http://"),
             (("slack", "--webhook-url-file", "-"), "--webhook-url: this is needed$"),
-            ((*group, "--access-token-file", two_lines), "--access-token: must be one word of printable ASCII"),
+            ((*group, "--access-token-file", two_lines), "--access-token: must be one line of printable ASCII"),
             ((*slack, "--message", "{run.oops}"), "--message: names {run.oops}, which does not exist: use {event}, "),
             ((*slack, "--message", "{run.hash.__class__}"), "--message: names {run.hash.__class__}, which does not"),
             ((*hook, "--header", "no colon SECRET"), "--header: must be 'Name: value'"),
@@ -7364,7 +7359,7 @@ class OnATerminal(TerminalCase, NotifierCase):
     """`notifiers add` as a person sees it."""
 
     def test_secrets_are_not_echoed_and_ctrl_c_saves_nothing(self) -> None:
-        secret, token = b"(not shown): ", (f"{TOKEN} x\n", b"Access token (not shown): ")
+        secret, token = b"(not shown): ", (f"{TOKEN}é\n", b"Access token (not shown): ")
         slack = (
             ("slack\n", b"URL " + secret), (f"{GOOD_URL}\n", b"(empty for the default): "), ("hello\n", b"(empty: none): "),
             ("\n", b"(empty: all): "), ("\n", b"finishes? [y/N]: "), ("\n", b"above? [Y/n]: "), ("y\n", b"now? [Y/n]: "),
