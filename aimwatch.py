@@ -7172,6 +7172,10 @@ def point_columns(points: List[List[Any]]) -> Dict[str, Any]:
     return {name: array.array("d", column) for name, column in columns.items()}
 
 
+#: How many bytes of a log are taken in at once.
+MAX_TAKEN = 4 * MAX_LOG_MESSAGE
+
+
 class LogFollower:
     """The points and messages of a log that grows: what was read is not read again."""
 
@@ -7191,31 +7195,27 @@ class LogFollower:
                 self.points, self.messages = {}, deque(maxlen=500)
             while True:
                 file.seek(self._offset)
-                lines = [line for line in file.readlines(1 << 18) if line.endswith(b"\n")]
-                if not lines:
+                data = file.read(MAX_TAKEN)
+                end = data.rfind(b"\n") + 1
+                if not end and len(data) < MAX_TAKEN:
                     return self
-                self._take(lines)
-                self._offset += sum(map(len, lines))
+                self._take(data[:end].split(b"\n"))
+                self._offset += end or len(data)  # of a longer line, which is no point and no message
 
     def _take(self, lines: List[bytes]) -> None:
-        """Take in lines: all at once, in a third of the time, or one by one where some are damaged."""
+        """Take in lines; their points all at once, in a third of the time, or one by one where some are
+        damaged."""
+        self.messages.extend(filter(None, map(parse_message, lines)))
+        lines = [line for line in lines if line.startswith(b"[")]
         series: Dict[int, List[Any]] = {}
-        messages = []
         try:
-            rows = json.loads(b"[%s]" % b",".join(lines))
-            if len(rows) != len(lines):
-                raise ValueError("torn lines that make one")
-            for row, line in zip(rows, lines):
-                if type(row) is list:
-                    series.setdefault(int(row[0]), []).append(row)
-                elif message := parse_message(line):
-                    messages.append(message)
+            for point in json.loads(b"[%s]" % b",".join(lines)):
+                series.setdefault(int(point[0]), []).append(point)
             new = {series_id: point_columns(points) for series_id, points in series.items()}
         except MALFORMED:
             for line in lines if len(lines) > 1 else ():
                 self._take([line])
             return
-        self.messages.extend(messages)
         for series_id, columns in new.items():
             known = self.points.setdefault(series_id, {})
             for name, column in columns.items():
@@ -7406,13 +7406,14 @@ class Site:
 
     def answer(self, path: str, query: str, known_etag: str = "") -> Reply:
         """Return the answer to GET of a path below the base path; 304 where `known_etag` is still true."""
-        found = [(route, match) for route in _ROUTES if (match := re.fullmatch(route[0], path))]
-        if not found:
-            if not any(re.fullmatch(route[0], f"{path}/") for route in _ROUTES):
-                return self._error(path, 404, "There is no such page.")
-            where = path.rpartition("/")[2] + "/" + ("?" + query if query else "")
-            return Reply(301, headers=(("Location", where),))
-        (route, match), *_ = found
+        for route in _ROUTES:
+            if match := re.fullmatch(route[0], path):
+                break
+            if re.fullmatch(route[0], f"{path}/"):
+                where = path.rpartition("/")[2] + "/" + ("?" + query if query else "")
+                return Reply(301, headers=(("Location", where),))
+        else:
+            return self._error(path, 404, "There is no such page.")
         hashes = match.groups()
         try:
             if not os.path.isdir(self.paths.aim):
@@ -7762,99 +7763,96 @@ polyline { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linecap: 
   td::before { content: attr(data-name); color: #777; position: absolute; left: .6em; } }
 """
 PAGE_JS = r"""
-"use strict";
-(() => {
-  const all = (what, from = document) => [...from.querySelectorAll(what)];
-  let pointer = null, reading = null, start = null;
+const all = (what, from = document) => [...from.querySelectorAll(what)];
+let pointer = null, reading = null, start = null;
 
-  // Takes over what has changed of a page. Where somebody types, and what is ticked or open, stays.
-  function swap(page) {
-    const kept = new Set(all("[name=run]:checked, details[open]").map(item => item.value || item.id));
-    for (const old of all("section")) if (!page.getElementById(old.id)) old.remove();
-    for (const fresh of all("section", page)) {
-      const old = document.getElementById(fresh.id);
-      if (!old) document.querySelector("main").append(fresh);
-      else if (!old.isEqualNode(fresh) && !old.querySelector("input:focus, select:focus, svg:focus"))
-        old.replaceWith(fresh);
-    }
-    for (const item of all("[name=run], details")) item.checked = item.open = kept.has(item.value || item.id);
-    document.title = page.title;
-    hover();
+// Takes over what has changed of a page. Where somebody types, and what is ticked or open, stays.
+function swap(page) {
+  const kept = new Set(all("[name=run]:checked, details[open]").map(item => item.value || item.id));
+  for (const old of all("section")) if (!page.getElementById(old.id)) old.remove();
+  for (const fresh of all("section", page)) {
+    const old = document.getElementById(fresh.id);
+    if (!old) document.querySelector("main").append(fresh);
+    else if (!old.isEqualNode(fresh) && !old.querySelector("input:focus, select:focus, svg:focus"))
+      old.replaceWith(fresh);
   }
-  async function refresh() {
-    if (start || document.hidden) return;
-    let trouble = "";
-    try {
-      const answer = await fetch(location.href, {cache: "no-cache"});
-      const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-      if (answer.ok) swap(page);
-      else trouble = (page.querySelector("pre") ?? page.body).textContent;
-    } catch {
-      trouble = "no answer; trying again";
-    }
-    document.querySelector("output").textContent = trouble;
+  for (const item of all("[name=run], details")) item.checked = item.open = kept.has(item.value || item.id);
+  document.title = page.title;
+  hover();
+}
+async function refresh() {
+  if (start || document.hidden) return;
+  let trouble = "";
+  try {
+    const answer = await fetch(location.href, {cache: "no-cache"});
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    if (answer.ok) swap(page);
+    else trouble = (page.querySelector("pre") ?? page.body).textContent;
+  } catch {
+    trouble = "no answer; trying again";
   }
+  document.querySelector("output").textContent = trouble;
+}
 
-  const chartAt = target => target?.closest?.("svg.chart");
-  // The points of a chart, each as where it lies, the number of its curve, x and y.
-  const points = chart => JSON.parse(chart.dataset.points);
-  const nearest = (found, at) => found.reduce((a, b) => Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a);
-  // Writes what lies nearest to a place beside the name of a chart and into its legend, and marks the way
-  // to it from where a drag began.
-  function read(chart, at) {
-    const figure = chart.closest("figure"), rect = chart.querySelector("rect"), axis = figure.dataset.axis;
-    const [name, ...legend] = all("b", figure), found = points(chart);
-    if (!found.length) return;
-    reading = nearest(found, at);
-    const [left, right] = [reading[0], (start ?? reading)[0]].sort((a, b) => a - b);
-    rect.setAttribute("x", left - .5);
-    rect.setAttribute("width", right - left + 1);
-    const words = x => axis === "time" ? new Date(x * 1000).toLocaleString() : x;
-    name.textContent = axis + " " + words(reading[2]);
-    legend.forEach((item, nth) => {
-      const own = found.filter(point => point[1] === nth);
-      const [, , x, y] = own.length ? nearest(own, reading[0]) : reading;
-      item.textContent = !own.length ? "" : +y.toPrecision(8) + (x === reading[2] ? "" : " at " + words(x));
-    });
-  }
-  function hover() {
-    const chart = pointer && chartAt(document.elementFromPoint(pointer.clientX, pointer.clientY));
-    if (!chart) return;
-    const matrix = chart.querySelector("svg").getScreenCTM().inverse();
-    read(chart, new DOMPoint(pointer.clientX, 0).matrixTransform(matrix).x);
-  }
-  function zoom(from, to) {
-    const url = new URL(location.href);
-    url.searchParams.set("from", from);
-    url.searchParams.set("to", to);
-    history.replaceState(null, "", url);
-    document.activeElement.blur();
-    refresh();
-  }
-  addEventListener("mousemove", event => {
-    pointer = event;
-    hover();
+const chartAt = target => target?.closest?.("svg.chart");
+// The points of a chart, each as where it lies, the number of its curve, x and y.
+const points = chart => JSON.parse(chart.dataset.points);
+const nearest = (found, at) => found.reduce((a, b) => Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a);
+// Writes what lies nearest to a place beside the name of a chart and into its legend, and marks the way
+// to it from where a drag began.
+function read(chart, at) {
+  const figure = chart.closest("figure"), rect = chart.querySelector("rect"), axis = figure.dataset.axis;
+  const [name, ...legend] = all("b", figure), found = points(chart);
+  if (!found.length) return;
+  reading = nearest(found, at);
+  const [left, right] = [reading[0], (start ?? reading)[0]].sort((a, b) => a - b);
+  rect.setAttribute("x", left - .5);
+  rect.setAttribute("width", right - left + 1);
+  const words = x => axis === "time" ? new Date(x * 1000).toLocaleString() : x;
+  name.textContent = axis + " " + words(reading[2]);
+  legend.forEach((item, nth) => {
+    const own = found.filter(point => point[1] === nth);
+    const [, , x, y] = own.length ? nearest(own, reading[0]) : reading;
+    item.textContent = !own.length ? "" : +y.toPrecision(8) + (x === reading[2] ? "" : " at " + words(x));
   });
-  addEventListener("mousedown", event => {
-    if (!chartAt(event.target) || event.button) return;
-    event.preventDefault();
-    start = reading;
-  });
-  addEventListener("mouseup", () => {
-    const ends = start ? [start[2], reading[2]] : [0, 0];
-    start = null;
-    if (ends[0] !== ends[1]) zoom(Math.min(...ends), Math.max(...ends));
-  });
-  addEventListener("dblclick", event => chartAt(event.target) && zoom("", ""));
-  addEventListener("keydown", event => {
-    const chart = chartAt(event.target), way = {ArrowLeft: -1, ArrowRight: 1}[event.key];
-    if (!chart || !way) return;
-    event.preventDefault();
-    const beyond = points(chart).filter(point => (point[0] - (reading?.[0] ?? -1)) * way > 0);
-    if (beyond.length) read(chart, nearest(beyond, reading?.[0] ?? 0)[0]);
-  });
-  setInterval(refresh, 2000);
-})();
+}
+function hover() {
+  const chart = pointer && chartAt(document.elementFromPoint(pointer.clientX, pointer.clientY));
+  if (!chart) return;
+  const matrix = chart.querySelector("svg").getScreenCTM().inverse();
+  read(chart, new DOMPoint(pointer.clientX, 0).matrixTransform(matrix).x);
+}
+function zoom(from, to) {
+  const url = new URL(location.href);
+  url.searchParams.set("from", from);
+  url.searchParams.set("to", to);
+  history.replaceState(null, "", url);
+  document.activeElement.blur();
+  refresh();
+}
+addEventListener("mousemove", event => {
+  pointer = event;
+  hover();
+});
+addEventListener("mousedown", event => {
+  if (!chartAt(event.target) || event.button) return;
+  event.preventDefault();
+  start = reading;
+});
+addEventListener("mouseup", () => {
+  const ends = start ? [start[2], reading[2]] : [0, 0];
+  start = null;
+  if (ends[0] !== ends[1]) zoom(Math.min(...ends), Math.max(...ends));
+});
+addEventListener("dblclick", event => chartAt(event.target) && zoom("", ""));
+addEventListener("keydown", event => {
+  const chart = chartAt(event.target), way = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+  if (!chart || !way) return;
+  event.preventDefault();
+  const beyond = points(chart).filter(point => (point[0] - (reading?.[0] ?? -1)) * way > 0);
+  if (beyond.length) read(chart, nearest(beyond, reading?.[0] ?? 0)[0]);
+});
+setInterval(refresh, 2000);
 """
 
 # -------------------------------------------------------------------------- server

@@ -71,6 +71,7 @@ import termios
 import threading
 import time
 import traceback
+import tracemalloc
 import types
 import unittest
 import urllib.parse
@@ -9546,6 +9547,14 @@ class Followers(StoredCase):
                     file.write(good + junk)
                 follower._identity = (0, 0)
                 self.assertEqual(len(follower.read().points[1]["value"]), count)
+        with open(path, "wb") as file:
+            file.write(good)
+            file.seek(64 << 20)  # a hole in place of a line's end
+            file.write(b"\n[1,2,2.5,11.0]\n")
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        self.assertEqual(len(aimwatch.LogFollower(path).read().points[1]["value"]), 2)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 8 << 20)
 
 
 class Pages(StoredCase):
