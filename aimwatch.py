@@ -65,9 +65,9 @@ memory: the registry of `FileLock`; one of each `Run`; one of the `Outbox`, for 
 
 Threads of a training process: one of `_Stacks` from the first report on, and on a network file system one
 of `AppendFile`, which syncs. Threads of `start`: the poll; `ReindexThread`; a `NotifierThread` for each
-notifier; `SightAlarm` for a repository that does not answer; `Pinger`; `_LogThread`, which prints. Threads of
-`up`: one that accepts, and one for each connection, 32 at most; `ReindexThread`; with `--watch` those of
-`start` but `Pinger`; `_LogThread`.
+notifier; `watch_sight` for a repository that does not answer; `ping_when`; `_LogThread`, which prints.
+Threads of `up`: one that accepts, and one for each connection, 32 at most; `ReindexThread`; with `--watch`
+those of `start` but `ping_when`; `_LogThread`.
 """
 
 from __future__ import annotations
@@ -6606,66 +6606,46 @@ def sd_notify(text: str) -> None:
 SIGHT_CHECK_S = 1.5
 
 
-class SightAlarm(threading.Thread):
-    """Alerts, once, when the watcher does not see the repository for a while: the share is away, or the
-    look does not come back. What it alerts is in no outbox, since that lies on the share."""
-
-    def __init__(self, watcher: Watcher) -> None:
-        super().__init__(name="aimwatch-sight", daemon=True)
-        self._watcher = watcher
-        self._looks = watcher.looks
-        #: How many checks have found no new look. While the process was stopped there was none.
-        self._blind_checks = 0
-
-    def run(self) -> None:
-        while not self._watcher.closed:
-            self.check()
-            time.sleep(SIGHT_CHECK_S)
-
-    def check(self) -> None:
-        """Compare the watcher with what it was SIGHT_CHECK_S ago."""
-        watcher, root = self._watcher, self._watcher.paths.root
-        limit = math.ceil((HOLD_S + watcher.poll_interval_s) / SIGHT_CHECK_S)
-        was_blind, self._blind_checks = self._blind_checks >= limit, self._blind_checks + 1
-        if watcher.looks != self._looks:
-            self._looks, self._blind_checks = watcher.looks, 0
-        if was_blind and not self._blind_checks:
+def watch_sight(watcher: Watcher, wait: Callable[[float], Any] = time.sleep) -> None:
+    """Alert, once, when the watcher does not see the repository for a while: the share is away, or the look
+    does not come back. What it alerts is in no outbox, since that lies on the share."""
+    limit, root = math.ceil((HOLD_S + watcher.poll_interval_s) / SIGHT_CHECK_S), watcher.paths.root
+    # How many checks have found no new look. While the process was stopped there was none.
+    looks, blind_checks = watcher.looks, 0
+    while not watcher.closed:
+        wait(SIGHT_CHECK_S)
+        was_blind, blind_checks = blind_checks >= limit, blind_checks + 1
+        if watcher.looks != looks:
+            looks, blind_checks = watcher.looks, 0
+        if was_blind and not blind_checks:
             what = "can be read again; its runs are watched"
-        elif self._blind_checks == limit:
+        elif blind_checks == limit:
             why = watcher.trouble or "the look does not come back: the file system hangs, or is very slow"
             what = f"cannot be read for {human_s(HOLD_S)} ({why}): no run in it is watched until it can"
         else:
-            return
+            continue
         reason = f"the repository {root} {what}"
         log.error("%s", reason)
         watcher.dispatcher.alarm(trouble(f"sight-{time.time():.2f}", root, reason))
 
 
-class Pinger(threading.Thread):
-    """GETs a URL after every healthy poll, in a thread of its own: a dead-man's switch behind it
-    raises the alarm when this stops."""
+def ping(url: str, was_failing: bool = False) -> bool:
+    """GET a URL behind which a dead-man's switch waits. Return whether that failed; the log says when it
+    begins to fail, and when it works again."""
+    notifier = Notifier("ping", "webhook", True, {"url": url}, (), None)
+    outcome = try_once(notifier, lambda until: post("webhook", url, until))
+    if (outcome.kind != SENT) != was_failing:
+        state = "is reached again" if was_failing else "cannot be reached"
+        log.warning("the ping URL %s: %s", state, outcome.detail)
+    return outcome.kind != SENT
 
-    def __init__(self, url: str) -> None:
-        super().__init__(name="aimwatch-ping", daemon=True)
-        self._notifier = Notifier("ping", "webhook", True, {"url": url}, (), None)
-        #: Set when a poll went well.
-        self.due = threading.Event()
-        self._failing = False
 
-    def run(self) -> None:
-        while self.due.wait():
-            self.due.clear()
-            self.ping()
-
-    def ping(self) -> None:
-        """GET the URL once; say so in the log when that begins to fail, and when it works again."""
-        url = self._notifier.arguments["url"]
-        outcome = try_once(self._notifier, lambda until: post("webhook", url, until))
-        failing = outcome.kind != SENT
-        if failing != self._failing:
-            self._failing = failing
-            state = "cannot be reached" if failing else "is reached again"
-            log.warning("the ping URL %s: %s", state, outcome.detail)
+def ping_when(due: threading.Event, url: str) -> None:
+    """Ping each time that `due` is set, in a thread of its own: no server delays a poll."""
+    failing = False
+    while due.wait():
+        due.clear()
+        failing = ping(url, failing)
 
 
 # ======================================================================================
@@ -8266,7 +8246,7 @@ def _watch(
 ) -> int:
     paths, site, reindexing = watcher.paths, Site(watcher.paths), ReindexThread(watcher.paths)
     watcher.on_dead = reindexing.reindexer.note_dead
-    pinger = Pinger(ping_url) if ping_url else None
+    ping_due = threading.Event()
     try:
         watcher.poll()
         live = watcher.counts()
@@ -8276,16 +8256,16 @@ def _watch(
             f"poll every {human_s(watcher.poll_interval_s)}; notifying {watcher.dispatcher.describe()}"
         )
         sd_notify(f"READY=1\nSTATUS=watching {paths.root}")
-        if pinger is not None:
-            pinger.start()
-        SightAlarm(watcher).start()
+        if ping_url:
+            threading.Thread(target=ping_when, args=(ping_due, ping_url), daemon=True).start()
+        threading.Thread(target=watch_sight, args=(watcher,), daemon=True).start()
         reindexing.start()
         while not stop.is_set():
             begun = time.monotonic()
             watcher.poll()
             sd_notify("WATCHDOG=1")
-            if pinger is not None and not watcher.trouble:
-                pinger.due.set()
+            if not watcher.trouble:
+                ping_due.set()
             _write_metrics(site, metrics_file)
             if sys.stderr.isatty():
                 counts = ", ".join(f"{count} {state}" for state, count in watcher.counts().items() if count)
@@ -8307,7 +8287,7 @@ def _one_pass(watcher: Watcher, stop: threading.Event, args: Any) -> int:
         stop.wait(watcher.poll_interval_s)  # the next pass may come in an hour
         watcher.poll()
     if args.ping_url and not watcher.trouble:
-        Pinger(args.ping_url).ping()
+        ping(args.ping_url)
     deadline = time.monotonic() + ATTEMPT_S + 1
     while watcher.dispatcher.is_behind() and time.monotonic() < deadline and not stop.wait(0.01):
         pass
@@ -8366,15 +8346,12 @@ def cmd_init(args: Any) -> None:
     given = args.repo if args.repo is not None else os.environ.get("AIMWATCH_REPO") or os.getcwd()
     if args.owner and not args.group:
         raise AimwatchError("--owner has a meaning with --group alone")
-    try:
-        print(f"repository already at {find_repo(given).root}")
-    except RepoError:
-        print(f"created a repository at {find_repo(given, create=True).root}")
+    paths, who = find_repo(given, create=True), args.owner or "you"
+    print(f"repository at {paths.root}")
     if args.group:
         import grp
         import pwd
 
-        paths, who = find_repo(given, create=True), args.owner or "you"
         try:
             paths.share(grp.getgrnam(args.group).gr_gid, pwd.getpwnam(who).pw_uid if args.owner else -1)
         except (KeyError, OSError) as error:

@@ -8081,12 +8081,18 @@ class TestWatcherRestarted(WatchCase):
 
 
 class TestUnreachableRepository(WatchCase):
-    def watch(self, **options: Any) -> aimwatch.Watcher:
-        watcher = super().watch(**options)
-        self.alarm = aimwatch.SightAlarm(watcher)
-        self.alarms: List[str] = []
-        watcher.dispatcher.alarm = lambda event: self.alarms.append(event.facts["run.reason"])  # type: ignore
-        return watcher
+    def alarms_during(self, watcher: aimwatch.Watcher, steps: Iterator[Any]) -> List[Tuple[int, str]]:
+        """Have it checked after each of some steps whether the watcher sees; return after which it alerted."""
+        found, waits = [], []
+        watcher.dispatcher.alarm = lambda event: found.append((len(waits), event.facts["run.reason"]))  # type: ignore
+
+        def wait(seconds: float) -> None:
+            next(steps)
+            waits.append(seconds)
+
+        with self.assertRaises(StopIteration):
+            aimwatch.watch_sight(watcher, wait)
+        return found
 
     def test_it_is_told_once_itself_and_counts_against_no_run(self) -> None:
         self.check_in("a", 1, expect=3)
@@ -8094,20 +8100,20 @@ class TestUnreachableRepository(WatchCase):
         watcher, away = self.watch(), os.path.join(self.root, "away")
         self.look(watcher, 4)
         os.rename(self.paths.check_ins, away)
-        with self.assertLogs(aimwatch.log, "WARNING") as logged:
-            for checks, alarms in ((21, 0), (1, 1), (100, 1)):
-                for _ in range(checks):
-                    self.look(watcher, 2)
-                    self.alarm.check()
-                self.assertEqual(len(self.alarms), alarms)
+
+        def steps() -> Iterator[None]:
+            for _ in range(100):
+                yield self.look(watcher, 2)
             os.rename(away, self.paths.check_ins)
-            self.look(watcher, 2)
-            self.alarm.check()
+            yield self.look(watcher, 2)
+
+        with self.assertLogs(aimwatch.log, "WARNING") as logged:
+            alarms = self.alarms_during(watcher, steps())
         self.assertEqual(self.told(), [])
-        self.assertEqual(self.alarms, [
-            f"the repository {self.root} cannot be read for 30 s (No such file or directory): no run in it is watched"
-            " until it can",
-            f"the repository {self.root} can be read again; its runs are watched",
+        self.assertEqual(alarms, [
+            (21, f"the repository {self.root} cannot be read for 30 s (No such file or directory): no run in it is"
+                 " watched until it can"),
+            (101, f"the repository {self.root} can be read again; its runs are watched"),
         ])  # fmt: skip
         said = [item.getMessage() for item in logged.records]
         self.assertEqual(sum("cannot list" in message for message in said), 1)
@@ -8118,15 +8124,16 @@ class TestUnreachableRepository(WatchCase):
 
     def test_look_that_does_not_come_back_is_told_and_its_return_too(self) -> None:
         watcher = self.watch(poll_interval_s=10.0)
-        for checks, alarms in ((26, 0), (1, 1), (100, 1)):
-            for _ in range(checks):
-                self.alarm.check()
-            self.assertEqual(len(self.alarms), alarms)
-        self.assertIn("(the look does not come back: the file system hangs, or is very slow)", self.alarms[0])
-        watcher.poll()
-        for _ in range(3):
-            self.alarm.check()
-        self.assertEqual([("can be read again" in alarm) for alarm in self.alarms], [False, True])
+
+        def steps() -> Iterator[Any]:
+            yield from range(100)
+            yield watcher.poll()
+            yield from range(3)
+
+        hangs, back = self.alarms_during(watcher, steps())
+        self.assertEqual((hangs[0], back[0]), (27, 101))
+        self.assertIn("(the look does not come back: the file system hangs, or is very slow)", hangs[1])
+        self.assertIn("can be read again", back[1])
 
 
 class TestSweep(WatchCase):
@@ -10712,9 +10719,9 @@ class TestCommandLine(Case):
         for given in ("new", os.path.join("other", ".aim"), "third" + os.sep):
             with self.subTest(given=given):
                 root = os.path.join(self.root, given.split(os.sep)[0])
-                for text in ("created a repository at", "repository already at"):
+                for _ in range(2):
                     found = self.run_cli("--repo", os.path.join(self.root, given), "init")
-                    self.assertEqual(found, (0, f"{text} {root}\n", ""))
+                    self.assertEqual(found, (0, f"repository at {root}\n", ""))
                 self.assertTrue(os.path.isdir(os.path.join(root, ".aim", "check_ins")))
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(root)
@@ -10723,7 +10730,7 @@ class TestCommandLine(Case):
             err = self.run_main("--repo", "", command)[2]
             self.assertIn("'' is no folder: give the one that holds .aim", err)
         self.assertEqual(os.listdir(root), [])
-        self.assertEqual(self.run_main("init"), (0, f"created a repository at {root}\n", ""))
+        self.assertEqual(self.run_main("init"), (0, f"repository at {root}\n", ""))
 
     def test_every_command_and_option_has_help(self) -> None:
         self.assertEqual(self.run_cli("--version"), (0, f"aimwatch {aimwatch.__version__}\n", ""))
