@@ -1889,11 +1889,10 @@ def _float_of(value: Any) -> Optional[float]:
 def checked_expect_s(value: Any) -> float:
     """Return a promise in seconds as a float. Raises ArgumentTypeError or ArgumentError."""
     number = None if isinstance(value, bool) else _float_of(value)
-    if number is None:
-        raise ArgumentTypeError(f"expect_next_in must be seconds (0: none) or 'auto', not {brief(value)}")
-    if not 0 <= number <= MAX_EXPECT_S:
-        raise ArgumentError(f"expect_next_in must be from 0 to {MAX_EXPECT_S} seconds, not {brief(value)}")
-    return number
+    if number is not None and 0 <= number <= MAX_EXPECT_S:
+        return number
+    kind = ArgumentTypeError if number is None else ArgumentError
+    raise kind(f"expect_next_in must be 'auto' or from 0 to {MAX_EXPECT_S} seconds, not {brief(value)}")
 
 
 class Rhythm:
@@ -2945,10 +2944,9 @@ def _number(value: Any, name: Any) -> Optional[float]:
 
 
 def _checked_step(step: Any) -> int:
-    if not hasattr(step, "__index__") and not (isinstance(step, float) and step.is_integer()):
-        raise ArgumentTypeError(f"step must be an integer, not {brief(step)}")
-    if not -MAX_STEP <= int(step) < MAX_STEP:
-        raise ArgumentError(f"step {brief(step)} does not fit in 64 bits")
+    is_whole = hasattr(step, "__index__") or (isinstance(step, float) and step.is_integer())
+    if not is_whole or not -MAX_STEP <= int(step) < MAX_STEP:
+        raise ArgumentError(f"step must be an integer of at most 64 bit, not {brief(step)}")
     return int(step)
 
 

@@ -944,8 +944,7 @@ class HeartbeatPromise(HandDriven):
             self.assertEqual(self.check_ins() == names, is_the_same)
 
     def test_wrong_value_raises_and_writes_nothing(self) -> None:
-        wrong_type = "must be seconds (0: none) or 'auto', not "
-        wrong_value = "must be from 0 to 315360000 seconds, not "
+        text = "must be 'auto' or from 0 to 315360000 seconds, not "
         types_ = (None, "60", b"60", [60], 1j, True, 10**400, "aut", "AUTO", b"auto")
         values = (math.nan, math.inf, -math.inf, -1, -0.001, 315360001)
         run = self.run_object("r")
@@ -953,7 +952,7 @@ class HeartbeatPromise(HandDriven):
             before()
             was = self.check_ins(), self.records("r")
             for value in (*types_, *values):
-                error, text = (TypeError, wrong_type) if value in types_ else (ValueError, wrong_value)
+                error = TypeError if value in types_ else ValueError
                 with self.subTest(value=str(value)[:20]), self.assertRaises(error) as caught:
                     run.report_progress(expect_next_in=value)
                 self.assertIsInstance(caught.exception, aimwatch.AimwatchError)
@@ -3188,10 +3187,10 @@ class Tracking(RecordingCase):
             self.assertIn(message, str(caught.exception))
         for arguments, message in (
             ({"name": None}, "metric name must be a string, not NoneType"),
-            ({"step": "1"}, "step must be an integer, not '1'"),
-            ({"step": 1.5}, "step must be an integer, not 1.5"),
-            ({"step": 2**63}, f"step {2**63} does not fit in 64 bits"),
-            ({"step": 10**5000}, "does not fit in 64 bits"),
+            ({"step": "1"}, "step must be an integer of at most 64 bit, not '1'"),
+            ({"step": 1.5}, "64 bit, not 1.5"),
+            ({"step": 2**63}, "64 bit, not 9"),
+            ({"step": 10**5000}, "64 bit"),
             ({"epoch": "one"}, "epoch must be a number, not 'one'"),
             ({"epoch": 10**400}, "epoch must be a number, not 1000"),
             ({"context": "train"}, "context of metric 'm' must be a dict, not 'train'"),
