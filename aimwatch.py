@@ -56,12 +56,12 @@ Read first: `CheckIn`, `RunState`, `run_row`, `RunTable.take`, `Dispatcher.notif
   for each notifier sends it, through `message_for_batch` and a transport, and notes that.
 - A point: `Run.track` appends a line (`AppendFile.append`). `Reindexer` reads the log (`read_log`), makes
   a row of it (`run_row`) and stores it (`index_run`); the marker in `pending` goes after the commit.
-- A question: `Query` makes functions of a row of it. `Query.candidates` narrows the rows by what
+- A question: `Query` turns its text into functions of a row. `Query.candidates` narrows the rows by what
   the index knows; `Repo` adds the rows of pending runs from their logs; `matches` asks each row.
 
 Locks: `FileLock` on `pending/<hash>` (who writes the run), `index.lock`, `config.lock`, `watcher.lock`. In
-memory: the registry of `FileLock`; one of each `Run`; one of the `Outbox`, for its file; one of a
-`LogFollower`, for what it keeps; `_starting`, for programs of notifiers.
+memory: the registry of `FileLock`; one of each `Run`, of each `AppendFile` on a share, of the `Outbox` and of
+each `LogFollower`, for what they keep; `_starting`, for programs of notifiers.
 
 Threads of a training process: one of `_Stacks` from the first report on, and on a network file system one
 of `AppendFile`, which syncs. Threads of `start`: the poll; `ReindexThread`; a `NotifierThread` for each
