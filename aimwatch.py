@@ -1678,8 +1678,6 @@ class _Stacks:
         import faulthandler
         import tempfile
 
-        if thread not in [alive.ident for alive in threading.enumerate()]:
-            thread = threading.main_thread().ident or 0
         try:
             with tempfile.TemporaryFile() as local:  # nothing else of Python runs until all is written to it
                 faulthandler.dump_traceback(local)
@@ -2955,7 +2953,7 @@ def _param_path(key: Any) -> List[str]:
         return []
     parts = key if isinstance(key, tuple) else (key,)
     for part in parts:
-        if isinstance(part, bool) or not isinstance(part, (str, int)):
+        if not isinstance(part, (str, int)):
             raise ArgumentTypeError(f"a param's key must be a string, an int or a tuple, not {brief(part)}")
     return [_text(part) for part in parts]
 
