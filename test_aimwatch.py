@@ -7306,17 +7306,14 @@ class OnATerminal(TerminalCase, NotifierCase):
     """`notifiers add` as a person sees it."""
 
     def test_secrets_are_not_echoed_and_ctrl_c_saves_nothing(self) -> None:
-        secret, token = b"(not shown): ", (f"{TOKEN}é\n", b"Access token (not shown): ")
         slack = (
-            ("slack\n", b"URL " + secret), (f"{GOOD_URL}\n", b"(empty for the default): "), ("hello\n", b"(empty: none): "),
+            ("slack\n", b"URL (not shown): "), (f"{GOOD_URL}\n", b"(empty for the default): "), ("hello\n", b"(empty: none): "),
             ("\n", b"(empty: all): "), ("\n", b"finishes? [y/N]: "), ("\n", b"above? [Y/n]: "), ("y\n", b"now? [Y/n]: "),
         )  # fmt: skip
         workplace = (
-            ("workplace\n", b"Group ID: "),
-            ("1\n", b"token " + secret),
-            token,
+            ("workplace\n", b"Group ID: "), ("1\n", b"token (not shown): "), (f"{TOKEN}é\n", b"Access token (not shown): "),
             ("\x03", b"aborted\r\n"),
-        )
+        )  # fmt: skip
         for dialogue in (workplace, slack):
             self.assertFalse(os.path.exists(self.paths.config))
             self.open_terminal(sys.executable, MODULE, "--repo", self.root, "notifiers", "add")
@@ -9594,8 +9591,9 @@ class Pages(StoredCase):
                 self.assertNotRegex(re.sub('"[^"]*"', "", table), "x{301}")
         self.assertIn(f'<td data-name="experiment">{"s" * 30}</td>', self.get(""))
 
-    def test_nothing_new_is_304(self) -> None:
+    def test_what_is_not_new_is_neither_sent_nor_read_again(self) -> None:
         self.fill()
+        aimwatch.Repo(self.root).reindex()
         self.now = 1e9
         for path in ("", "run/live/", "api/runs", "metrics"):
             etag = self.site.answer(path, "").etag
@@ -9606,19 +9604,13 @@ class Pages(StoredCase):
             self.assertEqual(self.site.answer(path, "", etag).status, 304)
             self.live.track(9, "m")
             self.assertEqual(self.site.answer(path, "", etag).status, 200)
-
-    def test_answer_of_the_index_is_used_again_with_what_is_pending(self) -> None:
-        self.fill()
-        aimwatch.Repo(self.root).reindex()
-        self.get("")
         with mock.patch.object(aimwatch, "Repo", side_effect=AssertionError("asked again")):
             self.live.track(77, "m")
             self.assertIn("m=77 (step ", self.get(""))
             self.assertEqual(json.loads(self.get("api/runs", "columns=hash"))[0], {"hash": "live"})
-        self.live["n"] = 5
         self.live.report_successful_finish()
         self.live.close()
-        self.assertEqual(self.get("metrics").count('state="running"'), 0)
+        self.assertNotIn('state="running"', self.get("metrics"))
 
     def test_what_cannot_be_read_is_said(self) -> None:
         self.fill()
@@ -9679,13 +9671,11 @@ class Pages(StoredCase):
         names = re.findall(r"^# TYPE (\w+) gauge$", text, re.MULTILINE)
         self.assertEqual(len(names), len(set(names)))
         seen = []
-        for line in text.splitlines()[:-1]:
-            if not line.startswith("# TYPE "):
-                sample = re.fullmatch(rf"(\w+)((?:\{{{label}(?:,{label})*\}})?) (\S+)", line)
-                assert sample is not None, line
-                self.assertIn(sample[1], names)
-                self.assertTrue(math.isfinite(float(sample[3])))
-                seen.append(sample[1] + sample[2])
+        for line in re.findall("^[^#].*$", text, re.MULTILINE):
+            sample = re.fullmatch(rf"(\w+)((?:\{{{label}(?:,{label})*\}})?) ([-+.e0-9]+)", line)
+            assert sample is not None, line
+            self.assertIn(sample[1], names)
+            seen.append(sample[1] + sample[2])
         self.assertEqual(len(seen), len(set(seen)))
         self.assertLess(len(seen), 200)
         self.assertIn('aimwatch_runs{state="finished",experiment="other"} 31', text)
@@ -9913,9 +9903,6 @@ class InABrowser(UpCase):
             ready = "document.readyState == 'complete' && location.href != 'about:blank'"
             self.wait_for(lambda: browser.run(ready))
 
-        def figure() -> Any:
-            return browser.run("document.querySelector('figure').innerText")
-
         open_page(server.url)
         text = "document.body?.innerText ?? ''"  # the address with the key has led to the page
         self.wait_for(lambda: "<b>done</b>" in browser.run(text))
@@ -9927,16 +9914,17 @@ class InABrowser(UpCase):
         browser.run("document.querySelector('.chart').focus()")
         for key in ("ArrowRight", "ArrowRight"):
             browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
-        self.assertRegex(figure(), r"loss\s+step 1\s(?s:.*)loss 0\.5")
-        get_box = "(r => [r.x, r.y, r.width, r.height])(document.querySelector('.chart svg').getBoundingClientRect())"
-        box = browser.run(get_box)
-        xs, y = [box[0] + box[2] * part for part in (0.2, 0.5, 0.75)], box[1] + box[3] / 2
+        figure = "document.querySelector('figure').innerText"
+        self.assertRegex(browser.run(figure), r"loss\s+step 1\s(?s:.*)loss 0\.5")
+        box = browser.run("document.querySelector('.chart svg').getBoundingClientRect().toJSON()")
+        xs = [box["x"] + box["width"] * part for part in (0.2, 0.5, 0.75)]
+        y = box["y"] + box["height"] / 2
 
         def mouse(kind: str, x: float, clicks: int = 1) -> None:
             browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=clicks)
 
         mouse("mouseMoved", xs[0])
-        self.assertRegex(figure(), r"loss\s+step 10\s")
+        self.assertRegex(browser.run(figure), r"loss\s+step 10\s")
         for kind, x in zip(("mousePressed", "mouseMoved", "mouseReleased"), xs):
             mouse(kind, x)
         self.wait_for(lambda: browser.run("location.search").startswith("?from=10&to="))
@@ -9954,10 +9942,6 @@ class InABrowser(UpCase):
         self.wait_for(lambda: browser.run(count) > before)
         training.kill()
         self.wait_for(lambda: "failed" in browser.run(text), 40)
-        browser.call("Emulation.setScriptExecutionDisabled", value=True)
-        open_page(f"{origin}run/done/")
-        browser.call("Emulation.setScriptExecutionDisabled", value=False)
-        self.assertEqual(browser.run("document.querySelectorAll('svg.chart').length"), 1)
         loud = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
         self.assertEqual([event for event in browser.events if event.get("method") in loud], [])
         requests = (event for event in browser.events if event.get("method") == "Network.requestWillBeSent")
