@@ -6816,13 +6816,11 @@ class Program:
                     due[number] = now  # it may have asked for the size before it was right
                 else:
                     seen[number] = now
-                    due.pop(number, None)
             for number in os.read(caught_by_exec, 4096) if caught_by_exec in ready else b"":
-                if now - seen.get(number, -math.inf) > SAME_SIGNAL_S:
-                    due.setdefault(number, now + SAME_SIGNAL_S)
+                due.setdefault(number, now + SAME_SIGNAL_S)
             for number in [number for number, at in due.items() if at <= now]:
-                del due[number]
-                self._process.send_signal(number)
+                if seen.get(number, -math.inf) < due.pop(number) - 2 * SAME_SIGNAL_S:
+                    self._process.send_signal(number)
         self.status = self._process.returncode
         while self.targets and self.copy([], None if any(self._waiting.values()) else 0.0):
             pass
@@ -7647,40 +7645,37 @@ class Site:
     def metrics(self, ask: Optional[Ask] = None) -> str:
         """What a cluster's monitoring wants to know, as OpenMetrics text with bounded labels."""
 
-        def labels_of(**labels: str) -> str:
-            quoted = [json.dumps(printable(text, 100), ensure_ascii=False) for text in labels.values()]
-            return "{%s}" % ",".join(map("=".join, zip(labels, quoted)))
+        def label(name: str, text: str) -> str:
+            return f"{name}={json.dumps(printable(text, 100), ensure_ascii=False)}"
 
         status, now = self.status(), self._utc()
         live = [row for row in status["runs"] if row["state"] != FINISHED]
         ages = [max(0.0, now - row["last_check_in"]) for row in live if row["state"] != FAILED]
-        counts = sorted(self.counts(live).items(), key=lambda item: -item[1])
-        largest = list(dict.fromkeys(experiment for (_, experiment), _ in counts))[:50]
-        runs: Dict[str, float] = collections.defaultdict(float)
-        for (state, experiment), count in counts:
-            known = experiment if experiment in largest else "other"
-            runs[labels_of(state=state, experiment=known)] += count
-        broken, waits = {}, {}
-        for row in notifier_rows(self.paths)[:50]:
-            labels = labels_of(notifier=row["id"][:8], type=row["type"])
-            broken[labels], waits[labels] = row["problem"] is not None, row["waiting"]
         logs = map(self.paths.run_log, list_pending(self.paths))
         index_ns, *log_ns = [(file_stamp(path) or [0])[-1] for path in (self.paths.index, *logs)]
-        seen_at = status["watcher"]["seen_at"]
-        families: Dict[str, collections.abc.Mapping[str, float]] = {
-            "runs": runs,
-            "check_in_age_sum_seconds": {"": sum(ages)},
-            "check_in_age_max_seconds": {"": max(ages, default=0.0)},
-            "watcher_alive": {"": status["watcher"]["alive"]},
-            "watcher_look_age_seconds": {"": now - seen_at} if seen_at else {},
-            "notifier_broken": broken,
-            "notifier_waiting_events": waits,
-            "index_lag_seconds": {"": (max([index_ns, *log_ns]) - index_ns) / 1e9},
+        # By name and labels.
+        samples: Dict[Tuple[str, ...], float] = {
+            ("check_in_age_sum_seconds",): sum(ages),
+            ("check_in_age_max_seconds",): max(ages, default=0.0),
+            ("watcher_alive",): status["watcher"]["alive"],
+            ("index_lag_seconds",): (max([index_ns, *log_ns]) - index_ns) / 1e9,
         }
+        if status["watcher"]["seen_at"]:
+            samples["watcher_look_age_seconds",] = now - status["watcher"]["seen_at"]
+        counts = sorted(self.counts(live).items(), key=lambda item: -item[1])
+        largest = list(dict.fromkeys(experiment for (_, experiment), _ in counts))[:50]
+        for (state, experiment), count in counts:
+            known = experiment if experiment in largest else "other"
+            key = "runs", label("state", state), label("experiment", known)
+            samples[key] = samples.get(key, 0) + count
+        for row in notifier_rows(self.paths)[:50]:
+            of_it = label("notifier", row["id"][:8]), label("type", row["type"])
+            samples[("notifier_broken", *of_it)] = row["problem"] is not None
+            samples[("notifier_waiting_events", *of_it)] = row["waiting"]
         lines = []
-        for name, values in families.items():
+        for name, group in itertools.groupby(sorted(samples.items()), key=lambda item: item[0][0]):
             lines.append(f"# TYPE aimwatch_{name} gauge")
-            lines += [f"aimwatch_{name}{labels} {value:.6g}" for labels, value in values.items()]
+            lines += [f"aimwatch_{name}{{{','.join(key[1:])}}} {value:.6g}" for key, value in group]
         return "\n".join([*lines, "# EOF", ""])
 
 

@@ -9672,7 +9672,7 @@ class Pages(StoredCase):
         self.assertEqual(len(names), len(set(names)))
         seen = []
         for line in re.findall("^[^#].*$", text, re.MULTILINE):
-            sample = re.fullmatch(rf"(\w+)((?:\{{{label}(?:,{label})*\}})?) ([-+.e0-9]+)", line)
+            sample = re.fullmatch(rf"(\w+)(\{{(?:{label}(?:,{label})*)?\}}) ([-+.e0-9]+)", line)
             assert sample is not None, line
             self.assertIn(sample[1], names)
             seen.append(sample[1] + sample[2])
