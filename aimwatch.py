@@ -5262,22 +5262,18 @@ class Outbox:
                 self.apply(record)
 
     def forget_notifiers(self, keep: Set[str]) -> None:
-        """Give up what waits for notifiers that were removed."""
-        with self._writing:
-            for _, ids in list(self._waiting.values()):
-                ids.intersection_update(keep)
-            self._waiting = {key: waiting for key, waiting in list(self._waiting.items()) if waiting[1]}
-        self.write([{"broken": one, "reason": ""} for one in self.broken.keys() - keep])
+        """Give up what waits for notifiers that were removed: to them it counts as sent."""
+        gone = self.broken.keys() | {one for _, ids in list(self._waiting.values()) for one in list(ids)}
+        self.write([{"sent": [x.id for x in self.waiting_for(one)], "to": one} for one in gone - keep])
 
     def compact(self) -> None:
         """Rewrite the file, where it has grown, with what still waits and who does not work. What was sent
         is not asked for again."""
         with self._writing:
+            if self._file is None or len(self.known) < 2 * len(self._waiting):
+                return
             try:
-                is_small = (
-                    len(self.known) < 2 * len(self._waiting) or os.path.getsize(self.path) < COMPACT_BYTES
-                )
-                if self._file is None or is_small:
+                if os.path.getsize(self.path) < COMPACT_BYTES:
                     return
                 self.known = set(self._waiting)
                 replace_file(self.path, b"".join(self._lines()))
@@ -5325,23 +5321,22 @@ class NotifierThread(threading.Thread):
     def batch(self) -> List[Event]:
         """Return what is to be sent in the next message."""
         notifier = self._dispatcher.usable.get(self.id)
-        batch = self._dispatcher.outbox.waiting_for(self.id) if notifier else []
-        # Each user hears of their own alone.
-        if batch and notifier and _USER in str(notifier.arguments.get("to")):
-            to = recipients(notifier, batch[0].facts)
-            batch = [event for event in batch if recipients(notifier, event.facts) == to]
-        return batch
+        waiting = self._dispatcher.outbox.waiting_for(self.id)
+        if notifier is None or not waiting:
+            return []
+        to = recipients(notifier, waiting[0].facts)  # each user hears of their own alone
+        return [event for event in waiting if recipients(notifier, event.facts) == to]
 
     def run(self) -> None:
         while True:
             self.woken.clear()
             if self.stopping:
                 return
-            notifier, batch = self._dispatcher.usable.get(self.id), self.batch()
-            if notifier is not None and notifier is not self._tried:
+            notifier, batch = self._dispatcher.usable.get(self.id, self._tried), self.batch()
+            if notifier is not self._tried:
                 self._tried, self.failures, self._rests_until = notifier, 0, -math.inf
             left_s = self._rests_until - time.monotonic()
-            if notifier is not None and batch and left_s <= 0:
+            if batch and left_s <= 0:
                 try:
                     rest_s = self._send(notifier, batch)
                 except Exception as error:  # a thread that died of it would take every later alert with it
@@ -5446,16 +5441,12 @@ class Dispatcher:
     def notify(self, events: Sequence[Event]) -> None:
         """Put those of some events that are new into the outbox, for good, for all notifiers that want them,
         and have them sent."""
-        items = self._notifiers.values()
-        self.outbox.write(
-            [
-                event.record_for(
-                    [one.id for one in items if one.wants(event.kind) and one.id not in event.not_for]
-                )
-                for event in {event.id: event for event in events}.values()
-                if event.id not in self.outbox.known
-            ]
-        )
+        new = {event.id: event for event in events if event.id not in self.outbox.known}
+        records = []
+        for event in new.values():
+            ids = [item.id for item in self._notifiers.values() if item.wants(event.kind)]
+            records.append(event.record_for([one for one in ids if one not in event.not_for]))
+        self.outbox.write(records)
         self._wake()
 
     def _wake(self) -> None:

@@ -6419,7 +6419,7 @@ class OutboxFile(NotifierCase):
         outbox.forget_notifiers({"b"})  # a was removed
         with mock.patch("aimwatch.COMPACT_BYTES", 0):
             outbox.compact()
-        self.assertEqual([line for line in self.outbox() if "event" in line], [])
+        self.assertEqual([line for line in self.outbox() if "event" in line], [], "a was removed")
 
     def test_file_that_is_removed_while_it_is_written_is_made_again(self) -> None:
         outbox = self.filled()
