@@ -4697,29 +4697,28 @@ def message_for_batch(template: Optional[str], batch: Sequence[Facts], limit: in
     first line what happened; what had one cause is said once."""
     if len(batch) == 1:
         return shorten(message_for(template, batch[0]), limit)
-    shown = []
-    for facts in sorted(batch, key=lambda facts: _kind_of(facts).rank):
-        names = [name for name in ("run.name", "run.experiment", "run.host") if name in facts]
-        short: Facts = {name: shorten(on_one_line(facts[name]), 60, "...") for name in names}
-        shown.append({**facts, **short})
     causes: Dict[Any, List[Facts]] = collections.defaultdict(list)
-    for facts in shown:
+    for facts in sorted(batch, key=lambda facts: _kind_of(facts).rank):
+        names = facts.keys() & {"run.name", "run.experiment", "run.host"}
+        short = {**facts, **{name: shorten(on_one_line(facts[name]), 60, "...") for name in names}}
         alone = len(batch) <= FULL_EVENTS and speaks_for(template, facts)
-        causes[id(facts) if alone else _cause(facts)].append(facts)
+        causes[id(facts) if alone else _cause(facts)].append(short)
     groups = list(causes.values())
-    kinds = [facts.get("event", "") for facts in shown]
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    shown = [facts for group in groups for facts in group]
+    kinds = Counter(facts.get("event", "") for facts in shown)
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     parts = [f"{_counted('events', shown)}: {counts}"] if len(groups) > 1 else []
     gap, left = "\n\n" if len(groups) <= FULL_EVENTS else "\n", len(batch)
     last = shorten(look_further({"repo": batch[0].get("repo", "")}), limit // 4, "...")
     for group in groups[:BATCH_LINES]:
         facts = _as_one(group)
-        whole = message_for(template, {**facts, "message": default_message(facts)})
-        line = shorten(summary(facts), 160, " ...") + fill_known("| ({run.hash})", facts)
+        text = message_for(template, {**facts, "message": default_message(facts)})
         room = limit - len(gap.join([*parts, "", f"and {left} more", last]))
-        if len(line) > room:
+        if len(groups) > FULL_EVENTS or len(text) > room:
+            text = shorten(summary(facts), 160, " ...") + fill_known("| ({run.hash})", facts)
+        if len(text) > room:
             break
-        parts.append(whole if len(groups) <= FULL_EVENTS and len(whole) <= room else line)
+        parts.append(text)
         left -= len(group)
     return gap.join([*parts, *([f"and {left} more"] if left else []), last])
 
@@ -4732,25 +4731,24 @@ def _cause(facts: Facts) -> Any:
     return event, facts.get({FAILED: "run.reason", STALLED: "run.frames"}.get(event, ""), "")
 
 
-def _common(group: Sequence[Facts]) -> Facts:
-    return {name: text for name, text in group[0].items() if all(item.get(name) == text for item in group)}
-
-
 def _counted(noun: str, group: Sequence[Facts]) -> str:
     """Return how many there are, and where all of them ran: `7 runs in sweep on node7`."""
     return f"{len(group)} {fill_known(noun + '| in {run.experiment}| on {run.host}', _common(group))}"
+
+
+def _common(group: Sequence[Facts]) -> Facts:
+    return {name: text for name, text in group[0].items() if all(item.get(name) == text for item in group)}
 
 
 def _as_one(group: Sequence[Facts]) -> Facts:
     """Return several events of one cause as one: what they have in common, how many there are, and which."""
     if len(group) == 1:
         return group[0]
-    common = _common(group)
-    runs = []
+    common, runs = _common(group), []
     for facts in group[:BATCH_LINES]:
-        where = "" if "run.host" in common else fill_known("| on {run.host}", facts)
-        short = facts["run.hash"][:8] + where
-        runs.append(f"{facts['run.name']} ({short})" if facts.get("run.name") else facts["run.hash"] + where)
+        about = facts["run.hash"][:8] if facts.get("run.name") else facts["run.hash"]
+        about += "" if "run.host" in common else fill_known("| on {run.host}", facts)
+        runs.append(f"{facts['run.name']} ({about})" if facts.get("run.name") else about)
     while len(", ".join(runs)) > 600:
         runs.pop()
     more = f" and {len(group) - len(runs)} more" if len(runs) < len(group) else ""
