@@ -6194,14 +6194,14 @@ class Watcher:
             self.outbox = Outbox(paths.outbox)
             self.dispatcher = Dispatcher(paths, self.outbox)
             self._restore()
-            # Where that cannot be written, the other one would not step down when it comes back.
-            if frozen and not self._save(now=True):
-                raise RepoError(f"{frozen} watches {paths.root}, and {paths.watcher} cannot be written")
-            self.dispatcher.load()
             if frozen:
                 reason = f"{frozen} holds the watch of {paths.root} and does not look: taken over from it"
                 log.warning("%s", reason)
-                self.dispatcher.notify([trouble(f"seized-{utc():.2f}", paths.root, reason)])
+                self._events.append(trouble(f"seized-{utc():.2f}", paths.root, reason))
+                # Where that cannot be written, the other one would not step down when it comes back.
+                if not self._save(now=True):
+                    raise RepoError(f"{paths.watcher} cannot be written, so that nobody can take over")
+            self.dispatcher.load()
         except BaseException as error:
             self._lock.release()
             if isinstance(error, OSError):
