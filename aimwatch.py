@@ -6468,12 +6468,10 @@ class Watcher:
         if not self._may_save or (begun < self._save_mono and not now):
             return False
         content = {
-            "version": 1,
             **self._id,
             "ended": ended,
             "seen_at": round(self._utc(), 3),
             "mono": round(begun, 3),
-            "poll_interval_s": self.poll_interval_s,
             "save_interval_s": round(max(self.poll_interval_s, self._save_pause_s), 3),
             "once": self._once,
             "looked_s": round(self.looking.total_s, 3),
@@ -8365,7 +8363,7 @@ def watcher_state(paths: RepoPaths, saved: Dict[str, Any], looks: Optional[bool]
             return True, f"watched by passes of 'start --once'; {ago}"
         return False, f"no watcher is alive; {ago}"
     who = describe_watcher(saved)
-    if age_s > STUCK_S + 3 * bounded(saved.get("poll_interval_s")):
+    if age_s > STUCK_S + 3 * bounded(saved.get("save_interval_s")):
         return False, f"{who} holds the watch but does not look, or its disk is full; {ago}"
     return True, f"watched by {who}; {ago}"
 

@@ -7440,19 +7440,6 @@ def kinds(changes: Sequence[aimwatch.Change]) -> List[str]:
     return [change.kind for change in changes]
 
 
-STATE_OF = {"starting": "running", "check_in": "running", "finished": "finished", "failed": "failed"}
-#: (state before, flag that comes) to what must be told; the words of a row are for the flags of STATE_OF.
-MUST_TELL = {
-    (state, flag): [] if told == "-" else told.split("+")
-    for state, row in {
-        None: "started started finished failed", "running": "started - finished failed",
-        "stalled": "recovered recovered recovered+finished failed", "finished": "started started - failed",
-        "failed": "recovered recovered recovered+finished failed",
-    }.items()
-    for flag, told in zip(STATE_OF, row.split())
-}  # fmt: skip
-
-
 class TestRunTable(unittest.TestCase):
     def setUp(self) -> None:
         self.table = aimwatch.RunTable(5.0)
@@ -7460,27 +7447,13 @@ class TestRunTable(unittest.TestCase):
     def take(self, *names: str, now: float = 0.0) -> List[str]:
         return kinds(self.table.take(names, now, UTC))
 
-    def state(self, run: str = "a") -> str:
-        return self.table.runs[run].state
-
-    def test_every_change_of_state_tells_what_it_must(self) -> None:
-        before = {
-            None: None, "running": named("a", 1), "stalled": named("a", 1, expect=1),
-            "finished": named("a", 1, "finished"), "failed": named("a", 1, "failed"),
-        }  # fmt: skip
-        for (state, flag), expected in MUST_TELL.items():
-            with self.subTest(state=state, flag=flag):
-                self.table = aimwatch.RunTable(5.0)
-                if before[state]:
-                    self.take(before[state])
-                    self.table.overdue(6.0)
-                    self.assertEqual(self.state(), state)
-                changes = self.table.take([named("a", 2, flag)], 8.0, UTC)
-                self.assertEqual(kinds(changes), expected)
-                self.assertEqual(self.state(), STATE_OF[flag])
-                for change in changes:
-                    self.assertEqual(change.silent_s, 8.0 if state else 0.0)
-
+    #: What came before to what is told of each flag that comes then: starting, check_in, finished, failed.
+    MUST_TELL = {
+        "": "started started finished failed", "0: 1c0 = started;": "started - finished failed",
+        "0: 1c1 = started; 6: 1c1 = stalled;": "recovered recovered recovered+finished failed",
+        "0: 1f0 = finished;": "started started - failed",
+        "0: 1x0 = failed;": "recovered recovered recovered+finished failed",
+    }  # fmt: skip
     #: Of one run under a grace of 5 s: at what time which of its files are listed (number, flag, promise), and
     #: what is told.
     LISTINGS = {
@@ -7503,8 +7476,12 @@ class TestRunTable(unittest.TestCase):
     }  # fmt: skip
 
     def test_listings_one_after_the_other_tell_what_they_must(self) -> None:
-        flags = {"s": "starting", "c": "check_in", "p": "progress", "f": "finished", "x": "failed"}
-        for what, script in self.LISTINGS.items():
+        flags = {"s": "starting", "c": "check_in", "f": "finished", "x": "failed", "p": "progress"}
+        scripts = dict(self.LISTINGS)
+        for before, told in self.MUST_TELL.items():
+            for flag, kind in zip(flags, told.split()):
+                scripts[f"{before} {flag}"] = f"{before} 8: 2{flag}0 = {re.sub('[-+]', ' ', kind)}"
+        for what, script in scripts.items():
             self.table = aimwatch.RunTable(5.0)
             for step in script.split(";"):
                 with self.subTest(what, step=step):
