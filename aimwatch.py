@@ -9273,9 +9273,10 @@ def cmd_report(args: Any) -> int:
     rows = repo.query_runs(q).found
     states = {row["hash"]: row for row in status_rows(repo._paths)}
     for row in rows:
-        if row["end_time"] is None and states.get(row["hash"], row)["state"] in (STALLED, FAILED):
-            row.update(state=states[row["hash"]]["state"], reason=states[row["hash"]]["reason"] or DIED)
-    text = "\n".join(report_lines(repo._paths, rows, args.since))
+        live = states.get(row["hash"], row)
+        if row["end_time"] is None and live["state"] in (STALLED, FAILED):
+            row.update(state=live["state"], reason=live["reason"] or DIED * (live["state"] == FAILED))
+    text = report_text(repo.path, rows, args.since)
     if not args.send:
         print(text)
         return 0
@@ -9287,25 +9288,20 @@ def cmd_report(args: Any) -> int:
     return 0 if all(delivered) else 1
 
 
-def report_lines(paths: RepoPaths, rows: Sequence[Dict[str, Any]], over_s: float) -> List[str]:
-    """Return the lines of a report on runs: counted, then ten of each state, the failed ones by reason."""
-    groups: Dict[Tuple[str, str], List[Dict[str, Any]]] = {}
-    states = (FAILED, STALLED, RUNNING, FINISHED)
-    for row in sorted(rows, key=lambda row: states.index(row["state"])):
-        reason = str(row["reason"] or "") if row["state"] == FAILED else ""
-        groups.setdefault((row["state"], reason), []).append(row)
-    counted = Counter(row["state"] for row in rows)
-    counts = ", ".join(f"{counted[state]} {state}" for state in states if counted[state])
-    lines = [f"the last {human_s(over_s)} in {paths.root}: {counts or 'no runs'}"]
-    for (state, reason), found in groups.items():
-        lines += ["", printable(f"{state}: {on_one_line(reason)}" if reason else state, 200)]
-        for row in found[:10]:
-            where = f"on {row['host']}," if row["host"] else ""
-            about = filter(None, (short_hash(row["hash"]), row["name"], where))
-            lines.append(printable(f"    {' '.join(about)} {human_s(duration_s(row))}", 200))
-        if len(found) > 10:
-            lines.append(f"    and {len(found) - 10} more")
-    return lines
+def report_text(root: str, rows: Iterable[Dict[str, Any]], over_s: float) -> str:
+    """Return how many runs there are in each state, and a line for what had one cause, as in an alert."""
+    rows = sorted(rows, key=lambda row: KINDS[row["state"]].rank)
+    causes: Dict[Any, List[Facts]] = collections.defaultdict(list)
+    for row in rows:
+        fields = ("name", "experiment", "host", "reason")
+        known = {f"run.{field}": on_one_line(str(row[field] or "")) for field in fields}
+        facts = clean_facts({"event": row["state"], "run.hash": short_hash(row["hash"]), **known})
+        causes[_cause(facts)].append(facts)
+    counts = ", ".join(f"{count} {state}" for state, count in Counter(row["state"] for row in rows).items())
+    lines = [f"the last {human_s(over_s)} in {root}: {counts or 'no runs'}"]
+    for facts in map(_as_one, causes.values()):
+        lines.append(summary(facts) + (f" ({facts['run.hash']})" if facts["run.name"] else ""))
+    return "\n".join(lines)
 
 
 @command("plot", "RUN", "METRIC  the metric's name; each context is drawn")

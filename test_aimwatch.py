@@ -4822,12 +4822,17 @@ class RunCommands(StoredCase):
                 if rank == 2:
                     raise ValueError("only here")
         out = self.fine("report", "--since", "1h")
-        for reason in ("ValueError: only here", aimwatch.DIED):
-            self.assertIn(f"\n\nfailed: {reason}\n", out)
+        self.assertRegex(out, r"\n\u274c [0-9a-f]{8} failed: ValueError: only here\n")
+        host = os.uname().nodename
+        for line in (f"\u274c dead failed: {aimwatch.DIED}", "\u2757 live stalled",
+                     f"\u2705 4 runs on {host} finished (3abc, \u043f\u043e\u0442\u0435\u0440\u044f (2abc), "
+                     'second ... line\\x1b[31m (1abc), first, "quoted" (0abc))'):  # fmt: skip
+            self.assertIn(f"\n{line}\n", out)
         first = f"the last 1 h in {self.root}: 14 failed, 1 stalled, 4 finished"
         self.assertEqual(out.splitlines()[0], first)
         self.assertEqual(out.count("No space left on device"), 1)
-        self.assertRegex(out, rf"\n    [0-9a-f]{{8}} full-11 on {os.uname().nodename}, [0-9.]+ m?s\n")
+        full = rf"\n\u274c 12 runs in default on {host} failed: OSError: \[Errno 28\] .*\(full-11 \([0-9a-f]{{8}}\), full-10 "
+        self.assertRegex(out, full)
         self.assertRegex(
             self.fine("report", "--since", "0.001s"), "^the last 1 ms in .*: 1 failed, 1 stalled"
         )
@@ -4837,7 +4842,7 @@ class RunCommands(StoredCase):
         self.assertEqual(self.run_cli("report", "--since", "1h", "--send"), (0, "", ""))
         (text,) = server.texts()
         self.assertTrue(text.startswith("the last 1 h in "), text)
-        self.assertIn("    and 2 more\n", text)
+        self.assertIn(" failed: OSError: [Errno 28] No space left on device (full-11 (", text)
         self.assertIn("NOT delivered: ", self.fine("report", "--send", code=1))
         live.close()
 
