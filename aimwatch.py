@@ -8745,7 +8745,7 @@ def _checked(field: Field, said: Optional[str]) -> Any:
 
 
 def _show(item: Notifier) -> None:
-    print(f"\nType: {printable(item.type)}")
+    print(f"\nType: {item.type}")
     shown = {**masked(item.type, item.arguments), "name": item.name, "where": item.where}
     for name, value in shown.items():
         value = "(the default message)" if value == AIM_DEFAULT_MESSAGE else value
@@ -8757,15 +8757,11 @@ def _show(item: Notifier) -> None:
 def _warn_about(kind: str, arguments: Dict[str, Any]) -> None:
     import urllib.parse
 
-    for name in ("url", "base_url"):
-        parts = urllib.parse.urlsplit(arguments.get(name, ""))
-        if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
-            print(
-                f"Warning: {parts.hostname} is another machine, and over http:// everybody between reads "
-                "what is sent, the address included."
-            )
-    if arguments.get("security") == "none" and arguments.get("password"):
-        print("Warning: with --security none, everybody between reads the password and the mails.")
+    url = urllib.parse.urlsplit(arguments.get("url") or arguments.get("base_url") or "")
+    is_plain = url.scheme == "http" and url.hostname not in ("localhost", "127.0.0.1", "::1")
+    if is_plain or (arguments.get("security") == "none" and arguments.get("password")):
+        host = url.hostname or arguments["host"]
+        print(f"Warning: nothing is encrypted on the way to {host}: everybody between reads the secrets too.")
     if kind == "workplace" and "base_url" not in arguments:
         print("Note: Meta closed Workplace on 2026-06-01; --base-url names a server that speaks its format.")
 
@@ -8774,15 +8770,13 @@ def _warn_about(kind: str, arguments: Dict[str, Any]) -> None:
 def cmd_notifiers_remove(args: Any) -> None:
     """Remove a notifier; what waits for it is given up."""
     paths = find_repo(args.repo)
-    raw = read_config(paths)
-    notifier_id = find_notifier(args.name, raw)
-    if not args.yes:
-        _show(read_notifier(notifier_id, raw["notifications"]["notifiers"][notifier_id]))
-        if not _confirm("Remove notifier configuration above?", False):
-            raise AimwatchError("aborted: nothing was removed")
+    notifier_id = find_notifier(args.name, read_config(paths))
+    shown = f"notifier {printable(notifier_id)}"
+    if not args.yes and not _confirm(f"Remove {shown}, and what waits for it?", False):
+        raise AimwatchError("aborted: nothing was removed")
     with edit_config(paths) as raw:
         raw["notifications"]["notifiers"].pop(notifier_id, None)
-    print(f"removed notifier {printable(notifier_id)}")
+    print(f"removed {shown}")
 
 
 @command("notifiers disable", "NAME")
