@@ -63,7 +63,7 @@ Locks: `FileLock` on `pending/<hash>` (who writes the run), `index.lock`, `confi
 memory: the registry of `FileLock`; one of each `Run`, of each `AppendFile` on a share, of the `Outbox` and of
 each `LogFollower`, for what they keep; `_starting`, for programs of notifiers.
 
-Threads of a training process: one of `_Stacks` from the first report on, and on a network file system one
+Threads of a training process: one of `_Stacks` from the first promise on, and on a network file system one
 of `AppendFile`, which syncs. Threads of `start`: the poll; `ReindexThread`; a `NotifierThread` for each
 notifier; `watch_sight` for a repository that does not answer; `ping_when`; `_LogThread`, which prints.
 Threads of `up`: one that accepts, and one for each connection, 32 at most; `ReindexThread`; with `--watch`
@@ -1639,7 +1639,7 @@ STACKS_AFTER_S, STACKS_POLL_S = 0.5, 1.0
 
 class _Stacks:
     """Writes the stacks of all threads to a file when a run misses its promise. One thread looks for that,
-    from the first report on. `threading` does not know it, so it delays no exit. While it looks at the
+    from the first promise on. `threading` does not know it, so it delays no exit. While it looks at the
     others it holds the GIL, and they stand still; while C code holds it, nothing is written."""
 
     def __init__(self) -> None:
@@ -1651,7 +1651,7 @@ class _Stacks:
         """Have all stacks written to `path` soon after `due_mono`, unless armed anew before."""
         self.disarm(path)
         self._due[path] = due_mono, thread
-        if not self._has_thread:
+        if due_mono < math.inf and not self._has_thread:
             with contextlib.suppress(RuntimeError):  # no thread can be started
                 start_quiet_thread(self._watch)
                 self._has_thread = True

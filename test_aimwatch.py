@@ -2170,6 +2170,8 @@ class StacksByHand(HandDriven):
 
     def test_no_failure_reaches_the_training(self) -> None:
         run = self.run_object("r")
+        run.report_progress()
+        self.assertFalse(self.start_thread.called)
         self.start_thread.side_effect = RuntimeError("can't start new thread")
         run.report_progress(expect_next_in=5)
         self.start_thread.side_effect = None
