@@ -3191,19 +3191,20 @@ _from_text = json.JSONDecoder(parse_constant=float).decode
 class StoredRow(Dict[str, Any]):
     """A row as the index has it; each of its three texts is decoded when something in it is wanted."""
 
+    __slots__ = ("_texts",)
+
     def __init__(self, *stored: Any) -> None:
-        run_hash, created_at, archived, rank, _, log_size, head, params, metrics = stored
+        run_hash, created_at, archived, rank, _, log_size, *self._texts = stored
         super().__init__(hash=run_hash, created_at=created_at, rank=rank, log_size=log_size)
-        self["archived"] = bool(archived)
-        self._texts = {"head": head, "params": params, "metrics": metrics}
+        self["archived"] = archived == 1
 
     def __missing__(self, key: str) -> Any:
-        part = key if key in self._texts else "head"
+        part = {"params": 1, "metrics": 2}.get(key, 0)
         try:
             value = _from_text(self._texts[part])
-        except ValueError:
+            self.update({key: value} if part else zip(_HEAD_FIELDS, value))
+        except MALFORMED:
             raise IndexUnusable(f"the index holds no row for run {self['hash']}") from None
-        self.update(zip(_HEAD_FIELDS, value) if part == "head" else {part: value})
         return dict.__getitem__(self, key)
 
 
@@ -3247,7 +3248,7 @@ def fact_value(value: Any) -> Optional[Union[int, float, str]]:
 
 
 class IndexUnusable(AimwatchError):
-    """The index is missing, damaged or of another version: it is to be made anew."""
+    """The index is damaged or of another version: it is to be made anew."""
 
 
 class IndexBusy(AimwatchError):
@@ -3316,8 +3317,6 @@ def write_index(paths: RepoPaths, wait_s: float = 10.0, anew: bool = False) -> I
 def open_index(paths: RepoPaths, mode: str, busy_s: float) -> Iterator[sqlite3.Connection]:
     """Yield the index as it is. Raises IndexBusy, IndexUnusable or OSError, be it at the end."""
     _check_folder(paths)
-    if not os.path.exists(paths.index):
-        raise IndexUnusable(f"{paths.index} is missing")
     identity = identity_of(paths.index)
     with connect(paths.index, mode, busy_s) as db:
         if db.execute("PRAGMA user_version").fetchone() != (INDEX_VERSION,):
@@ -4017,22 +4016,8 @@ def _at(whole_of: Evaluated, keys: Sequence[Any]) -> Evaluated:
 # ======================================================================================
 
 
-class QueryResult(Sequence[Run]):
-    """The runs that a query found, newest first. A `Run` is made when it is asked for, and reads
-    its log when more is asked of it than its hash."""
-
-    def __init__(self, paths: RepoPaths, found: List[StoredRow]) -> None:
-        self._paths = paths
-        #: What is known of each run, decoded when it is asked for.
-        self.found = found
-
-    def __len__(self) -> int:
-        return len(self.found)
-
-    def __getitem__(self, at: Any) -> Any:
-        if isinstance(at, slice):
-            return [Run._to_read(self._paths, row["hash"]) for row in self.found[at]]
-        return Run._to_read(self._paths, self.found[at]["hash"])
+class QueryResult(List[Run]):
+    """The runs that a query found, newest first. Each reads its log when its hash is not enough."""
 
     def iter_runs(self) -> Iterator[Any]:
         """Return objects with a `.run`, as Aim's queries do."""
@@ -4081,18 +4066,13 @@ class Repo:
         return None
 
     def find_run(self, text: str, others: Iterable[str] = ()) -> str:
-        """Return the hash of the run that has this name, or whose hash starts with it.
-
-        Arguments:
-            others: hashes of runs that have no log here, such as Aim's.
-
-        Raises AimwatchError for none or several.
-        """
+        """Return the hash of the run that has this name, or whose hash starts with it; `others` are hashes of
+        runs that have no log here, such as Aim's. Raises AimwatchError for none or several."""
         hashes = set(list_runs(self._paths)).union(others)
         named: List[str] = []
         if text and text not in hashes:
             query = f"run.archived in (True, False) and run.name == {text!r}"
-            named = [row["hash"] for row in self.query_runs(query).found]
+            named = [row["hash"] for row in self.run_rows(query)]
         way_out = f" in {self.path}: '{command_line(self.path)} runs' lists them"
         return find_by_prefix(text, hashes, "run", way_out, named)
 
@@ -4163,7 +4143,11 @@ class Repo:
         the first unless it speaks of `run.rank`. Raises QueryError, naming the column, for what the language
         does not have. `report_mode` is Aim's and has no effect.
         """
-        return QueryResult(self._paths, [row for row, _ in self._answer(Query(q))])
+        return QueryResult(Run._to_read(self._paths, row["hash"]) for row in self.run_rows(q))
+
+    def run_rows(self, q: str = "") -> List[StoredRow]:
+        """Return the rows of the runs for which a query is true, newest first."""
+        return [row for row, _ in self._answer(Query(q))]
 
     def query_metrics(self, q: str = "", *, report_mode: Any = None) -> List[Metric]:
         """Return the metric series for which a query over `run` and `metric` is true, those of the newest
@@ -7362,7 +7346,7 @@ class Site:
         self._pages = functools.lru_cache(100)(self._make)
         self._rows = functools.lru_cache(3000)(lambda run_hash, stamp: read_run(paths, run_hash))
         self._indexed = functools.lru_cache(3)(
-            lambda q, stamp: {row["hash"]: row for row in Repo(paths.root).query_runs(q).found}
+            lambda q, stamp: {row["hash"]: row for row in Repo(paths.root).run_rows(q)}
         )
 
     def answer(self, path: str, query: str, known_etag: str = "") -> Reply:
@@ -9106,7 +9090,7 @@ def cmd_runs(args: Any) -> None:
     """List the runs for which a query is true, the newest first."""
     repo, query = Repo(args.repo), Query(args.query)
     columns, known = _asked_columns(args, RUN_COLUMNS), list(RUN_FIELDS)
-    found = repo.query_runs(args.query).found
+    found = repo.run_rows(args.query)
     if query.params or not set(columns) <= set(known):
         params, metrics = repo.names()
         for name in query.params:
@@ -9264,7 +9248,7 @@ def cmd_report(args: Any) -> int:
     since = time.time() - args.since
     # Of a group also each rank that failed.
     q = f"(run.active or run.end_time >= {since!r}) and (not run.rank or run.state == 'failed')"
-    rows = repo.query_runs(q).found
+    rows = repo.run_rows(q)
     states = {row["hash"]: row for row in status_rows(repo._paths)}
     for row in rows:
         live = states.get(row["hash"], row)

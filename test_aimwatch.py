@@ -3709,7 +3709,7 @@ class VanishedFolder(RecordingCase):
             self.records("r") if not skipped else None
             self.live.close()
         self.assertEqual(os.listdir(self.paths.runs), ["r.jsonl"])
-        (row,) = aimwatch.Repo(self.root).query_runs("run.p.a == 1 and 't' in run.tags").found
+        (row,) = aimwatch.Repo(self.root).run_rows("run.p.a == 1 and 't' in run.tags")
         self.assertEqual((row["hash"], row["state"]), ("r", "finished"))
         live = self.run_object("r")  # and goes on as if nothing had been
         live.track(1, "m", context={"x": 1})
@@ -3883,10 +3883,7 @@ class StoredCase(RecordingCase):
     def answers(self, repo: Optional[aimwatch.Repo] = None) -> Any:
         repo = repo or aimwatch.Repo(self.root)
         fields = [name for name in aimwatch.ROW_FIELDS if name != "log_size"]
-        rows = [
-            [repr([row[name] for name in fields]) for row in repo.query_runs(text).found]
-            for text in self.RUNS
-        ]
+        rows = [[repr([row[name] for name in fields]) for row in repo.run_rows(text)] for text in self.RUNS]
         return rows, [[repr((row["hash"], item)) for row, item in repo.metric_rows(q)] for q in self.METRICS]
 
     def reindexed(self) -> Dict[str, List[Any]]:
@@ -4138,7 +4135,7 @@ class DeadRuns(StoredCase):
     def test_run_that_could_only_check_in_that_it_finished_did(self) -> None:
         self.die("r", "run._log.append = lambda line: None; run.report_successful_finish()")
         self.reindexed()
-        (row,) = aimwatch.Repo(self.root).query_runs("not run.active").found
+        (row,) = aimwatch.Repo(self.root).run_rows("not run.active")
         self.assertEqual((row["state"], row["reason"]), ("finished", ""))
 
     def test_dead_run_ends_at_its_last_sign_of_life(self) -> None:
@@ -4154,7 +4151,7 @@ class DeadRuns(StoredCase):
         self.assertEqual(len(repo.query_runs("run.active")), 3)
         self.assertEqual(repo.reindex(), [])
         self.assertEqual(len(repo.query_runs("run.active")), 0)
-        rows = {row["hash"]: row for row in repo.query_runs("not run.active").found}
+        rows = {row["hash"]: row for row in repo.run_rows("not run.active")}
         self.assertEqual({row["state"] for row in rows.values()}, {"failed"})
         self.assertEqual({row["reason"] for row in rows.values()}, {aimwatch.DIED})
         tracked = self.reread("tracked")
@@ -4297,7 +4294,7 @@ class HostileLogs(StoredCase):
             write_file(self.paths.marker(name))
         repo = aimwatch.Repo(self.root)
         for text in ("", "run.duration >= 0"):
-            self.assertIn("good", [row["hash"] for row in repo.query_runs(text).found])
+            self.assertIn("good", [row["hash"] for row in repo.run_rows(text)])
         repo.query_metrics("metric.context.x == 1 or metric.last > 5")
         problems = repo.reindex()
         for problem in problems:
@@ -4373,7 +4370,7 @@ class Torture(StoredCase):
         repo = aimwatch.Repo(self.root)
         seen: Set[str] = set()
         while not os.path.exists(self.stop):
-            found = {row["hash"] for row in repo.query_runs("run.p.number >= 0").found}
+            found = {row["hash"] for row in repo.run_rows("run.p.number >= 0")}
             self.assertLessEqual(seen, found, "a run that was there is not to be found any more")
             seen.update(found)
             for _, metric in repo.metric_rows("metric.name == 'm'"):
@@ -4472,7 +4469,7 @@ class Reading(StoredCase):
                     self.assertRegex(err, r"^[^\n]*cannot (read|close) [^\n]*r2[^\n]*\n$")
             with self.subTest(what):
                 for _ in range(2):
-                    found = [row["hash"] for row in aimwatch.Repo(self.root).query_runs("").found]
+                    found = [row["hash"] for row in aimwatch.Repo(self.root).run_rows("")]
                     self.assertEqual(sorted(found), ["dead", "live", "r0", "r1", "r3", "r4", "r5", "r7"])
                     for argv in (["reindex"], ["reindex", "--rebuild"]):
                         code, out, err = self.run_cli(*argv)
@@ -4507,7 +4504,6 @@ class RepoMethods(StoredCase):
         found = repo.query_runs("", report_mode=0)
         self.assertEqual([run.hash for run in found], [name for name in hashes if name != "r6"])
         self.assertEqual(([run.hash for run in found[1:3]], found[-1].hash), (["dead", "r7"], "r0"))
-        self.assertEqual([row["hash"] for row in found.found[:2]], ["live", "dead"])
         with self.assertRaisesRegex(TypeError, "unexpected keyword argument 'ofset'"):
             repo.query_runs("", ofset="r2")  # type: ignore[call-arg]
         self.assertEqual([result.run.hash for result in found.iter_runs()][:2], ["live", "dead"])
@@ -10052,7 +10048,7 @@ class RankVariables(Case):
                 ("run.rank == None", "3"), ("run.rank in (0, 2)", "02"), ("run['rank'] == 1", ""),
             ):  # fmt: skip
                 with self.subTest(query, indexed=indexed):
-                    for rows in (repo.query_runs(query).found, site.runs(query)):
+                    for rows in (repo.run_rows(query), site.runs(query)):
                         found = {row["hash"] for row in rows}
                         self.assertEqual({hashes[int(rank)] for rank in expected}, found)
                     of_metrics = query or "metric.name == 'loss'"
