@@ -7706,24 +7706,23 @@ polyline { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linecap: 
 """
 PAGE_JS = r"""
 const all = (what, from = document) => [...from.querySelectorAll(what)];
-let pointer = null, reading = null, start = null;
+let reading = null, start = null;
 
-// Takes over what has changed of a page. Where somebody types, and what is ticked or open, stays.
+// Takes over what has changed of a page. Where somebody types or reads a chart, and what is ticked, stays.
 function swap(page) {
   const kept = new Set(all("[name=run]:checked, details[open]").map(item => item.value || item.id));
   for (const old of all("section")) if (!page.getElementById(old.id)) old.remove();
   for (const fresh of all("section", page)) {
     const old = document.getElementById(fresh.id);
     if (!old) document.querySelector("main").append(fresh);
-    else if (!old.isEqualNode(fresh) && !old.querySelector("input:focus, select:focus, svg:focus"))
+    else if (!old.isEqualNode(fresh) && !old.querySelector(":is(input, select, svg):focus, svg:hover"))
       old.replaceWith(fresh);
   }
   for (const item of all("[name=run], details")) item.checked = item.open = kept.has(item.value || item.id);
   document.title = page.title;
-  hover();
 }
 async function refresh() {
-  if (start || document.hidden) return;
+  if (document.hidden) return;
   let trouble = "";
   try {
     const answer = await fetch(location.href, {cache: "no-cache"});
@@ -7758,23 +7757,18 @@ function read(chart, at) {
     item.textContent = !own.length ? "" : +y.toPrecision(8) + (x === reading[2] ? "" : " at " + words(x));
   });
 }
-function hover() {
-  const chart = pointer && chartAt(document.elementFromPoint(pointer.clientX, pointer.clientY));
-  if (!chart) return;
-  const matrix = chart.querySelector("svg").getScreenCTM().inverse();
-  read(chart, new DOMPoint(pointer.clientX, 0).matrixTransform(matrix).x);
-}
 function zoom(from, to) {
   const url = new URL(location.href);
   url.searchParams.set("from", from);
   url.searchParams.set("to", to);
   history.replaceState(null, "", url);
-  document.activeElement.blur();
-  refresh();
+  location.reload();
 }
 addEventListener("mousemove", event => {
-  pointer = event;
-  hover();
+  const chart = chartAt(event.target);
+  if (!chart) return;
+  const matrix = chart.querySelector("svg").getScreenCTM().inverse();
+  read(chart, new DOMPoint(event.clientX, 0).matrixTransform(matrix).x);
 });
 addEventListener("mousedown", event => {
   if (!chartAt(event.target) || event.button) return;

@@ -9893,7 +9893,7 @@ class InABrowser(UpCase):
         for kind, x in zip(("mousePressed", "mouseMoved", "mouseReleased"), xs):
             mouse(kind, x)
         self.wait_for(lambda: browser.run("location.search").startswith("?from=10&to="))
-        ticks = "document.querySelector('.chart .x').textContent"
+        ticks = "document.querySelector('.chart .x')?.textContent"
         self.wait_for(lambda: browser.run(ticks) == "10")
         for clicks in (1, 2):
             mouse("mousePressed", xs[1], clicks)
