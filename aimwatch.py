@@ -7447,10 +7447,8 @@ class Site:
         for (state, _), count in self.counts(live).items():
             totals[state] += count
         lines += each('<span class="chip">{} <b>{}</b></span>', zip(map(badge, totals), totals.values()))
-        bad = sum(row["state"] != RUNNING for row in live)
-        title = f"({bad}) " * bool(bad) + os.path.basename(self.paths.root)
         tables = {"Live and failed": self._live_table(ask, live), "All runs": self._list(ask, live)}
-        return page_of(title, "./", self.paths.root, {"State": lines, **tables})
+        return page_of(os.path.basename(self.paths.root), "./", self.paths.root, {"State": lines, **tables})
 
     def _live_table(self, ask: Ask, live: List[Dict[str, Any]]) -> Html:
         rows, (groups, pages) = [], ask.pages("live", with_groups_as_one(live), PAGE_RUNS)
@@ -7553,10 +7551,8 @@ class Site:
                 if columns := points.get(metric["series"]):
                     drawn = curves.setdefault(metric["name"], [])
                     # Of one run a colour is a context; of several it is a run, and a context a shade of it.
-                    name, hue, light = metric["name"], len(drawn), 50
-                    if len(rows) > 1:
-                        name, hue, light = row["name"] or row["hash"][:8], nth, 45 + 20 * (len(drawn) % 2)
-                    label = f"{name} {shown(metric['context'], 'context')}"
+                    hue, light = (len(drawn), 50) if len(rows) == 1 else (nth, 45 + 20 * (len(drawn) % 2))
+                    label = f"{row['name'] or row['hash'][:8]} {shown(metric['context'], 'context')}"
                     colour = f"hsl({210 + 137 * hue} 60% {light}%)"
                     drawn.append(Curve(label, colour, columns, row["created_at"]))
         if not curves:
