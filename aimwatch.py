@@ -1800,8 +1800,7 @@ class _Process:
             _in_full(end, run)
 
     def _on_uncaught(self, real: Callable[..., Any], kind: Any, error: BaseException, trace: Any) -> Any:
-        if not _interactive():
-            self._each(lambda run: run._end(run._end_of(error)))
+        self._each(lambda run: run._end(run._end_of(error)))
         return real(kind, error, trace)
 
     def _on_thread_exception(self, real: Callable[..., Any], hooked: Any) -> Any:
@@ -1825,9 +1824,8 @@ class _Process:
         return real(path, argv, *args, **options)
 
     def _at_exit(self) -> None:
-        # Set even where somebody replaced our excepthook without calling it.
-        ours = _interactive() or sys.excepthook == self._excepthook
-        error = None if ours else getattr(sys, "last_value", None)
+        # Somebody may have replaced our excepthook, and not call it.
+        error = None if sys.excepthook == self._excepthook else getattr(sys, "last_value", None)
         self._each(lambda run: run._end_and_close(run._end_of(error), self.exit, run._unreported("exited")))
 
     def _after_cell(self, result: Any) -> None:
@@ -1849,11 +1847,6 @@ def _hook(module: Any, name: str, hook: Callable[..., Any]) -> None:
         return hook(real, *args, **options)
 
     setattr(module, name, hooked)
-
-
-def _interactive() -> bool:
-    """True at a prompt, where an uncaught exception ends a statement and not the process."""
-    return hasattr(sys, "ps1") or bool(sys.flags.inspect)
 
 
 _process = _Process()
