@@ -436,7 +436,7 @@ def find_by_prefix(
     prefix: str, names: Iterable[str], what: str, way_out: str, also: Iterable[str] = ()
 ) -> str:
     """Return the name that is `prefix`, or the only one that starts with it, or is among those meant `also`.
-    Raises AimwatchError for none or several: it says `what` was looked for, and for none the `way_out`."""
+    Raises RepoError for none or several: it says `what` was looked for, and for none the `way_out`."""
     names = list(names)
     # Everything starts with "", which is what a script gives whose variable is not set.
     found = {name for name in names if prefix and name.startswith(prefix)}.union(also)
@@ -444,9 +444,9 @@ def find_by_prefix(
         return prefix if prefix in names else found.pop()
     shown = printable(repr(prefix), 80)
     if not found:
-        raise AimwatchError(f"no {what} {shown}{way_out}")
+        raise RepoError(f"no {what} {shown}{way_out}")
     some = ", ".join(sorted(found)[:5]) + (", ..." if len(found) > 5 else "")
-    raise AimwatchError(f"{what} {shown} is ambiguous: {some}")
+    raise RepoError(f"{what} {shown} is ambiguous: {some}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -2022,11 +2022,8 @@ class Run:
         paths = find_repo(None if repo is None else os.fsdecode(repo), create=not must_exist)
         if must_exist and not os.path.lexists(paths.run_log(run_hash)):
             way_out = f"'{command_line(paths.root)} runs' lists them; create=True starts a new one"
-            try:
-                hashes = list_runs(paths) if len(run_hash) >= 4 else []
-                run_hash = find_by_prefix(run_hash, hashes, "run", f" in {paths.root}: {way_out}")
-            except (AimwatchError, OSError) as error:
-                raise RepoError(str(error)) from None
+            hashes = list_runs(paths) if len(run_hash) >= 4 else []
+            run_hash = find_by_prefix(run_hash, hashes, "run", f" in {paths.root}: {way_out}")
         self._stacks_on = stacks and os.environ.get("AIMWATCH_STACKS") != "0"
         self.hash, self.read_only, self._paths = run_hash, read_only, paths
         if read_only:
