@@ -9396,7 +9396,6 @@ def _demo_alerts(paths: RepoPaths, at_end: contextlib.ExitStack) -> List[Tuple[s
     print(f"{len(DEMO_FATES)} training processes in {paths.root}, each promising a check-in within 1 s.")
     print(f"What the watcher (grace {human_s(DEMO_GRACE_S)}) says, as it comes:\n", flush=True)
     _log_to_stderr(timed=True)
-    stop = _stop_signal()
     watcher = Watcher(paths, DEMO_GRACE_S, poll_interval_s=0.2)
     at_end.callback(watcher.close)
     watcher.poll()  # what is there at the first look is no news
@@ -9408,7 +9407,8 @@ def _demo_alerts(paths: RepoPaths, at_end: contextlib.ExitStack) -> List[Tuple[s
     alerts: List[Tuple[str, str]] = []
     wanted = sum(len(must) for *_, must in DEMO_FATES.values())
     deadline = time.monotonic() + DEMO_LIMIT_S
-    while len(alerts) < wanted and time.monotonic() < deadline and not stop.wait(watcher.poll_interval_s):
+    while len(alerts) < wanted and time.monotonic() < deadline:
+        time.sleep(watcher.poll_interval_s)
         watcher.poll()
         records = list(map(json.loads, read_bounded(paths.outbox, MAX_LINE_BYTES).splitlines()))
         sent = {event for record in records for event in record.get("sent", ())}
