@@ -4014,6 +4014,10 @@ class QueryResult(List[Run]):
         return (types.SimpleNamespace(run=run) for run in self)
 
 
+#: The rows of runs of which the index lacks something, None for a log that is gone or cannot be read.
+Overlay = Dict[str, Optional[StoredRow]]
+
+
 class Repo:
     """A repository: every run that was recorded in it.
 
@@ -4031,7 +4035,7 @@ class Repo:
         self._paths = find_repo(None if path is None else os.fspath(path), create=init)
         self.path = self._paths.root
         #: Live runs are asked about again and again.
-        self._pending_parts = functools.lru_cache(1000)(self._read_parts)
+        self._pending_row = functools.lru_cache(1000)(self._read_row)
 
     def __fspath__(self) -> str:
         # So that Run(repo=...) takes it, as in Aim.
@@ -4154,9 +4158,9 @@ class Repo:
     def names(self) -> Tuple[Set[str], Set[str]]:
         """Return the dotted paths of the params of all runs, and the names of their metrics."""
 
-        def all_paths(index: sqlite3.Connection, overlay: List[StoredRow], _: Set[str]) -> Set[str]:
-            indexed = index.execute("SELECT DISTINCT path FROM facts")
-            return {path for (path,) in indexed}.union(path for row in overlay for path, _ in facts_of(row))
+        def all_paths(index: sqlite3.Connection, overlay: Overlay) -> Set[str]:
+            found = {path for (path,) in index.execute("SELECT DISTINCT path FROM facts")}
+            return found.union(path for row in overlay.values() if row for path, _ in facts_of(row))
 
         paths = self._ask(all_paths)
         params = {path[len("params.") :] for path in paths if path.startswith("params.")}
@@ -4166,19 +4170,19 @@ class Repo:
     def _answer(self, query: Query) -> List[Tuple[StoredRow, Any]]:
         """Return what a query finds, newest run first."""
 
-        def select(index: sqlite3.Connection, overlay: List[StoredRow], lacking: Set[str]) -> List[Any]:
-            indexed = (row for row in query.candidates(index) if row["hash"] not in lacking)
-            return list(query.matches(itertools.chain(overlay, indexed)))
+        def select(index: sqlite3.Connection, overlay: Overlay) -> List[Any]:
+            indexed = (row for row in query.candidates(index) if row["hash"] not in overlay)
+            return list(query.matches(itertools.chain(filter(None, overlay.values()), indexed)))
 
         found: List[Any] = self._ask(select)
         found.sort(key=lambda pair: (pair[0]["created_at"], pair[0]["hash"]), reverse=True)
         return found
 
-    def _ask(self, question: Callable[[sqlite3.Connection, List[StoredRow], Set[str]], Any]) -> Any:
-        """Return the answer to a question of the index and of what `_read_pending` returns."""
+    def _ask(self, question: Callable[[sqlite3.Connection, Overlay], Any]) -> Any:
+        """Return the answer to a question of the index and of what it lacks."""
         try:
             with open_index(self._paths, "ro", BUSY_S) as index:
-                return question(index, *self._read_pending(index, list_pending(self._paths)))
+                return question(index, self._overlay(index, list_pending(self._paths)))
         except IndexUnusable:
             with contextlib.suppress(AimwatchError, OSError), write_index(self._paths, 1.0, anew=True):
                 pass  # for those who ask later
@@ -4187,25 +4191,22 @@ class Repo:
         # Of an empty one, the logs alone answer.
         with connect("", "memory", BUSY_S) as index:
             index.executescript(_SCHEMA)
-            return question(index, *self._read_pending(index, list_runs(self._paths)))
+            return question(index, self._overlay(index, list_runs(self._paths)))
 
-    def _read_pending(self, index: sqlite3.Connection, hashes: List[str]) -> Tuple[List[StoredRow], Set[str]]:
-        """Return the rows of some runs of which the index lacks something, and the runs for which it does not
-        speak: those, and the ones whose log is gone or cannot be read."""
+    def _overlay(self, index: sqlite3.Connection, hashes: List[str]) -> Overlay:
         sql = "SELECT 1 FROM runs WHERE hash = ? AND log_size = ?"
         found = log_sizes(self._paths, hashes).items()
-        lacking = [item for item in found if not index.execute(sql, item).fetchone()]
-        rows = [StoredRow(*parts) for parts in itertools.starmap(self._pending_parts, lacking) if parts]
+        lacking = dict(item for item in found if not index.execute(sql, item).fetchone())
         if len(lacking) > 50:
-            try_to_index(self._paths, [run_hash for run_hash, _ in lacking], 0.1)  # for the next who asks
-        return rows, {run_hash for run_hash, _ in lacking}
+            try_to_index(self._paths, list(lacking), 0.1)  # for the next who asks
+        return {run_hash: self._pending_row(run_hash, size) for run_hash, size in lacking.items()}
 
-    def _read_parts(self, run_hash: str, size: int) -> Tuple[Any, ...]:
-        """Return a run's row as `stored_parts` gives it, () where its log, of such a size, cannot be read."""
+    def _read_row(self, run_hash: str, size: int) -> Optional[StoredRow]:
+        """Return the row of a run whose log has this size."""
         state, problem = load_run(self._paths, run_hash)
         if problem:
             log.warning("%s", problem)
-        return stored_parts(run_row(state)) if state else ()
+        return StoredRow(*stored_parts(run_row(state))) if state else None
 
     def reindex(self, rebuild: bool = False) -> List[str]:
         """Bring the index up to date with every pending run, or build it anew; return what could
