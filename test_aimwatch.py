@@ -6811,7 +6811,7 @@ class Mending(NotifyingCase):
                 dispatcher, server, _ = self.break_()
                 dispatcher.notify([event_of(2)])
                 if how == "test":
-                    self.assertEqual(self.run_cli("notifiers", "test", "bad")[0], 1)
+                    self.run_cli("notifiers", "test", "bad")
                     dispatcher.reload_if_changed()
                     self.assertTrue(self.box.broken)
                 elif how == "off and on":
@@ -6824,7 +6824,7 @@ class Mending(NotifyingCase):
                 else:
                     server.answers = [(200, "ok")]
                     argv = ("test", "bad") if how == "test" else ("enable", "bad")
-                    self.assertEqual(self.run_cli("notifiers", *argv)[0], 0)
+                    self.fine("notifiers", *argv)
                 self.mended(dispatcher, server, 1, 2)
                 dispatcher.stop(5.0)
                 self.box.close()
@@ -7081,8 +7081,8 @@ for line in sys.stdin:
 
 
 class NotifiersAdd(NotifierCase):
-    def add(self, *argv: str, stdin: str = "") -> Tuple[int, str, str]:
-        return self.run_cli("notifiers", "add", *argv, stdin=stdin)
+    def add(self, *argv: str, code: int = 0, stdin: str = "") -> str:
+        return self.fine("notifiers", "add", *argv, code=code, stdin=stdin)
 
     def assert_nothing_saved(self) -> None:
         self.assertFalse(os.path.exists(self.paths.config))
@@ -7090,8 +7090,7 @@ class NotifiersAdd(NotifierCase):
     def test_questions_lead_to_a_notifier(self) -> None:
         stdin = f"foo\nslack\nftp://x\n\n{GOOD_URL}\n{{oops}}\nlost {{run.hash}}\n"
         stdin += "two words\nops\nrun.x ==\nrun.user == 'ann'\ny\ny\nn\n"
-        code, out, err = self.add(stdin=stdin)
-        self.assertEqual((code, err), (0, ""))
+        out = self.add(stdin=stdin)
         entry = self.only_entry()
         self.assertEqual(entry["arguments"], {"url": GOOD_URL, "message": "lost {run.hash}"})
         self.assertEqual((entry["name"], entry["where"]), ("ops", "run.user == 'ann'"))
@@ -7115,9 +7114,7 @@ class NotifiersAdd(NotifierCase):
         self.assert_hidden(out)
 
     def test_sample_shows_that_it_works(self) -> None:
-        code, out, err = self.add(stdin="logger\n\n\n\n\n\n\n")
-        self.assertEqual(code, 0)
-        self.assertIn("sample, sent by 'notifiers test' stalled", err)
+        out = self.add(stdin="logger\n\n\n\n\n\n\n")
         self.assertRegex(out, r"\nMessage: \(the default message\)\nEvents: (?s:.*)logger \w{8}: delivered: ")
 
     def test_arguments_come_from_flags_files_standard_input_and_answers(self) -> None:
@@ -7146,8 +7143,7 @@ class NotifiersAdd(NotifierCase):
             ("command --command \"/bin/tell --to 'the team'\" --yes", "", {"command": ["/bin/tell", "--to", "the team"]}),
         ):  # fmt: skip
             with self.subTest(argv):
-                code, out, err = self.add(*shlex.split(argv), stdin=stdin)
-                self.assertEqual((code, err), (0, ""), out)
+                out = self.add(*shlex.split(argv), stdin=stdin)
                 self.assertNotIn("Select notifier type", out)
                 self.assertEqual("?" in out, "--yes" not in argv)
                 entry = self.only_entry()
@@ -7159,7 +7155,7 @@ class NotifiersAdd(NotifierCase):
                 self.assertIsNone(aimwatch.read_notifiers(self.paths)[0].problem)
                 self.assertEqual(stat.S_IMODE(os.stat(self.paths.config).st_mode), 0o600)
                 for command in (("list",), ("list", "--json"), ("dump",)):
-                    out += "".join(self.run_cli("notifiers", *command)[1:])
+                    out += self.fine("notifiers", *command)
                 self.assert_hidden(out)
                 self.assertNotIn("PASS WORD", out)
                 os.unlink(self.paths.config)
@@ -7188,12 +7184,12 @@ class NotifiersAdd(NotifierCase):
             (("command", "--command", "tell"), "--command: must be a program with its whole path"),
         ):  # fmt: skip
             with self.subTest(argv):
-                self.assert_one_line(self.fine("notifiers", "add", *argv, "--yes", code=1), message)
+                self.assert_one_line(self.add(*argv, "--yes", code=1), message)
                 self.assert_nothing_saved()
 
     def test_name_and_duplicate_are_refused(self) -> None:
         ops = shlex.split("logger --name ops --where \"run.user == 'ann'\" --yes --events log,failed,log")
-        self.assertEqual(self.add(*ops)[0], 0)
+        self.add(*ops)
         self.assertEqual(self.only_entry()["events"], ["log", "failed"])
         for argv, message in (
             (("logger", "--name", "ops", "--yes"), "there is a notifier called ops: give another --name$"),
@@ -7202,16 +7198,14 @@ class NotifiersAdd(NotifierCase):
             (("logger", "--where", "run.x =", "--yes"), "--where: query, column [0-9]+: "),
         ):
             with self.subTest(argv):
-                self.assertRegex(self.fine("notifiers", "add", *argv, code=1), message)
+                self.assertRegex(self.add(*argv, code=1), message)
         self.assertEqual(len(self.entries()), 1)
-        self.assertEqual(self.add("logger", "--name", "all", "--yes")[0], 0)
-        out = self.run_cli("notifiers", "list")[1]
-        self.assertRegex(
-            out, r"\nops  +logger +enabled .*\n  only where run.user == 'ann'\nall  +logger +enabled "
-        )
-        self.assertEqual(self.run_cli("notifiers", "disable", "ops")[0], 0)
-        self.assertEqual(self.run_cli("notifiers", "test", "ops")[1][:12], "logger ops: ")
-        self.assertEqual(self.run_cli("notifiers", "remove", "ops", "--yes")[0], 0)
+        self.add("logger", "--name", "all", "--yes")
+        listed = r"\nops  +logger +enabled .*\n  only where run.user == 'ann'\nall  +logger +enabled "
+        self.assertRegex(self.fine("notifiers", "list"), listed)
+        self.fine("notifiers", "disable", "ops")
+        self.assertEqual(self.fine("notifiers", "test", "ops")[:12], "logger ops: ")
+        self.fine("notifiers", "remove", "ops", "--yes")
 
     def test_help_of_a_type_is_of_its_flags_alone_and_says_what_it_needs(self) -> None:
         values = {
@@ -7220,7 +7214,7 @@ class NotifiersAdd(NotifierCase):
         }  # fmt: skip
         for kind, fields in aimwatch.NOTIFIER_FIELDS.items():
             with self.subTest(kind):
-                code, out, _ = self.add(kind, "--help")
+                out = self.add(kind, "--help")
                 self.assertEqual(
                     set(re.findall(r"(?m)^  --([a-z-]+)", out)) - {"repo", "events", "yes", "name", "where"},
                     {f for x in fields for f in ([x.flag, f"{x.flag}-file"] if x.secret else [x.flag])},
@@ -7229,15 +7223,15 @@ class NotifiersAdd(NotifierCase):
                 filled = re.sub(
                     r"--([a-z-]+) (TEXT|FILE)", lambda flag: f"--{flag[1]} {values[flag[1]]}", example
                 )
-                self.assertEqual(self.add(*filled.split())[0], 0)
+                self.add(*filled.split())
 
     def test_no_and_at_every_prompt_end_of_input_and_ctrl_c_save_nothing(self) -> None:
         answers = ("slack", GOOD_URL, "", "", "", "")
         ends = [(*answers[:count], (EOFError, KeyboardInterrupt)[count % 2]) for count in range(7)]
         for said in (*ends, (*answers, "no")):
             with self.subTest(said=said), mock.patch.object(builtins, "input", side_effect=said) as asked:
-                code, _, err = self.add()
-                self.assertEqual((code, asked.call_count), (1, len(said)))
+                err = self.add(code=1)
+                self.assertEqual(asked.call_count, len(said))
                 self.assert_one_line(err, f": aborted{': nothing was saved' if 'no' in said else ''}$")
                 self.assert_nothing_saved()
 
@@ -7266,7 +7260,7 @@ class NotifiersAdd(NotifierCase):
             ((*work, "--base-url", "https://h/v1"), []),
         ):  # fmt: skip
             with self.subTest(argv):
-                out = self.add(*argv, "--yes")[1]
+                out = self.add(*argv, "--yes")
                 self.assertEqual(len(re.findall("(?:Warning|Note): ", out)), len(warnings))
                 self.assertTrue(all(text in out for text in warnings), out)
                 self.assert_hidden(out)
@@ -7328,9 +7322,7 @@ class NotifiersCommands(NotifierCase):
         self.assertEqual((code, out.count("\n")), (0, 1))
         self.assert_one_line(err, "none yet: '.* notifiers add' sets one up")
         self.write_config(AIM_CONFIG)
-        code, out, err = self.run_cli("notifiers", "list")
-        self.assertEqual((code, err), (0, ""))
-        lines = [re.split(r"\s{2,}", line) for line in out.strip().split("\n")]
+        lines = [re.split(r"\s{2,}", line) for line in self.fine("notifiers", "list").strip().split("\n")]
         ids = [notifier_id[:8] for notifier_id in AIM_CONFIG["notifications"]["notifiers"]]
         events = "stalled,failed,recovered"
         slack = [ids[0], "slack", "enabled", "hooks.example.com", events]
@@ -7339,25 +7331,22 @@ class NotifiersCommands(NotifierCase):
         self.assertEqual(lines, [header, slack, workplace, [ids[2], "logger", "enabled", events]])
 
     def test_list_as_json_is_for_scripts(self) -> None:
-        self.assertEqual(json.loads(self.run_cli("notifiers", "list", "--json")[1]), [])
+        self.assertEqual(json.loads(self.fine("notifiers", "list", "--json")), [])
         self.configure(a=hook(GOOD_URL, events=["log"]), b={"type": "pager", "arguments": {"k": "x"}})
-        code, out, err = self.run_cli("notifiers", "list", "--json")
-        self.assertEqual((code, err), (0, ""))
         rest = {"status": "enabled", "broken_since": None, "waiting": 0, "where": None}
         a = {"id": "a", "name": "a", "type": "slack", "events": ["log"], "problem": None, **rest}
         b = {"id": "b", "name": "b", "type": "pager", "events": ["stalled", "failed", "recovered"], **rest}
         b["problem"] = "type 'pager' is not one of slack, workplace, logger, webhook, email, command"
         a["arguments"], b["arguments"] = {"url": "https://hooks.example.com/***", "message": ""}, {"k": "***"}
-        self.assertEqual(json.loads(out), [a, b])
+        self.assertEqual(json.loads(self.fine("notifiers", "list", "--json")), [a, b])
 
     def test_dump_is_the_file_with_its_secrets_masked(self) -> None:
         self.write_config(AIM_CONFIG)
-        code, out, _ = self.run_cli("notifiers", "dump")
         expected = json.loads(json.dumps(AIM_CONFIG))
         slack, workplace, _ = expected["notifications"]["notifiers"].values()
         slack["arguments"]["url"] = "https://hooks.example.com/***"
         workplace["arguments"]["access_token"] = "***"
-        self.assertEqual((code, json.loads(out)), (0, expected))
+        self.assertEqual(json.loads(self.fine("notifiers", "dump")), expected)
         self.assertEqual(aimwatch.read_config(self.paths), AIM_CONFIG)
 
     def test_remove_asks_and_removes(self) -> None:
@@ -7374,15 +7363,14 @@ class NotifiersCommands(NotifierCase):
         self.assertEqual(list(self.entries()), [WORKPLACE_ID])
 
     def test_log_level_is_set_and_shown(self) -> None:
-        self.assertEqual(self.run_cli("notifiers", "get-log-level"), (0, "Log level: WARNING\n", ""))
+        self.assertEqual(self.fine("notifiers", "get-log-level"), "Log level: WARNING\n")
         for given, number, shown in (
             ("INFO", 20, "INFO"), ("debug", 10, "DEBUG"), ("CRITICAL", 50, "CRITICAL"), ("25", 25, "Level 25"),
         ):  # fmt: skip
             with self.subTest(given):
-                self.assertEqual(self.run_cli("notifiers", "set-log-level", given), (0, "", ""))
+                self.fine("notifiers", "set-log-level", given)
                 self.assertEqual(aimwatch.read_config(self.paths)["notifications"]["log_level"], number)
-                found = self.run_cli("notifiers", "get-log-level")
-                self.assertEqual(found, (0, f"Log level: {shown}\n", ""))
+                self.assertEqual(self.fine("notifiers", "get-log-level"), f"Log level: {shown}\n")
 
     def test_sample_goes_to_every_enabled_one_and_the_answer_is_told(self) -> None:
         server = self.webhook((200, "ok"), (200, "<html>"), (404, "no_service"), (200, "ok"))
