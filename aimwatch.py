@@ -4232,9 +4232,7 @@ RUNNING = "running"
 class Kind(NamedTuple):
     """A kind of event, or the state that it leaves a run in."""
 
-    icon: str
-    #: In a message about several events, those with the lowest number come first.
-    rank: int
+    icon: str = ""
     #: The ANSI code of its colour on a terminal.
     colour: str = ""
     #: For how many seconds the check-in of a run that ended so is kept.
@@ -4244,15 +4242,16 @@ class Kind(NamedTuple):
 
 
 _SILENT = "|: silent for {run.silent}, promised a check-in within {run.promised}"
+#: In the order in which they stand in a message about several, and in a report.
 KINDS: Dict[str, Kind] = {
-    STALLED: Kind("❗", 1, "31", line="{run.name} stalled" + _SILENT + "|: {run.reason}"),
-    FAILED: Kind("❌", 0, "31", keep_s=86400.0),
-    RECOVERED: Kind("✅", 4),
-    STARTED: Kind("", 5),
-    FINISHED: Kind("✅", 6, "2", keep_s=600.0, line="{run.name} finished| {run.reason}"),
-    LOG: Kind("📝", 3, line="{run.name} logged {run.reason}|: {run.messages}"),
-    TROUBLE: Kind("❗", 2, line="aimwatch: {run.reason}"),
-    RUNNING: Kind("", 7, "32"),
+    FAILED: Kind("❌", "31", keep_s=86400.0),
+    STALLED: Kind("❗", "31", line="{run.name} stalled" + _SILENT + "|: {run.reason}"),
+    TROUBLE: Kind("❗", line="aimwatch: {run.reason}"),
+    LOG: Kind("📝", line="{run.name} logged {run.reason}|: {run.messages}"),
+    RECOVERED: Kind("✅"),
+    STARTED: Kind(),
+    RUNNING: Kind(colour="32"),
+    FINISHED: Kind("✅", "2", keep_s=600.0, line="{run.name} finished| {run.reason}"),
 }
 #: What a notifier may ask for, and what it gets where it does not ask.
 EVENTS = (STALLED, FAILED, RECOVERED, STARTED, FINISHED, LOG)
@@ -4604,10 +4603,6 @@ def on_one_line(reason: str) -> str:
     return f"{first} ... {more[-1]}" if more else first
 
 
-def _kind_of(facts: Facts) -> Kind:
-    return KINDS.get(facts.get("event", ""), Kind("", len(KINDS)))
-
-
 def summary(facts: Facts) -> str:
     """Return one line that says which run and what happened."""
     said = {
@@ -4616,7 +4611,7 @@ def summary(facts: Facts) -> str:
         "run.reason": on_one_line(facts.get("run.reason", "")),
         "run.messages": facts.get("run.messages", "").rpartition("\n")[2].strip(),
     }
-    kind = _kind_of(facts)
+    kind = KINDS.get(facts.get("event", ""), Kind())
     return f"{kind.icon} {fill_known(kind.line, said)}".strip()
 
 
@@ -4673,7 +4668,8 @@ def message_for_batch(template: Optional[str], batch: Sequence[Facts], limit: in
     if len(batch) == 1:
         return shorten(message_for(template, batch[0]), limit)
     causes: Dict[Any, List[Facts]] = collections.defaultdict(list)
-    for facts in sorted(batch, key=lambda facts: _kind_of(facts).rank):
+    order = [*KINDS, *(facts.get("event", "") for facts in batch)]
+    for facts in sorted(batch, key=lambda facts: order.index(facts.get("event", ""))):
         names = facts.keys() & {"run.name", "run.experiment", "run.host"}
         short = {**facts, **{name: shorten(on_one_line(facts[name]), 60, "...") for name in names}}
         alone = len(batch) <= FULL_EVENTS and speaks_for(template, facts)
@@ -9249,7 +9245,7 @@ def cmd_report(args: Any) -> int:
 
 def report_text(root: str, rows: Iterable[Dict[str, Any]], over_s: float) -> str:
     """Return how many runs there are in each state, and a line for what had one cause, as in an alert."""
-    rows = sorted(rows, key=lambda row: KINDS[row["state"]].rank)
+    rows = sorted(rows, key=lambda row: list(KINDS).index(row["state"]))
     causes: Dict[Any, List[Facts]] = collections.defaultdict(list)
     for row in rows:
         fields = ("name", "experiment", "host", "reason")
