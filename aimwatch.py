@@ -1760,8 +1760,7 @@ class _Process:
             self._cell_error = id(getattr(sys, "last_value", None))
 
     def _after_fork_in_child(self) -> None:
-        # Only the forking thread exists in the child: locks held by others would never be released.
-        self.stacks = _Stacks()
+        self.stacks = _Stacks()  # only the forking thread exists in the child
         for run in self.runs:
             run._window = math.nan, 0.0
         # With a handler in Python, a child that computes in C would outlive its SIGTERM.
