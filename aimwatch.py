@@ -2425,13 +2425,8 @@ class Run:
         for metric in self.metrics():
             yield metric.name, metric.context, self
 
-    def get_metric(self, name: str, context: Any = None) -> Optional[Metric]:
-        """Return one metric series, or None where the run has none of that name and context.
-
-        `context` is a dict or an object with `to_dict()`; None means the empty one.
-        """
-        if context is not None and not isinstance(context, dict):
-            context = context.to_dict()
+    def get_metric(self, name: str, context: Optional[Dict[str, Any]] = None) -> Optional[Metric]:
+        """Return one metric series, or None where the run has none of that name and context."""
         key = name, encode_value(context or {}, [])
         found = (item for item in self._state.series.values() if (item.name, item.context) == key)
         return next((Metric(self, series) for series in found), None)

@@ -3264,12 +3264,7 @@ class Tracking(RecordingCase):
         for context in equal:
             self.assertEqual(self.metric("r", context=context).count, len(equal))
         self.assertEqual(self.points("r", "m", {}), [(0, 2.0), (1, 2.0), (2, 2.0), (3, 3.0)])
-
-        class Context:
-            def to_dict(self) -> Dict[str, Any]:
-                return {"a": 2, "b": "x"}
-
-        found = self.metric("r", context=Context())
+        found = self.metric("r", context=aimwatch.Context(a=2, b="x"))
         self.assertEqual((found.count, found.context), (3, {"a": 2, "b": "x"}))
         self.assertIsNone(self.metric("r", context={"a": 3}))
 
