@@ -5544,11 +5544,6 @@ SILENT_MARKER_EVERY_S = 120.0
 class WatchedRun:
     """What the watcher knows of one run; times in `_s` are on its looking clock."""
 
-    __slots__ = (
-        *("hash", "idx", "name", "promise_s", "since_s", "since_utc", "stalls", "state", "utc"),
-        *("free_s", "look_s", "was_held", "member"),
-    )
-
     def __init__(self, check_in: CheckIn, name: str, now_s: float, now_utc: float) -> None:
         self.hash = check_in.run_hash
         #: When it stalled, the newest last. The last of a flapping run: when it last was silent too long.
@@ -8105,6 +8100,11 @@ READERS: Dict[str, Callable[[str], Any]] = {
 
 def _stop_signal() -> threading.Event:
     """Return what says when this process was told to stop."""
+    with contextlib.suppress(ImportError, AttributeError, OSError):  # not every C library has it
+        import ctypes
+
+        # What compiling this file took where no .pyc can be written: 16 MB, for months.
+        ctypes.CDLL(None).malloc_trim(0)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
