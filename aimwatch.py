@@ -925,10 +925,8 @@ class SeriesState:
 
     def to_list(self) -> List[Any]:
         """Return the series as a checkpoint holds it."""
-        values = [getattr(self, field) for field in self.KINDS]
-        return [
-            repr(value) if value in (math.inf, -math.inf) or value != value else value for value in values
-        ]
+        values, infinite = (getattr(self, field) for field in self.KINDS), (math.inf, -math.inf)
+        return [repr(value) if value in infinite or value != value else value for value in values]
 
     @classmethod
     def from_list(cls, values: Sequence[Any]) -> SeriesState:
@@ -975,10 +973,7 @@ def _parts(value: Any) -> Any:
             return dict(value.items())
         if isinstance(value, (bytes, bytearray, memoryview, type)):
             return None
-        if hasattr(value, "shape"):
-            if value.shape == ():
-                found = value.item()
-                return found if isinstance(found, (bool, int, float, str)) else None
+        if hasattr(value, "shape"):  # of none, as a NumPy scalar has, the product is 1
             return value.tolist() if math.prod(value.shape) <= 10_000 else None
         if isinstance(value, collections.abc.Set):
             return sorted(value, key=lambda item: (type(item).__name__, item))
@@ -1196,20 +1191,15 @@ class AppendFile:
 
     def _open(self) -> None:
         fd = open_below(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        try:
-            info = os.fstat(fd)
-            size, identity = info.st_size, (info.st_dev, info.st_ino)
-            if identity == self._identity and self._must_sync and self._synced_size < size:
-                size = self._synced_size
-                os.ftruncate(fd, size)
-            # A writer that was killed may have left half a line; the next record must not join it.
-            torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-        except BaseException:
-            os.close(fd)
-            raise
         close_quietly(self._fd)
-        self._fd, self._identity, self._torn = fd, identity, torn
-        self.size = self._synced_size = size
+        self._fd = fd  # whatever fails below is tried again, and closes it
+        identity, size = identity_of(fd), os.fstat(fd).st_size
+        if identity == self._identity and self._must_sync and self._synced_size < size:
+            size = self._synced_size
+            os.ftruncate(fd, size)
+        # A writer that was killed may have left half a line; the next record must not join it.
+        self._torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        self._identity, self.size, self._synced_size = identity, size, size
 
     def append(self, line: bytes) -> None:
         """Write one line with its line break; keep it for later where that fails. Never raises OSError."""
