@@ -112,14 +112,11 @@ from typing import (
     Sequence,
     Set,
     Tuple,
-    TypeVar,
     Union,
 )
 
 if TYPE_CHECKING:
     import sqlite3
-
-    Item = TypeVar("Item")
 
 # ======================================================================================
 # Constants, errors, small helpers
@@ -1434,14 +1431,8 @@ def _last_checkpoint(fd: int, end: int, least: int) -> int:
 
 
 def git_commit() -> Optional[str]:
-    """Return the commit that is checked out around the script, or else around the working folder, as the
-    files in `.git` say."""
-
-    def text_of(*path: str) -> str:
-        with contextlib.suppress(OSError):
-            return read_bounded(os.path.join(*path), 1 << 22).decode("utf-8", "replace").strip()
-        return ""
-
+    """Return the commit that is checked out around the script, or else around the working folder, as the log
+    says that git keeps of that."""
     script = next(iter(getattr(sys, "argv", ())), "")
     ours = os.path.realpath(script) == os.path.realpath(__file__)  # `exec`: where this file lies says nothing
     for start in ("." if ours else os.path.dirname(script), "."):
@@ -1449,16 +1440,13 @@ def git_commit() -> Optional[str]:
         while not os.path.lexists(os.path.join(folder, ".git")) and folder != "/":
             folder = os.path.dirname(folder)
         git = os.path.join(folder, ".git")
-        # A file in a worktree or a submodule, where the branches are in another folder.
-        git = os.path.join(folder, text_of(git).partition("gitdir:")[2].strip() or git)
-        shared = os.path.join(git, text_of(git, "commondir"))
-        commit = text_of(git, "HEAD")
-        if commit.startswith("ref:"):
-            ref = commit[len("ref:") :].strip()
-            packed = re.search(f"^(.*) {re.escape(ref)}$", text_of(shared, "packed-refs"), re.MULTILINE)
-            commit = text_of(git, ref) or text_of(shared, ref) or (packed[1] if packed else "")
-        if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", commit):
-            return commit
+        with contextlib.suppress(OSError):
+            if os.path.isfile(git):  # of a worktree, or a submodule
+                git = os.path.join(folder, os.fsdecode(read_bounded(git, 4096)).partition(":")[2].strip())
+            moves = read_bounded(os.path.join(git, "logs", "HEAD"), 1 << 24)
+            commits = re.findall(rb"^\S+ ([0-9a-f]{40}|[0-9a-f]{64}) ", moves, re.MULTILINE)
+            if commits:
+                return str(commits[-1], "ascii")
     return None
 
 
@@ -1478,7 +1466,6 @@ def describe_session() -> Dict[str, Any]:
     }
     with contextlib.suppress(OSError):  # the folder may be gone; the run is not
         session["cwd"] = os.getcwd()
-    with contextlib.suppress(OSError):
         if stat.S_ISREG(os.fstat(1).st_mode):
             session["stdout"] = os.readlink("/proc/self/fd/1")
     for system, variable in (("lsf", "LSB_JOBID"), ("pbs", "PBS_JOBID"), ("slurm", "SLURM_JOB_ID")):
@@ -2243,11 +2230,11 @@ class Run:
 
     def progress(
         self,
-        items: Iterable[Item],
+        items: Iterable[Any],
         *,
         total: Optional[int] = None,
         expect_next_in: Union[int, float, str] = AUTO,
-    ) -> Iterator[Item]:
+    ) -> Iterator[Any]:
         """Report progress for each item of a loop, and how much of it is done where its length is known.
         Loops may be nested::
 

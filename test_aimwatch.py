@@ -4845,22 +4845,15 @@ class RunCommands(StoredCase):
         script = self.new_file("code/deep/train.py", train)
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir("/")
-        for files, found in (
-            ({"HEAD": commit}, commit),
-            ({"HEAD": "ref: refs/heads/main", "refs/heads/main": commit}, commit),
-            ({"HEAD": "ref: refs/heads/main", "packed-refs": f"# x\n{other} refs/heads/b\n{commit} refs/heads/main"},
-             commit),
-            ({"HEAD": "ref: refs/heads/x", "commondir": "../common", "../common/refs/heads/x": commit}, commit),
-            ({"HEAD": "ref: ../../secret", "../../secret": "password"}, None), ({}, None),
-        ):  # fmt: skip
-            for name, text in files.items():
-                os.makedirs(os.path.dirname(os.path.join(git, name)), exist_ok=True)
-                write_file(os.path.join(git, name), f"{text}\n")
-            with self.subTest(files=files), mock.patch.object(sys, "argv", [script]):
-                self.assertEqual(aimwatch.git_commit(), found)
+        moves = f"{40 * '0'} {other} ann <a@b> 1 +0000\tclone: from x\n{other} {commit} ann <a@b> 2 +0000\tcommit: y\n"
+        for folder in (git, os.path.join(self.root, "code", "tree")):
+            os.makedirs(os.path.join(folder, "logs"))
+            for text, found in (("password\n", None), (moves, commit)):
+                write_file(os.path.join(folder, "logs", "HEAD"), text)
+                with self.subTest(text=text), mock.patch.object(sys, "argv", [script]):
+                    self.assertEqual(aimwatch.git_commit(), found)
             shutil.rmtree(git, ignore_errors=True)
-        os.mkdir(git)
-        self.new_file("code/.git/HEAD", commit)
+            write_file(git, "gitdir: tree\n")
         path = os.path.join(self.root, "slurm-7.out")
         for output, environ, noted in (
             (path, {}, path), (os.devnull, {}, None), (os.devnull, {"SLURM_JOB_STDOUT": "/x/y"}, "/x/y"),
