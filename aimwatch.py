@@ -1972,6 +1972,9 @@ class Run:
     _part_at_mono = 0.0
     #: The promise that the check-in on disk covers, and until when (monotonic).
     _window: Tuple[Any, float] = (math.nan, 0.0)
+    #: What the last report asked for, and what the phase promises.
+    _asked: Any = 0
+    _phase_s = 0.0
 
     def __init__(
         self,
@@ -2077,9 +2080,8 @@ class Run:
         #: Until when what is on disk promises a report (monotonic).
         self._deadline = 0.0
         self._promised = False
-        #: What the last report asked for; what "auto" learned, and when (monotonic), NaN after anything else.
-        self._asked: Any = 0
-        self._rhythm, self._learned_mono, self._phase_s = Rhythm(), math.nan, 0.0
+        #: What "auto" learned, and when (monotonic), NaN after anything else.
+        self._rhythm, self._learned_mono = Rhythm(), math.nan
         #: In a program that `aimwatch exec` runs, `track` is a report until there is another.
         self._track_reports = False
         #: How the run ended, when that is recorded and reported.
@@ -2146,11 +2148,10 @@ class Run:
 
     def _adopt(self) -> List[str]:
         """Go on where an earlier process left this run, and return the check-ins that are ours."""
-        if self._log.size:
-            self._state = read_log(self._log.path, self.hash)
-            problem = log_problem(self._state) if self._state.created_at else ""
-            if problem:
-                raise RepoError(f"cannot go on with run {self.hash}: {problem}")
+        self._state = read_log(self._log.path, self.hash)
+        problem = log_problem(self._state) if self._state.created_at else ""
+        if problem:
+            raise RepoError(f"cannot go on with run {self.hash}: {problem}")
         _process.stacks.disarm(self._paths.stack(self.hash))  # where an earlier process hung matters no more
         names = own_check_ins(self._paths, self.hash)
         newest = parse_check_in(names[-1]) if names else None
@@ -2282,20 +2283,16 @@ class Run:
             with run.phase("eval", expect=1800):
                 evaluate(model)
         """
-        expect_s = checked_expect_s(expect)
-        if not self._may_write("phase"):
-            yield
-            return
+        expect_s, outer_s, asked = checked_expect_s(expect), self._phase_s, self._asked
         self._log_message(logging.DEBUG, f"phase {_checked_text('name', name)}", {"expect": expect_s})
-        outer_s, self._phase_s = self._phase_s, expect_s
-        self._report(expect_s)
+        self._phase_s = expect_s
+        self.report_progress(expect_next_in=expect_s)
         try:
             yield
         finally:
-            self._phase_s = outer_s
-            if self._is_mine() and self.active:
-                self._learned_mono = math.nan
-                self._report(outer_s or self._asked)
+            self._phase_s, self._learned_mono = outer_s, math.nan
+            if self.active:
+                self.report_progress(expect_next_in=outer_s or asked)
 
     def report_successful_finish(self, *, block: bool = True) -> None:
         """Say that the run reached its end. `block` is Aim's; the report is always written."""
