@@ -9308,19 +9308,11 @@ class Charts(unittest.TestCase):
         dice = random.Random(4)
         for count in (3, 369, 370, 371, 740, 5000):
             values = [dice.random() for _ in range(count)]
-            values[dice.randrange(count)] = 99.0
-            values[dice.randrange(count)] = -99.0
-            xs = sorted(dice.random() * 50 for _ in range(count))
-            scale = aimwatch.Scale([xs[0], xs[-1]], False)
-            edges = [scale.value(nth / 370) for nth in range(371)]
-            shown = set(aimwatch.to_draw(xs, values, edges))
-            self.assertLessEqual(len(shown), 2 * 370 + 2)
-            for low, high in zip(edges, edges[1:]):
-                is_in = [low < x <= high or x == low == xs[0] for x in xs]
-                column = [(y, nth) for nth, y in enumerate(values) if is_in[nth]]
-                if column:
-                    self.assertIn(min(column)[1], shown)
-                    self.assertIn(max(column)[1], shown)
+            low, high = dice.sample(range(count), 2)
+            values[low], values[high] = -99.0, 99.0
+            drawn = self.drawn(values, step=sorted(dice.random() * 50 for _ in values))
+            self.assertLessEqual(len(drawn), 2 * 370 + 2)
+            self.assertLessEqual({-99, 99}, {value for _, value in drawn})
 
     def test_what_is_drawn(self) -> None:
         for values, query, line in (
@@ -9447,8 +9439,7 @@ class Pages(StoredCase):
 
     def test_paths(self) -> None:
         self.fill()
-        reindexed = aimwatch.Repo(self.root).reindex()
-        self.assertEqual(reindexed, [])
+        aimwatch.Repo(self.root).reindex()
         for path, status, what in (
             ("", 200, "All runs"), ("run/r7/", 200, "polyline"), ("compare/", 200, "Tick runs"), ("metrics", 200, "# EOF"),
             ("runs.csv", 200, "hash,name"), ("api/runs", 200, '"r7"'), ("api/status", 200, '"watcher"'), ("api/runs/r7", 200, '"nested"'),
@@ -10363,8 +10354,7 @@ class RunsWithoutCode(ExecCase):
         process = self.program("sh", "-c", "echo works; exit 4")
         out, err = process.communicate(timeout=30)
         self.assertEqual((4, b"works\n"), (process.returncode, out))
-        said = r"\Aaimwatch: exec: the program runs, and nobody watches it: .*file.*\n\Z"
-        self.assertRegex(err.decode(), said)
+        self.assertRegex(err, rb"\Aaimwatch: exec: the program runs, and nobody watches it: .*file.*\n\Z")
 
     def test_reader_that_goes_away_is_seen_by_the_program(self) -> None:
         process = self.program("yes")
@@ -10512,9 +10502,8 @@ class RunsOfPrograms(ExecCase):
         code = JOINS + "run.track(1.0, 'loss')\nrun._close_files()\ninput()\n"
         process = self.python(code, stdin=subprocess.PIPE)
         run_hash = process.stdout.readline().decode().strip()
-        marker = self.paths.marker(run_hash)
         self.wait_for(lambda: len([x for x in self.records(run_hash) if "exec" in x]) == 2)
-        self.assertEqual("held", aimwatch.lock_state(marker))
+        self.assertEqual("held", aimwatch.lock_state(self.paths.marker(run_hash)))
         process.communicate(b"\n", timeout=30)
         self.assertEqual("finished", self.the_run()["state"])
 
