@@ -6682,12 +6682,11 @@ class Program:
         Return the descriptors that were ready."""
         import select
 
-        sources = [source for source in self.targets if not self._waiting.get(source)]
-        full = {target: source for source, target in self.targets.items() if source not in sources}
+        full = {target: source for source, target in self.targets.items() if self._waiting.get(source)}
+        sources = self.targets.keys() - full.values()
         readable, writable, _ = select.select([*others, *sources], list(full), [], wait_s)
-        for source in readable:
-            if source in sources:
-                self._read(source)
+        for source in sources.intersection(readable):
+            self._read(source)
         for target in writable:
             self._write(full[target], target)
         return readable + writable
@@ -7519,7 +7518,7 @@ class Site:
         choices += each('<input type="hidden" name="{}" value="{}">', kept)
         names, pages = ask.pages("page", list(curves), PAGE_CHARTS)
         return html(
-            '<form class="ask drawn">{}<button>Draw</button></form><div class="charts">{}</div><p>{}</p>',
+            '<form class="ask">{}<button>Draw</button></form><div class="charts">{}</div><p>{}</p>',
             choices, [chart_svg(name, curves[name], ask) for name in names], pages,
         )  # fmt: skip
 
