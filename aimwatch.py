@@ -2198,7 +2198,7 @@ class Run:
             # By how much the deadline on disk exceeds the one promised now; NaN: both are "none".
             over_s = self._deadline - (now + expect_s if expect_s else math.inf)
             until_mono = self._deadline - expect_s
-            if block or self._ended is not None or not 0 <= over_s <= promise_margin_s(expect_s) + 1:
+            if block or not 0 <= over_s <= promise_margin_s(expect_s) + 1:
                 until_mono = self._write_check_in(expect_s)
             # Calls that ask for the same return at once until then, or for a second where they teach.
             self._window = asked, min(until_mono, _monotonic() + 1.0) if asked is AUTO else until_mono

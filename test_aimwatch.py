@@ -943,6 +943,12 @@ class HeartbeatPromise(HandDriven):
             run.report_progress()
             self.assertEqual(self.check_ins() == names, is_the_same)
 
+    def test_promise_that_wavers_is_written_only_where_the_last_does_not_cover_it(self) -> None:
+        run = self.run_object("r")
+        for expect, written in ((60, 66), (61.5, 66), (65, 66), (67, 74), (66.5, 74), (50, 55)):
+            run.report_progress(expect_next_in=expect)
+            self.assertEqual(self.promised(run), written)
+
     def test_wrong_value_raises_and_writes_nothing(self) -> None:
         text = "must be 'auto' or from 0 to 315360000 seconds, not "
         types_ = (None, "60", b"60", [60], 1j, True, 10**400, "aut", "AUTO", b"auto")
