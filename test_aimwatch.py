@@ -10625,32 +10625,21 @@ class TestCommandLine(Case):
                 for action in parser._actions:
                     self.assertTrue(action.help, action)
 
-    def test_repository_that_is_not_there_is_named_with_the_way_out(self) -> None:
-        missing, plain = os.path.join(self.root, "x"), os.path.join(self.root, "plain")
-        write_file(plain)
-        for argv in (
-            ["start"], ["status"], ["notifiers", "list"], ["notifiers", "test"], ["mute", "x"], ["runs"],
-        ):  # fmt: skip
-            for root in (missing, plain):
-                with self.subTest(argv=argv, root=root):
-                    code, out, err = self.run_cli("--repo", root, *argv)
-                    self.assertEqual((code, out, err.count("\n")), (1, "", 1))
-                    way_out = f"run '{aimwatch.command_line(root)} init' or start a run there"
-                    self.assertTrue(err.endswith(f": no repository at {root}: {way_out}\n"), err)
-        self.assertFalse(os.path.exists(missing))
-
-    def test_commands_to_type_are_named_as_this_one_was_called(self) -> None:
-        for argv0, module, called in (
-            ("/opt/aimwatch.py", None, "python3 aimwatch.py"), ("/opt/aimwatch.py", "aimwatch", "python3 -m aimwatch"),
-            ("/usr/bin/aimwatch", None, "aimwatch"), ("train.py", None, f"python3 {aimwatch.__file__}"),
+    def test_repository_that_is_not_there_is_named_with_the_command_to_type(self) -> None:
+        missing, plain = os.path.join(self.root, "not there"), self.new_file("plain")
+        for argv0, module, called, command in (
+            ("/opt/aimwatch.py", None, "python3 aimwatch.py", "start"), ("/usr/bin/aimwatch", None, "aimwatch", "mute x"),
+            ("/opt/aimwatch.py", "aimwatch", "python3 -m aimwatch", "notifiers test"),
+            ("train.py", None, f"python3 {aimwatch.__file__}", "runs"),
         ):  # fmt: skip
             main = types.SimpleNamespace(__spec__=types.SimpleNamespace(name=module))
-            with self.subTest(called=called), mock.patch.object(sys, "argv", [argv0]), mock.patch.dict(
-                sys.modules, {"__main__": main}
-            ):
-                err = self.run_main("--repo", "/no/repo s", "status")[2]
-                self.assertTrue(err.startswith(f"{called}: no repository at /no/repo s: "), err)
-                self.assertIn(f"run '{called} --repo '/no/repo s' init' or start a run there", err)
+            patch = mock.patch.dict(sys.modules, {"__main__": main})
+            for root in (missing, plain):
+                with self.subTest(called, root=root), mock.patch.object(sys, "argv", [argv0]), patch:
+                    init = f"{called} --repo {shlex.quote(root)} init"
+                    says = f"{called}: no repository at {root}: run '{init}' or start a run there\n"
+                    self.assertEqual(self.run_main("--repo", root, *command.split()), (1, "", says))
+        self.assertFalse(os.path.exists(missing))
 
     def test_output_that_nobody_takes_ends_with_1_and_without_a_complaint_of_python(self) -> None:
         os.environ.pop("PYTHONUNBUFFERED", None)
