@@ -272,6 +272,13 @@ def unlink_below(path: str) -> None:
         os.unlink(name, dir_fd=folder)
 
 
+def remove_all(files: Iterable[str]) -> None:
+    """Remove files that nobody needs any more; what cannot be removed is left for the next time."""
+    for path in files:
+        with contextlib.suppress(OSError):
+            unlink_below(path)
+
+
 def list_below(folder: str) -> List[str]:
     """Return the names in a folder that is opened as by `folder_of`. Raises OSError."""
     fd = open_below(f"{folder}/.", os.O_RDONLY | os.O_DIRECTORY)
@@ -390,18 +397,16 @@ def local_time(epoch_s: float) -> str:
 
 def iso_time(epoch_s: float, precision: str = "milliseconds") -> str:
     """Return seconds since the epoch in ISO 8601 with its zone, which is UTC, for programs to read."""
-    try:
+    with contextlib.suppress(OverflowError, ValueError, OSError):
         return datetime.datetime.fromtimestamp(epoch_s, datetime.timezone.utc).isoformat(timespec=precision)
-    except (OverflowError, ValueError, OSError):
-        return ""
+    return ""
 
 
 def brief(value: Any) -> str:
     """Return what a wrong argument looks like, for the message that refuses it."""
-    try:
+    with contextlib.suppress(Exception):  # a tensor whose device is gone, an int of more than 4,300 digits
         return printable(repr(value), 60)
-    except Exception:  # a tensor whose device is gone, an int of more than 4,300 digits
-        return f"unprintable {type(value).__name__}"
+    return f"unprintable {type(value).__name__}"
 
 
 def plural(count: int, noun: str) -> str:
@@ -463,10 +468,9 @@ def login_name(uid: int) -> str:
     """Return the login name of a user as the password database has it, else the number."""
     import pwd
 
-    try:
+    with contextlib.suppress(KeyError):
         return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+    return str(uid)
 
 
 def process_stat(pid: Any) -> List[bytes]:
@@ -848,9 +852,8 @@ class CheckInFile:
         except FileNotFoundError:  # there was none yet, or another thread moved it, or somebody tidied up
             self._create(target)
         self._names = [target]
-        for name in older:
-            with contextlib.suppress(OSError):  # a leftover with a lower number says nothing
-                os.unlink(os.path.join(self.folder, name))
+        # A leftover with a lower number says nothing.
+        remove_all(os.path.join(self.folder, name) for name in older)
 
     def _create(self, name: str) -> None:
         os.close(open_below(os.path.join(self.folder, name), os.O_WRONLY | os.O_CREAT | os.O_EXCL))
@@ -989,10 +992,9 @@ def _text(value: Any) -> str:
         return str.__str__(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return int.__repr__(value)
-    try:
+    with contextlib.suppress(Exception):
         return str(value)
-    except Exception:
-        return f"<{type(value).__name__} without a text>"
+    return f"<{type(value).__name__} without a text>"
 
 
 def decode_value(value: Any, depth: int = 0) -> Any:
@@ -1117,11 +1119,10 @@ class RunState:
 
     def param(self, path: Sequence[str]) -> Any:
         """Return what stands at a path of params, encoded. Raises KeyError."""
-        try:
+        with contextlib.suppress(LookupError, TypeError, ValueError):
             parent, key = self._place(path)
             return parent[key]
-        except (IndexError, TypeError, ValueError):
-            raise KeyError(tuple(path)) from None
+        raise KeyError(tuple(path))
 
     def to_checkpoint(self) -> Dict[str, Any]:
         """Return the whole state as a record, from which `apply` builds it again."""
@@ -1540,7 +1541,7 @@ def describe_exception(error: BaseException, depth: int = 0) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     parts = [type(error).__qualname__]
-    try:
+    with contextlib.suppress(Exception):  # the code of the exception's class may fail in any way
         lines = [line.strip() for line in _ESCAPE.sub("", str(error)).splitlines() if line.strip()]
         if lines:
             ends = [lines[0], lines[-1]] if len(lines) > 1 else lines
@@ -1551,8 +1552,6 @@ def describe_exception(error: BaseException, depth: int = 0) -> str:
             parts += [describe_exception(member, depth + 1) for member in members[:MAX_CAUSES]]
         if depth < MAX_CAUSES and cause is not None and not type(cause).__name__.endswith("RemoteTraceback"):
             parts.append(f"caused by {describe_exception(cause, depth + 1)}")
-    except Exception:  # the code of the exception's class may fail in any way
-        pass
     return "; ".join(parts)[:MAX_REASON]
 
 
@@ -6038,13 +6037,6 @@ def read_acks(paths: RepoPaths) -> Set[str]:
     with contextlib.suppress(OSError):
         return set(names_in(paths.mutes, rf".+-({STALLED}|{FAILED})"))
     return set()
-
-
-def remove_all(files: Iterable[str]) -> None:
-    """Remove files that nobody needs any more; what cannot be removed is left for the next time."""
-    for path in files:
-        with contextlib.suppress(OSError):
-            unlink_below(path)
 
 
 def read_watcher_file(paths: RepoPaths) -> Dict[str, Any]:
