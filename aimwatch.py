@@ -1190,7 +1190,8 @@ class AppendFile:
     def _open(self) -> None:
         fd = open_below(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         close_quietly(self._fd)
-        self._fd = fd  # whatever fails below is tried again, and closes it
+        # In this order, for a sync under way. Whatever fails below is tried again, and closes the descriptor.
+        self.size, self._fd = 0, fd
         identity, size = identity_of(fd), os.fstat(fd).st_size
         if identity == self._identity and self._must_sync and self._synced_size < size:
             size = self._synced_size
