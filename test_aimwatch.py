@@ -2771,24 +2771,18 @@ class QueryTableTest(IndexCase):
             ("run.hparams.layers == [64, 32, {'units': 8}]", "a"),
             ("run.hparams.layers == (64, 32, {'units': True})", ""),
             ("run.pair == {'p': {'y': [True], 'z': 1}, 'q': 2.0}", "a"),
-            ("run.pair in [{'p': 1}, {'p': {'y': [1], 'z': 1}, 'q': 2}]", "a"),
             ("64 in run.hparams.layers", "a"), ("'lr' in run.hparams", "a b"),
             ("'lr' not in run.hparams or 'x' not in run.hparams.deep", "b"),
-            ("'x' in run.hparams.deep and 'units' in run.hparams.layers[2]", "a"),
             ("'y' in run.hparams.deep or 'hparams' in run.n or 'N' in run.nan", ""),
             ("'k' in run.none", "a"),  # a key whose value is None is there
             ("'lr' in run.words and 'l' not in run.words and '5' not in run.words", "a"),
-            ("'uto' in run.hparams.lr", "b"),
-            ("'dam' in run.hparams.opt and 'adam' not in run.hparams.opt", "a"),
-            ("run.hparams == {'lr': 'auto'}", "b"), ("run.hparams.layers < [65]", "a"),
+            ("'dam' in run.hparams.opt and 'adam' not in run.hparams.opt", "a"), ("run.hparams.layers < [65]", "a"),
             # None and types
             ("run.no.such.thing == None", "a b"), ("run.no.such.thing is not None", ""), ("run.no != 5", "a b"),
             ("run.no < 5 or run.no >= 5", ""), ("not run.no < 5", "a b"), ("run.no in [None, 1]", "a b"),
-            ("run.flag in (None, 1)", "a b"), ("run.hparams.lr > 0", "a"), ("run.hparams.lr > 'a'", "b"),
-            ("run.hparams.lr < 'b'", "b"), ("run.text == 3", ""), ("run.text == '3'", "a"),
-            ("run.text != 3", "a b"), ("run.n == 3 and run.n == 3.0 and run.n != True", "a b"),
-            ("run.flag == 1 and run.flag == True", "a"), ("not run.flag", "b"),
-            ("run.hparams.opt == 'adam'", ""), ("run.hparams.opt.lower() == 'adam'", "a"),
+            ("run.hparams.lr > 0", "a"), ("run.hparams.lr > 'a'", "b"), ("run.text == 3", ""), ("run.text == '3'", "a"),
+            ("run.n == 3 and run.n == 3.0 and run.n != True", "a b"), ("run.flag == 1 and run.flag == True", "a"),
+            ("not run.flag", "b"), ("run.hparams.opt.lower() == 'adam'", "a"),
             ("run.big > 9223372036854775807", "b"), (f"run.big == {2**80}", "b"), (f"run.n < {10**400}", "a b"),
             # NaN and infinity
             ("run.nan == run.nan", "b"), ("run.nan != run.nan", "a"),
@@ -2806,8 +2800,7 @@ class QueryTableTest(IndexCase):
             ("int(run.text) == round(run.n + 0.2)", "a"),
             # text
             ("run.name.startswith('Base') and run.name.endswith(('x', 'ine'))", "a"),
-            ("'line' in run.name", "a"), ("'LINE' not in run.name", "a b"), ("run.n.startswith('3')", ""),
-            ("run.hparams.opt in ['Adam', 'sgd']", "a"), ("run.hparams.opt in {}", ""),
+            ("run.n.startswith('3')", ""), ("run.hparams.opt in ['Adam', 'sgd']", "a"), ("run.hparams.opt in {}", ""),
             # the run itself
             ("run.hash == 'a'", "a"), ("run.hash in ('a', 'zz')", "a"), ("run.state == 'finished'", "a"),
             ("run.host == 'node7' and run.pid == 7 and run.user in ['ann'] and run.job is None", "b"),
@@ -2827,11 +2820,9 @@ class QueryTableTest(IndexCase):
             ("run.created_at.year == 2026 and run.created_at.month == 3 and run.created_at.day == 31", "a"),
             ("run.created_at.hour == 23 and run.created_at.minute == 33 and run.created_at.second == 20", "a"),
             ("run.finalized_at is None", "b"), ("run.finalized_at < datetime.now() - timedelta(days=7)", "a"),
-            ("run.finalized_at > run.created_at", "a"), ("run.end_time - run.creation_time == 100", "a"),
-            ("run.finalized_at.year == 2026", "a"), ("run.finalized_at - run.created_at == timedelta(seconds=100)", "a"),
+            ("run.finalized_at - run.created_at == timedelta(seconds=100) and run.end_time - run.creation_time == 100", "a"),
             ("run.created_at + timedelta(1) > datetime(2026, 4, 1, 23)", "a b"), ("run.n + timedelta(1) != 4", "a b"),
             # metrics of a run
-            ("run.metrics['loss', {'subset': 'train'}].last == 2", "a"),
             ("run.metrics['loss', {'subset': 'train'}].min == 1 and run.metrics['loss', {'subset': 'val'}].max == 4", "a"),
             ("run.metrics['loss', {'subset': 'train'}].last_step == 2", "a"),
             ("run.metrics['loss', {'subset': 'val'}].last > run.metrics['loss', {'subset': 'train'}].last", "a"),
@@ -4230,6 +4221,20 @@ class DeadRuns(StoredCase):
         self.assertEqual(self.pending(), [])
         self.assertEqual(self.reread("d")._state.end["reason"], aimwatch.DIED)  # type: ignore[index]
 
+    def test_log_of_a_terabyte_is_refused_at_once(self) -> None:
+        with Run("r", create=True, repo=self.root) as run:
+            run.track(1, "m")
+        os.truncate(self.paths.run_log("r"), 1 << 40)
+        self.assertEqual(self.run_cli("runs", "--csv", "--columns", "hash")[1], "hash\nr\n")
+        for argv in (("show", "r"), ("plot", "r", "m"), ("reindex",)):
+            with self.subTest(argv=argv):
+                self.assertIn("no checkpoint in its last 128 MB", self.fine(*argv, code=1))
+
+    def test_run_does_not_index_itself_on_a_share_whose_locks_may_be_local(self) -> None:
+        with mock.patch.object(aimwatch, "is_network", return_value=True):
+            Run("r", create=True, repo=self.root).close()
+        self.assertEqual((self.pending(), os.path.exists(self.paths.index)), (["r"], False))
+
 
 #: Lines as another program, or an enemy, could write them into a run's log.
 HOSTILE = (
@@ -4257,24 +4262,6 @@ HOSTILE = (
     '[[1,"m",{},2,"nan","inf","-inf",5,6,"nan","inf"]],"errors":[{}],"end":{"end":[],"time":5},'
     '"next_idx":1,"last_time":5}',
 )  # fmt: skip
-
-
-class Bounds(StoredCase):
-    """What is too much to be read, or shown, is refused in plain words, or shown in part."""
-
-    def test_log_of_a_terabyte_is_refused_at_once(self) -> None:
-        with Run("r", create=True, repo=self.root) as run:
-            run.track(1, "m")
-        os.truncate(self.paths.run_log("r"), 1 << 40)
-        self.assertEqual(self.run_cli("runs", "--csv", "--columns", "hash")[1], "hash\nr\n")
-        for argv in (("show", "r"), ("plot", "r", "m"), ("reindex",)):
-            with self.subTest(argv=argv):
-                self.assertIn("no checkpoint in its last 128 MB", self.fine(*argv, code=1))
-
-    def test_run_does_not_index_itself_on_a_share_whose_locks_may_be_local(self) -> None:
-        with mock.patch.object(aimwatch, "is_network", return_value=True):
-            Run("r", create=True, repo=self.root).close()
-        self.assertEqual((self.pending(), os.path.exists(self.paths.index)), (["r"], False))
 
 
 class HostileLogs(StoredCase):
@@ -4346,18 +4333,14 @@ class Torture(StoredCase):
             for step in range(chance.randrange(60)):
                 value = chance.choice((step, -step, 0.1, INF, NAN, True))
                 run.track(value, "m", epoch=chance.choice((None, NAN, 2)), context={"s": step % 3})
-                run.report_progress(expect_next_in=chance.choice((0, 60)))
                 if step % 10 == 9:
                     run.add_tag(f"t{step}")
-                    run["p", "step"] = step
             if chance.random() < 0.3:
                 run.close()
                 run = Run(run.hash, repo=self.root)
                 run.track(99, "again")
-            if chance.random() < 0.8:
+            if chance.random() < 0.8:  # the others die with the process
                 run.close()
-            else:
-                kept = run  # noqa: F841 - dies with the process
 
     def index(self, number: int) -> None:
         chance = random.Random(number)
