@@ -5673,12 +5673,17 @@ class Transports(NotifierCase):
         ((method, path, headers, _, _),) = server.requests
         self.assertEqual((method, path), ("POST", "/services/T000/B000/SECRETSECRET"))
         self.assertEqual(headers["content-type"], "application/json; charset=utf-8")
+        self.assertRegex(headers["user-agent"], "^aimwatch/")  # some servers refuse that of Python
         self.assertTrue(server.texts()[0].startswith("❗ &lt;!channel&gt; &amp; é stalled"))
         template = "<!here> {run.name} " + "z" * 4000  # the user's own is not escaped
         aimwatch.deliver(notifier_of("slack", url=server.url, message=template), [facts_of(run_name="<x>")])
         text = server.texts()[1]
         self.assertTrue(text.startswith("<!here> &lt;x&gt; zzz"), text[:60])
         self.assertEqual((len(text), text[-4:]), (2996, "\n..."))
+        self.slack(server.url, run_frames="```x\n" * 25 + "y" * 900, run_output=f"{'z' * 900}\n" * 9)
+        text = server.texts()[2]  # frames and output are blocks, of which the second is cut
+        self.assertRegex(text, r"(?s)innermost last:\n```\n` ` `x.*\n```\n.*```\nz+\n.*\n\.\.\.\n```\Z")
+        self.assertEqual(text.count("```"), 4)
 
     def test_workplace_message_arrives_with_the_token_in_a_header(self) -> None:
         server = self.webhook((200, '{"id": "1_2"}'))
@@ -5692,6 +5697,10 @@ class Transports(NotifierCase):
         self.assertEqual((method, path), ("POST", "/v14.0/77/feed"))
         self.assertEqual(headers["authorization"], f"Bearer {TOKEN}")
         self.assertEqual(json.loads(body), {"message": "<x>"})
+
+    def test_server_that_refuses_is_named(self) -> None:
+        url = self.refused_url()
+        self.assertIn(url.split("/")[2], self.slack(url).detail)
 
     def test_redirect_is_not_followed(self) -> None:
         other = self.webhook()
