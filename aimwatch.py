@@ -5829,13 +5829,10 @@ def message_line(message: Dict[str, Any], at: str = "") -> str:
 def message_facts(paths: RepoPaths, run_hash: str, messages: Sequence[Dict[str, Any]]) -> Facts:
     """Return the message fields for an event about log messages, of which the last are quoted."""
     lines = [f"  {message_line(item, iso_time(item['time'], 'seconds'))}" for item in messages[-10:]]
-    facts = run_facts(paths, run_hash)
-    facts["event"] = LOG
-    facts["run.reason"] = plural(len(messages), "message")
     if len(messages) > len(lines):
-        facts["run.reason"] += f", of which the last {len(lines)} are"
-    facts["run.messages"] = "\n".join(lines)
-    return {**facts, "run.frames": "", "run.output": "", "run.errors": ""}
+        lines.insert(0, "  ...")
+    said = {"event": LOG, "run.reason": plural(len(messages), "message"), "run.messages": "\n".join(lines)}
+    return {**run_facts(paths, run_hash), **said, "run.frames": "", "run.output": "", "run.errors": ""}
 
 
 # ======================================================================================
@@ -6181,7 +6178,7 @@ class Watcher:
         elif between_s < math.inf:
             looking.total_s += between_s
 
-    def poll(self) -> List[Change]:
+    def poll(self) -> None:
         """Look once, and alert what changed. Never raises for a repository that cannot be read, and
         WatcherBusyError where another watcher has taken over."""
         self._step_down()
@@ -6198,7 +6195,7 @@ class Watcher:
             if not self.trouble:
                 log.error("cannot list %s: %s", error.filename or self.paths.check_ins, error.strerror)
             self.trouble = error.strerror or type(error).__name__
-            return []
+            return
         if self.trouble:
             log.warning("%s can be read again", self.paths.check_ins)
             self.trouble = ""
@@ -6245,7 +6242,6 @@ class Watcher:
         self.looking.look(self._clock(), MAX_LISTING_S)
         self._save()
         self.looks += 1
-        return changes
 
     def _step_down(self) -> None:
         """Raise WatcherBusyError where watcher.json is another watcher's: that took this one for dead, or
