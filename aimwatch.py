@@ -7893,7 +7893,7 @@ def print_below(*texts: Optional[str]) -> None:
 
 def short_hash(run_hash: str) -> str:
     """Return a run's hash as people see it: of one that aimwatch or Aim made up, the first 8 characters."""
-    return run_hash[:8] if len(run_hash) == 24 else run_hash
+    return run_hash[:8] if re.fullmatch("[0-9a-f]{24}", run_hash) else run_hash
 
 
 class _LogThread(logging.Handler):

@@ -4652,8 +4652,11 @@ class RunCommands(StoredCase):
         self.assertRegex(lines[1], r" finished +[0-9-]+( \d\d:\d\d)? +[0-9.]+ m?s +\S+$")
         self.assertEqual(err, "4 runs\n")
         self.assertEqual(self.run_cli("runs", "run.lr == 'auto'")[2], "1 run\n")
-        limited = self.run_cli("runs", "--limit", "1", "--columns", "hash")
-        self.assertEqual(limited, (0, "HASH\n3abc\n", "1 run, 3 more with --limit 0\n"))
+        for run_hash, shown in (("0123456789abcdef01234567", "01234567"), 2 * ("run_that_I_named_myself1",)):
+            self.run_object(run_hash).close()
+            limited = self.run_cli("runs", "--limit", "1", "--columns", "hash")
+            self.assertEqual(limited[1], f"HASH\n{shown}\n")
+        self.assertEqual(limited[2], "1 run, 5 more with --limit 0\n")
 
     def test_sort_limit_and_columns(self) -> None:
         for argv, expected in (
