@@ -2830,9 +2830,7 @@ def warn_not_recorded(what: str) -> None:
 class Context(Dict[str, Any]):
     """The context of a metric series: a dict that Aim's scripts can ask for one."""
 
-    def to_dict(self) -> Dict[str, Any]:
-        """Return a copy."""
-        return dict(self)
+    to_dict = dict.copy
 
 
 def _column(index: int) -> Any:
@@ -2967,7 +2965,6 @@ class LoopCallback:
         self.run = run
         self._given = run, expect, arguments
         self._training = False
-        self._began_mono = 0.0
         #: What Lightning logged last; Keras' model and the arguments of its `fit`, by hook; and the epoch.
         self._logged: Dict[str, float] = {}
         self._keras: Dict[str, Any] = {}
@@ -3007,18 +3004,16 @@ class LoopCallback:
             run._end(run._end_of(args[2]))
             return
         if name in _BEGIN_HOOKS:
-            self._training, self._began_mono = True, _monotonic()
+            self._training = True
         elif name in _END_HOOKS:
             self._training = False
         if name not in _LAST_HOOKS or self._training:
             run.report_progress(expect_next_in=self._given[1])
         elif run.active:
             run.report_progress()
-        # How much is done (0: nobody knows), metrics, and with what the framework was called.
-        part, logs, step, epoch, params = look(name, args, options)
+        logs, step, epoch, params = look(name, args, options)
         if name in _BEGIN_HOOKS:
             run["hparams"] = {**params, **(run.get("hparams") or {})}
-        run._note_part(part, self._began_mono)
         for key, value in logs.items():
             match = _SUBSET.fullmatch(key)
             context = {"subset": match[1] if match else "train" if self._training else "eval"}
@@ -3031,14 +3026,10 @@ class LoopCallback:
             params = args[0].to_dict()
             with contextlib.suppress(AttributeError):
                 params["model"] = options["model"].config.to_dict()
-        part = state.global_step / state.max_steps if state.max_steps else 0.0
-        return part, options.get("logs") or {}, state.global_step, state.epoch, params
+        return options.get("logs") or {}, state.global_step, state.epoch, params
 
     def _look_at_lightning(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> Any:
-        trainer, loop, part, logs = args[0], args[0].fit_loop, 0.0, {}
-        if name == "on_train_batch_end" and (trainer.max_epochs or 0) > 0:
-            batches = loop.epoch_loop.batch_progress.current.completed / trainer.num_training_batches
-            part = (loop.epoch_progress.current.completed + batches) / trainer.max_epochs
+        trainer, logs = args[0], {}
         logs_now = name == "on_train_batch_end" and trainer.global_step % trainer.log_every_n_steps == 0
         logs_now = logs_now or name in ("on_train_epoch_end", "on_validation_end", "on_test_end")
         if logs_now and not trainer.sanity_checking:
@@ -3047,10 +3038,10 @@ class LoopCallback:
             logs = {key: value for key, value in values.items() if self._logged.get(key) != value}
             self._logged = values
         params = dict(args[1].hparams) if name in _BEGIN_HOOKS else {}
-        return part, logs, trainer.global_step, trainer.current_epoch, params
+        return logs, trainer.global_step, trainer.current_epoch, params
 
     def _look_at_keras(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> Any:
-        params, part, logs = dict(self._keras.get("set_params") or {}), 0.0, {}
+        params, logs = dict(self._keras.get("set_params") or {}), {}
         if name in _BEGIN_HOOKS:
             with contextlib.suppress(AttributeError, KeyError):
                 params["optimizer"] = self._keras["set_model"].optimizer.get_config()
@@ -3060,9 +3051,7 @@ class LoopCallback:
             logs = args[1]
         elif name == "on_test_end" and not self._training:
             logs = args[0]
-        elif name == "on_train_batch_end" and params.get("steps"):
-            part = (self._epoch + (args[0] + 1) / params["steps"]) / params["epochs"]
-        return part, logs or {}, self._epoch, self._epoch, params
+        return logs or {}, self._epoch, self._epoch, params
 
 
 # ======================================================================================

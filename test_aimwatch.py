@@ -1677,8 +1677,7 @@ class Loops(HandDriven):
     def test_transformers(self) -> None:
         callback = aimwatch.callback(repo=self.root, experiment="e")
         args = types.SimpleNamespace(to_dict=lambda: {"lr": 0.1})
-        state = mock.Mock(spec=["is_world_process_zero", "global_step", "max_steps", "epoch"])
-        state.is_world_process_zero, state.global_step, state.max_steps, state.epoch = False, 0, 4, 0.0
+        state = types.SimpleNamespace(is_world_process_zero=False, global_step=0, epoch=0.0)
         callback.on_init_end(args, state, None)
         callback.on_train_begin(args, state, None, model=None)
         self.assertEqual(self.check_ins(), [])
@@ -1692,13 +1691,11 @@ class Loops(HandDriven):
         run = callback.run
         for step in range(1, 4):
             state.global_step, state.epoch = step, step / 4
-            self.clock.pass_(50)
             for hook in ("on_step_begin", "on_substep_end", "on_step_end"):
                 self.assertIsNone(getattr(callback, hook)(args, state, None))
             callback.on_log(args, state, None, logs={"loss": 0.5, "eval_loss": 0.7, "who": "me"})
         callback.on_evaluate(args, state, None)
         self.assertTrue(run._promised)
-        self.assertEqual(self.shown(run), "75 %, about 50 s left")
         self.assertEqual(self.series(run), {"loss train": (3, 0.5, 3), "loss eval": (3, 0.7, 3)})
         callback.on_train_end(args, state, None)
         callback.on_prediction_step(args, state, None)
@@ -1715,10 +1712,9 @@ class Loops(HandDriven):
         self.assertIsInstance(callback, base)
         again = pickle.loads(pickle.dumps(callback))
         self.assertIsNone(again.run)
-        trainer = mock.Mock(is_global_zero=False, sanity_checking=False, global_step=4, current_epoch=0,
-                            log_every_n_steps=2, max_epochs=2, num_training_batches=8)  # fmt: skip
-        trainer.fit_loop.epoch_progress.current.completed = 0
-        trainer.fit_loop.epoch_loop.batch_progress.current.completed = 4
+        trainer = types.SimpleNamespace(
+            is_global_zero=False, sanity_checking=False, global_step=4, current_epoch=0, log_every_n_steps=2,
+        )  # fmt: skip
         module = mock.Mock(hparams={"lr": 0.1})
         callback.setup(trainer, module, stage="fit")
         callback.on_train_start(trainer, module)
@@ -1726,11 +1722,9 @@ class Loops(HandDriven):
         trainer.is_global_zero = True
         trainer.callback_metrics = {"train_loss": 0.5, "val/acc": 0.9}
         callback.on_train_start(trainer, module)
-        self.clock.pass_(60)
         callback.on_train_batch_end(trainer, module, None, None, 3)
         trainer.global_step, trainer.callback_metrics = 8, {"train_loss": 0.4, "val/acc": 0.9}
         callback.on_train_batch_end(trainer, module, None, None, 7)
-        self.assertEqual(self.shown(callback.run), "25 %, about 3 min left")
         self.assertEqual(self.series(callback.run), {"loss train": (2, 0.4, 8), "acc val": (1, 0.9, 4)})
         self.assertEqual(callback.run["hparams"], {"lr": 0.1})
         callback.on_exception(trainer, module, ValueError("boom"))
@@ -1746,12 +1740,9 @@ class Loops(HandDriven):
         callback.set_params({"epochs": 2, "steps": 4})
         callback.on_train_begin(None)
         callback.on_epoch_begin(0, None)
-        for batch in range(4):
-            self.clock.pass_(60)
-            callback.on_train_batch_end(batch, logs={"loss": 9})
+        callback.on_train_batch_end(0, logs={"loss": 9})
         callback.on_test_end({"loss": 1})
         callback.on_epoch_end(0, {"loss": 0.5, "val_loss": 0.6})
-        self.assertEqual(self.shown(run), "50 %, about 4 min left")
         self.assertTrue(run._promised)
         callback.on_train_end(None)
         self.assertFalse(run._promised)
