@@ -4321,15 +4321,13 @@ checked_notifier_name = a_text(r"[\w.-]{1,40}", "must be of letters, digits, - .
 
 def checked_headers(value: Any) -> Dict[str, str]:
     """Check HTTP headers: a dict, or text with one `Name: value` a line."""
-    if isinstance(value, str):
-        lines = [line.partition(":") for line in value.splitlines() if line.strip()]
-        value = {name.strip(): text.strip() for name, _, text in lines}
-    if not isinstance(value, dict) or not all(
-        re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name) and re.fullmatch(r"[\t -~]+", str(text))
-        for name, text in value.items()
-    ):
+    if isinstance(value, dict):
+        value = "\n".join(f"{name}: {text}" for name, text in value.items())
+    lines = filter(str.strip, str(value).splitlines())
+    found = [re.fullmatch(r"\s*([A-Za-z0-9!#$%&'*+.^_`|~-]+):([\t -~]+)", line) for line in lines]
+    if not all(found):
         raise ConfigError("must be 'Name: value', of printable ASCII, on each line")
-    return {name: str(text) for name, text in value.items()}
+    return {header[1]: header[2].strip() for header in found if header}
 
 
 def checked_body(value: Any) -> Any:
