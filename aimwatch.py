@@ -434,6 +434,11 @@ def start_quiet_thread(run: Callable[[], None]) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def short_hash(run_hash: str) -> str:
+    """Return a run's hash as people see it: of one that aimwatch or Aim made up, the first 8 characters."""
+    return run_hash[:8] if re.fullmatch("[0-9a-f]{24}", run_hash) else run_hash
+
+
 def find_by_prefix(
     prefix: str, names: Iterable[str], what: str, way_out: str, also: Iterable[str] = ()
 ) -> str:
@@ -4672,7 +4677,7 @@ def _as_one(group: Sequence[Facts]) -> Facts:
         return group[0]
     common, runs = _common(group), []
     for facts in group[:BATCH_LINES]:
-        about = facts["run.hash"][:8] if facts.get("run.name") else facts["run.hash"]
+        about = short_hash(facts["run.hash"]) if facts.get("run.name") else facts["run.hash"]
         about += "" if "run.host" in common else fill_known("| on {run.host}", facts)
         runs.append(f"{facts['run.name']} ({about})" if facts.get("run.name") else about)
     while len(", ".join(runs)) > 600:
@@ -7256,7 +7261,7 @@ class Reply(NamedTuple):
 
 def run_link(row: Dict[str, Any], text: str = "", top: str = "") -> Html:
     """Return a link to the page of a run."""
-    shown_as = cell_text(text or row["name"] or row["hash"][:8])
+    shown_as = cell_text(text or row["name"] or short_hash(row["hash"]))
     return html('<a href="{}run/{}/">{}</a>', top, row["hash"], shown_as)
 
 
@@ -7416,7 +7421,7 @@ class Site:
             box = html('<input type="checkbox" name="run" value="{}" aria-label="compare">', row["hash"])
             look: Dict[str, Any] = {name: shown(run_cell(row, name), name) for name in columns}
             look["state"] = badge(states.get(row["hash"], row["state"]))
-            look.update(hash=run_link(row, row["hash"][:8]), name=run_link(row))
+            look.update(hash=run_link(row, short_hash(row["hash"])), name=run_link(row))
             cells.append([box, *(look[name] for name in columns)])
         return html(
             '{}<form action="compare/">{}<p><button>Compare ticked</button> {}{} <a href="{}">CSV</a>'
@@ -7477,7 +7482,7 @@ class Site:
                     drawn = curves.setdefault(metric["name"], [])
                     # Of one run a colour is a context; of several it is a run, and a context a shade of it.
                     hue, light = (len(drawn), 50) if len(rows) == 1 else (nth, 45 + 20 * (len(drawn) % 2))
-                    label = f"{row['name'] or row['hash'][:8]} {shown(metric['context'], 'context')}"
+                    label = f"{row['name'] or short_hash(row['hash'])} {shown(metric['context'], 'context')}"
                     colour = f"hsl({210 + 137 * hue} 60% {light}%)"
                     drawn.append(Curve(label, colour, columns, row["created_at"]))
         if not curves:
@@ -7876,11 +7881,6 @@ def print_below(*texts: Optional[str]) -> None:
     """Print what there is to say of a line of a table."""
     for text in filter(None, texts):
         print(f"  {printable(text, 300)}")
-
-
-def short_hash(run_hash: str) -> str:
-    """Return a run's hash as people see it: of one that aimwatch or Aim made up, the first 8 characters."""
-    return run_hash[:8] if re.fullmatch("[0-9a-f]{24}", run_hash) else run_hash
 
 
 class _LogThread(logging.Handler):

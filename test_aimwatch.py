@@ -4648,6 +4648,8 @@ class RunCommands(StoredCase):
             limited = self.run_cli("runs", "--limit", "1", "--columns", "hash")
             self.assertEqual(limited[1], f"HASH\n{shown}\n")
         self.assertEqual(limited[2], "1 run, 5 more with --limit 0\n")
+        page = aimwatch.Site(self.paths).answer("", "").body
+        self.assertEqual((page.count(b">01234567</a>"), page.count(b">run_that_I_named_myself1</a>")), (2, 2))
 
     def test_sort_limit_and_columns(self) -> None:
         for argv, expected in (
