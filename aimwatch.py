@@ -3026,12 +3026,8 @@ class LoopCallback:
                 run.track(value, match[2] if match else key, step, epoch, context=context)
 
     def _look_at_transformers(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> Any:
-        state, params = args[1], {}
-        if name in _BEGIN_HOOKS:
-            params = args[0].to_dict()
-            with contextlib.suppress(AttributeError):
-                params["model"] = options["model"].config.to_dict()
-        return options.get("logs") or {}, state.global_step, state.epoch, params
+        params = args[0].to_dict() if name in _BEGIN_HOOKS else {}
+        return options.get("logs") or {}, args[1].global_step, args[1].epoch, params
 
     def _look_at_lightning(self, name: str, args: Tuple[Any, ...], options: Dict[str, Any]) -> Any:
         trainer, logs = args[0], {}
