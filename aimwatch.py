@@ -2251,9 +2251,8 @@ class Run:
             total: the number of items, for what has no `len`.
             expect_next_in: as of `report_progress`.
         """
-        if total is None:
-            with contextlib.suppress(Exception):  # the code of the items' class may fail in any way
-                total = len(items)  # type: ignore[arg-type]
+        with contextlib.suppress(Exception):  # the code of the items' class may fail in any way
+            total = total or len(items)  # type: ignore[arg-type]
         outer = self._loop
         begin, share, began_mono = outer or (0.0, 1.0, _monotonic())
         try:
