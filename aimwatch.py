@@ -7632,6 +7632,8 @@ let reading = null, start = null;
 // Takes over what has changed of a page. Where somebody types or reads a chart, and what is ticked, stays.
 function swap(page) {
   const kept = new Set(all("[name=run]:checked, details[open]").map(item => item.value || item.id));
+  for (const item of all("[name=run], details", page))
+    item.checked = item.open = kept.has(item.value || item.id);
   for (const old of all("section")) if (!page.getElementById(old.id)) old.remove();
   for (const fresh of all("section", page)) {
     const old = document.getElementById(fresh.id);
@@ -7639,7 +7641,6 @@ function swap(page) {
     else if (!old.isEqualNode(fresh) && !old.querySelector(":is(input, select, svg):focus, svg:hover"))
       old.replaceWith(fresh);
   }
-  for (const item of all("[name=run], details")) item.checked = item.open = kept.has(item.value || item.id);
   document.title = page.title;
 }
 async function refresh() {
