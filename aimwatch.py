@@ -64,9 +64,9 @@ memory: the registry of `FileLock`; one of each `Run`, of each `AppendFile` on a
 each `LogFollower`, for what they keep; `_starting`, for programs of notifiers.
 
 Threads of a training process: one of `_Stacks` from the first promise on, and on a network file system one
-of `AppendFile`, which syncs. Threads of `start`: the poll; `ReindexThread`; a `NotifierThread` for each
+of `AppendFile`, which syncs. Threads of `start`: the poll; `keep_indexed`; a `NotifierThread` for each
 notifier; `watch_sight` for a repository that does not answer; `ping_when`; `_LogThread`, which prints.
-Threads of `up`: one that accepts, and one for each connection, 32 at most; `ReindexThread`; with `--watch`
+Threads of `up`: one that accepts, and one for each connection, 32 at most; `keep_indexed`; with `--watch`
 those of `start` but `ping_when`; `_LogThread`.
 """
 
@@ -6552,41 +6552,24 @@ def ping_when(due: threading.Event, url: str) -> None:
 REINDEX_INTERVAL_S, REINDEX_REST_FACTOR = 5.0, 20.0
 
 
-class ReindexThread(threading.Thread):
-    """Indexes pending runs in the background until `stop` is called."""
-
-    def __init__(self, paths: RepoPaths) -> None:
-        super().__init__(name="aimwatch-reindex", daemon=True)
-        self.reindexer = Reindexer(paths)
-        self._stopping = threading.Event()
-        self._warn_once = functools.lru_cache(1000)(functools.partial(log.warning, "%s"))
-
-    def run(self) -> None:
-        while not self._stopping.is_set():
-            begun = time.monotonic()
-            self._pass()
-            worked_s = time.monotonic() - begun
-            self._stopping.wait(max(REINDEX_INTERVAL_S, worked_s * REINDEX_REST_FACTOR))
-
-    def _pass(self) -> None:
+def keep_indexed(reindexer: Reindexer, stop: threading.Event) -> None:
+    """Index pending runs until `stop` is set, in a thread of its own."""
+    warn_once = functools.lru_cache(1000)(functools.partial(log.warning, "%s"))
+    while not stop.is_set():
+        begun = time.monotonic()
         try:
-            for run_hash in self.reindexer.changed():
-                if self._stopping.is_set():
+            for run_hash in reindexer.changed():
+                if stop.is_set():
                     return
-                self.reindexer.run([run_hash], wait_s=0.0)
+                reindexer.run([run_hash], wait_s=0.0)
         except (IndexBusy, IndexUnusable):
             pass  # somebody else indexes, or an empty index is there now; look again later
         except Exception as error:
-            self._warn_once(f"reindexing: {type(error).__name__}: {error}")
-        for problem in self.reindexer.problems:
-            self._warn_once(problem)
-        self.reindexer.problems.clear()
-
-    def stop(self, limit_s: float) -> None:
-        """End after the run in hand; wait at most `limit_s` for it."""
-        self._stopping.set()
-        if self.is_alive():
-            self.join(limit_s)
+            warn_once(f"reindexing: {type(error).__name__}: {error}")
+        for problem in reindexer.problems:
+            warn_once(problem)
+        reindexer.problems.clear()
+        stop.wait(max(REINDEX_INTERVAL_S, (time.monotonic() - begun) * REINDEX_REST_FACTOR))
 
 
 # ======================================================================================
@@ -8122,8 +8105,10 @@ def _take_watch(paths: RepoPaths, args: Any, stop: threading.Event, watch: Calla
 def _watch(
     watcher: Watcher, stop: threading.Event, handler: _LogThread, ping_url: str = "", metrics_file: str = ""
 ) -> int:
-    paths, site, reindexing = watcher.paths, Site(watcher.paths), ReindexThread(watcher.paths)
-    watcher.on_dead = reindexing.reindexer.note_dead
+    paths, site, reindexer = watcher.paths, Site(watcher.paths), Reindexer(watcher.paths)
+    watcher.on_dead = reindexer.note_dead
+    indexing = threading.Thread(target=keep_indexed, args=(reindexer, stop), daemon=True)
+    indexing.start()
     ping_due = threading.Event()
     try:
         watcher.poll()
@@ -8137,7 +8122,6 @@ def _watch(
         if ping_url:
             threading.Thread(target=ping_when, args=(ping_due, ping_url), daemon=True).start()
         threading.Thread(target=watch_sight, args=(watcher,), daemon=True).start()
-        reindexing.start()
         while not stop.is_set():
             begun = time.monotonic()
             watcher.poll()
@@ -8153,7 +8137,7 @@ def _watch(
     finally:
         handler.show("")
         sd_notify("STOPPING=1")
-        reindexing.stop(0.5)
+        indexing.join(0.5)
         watcher.close()
     log.info("stopped")
     return 0
@@ -8499,13 +8483,11 @@ def cmd_up(args: Any) -> None:
         base = f"/{(args.base_path or '').strip('/')}".rstrip("/")
         names = ["localhost", name, args.host, this_host(), *args.allowed_host]
         if args.watch:
-            watching = threading.Thread(target=_watch, args=(Watcher(paths), stop, handler), daemon=True)
-            watching.start()
-            at_end.callback(watching.join, 1.5)
+            beside = threading.Thread(target=_watch, args=(Watcher(paths), stop, handler), daemon=True)
         else:
-            reindexing = ReindexThread(paths)
-            reindexing.start()
-            at_end.callback(reindexing.stop, 0.5)
+            beside = threading.Thread(target=keep_indexed, args=(Reindexer(paths), stop), daemon=True)
+        beside.start()
+        at_end.callback(beside.join, 1.5)
         rest = f"{base}/" + (f"?key={token}" if token else "")
         print(args.uds or f"http://{local}{rest}")
         print(f"from elsewhere: ssh -L {port}:{local} {this_host()}, then http://localhost:{port}{rest}")

@@ -4537,14 +4537,15 @@ class RepoMethods(StoredCase):
 
 
 class ReindexThreads(StoredCase):
-    def thread(self) -> aimwatch.ReindexThread:
-        for name, value in (("REINDEX_REST_FACTOR", 0.0), ("PROBE_S", 0.0)):
+    def setUp(self) -> None:
+        super().setUp()
+        for name, value in (("REINDEX_REST_FACTOR", 0.0), ("PROBE_S", 0.0), ("REINDEX_INTERVAL_S", 0.01)):
             self.patch(aimwatch, name, value)
-        self.patch(aimwatch, "REINDEX_INTERVAL_S", 0.01)
-        thread = aimwatch.ReindexThread(self.paths)
-        thread.start()
-        self.addCleanup(thread.stop, 10)
-        return thread
+
+    def passes(self, count: int) -> None:
+        """Have what the thread does done so many times."""
+        stop = mock.Mock(is_set=mock.Mock(side_effect=lambda: stop.wait.call_count == count))
+        aimwatch.keep_indexed(aimwatch.Reindexer(self.paths), stop)
 
     def state(self, run_hash: str) -> Any:
         """Return what the index itself says of a run: its state, and the size of the log that it has seen."""
@@ -4561,7 +4562,10 @@ class ReindexThreads(StoredCase):
             "import time\nfrom aimwatch import Run\nrun = Run('other', create=True)\nrun.track(1, 'm')\nprint('ready')\ntime.sleep(600)"
         )
         self.assertEqual(other.stdout.readline(), "ready\n")
-        thread = self.thread()
+        stop = threading.Event()
+        thread = threading.Thread(target=aimwatch.keep_indexed, args=(aimwatch.Reindexer(self.paths), stop))
+        thread.start()
+        self.addCleanup(stop.set)
         self.wait_for(lambda: self.state("live") and self.state("other"))
         self.assertEqual((self.state("live")[0], self.state("other")[0]), ("running", "running"))
         live.track(1, "m")
@@ -4575,18 +4579,18 @@ class ReindexThreads(StoredCase):
         live.close()
         self.wait_for(lambda: self.pending() == [])
         self.wait_for(lambda: (self.state("live") or "?")[0] == "finished" and self.state("other"))
-        thread.stop(10)
+        stop.set()
+        thread.join()
         self.assertEqual(self.reindexed(), self.rebuilt())
 
     def test_pass_gives_way_and_its_troubles_are_logged_once(self) -> None:
-        self.patch(aimwatch, "PROBE_S", 0.0)
         for name in ("another", "fine"):
             self.die(name)
         os.mkdir(self.paths.run_log("bad"))
         write_file(self.paths.marker("bad"))
-        thread, real = aimwatch.ReindexThread(self.paths), aimwatch.run_row
+        real = aimwatch.run_row
         with aimwatch.write_index(self.paths):
-            thread._pass()
+            self.passes(1)
             self.assertEqual(self.state("fine"), None)
 
         def row(state: aimwatch.RunState) -> Any:
@@ -4595,13 +4599,11 @@ class ReindexThreads(StoredCase):
             return real(state)
 
         with mock.patch.object(aimwatch, "run_row", row), self.assertLogs("aimwatch") as logs:
-            for _ in range(3):
-                thread._pass()
+            self.passes(3)
             self.assertEqual(self.pending(), ["another", "bad"])
             os.rename(self.paths.pending, self.paths.pending + ".away")
             with open(self.paths.pending, "x"):
-                for _ in range(3):
-                    thread._pass()
+                self.passes(3)
             os.unlink(self.paths.pending)
             os.rename(self.paths.pending + ".away", self.paths.pending)
         said = [f"{self.paths.run_log('another')}: ValueError: no idea",
@@ -4609,7 +4611,7 @@ class ReindexThreads(StoredCase):
         self.assertEqual(len(logs.output), 3)
         for line, expected in zip([*sorted(logs.output[:2]), logs.output[2]], said):
             self.assertIn(f"WARNING:aimwatch:{expected}", line)
-        thread._pass()
+        self.passes(1)
         self.assertEqual(self.state("another")[0], "failed")
 
 
@@ -7759,12 +7761,12 @@ class TestDeath(WatchCase):
 
     def test_death_is_written_down_by_the_thread_that_indexes_and_who_is_resumed_has_recovered(self) -> None:
         process, watcher = self.start_run(), self.watch()
-        thread = aimwatch.ReindexThread(self.paths)
-        watcher.on_dead = thread.reindexer.note_dead
-        thread._pass()
+        reindexer = aimwatch.Reindexer(self.paths)
+        watcher.on_dead = reindexer.note_dead
+        reindexer.run(reindexer.changed())
         process.kill()
         self.look(watcher, 20)
-        thread._pass()
+        reindexer.run(reindexer.changed())
         self.assertEqual(self.records("r")[-2]["reason"], aimwatch.DIED)
         self.assertFalse(os.path.exists(self.paths.marker("r")))
         self.look(watcher, 20)
