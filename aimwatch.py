@@ -7992,8 +7992,7 @@ checked_events = a_text(f"({_EVENT})(,({_EVENT}))*", f"{{}} is not one or severa
 def seconds_of(text: str) -> float:
     """Return the seconds of `90`, `30m`, `2h` or `1d`."""
     text = checked_time(text)
-    unit_s = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1])
-    return float(text[:-1]) * unit_s if unit_s else float(text)
+    return float(text.rstrip("smhd")) * {"m": 60, "h": 3600, "d": 86400}.get(text[-1], 1)
 
 
 def names_of(text: str) -> List[str]:
@@ -9021,19 +9020,17 @@ def cmd_show(args: Any) -> None:
         print(f"{name + ':':<13}{printable(str(value), 1000)}")
     for frame in row["frames"]:
         print(f"             {printable(frame, 300)}")
-    if row["params"]:
-        print("\nparams")
-        for path, value in param_items(row["params"], ""):
-            print(printable(f"  {path} = {json.dumps(value)}", 300))
-    if row["metrics"]:
-        print("\nmetrics")
-        columns = METRIC_COLUMNS[1:]
-        cells = [[metric_cells(row, metric)[column] for column in columns] for metric in row["metrics"]]
-        print("\n".join(run_table(columns, cells)))
-    if messages:
-        print("\nlog messages")
-        for message in messages:
-            print(f"  {message_line(message)}")
+    params = [item for item in param_items(row["params"], "") if row["params"]]
+    columns = METRIC_COLUMNS[1:]
+    cells = [[metric_cells(row, metric)[column] for column in columns] for metric in row["metrics"]]
+    parts = {
+        "params": [printable(f"  {path} = {json.dumps(value)}", 300) for path, value in params],
+        "metrics": run_table(columns, cells) if cells else [],
+        "log messages": [f"  {message_line(message)}" for message in messages],
+    }
+    for title, lines in parts.items():
+        if lines:
+            print("\n".join(["", title, *lines]))
 
 
 def read_run(paths: RepoPaths, run_hash: str) -> Dict[str, Any]:
