@@ -2742,10 +2742,7 @@ class Run:
         # The clock may have been set back, and no run ends before it began.
         time_s = max(round(time.time(), 3), self._state.created_at, self._state.last_time)
         record: Dict[str, Any] = {"end": end.flag, "time": time_s, "idx": self._file.next_idx()}
-        if end.reason:
-            record.update(reason=end.reason, frames=end.frames)
-        if end.output:
-            record["output"] = end.output
+        record.update((field, said) for field, said in end._asdict().items() if said and field != "flag")
         _process.stacks.disarm(self._paths.stack(self.hash))
         self._deadline, self._window = 0.0, (math.nan, 0.0)
         # The log first: who sees the check-in must find the reason.
