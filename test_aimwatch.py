@@ -1033,6 +1033,9 @@ class LearnedPromise(HandDriven):
             1 / 0  # noqa: B018
         with self.assertRaises(aimwatch.ArgumentError), run.phase("x", expect=-1):
             pass
+        with run.phase("ends", expect=5):
+            run.report_successful_finish()
+        self.assertEqual(self.flags("r"), ["finished"])
         run.close()
         with run.phase("closed", expect=5):
             pass
@@ -1730,6 +1733,8 @@ class Loops(HandDriven):
         callback.on_exception(trainer, module, ValueError("boom"))
         callback.teardown(trainer, module, stage="fit")
         self.assertEqual(callback.run._state.end["reason"], "ValueError: boom")
+        callback.run.report_successful_finish()
+        self.assertEqual(self.flags(callback.run.hash), ["finished"])
         callback.run.close()
 
     def test_keras(self) -> None:
