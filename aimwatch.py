@@ -3060,7 +3060,7 @@ class LoopCallback:
 # ======================================================================================
 
 #: Counted up with every change of the tables or of what stands in them.
-INDEX_VERSION = 6
+INDEX_VERSION = 7
 #: How often also those pending runs are looked at that record nothing.
 PROBE_S = 30.0
 #: How much longer than it promised a run must have shown nothing new, where no lock says what that means.
@@ -3073,14 +3073,14 @@ _SCHEMA = f"""
 BEGIN;
 CREATE TABLE runs (
     id INTEGER PRIMARY KEY, hash NOT NULL UNIQUE, created_at NOT NULL, archived NOT NULL, rank,
-    active NOT NULL, log_size NOT NULL, head NOT NULL, params NOT NULL, metrics NOT NULL);
+    log_size NOT NULL, head NOT NULL, params NOT NULL, metrics NOT NULL);
 CREATE TABLE facts (path, value, run INTEGER, PRIMARY KEY (path, value, run)) WITHOUT ROWID;
 CREATE INDEX facts_of_run ON facts (run);
 CREATE TABLE doubts (hash PRIMARY KEY, seen NOT NULL, since NOT NULL) WITHOUT ROWID;
 PRAGMA user_version = {INDEX_VERSION};
 COMMIT
 """
-_STORED = "hash, created_at, archived, rank, active, log_size, head, params, metrics"
+_STORED = "hash, created_at, archived, rank, log_size, head, params, metrics"
 
 _METRIC_KEYS = ("series", *list(SeriesState.KINDS)[1:])
 _SERIES_FIELDS = _METRIC_KEYS[3:]
@@ -3138,7 +3138,7 @@ class StoredRow(Dict[str, Any]):
     __slots__ = ("_texts",)
 
     def __init__(self, *stored: Any) -> None:
-        run_hash, created_at, archived, rank, _, log_size, *self._texts = stored
+        run_hash, created_at, archived, rank, log_size, *self._texts = stored
         super().__init__(hash=run_hash, created_at=created_at, rank=rank, log_size=log_size)
         self["archived"] = archived == 1
 
@@ -3156,9 +3156,8 @@ def stored_parts(row: Dict[str, Any]) -> Tuple[Any, ...]:
     """Return a row as the columns of `runs` hold it, and as `StoredRow` takes it."""
     head = [row[field] for field in _HEAD_FIELDS]
     # Archived runs, and ranks but the first, have columns for it: most queries leave them out.
-    columns = row["hash"], row["created_at"], row["archived"], fact_value(row["rank"])
-    texts = map(_to_text, (head, row["params"], row["metrics"]))
-    return (*columns, row["end_time"] is None, row["log_size"], *texts)
+    columns = row["hash"], row["created_at"], row["archived"], fact_value(row["rank"]), row["log_size"]
+    return (*columns, *map(_to_text, (head, row["params"], row["metrics"])))
 
 
 def facts_of(row: Dict[str, Any]) -> Iterator[Tuple[str, Any]]:
@@ -3390,11 +3389,11 @@ class Reindexer:
         if state is None:
             index_run(db, run_hash, None)
         else:
-            known = db.execute("SELECT active, log_size FROM runs WHERE hash = ?", (run_hash,)).fetchone()
+            known = db.execute("SELECT log_size FROM runs WHERE hash = ?", (run_hash,)).fetchone()
             try:
                 if gone and state.end is None:
                     gone = self._is_dead(db, state) and finalize_dead(self.paths, state)
-                if known != (state.end is None, state.log_size):
+                if known != (state.log_size,):
                     index_run(db, run_hash, run_row(state))
             except MALFORMED as error:  # one log, whatever is in it, must not keep all the others out
                 problem = f"{self.paths.run_log(run_hash)}: {type(error).__name__}: {error}"
@@ -3416,14 +3415,13 @@ class Reindexer:
         return bool(now - found[1] >= (check_in.expect_next_in_s if check_in else 0) + DOUBT_S)
 
     def _mark_lost(self, db: sqlite3.Connection) -> None:
-        """Give a marker to every run of whose log the index has another size, or none, and to those that it
-        thinks alive though they have no marker: an older index was put back, a log was brought here, or a
-        cache of the file system showed an old size when the run was indexed."""
+        """Give a marker to every run of whose log the index has another size, or none: an older index was put
+        back, a log was brought here, or a cache of the file system showed an old size to the indexer."""
         # In this order, a run that comes or ends meanwhile is marked once too often at most.
         logs, pending = log_sizes(self.paths, list_runs(self.paths)), set(list_pending(self.paths))
-        known = {run_hash: row for run_hash, *row in db.execute("SELECT hash, log_size, active FROM runs")}
+        known = dict(db.execute("SELECT hash, log_size FROM runs"))
         for run_hash in (logs.keys() | known.keys()) - pending:
-            if known.get(run_hash) != [logs.get(run_hash), False]:
+            if known.get(run_hash) != logs.get(run_hash):
                 mark_pending(self.paths, run_hash)
 
     def note_dead(self, run_hash: str) -> None:
@@ -3483,7 +3481,8 @@ def finalize_dead(paths: RepoPaths, state: RunState) -> bool:
     which makes it the log's only writer."""
     check_in = last_check_in(paths, state.hash)
     last, idx = max(state.last_time, state.created_at), state.next_idx - 1
-    if check_in is not None and float(check_in.utc) < MAX_TIME_S:  # a later time is a mistake
+    # What no log can hold is a mistake.
+    if check_in is not None and float(check_in.utc) < MAX_TIME_S and check_in.idx < MAX_IDX:
         last, idx = max(last, float(check_in.utc)), max(idx, check_in.idx)
     end = {**end_of_dead(state), "time": last, "idx": idx}
     if check_in is not None and check_in.flag == FINISHED:  # which a full disk kept out of the log

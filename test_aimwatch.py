@@ -3798,7 +3798,7 @@ class VanishedFolder(RecordingCase):
 def index_content(path: str) -> Dict[str, List[Any]]:
     """Return every row of an index, with hashes in place of row numbers, so that two can be compared."""
     queries = {
-        "runs": "SELECT hash, created_at, archived, rank, active, log_size, head, params, metrics FROM runs",
+        "runs": f"SELECT {aimwatch._STORED} FROM runs",
         "facts": "SELECT hash, path, value FROM facts LEFT JOIN runs ON id = run",
     }
     with contextlib.closing(sqlite3.connect(path)) as db:
@@ -3930,7 +3930,7 @@ class IndexFile(StoredCase):
         states: Dict[str, Optional[bytes]] = {
             "missing": None, "empty": b"", "one byte": b"S", "header alone": whole[:100],
             "all noise": noise * 9, "noise after its end": whole + noise, "text": b"hello\n",
-            "another version": whole[:60] + b"\0\0\0\7" + whole[64:],
+            "another version": whole[:60] + b"\0\0\0\1" + whole[64:],
             "name that is no text": whole.replace(b"TABLE facts", b"TABLE \xdfacts"),
         }  # fmt: skip
         for cut in (page, len(whole) // 2, len(whole) - page):
@@ -4133,9 +4133,13 @@ class DeadRuns(StoredCase):
         self.die("reported", "run.report_progress(expect_next_in=60)")
         self.die("silent")
         utc = time.time() + 1000
-        for run_hash, at in (("reported", utc), ("tracked", 253402300800)):  # the year 10000 is a mistake
+        for run_hash, idx, at in (
+            ("reported", 77, utc),
+            ("tracked", 7, 253402300800),
+            ("silent", 10**15, utc),
+        ):
             (name,) = self.check_ins(f"{run_hash}-")
-            moved = aimwatch.check_in_name(run_hash, int(name.split("-")[1]), "check_in", at, 66)
+            moved = aimwatch.check_in_name(run_hash, idx, "check_in", at, 66)
             os.rename(os.path.join(self.paths.check_ins, name), os.path.join(self.paths.check_ins, moved))
         repo = aimwatch.Repo(self.root)
         self.assertEqual(len(repo.query_runs("run.active")), 3)
@@ -4157,6 +4161,9 @@ class DeadRuns(StoredCase):
         self.assertEqual(self.reindexed(), self.rebuilt())
         self.assertEqual({name: os.path.getsize(self.paths.run_log(name)) for name in rows}, sizes)
         self.assertEqual(self.pending(), [])
+        shutil.rmtree(self.paths.check_ins)
+        self.run_object("reported")
+        self.assertRegex(self.check_ins()[0], "reported-0*78-")
 
     def later(self, seconds: float) -> Any:
         """Return a patch under which so much time has passed."""
@@ -4489,7 +4496,7 @@ class RepoMethods(StoredCase):
         with self.assertRaisesRegex(TypeError, "unexpected keyword argument 'ofset'"):
             repo.query_runs("", ofset="r2")  # type: ignore[call-arg]
         self.assertEqual([result.run.hash for result in found.iter_runs()][:2], ["live", "dead"])
-        for missing in ("no", "r", "../r0", "", "r0\n"):
+        for missing in ("no", "r", "../runs/r0", "", "r0\n"):
             self.assertIsNone(repo.get_run(missing))
 
     def test_deleted_run_leaves_nothing_anywhere(self) -> None:
