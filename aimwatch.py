@@ -7173,8 +7173,6 @@ def _plot(axis: str, curves: Sequence[Curve], ask: Ask) -> Html:
     width, height = PLOT[2:]
     found = [curve.on(axis, log_x, log_y) for curve in curves]
     ends = [at for xs, _, odd in found for at in (*xs[:1], *xs[-1:], *(at for at, _ in odd))]
-    if not ends:
-        return html('<p class="none">no {}</p>', AXES[axis])
     low, high = ask.number("from"), ask.number("to")
     x = Scale([min(ends) if low is None else low, max(ends) if high is None else high], log_x)
     edges = [x.value(nth / width) for nth in range(width + 1)]
@@ -7344,9 +7342,9 @@ class Site:
         status = self.status()
         live = [row for row in status["runs"] if row["state"] != FINISHED]
         mark = ("good", "\u25cf") if status["watcher"]["alive"] else ("bad", "\u25b2")
-        lines = [html('<p class="{}">{} {}</p>', *mark, status["watcher"]["text"])]
-        troubles = map(notifier_trouble, status["notifiers_that_do_not_work"])
-        lines += each('<p class="bad">\u25b2 {}</p>', zip(troubles))
+        said = [(*mark, status["watcher"]["text"])]
+        said += [("bad", "\u25b2", notifier_trouble(item)) for item in status["notifiers_that_do_not_work"]]
+        lines = each('<p class="{}">{} {}</p>', said)
         totals = Counter(dict.fromkeys(_SHAPES, 0))
         for (state, _), count in self.counts(live).items():
             totals[state] += count
