@@ -742,13 +742,14 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
     nearest `.aim` in this folder or one above it, else this folder. With `create` the repository
     is made where it is missing. Raises RepoError where there is none and none may be made.
     """
-    if given == "" or "://" in (given or ""):
-        raise RepoError(f"{brief(given)} is no folder: give the one that holds .aim, on a disk or a share")
     try:
-        given = given or os.environ.get("AIMWATCH_REPO") or _nearest_repo(os.getcwd())
+        if given is None:
+            given = os.environ.get("AIMWATCH_REPO") or _nearest_repo(os.getcwd())
         root = os.path.abspath(os.path.expanduser(given))
     except OSError as error:
         raise RepoError(f"the current folder cannot be told: {error.strerror}") from None
+    if not given or "://" in given:
+        raise RepoError(f"{brief(given)} is no folder: give the one that holds .aim, on a disk or a share")
     if os.path.basename(root) == ".aim":
         root = os.path.dirname(root)
     paths = RepoPaths(root)

@@ -759,6 +759,8 @@ class FindRepo(Case):
         os.environ["AIMWATCH_REPO"] = one
         self.assertEqual(aimwatch.find_repo().root, one)
         self.assertEqual(aimwatch.find_repo(two).root, two)
+        os.environ["AIMWATCH_REPO"] = "aim://host"
+        self.assertIn("'aim://host' is no folder", self.refused(None))
         os.environ["AIMWATCH_REPO"] = ""
         for folder, found in ((self.root, self.root), (below, two)):
             os.chdir(folder)
