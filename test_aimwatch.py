@@ -566,18 +566,6 @@ class FileLocks(Case):
         with self.assertRaises(FileNotFoundError):
             self.lock("absent").acquire(create=False)
 
-    def test_forked_child_holds_nothing_and_lets_nothing_go(self) -> None:
-        lock = self.lock()
-        lock.acquire()
-
-        def look() -> Any:
-            state = [lock.held, aimwatch.lock_state(lock.path), aimwatch.FileLock(lock.path).acquire()]
-            lock.release()
-            return state
-
-        self.assertEqual(in_child(look), [False, "held", False])
-        self.assertEqual(lock_elsewhere(lock.path), "held")
-
     def test_both_kinds_of_lock_exclude_a_program_that_knows_one(self) -> None:
         lock = self.lock(flock=True)
         with open(lock.path, "w") as other:
@@ -594,15 +582,6 @@ class FileLocks(Case):
         with mock.patch.object(aimwatch, "is_network", return_value=True), mock.patch("fcntl.flock") as flock:
             self.assertIs(lock.acquire(), True)
         flock.assert_not_called()
-
-    def test_file_system_without_locks_excludes_within_the_process(self) -> None:
-        with mock.patch.object(fcntl, "lockf", side_effect=OSError(errno.ENOLCK, "no locks")):
-            first = self.lock()
-            self.assertIsNone(first.acquire())
-            self.assertTrue(first.held)
-            self.assertIs(self.lock().acquire(), False)
-            first.release()
-            self.assertEqual(aimwatch.lock_state(first.path), "unknown")
 
 
 class AppendFiles(Case):
@@ -1965,6 +1944,7 @@ class SecondWriter(ProcessCase):
         error = OSError(errno.ENOLCK, "No locks available")
         with mock.patch("fcntl.lockf", side_effect=error), self.assertLogs("aimwatch") as logs:
             self.run_object("r").report_progress(expect_next_in=60)
+            self.assertIn("run r is being written by", self.refused())  # within a process there is a lock
         self.assertEqual(len(logs.output), 1)
         self.assertIn(
             f"{self.paths.pending} has no record locks: a second writer of run r would not be noticed",
