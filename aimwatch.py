@@ -1914,7 +1914,7 @@ HAND_OVER = signal.SIGURG
 SIGNAL_S = 600.0
 #: How long a record waits for another thread's before it goes ahead.
 LOCK_WAIT_S = 2.0
-#: How often a run looks whether its files are still there.
+#: How often a run looks whether its files are still there, and takes its lock again.
 LOOK_S = 1.0
 #: How long the lock on a run may be that of somebody who indexes it.
 INDEXER_WAIT_S = BUSY_S + 1.0
@@ -2656,8 +2656,10 @@ class Run:
                 self._log.look()
                 # The check-in went with it: let the next report be written.
                 self._window, self._deadline = (math.nan, 0.0), 0.0
-            gone = not self._marker.is_there()
-            if gone and self._marker.acquire() is not False and self._ended is None:
+            was_there = self._marker.is_there()
+            # The lock is lost where a server did not hear of this machine for a while, or this process opened
+            # the file and closed it, as to copy the repository.
+            if self._marker.acquire() is not False and not was_there and self._ended is None:
                 # An indexer that found the marker free, and removed it, wrote that the run died.
                 self._record({"resume": round(time.time(), 3)})
         except (OSError, AimwatchError) as error:

@@ -1961,9 +1961,14 @@ class SecondWriter(ProcessCase):
             self.run_object("r")
         self.assertEqual(lock_elsewhere(self.paths.marker("r")), "held")
 
-    def test_run_that_was_taken_for_dead_goes_on(self) -> None:
+    def test_lock_that_was_lost_is_taken_again_and_a_run_that_was_taken_for_dead_goes_on(self) -> None:
         run = self.run_object("r")
-        open(self.paths.marker("r")).close()  # and the lock is lost
+        open(self.paths.marker("r")).close()
+        self.assertEqual(lock_elsewhere(self.paths.marker("r")), "free")
+        run._looked_s = 0.0  # a second has passed
+        run.track(1, "m")
+        self.assertEqual(lock_elsewhere(self.paths.marker("r")), "held")
+        open(self.paths.marker("r")).close()
         # In the container of this indexer, no process has the number of the run's.
         code = "import aimwatch; aimwatch.process_lives = lambda header: False; aimwatch.Repo().reindex()"
         self.assertEqual(self.process(code).wait(), 0)
