@@ -5539,7 +5539,7 @@ class WatchedRun:
         """Note what its marker looks like now; True where nobody holds it, now and a while ago."""
         self.was_held = self.was_held or state == "held"
         if state not in ("free", "absent"):
-            self.free_s, self.look_s = -1.0, now_s + MARKER_EVERY_S
+            self.free_s, self.look_s = -1.0, max(self.look_s, now_s + MARKER_EVERY_S)
             return False
         if self.free_s < self.since_s:
             self.free_s = now_s
@@ -6196,7 +6196,7 @@ class Watcher:
         if first:
             changes = []  # what was there before is no news
             for watched in self.table.runs.values():
-                if watched.state in LIVE and lock_state(self.paths.marker(watched.hash)) != "held":
+                if watched.state in LIVE and self._marker(watched, now_s) != "held":
                     self._find_end(watched, now_s)
         if now_s >= self.looking.hold_until_s:
             changes += self._find_dead(now_s)
@@ -6241,14 +6241,19 @@ class Watcher:
             raise WatcherBusyError(f"{describe_watcher(saved)} watches {self.paths.root} now")
         self._saved_as = found
 
+    def _marker(self, watched: WatchedRun, now_s: float) -> str:
+        """Return how the marker of a run looks; Aim's have none, and are left alone for a while."""
+        marker = lock_state(self.paths.marker(watched.hash))
+        if marker == "absent" and not os.path.exists(self.paths.run_log(watched.hash)):
+            watched.look_s, marker = now_s + SILENT_MARKER_EVERY_S, "unknown"
+        return marker
+
     def _find_dead(self, now_s: float) -> List[Change]:
         """Return what has become of those runs that are due and that nobody writes any more."""
         changes, deadline = [], self._clock() + 0.05
         for watched in self.table.to_look_at(now_s):
-            marker = lock_state(self.paths.marker(watched.hash))
-            if marker == "absent" and not os.path.exists(self.paths.run_log(watched.hash)):
-                watched.look_s = now_s + SILENT_MARKER_EVERY_S  # Aim's run, which has none
-            elif watched.note_marker(marker, now_s) and watched.name in self.table.names:
+            marker = self._marker(watched, now_s)
+            if watched.note_marker(marker, now_s) and watched.name in self.table.names:
                 changes += self._find_end(watched, now_s, marker == "free")
                 if watched.state in LIVE:  # as where locks are seen on one machine alone
                     watched.free_s, watched.look_s = -1.0, now_s + SILENT_MARKER_EVERY_S
@@ -8315,7 +8320,6 @@ def status_rows(paths: RepoPaths) -> List[Dict[str, Any]]:
                 "muted_until": moment(mutes.get(seen.hash)),
                 "acknowledged_by": taken_on_by,
                 "check_in": seen.name,
-                "watched": watched is not None,
                 **{field: facts.get(f"run.{field}") or None for field in in_its_log},
             }
         )
