@@ -4258,9 +4258,8 @@ class Notifier(NamedTuple):
     def scrub(self, text: str) -> str:
         """Return `text` with every secret of this notifier, and every longer part of one, as asterisks."""
         secrets: List[str] = []
-        with_texts(
-            [self.arguments.get(x.name) for x in NOTIFIER_FIELDS[self.type] if x.secret], secrets.append
-        )
+        fields = [field.name for field in NOTIFIER_FIELDS[self.type] if field.secret]
+        with_texts(list(map(self.arguments.get, fields)), secrets.append)
         hidden = set(secrets)
         for secret in secrets:
             # The request line and library errors show the path without the host.
@@ -4304,8 +4303,7 @@ MAIL_PORTS = {"starttls": 587, "tls": 465, "none": 25}
 checked_ascii = a_text("[ -~]+", "must be one line of printable ASCII", strip=False)
 checked_url = a_text(
     r"(?i:https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?([/?#][!-~]*)?",
-    "must start with https:// or http:// and a host, and hold no user name, space, line break or non-ASCII "
-    "character",
+    "must start with https:// or http:// and a host, and hold no user name, space or what is not ASCII",
 )
 #: A Workplace group ID; a number where it is one, since so Aim reads it.
 checked_group = a_text("[A-Za-z0-9_.]{1,64}", "must be letters and digits, not {}", number=True)
@@ -4739,13 +4737,22 @@ def try_once(notifier: Notifier, send: Callable[[float], Outcome]) -> Outcome:
 
 
 def judge_error(error: Exception) -> Outcome:
-    """Judge an attempt that ended in an exception: networks heal, and our own mistakes would end the same."""
+    """Judge an attempt that ended in an exception: networks heal, our own mistakes would end the same, and of
+    what a mail server says 4xx is tried again and 5xx is not (RFC 5321 4.2.1)."""
     import http.client
+    import smtplib
 
-    heals = isinstance(error, (OSError, http.client.HTTPException, MemoryError))
     reason = getattr(error, "reason", None)
     known = reason if isinstance(reason, Exception) else error
-    return Outcome(RETRY if heals else REFUSED, f"{type(known).__name__}: {known}")
+    codes = [code for code, _ in getattr(error, "recipients", {}).values()]
+    codes = codes or [getattr(error, "smtp_code", 0)]
+    # What is said of a login may quote it.
+    said = codes[0] if isinstance(error, smtplib.SMTPAuthenticationError) else known
+    heals = isinstance(error, (OSError, http.client.HTTPException, MemoryError))
+    kind = RETRY if heals else REFUSED
+    if all(500 <= code < 600 for code in codes):
+        kind = REFUSED if isinstance(error, smtplib.SMTPDataError) else BROKEN
+    return Outcome(kind, f"{type(known).__name__}: {said}")
 
 
 def left_s(deadline_mono: float) -> float:
@@ -4980,19 +4987,6 @@ def mail_text(notifier: Notifier, batch: Sequence[Facts], to: Sequence[str]) -> 
     return mail.as_string()
 
 
-def judge_mail(error: Exception) -> Outcome:
-    """Judge what a mail server refused: 4xx is tried again, 5xx is not (RFC 5321 4.2.1)."""
-    import smtplib
-
-    codes = [code for code, _ in getattr(error, "recipients", {}).values()]
-    codes = codes or [getattr(error, "smtp_code", 0)]
-    kind = REFUSED if isinstance(error, smtplib.SMTPDataError) else BROKEN
-    kind = kind if all(500 <= code < 600 for code in codes) else RETRY
-    # What is said of a login may quote it.
-    said = codes[0] if isinstance(error, smtplib.SMTPAuthenticationError) else error
-    return Outcome(kind, f"{type(error).__name__}: {said}")
-
-
 def send_email(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float) -> Outcome:
     """Hand one mail to a relay (RFC 6409)."""
     import smtplib
@@ -5013,18 +5007,15 @@ def send_email(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float)
 
     # Without a name of ours, it would ask the name server for one, which an air-gapped host lacks.
     ours = this_host() if "." in this_host() else "[127.0.0.1]"
-    try:
-        with contextlib.closing(Server(host, arguments.get("port") or MAIL_PORTS[security], ours)) as server:
-            if security == "starttls":
-                server.starttls(context=tls_context(deadline_mono))
-            if arguments.get("user"):
-                server.login(arguments["user"], arguments.get("password") or "")
-            refused = server.sendmail(arguments["sender"], to, text)
-            # Its answer is not waited for: the mail is accepted, and must not be sent again.
-            with contextlib.suppress(OSError, smtplib.SMTPException):
-                server.putcmd("quit")
-    except smtplib.SMTPException as error:
-        return judge_mail(error)
+    with contextlib.closing(Server(host, arguments.get("port") or MAIL_PORTS[security], ours)) as server:
+        if security == "starttls":
+            server.starttls(context=tls_context(deadline_mono))
+        if arguments.get("user"):
+            server.login(arguments["user"], arguments.get("password") or "")
+        refused = server.sendmail(arguments["sender"], to, text)
+        # Its answer is not waited for: the mail is accepted, and must not be sent again.
+        with contextlib.suppress(OSError):
+            server.putcmd("quit")
     # Sent again to some, it would reach the others twice.
     return Outcome(SENT, f"accepted by {host}" + (f", except for {', '.join(refused)}" if refused else ""))
 
@@ -8768,9 +8759,7 @@ def _notifiers_to_use(paths: RepoPaths, args: Any, name: str = "") -> List[Notif
     wanted = find_notifier(name, read_config(paths)) if name else ""
     found = [item for item in read_notifiers(paths) if (item.id == wanted if wanted else item.enabled)]
     if not found:
-        raise AimwatchError(
-            f"nobody is notified: '{command_line(args.repo)} notifiers add' sets a notifier up"
-        )
+        raise AimwatchError(f"nobody is notified: '{command_line(args.repo)} notifiers add' sets one up")
     return found
 
 

@@ -7349,7 +7349,7 @@ class NotifiersCommands(NotifierCase):
         off = hook(server.url, status="disabled")
         self.configure(c=off)
         err = self.fine("notifiers", "test", code=1)
-        self.assert_one_line(err, "nobody is notified: '.* notifiers add' sets a notifier up")
+        self.assert_one_line(err, "nobody is notified: '.* notifiers add' sets one up")
         self.configure(abc=hook(server.url), b={"type": "logger"}, c=off)
         for code, verdict in (
             (0, "delivered: HTTP 200: ok"), (1, "NOT delivered: HTTP 200 without what a slack server says"),
