@@ -10761,10 +10761,6 @@ class TestReadme(WatchCase):
         (r"python3 aimwatch\.py .* up( .*)?", "serves"),
         (r"python3 .*|rm [a-z]+\.txt", "shell"),
     )
-    BLOCKS = {
-        "sh": "run_lines", "python": "run_python", "ini": "run_unit", "cron": "run_cron", "bash": "run_script",
-        "text": "read_message",
-    }  # fmt: skip
     #: Commands of others, and what is tested elsewhere.
     NOT_HERE = r"aim init|systemctl .*|\.ci/run|pip install \.|python3 -m unittest|python3 aimwatch\.py demo"
 
@@ -10847,9 +10843,9 @@ class TestReadme(WatchCase):
             self.assertRegex(self.end(watching), r"INFO +stopped\n$")
             self.assertEqual(watching.returncode, 0)
 
-    # ---- how each kind of block is run
+    # ---- how each kind of block is run, by the language that it names
 
-    def run_lines(self, block: str) -> None:
+    def run_sh(self, block: str) -> None:
         for line in block.splitlines():
             self.run_line(line)
 
@@ -10867,7 +10863,7 @@ class TestReadme(WatchCase):
     def run_python(self, block: str) -> None:
         self.shell("python3 " + self.new_file("work/loop.py", TRAINING_STUB + self.placed(block)))
 
-    def run_unit(self, block: str) -> None:
+    def run_ini(self, block: str) -> None:
         unit = configparser.ConfigParser(strict=False, interpolation=None)
         unit.optionxform = str  # type: ignore[assignment,method-assign]
         unit.read_string(self.placed(block))
@@ -10883,14 +10879,14 @@ class TestReadme(WatchCase):
             out = self.shell(self.placed(command), env={"PATH": os.environ["PATH"], "HOME": self.folder})
             self.assertEqual(out, "", f"cron would mail this at every {when}")
 
-    def run_script(self, block: str) -> None:
+    def run_bash(self, block: str) -> None:
         before = set(os.listdir(self.paths.runs))
         self.shell("bash " + self.new_file("work/job.sh", self.placed(block)))
         (new,) = set(os.listdir(self.paths.runs)) - before
         with Run(new[:-6], repo=self.paths.root, read_only=True) as run:
             self.assertEqual((run.name, run.active), ("by train.py", False))
 
-    def read_message(self, block: str) -> None:
+    def run_text(self, block: str) -> None:
         """Compare a message with what would be sent."""
         run = {
             "name": "baseline", "hash": "3f786850e387550fdab836ed", "experiment": "resnet", "host": "node7",
@@ -10909,8 +10905,7 @@ class TestReadme(WatchCase):
         self.assertEqual(2 * len(blocks), len(re.findall("^ *```", self.readme, re.M)))
         for language, block in blocks:
             with self.subTest(block=block.strip().splitlines()[0]):
-                self.assertIn(language, self.BLOCKS, "nothing here knows how to try this block")
-                getattr(self, self.BLOCKS[language])(block)
+                getattr(self, f"run_{language}")(block)
         self.stop_watching()
         # A command in running text: a program of ours or a command of ours, with its arguments.
         commands = {" ".join(path) for path in parser_commands()}
