@@ -6600,7 +6600,7 @@ class Program:
     def start(self, argv: Sequence[str], environ: Dict[str, str]) -> None:
         """Start it with this environment; where that fails, `error` says why."""
         import subprocess
-        import termios
+        import tty
 
         ends: Dict[int, int] = {}
         # Of two pipes to one file, the order of what is written would be lost.
@@ -6609,9 +6609,7 @@ class Program:
             source, ends[fd] = os.openpty() if os.isatty(fd) else os.pipe()
             self.targets[source] = fd
             if os.isatty(fd):  # which does itself what is to be done with what is written to it
-                modes = termios.tcgetattr(fd)
-                modes[1] &= ~termios.OPOST
-                termios.tcsetattr(ends[fd], termios.TCSANOW, modes)
+                tty.setraw(ends[fd])
         self._fit()
         out, err = ends[1], ends.get(2, ends[1])
         try:
