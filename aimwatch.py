@@ -3295,9 +3295,7 @@ def _make_anew(paths: RepoPaths) -> None:
     os.makedirs(paths.pending, exist_ok=True)
     for run_hash in list_runs(paths):
         mark_pending(paths, run_hash)
-    # In this order: without its journal, what a killed writer left would look like an index.
-    for path in (paths.index, f"{paths.index}-journal"):
-        unlink_below(path)
+    unlink_below(paths.index)  # SQLite removes a journal beside an empty file
     with connect(paths.index, "rwc", BUSY_S) as db:
         db.executescript(_SCHEMA)
 
