@@ -2862,18 +2862,15 @@ class NarrowingTest(IndexCase):
             (f"run.text == '{'x' * 200}7'", 12, "07"), ("run.seed == '7'", 0, ""), ("run.text > 5", 0, ""),
             # What nothing narrows: other words than `and`, what may be None, what is no scalar, no constants.
             ("run.seed == 7 or run.seed == 8", 12, "07 08"), ("not run.seed != 7", 12, "07"),
-            ("run.seed in (7, None)", 12, "07"), ("run.no is None and run.seed", 12, ""),
+            ("run.seed in (7, None)", 12, "07"),
             ("run.d == {'k': 5}", 12, "05"), ("run.d.k == run.seed + run.no", 12, ""),
             ("run.seed == float('nan')", 12, ""), ("run.text > 'y'", 12, ""),
-            ("run.metrics['loss'].min != 0", 12, ""), ("run.metrics['no'].min in (0, None) and run.seed == 7", 1, "07"),
+            ("run.metrics['no'].min in (0, None) and run.seed == 7", 1, "07"),
         ):  # fmt: skip
             for many in (1, 5, 2000):
                 with self.subTest(text, many=many), mock.patch.object(aimwatch, "_MANY", many):
-                    if text != "run.no is None and run.seed" and "!=" not in text:
-                        self.assertEqual(self.ask(text), answer.split())
-                    found = list(aimwatch.Query(text).candidates(self.db))
-                    if many == 2000:
-                        self.assertEqual(len(found), candidates)
+                    self.assertEqual(self.ask(text), answer.split())
+            self.assertEqual(len(list(aimwatch.Query(text).candidates(self.db))), candidates, text)
 
     def test_large_numbers_are_never_narrowed_away(self) -> None:
         numbers = [
@@ -4427,37 +4424,30 @@ class Reading(StoredCase):
             ("fifo", os.mkfifo, "not a regular file", True),
             ("link", lambda at: os.symlink(target, at), "Too many levels of symbolic links", True),
         ):  # fmt: skip
-            os.replace(path, target)
-            if isinstance(data, bytes):
-                write_file(path, data)
-            else:
-                data(path)  # type: ignore[operator]
-            write_file(self.paths.marker("r2"), b"", "ab")
-            run = aimwatch.Repo(self.root).get_run("r2")
-            assert run is not None
-            for look in (lambda: self.reread("r2").name, lambda run=run: run.name):
-                with self.subTest(what), self.assertRaises(aimwatch.RepoError) as caught:
-                    look()
-                self.assertEqual(str(caught.exception).lower(), f"cannot read {path}: {reason}".lower())
-            for command in ("show", "close"):
-                with self.subTest(what, command=command):
-                    err = self.fine(command, "r2", code=1)
-                    self.assertRegex(err, r"^[^\n]*cannot (read|close) [^\n]*r2[^\n]*\n$")
             with self.subTest(what):
-                for _ in range(2):
+                os.replace(path, target)
+                if isinstance(data, bytes):
+                    write_file(path, data)
+                else:
+                    data(path)  # type: ignore[operator]
+                write_file(self.paths.marker("r2"), b"", "ab")
+                said = f"{path}: {reason}".lower()
+                with self.assertRaises(aimwatch.RepoError) as caught:
+                    _ = self.reread("r2").name
+                self.assertEqual(str(caught.exception).lower(), f"cannot read {said}")
+                for command in ("show", "close"):
+                    self.assertIn(f"cannot read {said}\n", self.fine(command, "r2", code=1).lower())
+                for argv in (["reindex"], ["reindex", "--rebuild"]):
                     found = [row["hash"] for row in aimwatch.Repo(self.root).run_rows("")]
                     self.assertEqual(sorted(found), ["dead", "live", "r0", "r1", "r3", "r4", "r5", "r7"])
-                    for argv in (["reindex"], ["reindex", "--rebuild"]):
-                        code, out, err = self.run_cli(*argv)
-                        message = f"{aimwatch.command_line()}: {path}: {reason}\n" if is_problem else ""
-                        self.assertEqual((code, out, err.lower()), (int(is_problem), "", message.lower()))
+                    code, out, err = self.run_cli(*argv)
+                    message = f"{aimwatch.command_line()}: {said}\n" if is_problem else ""
+                    self.assertEqual((code, out, err.lower()), (int(is_problem), "", message.lower()))
                 self.assertEqual("r2" in self.pending(), is_problem)
-            if isinstance(data, bytes):
-                self.assertEqual(read_file(path), data)
-            os.unlink(path)
-            write_file(path, whole)
-            write_file(self.paths.marker("r2"), b"", "ab")
-            self.assertEqual(self.reindexed(), self.rebuilt())
+                os.unlink(path)
+                write_file(path, whole)
+                write_file(self.paths.marker("r2"), b"", "ab")
+                self.assertEqual(self.reindexed(), self.rebuilt())
 
 
 class RepoMethods(StoredCase):
