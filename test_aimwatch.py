@@ -7869,7 +7869,8 @@ class TestDeath(WatchCase):
             self.clock.pass_(300.0)
         self.assertEqual(self.told(), [("r", "failed")])
         with aimwatch.open_index(self.paths, "ro", 1.0) as index:
-            self.assertEqual(index.execute("SELECT active FROM runs").fetchall(), [(0,)])
+            found = index.execute("SELECT value FROM facts WHERE path = 'active'").fetchall()
+        self.assertEqual(found, [(0,)])
 
     #: At what time its marker is how, and whether the run is then suspect: (time, state) = when next, sure.
     MARKERS = (
