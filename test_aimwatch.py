@@ -602,19 +602,17 @@ class AppendFiles(Case):
         self.assertEqual((read_file(self.path), again.close()), (b"1\nto\n2\n", 7))
 
     def test_error_that_a_write_on_a_share_was_told_and_no_sync_loses_nothing(self) -> None:
-        self.patch(aimwatch, "is_network", lambda path: True)
-        self.patch(aimwatch, "start_quiet_thread", lambda run: None)  # this test is the thread
-        file = aimwatch.AppendFile(self.path, list)
-        file.append(b"1\n")
+        self.on_a_share()
+        self.file.append(b"1\n")
 
-        def write(fd: int, data: bytes) -> int:
+        def write(fd: int, data: bytes) -> None:
             os.truncate(self.path, 0)
-            self.assertTrue(file.sync())
-            raise OSError(errno.ENOSPC, "No space left on device")
+            self.assertTrue(self.file.sync())
+            no_space()
 
         with mock.patch.object(os, "write", write), self.assertLogs("aimwatch"):
-            file.append(b"2\n")
-        self.assertEqual((file.close(), read_file(self.path)), (4, b"1\n2\n"))
+            self.file.append(b"2\n")
+        self.assertEqual((self.file.close(), read_file(self.path)), (4, b"1\n2\n"))
 
     def test_oldest_is_given_up_when_too_much_waits(self) -> None:
         with mock.patch.object(os, "write", no_space), mock.patch.object(aimwatch, "MAX_WAITING_BYTES", 6):
@@ -699,15 +697,12 @@ class AppendFiles(Case):
     def test_network_file_systems_are_told_by_the_table_of_mounts(self) -> None:
         device = os.stat(self.root).st_dev
         number = f"{os.major(device)}:{os.minor(device)}"
-        for kind, network in (("nfs4", True), ("fuse.sshfs", True), ("lustre", True), ("ext4", False)):
-            table = (
-                f"1 1 0:999 / / rw - nfs x rw\n2 1 {number} / /m\\040x rw shared:1 - {kind} x rw\n".encode()
-            )
-            with self.subTest(kind=kind), mock.patch("builtins.open", mock.mock_open(read_data=table)):
+        for rest, network in (
+            ("- nfs4 x rw", True), ("shared:1 - fuse.sshfs x rw", True), ("- ext4 x rw", False), ("nfs", False),
+        ):  # fmt: skip
+            table = f"1 1 0:999 / / rw - nfs x rw\n2 1 {number} / /m\\040x rw {rest}\n".encode()
+            with self.subTest(rest=rest), mock.patch("builtins.open", mock.mock_open(read_data=table)):
                 self.assertIs(aimwatch.is_network(self.root), network)
-        for broken in (b"", b"1 1\n", f"1 1 {number} / / rw nfs\n".encode()):
-            with self.subTest(broken=broken), mock.patch("builtins.open", mock.mock_open(read_data=broken)):
-                self.assertFalse(aimwatch.is_network(self.root))
 
 
 class FindRepo(Case):
@@ -3666,18 +3661,17 @@ class VanishedFolder(RecordingCase):
             self.live.track(self.tracked, "m", context={"x": 1})
             self.tracked += 1
 
-    def assert_whole(self, values: bool = True, skipped: int = 0) -> None:
+    def assert_whole(self, values: bool = True) -> None:
         """Check that whoever reads the log finds everything that the run recorded."""
         for _ in ("live", "closed"):
             reader = self.reread("r")
             (metric,) = reader.metrics()
             self.assertEqual((metric.count, metric.last, metric.min), (self.tracked, self.tracked - 1, 0.0))
             self.assertEqual((reader["p"], reader.tags), ({"a": 1}, ["t"]))
-            self.assertLessEqual(reader._state.skipped, skipped)
+            self.assertLessEqual(reader._state.skipped, 0 if values else 1)
             self.assertEqual(reader.creation_time, self.live.creation_time)
             if values:
                 self.assertEqual(metric.steps, list(range(self.tracked)))
-            self.records("r") if not skipped else None
             self.live.close()
         self.assertEqual(os.listdir(self.paths.runs), ["r.jsonl"])
         (row,) = aimwatch.Repo(self.root).run_rows("run.p.a == 1 and 't' in run.tags")
@@ -3697,8 +3691,6 @@ class VanishedFolder(RecordingCase):
         self.track(1)
         self.live.report_progress(expect_next_in=600)
         self.assertEqual(self.flags("r-"), ["check_in"])
-        self.assertEqual([record[2] for record in self.records("r") if isinstance(record, list)],
-                         list(range(self.tracked)))  # fmt: skip
         self.assert_whole()
 
     def take_away(self, how: str) -> None:
@@ -3732,7 +3724,7 @@ class VanishedFolder(RecordingCase):
                 (metric,) = self.reread("r").metrics()
                 self.assertEqual((metric.count, metric.last), (self.tracked, self.tracked - 1))
                 self.assertEqual(metric.steps[-3:], list(range(self.tracked))[-3:])
-        self.assert_whole(values=False, skipped=1)
+        self.assert_whole(values=False)
 
     def test_handle_that_went_stale_is_opened_again(self) -> None:
         stale = self.live._log._fd
