@@ -6074,8 +6074,6 @@ class Watcher:
         self._muted: Dict[str, str] = {}
         #: What is to be alerted and is not in the outbox yet.
         self._events: List[Event] = []
-        #: False between a look at the runs and the events that it leads to.
-        self._may_save = True
         self._warn_once = functools.lru_cache(1000)(functools.partial(log.warning, "%s"))
         #: Called with each run that was found to have ended without a check-in that says so.
         self.on_dead: Callable[[str], None] = lambda run: None
@@ -6180,7 +6178,6 @@ class Watcher:
         self.dispatcher.reload_if_changed()
         self._send()  # what the last watcher, or an error, left
         now_s, first, self._first = self.looking.total_s, self._first, False
-        self._may_save = False
         changes = self.table.take(listing, now_s, self._utc() if arrived else 0.0)
         if first:
             changes = []  # what was there before is no news
@@ -6205,7 +6202,6 @@ class Watcher:
         alerted = self.groups.gather(wanted, self.table.runs, now_s)
         self._events = list(map(self._event, alerted))
         taken = self._take_messages(first, muted)
-        self._may_save = True
         self._send()
         for path, size in taken:
             # A run may have opened the file before it was taken, and written to it after it was read.
@@ -6226,7 +6222,6 @@ class Watcher:
             return
         saved = read_watcher_file(self.paths)
         if saved and not saved.get("ended") and not self._id.items() <= saved.items():
-            self._may_save = False
             raise WatcherBusyError(f"{describe_watcher(saved)} watches {self.paths.root} now")
         self._saved_as = found
 
@@ -6367,8 +6362,7 @@ class Watcher:
     def _save(self, now: bool = False, ended: bool = False) -> bool:
         """Write watcher.json, at a rate that its own cost bounds; True where that was done."""
         begun = self._clock()
-        # An error ends the watch between a look and its events: the next watcher must see anew.
-        if not self._may_save or (begun < self._save_mono and not now):
+        if begun < self._save_mono and not now:
             return False
         content = {
             **self._id,
@@ -6399,7 +6393,9 @@ class Watcher:
     def close(self) -> None:
         """Save what was seen, give what is being sent a moment, and release the repository."""
         self.closed = True
-        self._save(now=True, ended=True)
+        # After an error in a look the next watcher must see anew what that found; or another watches now.
+        if not sys.exc_info()[0]:
+            self._save(now=True, ended=True)
         self.dispatcher.stop(1.0)
         self.outbox.close()
         self._lock.release()

@@ -7950,6 +7950,16 @@ class TestWatcherRestarted(WatchCase):
                 self.look(watcher, 10)
                 self.assertEqual(sorted(self.told()), sorted(expected))
 
+    def test_what_an_error_cut_short_is_told_by_the_next_watcher(self) -> None:
+        self.check_in("a", 1)
+        watcher = self.watch()
+        self.check_in("a", 2, "failed")
+        with mock.patch.object(aimwatch.Groups, "gather", side_effect=SystemExit):
+            with self.assertRaises(SystemExit), contextlib.closing(watcher):
+                self.look(watcher, 1)
+        self.watch()
+        self.assertEqual(self.told(), [("a", "failed")])
+
     def test_run_of_which_nothing_can_be_said_is_told_all_the_same(self) -> None:
         watcher = self.watch()
         run_hash = self.our_run(ValueError("why"))
@@ -8700,13 +8710,6 @@ class NotifySocket:
     def next(self) -> str:
         return self.socket.recv(4096).decode()
 
-    def skip(self, text: str) -> str:
-        """Return the first message that is not `text`."""
-        while True:
-            found = self.next()
-            if found != text:
-                return found
-
 
 class TestBlockedLog(WatchCase):
     def start_on_full_pipe(self, *argv: str) -> Tuple[Any, int]:
@@ -8800,7 +8803,7 @@ class TestSigns(WatchCase):
             self.assertEqual(notify.next(), "WATCHDOG=1")
         self.assertLessEqual(len(server.requests), asked + 2)
         watcher.send_signal(signal.SIGTERM)
-        self.assertEqual(notify.skip("WATCHDOG=1"), "STOPPING=1")
+        self.wait_for(lambda: notify.next() == "STOPPING=1")
         log_text = watcher.first_line + "".join(lines) + watcher.communicate(timeout=20)[1]
         self.assertIn("the ping URL cannot be reached: HTTP 404", log_text)
         self.assertIn("the ping URL is reached again: HTTP 204", log_text)
@@ -8968,9 +8971,9 @@ class TestTwoMachines(WatchCase):
             second = self.watcher(wait=lambda _: None)
             second.poll()
             saved = read_file(self.paths.watcher)
-        with self.assertRaisesRegex(aimwatch.WatcherBusyError, "on elsewhere .* watches .* now"):
+        said = "on elsewhere .* watches .* now"
+        with self.assertRaisesRegex(aimwatch.WatcherBusyError, said), contextlib.closing(first):
             first.poll()
-        first.close()
         self.assertEqual(read_file(self.paths.watcher), saved)
 
     def test_standby_takes_over_from_one_that_holds_the_lock_and_does_not_look(self) -> None:
