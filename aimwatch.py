@@ -7091,7 +7091,8 @@ class Scale:
         low, high = self.value(0), self.value(1)
         least = (high - low) / 5
         unit = 10.0 ** math.floor(math.log10(least))
-        step = next(step for step in (*steps, unit, 2 * unit, 5 * unit, 10 * unit) if step >= least)
+        units = unit, 2 * unit, 5 * unit, 10 * unit
+        step = next(step for step in (*(steps if least > 1 else ()), *units) if step >= least)
         return [nth * step for nth in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 

@@ -9346,7 +9346,7 @@ class Charts(unittest.TestCase):
         for steps, query, ticks in (
             ([0, 10], "", "0 2 4 6 8 10"), ([-1, 1], "", "-1 -0.5 0 0.5 1"), ([5, 5], "", "4.8 4.9 5 5.1 5.2"),
             ([1, 1e6], "xscale=log", "1 10 100 1000 10000 100000 1e+06"), ([3, 40], "xscale=log", "10 20 30 40"),
-            ([0, 7000], "x=since", "0 30 min 1 h 1 h 30 min"), ([1e-30, 1e30], "xscale=log", "1e-30 1e-21 1e-12 0.001 1e+06 1e+15 1e+24"),
+            ([0, 7000], "x=since", "0 30 min 1 h 1 h 30 min"), ([0, 0.012], "x=since", "0 5 ms 10 ms"), ([1e-30, 1e30], "xscale=log", "1e-30 1e-21 1e-12 0.001 1e+06 1e+15 1e+24"),
         ):  # fmt: skip
             with self.subTest(steps=steps, query=query):
                 self.drawn([1.0, 2.0], query, step=steps, time=[1000 + step for step in steps])
