@@ -3894,11 +3894,10 @@ class Query:
         return self.refuse(node, f"run.{first} has no '{rest[0]}' here")
 
     def summary(self, node: ast.expr, names: List[Any]) -> _Value:
-        context = names[1] if len(names) == 3 else {}
-        texts = bool(names) and isinstance(names[0], str) and isinstance(names[-1], str)
-        if len(names) not in (2, 3) or not texts or not isinstance(context, dict):
+        parts = [names[0], {}, names[1]] if len(names) == 2 else names
+        if list(map(type, parts)) != [str, dict, str]:
             self.refuse(node, "write run.metrics['loss', {'subset': 'val'}].last")
-        name, field = names[0], names[-1]
+        name, context, field = parts
         if field not in _SERIES_FIELDS:
             self.refuse(node, f"a metric has no '{field}' here, but {', '.join(_SERIES_FIELDS)}")
 

@@ -7860,9 +7860,7 @@ class TestDeath(WatchCase):
             process.kill()
             self.clock.pass_(300.0)
         self.assertEqual(self.told(), [("r", "failed")])
-        with aimwatch.open_index(self.paths, "ro", 1.0) as index:
-            found = index.execute("SELECT value FROM facts WHERE path = 'active'").fetchall()
-        self.assertEqual(found, [(0,)])
+        self.assertEqual(len(aimwatch.Repo(self.root).query_runs("run.state == 'failed'")), 1)
 
     #: At what time its marker is how, and whether the run is then suspect: (time, state) = when next, sure.
     MARKERS = (
