@@ -3737,9 +3737,8 @@ class Query:
 
     def narrow(self, node: ast.expr, value: _Value, sign: str, const: Any) -> None:
         """Note what holds of the facts of every run for which a comparison with a constant is true."""
-        if value.kind == "time" and isinstance(const, datetime.datetime) and sign != "==":
-            # `_utc` rounds to microseconds.
-            const = (const - _EPOCH).total_seconds() + (1e-6 if sign[0] == "<" else -1e-6)
+        if value.kind == "time" and isinstance(const, datetime.datetime):
+            const = (const - _EPOCH).total_seconds()  # a log has milliseconds, so no digits are lost
         is_list = isinstance(const, (list, dict))
         facts = [fact_value(item) for item in (const if is_list else [const])]
         possible = node in self._conjuncts and value.fact and value.kind != "member"
