@@ -1095,7 +1095,7 @@ class RunState:
                 self._seen(record["time"])
                 if int(record["log"]) >= logging.ERROR:
                     self.errors.append(str(record["message"])[:1000])
-            elif isinstance(record["end"], str):
+            elif record["end"] in (FINISHED, FAILED):
                 self.next_idx = max(self.next_idx, int(_in_range(int(record["idx"]), MAX_IDX)) + 1)
                 self._seen(record["time"])
                 self.end = record
@@ -1635,7 +1635,12 @@ class _Stacks:
         self.disarm(path)
         self._due[path] = due_mono, thread
         if due_mono < math.inf and not self._has_thread:
-            with contextlib.suppress(RuntimeError):  # no thread can be started
+            with contextlib.suppress(OSError, RuntimeError):  # no thread can be started
+                # The thread takes no lock of theirs: a child that is forked meanwhile would wait for it for ever.
+                import faulthandler  # noqa: F401
+                import tempfile
+
+                tempfile.TemporaryFile().close()
                 start_quiet_thread(self._watch)
                 self._has_thread = True
 
@@ -3206,9 +3211,10 @@ def connect(path: str, mode: str, busy_s: float) -> Iterator[sqlite3.Connection]
     """Yield an SQLite file to read ("ro"), to write ("rw") or to make ("rwc"). Raises, in the place of
     SQLite's errors, IndexBusy, OSError for what a new index would not mend either, or IndexUnusable."""
     import sqlite3
-    from urllib.parse import quote
 
-    uri = f"file:{quote(os.fsencode(path))}?mode={mode}"
+    # Not with `urllib.parse`: at exit, its import would have Python forget that Ctrl-C ended the program.
+    escaped = re.sub(rb"[^\w/.-]", lambda match: b"%%%02x" % ord(match.group()), os.fsencode(path))
+    uri = f"file:{escaped.decode()}?mode={mode}"
     try:
         with contextlib.closing(sqlite3.connect(uri, timeout=busy_s, isolation_level=None, uri=True)) as db:
             yield db
@@ -5771,10 +5777,11 @@ def change_facts(paths: RepoPaths, change: Change) -> Facts:
     facts["run.last_seen"] = iso_time(watched.since_utc, "seconds")
     facts["run.promised"] = human_s(watched.promise_s) if watched.promise_s else ""
     facts["run.silent"] = human_s(change.silent_s)
-    if change.kind == FAILED:
+    if change.kind == STALLED or change.suffix:
+        facts["run.reason"] = "; ".join(filter(None, (facts.get("run.reason"), change.note)))
+    elif change.kind == FAILED:
         facts["run.reason"] = change.note or facts.get("run.reason", "")
     if change.kind == STALLED:
-        facts["run.reason"] = "; ".join(filter(None, (facts.get("run.reason"), change.note)))
         if lock_state(paths.marker(watched.hash)) == "held":
             facts["run.process"] = "alive"
         facts["run.frames"] = hanging_frames(paths, watched.hash)

@@ -1330,6 +1330,14 @@ class HowARunEnds(ProcessCase):
         self.assertEqual(self.end_of(name)["reason"], "terminated by SIGTERM")
         self.assertIn(" in kill: ", self.end_of(name)["frames"][-1])
 
+    def test_interrupted_program_dies_of_it_and_a_shell_does_not_go_on_with_its_loop(self) -> None:
+        process = self.process(
+            "import os, signal, time, aimwatch\nrun = aimwatch.Run('r', create=True)\n"
+            "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
+        )  # fmt: skip
+        self.assertIn("KeyboardInterrupt", process.communicate(timeout=60)[1])
+        self.assertEqual((process.returncode, self.end_of("r")["reason"]), (-signal.SIGINT, "interrupted"))
+
     def test_sigterm_ends_the_first_process_of_a_container(self) -> None:
         unshare = shutil.which("unshare")
         if not unshare or subprocess.run([unshare, "--pid", "--fork", "true"], stderr=-3).returncode:
@@ -2043,7 +2051,10 @@ if pid == 0:
     miss(Run())
     sys.exit(0)
 assert os.waitpid(pid, 0)[1] == 0
+imported = set(sys.modules)
 miss(run)
+# A child that is forked while the thread imports would wait for the lock of that module for ever.
+assert set(sys.modules) == imported, set(sys.modules) - imported
 assert os.listdir(run._paths.stacks) == []
 """
         self.assertEqual(self.finished_process(code)[0], 0)
@@ -2487,7 +2498,7 @@ GARBAGE = (
     b"[0,1,0.5,1e9,null]", b'[{},1,2,3]', b'{"format":1}', b'{"format":1,"created_at":"x"}',
     b'{"resume":null}', b'{"props":5}', b'{"props":null}', b'{"log":40}', b'{"log":"x","time":5}',
     b'{"end":"failed"}', b'{"end":"failed","time":5}', b'{"end":"failed","time":5,"idx":"x"}',
-    b'{"end":"failed","time":5,"idx":1e999}', b'{"end":"failed","time":5,"idx":1e300}',
+    b'{"end":"odd","time":5,"idx":5}', b'{"end":"failed","time":5,"idx":1e999}', b'{"end":"failed","time":5,"idx":1e300}',
     b'{"unknown":1}', b'{"props":{"name":"torn"', b'{"props":{"name":"glued"}}{"props":{}}',
     b"\x00\x00\x00", b"\xff\xfe\x00", b"\xef\xbb\xbf", b"\r", b" ", b"NaN", b"[" * 100000,
     b"9" * 5000,
@@ -8381,6 +8392,8 @@ class TestMutes(WatchCase):
         for run, (_, flag, _) in self.MUTED.items():
             if flag:
                 self.check_in(run, 2, flag)
+        end = {"end": "failed", "time": 2.0, "idx": 2, "reason": "boom"}
+        write_file(self.paths.run_log("fails"), json.dumps(end) + "\n")
         self.look(watcher, 3)
         watcher.close()
         watcher = self.watch()
@@ -8389,7 +8402,14 @@ class TestMutes(WatchCase):
         expected = [(run, kind) for run, (_, _, kind) in self.MUTED.items() if kind]
         self.assertEqual(sorted(self.told()[before:]), sorted(expected))
         reasons = {item["facts"].get("run.reason") for item in self.events()[before:]}
-        self.assertLessEqual({"checked in again while it was muted", "finished while it was muted"}, reasons)
+        self.assertLessEqual(
+            {
+                "checked in again while it was muted",
+                "finished while it was muted",
+                "boom; it was muted until now",
+            },
+            reasons,
+        )
         self.assertEqual(os.listdir(self.paths.mutes), [])
 
     def test_run_that_was_told_before_is_told_again_at_the_end_once(self) -> None:
