@@ -1636,7 +1636,7 @@ class _Stacks:
         self._due[path] = due_mono, thread
         if due_mono < math.inf and not self._has_thread:
             with contextlib.suppress(OSError, RuntimeError):  # no thread can be started
-                # The thread takes no lock of theirs: a child that is forked meanwhile would wait for it for ever.
+                # The thread takes no lock of theirs: a child forked meanwhile would wait for it for ever.
                 import faulthandler  # noqa: F401
                 import tempfile
 

@@ -453,11 +453,9 @@ class Case(unittest.TestCase):
 class SmallHelpers(Case):
     def test_human_s_says_durations_as_people_do(self) -> None:
         for seconds, said in (
-            (-3, "0 ms"), (0, "0 ms"), (0.0004, "0 ms"), (0.85, "850 ms"), (0.9994, "999 ms"),
-            (0.9996, "1 s"), (1, "1 s"), (1.25, "1.2 s"), (9.94, "9.9 s"), (9.96, "10 s"),
-            (59.4, "59 s"), (59.6, "1 min"), (61, "1 min 1 s"), (185, "3 min 5 s"),
-            (3599.7, "1 h"), (3659, "1 h"), (7800, "2 h 10 min"), (86399.6, "1 d"),
-            (90000, "1 d 1 h"), (864000, "10 d"),
+            (-3, "0 ms"), (0.0004, "0 ms"), (0.9994, "999 ms"), (0.9996, "1 s"), (1.25, "1.2 s"), (9.94, "9.9 s"),
+            (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min"), (185, "3 min 5 s"), (3599.7, "1 h"), (3659, "1 h"),
+            (7800, "2 h 10 min"), (86399.6, "1 d"), (90000, "1 d 1 h"), (864000, "10 d"),
         ):  # fmt: skip
             with self.subTest(seconds=seconds):
                 self.assertEqual(aimwatch.human_s(seconds), said)
@@ -472,8 +470,6 @@ class SmallHelpers(Case):
         ):  # fmt: skip
             with self.subTest(text=text):
                 self.assertEqual(aimwatch.printable(text), shown)
-
-    def test_printable_is_no_longer_than_its_limit(self) -> None:
         self.assertEqual(aimwatch.printable("x" * 20, 20), "x" * 20)
         self.assertEqual(aimwatch.printable("x" * 21, 20), "x" * 17 + "...")
         for text in ("\n" * 15, "\n" * 600, "\u202e" * 21, "x" * 16 + "\n\n\n\n"):
