@@ -1636,7 +1636,7 @@ class _Stacks:
         self._due[path] = due_mono, thread
         if due_mono < math.inf and not self._has_thread:
             with contextlib.suppress(OSError, RuntimeError):  # no thread can be started
-                # The thread takes no lock of theirs: a child forked meanwhile would wait for it for ever.
+                # Not in the thread: a child that was forked meanwhile would wait for its locks for ever.
                 import faulthandler  # noqa: F401
                 import tempfile
 
@@ -4582,7 +4582,7 @@ def default_message(facts: Facts) -> str:
         "its output goes to {run.stdout}",
         "{run.messages}",
         "its process is still there: it hangs, or is slower than it promised" * hangs,
-        "it left no stacks: no Python code can run in it, or they are turned off" * stuck,
+        "it left no stacks: no Python code can run in it, it cannot write them, or they are off" * stuck,
         "last metrics: {run.metrics}",
         "progress: {run.progress}",
         "last errors logged:\n{run.errors}",
@@ -5026,8 +5026,8 @@ def send_logger(notifier: Notifier, batch: Sequence[Facts], deadline_mono: float
     """Write every event to the log that the watcher writes."""
     for facts in batch:
         bad = facts.get("event") in (STALLED, FAILED, TROUBLE)
-        text = message_for(notifier.arguments.get("message"), facts).replace("\n", "\n  ")
-        log.log(logging.WARNING if bad else logging.INFO, "%s", text)
+        text = message_for(notifier.arguments.get("message"), facts).replace("\u200b", "")  # see _CALLS
+        log.log(logging.WARNING if bad else logging.INFO, "%s", text.replace("\n", "\n  "))
     return Outcome(SENT, "written to the log")
 
 

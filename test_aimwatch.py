@@ -5424,7 +5424,7 @@ class Messages(unittest.TestCase):
             ({"event": "trouble", "repo": "/data/x", "run.reason": "r"}, "❗ aimwatch: r\n"),
             (failed, "❌ abc failed\nrun abc\n"),
             ({**failed, "run.pid": "7"}, "❌ abc failed\nrun abc\nprocess 7\n"),
-            (hangs, f"{there}it left no stacks: no Python code can run in it, or they are turned off\n"),
+            (hangs, f"{there}it left no stacks: no Python code can run in it, it cannot write them, or they are off\n"),
             ({**hangs, "run.frames": frames}, f"{there}where it hangs, innermost last:\n{frames}\n"),
             ({**failed, "run.frames": frames}, f"❌ abc failed\nrun abc\nwhere it failed, innermost last:\n{frames}\n"),
         ):  # fmt: skip
