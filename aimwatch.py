@@ -5326,11 +5326,15 @@ class Dispatcher:
             elif (was and was.problem) or not self.outbox.waiting_for(item.id):
                 self.note(item.id, "")
         self.usable = {item.id: item for item in enabled if not item.problem}
-        for one in self.usable.keys() - self._threads.keys():
-            thread = NotifierThread(self.usable[one], self)
-            thread.start()
-            self._threads[one] = thread
+        self._start_threads()
         self._wake()
+
+    def _start_threads(self) -> None:
+        for one in self.usable.keys() - self._threads.keys():
+            with contextlib.suppress(RuntimeError):  # the user has too many: tried again at each poll
+                thread = NotifierThread(self.usable[one], self)
+                thread.start()
+                self._threads[one] = thread
 
     def reload_if_changed(self) -> None:
         """Take up a changed configuration; of a broken one that is said once, and the last good one kept."""
@@ -5345,6 +5349,7 @@ class Dispatcher:
                 if str(error) != self._complaint:
                     log.error("%s; the last good configuration stays in force", error)
                 self._complaint = str(error)
+        self._start_threads()
 
     def describe(self) -> str:
         """Return who is notified, for people: `slack 5c42d699, logger`."""

@@ -6487,6 +6487,17 @@ class Notifying(NotifyingCase):
         gate.set()
         self.wait_sent("a", 1, 2, 3)
 
+    def test_thread_that_cannot_be_started_is_tried_again(self) -> None:
+        server = self.webhook()
+        self.configure(a=hook(server.url))
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            dispatcher = self.dispatcher()
+            dispatcher.notify([event_of(1)])
+            dispatcher.reload_if_changed()
+        self.assertEqual(server.requests, [])
+        dispatcher.reload_if_changed()
+        self.wait_sent("a", 1)
+
     def test_what_is_waited_after_each_outcome(self) -> None:
         rests: List[float] = []
         answers = (
