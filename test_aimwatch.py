@@ -3377,7 +3377,9 @@ class Params(RecordingCase):
         deep: Any = 1
         for _ in range(200):
             deep = {"d": deep}
-        run["deep"], run["ring"] = deep, {"in": [ring, ring]}
+        with self.assertLogs("aimwatch") as logs:
+            run["deep"], run["ring"] = deep, {"in": [ring, ring]}
+        self.assertIn("param 'deep' holds dict inside itself or in too many others", logs.output[0])
         said = "<dict inside itself, or in more than 50 others>"
         inside = {"a": said, "b": said}
         self.assertEqual(self.reread("r")["ring"], {"in": [inside, inside]})
