@@ -11322,18 +11322,9 @@ def _put_run(paths: aimwatch.RepoPaths, number: int, points: int) -> str:
     return state.hash
 
 
-def make_index(path: str) -> None:
-    with aimwatch.connect(path, "rwc", 5.0) as db:
-        db.executescript(aimwatch._SCHEMA)
-
-
 def bench_index(bench: Bench, root: str) -> None:
     paths = aimwatch.find_repo(root, create=True)
     long, short = _put_run(paths, 1, 50_000), _put_run(paths, 2, 100)
-    plain = os.path.join(root, "plain.sqlite")
-    make_index(plain)
-    db = sqlite3.connect(plain, isolation_level=None)
-    db.execute("BEGIN")
 
     def index(run_hash: str) -> None:
         for _ in range(20):
@@ -11341,12 +11332,11 @@ def bench_index(bench: Bench, root: str) -> None:
             assert state is not None
             aimwatch.index_run(db, run_hash, aimwatch.run_row(state))
 
-    bench.compare("index a closed run of 50,000 points", lambda: index(long), "of 100 points",
-                  lambda: index(short), 2.5, "us", 20, 15)  # fmt: skip
-    db.close()
-    shutil.rmtree(root)
-    paths = aimwatch.find_repo(root, create=True)
-    count = 1500
+    with aimwatch.connect("", "memory", 5.0) as db:
+        db.executescript(aimwatch._SCHEMA)
+        bench.compare("index a closed run of 50,000 points", lambda: index(long), "of 100 points",
+                      lambda: index(short), 2.5, "us", 20, 15)  # fmt: skip
+    plain, count = os.path.join(root, "plain.sqlite"), 1500
     hashes = [_put_run(paths, number, 20) for number in range(count)]
 
     def reindex() -> None:
@@ -11360,7 +11350,8 @@ def bench_index(bench: Bench, root: str) -> None:
         for path in (paths.index, plain):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-            make_index(path)
+            with aimwatch.connect(path, "rwc", 5.0) as db:
+                db.executescript(aimwatch._SCHEMA)
         for run_hash in hashes:
             write_file(paths.marker(run_hash))
 
