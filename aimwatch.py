@@ -310,6 +310,15 @@ def names_in(folder: str, pattern: str) -> List[str]:
         return []
 
 
+def nearest_with(name: str, folder: str) -> str:
+    """Return the nearest folder, from this one upwards, that holds a name; "" for none."""
+    while not os.path.lexists(os.path.join(folder, name)):
+        folder, below = os.path.dirname(folder), folder
+        if folder == below:
+            return ""
+    return folder
+
+
 def file_stamp(path: str) -> Any:
     """Return what changes when a file does; None where there is none."""
     with contextlib.suppress(OSError):
@@ -744,7 +753,7 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
     """
     try:
         if given is None:
-            given = os.environ.get("AIMWATCH_REPO") or _nearest_repo(os.getcwd())
+            given = os.environ.get("AIMWATCH_REPO") or nearest_with(".aim", os.getcwd()) or "."
         root = os.path.abspath(os.path.expanduser(given))
     except OSError as error:
         raise RepoError(f"the current folder cannot be told: {error.strerror}") from None
@@ -765,15 +774,6 @@ def find_repo(given: Optional[str] = None, create: bool = False) -> RepoPaths:
     if create:
         paths.create()
     return paths
-
-
-def _nearest_repo(folder: str) -> str:
-    above = folder
-    while not os.path.isdir(os.path.join(above, ".aim")):
-        if above == os.path.dirname(above):
-            return folder
-        above = os.path.dirname(above)
-    return above
 
 
 # ======================================================================================
@@ -1444,9 +1444,7 @@ def git_commit() -> Optional[str]:
     script = next(iter(getattr(sys, "argv", ())), "")
     ours = os.path.realpath(script) == os.path.realpath(__file__)  # `exec`: where this file lies says nothing
     for start in ("." if ours else os.path.dirname(script), "."):
-        folder = os.path.realpath(start)
-        while not os.path.lexists(os.path.join(folder, ".git")) and folder != "/":
-            folder = os.path.dirname(folder)
+        folder = nearest_with(".git", os.path.realpath(start))
         git = os.path.join(folder, ".git")
         with contextlib.suppress(OSError):
             if os.path.isfile(git):  # of a worktree, or a submodule
