@@ -893,6 +893,18 @@ FACTS_BYTES = 16 << 10
 MAX_PARAM_DEPTH = 50
 
 
+def context_key(context: Any, depth: int = 0) -> Any:
+    """Return what two encoded contexts have in common exactly when they are equal: 1, 1.0 and True are equal
+    in Python, and name the same series in Aim."""
+    if depth > 4 * MAX_PARAM_DEPTH:
+        return None  # no writer of ours nests so deeply
+    if isinstance(context, dict):
+        return frozenset((key, context_key(item, depth + 1)) for key, item in context.items())
+    if isinstance(context, list):
+        return tuple(context_key(item, depth + 1) for item in context)
+    return context
+
+
 class SeriesState:
     """What is known of one metric series without reading its points."""
 
@@ -1918,7 +1930,7 @@ SIGNAL_S = 600.0
 #: How long a record waits for another thread's before it goes ahead.
 LOCK_WAIT_S = 2.0
 #: How often a run looks whether its files are still there, and takes its lock again.
-LOOK_S = 1.0
+LOOK_S, LOCK_S = 1.0, 60.0
 #: How long the lock on a run may be that of somebody who indexes it.
 INDEXER_WAIT_S = BUSY_S + 1.0
 MAX_STEP = 2**63
@@ -2099,12 +2111,11 @@ class Run:
         self._thread = _get_ident()
         #: The time of the last record when a notebook's cell ended.
         self._idle_since = -1.0
-        #: The metric series by name, and by what `track` was given where that is enough to tell which.
-        self._named: Dict[str, List[SeriesState]] = collections.defaultdict(list)
+        #: The metric series by name and context, and by what `track` was given where that tells which.
         self._by_key: Dict[Any, SeriesState] = {}
         #: Log lines since the last checkpoint.
         self._lines = 0
-        self._looked_s = 0.0
+        self._looked_s, self._lock_at_mono = 0.0, _monotonic() + LOCK_S
         #: Log messages that could not be put into `news` yet.
         self._messages = b""
         #: An exception that was being handled when the run began is none of the run's.
@@ -2119,7 +2130,7 @@ class Run:
                 names = self._adopt() if may_exist else []
                 self._file = CheckInFile(self._paths.check_ins, self.hash, self._state.next_idx, names)
                 for series in self._state.series.values():
-                    self._named[series.name].append(series)
+                    self._by_key[series.name, context_key(series.context)] = series
                 now = round(time.time(), 3)
                 if self._state.created_at:
                     gone = dict.fromkeys(("signal", "progress", "rank", "world", "group"))
@@ -2386,17 +2397,15 @@ class Run:
         if context is not None and not isinstance(context, dict):
             raise ArgumentTypeError(f"context of metric {brief(name)} must be a dict, not {brief(context)}")
         encoded = self._encode(context or {}, f"context of metric {brief(name)}")
-        # 1, 1.0 and True are equal in Python, and name the same series in Aim.
-        series = next((series for series in self._named[name] if series.context == encoded), None)
-        if series is None:
+        key = (name, context_key(encoded))
+        if key not in self._by_key:
             series_id = next(reversed(self._state.series), 0) + 1
             self._record({"series": series_id, "name": name, "context": encoded})
-            series = self._state.series[series_id]
-            self._named[name].append(series)
+            self._by_key[key] = self._state.series[series_id]
         # A context with anything else in it has no short cut: it may not hash, or be another each time.
         if all(type(item) in (str, int, bool) for item in (context or {}).values()):
-            self._by_key[name, tuple(context.items()) if context else ()] = series
-        return series
+            self._by_key[name, tuple(context.items()) if context else ()] = self._by_key[key]
+        return self._by_key[key]
 
     def metrics(self) -> List[Metric]:
         """Return the metric series of the run, in the order in which they began."""
@@ -2660,11 +2669,13 @@ class Run:
                 # The check-in went with it: let the next report be written.
                 self._window, self._deadline = (math.nan, 0.0), 0.0
             was_there = self._marker.is_there()
-            # The lock is lost where a server did not hear of this machine for a while, or this process opened
-            # the file and closed it, as to copy the repository.
-            if self._marker.acquire() is not False and not was_there and self._ended is None:
-                # An indexer that found the marker free, and removed it, wrote that the run died.
-                self._record({"resume": round(time.time(), 3)})
+            if not was_there or _monotonic() >= self._lock_at_mono:
+                # The lock is lost where a server did not hear of this machine for a while, or this process
+                # opened the file and closed it, as to copy the repository. On NFS, to take it is a request.
+                self._lock_at_mono = _monotonic() + LOCK_S
+                if self._marker.acquire() is not False and not was_there and self._ended is None:
+                    # An indexer that found the marker free, and removed it, wrote that the run died.
+                    self._record({"resume": round(time.time(), 3)})
         except (OSError, AimwatchError) as error:
             log.debug("run %s: %s", self.hash, error)
         if self._messages:

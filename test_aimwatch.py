@@ -1966,6 +1966,9 @@ class SecondWriter(ProcessCase):
         self.assertEqual(lock_elsewhere(self.paths.marker("r")), "free")
         run._looked_s = 0.0  # a second has passed
         run.track(1, "m")
+        self.assertEqual(lock_elsewhere(self.paths.marker("r")), "free")  # on NFS, to lock is a request
+        run._looked_s = run._lock_at_mono = 0.0  # a minute has passed
+        run.track(1, "m")
         self.assertEqual(lock_elsewhere(self.paths.marker("r")), "held")
         open(self.paths.marker("r")).close()
         # In the container of this indexer, no process has the number of the run's.
