@@ -6625,11 +6625,19 @@ class Program:
                 tty.setraw(ends[fd])
         self._fit()
         out, err = ends[1], ends.get(2, ends[1])
-        try:
-            self._process = subprocess.Popen(argv, env=environ, stdout=out, stderr=err, close_fds=False)
-            self.pid = self._process.pid
-        except OSError as error:
-            self.error = error.errno or errno.ENOENT
+        # As every shell does, a script without `#!` is given to `sh`.
+        for command in (argv, ["/bin/sh", *argv]):
+            try:
+                self._process = subprocess.Popen(
+                    command, env=environ, stdout=out, stderr=err, close_fds=False
+                )
+            except OSError as error:
+                self.error = error.errno or errno.ENOENT
+                if self.error == errno.ENOEXEC:
+                    continue
+            else:
+                self.pid, self.error = self._process.pid, 0
+            break
         for fd in ends.values():
             os.close(fd)
 

@@ -10287,13 +10287,16 @@ while True:
 
 class RunsWithoutCode(ExecCase):
     def test_status_is_the_programs_and_the_run_says_why(self) -> None:
-        script = os.path.join(self.root, "script")
+        script, plain = (os.path.join(self.root, name) for name in ("script", "plain"))
         open(script, "w").close()
+        write_file(plain, "exit 4")
+        os.chmod(plain, 0o755)
         for argv, code, reason, said in (
             (["true"], 0, None, ""), (["sh", "-c", "exec >&- 2>&-; exit 3"], 3, "exited with status 3", ""),
             (["sh", "-c", "kill -9 $$"], 137, r"was killed by SIGKILL \(out of memory.*\)", ""),
             (["no-such-program"], 127, "cannot start: No such file or directory", "no-such-program: cannot start: No such file"),
             ([script], 126, "cannot start: Permission denied", ": cannot start: Permission denied"),
+            ([plain], 4, "exited with status 4", ""),  # no `#!`
         ):  # fmt: skip
             with self.subTest(argv):
                 process = self.program(*argv, cwd=self.root)
