@@ -6626,7 +6626,7 @@ class Program:
         self._fit()
         out, err = ends[1], ends.get(2, ends[1])
         # As every shell does, a script without `#!` is given to `sh`.
-        for command in (argv, ["/bin/sh", *argv]):
+        for words in (argv, ["/bin/sh", *argv]):
             try:
                 self._process = subprocess.Popen(
                     command, env=environ, stdout=out, stderr=err, close_fds=False
