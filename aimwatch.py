@@ -6628,9 +6628,7 @@ class Program:
         # As every shell does, a script without `#!` is given to `sh`.
         for words in (argv, ["/bin/sh", *argv]):
             try:
-                self._process = subprocess.Popen(
-                    command, env=environ, stdout=out, stderr=err, close_fds=False
-                )
+                self._process = subprocess.Popen(words, env=environ, stdout=out, stderr=err, close_fds=False)
             except OSError as error:
                 self.error = error.errno or errno.ENOENT
                 if self.error == errno.ENOEXEC:
