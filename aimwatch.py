@@ -8557,7 +8557,6 @@ def _add_notifier(args: Any) -> None:
 
     paths, kind = find_repo(args.repo), args.verb
     read_config(paths)
-    _log_to_stderr(timed=True)
     arguments = _field_values(NOTIFIER_FIELDS[kind], args)
     arguments.setdefault("message", AIM_DEFAULT_MESSAGE)
     notifier = {"id": str(uuid.uuid4()), "type": kind, "arguments": arguments, "status": "enabled"}
@@ -8579,7 +8578,7 @@ def _add_notifier(args: Any) -> None:
     way = f"{command_line(args.repo)} notifiers test {added.shown_as}"
     print(f"added {kind} notifier {added.id}; try it: {way}")
     if not args.yes and _confirm("Send a sample now?", True):
-        _send_sample(paths, added)
+        _send_sample(paths, [added])
 
 
 def _make_add_command(kind: str) -> None:
@@ -8620,7 +8619,7 @@ def _said(field: Field, args: Any) -> Optional[str]:
     if path is not None:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             return file.read(MAX_ANSWER_BYTES).strip("\n")
-    return "\n".join(value) if isinstance(value, list) else value
+    return ("\n".join(value) or None) if isinstance(value, list) else value
 
 
 def _checked(field: Field, said: Optional[str]) -> Any:
@@ -8766,10 +8765,7 @@ def cmd_set_log_level(args: Any) -> None:
 def cmd_notifiers_test(args: Any) -> int:
     """Send a sample through the real transport and say what came back."""
     paths = find_repo(args.repo)
-    notifiers = _notifiers_to_use(paths, args, args.name)
-    _log_to_stderr(timed=True)
-    delivered = [_send_sample(paths, item) for item in notifiers]
-    return 0 if all(delivered) else 1
+    return _send_sample(paths, _notifiers_to_use(paths, args, args.name))
 
 
 def _notifiers_to_use(paths: RepoPaths, args: Any, name: str = "") -> List[Notifier]:
@@ -8781,8 +8777,9 @@ def _notifiers_to_use(paths: RepoPaths, args: Any, name: str = "") -> List[Notif
     return found
 
 
-def _send_sample(paths: RepoPaths, item: Notifier) -> bool:
-    """Send a sample of an alert, say what came of it, and return whether it was delivered."""
+def _send_sample(paths: RepoPaths, notifiers: Sequence[Notifier]) -> int:
+    """Send a sample of an alert, say what came of it, and return the exit code."""
+    _log_to_stderr(timed=True)
     sample = {
         "event": STALLED,
         "repo": paths.root,
@@ -8792,20 +8789,23 @@ def _send_sample(paths: RepoPaths, item: Notifier) -> bool:
         "run.name": "sample, sent by 'notifiers test'",
         "run.host": this_host(),
     }
-    delivered = _deliver_now(item, sample, sys.stdout)
-    if delivered:
+    code = _deliver_now(notifiers, sample, sys.stdout)
+    if code == 0:
         freshen(paths.config)  # a running watcher sees that the file is new, and tries again at once
-    return delivered
+    return code
 
 
-def _deliver_now(item: Notifier, facts: Facts, stream: Any) -> bool:
-    """Send one message past the outbox, say on `stream` what came back, and return whether it was taken."""
-    outcome = Outcome(BROKEN, item.problem) if item.problem else deliver(item, [facts])
-    delivered = outcome.kind == SENT
-    if not delivered or stream is sys.stdout:
-        verdict = "delivered" if delivered else "NOT delivered"
-        print(printable(f"{item.type} {item.shown_as}: {verdict}: {outcome.detail}"), file=stream)
-    return delivered
+def _deliver_now(notifiers: Iterable[Notifier], facts: Facts, stream: Any) -> int:
+    """Send one message past the outbox, say on `stream` what came back, and return the exit code."""
+    code = 0
+    for item in notifiers:
+        outcome = Outcome(BROKEN, item.problem) if item.problem else deliver(item, [facts])
+        verdict = "delivered"
+        if outcome.kind != SENT:
+            verdict, code = "NOT delivered", 1
+        if outcome.kind != SENT or stream is sys.stdout:
+            print(printable(f"{item.type} {item.shown_as}: {verdict}: {outcome.detail}"), file=stream)
+    return code
 
 
 # -------------------------------------------------------------------------- runs and metrics
@@ -8822,8 +8822,7 @@ def _listing(columns: Sequence[str], also: str = "") -> List[str]:
     return [
         "QUERY?  an expression over run; the README has the language (default: all)",
         f"--limit N  show at most N, 0 for all (default: {DEFAULT_LIMIT}, and all with --json and --csv)",
-        "--sort COLUMN  sort by a column, -COLUMN for the largest first, written --sort=-COLUMN (default: "
-        "the newest first)",
+        "--sort COLUMN  sort by a column; --sort=-COLUMN: the largest first (default: the newest first)",
         f"--columns LIST  what to show (default: {','.join(columns)}{also})",
         "--json",
         "--csv  print CSV",
@@ -8985,12 +8984,7 @@ def _asked_columns(args: Any, default: Sequence[str]) -> List[str]:
     return [*columns, by] if by and by not in columns else columns
 
 
-@command(
-    "runs",
-    *_listing(
-        RUN_COLUMNS, "; also ended, tags, user, job, reason, pid, a param such as hparams.lr, metric:NAME"
-    ),
-)
+@command("runs", *_listing(RUN_COLUMNS, "; also tags, reason, a param such as hparams.lr, metric:NAME"))
 def cmd_runs(args: Any) -> None:
     """List the runs for which a query is true, the newest first."""
     repo, query = Repo(args.repo), Query(args.query)
@@ -9084,7 +9078,7 @@ def cmd_diff(args: Any) -> None:
     repo = Repo(args.repo)
     hashes = [repo.find_run(args.run), repo.find_run(args.other)]
     rows = [read_run(repo._paths, run_hash) for run_hash in hashes]
-    cells = differences(rows, also=("host", "folder", "command", "commit"))
+    cells = differences(rows)
     header = ["", *map(short_hash, hashes)]
     print("\n".join(table(header, [row for row in cells if max(map(len, row[1:])) <= 2 * UNCUT])))
     for name, *both in cells:
@@ -9094,9 +9088,9 @@ def cmd_diff(args: Any) -> None:
                 print(f"  {run_hash}  {printable(text, 1000)}")
 
 
-def differences(rows: Sequence[Dict[str, Any]], also: Sequence[str] = ()) -> List[List[str]]:
-    """Return for each fact, param and metric in which runs differ, and for those that `also` names, its name
-    and its values as text."""
+def differences(rows: Sequence[Dict[str, Any]]) -> List[List[str]]:
+    """Return for each fact, param and metric in which runs differ, and for what was run where, its name and
+    its values as text."""
     known = []
     for row in rows:
         facts = {"state": row["state"], **dict(run_fields(row))}
@@ -9107,8 +9101,8 @@ def differences(rows: Sequence[Dict[str, Any]], also: Sequence[str] = ()) -> Lis
         known.append(facts)
     names = dict.fromkeys(itertools.chain(*known))
     found = [[name, *(shown(facts.get(name), "") for facts in known)] for name in names]
-    own = ("run", "created", "ended", "process", "damage")
-    return [row for row in found if row[0] not in own and (row[0] in also or len(set(row[1:])) > 1)]
+    own, where = ("run", "created", "ended", "process", "damage"), ("host", "folder", "command", "commit")
+    return [row for row in found if row[0] not in own and (row[0] in where or len(set(row[1:])) > 1)]
 
 
 @command("export", "RUN", "METRIC?  the metric's name (default: all)", "--json")
@@ -9162,11 +9156,9 @@ def cmd_report(args: Any) -> int:
         print(text)
         return 0
     facts = {"event": "report", "repo": repo.path, "time": iso_time(time.time(), "seconds"), "message": text}
-    delivered = [
-        _deliver_now(item._replace(arguments={**item.arguments, "message": "{message}"}), facts, sys.stderr)
-        for item in _notifiers_to_use(repo._paths, args)
-    ]
-    return 0 if all(delivered) else 1
+    used = _notifiers_to_use(repo._paths, args)
+    plain = (item._replace(arguments={**item.arguments, "message": "{message}"}) for item in used)
+    return _deliver_now(plain, facts, sys.stderr)
 
 
 def report_text(root: str, rows: Iterable[Dict[str, Any]], over_s: float) -> str:
@@ -9327,18 +9319,16 @@ def _demo_alerts(paths: RepoPaths, at_end: contextlib.ExitStack) -> List[Tuple[s
         argv = [sys.executable, "-c", DEMO_TRAINING % (name, fate), paths.root]
         process = at_end.enter_context(subprocess.Popen(argv, cwd=here, stderr=subprocess.DEVNULL))
         at_end.callback(process.kill)
-    alerts: List[Tuple[str, str]] = []
     wanted = sum(len(must) for *_, must in DEMO_FATES.values())
     deadline = time.monotonic() + DEMO_LIMIT_S
-    while len(alerts) < wanted and time.monotonic() < deadline:
+    while (
+        len(watcher.outbox.known) < wanted or watcher.dispatcher.is_behind()
+    ) and time.monotonic() < deadline:
         time.sleep(watcher.poll_interval_s)
         watcher.poll()
-        records = list(map(json.loads, read_bounded(paths.outbox, MAX_LINE_BYTES).splitlines()))
-        sent = {event for record in records for event in record.get("sent", ())}
-        alerts = [
-            (record["facts"]["run.name"], record["kind"]) for record in records if record.get("event") in sent
-        ]
-    return alerts
+    records = list(map(json.loads, read_bounded(paths.outbox, MAX_LINE_BYTES).splitlines()))
+    events = {one["event"]: (one["facts"]["run.name"], one["kind"]) for one in records if "event" in one}
+    return [events[event_id] for one in records for event_id in one.get("sent", ())]
 
 
 # -------------------------------------------------------------------------- parser and main

@@ -7117,6 +7117,8 @@ class NotifiersAdd(NotifierCase):
             (f"email --smtp-host relay.example --security tls --port 465 --user ann --password-file {password} "
              "--from watch@hpc.example --to ann@x.example,bob@x.example --yes", "", mail),
             ("email", mail_answers, mail),
+            ("webhook", f"{GOOD_URL}\nno colon\nX-Key: PASSWORD\n\n\n\n\n\ny\nn\n",
+             {"url": GOOD_URL, "headers": {"X-Key": "PASSWORD"}}),
             ("command --command \"/bin/tell --to 'the team'\" --yes", "", {"command": ["/bin/tell", "--to", "the team"]}),
         ):  # fmt: skip
             with self.subTest(argv):
