@@ -4240,7 +4240,8 @@ TEMPLATE_FIELDS = (
 KNOWN_FIELDS = ", ".join("{%s}" % field for field in TEMPLATE_FIELDS)
 _TEMPLATE_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_.]*)\}")
 
-#: What is known of an event, by the names that templates use.
+#: What is known of an event, by the names that templates use. Its `id` names run, check-in and kind, so that
+#: a second sight of the same event is the same event.
 Facts = Dict[str, str]
 
 
@@ -5087,24 +5088,14 @@ def back_off_s(failures: int, random: float) -> float:
 # ======================================================================================
 
 
-class Event(NamedTuple):
-    """Something to notify people of. The id names run, check-in and kind, so a second sight of the same
-    event is the same event. `facts` are the fields of a message; `not_for` the ids of the notifiers whose
-    `where` is not true of the run."""
-
-    id: str
-    kind: str
-    facts: Facts
-    not_for: Sequence[str] = ()
-
-    def record_for(self, notifier_ids: Sequence[str]) -> Dict[str, Any]:
-        """Return the record of the event in the outbox."""
-        return {"event": self.id, "kind": self.kind, "to": notifier_ids, "facts": self.facts}
+def event_record(facts: Facts, notifier_ids: Sequence[str]) -> Dict[str, Any]:
+    """Return the record of an event in the outbox."""
+    return {"event": facts["id"], "to": notifier_ids, "facts": facts}
 
 
-def trouble(event_id: str, repo: str, reason: str, **more: str) -> Event:
+def trouble(event_id: str, repo: str, reason: str, **more: str) -> Facts:
     """Return an event about the watch itself."""
-    return Event(event_id, TROUBLE, {"event": TROUBLE, "run.reason": reason, "repo": repo, **more})
+    return {"id": event_id, "event": TROUBLE, "run.reason": reason, "repo": repo, **more}
 
 
 def _outbox_line(record: Dict[str, Any]) -> bytes:
@@ -5126,8 +5117,8 @@ class Outbox:
         self.path = path
         #: The ids of all events that were put here.
         self.known: Set[str] = set()
-        #: What is still to be sent: event id to the event and the notifiers for which it waits.
-        self._waiting: Dict[str, Tuple[Event, Set[str]]] = {}
+        #: What is still to be sent: by its id, the event and the notifiers for which it waits.
+        self._waiting: Dict[str, Tuple[Facts, Set[str]]] = {}
         #: The notifiers that do not work: why, and since when (UTC seconds).
         self.broken: Dict[str, Tuple[str, float]] = {}
         #: Held while the file is written, as long as the disk takes. Who reads goes over a copy instead.
@@ -5142,11 +5133,11 @@ class Outbox:
         """Take in one record without writing it; a foreign one is skipped."""
         with contextlib.suppress(*MALFORMED):
             if "event" in record:
-                facts = {name: str(value) for name, value in record.get("facts", {}).items()}
-                event = Event(str(record["event"]), str(record["kind"]), facts)
-                self.known.add(event.id)
-                if facts and record["to"]:
-                    self._waiting[event.id] = (event, set(map(str, record["to"])))
+                event_id, ids = str(record["event"]), set(map(str, record["to"]))
+                self.known.add(event_id)
+                if ids:
+                    facts = {name: str(value) for name, value in record["facts"].items()}
+                    self._waiting[event_id] = ({**facts, "id": event_id}, ids)
             elif "sent" in record:
                 for event_id in self._waiting.keys() & set(record["sent"]):
                     ids = self._waiting[event_id][1]
@@ -5159,7 +5150,7 @@ class Outbox:
             else:
                 self.broken.pop(record.get("broken", ""), None)
 
-    def waiting_for(self, notifier_id: str) -> List[Event]:
+    def waiting_for(self, notifier_id: str) -> List[Facts]:
         """Return what is still to be sent to a notifier, the oldest first."""
         return [event for event, ids in list(self._waiting.values()) if notifier_id in ids]
 
@@ -5167,8 +5158,8 @@ class Outbox:
         """Return what a file must say at least."""
         records: List[Dict[str, Any]] = [{"begun": "what came before is only summarized"}]
         done = sorted(self.known - self._waiting.keys())
-        records += [{"event": event_id, "kind": "", "to": []} for event_id in done]
-        records += [event.record_for(sorted(ids)) for event, ids in list(self._waiting.values())]
+        records += [{"event": event_id, "to": []} for event_id in done]
+        records += [event_record(event, sorted(ids)) for event, ids in list(self._waiting.values())]
         for notifier_id, (reason, since) in self.broken.items():
             records.append({"broken": notifier_id, "reason": reason, "since": since})
         return [_outbox_line(record) for record in records]
@@ -5189,7 +5180,7 @@ class Outbox:
     def forget_notifiers(self, keep: Set[str]) -> None:
         """Give up what waits for notifiers that were removed: to them it counts as sent."""
         gone = self.broken.keys() | {one for _, ids in list(self._waiting.values()) for one in list(ids)}
-        self.write([{"sent": [x.id for x in self.waiting_for(one)], "to": one} for one in gone - keep])
+        self.write([{"sent": [x["id"] for x in self.waiting_for(one)], "to": one} for one in gone - keep])
 
     def compact(self) -> None:
         """Rewrite the file, where it has grown, with what still waits and who does not work. What was sent
@@ -5243,14 +5234,14 @@ class NotifierThread(threading.Thread):
         self._tried, self._last, self.failures = notifier, SENT, 0
         self._failed_mono, self._rests_until = 0.0, -math.inf
 
-    def batch(self) -> List[Event]:
+    def batch(self) -> List[Facts]:
         """Return what is to be sent in the next message."""
         notifier = self._dispatcher.usable.get(self.id)
         waiting = self._dispatcher.outbox.waiting_for(self.id)
         if notifier is None or not waiting:
             return []
-        to = recipients(notifier, waiting[0].facts)  # each user hears of their own alone
-        return [event for event in waiting if recipients(notifier, event.facts) == to]
+        to = recipients(notifier, waiting[0])  # each user hears of their own alone
+        return [event for event in waiting if recipients(notifier, event) == to]
 
     def run(self) -> None:
         while True:
@@ -5271,10 +5262,10 @@ class NotifierThread(threading.Thread):
             else:
                 self.woken.wait(left_s if batch else None)
 
-    def _send(self, notifier: Notifier, batch: List[Event]) -> float:
+    def _send(self, notifier: Notifier, batch: List[Facts]) -> float:
         """Send `batch` in one message, and return how long to rest."""
         name = f"{notifier.type} {notifier.shown_as}"
-        outcome = deliver(notifier, [{**event.facts, "id": event.id} for event in batch])
+        outcome = deliver(notifier, batch)
         kind, reason, failures = outcome.kind, outcome.detail, self.failures
         if kind == SENT:
             if failures:
@@ -5282,7 +5273,7 @@ class NotifierThread(threading.Thread):
             if notifier.type != "logger":  # whose messages say it themselves
                 log.info("notifier %s was sent %s: %s", name, plural(len(batch), "event"), reason)
             self._last, self.failures = kind, 0
-            self._dispatcher.note(self.id, "", {"sent": [event.id for event in batch], "to": self.id})
+            self._dispatcher.note(self.id, "", {"sent": [event["id"] for event in batch], "to": self.id})
             return 0.0 if notifier.type == "logger" else COLLECT_S
         if notifier is not self._dispatcher.usable.get(self.id):
             return MIN_POST_GAP_S  # as it is configured now, it has not been tried
@@ -5368,39 +5359,37 @@ class Dispatcher:
         """True where some notifier wants events of this kind."""
         return any(item.wants(kind) for item in self._notifiers.values())
 
-    def notify(self, events: Sequence[Event]) -> None:
+    def notify(self, events: Sequence[Facts]) -> None:
         """Put those of some events that are new into the outbox, for good, for all notifiers that want them,
         and have them sent."""
-        new = {event.id: event for event in events if event.id not in self.outbox.known}
-        records = []
-        for event in new.values():
-            ids = [item.id for item in self._notifiers.values() if item.wants(event.kind)]
-            records.append(event.record_for([one for one in ids if one not in event.not_for]))
-        self.outbox.write(records)
+        new = {event["id"]: event for event in events if event["id"] not in self.outbox.known}
+        self.outbox.write([event_record(event, self._who_hears(event)) for event in new.values()])
         self._wake()
+
+    def _who_hears(self, event: Facts) -> List[str]:
+        """Return the ids of the notifiers that want an event, and whose `where` is true of its run. Where
+        nobody can tell, it is for all: rather one message too many."""
+        items = [item for item in self._notifiers.values() if item.wants(event["event"])]
+        state = RUNNING if event["event"] == LOG else event.get("run.state")
+        if state and any(item.where for item in items):
+            with contextlib.suppress(Exception):  # whatever the run wrote
+                try:
+                    run = read_log(self._paths.run_log(event["run.hash"]), event["run.hash"], FACTS_BYTES)
+                except FileNotFoundError:
+                    run = RunState(event["run.hash"])  # Aim's
+                row = {**run_row(run), "state": state}
+                asked = [item for item in items if item.where and not item.problem]
+                no = [item for item in asked if not Query(item.where).test(row, None)]
+                items = [item for item in items if item not in no]
+        return [item.id for item in items]
 
     def _wake(self) -> None:
         for thread in list(self._threads.values()):
             thread.woken.set()
 
-    def not_for(self, run_hash: str, state: str) -> List[str]:
-        """Return the ids of the notifiers whose `where` is not true of a run. One of which nobody can tell
-        is for all: rather one message too many."""
-        asked = [item for item in self.usable.values() if item.where]
-        if not asked:
-            return []
-        try:
-            row = run_row(read_log(self._paths.run_log(run_hash), run_hash, FACTS_BYTES))
-        except FileNotFoundError:
-            row = run_row(RunState(run_hash))  # Aim's
-        except OSError:
-            return []
-        row["state"] = state
-        return [item.id for item in asked if not Query(item.where).test(row, None)]
-
-    def alarm(self, event: Event) -> None:
+    def alarm(self, event: Facts) -> None:
         """Send every notifier an event that cannot be put into the outbox, since the disk does not answer."""
-        self.outbox.apply(event.record_for(list(self.usable)))
+        self.outbox.apply(event_record(event, list(self.usable)))
         self._wake()
 
     def note(self, notifier_id: str, problem: str, *also: Dict[str, Any]) -> None:
@@ -5418,7 +5407,7 @@ class Dispatcher:
             reason = printable(f"notifier {item.type} {item.shown_as} {what if problem else 'works again'}")
             event_id = f"{BROKEN}-{notifier_id}-{time.time():.3f}"
             event = trouble(event_id, self._paths.root, reason, look="notifiers list")
-            records.append(event.record_for([one for one in self._notifiers if one != item.id]))
+            records.append(event_record(event, [one for one in self._notifiers if one != item.id]))
         if records:
             self.outbox.write(records)
             self._wake()
@@ -6092,7 +6081,7 @@ class Watcher:
         #: Of each muted run, the state that it had when it was muted, which is what people know.
         self._muted: Dict[str, str] = {}
         #: What is to be alerted and is not in the outbox yet.
-        self._events: List[Event] = []
+        self._events: List[Facts] = []
         self._warn_once = functools.lru_cache(1000)(functools.partial(log.warning, "%s"))
         #: Called with each run that was found to have ended without a check-in that says so.
         self.on_dead: Callable[[str], None] = lambda run: None
@@ -6158,7 +6147,7 @@ class Watcher:
                 watched.was_held = watched.was_held and same_boot
                 self.table.restore(watched)
             self._muted = dict(saved["muted"])
-            self._events = [Event(*item) for item in saved["events"]]
+            self._events = [{**item} for item in saved["events"]]
             self.groups.restore(saved["groups"])
         except MALFORMED:
             between_s = 0.0
@@ -6330,9 +6319,8 @@ class Watcher:
             found = filter(None, map(parse_message, data.splitlines(keepends=True)))
             messages = [message for message in found if message["log"] >= level]
             if messages and wanted and run not in muted:
-                facts = self._dated(message_facts(self.paths, run, messages))
                 event_id = f"{run}-{len(data)}-{messages[-1]['time']:.3f}-{LOG}"
-                self._events.append(Event(event_id, LOG, facts, self.dispatcher.not_for(run, RUNNING)))
+                self._events.append(self._dated(event_id, message_facts(self.paths, run, messages)))
         return taken
 
     def _send(self) -> None:
@@ -6343,22 +6331,21 @@ class Watcher:
             self.dispatcher.notify(self._events)
             self._events = []
 
-    def _event(self, change: Change) -> Event:
+    def _event(self, change: Change) -> Facts:
         run = change.run
         # Changes of one check-in and kind are one event, unless a suffix parts them; `utc` tells two lives of
         # a run apart whose numbers begin anew.
         event_id = f"{run.hash}-{run.idx}-{run.utc}-{change.kind}{change.suffix}"
         try:
             facts = change_facts(self.paths, change)
-            not_for = self.dispatcher.not_for(change.visible or run.hash, run.state)
         except Exception as error:  # whatever the run wrote, that it failed must be alerted
             log.error("run %s: %s: its alert says little", run.hash, type(error).__name__)
-            facts, not_for = {"event": change.kind, "run.hash": run.hash}, []
-        return Event(event_id, change.kind, self._dated(facts), not_for)
+            facts = {"event": change.kind, "run.hash": run.hash}
+        return self._dated(event_id, facts)
 
-    def _dated(self, facts: Facts) -> Facts:
+    def _dated(self, event_id: str, facts: Facts) -> Facts:
         known = {name: value for name, value in facts.items() if value}
-        return {**known, "time": iso_time(self._utc(), "seconds")}
+        return {**known, "id": event_id, "time": iso_time(self._utc(), "seconds")}
 
     def _sweep(self) -> None:
         """Shorten the outbox, and remove check-ins of our runs that ended and were alerted a while ago."""
@@ -7456,8 +7443,8 @@ class Site:
                 with contextlib.suppress(*MALFORMED):
                     text = f"sent to {record['to']}"
                     if "event" in record:
-                        reason, whom = record["facts"].get("run.reason"), ", ".join(record["to"])
-                        text = f"{record['kind']}: {reason or ''}; to notify: {whom or 'nobody'}"
+                        facts, whom = record["facts"], ", ".join(record["to"]) or "nobody"
+                        text = f"{facts['event']}: {facts.get('run.reason', '')}; to notify: {whom}"
                     lines.append(f"{local_time(record['time'])} {text}")
         return lines
 
@@ -9327,8 +9314,9 @@ def _demo_alerts(paths: RepoPaths, at_end: contextlib.ExitStack) -> List[Tuple[s
         time.sleep(watcher.poll_interval_s)
         watcher.poll()
     records = list(map(json.loads, read_bounded(paths.outbox, MAX_LINE_BYTES).splitlines()))
-    events = {one["event"]: (one["facts"]["run.name"], one["kind"]) for one in records if "event" in one}
-    return [events[event_id] for one in records for event_id in one.get("sent", ())]
+    events = {one["event"]: one["facts"] for one in records if "event" in one}
+    sent = [events[event_id] for one in records for event_id in one.get("sent", ())]
+    return [(facts["run.name"], facts["event"]) for facts in sent]
 
 
 # -------------------------------------------------------------------------- parser and main

@@ -4977,9 +4977,13 @@ def facts_of(event: str = "stalled", number: int = 1, **more: str) -> Dict[str, 
     return facts
 
 
-def event_of(number: int, kind: str = "stalled") -> aimwatch.Event:
+def event_of(number: int, kind: str = "stalled") -> Dict[str, str]:
     facts = facts_of(kind, number)
-    return aimwatch.Event(f"{facts['run.hash']}-1-{kind}", kind, facts)
+    return {"id": f"{facts['run.hash']}-1-{kind}", **facts}
+
+
+def record_of(number: int, *notifier_ids: str) -> Dict[str, Any]:
+    return aimwatch.event_record(event_of(number), notifier_ids)
 
 
 def notifier_of(kind: str, notifier_id: str = "n", **arguments: Any) -> aimwatch.Notifier:
@@ -6101,7 +6105,7 @@ class Mail(NotifierCase):
         thread = aimwatch.NotifierThread(notifier, mock.Mock(usable={notifier.id: notifier}))
         events = [event_of(n) for n in range(4)]
         for event, user in zip(events, ("ann", "bob", "ann", "")):
-            event.facts["run.user"] = user
+            event["run.user"] = user
         thread._dispatcher.outbox.waiting_for.return_value = events  # type: ignore[attr-defined]
         self.assertEqual(thread.batch(), [events[0], events[2]])
 
@@ -6269,11 +6273,11 @@ class OutboxFile(NotifierCase):
         return outbox
 
     def waiting(self, outbox: aimwatch.Outbox, notifier_id: str) -> List[str]:
-        return [event.facts["run.name"] for event in outbox.waiting_for(notifier_id)]
+        return [event["run.name"] for event in outbox.waiting_for(notifier_id)]
 
     def test_what_was_sent_while_the_file_is_shortened_is_not_sent_again(self) -> None:
         outbox, others, real = self.open_outbox(), [], aimwatch.Outbox.apply
-        outbox.write([event_of(1).record_for(["a"])])
+        outbox.write([record_of(1, "a")])
 
         def late(box: aimwatch.Outbox, record: Dict[str, Any]) -> None:
             others.append(threading.Thread(target=box.compact))
@@ -6284,7 +6288,7 @@ class OutboxFile(NotifierCase):
         with mock.patch.object(aimwatch, "COMPACT_BYTES", 0), mock.patch.object(
             aimwatch.Outbox, "apply", late
         ):
-            outbox.write([{"sent": [event_of(1).id], "to": "a"}])
+            outbox.write([{"sent": [event_of(1)["id"]], "to": "a"}])
             others[-1].join()
         self.assertEqual(self.waiting(self.open_outbox(), "a"), [])
 
@@ -6306,17 +6310,17 @@ class OutboxFile(NotifierCase):
         outbox = self.open_outbox()
         synced = []
         with mock.patch("os.fsync", side_effect=lambda fd: synced.append(os.fstat(fd).st_size)):
-            outbox.write([event_of(1).record_for(["a"]), event_of(2).record_for(["a"])])
+            outbox.write([record_of(1, "a"), record_of(2, "a")])
         self.assertEqual(synced, [os.stat(self.paths.outbox).st_size])
         first, second = self.outbox()
-        self.assertEqual((first["event"], first["kind"], first["to"]), (event_of(1).id, "stalled", ["a"]))
-        self.assertEqual(first["facts"], event_of(1).facts)
+        self.assertEqual((first["event"], first["to"]), (event_of(1)["id"], ["a"]))
+        self.assertEqual(first["facts"], event_of(1))
 
     def test_kill_at_any_byte_loses_nothing_that_was_whole(self) -> None:
-        events = [aimwatch.Event(f"e{n}", "log", {"event": "log"}) for n in range(4)]
+        events = [{"id": f"e{n}", "event": "log"} for n in range(4)]
         outbox = self.open_outbox()
-        outbox.write([events[0].record_for(["a", "b"]), events[1].record_for(["b"])])
-        outbox.write([{"sent": ["e0"], "to": "b"}, events[2].record_for(["a"])])
+        outbox.write([aimwatch.event_record(events[0], ["a", "b"]), aimwatch.event_record(events[1], ["b"])])
+        outbox.write([{"sent": ["e0"], "to": "b"}, aimwatch.event_record(events[2], ["a"])])
         outbox.write([{"sent": ["e0", "e2"], "to": "a"}])
         outbox.close()
         data = read_file(self.paths.outbox)
@@ -6330,14 +6334,14 @@ class OutboxFile(NotifierCase):
             known, a, b = after[data[: cut + 1].count(b"\n")]  # a whole line without its end counts
             self.assertEqual((cut, self.numbers()), (cut, (known, a, b)))
             box = aimwatch.Outbox(self.paths.outbox)
-            box.write([events[3].record_for(["a"])])
+            box.write([aimwatch.event_record(events[3], ["a"])])
             box.close()
             self.assertEqual((cut, self.numbers()), (cut, ([*known, 3], [*a, 3], b)))
 
     def numbers(self) -> Any:
         """Return what the file says, as numbers of events: what is known, and what waits for a and for b."""
         box = aimwatch.Outbox(self.paths.outbox, read_only=True)
-        waiting = ([int(event.id[1:]) for event in box.waiting_for(item)] for item in "ab")
+        waiting = ([int(event["id"][1:]) for event in box.waiting_for(item)] for item in "ab")
         return (sorted(int(event_id[1:]) for event_id in box.known), *waiting)
 
     def test_foreign_line_is_skipped_and_stops_no_message(self) -> None:
@@ -6348,15 +6352,15 @@ class OutboxFile(NotifierCase):
             json.dumps({**event, "facts": {**facts_of(), "run.name": 5}}).encode(), b'{"event": "torn',
         )  # fmt: skip
         outbox = self.open_outbox()
-        outbox.write([event_of(1).record_for(["a"])])
+        outbox.write([record_of(1, "a")])
         outbox.close()
         write_file(self.paths.outbox, b"\n".join(foreign) + b"\n", "ab")
         outbox = self.open_outbox()
         with mock.patch.object(aimwatch, "COMPACT_BYTES", 1):
             outbox.compact()
-        outbox.write([event_of(2).record_for(["a"])])
+        outbox.write([record_of(2, "a")])
         self.assertIn(self.run_cli("notifiers", "list")[0], (0, 1))
-        batch = [event.facts for event in outbox.waiting_for("a")]
+        batch = outbox.waiting_for("a")
         server = self.webhook()
         outcome = aimwatch.deliver(notifier_of("slack", url=server.url), batch)
         self.assertEqual((outcome.kind, len(server.requests)), ("sent", 1), outcome)
@@ -6365,22 +6369,22 @@ class OutboxFile(NotifierCase):
     def filled(self) -> aimwatch.Outbox:
         """Return an outbox in which n1 was sent, n2 waits for a, n3 was sent and n4 is nobody's."""
         outbox = self.open_outbox()
-        outbox.write([event_of(1).record_for(["a"]), event_of(2).record_for(["a", "b"])])
-        outbox.write([event_of(3).record_for(["b"]), event_of(4).record_for([])])
-        outbox.write([{"sent": [event_of(1).id], "to": "a"}])
-        outbox.write([{"sent": [event_of(2).id, event_of(3).id], "to": "b"}])
+        outbox.write([record_of(1, "a"), record_of(2, "a", "b")])
+        outbox.write([record_of(3, "b"), record_of(4)])
+        outbox.write([{"sent": [event_of(1)["id"]], "to": "a"}])
+        outbox.write([{"sent": [event_of(2)["id"], event_of(3)["id"]], "to": "b"}])
         return outbox
 
     def test_compaction_keeps_what_waits_and_what_is_wanted(self) -> None:
         outbox = self.filled()
         outbox.compact()
-        self.assertIn(event_of(1).id, outbox.known, "a small file is left alone")
+        self.assertIn(event_of(1)["id"], outbox.known, "a small file is left alone")
         with mock.patch("aimwatch.COMPACT_BYTES", 0):
             outbox.compact()
-        self.assertEqual([line["event"] for line in self.outbox()[1:]], [event_of(2).id])
-        outbox.write([event_of(5).record_for(["a"])])
+        self.assertEqual([line["event"] for line in self.outbox()[1:]], [event_of(2)["id"]])
+        outbox.write([record_of(5, "a")])
         for box in (outbox, self.open_outbox()):
-            self.assertEqual(box.known, {event_of(2).id, event_of(5).id})
+            self.assertEqual(box.known, {event_of(2)["id"], event_of(5)["id"]})
             self.assertEqual(self.waiting(box, "a"), ["n2", "n5"])
             self.assertEqual(self.waiting(box, "b"), [])
         outbox.forget_notifiers({"b"})  # a was removed
@@ -6392,18 +6396,18 @@ class OutboxFile(NotifierCase):
         outbox = self.filled()
         outbox.write([{"broken": "b", "reason": "HTTP 404", "since": 1.0}])
         os.unlink(self.paths.outbox)
-        outbox.write([event_of(5).record_for(["a"])])
-        outbox.write([{"sent": [event_of(2).id], "to": "a"}])
+        outbox.write([record_of(5, "a")])
+        outbox.write([{"sent": [event_of(2)["id"]], "to": "a"}])
         outbox.close()
         again = self.open_outbox()
         self.assertEqual(self.waiting(again, "a"), ["n5"])
-        self.assertEqual(again.known, {event_of(n).id for n in (1, 2, 3, 4, 5)})
+        self.assertEqual(again.known, {event_of(n)["id"] for n in (1, 2, 3, 4, 5)})
         self.assertEqual(again.broken["b"][0], "HTTP 404")
 
     def test_delivery_proves_that_the_notifier_works(self) -> None:
         outbox = self.filled()
         outbox.write([{"broken": "a", "reason": "HTTP 404", "since": 1.0}])
-        outbox.write([{"sent": [event_of(2).id], "to": "a"}])
+        outbox.write([{"sent": [event_of(2)["id"]], "to": "a"}])
         outbox.close()  # killed here, nothing else would ever say so
         self.assertEqual(self.open_outbox().broken, {})
 
@@ -6446,7 +6450,7 @@ class NotifyingCase(NotifierCase):
         return [event_id for record in records for event_id in record.get("sent", ())]
 
     def wait_sent(self, notifier_id: str, *numbers: int) -> None:
-        wanted = {event_of(number).id for number in numbers}
+        wanted = {event_of(number)["id"] for number in numbers}
         self.wait_for(lambda: wanted <= set(self.sent(notifier_id)))
 
     def numbers(self, server: Webhook) -> List[int]:
@@ -6465,7 +6469,7 @@ class Notifying(NotifyingCase):
         dispatcher = self.dispatcher()
         events = [event_of(n, kind) for n, kind in enumerate((*aimwatch.EVENTS, "trouble"))]
         dispatcher.notify(events)
-        to = {record["kind"]: record["to"] for record in self.outbox() if "event" in record}
+        to = {record["facts"]["event"]: record["to"] for record in self.outbox() if "event" in record}
         expected = {
             "stalled": ["b", "c"], "failed": ["a", "b", "c"], "recovered": ["b", "c"],
             "started": ["b"], "finished": ["b"], "log": ["b"], "trouble": ["a", "b", "c"],
@@ -6578,7 +6582,8 @@ class Notifying(NotifyingCase):
         self.wait_sent("b", 1, 2)
         self.wait_sent("c", 2)
         self.assertEqual(self.numbers(new), [2])
-        self.assertEqual([r["to"] for r in self.outbox() if r.get("event") == event_of(2).id], [["b", "c"]])
+        events = [record for record in self.outbox() if "event" in record]
+        self.assertEqual([record["to"] for record in events if record["facts"] == event_of(2)], [["b", "c"]])
 
     def test_change_ends_a_rest_and_what_comes_of_the_old_address_then_counts_for_nothing(self) -> None:
         gate, held, good = self.gate(), threading.Event(), self.webhook()
@@ -6635,7 +6640,7 @@ class Notifying(NotifyingCase):
             self.wait_for(lambda: not dispatcher.is_behind())
             dispatcher.stop(10.0)
         self.assertTrue(self._no_threads())
-        self.assertEqual((self.sent("a"), self.sent("b")), ([], [event_of(1).id]))
+        self.assertEqual((self.sent("a"), self.sent("b")), ([], [event_of(1)["id"]]))
         refused = [line for line in self.logged.lines if line.startswith("WARNING notifier slack a: ")]
         sent = "INFO notifier slack b was sent 1 event: HTTP 200: ok"
         self.assertEqual((len(refused), sorted(self.logged.lines)), (1, [sent, *refused]))
@@ -6667,14 +6672,13 @@ class Notifying(NotifyingCase):
             poll = threading.Thread(target=dispatcher.notify, args=([event_of(1)],))
             poll.start()
             self.assertTrue(hanging.wait(10))
-            facts = {"event": "trouble", "run.reason": "the share hangs", "repo": self.root}
-            dispatcher.alarm(aimwatch.Event("hangs-1", "trouble", facts))
+            dispatcher.alarm(aimwatch.trouble("hangs-1", self.root, "the share hangs"))
             self.wait_for(lambda: server.requests)
             gate.set()
             poll.join()
         self.wait_sent("a", 1)
         self.assertEqual(server.texts()[0].split("\n")[0], "❗ aimwatch: the share hangs")
-        self.assertEqual((len(server.requests), self.sent("a")), (2, ["hangs-1", event_of(1).id]))
+        self.assertEqual((len(server.requests), self.sent("a")), (2, ["hangs-1", event_of(1)["id"]]))
 
     def test_full_disk_keeps_nobody_from_being_notified(self) -> None:
         server = self.webhook()
@@ -6725,7 +6729,7 @@ class Mending(NotifyingCase):
             "until it is mended"
         )
         self.assertEqual(self.troubles(good), [expected])
-        self.assertEqual([event.kind for event in self.box.waiting_for("bad")], ["stalled"])
+        self.assertEqual([event["event"] for event in self.box.waiting_for("bad")], ["stalled"])
 
     def test_outage_that_lasts_is_alerted_through_the_others_and_so_is_its_end(self) -> None:
         now, gate = Clock(1000.0), threading.Event()
@@ -7010,7 +7014,7 @@ for line in sys.stdin:
     def recorded(self, root: str, name: str) -> Any:
         """Return the (run, event) of which the outbox says that a notifier was sent it."""
         state = self.state(root)
-        waiting = {event.id for event in state.waiting_for(name)}
+        waiting = {event["id"] for event in state.waiting_for(name)}
         done = state.known - waiting
         return {(event_id.partition("-")[0], event_id.rpartition("-")[2]) for event_id in done}
 
@@ -7509,8 +7513,9 @@ class WatchCase(Case):
                 self.wait_for(lambda one=thread.id: not watcher.outbox.waiting_for(one))  # type: ignore
 
     def events(self) -> List[Dict[str, Any]]:
-        """Return the outbox's entries that somebody is told."""
-        return [record for record in self.outbox() if record.get("to") and "event" in record]
+        """Return the outbox's entries that somebody is told, each with its `kind`."""
+        found = [record for record in self.outbox() if record.get("to") and "event" in record]
+        return [{**record, "kind": record["facts"]["event"]} for record in found]
 
     def told(self) -> List[Tuple[str, str]]:
         """Return (run or "", event) for all that was told, in order."""
@@ -8003,7 +8008,7 @@ class TestUnreachableRepository(WatchCase):
     def alarms_during(self, watcher: aimwatch.Watcher, steps: Iterator[Any]) -> List[Tuple[int, str]]:
         """Have it checked after each of some steps whether the watcher sees; return after which it alerted."""
         found, waits = [], []
-        watcher.dispatcher.alarm = lambda event: found.append((len(waits), event.facts["run.reason"]))  # type: ignore
+        watcher.dispatcher.alarm = lambda event: found.append((len(waits), event["run.reason"]))  # type: ignore
 
         def wait(seconds: float) -> None:
             next(steps)
@@ -9576,8 +9581,8 @@ class Pages(StoredCase):
         with contextlib.suppress(ValueError), Run("bad", create=True, repo=self.root):
             raise ValueError("no <data>")
         outbox = aimwatch.Outbox(self.paths.outbox)
-        facts = {"run.hash": "bad", "run.reason": "no <data>"}
-        outbox.write([aimwatch.Event("bad-2-failed", "failed", facts).record_for(["mine"])])
+        facts = {"id": "bad-2-failed", "event": "failed", "run.hash": "bad", "run.reason": "no <data>"}
+        outbox.write([aimwatch.event_record(facts, ["mine"])])
         outbox.write([{"sent": ["bad-2-failed"], "to": "mine"}])
         outbox.write([{"broken": "mine", "reason": "404 <x>", "since": 1.0}])
         outbox.close()
