@@ -5186,16 +5186,15 @@ class Outbox:
         """Rewrite the file, where it has grown, with what still waits and who does not work. What was sent
         is not asked for again."""
         with self._writing:
-            if self._file is None or len(self.known) < 2 * len(self._waiting):
+            file = self._file
+            if file is None or file.size < COMPACT_BYTES or len(self.known) < 2 * len(self._waiting):
                 return
+            self.known = set(self._waiting)
             try:
-                if os.path.getsize(self.path) < COMPACT_BYTES:
-                    return
-                self.known = set(self._waiting)
                 replace_file(self.path, b"".join(self._lines()))
                 # Where the new one cannot be opened, the old one finds later that its file is gone.
-                old, self._file = self._file, AppendFile(self.path, self._lines)
-                old.close()
+                self._file = AppendFile(self.path, self._lines)
+                file.close()
             except OSError as error:
                 log.warning("cannot shorten %s: %s", self.path, error.strerror)
 
