@@ -4200,8 +4200,6 @@ class Kind(NamedTuple):
     """A kind of event, or the state that it leaves a run in."""
 
     icon: str = ""
-    #: The ANSI code of its colour on a terminal.
-    colour: str = ""
     #: For how many seconds the check-in of a run that ended so is kept.
     keep_s: float = math.inf
     #: The line about such an event, as `fill_known` fills it.
@@ -4211,14 +4209,14 @@ class Kind(NamedTuple):
 _SILENT = "|: silent for {run.silent}, promised a check-in within {run.promised}"
 #: In the order in which they stand in a message about several, and in a report.
 KINDS: Dict[str, Kind] = {
-    FAILED: Kind("❌", "31", keep_s=86400.0),
-    STALLED: Kind("❗", "31", line="{run.name} stalled" + _SILENT + "|: {run.reason}"),
+    FAILED: Kind("❌", keep_s=86400.0),
+    STALLED: Kind("❗", line="{run.name} stalled" + _SILENT + "|: {run.reason}"),
     TROUBLE: Kind("❗", line="aimwatch: {run.reason}"),
     LOG: Kind("📝", line="{run.name} logged {run.reason}|: {run.messages}"),
     RECOVERED: Kind("✅"),
     STARTED: Kind(),
-    RUNNING: Kind(colour="32"),
-    FINISHED: Kind("✅", "2", keep_s=600.0, line="{run.name} finished| {run.reason}"),
+    RUNNING: Kind(),
+    FINISHED: Kind("✅", keep_s=600.0, line="{run.name} finished| {run.reason}"),
 }
 #: What a notifier may ask for, and what it gets where it does not ask.
 EVENTS = (STALLED, FAILED, RECOVERED, STARTED, FINISHED, LOG)
@@ -7825,7 +7823,7 @@ def listen(host: str, port: int, uds: Optional[str]) -> Any:
 # Command line
 #
 # `main` turns errors into one line on stderr and an exit code: 0 fine, 1 something is wrong,
-# 2 wrong usage. Tables are for people, --json for scripts, colour for terminals alone.
+# 2 wrong usage. Tables are for people, --json for scripts.
 # ======================================================================================
 
 
@@ -8260,7 +8258,7 @@ def status_object(paths: RepoPaths, looks: Optional[bool] = None) -> Dict[str, A
     watcher = {"alive": alive, "text": text, "host": saved.get("host"), "pid": saved.get("pid")}
     watcher.update((field, moment(saved.get(field))) for field in ("started_at", "seen_at"))
     notifiers = [
-        {field: row[field] for field in ("id", "name", "type", "problem", "waiting")}
+        {field: row[field] for field in ("id", "name", "type", "problem", "broken_since", "waiting")}
         for row in notifier_rows(paths)
         if row["status"] == "enabled" and row["problem"]
     ]
@@ -8318,8 +8316,7 @@ def status_rows(paths: RepoPaths) -> List[Dict[str, Any]]:
                 **{field: facts.get(f"run.{field}") or None for field in in_its_log},
             }
         )
-    order = [FAILED, STALLED, RUNNING, FINISHED]
-    return sorted(rows, key=lambda row: (order.index(row["state"]), -row["last_check_in"]))
+    return sorted(rows, key=lambda row: (list(KINDS).index(row["state"]), -row["last_check_in"]))
 
 
 @command("status", "--json")
@@ -8341,9 +8338,15 @@ def cmd_status(args: Any) -> int:
 
 
 def notifier_trouble(item: Dict[str, Any]) -> str:
-    """Return what is said of a notifier that does not work."""
-    waits = f"; {plural(item['waiting'], 'event')} waiting" if item["waiting"] else ""
-    return f"notifier {item['type']} {item['name']} does not work: {item['problem']}{waits}"
+    """Return why a notifier does not work and since when, and what waits for it; "" where nothing does."""
+    why = (
+        f"notifier {item['type']} {item['name']} does not work: {item['problem']}"
+        if item["problem"]
+        else None
+    )
+    since = f"since {local_time(item['broken_since'])}" if item["broken_since"] else None
+    waits = f"{plural(item['waiting'], 'event')} waiting" if item["waiting"] else None
+    return "; ".join(filter(None, (why, since, waits)))
 
 
 def live_fields(row: Dict[str, Any], now_s: float) -> Dict[str, str]:
@@ -8387,9 +8390,8 @@ def _print_status(rows: Sequence[Dict[str, Any]], now: float) -> None:
     header, *lines = table(("RUN", "STATE", "LAST SEEN", "PROMISE", "NAME", "HOST"), cells)
     if live:
         print(f"\n{header}")
-    is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for line, row, below in zip(lines, live, more):
-        print(f"\x1b[{KINDS[row['state']].colour}m{line}\x1b[0m" if is_coloured else line)
+    for line, below in zip(lines, more):
+        print(line)
         print_below(*below)
     counts = Counter(row["state"] for row in rows)
     said = (f"{counts[state]} {state}" for state in (RUNNING, STALLED, FAILED, FINISHED) if counts[state])
@@ -8477,10 +8479,9 @@ def cmd_up(args: Any) -> None:
             local = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
         base = f"/{(args.base_path or '').strip('/')}".rstrip("/")
         names = ["localhost", name, args.host, this_host(), *args.allowed_host]
+        beside = threading.Thread(target=keep_indexed, args=(Reindexer(paths), stop), daemon=True)
         if args.watch:
             beside = threading.Thread(target=_watch, args=(Watcher(paths), stop, handler), daemon=True)
-        else:
-            beside = threading.Thread(target=keep_indexed, args=(Reindexer(paths), stop), daemon=True)
         beside.start()
         at_end.callback(beside.join, 1.5)
         rest = f"{base}/" + (f"?key={token}" if token else "")
@@ -8544,13 +8545,14 @@ def _add_notifier(args: Any) -> None:
     paths, kind = find_repo(args.repo), args.verb
     read_config(paths)
     arguments = _field_values(NOTIFIER_FIELDS[kind], args)
+    shown = {"message": "(the default message)", **masked(kind, arguments)}
     arguments.setdefault("message", AIM_DEFAULT_MESSAGE)
     notifier = {"id": str(uuid.uuid4()), "type": kind, "arguments": arguments, "status": "enabled"}
     notifier.update(_field_values(COMMON_FIELDS, args))
     also = () if args.events or args.yes or not _confirm("Also when a run finishes?", False) else (FINISHED,)
     notifier["events"] = args.events or [*DEFAULT_EVENTS, *also]
     added = read_notifier(str(notifier["id"]), notifier)
-    _show(added)
+    print(f"\n{json.dumps({**notifier, 'arguments': shown}, indent=2)}")
     _warn_about(kind, arguments)
     for other in read_notifiers(paths):
         if added.name and other.name == added.name:
@@ -8618,16 +8620,6 @@ def _checked(field: Field, said: Optional[str]) -> Any:
         return value
     except AimwatchError as error:
         raise ConfigError(f"--{field.flag}: {error}") from None
-
-
-def _show(item: Notifier) -> None:
-    print(f"\nType: {item.type}")
-    shown = {**masked(item.type, item.arguments), "name": item.name, "where": item.where}
-    for name, value in shown.items():
-        value = "(the default message)" if value == AIM_DEFAULT_MESSAGE else value
-        if value:
-            print(printable(f"{name.replace('_', ' ').capitalize()}: {value}", 300))
-    print(f"Events: {', '.join(item.events)}\n--------")
 
 
 def _warn_about(kind: str, arguments: Dict[str, Any]) -> None:
@@ -8713,10 +8705,7 @@ def cmd_notifiers_list(args: Any) -> None:
     print(header)
     for line, row in zip(lines, rows):
         print(line)
-        broken = f"broken since {local_time(row['broken_since'])}: " if row["broken_since"] else ""
-        waits = f" ({plural(row['waiting'], 'event')} waiting)" if row["waiting"] else ""
-        only = row["where"] and f"only where {row['where']}"
-        print_below(only, f"{broken}{row['problem'] or ''}{waits}".strip())
+        print_below(row["where"] and f"only where {row['where']}", notifier_trouble(row))
     if not rows:
         print(f"none yet: '{command_line(args.repo)} notifiers add' sets one up", file=sys.stderr)
 
@@ -9008,11 +8997,10 @@ def cmd_show(args: Any) -> None:
         print(f"{name + ':':<13}{printable(str(value), 1000)}")
     for frame in row["frames"]:
         print(f"             {printable(frame, 300)}")
-    params = [item for item in param_items(row["params"], "") if row["params"]]
-    columns = METRIC_COLUMNS[1:]
+    params, columns = param_items(row["params"], ""), METRIC_COLUMNS[1:]
     cells = [[metric_cells(row, metric)[column] for column in columns] for metric in row["metrics"]]
     parts = {
-        "params": [printable(f"  {path} = {json.dumps(value)}", 300) for path, value in params],
+        "params": [printable(f"  {path} = {json.dumps(value)}", 300) for path, value in params if path],
         "metrics": run_table(columns, cells) if cells else [],
         "log messages": [f"  {message_line(message)}" for message in messages],
     }
