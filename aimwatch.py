@@ -5438,16 +5438,6 @@ FLAG_STATES = {STARTING: RUNNING, CHECK_IN: RUNNING, FINISHED: FINISHED, FAILED:
 LIVE = (RUNNING, STALLED)
 
 
-def kinds_to_alert(old_state: Optional[str], state: str) -> Sequence[str]:
-    """Return what is alerted when a run comes into a state, or begins anew in it."""
-    if state in (STALLED, FAILED):
-        return [state]
-    recovered = [RECOVERED] if old_state in (STALLED, FAILED) else []
-    if state == RUNNING:
-        return recovered or [STARTED]
-    return [*recovered, FINISHED] if old_state != FINISHED else []
-
-
 def bounded(value: Any) -> float:
     """Return a number of seconds from watcher.json; 0 for anything that no watcher has written there."""
     return float(value) if type(value) in (int, float) and 0 <= value <= 1e10 else 0.0
@@ -5572,6 +5562,20 @@ class Change(NamedTuple):
     visible: str = ""
 
 
+def changes_to_alert(
+    run: WatchedRun, old_state: Optional[str], silent_s: float, note: str = "", suffix: str = ""
+) -> List[Change]:
+    """Return what is alerted when a run has come into its state, or begins anew in it."""
+    kinds = [RECOVERED] if old_state in (STALLED, FAILED) else []
+    if run.state in (STALLED, FAILED):
+        kinds = [run.state]
+    elif run.state == RUNNING:
+        kinds = kinds or [STARTED]
+    elif old_state != FINISHED:
+        kinds.append(FINISHED)
+    return [Change(kind, run, silent_s, old_state, note, suffix) for kind in kinds]
+
+
 class RunTable:
     """The state of every run, from listings of `check_ins`."""
 
@@ -5629,8 +5633,7 @@ class RunTable:
                 self.next_s = min(self.next_s, self.deadline_s(watched))
             # Nearly every new name is a heartbeat of a running run: what that costs is what a poll costs.
             if old_state != RUNNING or check_in.flag != CHECK_IN:
-                kinds = kinds_to_alert(old_state, watched.state)
-                changes += [Change(kind, watched, silent_s, old_state) for kind in kinds]
+                changes += changes_to_alert(watched, old_state, silent_s)
                 watched.member = None  # another process may have gone on with it
                 if watched.state in (FINISHED, FAILED):
                     watched.stalls = []
@@ -5670,8 +5673,7 @@ class RunTable:
     def end(self, watched: WatchedRun, state: str, now_s: float, note: str) -> List[Change]:
         """Note that a run has ended though no check-in says so, and return what that changes."""
         old_state, watched.state, watched.stalls = watched.state, state, []
-        silent_s, kinds = now_s - watched.since_s, kinds_to_alert(old_state, state)
-        return [Change(kind, watched, silent_s, old_state, note) for kind in kinds]
+        return changes_to_alert(watched, old_state, now_s - watched.since_s, note)
 
 
 #: How often at most people are reminded of a stalled run.
@@ -5853,8 +5855,9 @@ class Groups:
     def __init__(self, paths: RepoPaths, wait_s: float = ROLL_CALL_S) -> None:
         self.paths = paths
         self._wait_s = wait_s
-        #: By group and kind of change: since when it waits for the others, and what was noted of which runs.
-        self._waiting: Dict[Tuple[str, str], Tuple[float, Dict[str, str]]] = {}
+        #: By kind of change and group, as watcher.json keeps it: since when it waits for the others, and what
+        #: was noted of which runs.
+        self.waiting: Dict[str, Tuple[float, Dict[str, str]]] = {}
 
     def member(self, watched: WatchedRun) -> Member:
         """Return which rank a run is of."""
@@ -5885,20 +5888,21 @@ class Groups:
         """Return what is to be alerted now: of the changes of ranks, one for each group when all that take
         part in it are there, or have been waited for."""
         alerted, spoken = [], set()
-        of_ranks = self._waiting or any(self.member(change.run).group for change in changes)
+        of_ranks = self.waiting or any(self.member(change.run).group for change in changes)
         groups = self.by_group(runs) if of_ranks else {}
         for change in changes:
             member = self.member(change.run)
-            key, members = (member.group, change.kind), groups.get(member.group, {})
+            key, members = f"{change.kind} {member.group}", groups.get(member.group, {})
             if not member.group:
                 alerted.append(change)
             elif change.kind in (STALLED, FAILED) and not change.suffix:
-                self._waiting.setdefault(key, (now_s, {}))[1][change.run.hash] = change.note
+                self.waiting.setdefault(key, (now_s, {}))[1][change.run.hash] = change.note
             elif key not in spoken and self._speaks(change, member, members):
                 spoken.add(key)
                 visible = members.get(0, change.run).hash
                 alerted.append(change._replace(visible=visible))
-        for (group, kind), (since_s, notes) in list(self._waiting.items()):
+        for key, (since_s, notes) in list(self.waiting.items()):
+            kind, _, group = key.partition(" ")
             members = groups.get(group, {})
             running = [watched for watched in members.values() if watched.state == RUNNING]
             hang = [watched for watched in running if os.path.exists(self.paths.stack(watched.hash))]
@@ -5907,7 +5911,7 @@ class Groups:
                 others = [watched for watched in running if watched not in hang]
             if others and now_s - since_s < self._wait_s:
                 continue
-            del self._waiting[group, kind]
+            del self.waiting[key]
             parts = [watched for watched in members.values() if watched.hash in notes]
             if kind == STALLED:
                 stalled = [watched for watched in members.values() if watched.state == STALLED]
@@ -5923,7 +5927,7 @@ class Groups:
     def _speaks(self, change: Change, member: Member, members: Dict[int, WatchedRun]) -> bool:
         """Return whether a change of a rank is alerted that is neither a new stall nor a new failure."""
         if change.kind == RECOVERED and change.old_state == STALLED:
-            if change.run.hash in self._waiting.get((member.group, STALLED), (0.0, {}))[1]:
+            if change.run.hash in self.waiting.get(f"{STALLED} {member.group}", (0.0, {}))[1]:
                 return False  # that it had stalled was not alerted either
             return all(watched.state != STALLED for watched in members.values())
         return member.rank == 0 or change.kind not in (STARTED, FINISHED)
@@ -5979,15 +5983,6 @@ class Groups:
             ranks = self._name(one for one in others if why[one.hash] == reason)
             text += f"; then {ranks}: {shorten(reason, 200, '...')}"
         return first, text
-
-    def to_list(self) -> List[Any]:
-        """Return what watcher.json keeps of what is not alerted yet."""
-        return [[*key, round(since_s, 3), notes] for key, (since_s, notes) in self._waiting.items()]
-
-    def restore(self, values: Iterable[Any]) -> None:
-        """Take in what `to_list` gave."""
-        for group, kind, since_s, notes in values:
-            self._waiting[group, kind] = float(since_s), dict(notes)
 
 
 # ======================================================================================
@@ -6124,8 +6119,6 @@ class Watcher:
             raise WatcherBusyError(busy)
         elif (locked is None or is_elsewhere(saved)) and SeenAt(self.paths).moves(self._wait):
             raise WatcherBusyError(f"{busy}, though its lock is not seen on this machine")
-        if locked is None:
-            log.warning("%s: no record locks here: make sure that no second watcher is started", path)
         with contextlib.suppress(OSError):
             owner = login_name(os.lstat(f"{path}.softlock").st_uid)
             may = "may watch too; remove it if that has ended"
@@ -6145,7 +6138,8 @@ class Watcher:
                 self.table.restore(watched)
             self._muted = dict(saved["muted"])
             self._events = [{**item} for item in saved["events"]]
-            self.groups.restore(saved["groups"])
+            for key, (since_s, notes) in dict(saved["groups"]).items():
+                self.groups.waiting[key] = float(since_s), dict(notes)
         except MALFORMED:
             between_s = 0.0
             if not self._first:
@@ -6187,16 +6181,14 @@ class Watcher:
         if first:
             changes = []  # what was there before is no news
             for watched in self.table.runs.values():
-                if watched.state in LIVE and self._marker(watched, now_s) != "held":
+                if watched.state in LIVE and lock_state(self.paths.marker(watched.hash)) != "held":
                     self._find_end(watched, now_s)
         if now_s >= self.looking.hold_until_s:
             changes += self._find_dead(now_s)
             changes += self.table.overdue(listed_s)
             if self._remind_every_s:
                 runs = self.table.runs.values()
-                due = list(reminders(runs, self._reminded_s, now_s, self._remind_every_s))
-                taken_on = read_acks(self.paths) if due else set()
-                changes += [item for item in due if f"{item.run.name}-{STALLED}" not in taken_on]
+                changes += reminders(runs, self._reminded_s, now_s, self._remind_every_s)
             self._reminded_s = now_s
         for name in self.table.reported:
             shown = printable(repr(name), 120)
@@ -6204,6 +6196,9 @@ class Watcher:
         self.table.reported.clear()
         muted = self.groups.whole(self._read_mutes(), self.table.runs)
         wanted = [item for item in self._unmuted(changes, muted) if self.dispatcher.wanted(item.kind)]
+        if any(item.suffix for item in wanted):  # what was alerted before, unless somebody has taken it on
+            acks = read_acks(self.paths)
+            wanted = [x for x in wanted if not x.suffix or f"{x.run.name}-{x.run.state}" not in acks]
         alerted = self.groups.gather(wanted, self.table.runs, now_s)
         self._events = list(map(self._event, alerted))
         taken = self._take_messages(first, muted)
@@ -6230,18 +6225,13 @@ class Watcher:
             raise WatcherBusyError(f"{describe_watcher(saved)} watches {self.paths.root} now")
         self._saved_as = found
 
-    def _marker(self, watched: WatchedRun, now_s: float) -> str:
-        """Return how the marker of a run looks; Aim's have none, and are left alone for a while."""
-        marker = lock_state(self.paths.marker(watched.hash))
-        if marker == "absent" and not os.path.exists(self.paths.run_log(watched.hash)):
-            watched.look_s, marker = now_s + SILENT_MARKER_EVERY_S, "unknown"
-        return marker
-
     def _find_dead(self, now_s: float) -> List[Change]:
         """Return what has become of those runs that are due and that nobody writes any more."""
         changes, deadline = [], self._clock() + 0.05
         for watched in self.table.to_look_at(now_s):
-            marker = self._marker(watched, now_s)
+            marker = lock_state(self.paths.marker(watched.hash))
+            if marker == "absent" and not os.path.exists(self.paths.run_log(watched.hash)):  # Aim's
+                watched.look_s, marker = now_s + SILENT_MARKER_EVERY_S, "unknown"
             if watched.note_marker(marker, now_s) and watched.name in self.table.names:
                 changes += self._find_end(watched, now_s, marker == "free")
                 if watched.state in LIVE:  # as where locks are seen on one machine alone
@@ -6271,19 +6261,15 @@ class Watcher:
         for run in muted & runs.keys() - self._muted.keys():
             self._muted[run] = old_states.get(run, runs[run].state)
         alerted = [change for change in changes if change.run.hash not in self._muted]
-        ended = self._muted.keys() - muted
-        taken_on = read_acks(self.paths) if ended else set()
-        for run in ended:
+        for run in self._muted.keys() - muted:
             known, watched = self._muted.pop(run), runs.get(run)
             # Of a stall or a failure people may know, and are reminded.
             if watched is None or known == watched.state == RUNNING:
                 continue
             why = {RUNNING: "checked in again while it was muted", FINISHED: "finished while it was muted"}
             note, suffix = why.get(watched.state, "it was muted until now"), f"-muted-{self._utc():.3f}"
-            is_known = f"{watched.name}-{watched.state}" in taken_on
-            kinds = () if is_known else kinds_to_alert(known, watched.state)
             silent_s = self.looking.total_s - watched.since_s
-            alerted += [Change(kind, watched, silent_s, known, note, suffix) for kind in kinds]
+            alerted += changes_to_alert(watched, known, silent_s, note, suffix)
         return alerted
 
     def _read_mutes(self) -> Set[str]:
@@ -6378,7 +6364,7 @@ class Watcher:
             "hold_until_s": round(self.looking.hold_until_s, 3),
             "muted": self._muted,
             "events": self._events,
-            "groups": self.groups.to_list(),
+            "groups": self.groups.waiting,
             "runs": [watched.to_list() for watched in self.table.runs.values()],
         }
         try:
