@@ -362,12 +362,10 @@ def command_line(repo: Optional[str] = None) -> str:
     import shlex
 
     called = os.path.basename(sys.argv[0]) if sys.argv else ""
-    if getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "") == "aimwatch":
-        called = "python3 -m aimwatch"
-    elif called == "aimwatch.py":
-        called = "python3 aimwatch.py"
-    elif called not in ("aimwatch", "aim-watcher"):  # a training script, which would train again
-        called = f"python3 {shlex.quote(os.path.abspath(__file__))}"
+    if called not in ("aimwatch", "aim-watcher"):
+        # As it was given; not a training script, which would train again.
+        file = sys.argv[0] if called == "aimwatch.py" else os.path.abspath(__file__)
+        called = f"python3 {shlex.quote(file)}"
     return called if repo is None else f"{called} --repo {shlex.quote(repo)}"
 
 
@@ -3549,27 +3547,10 @@ _COMPARISONS: Dict[type, Tuple[str, Callable[[Any, Any], Any]]] = {
 }  # fmt: skip
 _MIRRORED = {"==": "==", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
-_NUMBER = (int, float)
-_TIME = (datetime.datetime, datetime.timedelta)
 
-
-def _for(function: Callable[..., Any], *kinds: Any) -> Callable[..., Any]:
-    """Return a function for operands that are all of one of some kinds."""
-
-    def checked(*operands: Any) -> Any:
-        if not any(all(isinstance(operand, kind) for operand in operands) for kind in kinds):
-            raise TypeError
-        return function(*operands)
-
-    return checked
-
-
-def _power(base: Any, exponent: Any) -> Any:
-    # A whole number of more than 4,096 bits is of no use to a comparison, and could take hours to compute.
-    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * exponent > 4096:
-        base = float(base)
-    result = base**exponent
-    return None if isinstance(result, complex) else result
+def _of_numbers(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    # Nothing but a number can be added to 0. Of a text, `*` and `%` could make one that fills the memory.
+    return lambda left, right: function(left + 0, right + 0)
 
 
 def _affix(method: Callable[..., bool]) -> Callable[..., bool]:
@@ -3577,28 +3558,25 @@ def _affix(method: Callable[..., bool]) -> Callable[..., bool]:
 
 
 _OPERATORS: Dict[type, Callable[..., Any]] = {
-    ast.Add: _for(operator.add, _NUMBER, str, _TIME), ast.Sub: _for(operator.sub, _NUMBER, _TIME),
-    ast.Mult: _for(operator.mul, _NUMBER), ast.Div: _for(operator.truediv, _NUMBER),
-    ast.FloorDiv: _for(operator.floordiv, _NUMBER), ast.Mod: _for(operator.mod, _NUMBER),
-    ast.Pow: _for(_power, _NUMBER), ast.USub: _for(operator.neg, _NUMBER),
-    ast.UAdd: _for(operator.pos, _NUMBER),
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: _of_numbers(operator.mul),
+    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: _of_numbers(operator.mod),
+    # With floats: a whole number of any size could take hours to compute.
+    ast.Pow: math.pow, ast.USub: operator.neg, ast.UAdd: operator.pos,
 }  # fmt: skip
 _METHODS: Dict[str, Callable[..., Any]] = {
     "startswith": _affix(str.startswith), "endswith": _affix(str.endswith),
     "lower": str.lower, "upper": str.upper,
 }  # fmt: skip
 _FUNCTIONS: Dict[str, Callable[..., Any]] = {
-    "abs": _for(abs, _NUMBER), "bool": bool, "float": float, "int": int, "len": len, "max": max, "min": min,
-    "round": _for(round, _NUMBER), "sum": sum,
+    "abs": abs, "bool": bool, "float": float, "int": int, "len": len, "max": max, "min": min, "round": round,
+    "sum": sum,
 }  # fmt: skip
 _TIMES_MADE: Dict[str, Callable[..., Any]] = {
     "datetime": datetime.datetime, "timedelta": datetime.timedelta,
     "datetime.now": lambda: utc_datetime(time.time()), "datetime.utcnow": lambda: utc_datetime(time.time()),
 }  # fmt: skip
-_MISTAKES = (
-    (r"(?<![=!<>:])=(?!=)", ": write == to compare"),
-    (r"&&|\|\||!(?!=)", ": write and, or, not"),
-)
+#: Said of what Python, or the language, does not have.
+_ADVICE = "write ==, and, or, not, in, startswith"
 _TIME_PARTS = ("year", "month", "day", "hour", "minute", "second")
 
 
@@ -3634,9 +3612,8 @@ def _parse(text: str) -> ast.expr:
     try:
         tree = ast.parse(_source(text), mode="eval").body
     except SyntaxError as error:
-        hint = next((hint for mistake, hint in _MISTAKES if re.search(mistake, text)), "")
         offset = (error.offset or len(_source(text))) - 1  # 0: at the end, something is missing
-        reason = f"not a Python expression ({error.msg}){hint}"
+        reason = f"not a Python expression ({error.msg}): {_ADVICE}"
         raise _error_at(text, error.lineno or 1, offset, reason) from None
     except (ValueError, MemoryError, RecursionError) as error:
         raise QueryError(f"cannot be read ({error or 'nested too deeply'})", 1) from None
@@ -3674,10 +3651,6 @@ _RUN_FIELDS: Dict[str, _Value] = {
     "active": _Value(lambda row, metric: row["end_time"] is None, fact="active"),
     "duration": _Value(lambda row, metric: duration_s(row)),
 }
-
-#: What to write in the place of a kind of node.
-_INSTEAD = dict.fromkeys(("Slice", "ExtSlice"), "startswith, endswith or in")
-_INSTEAD.update(BitAnd="and", BitOr="or", Invert="not", NamedExpr="==")
 
 
 class Query:
@@ -3937,8 +3910,7 @@ class Query:
         return value
 
     def refuse_kind(self, node: ast.expr, what: ast.AST) -> NoReturn:
-        kind = type(what).__name__
-        self.refuse(node, f"no {kind} in the query language: write {_INSTEAD.get(kind, 'and, or, not, ==')}")
+        self.refuse(node, f"no {type(what).__name__} in the query language: {_ADVICE}")
 
     def refuse(self, node: ast.expr, reason: str) -> NoReturn:
         # Offsets count bytes of UTF-8. Of `a.b.c` it is the last name that the reader should look at.
