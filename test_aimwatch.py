@@ -8111,84 +8111,42 @@ class TestSweep(WatchCase):
 
 
 class TestFlaps(unittest.TestCase):
-    """Stalls of one run that promises a check-in within 10 s, under a grace of 2 s."""
+    FLAPS = "-13 +100 -13 +100 -13 +100 =SRSRS!R "
+    #: Of a run that promises 10 s, under a grace of 2 s: -13 is silence for 13 s and a check-in, +100 are 100 s of
+    #: check-ins, =SR is what was told since the last =, by first letters, and ! that the run flaps.
+    LIVES = {
+        "a long stall of a flapping run and its end": FLAPS + "-911 = -912 =S!R -5000 -912 =S!RS!R",
+        "a steady run has its ordinary grace again": FLAPS + "+9000 -100 = +1800 -12 =SR",
+        "a failure forgets the stalls": FLAPS + "failed starting =FR -12 =SR",
+        "an end forgets the stalls": FLAPS + "finished starting =FS -12 =SR",
+        "stalls that lie far apart": "-13 +1800 " * 5 + "=SRSRSRSRSR",
+    }
 
-    def setUp(self) -> None:
-        self.table = aimwatch.RunTable(2.0)
-        self.now = 0.0
-        self.idx = 0
-        self.told: List[str] = []
-        self.sign()
-        del self.told[:]
-
-    def see(self, *names: str) -> None:
-        changes = self.table.take(names, self.now, UTC) + self.table.overdue(self.now)
-        self.told += [f"{change.kind} {change.note}".strip() for change in changes]
-        if self.now % 7 == 0:  # the watcher is started anew
-            watched = aimwatch.WatchedRun.from_list(json.loads(json.dumps(self.table.runs["r"].to_list())))
-            self.table = aimwatch.RunTable(2.0)
-            self.table.restore(watched)
-
-    def sign(self, flag: str = "check_in") -> None:
-        self.idx += 1
-        self.see(named("r", self.idx, flag, 10))
-
-    def silence(self, seconds: int) -> None:
-        for _ in range(seconds):
-            self.now += 1.0
-            self.see(self.table.runs["r"].name)
-        self.sign()
-
-    def work(self, seconds: int) -> None:
-        for _ in range(seconds // 5):
-            self.now += 5.0
-            self.sign()
-
-    FLAPS = "stalled it flaps: until it has not stalled for 3 h, you hear of it 15 min later"
-
-    def flap(self) -> None:
-        for _ in range(3):
-            self.silence(13)
-            self.work(100)
-        note = self.told.pop(4)
-        self.assertEqual(note, self.FLAPS)
-        self.assertEqual(self.told, ["stalled", "recovered", "stalled", "recovered", "recovered"])
-        del self.told[:]
-
-    def test_long_stall_of_a_flapping_run_and_its_end_are_told(self) -> None:
-        self.flap()
-        self.silence(911)
-        self.assertEqual(self.told, [])
-        self.silence(912)
-        self.assertEqual(self.told, [self.FLAPS, "recovered"])
-        self.silence(5000)
-        self.assertEqual(self.told, [self.FLAPS, "recovered"] * 2)
-
-    def test_steady_run_has_its_ordinary_grace_again(self) -> None:
-        self.flap()
-        self.work(9000)
-        self.silence(100)
-        self.assertEqual(self.told, [])
-        self.work(1800)
-        self.silence(12)
-        self.assertEqual(self.told, ["stalled", "recovered"])
-
-    def test_end_of_a_run_forgets_its_stalls(self) -> None:
-        for flag in ("finished", "failed"):
-            with self.subTest(flag=flag):
-                self.setUp()
-                self.flap()
-                self.sign(flag)
-                self.sign("starting")
-                del self.told[:]
-                self.silence(12)
-                self.assertEqual(self.told, ["stalled", "recovered"])
-
-    def test_stalls_that_lie_far_apart_are_no_flapping(self) -> None:
-        for _ in range(5):
-            self.silence(13)
-            self.work(1800)
-        self.assertEqual(self.told, ["stalled", "recovered"] * 5)
+    def test_flapping_run_is_told_of_when_it_is_silent_for_longer(self) -> None:
+        flaps = "it flaps: until it has not stalled for 3 h, you hear of it 15 min later"
+        for what, script in self.LIVES.items():
+            table, now, idx, told, name = aimwatch.RunTable(2.0), 0.0, 1, "", named("r", 1, expect=10)
+            table.take([name], now, UTC)
+            for step in script.split():
+                length = int(re.sub("[^0-9]", "", step) or 0)
+                looks = {
+                    "-": [(1.0, "")] * length + [(0.0, "check_in")],
+                    "+": [(5.0, "check_in")] * (length // 5),
+                }
+                if step[0] == "=":
+                    self.assertEqual(told, step[1:], what)
+                    told, looks["="] = "", []
+                for passes, flag in looks.get(step[0], [(0.0, step)]):
+                    now += passes
+                    if flag:
+                        idx += 1
+                        name = named("r", idx, flag, 10)
+                    for change in table.take([name], now, UTC) + table.overdue(now):
+                        told += change.kind[0].upper() + "!" * (change.note == flaps)
+                    if now % 7 == 0:  # the watcher is started anew
+                        saved = json.loads(json.dumps(table.runs["r"].to_list()))
+                        table = aimwatch.RunTable(2.0)
+                        table.restore(aimwatch.WatchedRun.from_list(saved))
 
 
 class TestReminders(WatchCase):
