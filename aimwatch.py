@@ -1923,8 +1923,6 @@ AUTO = "auto"
 OUTPUT_LINES, OUTPUT_LINE = 20, 300
 #: What the `Run()` of a program sends to the `aimwatch exec` that holds its run: nobody dies of it.
 HAND_OVER = signal.SIGURG
-#: For how long a SIGTERM explains an end.
-SIGNAL_S = 600.0
 #: How long a record waits for another thread's before it goes ahead.
 LOCK_WAIT_S = 2.0
 #: How often a run looks whether its files are still there, and takes its lock again.
@@ -1980,9 +1978,8 @@ class Run:
     #: Why nothing is written, where it is for another process to do that.
     _inert = ""
     _closed = False
-    #: The end by a SIGTERM that a handler of the user's takes care of, and when that came (monotonic).
+    #: The end by a SIGTERM that a handler of the user's takes care of.
     _signal: Optional[End] = None
-    _signal_mono = 0.0
     #: Exceptions with which a run ends well: a trial that is given up, a generator whose user has enough.
     _not_failures = frozenset(("StopIteration", "GeneratorExit", "TrialPruned"))
     #: In `progress`: how much of all is done, how much of it is one item, and since when (monotonic).
@@ -2226,9 +2223,6 @@ class Run:
         if self._ended is not None:
             self._reopen()
         now = _monotonic()
-        if self._signal is not None and now - self._signal_mono > SIGNAL_S:
-            self._signal = None
-            self._record({"resume": round(time.time(), 3), "signal": None})
         self._promised = expect_s > 0 and not self._track_reports
         self._look()
         written_s = math.ceil(expect_s + promise_margin_s(expect_s)) if expect_s else 0
@@ -2739,7 +2733,7 @@ class Run:
     def _note_signal(self, signum: int, frame: Optional[types.FrameType]) -> None:
         """Note a signal that a handler of the user's takes care of, who may save, end the process, or not."""
         if self._is_mine() and self.active and self._signal is None:
-            self._signal, self._signal_mono = self._signal_end(signum, frame), _monotonic()
+            self._signal = self._signal_end(signum, frame)
             noted = {"reason": self._signal.reason, "frames": self._signal.frames}
             self._record({"resume": round(time.time(), 3), "signal": noted})
 

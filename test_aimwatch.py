@@ -1217,8 +1217,6 @@ USERS_HOOKS: Tuple[Tuple[Any, ...], ...] = (
      "print(flags()); run.report_successful_finish()", 0, "finished", "after SIGTERM", ["check_in", "check_in"]),
     ("handler_that_ends_the_process", "signal.signal(signal.SIGTERM, lambda *args: os._exit(9))\n"
      "run.report_progress(); term()", 9, None, None),
-    ("handler_long_ago", "signal.signal(signal.SIGTERM, lambda *args: None); kill()\n"
-     "aimwatch.SIGNAL_S = 0.0; time.sleep(0.01); run.report_progress(block=True)", 0, "finished", None),
     ("chained", "earlier = signal.getsignal(signal.SIGTERM)\ndef handler(*args):\n"
      " earlier(*args)\n print('received', flags())\nsignal.signal(signal.SIGTERM, handler)\nkill()\nprint('saved')", 0,
      "failed", "terminated by SIGTERM", ["received starting", "saved"]),
