@@ -6538,16 +6538,14 @@ class Program:
 
     def __init__(self) -> None:
         self.pid, self.wrote_mono = 0, -math.inf
-        #: As Popen gives it; the errno where it could not be started; the last of what it wrote.
-        self.status, self.error, self.output = 0, 0, b""
-        #: The errno where its output could not be written.
-        self.unwritten = 0
+        #: As Popen gives it; the errno where its output could not be written; the last of that.
+        self.status, self.unwritten, self.output = 0, 0, b""
         #: By where output comes from: where it goes, and what of it was read and is not written.
         self.targets: Dict[int, int] = {}
         self._waiting: Dict[int, memoryview] = {}
 
     def start(self, argv: Sequence[str], environ: Dict[str, str]) -> None:
-        """Start it with this environment; where that fails, `error` says why."""
+        """Start it with this environment. Raises OSError."""
         import subprocess
         import tty
 
@@ -6560,20 +6558,18 @@ class Program:
             if os.isatty(fd):  # which does itself what is to be done with what is written to it
                 tty.setraw(ends[fd])
         self._fit()
-        out, err = ends[1], ends.get(2, ends[1])
-        # As every shell does, a script without `#!` is given to `sh`.
-        for words in (argv, ["/bin/sh", *argv]):
-            try:
-                self._process = subprocess.Popen(words, env=environ, stdout=out, stderr=err, close_fds=False)
-            except OSError as error:
-                self.error = error.errno or errno.ENOENT
-                if self.error == errno.ENOEXEC:
-                    continue
-            else:
-                self.pid, self.error = self._process.pid, 0
-            break
-        for fd in ends.values():
-            os.close(fd)
+        how: Dict[str, Any] = {"env": environ, "stdout": ends[1], "stderr": ends.get(2, ends[1])}
+        try:
+            self._process = subprocess.Popen(argv, close_fds=False, **how)
+        except OSError as error:
+            if error.errno != errno.ENOEXEC:
+                raise
+            # As every shell does, a script without `#!` is given to `sh`.
+            self._process = subprocess.Popen(["/bin/sh", *argv], close_fds=False, **how)
+        finally:
+            for fd in ends.values():
+                os.close(fd)
+        self.pid = self._process.pid
 
     def _fit(self) -> None:
         """Give the program's terminal the size of the one that shows what is written to it."""
@@ -6593,38 +6589,31 @@ class Program:
         sources = self.targets.keys() - full.values()
         readable, writable, _ = select.select([*others, *sources], list(full), [], wait_s)
         for source in sources.intersection(readable):
-            self._read(source)
+            data = b""
+            with contextlib.suppress(OSError):  # so ends a terminal that nobody has open any more
+                data = os.read(source, 1 << 16)
+            if data:
+                self.wrote_mono = _monotonic()
+                self.output = (self.output + data)[-(1 << 14) :]
+                self._waiting[source] = memoryview(data)
+            else:
+                os.close(source)
+                del self.targets[source]
         for target in writable:
-            self._write(full[target], target)
+            source = full[target]
+            try:
+                while self._waiting[source] and select.select([], [target], [], 0)[1]:
+                    # A pipe takes so much without blocking, so that signals need not wait for its reader.
+                    written = os.write(target, self._waiting[source][: select.PIPE_BUF])
+                    self._waiting[source] = self._waiting[source][written:]
+            except BlockingIOError:  # another program made it non-blocking, and filled it
+                pass
+            except OSError as error:
+                os.close(source)  # which the program notices when it writes on
+                del self.targets[source], self._waiting[source]
+                if error.errno != errno.EPIPE:
+                    self.unwritten = error.errno or errno.EIO
         return readable + writable
-
-    def _read(self, source: int) -> None:
-        data = b""
-        with contextlib.suppress(OSError):  # so ends a terminal that nobody has open any more
-            data = os.read(source, 1 << 16)
-        if data:
-            self.wrote_mono = _monotonic()
-            self.output = (self.output + data)[-(1 << 14) :]
-            self._waiting[source] = memoryview(data)
-        else:
-            os.close(source)
-            del self.targets[source]
-
-    def _write(self, source: int, target: int) -> None:
-        import select
-
-        try:
-            while self._waiting[source] and select.select([], [target], [], 0)[1]:
-                # A pipe takes so much without blocking, so that signals need not wait for its reader.
-                written = os.write(target, self._waiting[source][: select.PIPE_BUF])
-                self._waiting[source] = self._waiting[source][written:]
-        except BlockingIOError:  # another program made it non-blocking, and filled it
-            pass
-        except OSError as error:
-            os.close(source)  # which the program notices when it writes on
-            del self.targets[source], self._waiting[source]
-            if error.errno != errno.EPIPE:
-                self.unwritten = error.errno or errno.EIO
 
     def wait(self, caught: int, caught_by_exec: int, on_hand_over: Callable[[], None]) -> None:
         """Copy, and pass on the signals that only `exec` caught, until the program has ended and its output
@@ -6684,13 +6673,11 @@ def count_oom_kills() -> int:
     return 0
 
 
-def program_end(status: int, error: int, oom_kills: int, unwritten: int = 0) -> Tuple[int, str]:
+def program_end(status: int, oom_kills: int, unwritten: int = 0) -> Tuple[int, str]:
     """Return the exit code of a program as a shell gives it, and why it failed; "" where it did not.
     `status`: as Popen gives it, for a signal its number, negative.
     `oom_kills`: how many processes were killed meanwhile since memory ran out, as far as is known.
     `unwritten`: the errno where its output could not be written; it may have ended without noticing."""
-    if error:
-        return 127 if error in (errno.ENOENT, errno.ENOTDIR) else 126, f"cannot start: {os.strerror(error)}"
     code, reason = status, f"exited with status {status}" if status else ""
     if status < 0:
         # Of the real-time signals only the first and the last have a name.
@@ -6830,12 +6817,16 @@ def keep_program(argv: Sequence[str], reporter: ProgramReporter, caught_by_exec:
     program = reporter.program
     caught = catch([signal.SIGCHLD, signal.SIGWINCH, HAND_OVER])
     kills_before = count_oom_kills()
-    program.start(argv, {**os.environ, **reporter.environ()})
-    if not program.error:
+    try:
+        program.start(argv, {**os.environ, **reporter.environ()})
+    except OSError as error:
+        is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        code, reason = 127 if is_missing else 126, f"cannot start: {error.strerror}"
+    else:
         program.wait(caught, caught_by_exec, lambda: reporter.said.put(None))
-    kills = count_oom_kills() - kills_before
-    code, reason = program_end(program.status, program.error, kills, program.unwritten)
-    if program.error or program.unwritten:
+        kills = count_oom_kills() - kills_before
+        code, reason = program_end(program.status, kills, program.unwritten)
+    if not program.pid or program.unwritten:
         log.error("exec: %s: %s", argv[0], reason)
     lines = last_lines(program.output)
     reporter.finish(End(FAILED, reason, output=lines) if reason else End(FINISHED))
