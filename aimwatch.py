@@ -7075,8 +7075,8 @@ class Curve(NamedTuple):
     def on(self, axis: str, log_x: bool, log_y: bool) -> Tuple[Any, Any, List[Tuple[float, float]]]:
         """Return where the points lie on an axis, sorted; the values there; and as pairs the points
         whose values are no finite numbers."""
-        xs, ys = self.columns["time" if axis == "since" else axis], self.columns["value"]
-        if axis == "since":
+        xs, ys = self.columns["time" if axis == "elapsed" else axis], self.columns["value"]
+        if axis == "elapsed":
             xs = [at - self.created_at for at in xs]
         is_sorted = math.isfinite(sum(xs)) and all(map(operator.le, xs, xs[1:]))
         if is_sorted and math.isfinite(sum(ys)) and not log_x and not log_y:
@@ -7089,7 +7089,7 @@ class Curve(NamedTuple):
 
 
 #: What lies on the x axis of a chart: a column of points, or the time since the run was created.
-AXES = {"step": "step", "epoch": "epoch", "time": "time", "since": "time since start"}
+AXES = ("step", "epoch", "time", "elapsed")
 #: Round distances of times, in seconds.
 _TIME_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
 #: The width and height of a chart, and the left, top, width and height of the plot in it.
@@ -7154,9 +7154,9 @@ def _axes(axis: str, x: Scale, y: Scale) -> List[Html]:
         down = top + (1 - y.at(value)) * height
         drawn.append(html('<path d="M{} {}h{}"/>', left, down, width))
         drawn.append(html('<text class="y" x="{}" y="{}">{}</text>', left - 6, down, f"{value:.4g}"))
-    for value in x.ticks(_TIME_STEPS if axis in ("time", "since") else ()):
+    for value in x.ticks(_TIME_STEPS if axis in ("time", "elapsed") else ()):
         across = left + x.at(value) * width
-        text = f"{value:.6g}" if axis != "since" else human_s(value) if value else "0"
+        text = f"{value:.6g}" if axis != "elapsed" else human_s(value) if value else "0"
         if axis == "time":
             text = time.strftime("%b %d" if x.high - x.low > 3 * 86400 else "%H:%M:%S", time.localtime(value))
         drawn.append(html('<path d="M{} {}v{}"/>', across, top, height))
@@ -7191,9 +7191,7 @@ class Site:
         # What is kept to answer faster. The stamp of that from which it was made is an argument.
         self._pages = functools.lru_cache(100)(self._make)
         self._rows = functools.lru_cache(3000)(lambda run_hash, stamp: read_run(paths, run_hash))
-        self._indexed = functools.lru_cache(3)(
-            lambda q, stamp: {row["hash"]: row for row in Repo(paths.root).run_rows(q)}
-        )
+        self._indexed = functools.lru_cache(3)(lambda q, stamp: Repo(paths.root).run_rows(q))
 
     def answer(self, path: str, query: str, known_etag: str = "") -> Reply:
         """Return the answer to GET of a path below the base path; 304 where `known_etag` is still true."""
@@ -7252,34 +7250,27 @@ class Site:
         # Seen from one answer to the next: no page waits until a watcher on another machine looks again.
         return status_object(self.paths, not self._seen_at.is_frozen(fresh=False))
 
-    def found(self, q: str) -> Dict[str, Dict[str, Any]]:
-        """Return the rows for which a query is true, by hash. Raises QueryError."""
+    def found(self, q: str) -> List[Dict[str, Any]]:
+        """Return the rows for which a query is true, newest first. Raises QueryError."""
         pending = {}  # whose logs say more than the index
         for run_hash in list_pending(self.paths):
             with contextlib.suppress(AimwatchError, OSError):
                 pending[run_hash] = self.row(run_hash)
-        found = dict(self._indexed(q, file_stamp(self.paths.index) or self._utc()))
-        for run_hash in pending:
-            found.pop(run_hash, None)
-        found.update((row["hash"], row) for row, _ in Query(q).matches(pending.values()))
-        return found
-
-    def runs(self, q: str) -> List[Dict[str, Any]]:
-        """Return the rows for which a query is true, newest first. Raises QueryError."""
-        return sorted(self.found(q).values(), key=operator.itemgetter("created_at"), reverse=True)
+        indexed = self._indexed(q, file_stamp(self.paths.index) or self._utc())
+        found: List[Dict[str, Any]] = [row for row in indexed if row["hash"] not in pending]
+        found += [row for row, _ in Query(q).matches(pending.values())]
+        return sorted(found, key=operator.itemgetter("created_at"), reverse=True)
 
     def listing(self, ask: Ask) -> Tuple[List[str], List[Dict[str, Any]]]:
         """Return the columns and the rows of the list of runs. Raises QueryError."""
         columns = names_of(ask.one["columns"]) or list(RUN_COLUMNS)
-        return columns, sorted_by(ask.one["sort"], self.runs(ask.one["q"]), run_cell)
+        return columns, sorted_by(ask.one["sort"], self.found(ask.one["q"]), run_cell)
 
     def counts(self, live: List[Dict[str, Any]]) -> Dict[Tuple[str, str], int]:
         """Return how many runs there are by (state, experiment)."""
-        found = self.found("")
-        for row in live:  # who stalled
-            experiment = found.get(row["hash"], row)["experiment"] or ""
-            found[row["hash"]] = {"state": row["state"], "experiment": experiment}
-        return Counter(map(operator.itemgetter("state", "experiment"), found.values()))
+        rows = {row["hash"]: row for row in (*live, *self.found(""))}
+        states = {row["hash"]: row["state"] for row in live}  # which know of those that stalled
+        return Counter((states.get(run, row["state"]), row["experiment"] or "") for run, row in rows.items())
 
     def overview(self, ask: Ask) -> str:
         """The first page: who watches, what lives, what failed, and all runs."""
@@ -7391,25 +7382,21 @@ class Site:
     def _charts(self, ask: Ask, rows: Sequence[Dict[str, Any]]) -> Html:
         """Return the charts of runs by metric, with the form that says how they are drawn."""
         curves: Dict[str, List[Curve]] = {}
-        for nth, row in enumerate(rows):
+        for row in rows:
             points = self._log(row["hash"]).points
             for metric in row["metrics"]:
                 if columns := points.get(metric["series"]):
                     drawn = curves.setdefault(metric["name"], [])
-                    # Of one run a colour is a context; of several it is a run, and a context a shade of it.
-                    hue, light = (len(drawn), 50) if len(rows) == 1 else (nth, 45 + 20 * (len(drawn) % 2))
                     label = f"{row['name'] or short_hash(row['hash'])} {shown(metric['context'], 'context')}"
-                    colour = f"hsl({210 + 137 * hue} 60% {light}%)"
+                    colour = f"hsl({210 + 137 * len(drawn)} 60% 50%)"
                     drawn.append(Curve(label, colour, columns, row["created_at"]))
         if not curves:
             return Html()
-        linear = {"": "linear", "log": "log"}
-        smooth = {"": "off", "0.6": "0.6", "0.9": "0.9", "0.99": "0.99"}
-        choices = []
-        for name, options in {"x": AXES, "xscale": linear, "yscale": linear, "smooth": smooth}.items():
+        scales, choices = ("linear", "log"), []
+        smooth = ("0", "0.6", "0.9", "0.99")
+        for name, options in (("x", AXES), ("xscale", scales), ("yscale", scales), ("smooth", smooth)):
             chosen = {ask.one[name]: Html(" selected")}
-            items = [(value, chosen.get(value), text) for value, text in options.items()]
-            texts = each('<option value="{}"{}>{}</option>', items)
+            texts = each("<option{}>{}</option>", [(chosen.get(text), text) for text in options])
             choices.append(html('<label>{} <select name="{}">{}</select></label>', name, name, texts))
         kept = [pair for pair in ask.pairs if pair[0] in ("q", "run")]
         choices += each('<input type="hidden" name="{}" value="{}">', kept)
@@ -7423,7 +7410,7 @@ class Site:
         """Several runs: their charts over one another, and what differs."""
         asked = [value for name, value in ask.pairs if name == "run"]
         if ask.one["q"]:
-            asked = [row["hash"] for row in self.runs(ask.one["q"])]
+            asked = [row["hash"] for row in self.found(ask.one["q"])]
         rows = [self.row(run_hash) for run_hash in list(dict.fromkeys(asked))[:MOST_COMPARED]]
         names = [(row["name"] or row["hash"])[-12:] for row in rows]
         links = [run_link(row, top="../") for row in rows]
@@ -7605,7 +7592,7 @@ function zoom(from, to) {
   url.searchParams.set("from", from);
   url.searchParams.set("to", to);
   history.replaceState(null, "", url);
-  location.reload();
+  location.reload();  // which keeps the place on the page
 }
 addEventListener("mousemove", event => {
   const chart = chartAt(event.target);

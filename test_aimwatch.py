@@ -9302,7 +9302,7 @@ class Charts(unittest.TestCase):
             ([0.0, 10.0, 100.0], "yscale=log", [[1, 10], [2, 100]]),
             ([1.0, 2.0, 3.0], "xscale=log", [[1, 2], [2, 3]]),
             ([1.0, 2.0], "x=time", [[1000, 1], [1001, 2]]),
-            ([1.0, 2.0], "x=since", [[0, 1], [1, 2]]),
+            ([1.0, 2.0], "x=elapsed", [[0, 1], [1, 2]]),
             ([1.0, 2.0], "x=nonsense&smooth=x", [[0, 1], [1, 2]]),
             ([1.0, 2.0], "smooth=0.5", [[0, 1], [1, 2]]),
         ):
@@ -9339,7 +9339,7 @@ class Charts(unittest.TestCase):
         for steps, query, ticks in (
             ([0, 10], "", "0 2 4 6 8 10"), ([-1, 1], "", "-1 -0.5 0 0.5 1"), ([5, 5], "", "4.8 4.9 5 5.1 5.2"),
             ([1, 1e6], "xscale=log", "1 10 100 1000 10000 100000 1e+06"), ([3, 40], "xscale=log", "10 20 30 40"),
-            ([0, 7000], "x=since", "0 30 min 1 h 1 h 30 min"), ([0, 0.012], "x=since", "0 5 ms 10 ms"), ([1e-30, 1e30], "xscale=log", "1e-30 1e-21 1e-12 0.001 1e+06 1e+15 1e+24"),
+            ([0, 7000], "x=elapsed", "0 30 min 1 h 1 h 30 min"), ([0, 0.012], "x=elapsed", "0 5 ms 10 ms"), ([1e-30, 1e30], "xscale=log", "1e-30 1e-21 1e-12 0.001 1e+06 1e+15 1e+24"),
         ):  # fmt: skip
             with self.subTest(steps=steps, query=query):
                 self.drawn([1.0, 2.0], query, step=steps, time=[1000 + step for step in steps])
@@ -9553,7 +9553,7 @@ class Pages(StoredCase):
     def test_metrics_are_openmetrics_with_bounded_labels(self) -> None:
         self.fill()
         self.configure(**{f"n{nth}": {"type": "logger"} for nth in range(60)})
-        rows = {f"{nth}": {"state": "finished", "experiment": f'e"\\\n{nth}'} for nth in range(80)}
+        rows = [{"hash": f"{nth}", "state": "finished", "experiment": f'e"\\\n{nth}'} for nth in range(80)]
         with mock.patch.object(aimwatch.Site, "found", return_value=rows):
             text = self.get("metrics")
         self.assertTrue(text.endswith("\n# EOF\n"))
@@ -9744,6 +9744,8 @@ class Browser:
             answer, _, self.read = self.read.partition(b"\0")
             message = json.loads(answer)
             if message.get("id") == self.calls:
+                if "navigated" in str(message.get("error")):  # while it evaluated: the new page is asked
+                    return self.call(method, **params)
                 assert "error" not in message, message
                 result: Dict[str, Any] = message["result"]
                 return result
