@@ -1973,11 +1973,10 @@ class Run:
     cannot be used, RunBusyError where another process, or another object in this one, writes the run.
     """
 
-    #: The process that may write the run; 0 for a run that is read.
+    #: The process that may write the run; 0 for a run that is read, or closed.
     _pid = 0
-    #: Why nothing is written, where it is for another process to do that.
+    #: Why nothing is written, where it is for another process to do that, or for nobody any more.
     _inert = ""
-    _closed = False
     #: The end by a SIGTERM that a handler of the user's takes care of.
     _signal: Optional[End] = None
     #: Exceptions with which a run ends well: a trial that is given up, a generator whose user has enough.
@@ -2095,7 +2094,7 @@ class Run:
         self._lock = threading.RLock()
         #: Until when what is on disk promises a report (monotonic).
         self._deadline = 0.0
-        self._promised = False
+        self._asked = 0
         #: What "auto" learned, and when (monotonic), NaN after anything else.
         self._rhythm, self._learned_mono = Rhythm(), math.nan
         #: In a program that `aimwatch exec` runs, `track` is a report until there is another.
@@ -2223,7 +2222,6 @@ class Run:
         if self._ended is not None:
             self._reopen()
         now = _monotonic()
-        self._promised = expect_s > 0 and not self._track_reports
         self._look()
         written_s = math.ceil(expect_s + promise_margin_s(expect_s)) if expect_s else 0
         try:
@@ -2350,7 +2348,7 @@ class Run:
             if epoch is None:
                 raise ArgumentTypeError(f"epoch must be a number, not {brief(given)}")
         # What _is_mine asks, without its calls: this is a training loop's innermost business.
-        if (self._pid != _getpid() or self._closed) and not self._may_write("track"):
+        if self._pid != _getpid() and not self._may_write("track"):
             return
         now = time.time()
         held = self._lock.acquire(True, LOCK_WAIT_S)
@@ -2699,10 +2697,10 @@ class Run:
 
     def _after_cell(self, error: Optional[BaseException]) -> None:
         if self._is_mine() and self.active:
-            if error is not None and (self._promised or self._state.last_time > self._idle_since):
+            if error is not None and (self._asked or self._state.last_time > self._idle_since):
                 self._end(self._end_of(error))
-            elif self._promised:
-                self._report(0)
+            elif self._asked:
+                self.report_progress()
             self._idle_since = self._state.last_time
 
     def _end_of(self, error: Optional[BaseException]) -> Optional[End]:
@@ -2716,7 +2714,7 @@ class Run:
     def _unreported(self, what: str) -> Optional[End]:
         """Return how the run ends where nobody says so, and a promise or a signal says that it should not."""
         end = End(FAILED, f"{what} without reporting a successful finish")
-        return self._signal or (end if self._promised else None)
+        return self._signal or (end if self._asked else None)
 
     def _end_and_close(self, *ends: Optional[End]) -> None:
         """End the run as the first of these says, or well, and close it."""
@@ -2756,7 +2754,6 @@ class Run:
         self._deadline, self._window = 0.0, (math.nan, 0.0)
         # The log first: who sees the check-in must find the reason.
         self._record(record)
-        self._promised = False
         try:
             self._file.write(record["idx"], record["end"], 0)
         except OSError as error:
@@ -2776,7 +2773,7 @@ class Run:
                 self._checkpoint()
                 size = self._log.close()
                 self._marker.release()
-                self._closed = True
+                self._pid, self._inert = 0, f"run {self.hash} was closed"
                 # On some network file systems, nothing would keep two machines from writing the index at the
                 # same time. And a run that has not ended is one with which another process goes on.
                 if size >= 0 and self._ended is not None and not is_network(self._paths.own):
@@ -2786,12 +2783,12 @@ class Run:
 
     def _is_mine(self) -> bool:
         """True in the process that opened the run, until it is closed."""
-        return self._pid == os.getpid() and not self._closed
+        return self._pid == os.getpid()
 
     def _takes_over(self) -> bool:
         """Go on with the run of a process that is gone, in the daemon that it left behind; not in a worker of
         `multiprocessing`, which is about to end."""
-        if self._pid in (0, os.getpid()) or self._closed or process_lives(self._state.header):
+        if self._pid in (0, os.getpid()) or process_lives(self._state.header):
             return False
         workers = sys.modules.get("multiprocessing.process")
         if workers is not None and workers.parent_process() is not None:
@@ -2808,9 +2805,7 @@ class Run:
             return True
         if self.read_only:
             raise AimwatchError(f"{what}: run {self.hash} is only read: Run({self.hash!r}) can write it")
-        why = self._inert or f"run {self.hash} was closed"
-        if self._pid not in (0, os.getpid()):
-            why = f"run {self.hash} belongs to process {self._pid}, and this is a child of it"
+        why = self._inert or f"run {self.hash} belongs to process {self._pid}, and this is a child of it"
         _process.warn_once(why, "%s is ignored: %s", what, why)
         return False
 
@@ -2818,7 +2813,7 @@ class Run:
 def report_progress(*, expect_next_in: Union[int, float, str] = 0, block: bool = False) -> None:
     """Report progress, as `Run.report_progress` does, for the newest run of the process: for code that has no
     `Run` at hand. Raises AimwatchError where no run is open."""
-    run = next((run for run in reversed(_process.runs) if not run._closed), None)
+    run = next((run for run in reversed(_process.runs) if run._pid), None)
     if run is None:
         raise AimwatchError("report_progress: no run is open in this process: make one first, as run = Run()")
     run.report_progress(expect_next_in=expect_next_in, block=block)

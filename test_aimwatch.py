@@ -1171,7 +1171,7 @@ ENDS: Tuple[Tuple[Any, ...], ...] = (
     ("term", "run.report_progress(expect_next_in=60); term()", -15, "failed", "terminated by SIGTERM", [], " in term: "),
     ("term_after_finish", "run.report_successful_finish(); term()", -15, "finished", None),
     ("term_twice", "real = run._file.write\ndef write(*args):\n run._file.write = real\n kill(); time.sleep(0); real(*args)\n"
-     "run._file.write = write\nrun._promised = True\nterm()", -15, "failed", "terminated by SIGTERM"),
+     "run._file.write = write\nrun._asked = 1\nterm()", -15, "failed", "terminated by SIGTERM"),
     ("term_while_the_log_is_locked", "aimwatch.LOCK_WAIT_S = 0.05\nheld = threading.Event()\n"
      "def hang():\n with run._lock:\n  held.set(); time.sleep(600)\n"
      "threading.Thread(target=hang, daemon=True).start(); held.wait(); term()", -15, "failed", "terminated by SIGTERM"),
@@ -1676,13 +1676,13 @@ class Loops(HandDriven):
                 self.assertIsNone(getattr(callback, hook)(args, state, None))
             callback.on_log(args, state, None, logs={"loss": 0.5, "eval_loss": 0.7, "who": "me"})
         callback.on_evaluate(args, state, None)
-        self.assertTrue(run._promised)
+        self.assertTrue(run._asked)
         self.assertEqual(self.series(run), {"loss train": (3, 0.5, 3), "loss eval": (3, 0.7, 3)})
         callback.on_train_end(args, state, None)
         callback.on_prediction_step(args, state, None)
-        self.assertTrue(run._promised)
+        self.assertTrue(run._asked)
         callback.on_evaluate(args, state, None)
-        self.assertFalse(run._promised)
+        self.assertFalse(run._asked)
         self.assertEqual((run["hparams"], run.experiment), ({"lr": 0.1}, "e"))
         run.close()
 
@@ -1726,9 +1726,9 @@ class Loops(HandDriven):
         callback.on_train_batch_end(0, logs={"loss": 9})
         callback.on_test_end({"loss": 1})
         callback.on_epoch_end(0, {"loss": 0.5, "val_loss": 0.6})
-        self.assertTrue(run._promised)
+        self.assertTrue(run._asked)
         callback.on_train_end(None)
-        self.assertFalse(run._promised)
+        self.assertFalse(run._asked)
         callback.on_test_end({"loss": 0.7})
         self.assertEqual(
             self.series(run), {"loss train": (1, 0.5, 0), "loss val": (1, 0.6, 0), "loss eval": (1, 0.7, 0)}
