@@ -7976,13 +7976,10 @@ def cmd_start(args: Any) -> int:
     handler = _log_to_stderr(timed=True, thread=not args.once)
     called = command_line(args.repo)
     enabled = [item for item in read_notifiers(paths) if item.enabled]
+    is_aims = not os.path.exists(paths.watcher) and "'events': " not in str(read_config(paths))
     if not enabled:
-        log.info(
-            f"no notifiers are enabled, so events are only written here; '{called} notifiers add' sets one up"
-        )
-    elif not os.path.exists(paths.watcher) and "'events': " not in str(
-        read_config(paths)
-    ):  # so Aim writes it
+        log.info(f"no notifiers are enabled: events are only written here; '{called} notifiers add' adds one")
+    elif is_aims:
         log.info(
             f"of starts, finishes and log messages Aim's watcher notifies and this one does not: '{called} "
             f"notifiers enable {enabled[0].shown_as} --events {','.join(EVENTS)}' changes that"
@@ -8264,14 +8261,12 @@ def cmd_status(args: Any) -> int:
 
 def notifier_trouble(item: Dict[str, Any]) -> str:
     """Return why a notifier does not work and since when, and what waits for it; "" where nothing does."""
-    why = (
-        f"notifier {item['type']} {item['name']} does not work: {item['problem']}"
-        if item["problem"]
-        else None
-    )
-    since = f"since {local_time(item['broken_since'])}" if item["broken_since"] else None
-    waits = f"{plural(item['waiting'], 'event')} waiting" if item["waiting"] else None
-    return "; ".join(filter(None, (why, since, waits)))
+    said = {
+        "problem": f"notifier {item['type']} {item['name']} does not work: {item['problem']}",
+        "broken_since": f"since {local_time(item['broken_since'] or 0.0)}",
+        "waiting": f"{plural(item['waiting'], 'event')} waiting",
+    }
+    return "; ".join(text for field, text in said.items() if item[field])
 
 
 def live_fields(row: Dict[str, Any], now_s: float) -> Dict[str, str]:
@@ -8318,8 +8313,7 @@ def _print_status(rows: Sequence[Dict[str, Any]], now: float) -> None:
     for line, below in zip(lines, more):
         print(line)
         print_below(*below)
-    counts = Counter(row["state"] for row in rows)
-    said = (f"{counts[state]} {state}" for state in (RUNNING, STALLED, FAILED, FINISHED) if counts[state])
+    said = (f"{count} {state}" for state, count in Counter(row["state"] for row in rows).items())
     print("\n" + (", ".join(said) or "no runs with check-ins"))
 
 
@@ -8411,9 +8405,8 @@ def cmd_up(args: Any) -> None:
         at_end.callback(beside.join, 1.5)
         rest = f"{base}/" + (f"?key={token}" if token else "")
         print(args.uds or f"http://{local}{rest}")
-        print(f"from elsewhere: ssh -L {port}:{local} {this_host()}, then http://localhost:{port}{rest}")
-        _, text = watcher_state(paths, read_watcher_file(paths))
-        print("this process watches" if args.watch else text, flush=True)
+        ssh = f"ssh -L {port}:{local} {this_host()}"
+        print(f"from elsewhere: {ssh}, then http://localhost:{port}{rest}", flush=True)
         gate = Gate(set(map(str.lower, names)), token, base, f"aimwatch_{port}")
         serve(Site(paths), gate, listener, stop)
         stop.set()
@@ -9263,7 +9256,7 @@ def build_parser(argv: Sequence[str] = ()) -> Any:
         do, arguments, epilog = _COMMANDS[name]
         group, _, verb = name.rpartition(" ")
         if group not in groups:
-            is_needed = group in ("", "notifiers")
+            is_needed = group != "notifiers add"
             groups[group] = parsers[group].add_subparsers(metavar="COMMAND", required=is_needed)
         about = (do.__doc__ or "").partition("\n\n")[0].replace("\n    ", " ")
         summary = about[:1].lower() + about[1:].partition(". ")[0].rstrip(".")
