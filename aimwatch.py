@@ -1923,6 +1923,8 @@ AUTO = "auto"
 OUTPUT_LINES, OUTPUT_LINE = 20, 300
 #: What the `Run()` of a program sends to the `aimwatch exec` that holds its run: nobody dies of it.
 HAND_OVER = signal.SIGURG
+#: For how long a SIGTERM explains an end.
+SIGNAL_S = 600.0
 #: How long a record waits for another thread's before it goes ahead.
 LOCK_WAIT_S = 2.0
 #: How often a run looks whether its files are still there, and takes its lock again.
@@ -1977,8 +1979,9 @@ class Run:
     _pid = 0
     #: Why nothing is written, where it is for another process to do that, or for nobody any more.
     _inert = ""
-    #: The end by a SIGTERM that a handler of the user's takes care of.
+    #: The end by a SIGTERM that a handler of the user's takes care of, and when that came (monotonic).
     _signal: Optional[End] = None
+    _signal_mono = 0.0
     #: Exceptions with which a run ends well: a trial that is given up, a generator whose user has enough.
     _not_failures = frozenset(("StopIteration", "GeneratorExit", "TrialPruned"))
     #: In `progress`: how much of all is done, how much of it is one item, and since when (monotonic).
@@ -2222,6 +2225,9 @@ class Run:
         if self._ended is not None:
             self._reopen()
         now = _monotonic()
+        if self._signal is not None and now - self._signal_mono > SIGNAL_S:
+            self._signal = None
+            self._record({"resume": round(time.time(), 3), "signal": None})
         self._look()
         written_s = math.ceil(expect_s + promise_margin_s(expect_s)) if expect_s else 0
         try:
@@ -2731,7 +2737,7 @@ class Run:
     def _note_signal(self, signum: int, frame: Optional[types.FrameType]) -> None:
         """Note a signal that a handler of the user's takes care of, who may save, end the process, or not."""
         if self._is_mine() and self.active and self._signal is None:
-            self._signal = self._signal_end(signum, frame)
+            self._signal, self._signal_mono = self._signal_end(signum, frame), _monotonic()
             noted = {"reason": self._signal.reason, "frames": self._signal.frames}
             self._record({"resume": round(time.time(), 3), "signal": noted})
 
@@ -4161,6 +4167,8 @@ class Kind(NamedTuple):
     """A kind of event, or the state that it leaves a run in."""
 
     icon: str = ""
+    #: The ANSI code of its colour on a terminal.
+    colour: str = ""
     #: For how many seconds the check-in of a run that ended so is kept.
     keep_s: float = math.inf
     #: The line about such an event, as `fill_known` fills it.
@@ -4170,14 +4178,14 @@ class Kind(NamedTuple):
 _SILENT = "|: silent for {run.silent}, promised a check-in within {run.promised}"
 #: In the order in which they stand in a message about several, and in a report.
 KINDS: Dict[str, Kind] = {
-    FAILED: Kind("❌", keep_s=86400.0),
-    STALLED: Kind("❗", line="{run.name} stalled" + _SILENT + "|: {run.reason}"),
+    FAILED: Kind("❌", "31", keep_s=86400.0),
+    STALLED: Kind("❗", "31", line="{run.name} stalled" + _SILENT + "|: {run.reason}"),
     TROUBLE: Kind("❗", line="aimwatch: {run.reason}"),
     LOG: Kind("📝", line="{run.name} logged {run.reason}|: {run.messages}"),
     RECOVERED: Kind("✅"),
     STARTED: Kind(),
-    RUNNING: Kind(),
-    FINISHED: Kind("✅", keep_s=600.0, line="{run.name} finished| {run.reason}"),
+    RUNNING: Kind(colour="32"),
+    FINISHED: Kind("✅", "2", keep_s=600.0, line="{run.name} finished| {run.reason}"),
 }
 #: What a notifier may ask for, and what it gets where it does not ask.
 EVENTS = (STALLED, FAILED, RECOVERED, STARTED, FINISHED, LOG)
@@ -7748,7 +7756,7 @@ def listen(host: str, port: int, uds: Optional[str]) -> Any:
 # Command line
 #
 # `main` turns errors into one line on stderr and an exit code: 0 fine, 1 something is wrong,
-# 2 wrong usage. Tables are for people, --json for scripts.
+# 2 wrong usage. Tables are for people, --json for scripts, colour for terminals alone.
 # ======================================================================================
 
 
@@ -8310,8 +8318,9 @@ def _print_status(rows: Sequence[Dict[str, Any]], now: float) -> None:
     header, *lines = table(("RUN", "STATE", "LAST SEEN", "PROMISE", "NAME", "HOST"), cells)
     if live:
         print(f"\n{header}")
-    for line, below in zip(lines, more):
-        print(line)
+    is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for row, line, below in zip(live, lines, more):
+        print(f"\x1b[{KINDS[row['state']].colour}m{line}\x1b[0m" if is_coloured else line)
         print_below(*below)
     said = (f"{count} {state}" for state, count in Counter(row["state"] for row in rows).items())
     print("\n" + (", ".join(said) or "no runs with check-ins"))

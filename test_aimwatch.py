@@ -1217,6 +1217,8 @@ USERS_HOOKS: Tuple[Tuple[Any, ...], ...] = (
      "print(flags()); run.report_successful_finish()", 0, "finished", "after SIGTERM", ["check_in", "check_in"]),
     ("handler_that_ends_the_process", "signal.signal(signal.SIGTERM, lambda *args: os._exit(9))\n"
      "run.report_progress(); term()", 9, None, None),
+    ("handler_long_ago", "signal.signal(signal.SIGTERM, lambda *args: None); kill()\n"
+     "aimwatch.SIGNAL_S = 0.0; time.sleep(0.01); run.report_progress(block=True)", 0, "finished", None),
     ("chained", "earlier = signal.getsignal(signal.SIGTERM)\ndef handler(*args):\n"
      " earlier(*args)\n print('received', flags())\nsignal.signal(signal.SIGTERM, handler)\nkill()\nprint('saved')", 0,
      "failed", "terminated by SIGTERM", ["received starting", "saved"]),
@@ -9834,6 +9836,16 @@ class InABrowser(UpCase):
 
 
 class TestStatus(WatchCase):
+    def test_colour_is_for_terminals_without_no_color(self) -> None:
+        self.check_in("a", 1, "failed")
+        for is_terminal, no_color, coloured in ((False, "", 0), (True, "", 1), (True, "1", 0)):
+            os.environ["NO_COLOR"] = no_color
+            stream = mock.Mock(wraps=io.StringIO(), **{"isatty.return_value": is_terminal})
+            with self.subTest(is_terminal=is_terminal, no_color=no_color), contextlib.redirect_stdout(stream):
+                aimwatch.main(["--repo", self.root, "status"])
+            self.assertEqual(stream.getvalue().count("\x1b[31ma "), coloured)
+            self.assertEqual(stream.getvalue().count("\x1b"), 2 * coloured)
+
     def test_without_a_watcher_or_passes_of_once_it_says_so_and_exits_1(self) -> None:
         said = f"repository {self.root}\nno watcher is alive; never looked\n\nno runs with check-ins\n"
         self.assertEqual(self.run_cli("status"), (1, said, ""))
