@@ -5670,9 +5670,8 @@ def reminders(runs: Iterable[WatchedRun], last_s: float, now_s: float, every_s: 
 
 def describe_metrics(state: RunState) -> str:
     """Return the newest metrics of a run: `loss=0.12 (step 400, subset=train), ...`."""
-    newest = sorted(state.series.values(), key=lambda item: -item.last_time)[:5]
     shown = []
-    for series in newest:
+    for series in sorted(state.series.values(), key=lambda item: -item.last_time)[:5]:
         if series.count:
             context = "".join(f", {key}={value}" for key, value in sorted(series.context.items()))
             shown.append(f"{series.name}={series.last:.6g} (step {series.last_step}{context})")
@@ -5929,9 +5928,8 @@ class Groups:
             where = f"are in {place}" if place else "left no stack"
             why = "none differs: the network or a device is the likelier cause"
             return first, f"{self._name(parts)} {where} (since {at}); {why}"
-        how = "stopped first" if len(parts) > 1 else "stopped"
         where = f"in {place}" if place else "and left no stack"
-        text = f"{self._name([first])} on {self.member(first).host} {how} ({at}), {where}"
+        text = f"{self._name([first])} on {self.member(first).host} stopped first ({at}), {where}"
         for place in filter(places.get, order):
             waits = "wait" if len(places[place]) > 1 else "waits"
             text += f"; {self._name(places[place])} " + (f"{waits} in {place}" if place else "left no stack")
@@ -6235,10 +6233,8 @@ class Watcher:
             # Of a stall or a failure people may know, and are reminded.
             if watched is None or known == watched.state == RUNNING:
                 continue
-            why = {RUNNING: "checked in again while it was muted", FINISHED: "finished while it was muted"}
-            note, suffix = why.get(watched.state, "it was muted until now"), f"-muted-{self._utc():.3f}"
-            silent_s = self.looking.total_s - watched.since_s
-            alerted += changes_to_alert(watched, known, silent_s, note, suffix)
+            silent_s, suffix = self.looking.total_s - watched.since_s, f"-muted-{self._utc():.3f}"
+            alerted += changes_to_alert(watched, known, silent_s, "it was muted until now", suffix)
         return alerted
 
     def _read_mutes(self) -> Set[str]:
@@ -6314,7 +6310,7 @@ class Watcher:
         over = [item.hash for item in runs if now_s - item.since_s > KINDS[item.state].keep_s]
         ended = {run for run in over if os.path.exists(self.paths.run_log(run))}
         remove_all(map(self.paths.stack, ended))
-        names = [name for name in self.table.names if name.partition("-")[0] in ended] if ended else ()
+        names = [name for name in self.table.names if name.partition("-")[0] in ended]
         remove_all(os.path.join(self.paths.check_ins, name) for name in names)
 
     def _save(self, now: bool = False, ended: bool = False) -> bool:
@@ -6336,15 +6332,14 @@ class Watcher:
             "groups": self.groups.waiting,
             "runs": [watched.to_list() for watched in self.table.runs.values()],
         }
+        # As the file says; what this one costs counts from the next on.
+        self._save_mono = begun + self._save_pause_s
         try:
             replace_file(self.paths.watcher, to_json(content).encode("ascii"))
             self._saved_as = file_stamp(self.paths.watcher)
         except OSError as error:
             self._warn_once(f"cannot write {self.paths.watcher}: {error.strerror}")
-            self._save_mono = begun + MAX_SAVE_INTERVAL_S
             return False
-        # As the file says; what this one cost counts from the next on.
-        self._save_mono = begun + self._save_pause_s
         self._save_pause_s = min((self._clock() - begun) * SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S)
         return True
 
