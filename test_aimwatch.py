@@ -9957,7 +9957,7 @@ class RankVariables(Case):
                 ("run.rank == None", "3"), ("run.rank in (0, 2)", "02"), ("run['rank'] == 1", ""),
             ):  # fmt: skip
                 with self.subTest(query, indexed=indexed):
-                    for rows in (repo.run_rows(query), site.runs(query)):
+                    for rows in (repo.run_rows(query), site.found(query)):
                         found = {row["hash"] for row in rows}
                         self.assertEqual({hashes[int(rank)] for rank in expected}, found)
                     of_metrics = query or "metric.name == 'loss'"
