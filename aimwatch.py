@@ -1186,9 +1186,9 @@ class AppendFile:
         #: True where nothing may be written before the file is opened again: its path leads elsewhere, its
         #: descriptor is stale, or some of what was written to it is lost.
         self._lost = False
-        #: On a network file system, the size of the file when it was on the disk, the lines since, each with
-        #: the size of the file at its end, and whether the thread found the file in its place. Asking has
-        #: the system send all that was written since, so nobody else asks.
+        #: On a network file system, the size of the file when it was on the disk, and the lines since, with
+        #: the size of the file at its end. The thread alone asks whether the file is in its place, which has
+        #: the system send all that was written since.
         self._must_sync = is_network(os.path.dirname(path))
         self._synced_size = 0
         #: What the last sync reached: of which descriptor, and which size. The writer takes it over when
@@ -1196,7 +1196,6 @@ class AppendFile:
         self._reached = (-1, 0)
         self._syncing = threading.RLock()
         self._unsynced: deque[Tuple[int, bytes]] = deque()
-        self._in_place = True
         self._fd, self._identity = -1, (0, 0)
         self._open()
         if self._must_sync:
@@ -1257,7 +1256,7 @@ class AppendFile:
             log.warning("%s was begun anew: of what it held, only the summary is there", self.path)
         # In one statement: the handler of a signal finds the lines here or there.
         self._unsynced, self._waiting = deque(), deque(lines)
-        self._lost, self._in_place, self._waiting_bytes = False, True, sum(map(len, lines))
+        self._lost, self._waiting_bytes = False, sum(map(len, lines))
 
     def _write(self, line: bytes) -> bool:
         if self._lost:
@@ -1296,7 +1295,8 @@ class AppendFile:
     def _sync_each_second(self) -> None:
         while self._fd >= 0:
             self.sync()
-            self._in_place = is_still(self._identity, self.path, self._fd)
+            if not is_still(self._identity, self.path, self._fd):
+                self._lost = True
             time.sleep(RETRY_S)
 
     def sync(self) -> bool:
@@ -1315,8 +1315,8 @@ class AppendFile:
         """Return True where the path leads to the file that is written; open it again where not. A file that
         was removed takes writes all the same, and nobody finds them."""
         self._settle()
-        in_place = self._in_place if self._must_sync else is_still(self._identity, self.path, self._fd)
-        self._lost = self._lost or not in_place
+        if not self._must_sync and not is_still(self._identity, self.path, self._fd):
+            self._lost = True
         self.flush(now=self._lost)
         return not self._lost
 
@@ -3137,10 +3137,6 @@ def duration_s(row: Dict[str, Any]) -> float:
 ROW_FIELDS = tuple(run_row(RunState("")))
 _HEAD_FIELDS = tuple(field for field in ROW_FIELDS if field not in ("params", "metrics", "log_size"))
 
-# The index is read by this program alone, so NaN and infinities stand in its texts as Python writes them.
-_to_text = json.JSONEncoder(separators=(",", ":")).encode
-_from_text = json.JSONDecoder(parse_constant=float).decode
-
 
 class StoredRow(Dict[str, Any]):
     """A row as the index has it; each of its three texts is decoded when something in it is wanted."""
@@ -3155,7 +3151,7 @@ class StoredRow(Dict[str, Any]):
     def __missing__(self, key: str) -> Any:
         part = {"params": 1, "metrics": 2}.get(key, 0)
         try:
-            value = _from_text(self._texts[part])
+            value = json.loads(self._texts[part])
             self.update({key: value} if part else zip(_HEAD_FIELDS, value))
         except MALFORMED:
             raise IndexUnusable(f"the index holds no row for run {self['hash']}") from None
@@ -3167,7 +3163,7 @@ def stored_parts(row: Dict[str, Any]) -> Tuple[Any, ...]:
     head = [row[field] for field in _HEAD_FIELDS]
     # Archived runs, and ranks but the first, have columns for it: most queries leave them out.
     columns = row["hash"], row["created_at"], row["archived"], fact_value(row["rank"]), row["log_size"]
-    return (*columns, *map(_to_text, (head, row["params"], row["metrics"])))
+    return (*columns, *map(json.dumps, (head, row["params"], row["metrics"])))
 
 
 def facts_of(row: Dict[str, Any]) -> Iterator[Tuple[str, Any]]:

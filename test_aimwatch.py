@@ -684,11 +684,11 @@ class AppendFiles(Case):
 
         def sleep(seconds: float, file: Any = self.file) -> None:
             if fds:
-                file._fd, file._lost = -1, True  # as after `close`
+                file._fd = -1  # as after `close`
 
         with mock.patch.object(os, "fsync", fsync), mock.patch.object(time, "sleep", sleep):
             aimwatch.start_quiet_thread.call_args[0][0]()  # type: ignore[attr-defined]
-        self.assertEqual((len(fds), self.file._in_place), (1, False))
+        self.assertEqual((len(fds), self.file._lost), (1, True))
 
     def test_network_file_systems_are_told_by_the_table_of_mounts(self) -> None:
         device = os.stat(self.root).st_dev
