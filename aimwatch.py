@@ -1665,26 +1665,25 @@ class _Stacks:
 
     def write_missed(self) -> None:
         """Write the stacks for every run that missed its promise."""
-        now = _monotonic()
-        for path, (due_mono, thread) in list(self._due.items()):
-            if due_mono <= now and self._due.pop(path, None) is not None:
-                self._write(path, thread)
-
-    def _write(self, path: str, thread: int) -> None:
         import faulthandler
         import tempfile
 
-        try:
-            with tempfile.TemporaryFile() as local:  # nothing else of Python runs until all is written to it
-                faulthandler.dump_traceback(local)
-                local.seek(0)
-                text = local.read()
-            with os.fdopen(open_below(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
-                file.write(f"Missed its promise in thread {thread:#018x}\n".encode() + text)
-            if path in self._due:  # the run went on meanwhile
-                os.unlink(path)
-        except OSError as error:
-            log.debug("no stacks in %s: %s", path, error.strerror)
+        now = _monotonic()
+        for path, (due_mono, thread) in list(self._due.items()):
+            if due_mono > now or self._due.pop(path, None) is None:
+                continue
+            try:
+                # Nothing else of Python runs until all is written to the local file.
+                with tempfile.TemporaryFile() as local:
+                    faulthandler.dump_traceback(local)
+                    local.seek(0)
+                    text = local.read()
+                with os.fdopen(open_below(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
+                    file.write(f"Missed its promise in thread {thread:#018x}\n".encode() + text)
+                if path in self._due:  # the run went on meanwhile
+                    os.unlink(path)
+            except OSError as error:
+                log.debug("no stacks in %s: %s", path, error.strerror)
 
 
 #: The signals that end a process, and its runs with it.
@@ -4769,7 +4768,7 @@ def dial(address: Tuple[str, int], deadline_mono: float) -> Any:
         return bounded
     except OSError as error:
         # Which of several servers it was is what people ask first.
-        raise type(error)(*error.args[:-1], f"{error.strerror or error}: %s:%s" % address) from None
+        raise type(error)(*error.args[:-1], f"{error.strerror or error}: {address[0]}:{address[1]}") from None
 
 
 def tls_context(deadline_mono: float) -> Any:
@@ -5384,7 +5383,7 @@ class Dispatcher:
         for thread in self._threads.values():
             thread.stopping = True
         self._wake()
-        for thread in filter(NotifierThread.is_alive, self._threads.values()):
+        for thread in self._threads.values():
             thread.join(max(0.0, deadline - time.monotonic()))
         end_programs()
 
