@@ -7960,11 +7960,9 @@ def _stop_signal() -> threading.Event:
     "start",
     f"--grace TIME  silence beyond the promise before a run counts as stalled (default: {DEFAULT_GRACE_S:g})",
     f"--poll-interval TIME  between two looks (default: {DEFAULT_POLL_INTERVAL_S:g})",
-    "--remind-every TIME  notify again of a run that stays stalled, each time that long after the last, "
-    f"at most {MAX_REMINDERS} times: 30m, 2h (default: never)",
+    f"--remind-every TIME  notify again of a run that stays stalled, {MAX_REMINDERS} times (default: never)",
     "--standby  where another watcher holds the repository, wait and take over when it is gone",
-    "--ping-url URL  GET this URL after every poll that went well, for a dead-man's switch "
-    "(default: $AIMWATCH_PING_URL, which no process list shows)",
+    "--ping-url URL  GET this URL after every poll that went well (default: $AIMWATCH_PING_URL)",
     "--once  look once, notify, and exit: 1 when any run is stalled or failed; for cron",
     "--metrics-file PATH  keep in PATH, for the node exporter, what `up` has at /metrics",
 )
@@ -8143,12 +8141,8 @@ STUCK_S = 60.0
 
 
 def watcher_state(paths: RepoPaths, saved: Dict[str, Any], looks: Optional[bool] = None) -> Tuple[bool, str]:
-    """Return whether a watcher is alive, by its lock and by when it last looked as watcher.json says, and
-    the same in words.
-
-    Arguments:
-        looks: whether that file goes on changing; None: see, where the watcher is on another machine.
-    """
+    """Return whether a watcher is alive, and the same in words. `looks` says whether watcher.json goes on
+    changing; None: look, where the watcher is on another machine."""
     seen_at = bounded(saved.get("seen_at"))
     age_s = max(0.0, time.time() - seen_at) if seen_at else math.inf
     ago = f"last looked {human_s(age_s)} ago" if seen_at else "never looked"
@@ -8201,8 +8195,7 @@ def _facts_at(paths: RepoPaths, run_hash: str, stamp: Any) -> Facts:
 
 
 def status_rows(paths: RepoPaths) -> List[Dict[str, Any]]:
-    """Return one object for every run with check-ins: what it last said, and its state as the
-    watcher knows it, where a watcher has seen that very check-in."""
+    """Return an object for every run with check-ins: what it last said, and its state as watchers know it."""
     runs = RunTable(0)
     runs.take(names_in(paths.check_ins, "(?s).*"), 0, 0)
     known = {watched.name: watched for watched in saved_runs(read_watcher_file(paths))}
@@ -8318,8 +8311,7 @@ def _print_status(rows: Sequence[Dict[str, Any]], now: float) -> None:
 
 @command("mute", "RUN", "--for TIME  30m, 2h, 1d (default: 1h)")
 def cmd_mute(args: Any) -> None:
-    """Notify nobody of a run for a while; it is watched all the same, and people are notified after that if
-    it is stalled or failed then."""
+    """Notify nobody of a run for a while, and after that if it is stalled or failed then."""
     paths = find_repo(args.repo)
     paths.create()
     run_hash = _end_mutes(paths, args.run)
@@ -8802,8 +8794,7 @@ def sorted_by(sort: Optional[str], items: List[Any], cell: Callable[[Any, str], 
 def _print_list(
     args: Any, columns: List[str], known: Sequence[str], items: List[Any], cell: Callable[..., Any], noun: str
 ) -> None:
-    """Print what was found as the flags ask: sorted, limited, as a table, JSON or CSV. Raises AimwatchError
-    for a column that is not among the known ones."""
+    """Print what was found as the flags ask. Raises AimwatchError for a column that is not a known one."""
     for column in columns:
         metric = _METRIC_COLUMN.fullmatch(column)
         name = f"metric:{metric[1]}" if metric else re.sub(r"(\.[0-9]+)+$", "", column)
@@ -8980,8 +8971,7 @@ def cmd_diff(args: Any) -> None:
 
 
 def differences(rows: Sequence[Dict[str, Any]]) -> List[List[str]]:
-    """Return for each fact, param and metric in which runs differ, and for what was run where, its name and
-    its values as text."""
+    """Return each fact, param and metric in which runs differ, and where they ran: its name, its values."""
     known = []
     for row in rows:
         facts = {"state": row["state"], **dict(run_fields(row))}
@@ -9084,8 +9074,7 @@ def cmd_plot(args: Any) -> None:
 
 
 def chart(points: Sequence[Tuple[float, float]], width: int, height: int) -> List[str]:
-    """Return lines that draw finite points over `width` by `height` characters, with the scale at
-    the left and the steps below."""
+    """Return lines that draw finite points over `width` by `height` characters, and the scales."""
     if not points:
         return ["no values that can be drawn"]
     xs, ys = zip(*points)

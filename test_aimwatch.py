@@ -9865,18 +9865,14 @@ class TestStatus(WatchCase):
 
     def test_watcher_that_hangs_is_not_alive_and_one_that_polls_seldom_is(self) -> None:
         now = time.time()
-        for interval_s, code in ((0.1, 1), (600.0, 0)):
+        hangs = "holds the watch but does not look, or its disk is full; last looked"
+        for interval_s, code, text in ((0.1, 1, hangs), (600.0, 0, "watched by")):
             with self.subTest(interval_s=interval_s):
                 watcher = self.watch(utc=lambda: now, poll_interval_s=interval_s)
                 with mock.patch.object(aimwatch.time, "time", lambda: now + 100):
                     found, out, _ = self.run_cli("status")
                 watcher.close()
                 self.assertEqual(found, code, out)
-                text = (
-                    "holds the watch but does not look, or its disk is full; last looked"
-                    if code
-                    else "watched by"
-                )
                 self.assertIn(text, out)
 
 
