@@ -5457,9 +5457,8 @@ class WatchedRun:
         self.stalls: List[float] = []
         #: Which rank of which group it is, once that was read.
         self.member: Optional[Member] = None
-        #: When its marker is to be looked at: also at first sight, since who held it then is known to be gone
-        #: when it is free. Whether this watcher has found it locked, and since when it was free, which means
-        #: nothing any more when a check-in came later.
+        #: When its marker is to be looked at, whether it was ever found locked, which at first sight too says
+        #: that locks are seen here, and since when it was free: nothing where a check-in came later.
         self.look_s, self.was_held, self.free_s = now_s, False, -1.0
         self.take(check_in, name, now_s, now_utc)
 
@@ -6102,11 +6101,8 @@ class Watcher:
             self._events = [{**item} for item in saved["events"]]
             for key, (since_s, notes) in dict(saved["groups"]).items():
                 self.groups.waiting[key] = float(since_s), dict(notes)
-        except MALFORMED:
+        except MALFORMED:  # missing or damaged: of what it saw, the outbox knows what was alerted
             between_s = 0.0
-            if not self._first:
-                what = "what ended counts as new, unless the outbox says that it was alerted"
-                log.warning("%s is missing or damaged: %s", self.paths.watcher, what)
         if not self._once:
             looking.gap(between_s)
         elif between_s < math.inf:
