@@ -5190,10 +5190,8 @@ class NotifierThread(threading.Thread):
         self._dispatcher = dispatcher
         #: Set where it is to look into the outbox, and where it is to end after the attempt in flight.
         self.woken, self.stopping = threading.Event(), False
-        #: As what it was last tried, what came of that, how many attempts in a row have failed, since when,
-        #: and until when it rests.
-        self._tried, self._last, self.failures = notifier, SENT, 0
-        self._failed_mono, self._rests_until = 0.0, -math.inf
+        #: As what it was last tried, how many attempts in a row have failed, since when, until when it rests.
+        self._tried, self.failures, self._failed_mono, self._rests_until = notifier, 0, 0.0, -math.inf
 
     def batch(self) -> List[Facts]:
         """Return what is to be sent in the next message."""
@@ -5227,26 +5225,25 @@ class NotifierThread(threading.Thread):
         """Send `batch` in one message, and return how long to rest."""
         name = f"{notifier.type} {notifier.shown_as}"
         outcome = deliver(notifier, batch)
-        kind, reason, failures = outcome.kind, outcome.detail, self.failures
+        kind, reason, broken = outcome.kind, outcome.detail, self._dispatcher.outbox.broken
         if kind == SENT:
-            if failures:
-                log.info("notifier %s is reached again", name)
             if notifier.type != "logger":  # whose messages say it themselves
                 log.info("notifier %s was sent %s: %s", name, plural(len(batch), "event"), reason)
-            self._last, self.failures = kind, 0
+            self.failures = 0
             self._dispatcher.note(self.id, "", {"sent": [event["id"] for event in batch], "to": self.id})
             return 0.0 if notifier.type == "logger" else COLLECT_S
         if notifier is not self._dispatcher.usable.get(self.id):
             return MIN_POST_GAP_S  # as it is configured now, it has not been tried
-        if kind != self._last:
+        self.failures += 1
+        if self.failures == 1:
+            self._failed_mono = _monotonic()
+        if self.failures == 1 or (kind == BROKEN and self.id not in broken):
             kept = "what waits is kept until it is mended; see 'notifiers list'"
             log.warning("notifier %s: %s; %s", name, reason, kept if kind == BROKEN else "trying again")
-        self._failed_mono = self._failed_mono if failures else _monotonic()
-        self._last, self.failures = kind, failures + 1
         if kind == BROKEN:
             self._dispatcher.note(self.id, reason)
             return BROKEN_RETRY_S
-        if _monotonic() - self._failed_mono >= OUTAGE_S and self.id not in self._dispatcher.outbox.broken:
+        if _monotonic() - self._failed_mono >= OUTAGE_S and self.id not in broken:
             self._dispatcher.note(self.id, f"tried in vain for {human_s(OUTAGE_S)}: {reason}")
         return max(back_off_s(self.failures, os.urandom(1)[0] / 256), outcome.wait_s, MIN_POST_GAP_S)
 
