@@ -7973,26 +7973,22 @@ def cmd_start(args: Any) -> int:
             f"of starts, finishes and log messages Aim's watcher notifies and this one does not: '{called} "
             f"notifiers enable {enabled[0].shown_as} --events {','.join(EVENTS)}' changes that"
         )
-    stop = _stop_signal()
-
-    def watch(watcher: Watcher) -> int:
-        if args.once:
-            return _one_pass(watcher, stop, args)
-        return _watch(watcher, stop, handler, args.ping_url, args.metrics_file)
-
-    return _take_watch(paths, args, stop, watch)
+    return _take_watch(paths, args, _stop_signal(), handler)
 
 
 STANDBY_INTERVAL_S = 2.0
 
 
-def _take_watch(paths: RepoPaths, args: Any, stop: threading.Event, watch: Callable[[Watcher], int]) -> int:
-    """Return what `watch` returns of the watcher; with --standby as soon as no other one watches."""
+def _take_watch(paths: RepoPaths, args: Any, stop: threading.Event, handler: Any) -> int:
+    """Watch, with --standby as soon as no other process watches, and return the exit code."""
     held_by, seen_at, frozen = "", SeenAt(paths), False
     options = args.grace, args.poll_interval, args.once, args.remind_every or 0.0
     while not stop.is_set():
         try:
-            return watch(Watcher(paths, *options, wait=stop.wait, seize=frozen))
+            watcher = Watcher(paths, *options, wait=stop.wait, seize=frozen)
+            if args.once:
+                return _one_pass(watcher, stop, args)
+            return _watch(watcher, stop, handler, args.ping_url, args.metrics_file)
         except RepoError as error:
             # Who stands by is there for the bad day: a share that is away ends nobody's standing by.
             if not args.standby or not (held_by or isinstance(error, WatcherBusyError)):
@@ -8656,7 +8652,6 @@ def _notifiers_to_use(paths: RepoPaths, args: Any, name: str = "") -> List[Notif
 
 def _send_sample(paths: RepoPaths, notifiers: Sequence[Notifier]) -> int:
     """Send a sample of an alert, say what came of it, and return the exit code."""
-    _log_to_stderr(timed=True)
     sample = {
         "event": STALLED,
         "repo": paths.root,
@@ -8674,6 +8669,7 @@ def _send_sample(paths: RepoPaths, notifiers: Sequence[Notifier]) -> int:
 
 def _deliver_now(notifiers: Iterable[Notifier], facts: Facts, stream: Any) -> int:
     """Send one message past the outbox, say on `stream` what came back, and return the exit code."""
+    _log_to_stderr(timed=True)  # where the notifiers that are loggers write
     code = 0
     for item in notifiers:
         outcome = Outcome(BROKEN, item.problem) if item.problem else deliver(item, [facts])

@@ -4805,7 +4805,8 @@ class RunCommands(StoredCase):
         (text,) = server.texts()
         self.assertTrue(text.startswith("the last 1 h in "), text)
         self.assertIn(" failed: OSError: [Errno 28] No space left on device (full-11 (", text)
-        self.assertIn("NOT delivered: ", self.fine("report", "--send", code=1))
+        self.configure(log={"type": "logger"})
+        self.assertRegex(self.fine("report", "--send", code=1), "NOT delivered: .*\n.* INFO    the last 1 d in ")
         live.close()
 
     def test_run_notes_its_commit_and_where_its_output_goes(self) -> None:
@@ -8831,19 +8832,20 @@ class TestStandby(WatchCase):
         self.assertEqual(sorted(self.sent()), [("a", "failed"), ("b", "failed")])
 
     def test_standing_by_outlasts_a_repository_that_is_away(self) -> None:
-        args = types.SimpleNamespace(grace=1, poll_interval=1, once=False, remind_every=0, standby=True)
+        args = mock.Mock(remind_every=0, once=False)
         stop = mock.Mock(**{"is_set.return_value": False})
         away, busy = aimwatch.RepoError("away"), aimwatch.WatcherBusyError("busy")
-        with mock.patch.object(aimwatch, "Watcher", side_effect=[busy, away, away, busy, "watcher"]):
+        ways = mock.Mock(side_effect=[busy, away, away, busy, "watcher"])
+        with mock.patch.multiple(aimwatch, Watcher=ways, _watch=mock.Mock()):
             with self.assertLogs(aimwatch.log, "INFO") as logged:
-                found = aimwatch._take_watch(self.paths, args, stop, lambda watcher: watcher)
-        self.assertEqual(found, "watcher")
+                aimwatch._take_watch(self.paths, args, stop, None)
+            self.assertEqual(aimwatch._watch.call_args[0][0], "watcher")
         said = [record.getMessage() for record in logged.records]
         self.assertEqual(said, ["standing by: busy", "standing by: away", "standing by: busy"])
         for first in (away, busy):
             args.standby = first is away
             with mock.patch.object(aimwatch, "Watcher", side_effect=first):
-                self.assertRaises(aimwatch.RepoError, aimwatch._take_watch, self.paths, args, stop, int)
+                self.assertRaises(aimwatch.RepoError, aimwatch._take_watch, self.paths, args, stop, None)
 
 
 # -------------------------------------------------------------------- machines that see each other late
@@ -8955,11 +8957,13 @@ class TestTwoMachines(WatchCase):
         first = self.watching("--standby", "--poll-interval", "1")
         time.sleep(0.5)  # it has looked and saved, and is stopped long before it looks again
         first.send_signal(signal.SIGSTOP)
-        args = types.SimpleNamespace(grace=1, poll_interval=0.1, once=False, remind_every=0, standby=True)
+        args = mock.Mock(grace=1, poll_interval=0.1, once=False, remind_every=0)
+        watch = mock.Mock()
         # With 3 intervals: 0.5 s.
-        patches = mock.patch.multiple(aimwatch, FROZEN_S=-2.5, STANDBY_INTERVAL_S=0.1)
+        patches = mock.patch.multiple(aimwatch, FROZEN_S=-2.5, STANDBY_INTERVAL_S=0.1, _watch=watch)
         with patches, self.assertLogs(aimwatch.log, "INFO") as logged:
-            second = aimwatch._take_watch(self.paths, args, threading.Event(), lambda watcher: watcher)
+            aimwatch._take_watch(self.paths, args, threading.Event(), None)
+        second = watch.call_args[0][0]
         self.assertIn("standing by: ", logged.output[0])
         self.assertIn(f"process {first.pid} on ", logged.output[1])
         self.assertIn("holds the watch of ", logged.output[1])
