@@ -4806,7 +4806,8 @@ class RunCommands(StoredCase):
         self.assertTrue(text.startswith("the last 1 h in "), text)
         self.assertIn(" failed: OSError: [Errno 28] No space left on device (full-11 (", text)
         self.configure(log={"type": "logger"})
-        self.assertRegex(self.fine("report", "--send", code=1), "NOT delivered: .*\n.* INFO    the last 1 d in ")
+        err = self.fine("report", "--send", code=1)
+        self.assertRegex(err, r"NOT delivered: .*\n.* INFO +the last 1 d in ")
         live.close()
 
     def test_run_notes_its_commit_and_where_its_output_goes(self) -> None:
