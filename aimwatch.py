@@ -2153,9 +2153,7 @@ class Run:
             message = "%s has no record locks: a second writer of run %s would not be noticed"
             log.warning(message, self._paths.pending, self.hash)
         elif not locked:
-            header: Dict[str, Any] = {}
-            with contextlib.suppress(OSError):
-                header = read_log(self._paths.run_log(self.hash), self.hash).header
+            header = (load_run(self._paths, self.hash)[0] or self._state).header
             host = printable(str(header.get("host", "?")), 100)
             raise RunBusyError(
                 f"run {self.hash} is being written by process {header.get('pid', '?')} on {host}"
