@@ -7724,7 +7724,7 @@ def listen(host: str, port: int, uds: Optional[str]) -> Any:
             return socket.create_server(uds, family=socket.AF_UNIX, backlog=128)
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=128)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # a name such as a..b is a ValueError
         why = getattr(error, "strerror", None) or error
         flags = f"--host {host} --port {port}" if uds is None else f"--uds {uds}"
         ways = "a free --port from 1024 up, 0 for any, or another path"

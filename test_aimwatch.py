@@ -9668,7 +9668,8 @@ class UpProcess(UpCase):
 
     def test_where_it_listens(self) -> None:
         for argv, words in (
-            (["--host", "256.0.0.1"], "--host 256.0.0.1.*from 1024 up"), (["--port", "65536"], "must be 0-65535.*--port 65536"),
+            (["--host", "256.0.0.1"], "--host 256.0.0.1.*from 1024 up"), (["--host", "a..b"], "--host a[.][.]b"),
+            (["--port", "65536"], "must be 0-65535.*--port 65536"),
             (["--port", "x"], "not a whole number"), (["--uds", self.root], f"Address already in use.*--uds {self.root}"),
         ):  # fmt: skip
             with self.subTest(argv=argv):
