@@ -6942,8 +6942,6 @@ def point_columns(points: List[List[Any]]) -> Dict[str, Any]:
 
     steps, values, times = ([float(point[at]) for point in points] for at in (1, 2, 3))
     epochs = [float(point[4]) if len(point) > 4 else math.nan for point in points]
-    if not 0 <= min(times) <= max(times) < MAX_TIME_S:
-        raise ValueError("a time that is none")
     columns = {"step": steps, "value": values, "time": times, "epoch": epochs}
     return {name: array.array("d", column) for name, column in columns.items()}
 

@@ -9430,6 +9430,10 @@ class Pages(StoredCase):
             self.assertEqual(table[0], list(rows[0]))
             self.assertEqual(len(table) - 1, len(rows))
             self.assertEqual(self.get("", query).count('"checkbox" name="run"'), len(rows))
+        with mock.patch.object(aimwatch, "PAGE_RUNS", 1):
+            text = self.get("", "q=run.n+%3E+0&page=2")
+        for link in ("?q=run.n+%3E+0&amp;page=3", "?q=run.n+%3E+0&amp;sort=name"):
+            self.assertIn(f'<a href="{link}">', text)
         code, out, _ = self.run_cli("runs", "--json", "--sort=-n", "--columns", "hash,n")
         self.assertEqual(json.loads(out), json.loads(self.get("api/runs", "sort=-n&columns=hash,n")))
 
