@@ -1063,8 +1063,6 @@ class RunState:
         self.props: Dict[str, Any] = {}
         self.series: Dict[int, SeriesState] = {}
         self.end: Optional[Dict[str, Any]] = None
-        #: The newest messages that were logged at error level.
-        self.errors: deque[str] = deque(maxlen=3)
         self.next_idx = 1
         self.last_time = 0.0
         self.skipped = 0
@@ -1103,8 +1101,6 @@ class RunState:
                 self.props.update(props)
             elif "log" in record:
                 self._seen(record["time"])
-                if int(record["log"]) >= logging.ERROR:
-                    self.errors.append(str(record["message"])[:1000])
             elif record["end"] in (FINISHED, FAILED):
                 self.next_idx = max(self.next_idx, int(_in_range(int(record["idx"]), MAX_IDX)) + 1)
                 self._seen(record["time"])
@@ -1144,8 +1140,7 @@ class RunState:
         """Return the whole state as a record, from which `apply` builds it again."""
         plain = ("header", "params", "props", "end", "next_idx", "last_time")
         series = [series.to_list() for series in list(self.series.values())]
-        known = {name: getattr(self, name) for name in plain}
-        return {"checkpoint": 1, **known, "series": series, "errors": list(self.errors)}
+        return {"checkpoint": 1, **{name: getattr(self, name) for name in plain}, "series": series}
 
     def _restore(self, record: Dict[str, Any]) -> None:
         # Into another state first: half a checkpoint would be a lie.
@@ -1155,7 +1150,6 @@ class RunState:
         if record["checkpoint"] != 1 or not all(map(state.apply, records)):
             raise ValueError("another format")
         state.series = {item.id: item for item in map(SeriesState.from_list, record["series"])}
-        state.errors.extend(map(str, record["errors"]))
         next_idx = int(_in_range(int(record["next_idx"]), MAX_IDX))
         state.next_idx = max(self.next_idx, state.next_idx, next_idx)
         state.last_time = max(self.last_time, state._seen(record["last_time"]))
@@ -4194,8 +4188,7 @@ AIM_DEFAULT_MESSAGE = "❗️ Something wrong with Run '{run.hash}'. Please chec
 TEMPLATE_FIELDS = (
     *("event", "message", "repo", "time", "run.hash", "run.name", "run.experiment", "run.host", "run.pid"),
     *("run.job", "run.user", "run.rank", "run.stdout", "run.last_seen", "run.promised", "run.silent"),
-    *("run.process", "run.reason", "run.frames", "run.output", "run.metrics", "run.progress", "run.errors"),
-    "run.messages",
+    *("run.process", "run.reason", "run.frames", "run.output", "run.metrics", "run.progress", "run.messages"),
 )
 KNOWN_FIELDS = ", ".join("{%s}" % field for field in TEMPLATE_FIELDS)
 _TEMPLATE_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_.]*)\}")
@@ -4555,7 +4548,6 @@ def default_message(facts: Facts) -> str:
         "it left no stacks: no Python code can run in it, it cannot write them, or they are off" * stuck,
         "last metrics: {run.metrics}",
         "progress: {run.progress}",
-        "last errors logged:\n{run.errors}",
         f"where it {'hangs' if stalled else 'failed'}, innermost last:\n{{run.frames}}",
         "its last output:\n{run.output}",
     ]
@@ -5692,7 +5684,6 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
     facts["look"] = f"show {run_hash}"
     facts["run.metrics"] = describe_metrics(state)
     facts["run.progress"] = describe_progress(state)
-    facts["run.errors"] = "\n".join(f"  {printable(text, 200)}" for text in state.errors)
     end = state.header.get("signal") if state.end is None else state.end
     if state.end is not None:
         facts["run.state"] = state.end["end"]
@@ -5771,7 +5762,7 @@ def message_facts(paths: RepoPaths, run_hash: str, messages: Sequence[Dict[str, 
     if len(messages) > len(lines):
         lines.insert(0, "  ...")
     said = {"event": LOG, "run.reason": plural(len(messages), "message"), "run.messages": "\n".join(lines)}
-    return {**run_facts(paths, run_hash), **said, "run.frames": "", "run.output": "", "run.errors": ""}
+    return {**run_facts(paths, run_hash), **said, "run.frames": "", "run.output": ""}
 
 
 # ======================================================================================
