@@ -8212,18 +8212,32 @@ def status_rows(paths: RepoPaths) -> List[Dict[str, Any]]:
 def cmd_status(args: Any) -> int:
     """Show every live run, and whether a watcher is alive. Exits 1 when any run is stalled or failed that
     nobody has acknowledged, or no watcher is alive."""
-    paths = find_repo(args.repo)
-    found = status_object(paths)
+    found, now = status_object(find_repo(args.repo)), time.time()
+    rows = found["runs"]
+    bad = any(row["state"] in (STALLED, FAILED) and not row["acknowledged_by"] for row in rows)
+    code = 0 if found["watcher"]["alive"] and not bad else 1
     if args.json:
         print_json(found)
-    else:
-        top = f"repository {found['repo']}", found["watcher"]["text"], found["modes"]
-        print("\n".join(filter(None, top)))
-        for item in found["notifiers_that_do_not_work"]:
-            print(notifier_trouble(item))
-        _print_status(found["runs"], time.time())
-    bad = any(row["state"] in (STALLED, FAILED) and not row["acknowledged_by"] for row in found["runs"])
-    return 0 if found["watcher"]["alive"] and not bad else 1
+        return code
+    top = f"repository {found['repo']}", found["watcher"]["text"], found["modes"]
+    troubles = map(notifier_trouble, found["notifiers_that_do_not_work"])
+    print("\n".join(filter(None, (*top, *troubles))))
+    live, cells, more = with_groups_as_one(row for row in rows if row["state"] != FINISHED), [], []
+    for row in live:
+        name = row["name"] if row["name"] != row["hash"] else ""
+        last, promise, *below = live_fields(row, now).values()
+        cells.append((short_hash(row["hash"]), row["state"], last, promise, name, row["host"] or ""))
+        more.append(below)
+    header, *lines = table(("RUN", "STATE", "LAST SEEN", "PROMISE", "NAME", "HOST"), cells)
+    if live:
+        print(f"\n{header}")
+    is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for row, line, below in zip(live, lines, more):
+        print(f"\x1b[{KINDS[row['state']].colour}m{line}\x1b[0m" if is_coloured else line)
+        print_below(*below)
+    said = (f"{count} {state}" for state, count in Counter(row["state"] for row in rows).items())
+    print("\n" + (", ".join(said) or "no runs with check-ins"))
+    return code
 
 
 def notifier_trouble(item: Dict[str, Any]) -> str:
@@ -8264,25 +8278,6 @@ def with_groups_as_one(rows: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
             worst.update({field: first[field] for field in of_rank_0}, members=members)
         found.append(worst)
     return found
-
-
-def _print_status(rows: Sequence[Dict[str, Any]], now: float) -> None:
-    live = with_groups_as_one(row for row in rows if row["state"] != FINISHED)
-    cells, more = [], []
-    for row in live:
-        name = row["name"] if row["name"] != row["hash"] else ""
-        last, promise, *below = live_fields(row, now).values()
-        cells.append((short_hash(row["hash"]), row["state"], last, promise, name, row["host"] or ""))
-        more.append(below)
-    header, *lines = table(("RUN", "STATE", "LAST SEEN", "PROMISE", "NAME", "HOST"), cells)
-    if live:
-        print(f"\n{header}")
-    is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for row, line, below in zip(live, lines, more):
-        print(f"\x1b[{KINDS[row['state']].colour}m{line}\x1b[0m" if is_coloured else line)
-        print_below(*below)
-    said = (f"{count} {state}" for state, count in Counter(row["state"] for row in rows).items())
-    print("\n" + (", ".join(said) or "no runs with check-ins"))
 
 
 @command("mute", "RUN", "--for TIME  30m, 2h, 1d (default: 1h)")
