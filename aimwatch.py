@@ -5394,7 +5394,8 @@ def bounded(value: Any) -> float:
     return float(value) if type(value) in (int, float) and 0 <= value <= 1e10 else 0.0
 
 
-#: A gap of more than this, and nobody is accused until the watcher has looked for another while.
+#: A gap of more than this, and nobody is accused until the watcher has looked for another while. A listing
+#: that takes longer was no looking: it waited for the file system.
 GAP_S, HOLD_S = 10.0, 30.0
 
 
@@ -5739,8 +5740,9 @@ def change_facts(paths: RepoPaths, change: Change) -> Facts:
         if not change.suffix:
             facts["run.reason"], facts["run.silent"] = change.note, ""
         visible = run_facts(paths, change.visible)
-        facts.update({field: visible.get(field, "") for field in ("run.name", "run.metrics")})
-        facts["run.hash"], facts["look"] = change.visible, f"show {change.visible}"
+        facts.update(
+            {field: visible.get(field, "") for field in ("run.hash", "run.name", "run.metrics", "look")}
+        )
     if change.kind == RECOVERED:
         how = "finished" if watched.state == FINISHED else "checked in again"
         after = "it had failed" if change.old_state == FAILED else f"{human_s(change.silent_s)} of silence"
@@ -5788,10 +5790,10 @@ class Member(NamedTuple):
 
 def where_it_hangs(paths: RepoPaths, run_hash: str) -> str:
     """Return the innermost place in the user's own files where a run hangs, with the innermost function that
-    it has called from there: `train.py:88 main (all_reduce)`; "" where it left no stack."""
+    it has called from there: `train.py:88 main (all_reduce)`."""
     frames = main_stack(paths, run_hash)
     if not frames:
-        return ""
+        return "an unknown place (no stack)"
     own = next((frame for frame in reversed(frames) if not _LIBRARY.search(frame[0])), frames[0])
     called = f" ({frames[-1][2]})" if own is not frames[-1] else ""
     return printable(f"{os.path.basename(own[0])}:{own[1]} {own[2]}{called}", 200)
@@ -5800,7 +5802,7 @@ def where_it_hangs(paths: RepoPaths, run_hash: str) -> str:
 class Groups:
     """Which runs belong together, and what has become of them that is not alerted yet."""
 
-    def __init__(self, paths: RepoPaths, wait_s: float = ROLL_CALL_S) -> None:
+    def __init__(self, paths: RepoPaths, wait_s: float) -> None:
         self.paths = paths
         self._wait_s = wait_s
         #: By kind of change and group, as watcher.json keeps it: since when it waits for the others, and what
@@ -5902,17 +5904,15 @@ class Groups:
             places.setdefault(where_it_hangs(self.paths, watched.hash), []).append(watched)
         # The one that stopped is where the fewest are, not in a function that waits, and silent the longest.
         order = sorted(places, key=lambda place: (len(places[place]), bool(_WAITS.search(place))))
-        first, place = places[order[0]].pop(0), order[0]
+        first = places[order[0]].pop(0)
         at = time.strftime("%H:%M:%S", time.localtime(first.since_utc))
         if len(parts) > len(places) == 1:
-            where = f"are in {place}" if place else "left no stack"
             why = "none differs: the network or a device is the likelier cause"
-            return first, f"{self._name(parts)} {where} (since {at}); {why}"
-        where = f"in {place}" if place else "and left no stack"
-        text = f"{self._name([first])} on {self.member(first).host} stopped first ({at}), {where}"
+            return first, f"{self._name(parts)} are in {order[0]} (since {at}); {why}"
+        text = f"{self._name([first])} on {self.member(first).host} stopped first ({at}), in {order[0]}"
         for place in filter(places.get, order):
             waits = "wait" if len(places[place]) > 1 else "waits"
-            text += f"; {self._name(places[place])} " + (f"{waits} in {place}" if place else "left no stack")
+            text += f"; {self._name(places[place])} {waits} in {place}"
         return first, text
 
     def _say_failed(self, parts: List[WatchedRun], notes: Dict[str, str]) -> Tuple[WatchedRun, str]:
@@ -5975,8 +5975,6 @@ def saved_runs(saved: Dict[str, Any]) -> Iterator[WatchedRun]:
 
 
 DEFAULT_GRACE_S, DEFAULT_POLL_INTERVAL_S = 100.0, 1.0
-#: A listing that takes longer than this was not looking, it was waiting for the file system.
-MAX_LISTING_S = 10.0
 #: watcher.json is written when its last writing was this many times its own cost ago.
 SAVE_COST_FACTOR, MAX_SAVE_INTERVAL_S = 100.0, 10.0
 #: What ends the name of a run's messages that the watcher took, until their alert is recorded.
@@ -6117,7 +6115,7 @@ class Watcher:
             self.trouble = ""
         arrived = self.looking.look(before, self.poll_interval_s + 1) and self.looks > 0
         listed_s = self.looking.total_s
-        self.looking.look(self._clock(), MAX_LISTING_S)
+        self.looking.look(self._clock(), GAP_S)
         self.dispatcher.reload_if_changed()
         self._send()  # what the last watcher, or an error, left
         now_s, first, self._first = self.looking.total_s, self._first, False
@@ -6154,7 +6152,7 @@ class Watcher:
                     unlink_below(path)
         self._sweep()
         self.outbox.write()
-        self.looking.look(self._clock(), MAX_LISTING_S)
+        self.looking.look(self._clock(), GAP_S)
         self._save()
         self.looks += 1
 

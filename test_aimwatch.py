@@ -10022,9 +10022,9 @@ class RollCalls(WatchCase):
             ("one of two loads", 2, {0: LOADS}, "rank 0 on node0 stopped first (AT), in data.py:41 read_shard; "
              "rank 1 waits in train.py:88 main (all_reduce)"),
             ("all wait", 4, {}, f"ranks 0-3 are in train.py:88 main (all_reduce) (since AT){last}"),
-            ("one left none", 4, {2: []}, "rank 2 on node0 stopped first (AT), and left no stack; "
+            ("one left none", 4, {2: []}, "rank 2 on node0 stopped first (AT), in an unknown place (no stack); "
              "ranks 0, 1 and 3 wait in train.py:88 main (all_reduce)"),
-            ("nobody left any", 2, {0: [], 1: []}, f"ranks 0 and 1 left no stack (since AT){last}"),
+            ("nobody left any", 2, {0: [], 1: []}, f"ranks 0 and 1 are in an unknown place (no stack) (since AT){last}"),
         ):  # fmt: skip
             with self.subTest(what):
                 self.doCleanups()
@@ -10065,7 +10065,12 @@ class RollCalls(WatchCase):
         watcher = self.watch()
         self.look(watcher, 40)
         self.assertEqual(
-            [("stalled", "rank 1 on node0 stopped first (AT), and left no stack; rank 0 still running")],
+            [
+                (
+                    "stalled",
+                    "rank 1 on node0 stopped first (AT), in an unknown place (no stack); rank 0 still running",
+                )
+            ],
             self.reasons(),
         )
 
