@@ -5740,9 +5740,8 @@ def change_facts(paths: RepoPaths, change: Change) -> Facts:
         if not change.suffix:
             facts["run.reason"], facts["run.silent"] = change.note, ""
         visible = run_facts(paths, change.visible)
-        facts.update(
-            {field: visible.get(field, "") for field in ("run.hash", "run.name", "run.metrics", "look")}
-        )
+        for field in ("run.hash", "run.name", "run.metrics", "look"):
+            facts[field] = visible.get(field, "")
     if change.kind == RECOVERED:
         how = "finished" if watched.state == FINISHED else "checked in again"
         after = "it had failed" if change.old_state == FAILED else f"{human_s(change.silent_s)} of silence"
