@@ -6994,8 +6994,6 @@ class Scale:
         low, high = self._to(min(values)), self._to(max(values))
         more = (high - low) * margin if low < high else abs(low) * 0.05 or 0.5
         self.low, self.high = low - more, high + more
-        if not math.isfinite(self.high - self.low):
-            raise OverflowError("the numbers are too large")
 
     def at(self, value: float) -> float:
         """Return where a value lies; what is far outside is just outside."""

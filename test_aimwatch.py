@@ -9329,6 +9329,10 @@ class Charts(unittest.TestCase):
             with self.subTest(steps=steps, query=query):
                 self.drawn([1.0, 2.0], query, step=steps, time=[1000 + step for step in steps])
                 self.assertEqual(" ".join(re.findall('class="x"[^>]*>([^<]*)', self.svg)), ticks)
+        self.assertEqual(re.findall('class="y"[^>]*>([^<]*)', self.svg), ["1", "1.5", "2"])
+        self.assertEqual(self.svg.count("<path "), 3 + 7)
+        self.drawn([1.0, 2.0], "x=time")
+        self.assertRegex(self.svg, r'class="x"[^>]*>\d\d:\d\d:\d\d<')
 
 
 class Followers(StoredCase):
