@@ -5621,11 +5621,6 @@ class RunTable:
         """True where a live run's marker was free at the last look, and may be so by chance."""
         return any(item.state in LIVE and item.free_s >= item.since_s for item in self.runs.values())
 
-    def end(self, watched: WatchedRun, state: str, now_s: float, note: str) -> List[Change]:
-        """Note that a run has ended though no check-in says so, and return what that changes."""
-        old_state, watched.state, watched.stalls = watched.state, state, []
-        return changes_to_alert(watched, old_state, now_s - watched.since_s, note)
-
 
 #: How often at most people are reminded of a stalled run.
 MAX_REMINDERS = 10
@@ -5812,11 +5807,10 @@ class Groups:
         """Return which rank a run is of."""
         if watched.member is None:
             watched.member = Member()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, *MALFORMED):  # of most runs, no rank is known
                 header = read_log(self.paths.run_log(watched.hash), watched.hash, FACTS_BYTES).header
-                if isinstance(header.get("group"), str) and isinstance(header.get("rank"), int):
-                    host = printable(str(header.get("host")), 100)
-                    watched.member = Member(header["group"], header["rank"], host)
+                host = printable(str(header.get("host")), 100)
+                watched.member = Member(str(header["group"]), int(header["rank"]), host)
         return watched.member
 
     def by_group(self, runs: Dict[str, WatchedRun]) -> Dict[str, Dict[int, WatchedRun]]:
@@ -6192,7 +6186,9 @@ class Watcher:
         if end is None:
             return []
         self.on_dead(watched.hash)
-        return self.table.end(watched, end["end"], now_s, printable(str(end.get("reason") or "")))
+        old_state, watched.state, watched.stalls = watched.state, end["end"], []
+        reason = printable(str(end.get("reason") or ""))
+        return changes_to_alert(watched, old_state, now_s - watched.since_s, reason)
 
     def _unmuted(self, changes: Sequence[Change], muted: Set[str]) -> List[Change]:
         """Return of `changes` those that are to be alerted now: for the runs whose mute has ended, what

@@ -8255,7 +8255,7 @@ class TestAcknowledged(WatchCase):
         watcher = self.watch()
         self.look(watcher, 6)
         self.fine("ack", "--all")
-        watcher.table.end(watcher.table.runs["s"], "failed", 7.0, "")
+        watcher.table.runs["s"].state = "failed"
         watcher.close()
         self.fine("status", code=1)
 
