@@ -1481,9 +1481,6 @@ def describe_session() -> Dict[str, Any]:
     for system, variable in (("lsf", "LSB_JOBID"), ("pbs", "PBS_JOBID"), ("slurm", "SLURM_JOB_ID")):
         if os.environ.get(variable):
             session["job"] = f"{system} {os.environ[variable]}"
-    array = [os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK")]
-    if all(array):
-        session["job"] = "slurm {}_{}".format(*array)
     return session
 
 

@@ -2769,7 +2769,7 @@ class QueryTableTest(IndexCase):
             ("0 < run.hparams.bs / 3 < 11 and run.hparams.bs // 3 == 10 and run.hparams.bs % 3 == 2", "a"),
             ("-run.hparams.bs // 3 == -11 and 2 ** -1 == run.hparams.bs / 64", "a"),
             ("run.hparams.bs / 0 == 1", ""), ("not run.hparams.bs / 0 == 1", "a b"),
-            ("run.text + 'x' == '3x'", "a"), ("run.text + 1 == 4", ""), ("run.n ** 999999 > 1", ""), ("'x' * 10**12 == 1", ""),
+            ("run.text + 'x' == '3x'", "a"), ("run.text + 1 == 4", ""), ("run.n ** 999999 > 1", ""), ("'x' * 10**12 == 1", ""), ("len(run.hparams.layers + [1]) == 4", "a"),
             ("(run.no or 7) == 7", "a b"), ("(run.flag and run.n) == 3", "a"), ("(run.n == 3) + 1 == 2", "a b"),
             ("abs(run.n - 4) == 1 and len(run.hparams) == 5 and sum([1, 2]) == 3", "a"),
             ("int(run.text) == round(run.n + 0.2)", "a"),
