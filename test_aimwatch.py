@@ -7174,6 +7174,8 @@ class NotifiersAdd(NotifierCase):
         listed = r"\nops  +logger +enabled .*\n  only where run.user == 'ann'\nall  +logger +enabled "
         self.assertRegex(self.fine("notifiers", "list"), listed)
         self.fine("notifiers", "disable", "ops")
+        self.fine("notifiers", "enable", "all", "--events", "log")
+        self.assertEqual([entry["events"][-1] for entry in self.entries().values()], ["failed", "log"])
         self.assertEqual(self.fine("notifiers", "test", "ops")[:12], "logger ops: ")
         self.fine("notifiers", "remove", "ops", "--yes")
 
@@ -8589,12 +8591,14 @@ class TestStart(WatchCase):
         self.check_in("b", 1, "finished")
         self.check_in("c", 1, "failed")
         self.configure(somebody={"type": "logger", "events": ["failed"]})
-        watcher = self.start_watcher("--grace", "30")
+        metrics = os.path.join(self.root, "x.prom")
+        watcher = self.start_watcher("--grace", "30", "--metrics-file", metrics)
         self.assertRegex(
             watcher.first_line,
             rf"INFO +watching {self.root}: 1 live run \(0 stalled\), 1 failed, grace 30 s, "
             r"poll every 100 ms; notifying logger somebody\n$",
         )
+        self.wait_for(lambda: os.path.exists(metrics))
         self.assertRegex(self.end(watcher), r"INFO +stopped\n$")
         self.assertEqual(watcher.returncode, 0)
 
@@ -8655,7 +8659,9 @@ class TestStart(WatchCase):
         self.assertIn("a stalled: silent for ", err)
         self.assertEqual(self.sent(), [("a", "stalled")])
         self.check_in("a", 2)
-        self.assertEqual(self.run_cli("start", "--once")[0], 0)
+        server = self.webhook((200, "ok"))
+        self.assertEqual(self.run_cli("start", "--once", "--ping-url", server.url)[0], 0)
+        self.assertEqual(len(server.requests), 1)
         self.check_in("a", 3, "failed")
         self.assertEqual(self.run_cli("start", "--once")[0], 1)
         self.assertEqual(self.run_cli("start", "--once")[0], 1)
