@@ -4274,7 +4274,6 @@ checked_port = a_text("[1-9][0-9]{0,4}", "must be the number of a port, not {}",
 checked_address = a_text(
     r"(?=[!-~]+\Z)[^@,;:<>\"()\[\]\\{}]+@[A-Za-z0-9.-]+", "must be a mail address, name@host, not {}"
 )
-#: What people may call a notifier.
 checked_notifier_name = a_text(r"[\w.-]{1,40}", "must be of letters, digits, - . _, not {}")
 
 
@@ -4354,20 +4353,18 @@ class Field(NamedTuple):
 
 _MESSAGE = Field("message", "message", "Message template (empty for the default)", str)
 _URL = Field("url", "webhook-url", "Webhook URL", checked_url, secret=True, required=True)
-NOTIFIER_FIELDS: Dict[str, Tuple[Field, ...]] = {
-    "slack": (_URL, _MESSAGE),
+_OWN_FIELDS: Dict[str, Tuple[Field, ...]] = {
+    "slack": (_URL,),
     "workplace": (
         Field("group_id", "group-id", "Group ID", checked_group, required=True),
         Field("access_token", "access-token", "Access token", checked_ascii, secret=True, required=True),
         Field("base_url", "base-url", f"Graph API URL (empty: {WORKPLACE_URL})", checked_url, secret=True),
-        _MESSAGE,
     ),
-    "logger": (_MESSAGE,),
+    "logger": (),
     "webhook": (
         _URL,
         Field("headers", "header", "HTTP header 'Name: value' (empty: none)", checked_headers, secret=True),
         Field("body", "body", "JSON to send, its texts filled in (empty: ours)", checked_body, secret=True),
-        _MESSAGE,
     ),
     "email": (
         Field("host", "smtp-host", "Mail server", checked_ascii, required=True),
@@ -4377,13 +4374,12 @@ NOTIFIER_FIELDS: Dict[str, Tuple[Field, ...]] = {
         Field("password", "password", "Password (empty: none)", checked_ascii, secret=True),
         Field("sender", "from", "From", checked_address, required=True),
         Field("to", "to", "To, with commas between several", checked_addresses, required=True),
-        _MESSAGE,
     ),
     "command": (
         Field("command", "command", "Program with whole path, and arguments", checked_command, required=True),
-        _MESSAGE,
     ),
 }
+NOTIFIER_FIELDS = {kind: (*fields, _MESSAGE) for kind, fields in _OWN_FIELDS.items()}
 
 
 def masked(kind: str, arguments: Dict[str, Any]) -> Dict[str, Any]:
