@@ -8281,7 +8281,7 @@ class TestAcknowledged(WatchCase):
                     self.start_run(state, int(state == "stalled")).kill()
                 self.configure(all={"type": "logger", "events": list(aimwatch.EVENTS)})
                 watcher = self.watch()
-                self.look(watcher, {"dying": 7, "failed": 1, "stalled": 20}[state])
+                self.look(watcher, {"dying": 2, "failed": 1, "stalled": 20}[state])
                 # The command's own log goes to stderr.
                 self.wait_for(lambda: not watcher.dispatcher.is_behind())
                 before = self.told()
@@ -10093,6 +10093,10 @@ class RollCalls(WatchCase):
         self.look(watcher, 3)
         self.assertEqual(["stalled", "recovered"], [kind for kind, _ in self.reasons()])
         self.assertEqual("r0", self.facts("recovered")["run.hash"])
+        self.look(watcher, 44)
+        self.beat(0, 1)
+        self.look(watcher, 3)
+        self.assertEqual(["stalled", "recovered"] * 2, [kind for kind, _ in self.reasons()])
 
     def test_failures_that_follow_within_a_while_are_one_alert_in_their_order(self) -> None:
         self.start(8)
