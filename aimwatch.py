@@ -3198,6 +3198,11 @@ def connect(path: str, mode: str, busy_s: float) -> Iterator[sqlite3.Connection]
     SQLite's errors, IndexBusy, OSError for what a new index would not mend either, or IndexUnusable."""
     import sqlite3
 
+    folder = os.path.dirname(path)
+    if folder and os.stat(folder).st_mode & 0o022:
+        # SQLite acts on what stands in files beside the index, and removes files that they name.
+        why = f"others than its owner may write to {folder}: 'chmod go-w' it"
+        raise PermissionError(errno.EACCES, why, path)
     # Not with `urllib.parse`: at exit, its import would have Python forget that Ctrl-C ended the program.
     escaped = re.sub(rb"[^\w/.-]", lambda match: b"%%%02x" % ord(match.group()), os.fsencode(path))
     uri = f"file:{escaped.decode()}?mode={mode}"
@@ -3237,7 +3242,6 @@ def write_index(paths: RepoPaths, wait_s: float = 10.0, anew: bool = False) -> I
     locks. Raises IndexBusy after `wait_s`, OSError where it cannot be written, and IndexUnusable where it is
     found damaged; then an empty one has taken its place."""
     refuse_root(paths)
-    _check_folder(paths)
     with FileLock(paths.index_lock) as lock:
         if lock.acquire(wait_s) is False:
             raise IndexBusy(f"{paths.index} is being written by another process: try again later")
@@ -3254,7 +3258,6 @@ def write_index(paths: RepoPaths, wait_s: float = 10.0, anew: bool = False) -> I
 @contextlib.contextmanager
 def open_index(paths: RepoPaths, mode: str, busy_s: float) -> Iterator[sqlite3.Connection]:
     """Yield the index as it is. Raises IndexBusy, IndexUnusable or OSError, be it at the end."""
-    _check_folder(paths)
     identity = identity_of(paths.index)
     with connect(paths.index, mode, busy_s) as db:
         if db.execute("PRAGMA user_version").fetchone() != (INDEX_VERSION,):
@@ -3271,14 +3274,6 @@ def refuse_root(paths: RepoPaths) -> None:
     if os.geteuid() == 0 != uid:
         owner = f"{paths.aim} belongs to {login_name(uid)}"
         raise RepoError(f"{owner}, who alone watches, indexes, and says who is notified")
-
-
-def _check_folder(paths: RepoPaths) -> None:
-    """Raise OSError where others than the owner of the index's folder could have put files there: SQLite
-    acts on what stands in them, and removes files that they name."""
-    if os.stat(paths.own).st_mode & 0o022:
-        why = f"others than its owner may write to {paths.own}: 'chmod go-w' it"
-        raise PermissionError(errno.EACCES, why, paths.index)
 
 
 def _make_anew(paths: RepoPaths) -> None:
