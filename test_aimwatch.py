@@ -6625,6 +6625,9 @@ class Notifying(NotifyingCase):
             dispatcher = self.dispatcher()
             dispatcher.notify([event_of(1)])
             self.wait_for(lambda: not dispatcher.is_behind())
+            with mock.patch.object(aimwatch, "recipients", wraps=aimwatch.recipients) as asked:
+                time.sleep(0.05)
+            self.assertLess(asked.call_count, 20, "who rests asks again and again")
             dispatcher.stop(10.0)
         self.assertTrue(self._no_threads())
         self.assertEqual((self.sent("a"), self.sent("b")), ([], [event_of(1)["id"]]))
