@@ -4794,9 +4794,8 @@ class RunCommands(StoredCase):
         self.assertEqual(out.count("No space left on device"), 1)
         full = rf"\n\u274c 12 runs in default on {host} failed: OSError: \[Errno 28\] .*\(full-11 \([0-9a-f]{{8}}\), full-10 "
         self.assertRegex(out, full)
-        self.assertRegex(
-            self.fine("report", "--since", "0.001s"), "^the last 1 ms in .*: 1 failed, 1 stalled"
-        )
+        out = self.fine("report", "--since", "0.001s")
+        self.assertRegex(out, "^the last 1 ms in .*: 1 failed, 1 stalled")
         self.assertIn("nobody is notified", self.run_cli("report", "--send")[2])
         server = self.webhook((200, "ok"), (404, "gone"))
         self.configure(all=hook(server.url))
@@ -4901,13 +4900,8 @@ class RunCommands(StoredCase):
     def test_bad_queries_and_columns_are_one_line_and_change_nothing(self) -> None:
         self.reindexed()
         before = index_content(self.paths.index)
-        for text in (
-            "'; DROP TABLE runs; --",
-            "run.name.format(run)",
-            "\0",
-            "run.\ud800",
-            "run.n == " + "9" * 9_000,
-        ):
+        long = "run.n == " + "9" * 9_000
+        for text in ("'; DROP TABLE runs; --", "run.name.format(run)", "\0", "run.\ud800", long):
             for command in ("runs", "metrics"):
                 with self.subTest(command, text=text[:60]):
                     err = self.fine(command, "--", text, code=1)
@@ -8577,8 +8571,8 @@ while True:
 class TestStart(WatchCase):
     def setUp(self) -> None:
         super().setUp()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        self.addCleanup(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
+        self.addCleanup(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
     def test_summary_line_names_repository_runs_and_notifiers(self) -> None:
         self.check_in("a", 1)
@@ -10610,11 +10604,9 @@ class TestCommandLine(Case):
         os.environ.pop("PYTHONUNBUFFERED", None)
         reader, writer = os.pipe()
         os.close(reader)
+        no_room = f"python3 {aimwatch.__file__}: [Errno 28] No space left on device\n"
         with open(writer, "wb") as broken, open("/dev/full", "wb") as full:
-            for stream, said in (
-                (broken, ""),
-                (full, f"python3 {aimwatch.__file__}: [Errno 28] No space left on device\n"),
-            ):
+            for stream, said in ((broken, ""), (full, no_room)):
                 with self.subTest(stream=stream.name):
                     done = subprocess.run(
                         [sys.executable, "-m", "aimwatch", "--repo", self.root, "status"],
@@ -10676,9 +10668,7 @@ class TestDemo(Case):
             os.killpg(process.pid, 0)
         (kept,) = (name for name in os.listdir(self.root) if name.startswith("aimwatch-demo-"))
         root = os.path.join(self.root, kept)
-        self.assertTrue(
-            out.endswith(f"The repository is kept: python3 aimwatch.py --repo {root} status\n"), out
-        )
+        self.assertIn(f"\nThe repository is kept: python3 aimwatch.py --repo {root} status\n", out)
         code, shown, _ = self.run_cli("--repo", root, "status")
         self.assertEqual((code, shown.splitlines()[-1]), (1, "3 failed, 1 stalled, 2 finished"))
 
