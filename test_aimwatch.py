@@ -6205,7 +6205,7 @@ class Commands(NotifierCase):
             sending = threading.Thread(target=self.run_program, args=(self.script("sleep 60"),))
             sending.start()
             self.wait_for(lambda: started)
-            ending = threading.Thread(target=aimwatch.end_programs)
+            ending = threading.Thread(target=aimwatch.Dispatcher(self.paths, mock.Mock()).stop, args=(0.0,))
             ending.start()
             gate.set()
             ending.join()
