@@ -8348,6 +8348,12 @@ def cmd_up(args: Any) -> None:
         print(args.uds or f"http://{local}{rest}")
         ssh = f"ssh -L {port}:{local} {this_host()}"
         print(f"from elsewhere: {ssh}, then http://localhost:{port}{rest}", flush=True)
+
+        def say_who_watches() -> None:  # of one on another machine, that takes seconds
+            text = "this process watches" if args.watch else watcher_state(paths, read_watcher_file(paths))[1]
+            print(text, flush=True)
+
+        threading.Thread(target=say_who_watches, daemon=True).start()
         gate = Gate(set(map(str.lower, names)), token, base, f"aimwatch_{port}")
         serve(Site(paths), gate, listener, stop)
         stop.set()

@@ -9605,6 +9605,7 @@ class UpCase(WatchCase):
         process.url = process.stdout.readline().strip()
         process.port = int((re.search(r":(\d+)/", process.url) or [0, 0])[1])
         self.assertRegex(process.stdout.readline(), "^from elsewhere: ssh -L ")
+        process.third_line = process.stdout.readline()
         return process
 
     def train(self) -> Any:
@@ -9629,6 +9630,7 @@ class UpProcess(UpCase):
     def test_live_state_token_and_end(self) -> None:
         training = self.train()
         server = self.up("--watch")
+        self.assertEqual(server.third_line, "this process watches\n")
         self.assertIn("state running", self.get(server, "/run/victim/")[1])
         training.terminate()
         self.wait_for(lambda: "state failed" in self.get(server, "/run/victim/")[1])
