@@ -9484,7 +9484,8 @@ class Pages(StoredCase):
         with mock.patch.object(aimwatch, "Repo", side_effect=AssertionError("asked again")):
             self.live.track(77, "m")
             self.assertIn("m=77 (step ", self.get(""))
-            self.assertEqual(json.loads(self.get("api/runs", "columns=hash"))[0], {"hash": "live"})
+            newest = json.loads(self.get("api/runs", "columns=hash,metric:m"))[0]
+            self.assertEqual(newest, {"hash": "live", "metric:m": 77})
         self.live.report_successful_finish()
         self.live.close()
         self.assertNotIn('state="running"', self.get("metrics"))
