@@ -7143,7 +7143,9 @@ class Site:
         # What is kept to answer faster. The stamp of that from which it was made is an argument.
         self._pages = functools.lru_cache(100)(self._make)
         self._rows = functools.lru_cache(3000)(lambda run_hash, stamp: read_run(paths, run_hash))
-        self._indexed = functools.lru_cache(3)(lambda q, stamp: Repo(paths.root).run_rows(q))
+        self._indexed = functools.lru_cache(3)(
+            lambda q, stamp: {row["hash"]: row for row in Repo(paths.root).run_rows(q)}
+        )
 
     def answer(self, path: str, query: str, known_etag: str = "") -> Reply:
         """Return the answer to GET of a path below the base path; 304 where `known_etag` is still true."""
@@ -7202,27 +7204,34 @@ class Site:
         # Seen from one answer to the next: no page waits until a watcher on another machine looks again.
         return status_object(self.paths, not self._seen_at.is_frozen(fresh=False))
 
-    def found(self, q: str) -> List[Dict[str, Any]]:
-        """Return the rows for which a query is true, newest first. Raises QueryError."""
+    def found(self, q: str) -> Dict[str, Dict[str, Any]]:
+        """Return the rows for which a query is true, by hash. Raises QueryError."""
         pending = {}  # whose logs say more than the index
         for run_hash in list_pending(self.paths):
             with contextlib.suppress(AimwatchError, OSError):
                 pending[run_hash] = self.row(run_hash)
-        indexed = self._indexed(q, file_stamp(self.paths.index) or self._utc())
-        found: List[Dict[str, Any]] = [row for row in indexed if row["hash"] not in pending]
-        found += [row for row, _ in Query(q).matches(pending.values())]
-        return sorted(found, key=operator.itemgetter("created_at"), reverse=True)
+        found = dict(self._indexed(q, file_stamp(self.paths.index) or self._utc()))
+        for run_hash in pending:
+            found.pop(run_hash, None)
+        found.update((row["hash"], row) for row, _ in Query(q).matches(pending.values()))
+        return found
+
+    def runs(self, q: str) -> List[Dict[str, Any]]:
+        """Return the rows for which a query is true, newest first. Raises QueryError."""
+        return sorted(self.found(q).values(), key=operator.itemgetter("created_at"), reverse=True)
 
     def listing(self, ask: Ask) -> Tuple[List[str], List[Dict[str, Any]]]:
         """Return the columns and the rows of the list of runs. Raises QueryError."""
         columns = names_of(ask.one["columns"]) or list(RUN_COLUMNS)
-        return columns, sorted_by(ask.one["sort"], self.found(ask.one["q"]), run_cell)
+        return columns, sorted_by(ask.one["sort"], self.runs(ask.one["q"]), run_cell)
 
     def counts(self, live: List[Dict[str, Any]]) -> Dict[Tuple[str, str], int]:
         """Return how many runs there are by (state, experiment)."""
-        rows = {row["hash"]: row for row in (*live, *self.found(""))}
-        states = {row["hash"]: row["state"] for row in live}  # which know of those that stalled
-        return Counter((states.get(run, row["state"]), row["experiment"] or "") for run, row in rows.items())
+        found = self.found("")
+        for row in live:  # who stalled
+            experiment = found.get(row["hash"], row)["experiment"] or ""
+            found[row["hash"]] = {"state": row["state"], "experiment": experiment}
+        return Counter(map(operator.itemgetter("state", "experiment"), found.values()))
 
     def overview(self, ask: Ask) -> str:
         """The first page: who watches, what lives, what failed, and all runs."""
@@ -7362,7 +7371,7 @@ class Site:
         """Several runs: their charts over one another, and what differs."""
         asked = [value for name, value in ask.pairs if name == "run"]
         if ask.one["q"]:
-            asked = [row["hash"] for row in self.found(ask.one["q"])]
+            asked = [row["hash"] for row in self.runs(ask.one["q"])]
         rows = [self.row(run_hash) for run_hash in list(dict.fromkeys(asked))[:MOST_COMPARED]]
         names = [(row["name"] or row["hash"])[-12:] for row in rows]
         links = [run_link(row, top="../") for row in rows]

@@ -9541,7 +9541,7 @@ class Pages(StoredCase):
     def test_metrics_are_openmetrics_with_bounded_labels(self) -> None:
         self.fill()
         self.configure(**{f"n{nth}": {"type": "logger"} for nth in range(60)})
-        rows = [{"hash": f"{nth}", "state": "finished", "experiment": f'e"\\\n{nth}'} for nth in range(80)]
+        rows = {f"{nth}": {"state": "finished", "experiment": f'e"\\\n{nth}'} for nth in range(80)}
         with mock.patch.object(aimwatch.Site, "found", return_value=rows):
             text = self.get("metrics")
         self.assertTrue(text.endswith("\n# EOF\n"))
