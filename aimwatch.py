@@ -1180,16 +1180,18 @@ class AppendFile:
         #: True where nothing may be written before the file is opened again: its path leads elsewhere, its
         #: descriptor is stale, or some of what was written to it is lost.
         self._lost = False
-        #: On a network file system, the size of the file when it was on the disk, and the lines since, with
-        #: the size of the file at its end. The thread alone asks whether the file is in its place, which has
-        #: the system send all that was written since.
+        #: On a network file system, the size of the file when it was on the disk, the lines since, each with
+        #: the size of the file at its end, and whether the thread found the file in its place. Asking has
+        #: the system send all that was written since, so nobody else asks.
         self._must_sync = is_network(os.path.dirname(path))
-        self._synced_size = 0
-        #: What the last sync reached: of which descriptor, and which size. The writer takes it over when
-        #: it looks, and not in a write, since of an error that a write was told no sync is told.
-        self._reached = (-1, 0)
+        self._synced_size = self._opened = 0
+        #: What the last sync reached: of which opening of the file (the system gives numbers of descriptors
+        #: again), and which size. The writer takes it over when it looks, and not in a write, since of an
+        #: error that a write was told no sync is told.
+        self._reached = (0, 0)
         self._syncing = threading.RLock()
         self._unsynced: deque[Tuple[int, bytes]] = deque()
+        self._in_place = True
         self._fd, self._identity = -1, (0, 0)
         self._open()
         if self._must_sync:
@@ -1208,6 +1210,7 @@ class AppendFile:
         # A writer that was killed may have left half a line; the next record must not join it.
         self._torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
         self._identity, self.size, self._synced_size = identity, size, size
+        self._opened += 1  # last, since a sync under way says nothing of this opening
 
     def append(self, line: bytes) -> None:
         """Write one line with its line break; keep it for later where that fails. Never raises OSError."""
@@ -1250,7 +1253,7 @@ class AppendFile:
             log.warning("%s was begun anew: of what it held, only the summary is there", self.path)
         # In one statement: the handler of a signal finds the lines here or there.
         self._unsynced, self._waiting = deque(), deque(lines)
-        self._lost, self._waiting_bytes = False, sum(map(len, lines))
+        self._lost, self._in_place, self._waiting_bytes = False, True, sum(map(len, lines))
 
     def _write(self, line: bytes) -> bool:
         if self._lost:
@@ -1267,15 +1270,15 @@ class AppendFile:
             return False
         if self._must_sync:  # the line is kept until it is known to be on the disk
             self._unsynced.append((self.size, line))
-            # A share that hangs is given to lose what came before so many bytes.
-            self._synced_size = max(self._synced_size, self.size - MAX_WAITING_BYTES)
-            while self._unsynced[0][0] <= self._synced_size:
+            while self._unsynced and self._unsynced[0][0] <= self._synced_size:
                 self._unsynced.popleft()
+            if self.size - self._synced_size > MAX_WAITING_BYTES:  # what a share that hangs is given to lose
+                self._synced_size = self._unsynced.popleft()[0]
         return True
 
     def _settle(self) -> None:
-        fd, size = self._reached
-        if fd == self._fd and not self._lost:
+        opened, size = self._reached
+        if opened == self._opened and not self._lost:
             self._synced_size = max(self._synced_size, size)
 
     def _complain(self, error: OSError) -> None:
@@ -1289,19 +1292,19 @@ class AppendFile:
     def _sync_each_second(self) -> None:
         while self._fd >= 0:
             self.sync()
-            if not is_still(self._identity, self.path, self._fd):
-                self._lost = True
+            self._in_place = is_still(self._identity, self.path, self._fd)
             time.sleep(RETRY_S)
 
     def sync(self) -> bool:
         """Wait until what was written has reached the disk; False where it is known that it did not."""
         with self._syncing:  # of two at once, one is told the error, and the other that all is well
-            fd, size = self._fd, self.size
+            opened, size, fd = self._opened, self.size, self._fd
             try:
-                os.fsync(fd)
-                self._reached = fd, size
+                if fd != -1:  # closed while this waited
+                    os.fsync(fd)
+                    self._reached = opened, size
             except OSError as error:
-                if self._must_sync and fd == self._fd != -1:
+                if self._must_sync and opened == self._opened and self._fd != -1:
                     self._complain(error)
         return not self._lost
 
@@ -1309,8 +1312,8 @@ class AppendFile:
         """Return True where the path leads to the file that is written; open it again where not. A file that
         was removed takes writes all the same, and nobody finds them."""
         self._settle()
-        if not self._must_sync and not is_still(self._identity, self.path, self._fd):
-            self._lost = True
+        in_place = self._in_place if self._must_sync else is_still(self._identity, self.path, self._fd)
+        self._lost = self._lost or not in_place
         self.flush(now=self._lost)
         return not self._lost
 

@@ -655,6 +655,24 @@ class AppendFiles(Case):
         self.assertEqual(len(logs.output), 1, logs.output)
         self.assertIn("records wait in memory", logs.output[0])
 
+    def test_what_one_opening_had_synced_says_nothing_of_a_later_one(self) -> None:
+        self.on_a_share()
+        for line in (b"1\n", b"2\n", b"3\n"):
+            self.file.append(line)
+        self.assertTrue(self.file.sync())
+        with self.assertLogs("aimwatch"):
+            with mock.patch.object(os, "write", no_space):
+                self.file.append(b"4\n")
+            self.file.flush(now=True)
+            with self.full_server():
+                self.assertFalse(self.file.sync())
+            self.file.flush(now=True)  # opened for the third time, the descriptor has its first number again
+            self.assertTrue(self.file.look())
+            with self.full_server(b"1\n", b"2\n"):
+                self.assertFalse(self.file.sync())
+            self.assertEqual(self.file.close(), 8)
+        self.assertEqual(read_file(self.path), b"1\n2\n3\n4\n")
+
     def test_what_a_share_lost_for_good_is_said_at_the_close(self) -> None:
         self.on_a_share()
         with self.full_server(b"1\n", b"2\n"):
@@ -684,11 +702,11 @@ class AppendFiles(Case):
 
         def sleep(seconds: float, file: Any = self.file) -> None:
             if fds:
-                file._fd = -1  # as after `close`
+                file._fd, file._lost = -1, True  # as after `close`
 
         with mock.patch.object(os, "fsync", fsync), mock.patch.object(time, "sleep", sleep):
             aimwatch.start_quiet_thread.call_args[0][0]()  # type: ignore[attr-defined]
-        self.assertEqual((len(fds), self.file._lost), (1, True))
+        self.assertEqual((len(fds), self.file._in_place), (1, False))
 
     def test_network_file_systems_are_told_by_the_table_of_mounts(self) -> None:
         device = os.stat(self.root).st_dev
@@ -9949,7 +9967,7 @@ class RankVariables(Case):
                 ("run.rank == None", "3"), ("run.rank in (0, 2)", "02"), ("run['rank'] == 1", ""),
             ):  # fmt: skip
                 with self.subTest(query, indexed=indexed):
-                    for rows in (repo.run_rows(query), site.found(query)):
+                    for rows in (repo.run_rows(query), site.runs(query)):
                         found = {row["hash"] for row in rows}
                         self.assertEqual({hashes[int(rank)] for rank in expected}, found)
                     of_metrics = query or "metric.name == 'loss'"
