@@ -3262,6 +3262,8 @@ def write_index(paths: RepoPaths, wait_s: float = 10.0, anew: bool = False) -> I
 def open_index(paths: RepoPaths, mode: str, busy_s: float) -> Iterator[sqlite3.Connection]:
     """Yield the index as it is. Raises IndexBusy, IndexUnusable or OSError, be it at the end."""
     identity = identity_of(paths.index)
+    if not os.path.isfile(paths.index):  # a FIFO would hang SQLite
+        raise IndexUnusable(f"{paths.index} is not a regular file")
     with connect(paths.index, mode, busy_s) as db:
         if db.execute("PRAGMA user_version").fetchone() != (INDEX_VERSION,):
             raise IndexUnusable(f"{paths.index} is of another version")
@@ -7320,7 +7322,7 @@ class Site:
         parts = {
             "State": html(head, badge(state), facts["name"], reason, fields),
             "Where it hangs": hanging_frames(self.paths, run_hash) if state == STALLED else "",
-            "Where it failed": "\n".join(row["frames"]),
+            "Where it failed, or its last output": "\n".join(row["frames"]),
             "Charts": self._charts(ask, [row]),
             "Metrics": metrics and grid([*METRIC_COLUMNS[1:], "points"], metrics),
             "Params": row["params"] and json.dumps(row["params"], indent=2, ensure_ascii=False),
@@ -8871,11 +8873,10 @@ def cmd_show(args: Any) -> None:
         return
     for name, value in run_fields(row):
         print(f"{name + ':':<13}{printable(str(value), 1000)}")
-    for frame in row["frames"]:
-        print(f"             {printable(frame, 300)}")
     params, columns = param_items(row["params"], ""), METRIC_COLUMNS[1:]
     cells = [[metric_cells(row, metric)[column] for column in columns] for metric in row["metrics"]]
     parts = {
+        "where it failed, or its last output": [f"  {printable(frame, 300)}" for frame in row["frames"]],
         "params": [printable(f"  {path} = {json.dumps(value)}", 300) for path, value in params if path],
         "metrics": run_table(columns, cells) if cells else [],
         "log messages": [f"  {message_line(message)}" for message in messages],

@@ -3951,6 +3951,11 @@ class IndexFile(StoredCase):
             os.mkdir(self.paths.index)
             self.assertEqual(self.answers(), expected)
             self.assertIn(self.paths.index, self.fine("reindex", code=1))
+        with self.subTest("a FIFO"):
+            os.rmdir(self.paths.index)
+            os.mkfifo(self.paths.index)
+            self.assertEqual(self.answers(), expected)
+            self.assertEqual(self.reindexed(), self.rebuilt())
 
     def test_index_in_a_folder_that_others_may_write_is_not_opened(self) -> None:
         self.fill()
