@@ -1364,6 +1364,11 @@ def read_log(path: str, run_hash: str, part: int = 0) -> RunState:
     return state
 
 
+def skim_log(paths: RepoPaths, run_hash: str) -> RunState:
+    """Return what an alert needs of a run's log, however long that is. Raises OSError."""
+    return read_log(paths.run_log(run_hash), run_hash, FACTS_BYTES)
+
+
 def log_problem(state: RunState) -> str:
     """Return why a log that was read is of no use, or ""."""
     version = state.header.get("format", LOG_FORMAT)
@@ -5315,7 +5320,7 @@ class Dispatcher:
         if state and any(item.where for item in items):
             with contextlib.suppress(Exception):  # whatever the run wrote
                 try:
-                    run = read_log(self._paths.run_log(event["run.hash"]), event["run.hash"], FACTS_BYTES)
+                    run = skim_log(self._paths, event["run.hash"])
                 except FileNotFoundError:
                     run = RunState(event["run.hash"])  # Aim's
                 row = {**run_row(run), "state": state}
@@ -5663,7 +5668,7 @@ def run_facts(paths: RepoPaths, run_hash: str) -> Facts:
     """Return what a run's own log says of it, as message fields; the hash alone for Aim's runs."""
     facts = {"run.hash": run_hash, "run.name": run_hash, "repo": paths.root}
     try:
-        state = read_log(paths.run_log(run_hash), run_hash, FACTS_BYTES)
+        state = skim_log(paths, run_hash)
     except OSError:
         return facts
     known = {**state.header, **state.props}
@@ -5801,7 +5806,7 @@ class Groups:
         if watched.member is None:
             watched.member = Member()
             with contextlib.suppress(OSError, *MALFORMED):  # of most runs, no rank is known
-                header = read_log(self.paths.run_log(watched.hash), watched.hash, FACTS_BYTES).header
+                header = skim_log(self.paths, watched.hash).header
                 host = printable(str(header.get("host")), 100)
                 watched.member = Member(str(header["group"]), int(header["rank"]), host)
         return watched.member
@@ -5905,7 +5910,7 @@ class Groups:
         why, when = dict(notes), dict.fromkeys(notes, 0.0)
         for watched in parts:
             with contextlib.suppress(OSError):
-                end = read_log(self.paths.run_log(watched.hash), watched.hash, FACTS_BYTES).end or {}
+                end = skim_log(self.paths, watched.hash).end or {}
                 why[watched.hash] = printable(str(end.get("reason") or notes[watched.hash]))
                 when[watched.hash] = float(end.get("time") or 0.0)
         # A launcher ends the others with SIGTERM when one has failed.
@@ -6172,7 +6177,7 @@ class Watcher:
         """Return what has become of a run, as its log says; that says also what its free marker means."""
         end = None
         with contextlib.suppress(OSError):  # Aim's run, or a share that is away
-            state = read_log(self.paths.run_log(watched.hash), watched.hash, FACTS_BYTES)
+            state = skim_log(self.paths, watched.hash)
             end = state.end
             if end is None and may_be_dead and free_means_dead(state.header, watched.was_held):
                 end = end_of_dead(state)
