@@ -673,6 +673,23 @@ class AppendFiles(Case):
             self.assertEqual(self.file.close(), 8)
         self.assertEqual(read_file(self.path), b"1\n2\n3\n4\n")
 
+    def test_sync_is_told_no_error_of_another_opening_and_none_after_the_close(self) -> None:
+        self.on_a_share()
+
+        def reopened(fd: int) -> None:
+            self.file._lost = True
+            self.file.flush(now=True)
+            raise OSError(errno.EIO, "Input/output error")
+
+        def closed(fd: int) -> None:
+            self.file._fd = -1
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+        with mock.patch.object(aimwatch.log, "warning", self.fail):
+            for fsync in (reopened, closed, self.fail):
+                with mock.patch.object(os, "fsync", fsync):
+                    self.assertTrue(self.file.sync())
+
     def test_what_a_share_lost_for_good_is_said_at_the_close(self) -> None:
         self.on_a_share()
         with self.full_server(b"1\n", b"2\n"):
@@ -2057,6 +2074,7 @@ if pid == 0:
     sys.exit(0)
 assert os.waitpid(pid, 0)[1] == 0
 imported = set(sys.modules)
+assert sys.modules["tempfile"].tempdir
 miss(run)
 # A child that is forked while the thread imports would wait for the lock of that module for ever.
 assert set(sys.modules) == imported, set(sys.modules) - imported
@@ -5821,10 +5839,10 @@ class Transports(NotifierCase):
         self.assertEqual(tunnels, [b"CONNECT 127.0.0.1:1"] * 4)
 
     def test_logger_writes_every_event_in_order_and_on_safe_lines(self) -> None:
-        batch = [facts_of("failed", 1, run_reason="a\x1b[2J\nb"), facts_of("finished", 2)]
+        batch = [facts_of("failed", 1, run_reason="a\x1b[2J\nb[3:]: c"), facts_of("finished", 2)]
         outcome = aimwatch.deliver(notifier_of("logger", message="{event} {run.reason}"), batch)
         self.assertEqual(outcome, ("sent", "written to the log", 0.0))
-        self.assertEqual(self.logged.lines, ["WARNING failed a\\x1b[2J\n  b", "INFO finished "])
+        self.assertEqual(self.logged.lines, ["WARNING failed a\\x1b[2J\n  b[3:]: c", "INFO finished "])
 
 
 #: What a body for a chat looks like, by the chat.
