@@ -5319,10 +5319,9 @@ class Dispatcher:
         state = RUNNING if event["event"] == LOG else event.get("run.state")
         if state and any(item.where for item in items):
             with contextlib.suppress(Exception):  # whatever the run wrote
-                try:
+                run = RunState(event["run.hash"])
+                with contextlib.suppress(FileNotFoundError):  # Aim's
                     run = skim_log(self._paths, event["run.hash"])
-                except FileNotFoundError:
-                    run = RunState(event["run.hash"])  # Aim's
                 row = {**run_row(run), "state": state}
                 asked = [item for item in items if item.where and not item.problem]
                 no = [item for item in asked if not Query(item.where).test(row, None)]
